@@ -1,0 +1,21 @@
+"""Settings for every test and every notebook cell that pytest runs."""
+
+import os
+import tempfile
+
+# One thread: sums are then made in one order on every machine, and a busy small machine is not slowed by spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Kernels neither read nor write the user's own Jupyter and IPython folders.
+_JUPYTER_HOME = tempfile.TemporaryDirectory(prefix="lmc-jupyter-")
+for _name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):
+    os.environ[_name] = os.path.join(_JUPYTER_HOME.name, _name.lower())
+
+# Figures are compared by the assertions in the cell below them: a plotly figure differs in its last bit between
+# processors, html holds random ids, and progress bars write their speed to stderr.
+NOT_COMPARED = ("application/vnd.plotly.v1+json", "text/html", "stderr")
+
+
+def pytest_collectstart(collector):
+    if hasattr(collector, "skip_compare") and collector.path.suffix == ".ipynb":
+        collector.skip_compare += NOT_COMPARED

@@ -1,0 +1,37 @@
+"""What can go wrong, as one small hierarchy: catch `LmcError` to catch everything of ours.
+
+Each message names the tensor (or operator), the axis where there is one, what was expected, what was
+found, and what to do next.
+"""
+
+
+class LmcError(Exception):
+    """Base class of every error that `lmc` raises on purpose."""
+
+
+class WeightsError(LmcError, ValueError):
+    """Weights that cannot be used: not finite, empty, of an unusable dtype or device."""
+
+
+class MismatchError(WeightsError):
+    """Two weight sets of different architectures: keys, shapes, dtypes or devices differ."""
+
+
+class SpecError(LmcError, ValueError):
+    """A permutation specification that is malformed, or does not fit the weights."""
+
+
+class TraceError(LmcError, RuntimeError):
+    """A module whose operator graph cannot be captured, so that its symmetries cannot be derived."""
+
+
+class CertificateError(LmcError, RuntimeError):
+    """A permutation that was claimed to keep the function does not keep it."""
+
+
+class DataError(LmcError, ValueError):
+    """Data that is empty, malformed, missing, or failed its checksum."""
+
+
+class InputError(LmcError, ValueError):
+    """An argument outside the values it may take."""
