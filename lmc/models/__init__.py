@@ -1,0 +1,14 @@
+"""The architectures of the bench: small, plain modules whose parameter names read well in axis patterns.
+
+Every one can be captured by `torch.export` (non-strict), re-initialises itself through `reset_parameters`,
+and names its hidden layers by what they are and its classifier `head`.
+"""
+
+from lmc.models.cnn import CNN, cnn
+from lmc.models.gpt import GPT, gpt
+from lmc.models.mlp import MLP, mlp
+from lmc.models.resnet import ResNet20, resnet20
+from lmc.models.vgg import VGG, vgg
+from lmc.models.vit import ViT, vit
+
+__all__ = ["CNN", "GPT", "MLP", "VGG", "ResNet20", "ViT", "cnn", "gpt", "mlp", "resnet20", "vgg", "vit"]
