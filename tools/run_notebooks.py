@@ -1,0 +1,71 @@
+"""Run notebooks from top to bottom and store their outputs, so that two runs give the same file.
+
+    python tools/run_notebooks.py                               all of notebooks/
+    python tools/run_notebooks.py notebooks/00_quickstart.ipynb
+
+Left out of the file: timings, stderr (progress bars), widget state (5 MB for one figure) and views of widgets, which
+show nothing without it. A widget that draws itself without a kernel keeps its html. Figures are stored as plotly data
+and as PNG, which is what GitHub shows; the PNG needs kaleido and a Chromium.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+FOLDER = Path(__file__).parents[1] / "notebooks"
+LIVE_VIEW = "application/vnd.jupyter.widget-view+json"
+
+
+def run(path: Path, timeout: int) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+    NotebookClient(
+        notebook,
+        timeout=timeout,
+        kernel_name="python3",
+        record_timing=False,
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(path.parent)}},
+    ).execute()
+    notebook.metadata = nbformat.from_dict(
+        {
+            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
+            "language_info": {"name": "python"},
+        }
+    )
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            for output in cell.outputs:
+                output.get("data", {}).pop(LIVE_VIEW, None)
+    nbformat.validate(notebook)
+    nbformat.write(notebook, path)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", nargs="*", type=Path, help="default: every notebook in notebooks/")
+    parser.add_argument("--timeout", type=int, default=600, help="seconds for one cell (default 600)")
+    args = parser.parse_args()
+    os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype+png")
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    failed = 0
+    for path in args.notebooks or sorted(FOLDER.glob("*.ipynb")):
+        try:
+            run(path.resolve(), args.timeout)
+        except CellExecutionError as error:
+            print(f"{path}: not stored\n{error}", file=sys.stderr)
+            failed += 1
+        else:
+            print(f"{path}: stored, {path.stat().st_size / 1000:.0f} kB")
+    return min(failed, 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
