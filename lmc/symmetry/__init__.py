@@ -1,0 +1,1 @@
+"""What may move: the permutation symmetries of a network, found, written, proven, applied."""

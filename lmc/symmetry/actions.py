@@ -1,0 +1,79 @@
+"""How group elements act: on flat positions of a tensor, and on each other when groups are nested."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmc.symmetry.group import Group, Table
+
+if TYPE_CHECKING:
+    from lmc.symmetry.spec import PermutationSpec
+
+TablesOfTensor = Sequence[tuple[str, Table]]
+
+
+def permute_tensor(tensor: Tensor, tables: TablesOfTensor, indices: Mapping[str, Tensor]) -> Tensor:
+    """Permute one tensor by all its groups; `tables` are ordered outermost group first.
+
+    Consecutive tables over the same axes are merged into one index, so each run of them costs one gather.
+    """
+    pending: dict[tuple[int, ...], np.ndarray] = {}
+    for name, table in tables:
+        clash = [dims for dims in pending if dims != table.dims and set(dims) & set(table.dims)]
+        for dims in clash:
+            tensor = gather_positions(tensor, dims, pending.pop(dims))
+        index = pending.get(table.dims)
+        if index is None:
+            index = np.arange(int(np.prod([tensor.shape[d] for d in table.dims])))
+        moved = index.copy()
+        moved[table.rows] = index[table.rows[indices[name].numpy()]]
+        pending[table.dims] = moved
+    for dims, index in pending.items():
+        tensor = gather_positions(tensor, dims, index)
+    return tensor if pending else tensor.clone()
+
+
+def gather_positions(tensor: Tensor, dims: Sequence[int], index: np.ndarray) -> Tensor:
+    """`tensor` with the flattened positions over `dims` taken in the order `index`; shape unchanged."""
+    where = torch.from_numpy(index).to(tensor.device)
+    if len(dims) == 1:
+        return tensor.index_select(dims[0], where)
+    front = tensor.movedim(tuple(dims), tuple(range(len(dims))))
+    moved = front.flatten(0, len(dims) - 1).index_select(0, where).reshape(front.shape)
+    return moved.movedim(tuple(range(len(dims))), tuple(dims)).contiguous()
+
+
+def sources(spec: "PermutationSpec", indices: Mapping[str, Tensor]) -> dict[str, str]:
+    """For each group the group of its family whose units arrive in it when outer groups move.
+
+    A group inside unit i of a parent receives the units of the sibling inside unit `p[i]` of the parent's source.
+    """
+    by_place = {(group.family, group.within): group.name for group in spec.groups.values()}
+    found: dict[str, str] = {}
+
+    def source(group: Group) -> str:
+        if group.name not in found:
+            within = tuple(
+                (source(spec.groups[parent]), int(indices[parent][unit])) for parent, unit in group.within
+            )
+            found[group.name] = by_place[group.family, within]
+        return found[group.name]
+
+    for group in spec.groups.values():
+        source(group)
+    return found
+
+
+def outermost_first(groups: Mapping[str, Group]) -> list[Group]:
+    """The groups ordered so that each comes after those it lives in."""
+    depth: dict[str, int] = {}
+
+    def level(name: str) -> int:
+        if name not in depth:
+            depth[name] = 1 + max((level(parent) for parent, _ in groups[name].within), default=-1)
+        return depth[name]
+
+    return sorted(groups.values(), key=lambda group: level(group.name))

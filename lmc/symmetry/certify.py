@@ -1,0 +1,258 @@
+"""The proof by numbers: the same outputs, to rounding, in float64, on weights where nothing is 0 or 1 by design.
+
+A wrong permutation changes outputs by 1e-3 or more of their size; a right one by 1e-15. Default initialisations
+(zero biases, unit norms, fresh statistics) would hide errors, so all parameters and buffers are perturbed first.
+"""
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from lmc.errors import CertificateError, InputError
+from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, select
+from lmc.symmetry.permutation import Permutation
+from lmc.weights import ModelOrWeights, Weights, as_weights
+
+if TYPE_CHECKING:
+    from lmc.symmetry.spec import PermutationSpec
+
+LOW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What was checked, and how exactly the outputs agreed.
+
+    Attributes:
+        max_error: largest difference of outputs, relative to their largest absolute value.
+        tolerance: what it was held against.
+        trials: number of permutations tried.
+        groups: number of groups that they moved.
+        moved: share of the weight entries that changed places (a certificate in which nothing moves proves nothing).
+        inputs: shapes of the example inputs used.
+        dtype: the precision of the arithmetic.
+    """
+
+    max_error: float
+    tolerance: float
+    trials: int
+    groups: int
+    moved: float
+    inputs: tuple[tuple[tuple[int, ...], ...], ...]
+    dtype: str = "float64"
+
+    def __str__(self) -> str:
+        return (
+            f"certified: {self.trials} random permutations of {self.groups} groups, {self.moved:.0%} of the weights moved, "
+            f"outputs equal to {self.max_error:.1e} ({self.dtype})"
+        )
+
+
+def certify_spec(
+    spec: "PermutationSpec",
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    trials: int,
+    seed: int,
+    outputs: OutputSelector,
+    also: ExampleInputs | None,
+    tolerance: float,
+) -> Certificate:
+    """See `PermutationSpec.certify`."""
+    if trials < 1:
+        raise InputError(f"trials={trials}: at least one permutation must be tried")
+    probe = _Probe(model, outputs, seed, perturb=True)
+    spec.check(probe.weights)
+    examples = [example_inputs] if also is None else [example_inputs, also]
+    references = [probe.outputs_of(example, probe.weights) for example in examples]
+    worst, moved = 0.0, 0.0
+    for trial in range(trials):
+        permuted = spec.random(seed + trial).apply(probe.weights)
+        moved = max(moved, _moved_share(probe.weights, permuted))
+        for example, reference in zip(examples, references, strict=True):
+            error = _relative_error(reference, probe.outputs_of(example, permuted))
+            if not error <= tolerance:
+                raise CertificateError(_guilty(spec, probe, example, reference, error, tolerance, seed + trial))
+            worst = max(worst, error)
+    shapes = tuple(_shapes(example) for example in examples)
+    return Certificate(worst, tolerance, trials, len(spec.groups), moved, shapes)
+
+
+def certify_permutation(
+    permutation: Permutation,
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    weights: ModelOrWeights | None,
+    outputs: OutputSelector,
+    tolerance: float,
+) -> Certificate:
+    """See `Permutation.certify`: this very permutation, on the weights as they are."""
+    probe = _Probe(model, outputs, seed=0, perturb=False, weights=weights)
+    permuted = permutation.apply(probe.weights)
+    reference = probe.outputs_of(example_inputs, probe.weights)
+    error = _relative_error(reference, probe.outputs_of(example_inputs, permuted))
+    if not error <= tolerance:
+        raise CertificateError(
+            f"the permuted weights compute another function: outputs differ by {error:.1e} of their size "
+            f"(tolerance {tolerance:.0e}); call spec.certify(model, inputs) to see which group is wrong"
+        )
+    moved = _moved_share(probe.weights, permuted)
+    return Certificate(error, tolerance, 1, len(permutation), moved, (_shapes(example_inputs),))
+
+
+class _Probe:
+    """A float64 copy of the module in eval mode, on which weights are tried out; the caller's module is not touched."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        outputs: OutputSelector,
+        seed: int,
+        perturb: bool,
+        weights: ModelOrWeights | None = None,
+    ) -> None:
+        if any(tensor.is_meta for tensor in model.state_dict().values()):
+            raise CertificateError(
+                "the model lies on the meta device, so there are no numbers to certify on: "
+                "certify a smaller twin of the same architecture"
+            )
+        copied = copy.deepcopy(model)
+        if weights is not None:
+            copied.load_state_dict(as_weights(weights))
+        self.module = _widen(copied).eval()
+        self.select = outputs
+        self.seed = seed
+        if perturb:
+            _perturb(self.module, seed)
+        self.weights: Weights = {name: t.detach().clone() for name, t in self.module.state_dict().items()}
+
+    def outputs_of(self, example: ExampleInputs, weights: Weights) -> list[Tensor]:
+        self.module.load_state_dict(weights)
+        device = next((t.device for t in weights.values()), torch.device("cpu"))
+        args, kwargs = tree_map(lambda x: _input(x, device), as_call(example))
+        devices = [device] if device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), _float64():
+            torch.manual_seed(self.seed)
+            result = self.module(*args, **kwargs)
+        return [tensor.detach().clone() for tensor in select(result, self.select)]
+
+
+def _widen(module: nn.Module) -> nn.Module:
+    if any(t.device.type == "mps" for t in module.state_dict().values()):
+        module = module.cpu()
+    return module.double()
+
+
+def _input(value: Any, device: torch.device) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    value = value.to(device)
+    return value.double() if value.is_floating_point() else value
+
+
+def _perturb(module: nn.Module, seed: int) -> None:
+    """Noise of a tenth of each tensor's own size (0.1 where it is zero); positive buffers stay positive."""
+    generator = torch.Generator().manual_seed(seed)
+    parameters = {id(p) for p in module.parameters()}
+    seen: set[int] = set()
+    persistent = module.state_dict(keep_vars=True)
+    for tensor in persistent.values():
+        if not tensor.is_floating_point() or id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+        with torch.no_grad():
+            if id(tensor) not in parameters and bool((tensor >= 0).all()) and bool((tensor > 0).any()):
+                tensor.mul_(torch.exp(0.2 * noise))
+            else:
+                size = float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
+                tensor.add_(noise, alpha=0.1 * (size if size > 0 else 1.0))
+
+
+class _float64(TorchDispatchMode):
+    """Turn casts to lower precision inside a model (norms, rotary embeddings) into casts to float64."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        widened = {k: torch.float64 if k == "dtype" and v in LOW else v for k, v in (kwargs or {}).items()}
+        result = func(*tree_map(_wide_dtype, args), **widened)
+        return result
+
+
+def _wide_dtype(value: Any) -> Any:
+    return torch.float64 if isinstance(value, torch.dtype) and value in LOW else value
+
+
+def _relative_error(reference: list[Tensor], outputs: list[Tensor]) -> float:
+    worst = 0.0
+    for x, y in zip(reference, outputs, strict=True):
+        if x.shape != y.shape:
+            return float("inf")
+        if x.numel() == 0:
+            continue
+        if not x.is_floating_point() and not x.is_complex():
+            worst = max(worst, 0.0 if torch.equal(x, y) else 1.0)
+            continue
+        finite = torch.isfinite(x)
+        if not torch.equal(finite, torch.isfinite(y)):
+            return float("inf")
+        if not bool(finite.any()):
+            raise CertificateError("the model's outputs are not finite on this example: nothing can be compared")
+        x, y = x[finite], y[finite]
+        scale = float(x.abs().max())
+        difference = float((x - y).abs().max())
+        worst = max(worst, difference / scale if scale > 0 else difference)
+    return worst
+
+
+def _moved_share(before: Weights, after: Weights) -> float:
+    changed = sum(int((before[name] != after[name]).sum()) for name in before)
+    return changed / max(1, sum(tensor.numel() for tensor in before.values()))
+
+
+def _guilty(
+    spec: "PermutationSpec",
+    probe: _Probe,
+    example: ExampleInputs,
+    reference: list[Tensor],
+    error: float,
+    tolerance: float,
+    seed: int,
+) -> str:
+    """Try each family alone, and say which ones change the function."""
+    whole, identity = spec.random(seed), spec.identity()
+    families = dict.fromkeys(group.family for group in spec.groups.values())
+    found = []
+    for family in families:
+        indices = {n: (whole if g.family == family else identity)[n] for n, g in spec.groups.items()}
+        alone = _relative_error(reference, probe.outputs_of(example, Permutation(spec, indices).apply(probe.weights)))
+        if not alone <= tolerance:
+            members = [g for g in spec.groups.values() if g.family == family]
+            found.append(f"{family!r} ({members[0].size} units in {', '.join(list(members[0].tables)[:3])}): {alone:.1e}")
+    which = "; ".join(found) if found else "none alone, only several together"
+    return (
+        f"the spec does not keep the function: outputs change by {error:.1e} of their size (tolerance {tolerance:.0e}). "
+        f"Guilty groups: {which}"
+    )
+
+
+def _shapes(example: ExampleInputs) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(tensor.shape) for tensor in _leaves(as_call(example)))
+
+
+def _leaves(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _leaves(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _leaves(item)

@@ -1,0 +1,88 @@
+"""What must hold for a set of groups to be a group of symmetries that composes by `sources`."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from lmc.errors import SpecError
+from lmc.symmetry.group import Group, Table
+
+Shape = tuple[int, ...]
+
+
+def check_groups(groups: Mapping[str, Group], shapes: Mapping[str, Shape]) -> None:
+    """Raise `SpecError` unless tables fit the shapes and nested siblings correspond under their parents."""
+    for group in groups.values():
+        for tensor, tables in group.tables.items():
+            if tensor not in shapes:
+                raise SpecError(f"group {group.name!r} moves {tensor}, whose shape is not known")
+            for table in tables:
+                _check_table(group, tensor, table, shapes[tensor])
+        for parent, unit in group.within:
+            if parent not in groups:
+                raise SpecError(f"group {group.name!r} lives in {parent!r}, which is not a group")
+            if not 0 <= unit < groups[parent].size:
+                raise SpecError(f"group {group.name!r} lives in unit {unit} of {parent!r}, which has {groups[parent].size}")
+    siblings: dict[tuple[str, str], dict[int, Group]] = {}
+    by_place = {(group.family, group.within): group for group in groups.values()}
+    for group in groups.values():
+        for parent, unit in group.within:
+            others = tuple(place for place in group.within if place[0] != parent)
+            siblings.setdefault((group.family, f"{parent}|{others}"), {})[unit] = group
+            for other in range(groups[parent].size):
+                place = tuple((p, other) if p == parent else (p, u) for p, u in group.within)
+                if (group.family, place) not in by_place:
+                    raise SpecError(f"family {group.family!r} has a group in unit {unit} of {parent!r}, none in {other}")
+    for (_, key), members in siblings.items():
+        parent = groups[key.split("|", 1)[0]]
+        first = members[0]
+        for unit, member in members.items():
+            _check_carried(parent, first, member, unit, shapes)
+
+
+def _check_table(group: Group, tensor: str, table: Table, shape: Shape) -> None:
+    where = f"group {group.name!r}, {tensor}{shape}, axes {table.dims}"
+    if not table.dims or list(table.dims) != sorted(set(table.dims)) or table.dims[-1] >= len(shape):
+        raise SpecError(f"{where}: no such axes")
+    if table.rows.ndim != 2 or table.rows.shape[0] != group.size:
+        raise SpecError(f"{where}: rows of shape {table.rows.shape}, expected ({group.size}, m)")
+    length = int(np.prod([shape[d] for d in table.dims]))
+    if table.rows.size and (table.rows.min() < 0 or table.rows.max() >= length):
+        raise SpecError(f"{where}: rows reach outside the {length} positions")
+    if np.bincount(table.rows.ravel(), minlength=1).max(initial=0) > 1:
+        raise SpecError(f"{where}: a position belongs to two units")
+
+
+def _check_carried(parent: Group, first: Group, member: Group, unit: int, shapes: Mapping[str, Shape]) -> None:
+    """Exchanging units 0 and `unit` of the parent must carry the rows of `first` onto those of `member`, in order."""
+    problem = f"groups {first.name!r} and {member.name!r} do not correspond when {parent.name!r} moves"
+    if first.size != member.size or set(first.tables) != set(member.tables):
+        raise SpecError(f"{problem}: sizes or tensors differ")
+    for tensor, tables in first.tables.items():
+        others = member.tables[tensor]
+        if len(tables) != len(others):
+            raise SpecError(f"{problem} in {tensor}: different numbers of tables")
+        if unit == 0:
+            continue
+        for table, other in zip(tables, others, strict=True):
+            if table.dims != other.dims or table.rows.shape != other.rows.shape:
+                raise SpecError(f"{problem} in {tensor}: tables of different shapes")
+            moved = _exchange(parent, unit, tensor, table, shapes[tensor])
+            if not np.array_equal(moved, other.rows):
+                raise SpecError(f"{problem} in {tensor}: rows or columns in another order")
+
+
+def _exchange(parent: Group, unit: int, tensor: str, table: Table, shape: Shape) -> np.ndarray:
+    sizes = [shape[d] for d in table.dims]
+    coordinates = list(np.unravel_index(table.rows, sizes))
+    for held in parent.tables.get(tensor, ()):
+        if not set(held.dims) <= set(table.dims):
+            continue
+        at = [table.dims.index(d) for d in held.dims]
+        held_sizes = [shape[d] for d in held.dims]
+        swap = np.arange(int(np.prod(held_sizes)))
+        swap[held.rows[0]], swap[held.rows[unit]] = held.rows[unit], held.rows[0]
+        flat = swap[np.ravel_multi_index([coordinates[i] for i in at], held_sizes)]
+        for i, values in zip(at, np.unravel_index(flat, held_sizes), strict=True):
+            coordinates[i] = values
+    return np.ravel_multi_index(coordinates, sizes)

@@ -1,0 +1,56 @@
+"""Calling a module on example inputs, and choosing which of its outputs must stay the same."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from lmc.errors import InputError
+
+ExampleInputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+OutputSelector: TypeAlias = None | str | int | Callable[[Any], Any]
+
+
+def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) of a call: a tensor is one positional argument, a tuple several, a dict keywords."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, tuple | list):
+        return tuple(example_inputs), {}
+    return (example_inputs,), {}
+
+
+def select(output: Any, outputs: OutputSelector = None) -> list[Tensor]:
+    """The tensors of a module's result that must stay the same.
+
+    `None`: the tensor itself, the `.logits` of a result that has them, else every tensor in it. A string is an
+    attribute or key, an integer a position, a callable is applied to the result.
+    """
+    if outputs is None:
+        logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+        chosen = output if logits is None else logits
+    elif callable(outputs):
+        chosen = outputs(output)
+    elif isinstance(outputs, int):
+        chosen = tuple(output.values())[outputs] if isinstance(output, Mapping) else output[outputs]
+    elif isinstance(output, Mapping) and outputs in output:
+        chosen = output[outputs]
+    elif hasattr(output, outputs):
+        chosen = getattr(output, outputs)
+    else:
+        raise InputError(f"outputs={outputs!r}: the module's result ({type(output).__name__}) has no such entry")
+    found = list(_tensors(chosen))
+    if not found:
+        raise InputError(f"the selected output ({type(chosen).__name__}) holds no tensor")
+    return found
+
+
+def _tensors(value: Any):
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)

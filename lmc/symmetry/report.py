@@ -1,0 +1,106 @@
+"""A spec as text and as HTML: families of groups, where they lie, and what stays and why."""
+
+import html
+import re
+from typing import TYPE_CHECKING
+
+from lmc.symmetry.group import Group
+
+if TYPE_CHECKING:
+    from lmc.symmetry.spec import PermutationSpec
+
+_MAX_TENSORS = 4
+_MAX_LINES = 60
+
+
+def headline(spec: "PermutationSpec") -> str:
+    total = sum(_numel(shape) for name, shape in spec.shapes.items() if name not in spec.buffers)
+    proof = "not certified" if spec.certificate is None else f"certified to {spec.certificate.max_error:.0e}"
+    return (
+        f"{len(spec.groups)} groups, 10^{spec.log10_order:.1f} symmetries, "
+        f"{spec.coverage:.1%} of {total:,} parameters move, {proof}"
+    )
+
+
+def family_rows(spec: "PermutationSpec") -> list[tuple[str, str, str, str]]:
+    """(family, units, inside, tensors with their patterns), families that differ only by a layer number in one row."""
+    families: dict[str, list[Group]] = {}
+    for group in spec.groups.values():
+        families.setdefault(group.family, []).append(group)
+    merged: dict[tuple, list[str]] = {}
+    for family, members in families.items():
+        first = members[0]
+        inside = ", ".join(dict.fromkeys(_generic(spec.groups[p].family) for g in members for p, _ in g.within))
+        tensors = tuple(_generic(f'{t} "{spec.patterns[t]}"') for t in first.tables)
+        key = (_generic(family), first.size, len(members), inside, tensors)
+        merged.setdefault(key, []).append(family)
+    rows = []
+    for (name, size, count, inside, tensors), names in merged.items():
+        shown = names[0] if len(names) == 1 else name
+        times = f"{len(names)} x " if len(names) > 1 else ""
+        nested = f" x {count}" if inside else ""
+        if len(names) == 1:
+            group = families[names[0]][0]
+            tensors = tuple(f'{t} "{spec.patterns[t]}"' for t in group.tables)
+            inside = ", ".join(dict.fromkeys(spec.groups[p].family for p, _ in group.within))
+        rows.append((shown, f"{times}{size}{nested}", inside, _shorten(tuple(dict.fromkeys(tensors)))))
+    return rows
+
+
+def frozen_rows(spec: "PermutationSpec") -> list[tuple[str, str]]:
+    """(reason, axes that it holds): axes of size > 1 that do not move, merged over layer numbers."""
+    reasons: dict[str, dict[str, None]] = {}
+    for (tensor, axis), reason in spec.frozen.items():
+        reasons.setdefault(reason, {})[f"{_generic(tensor)} axis {axis}"] = None
+    return [(reason, _shorten(tuple(places))) for reason, places in reasons.items()]
+
+
+def as_text(spec: "PermutationSpec") -> str:
+    lines = [f"PermutationSpec: {headline(spec)}"]
+    rows = family_rows(spec)
+    width = max((len(name) for name, *_ in rows), default=0)
+    for name, units, inside, tensors in rows[:_MAX_LINES]:
+        nested = f" in {inside}" if inside else ""
+        lines.append(f"  {name:<{width}}  {units}{nested}:  {tensors}")
+    if len(rows) > _MAX_LINES:
+        lines.append(f"  ... and {len(rows) - _MAX_LINES} more families")
+    stays = frozen_rows(spec)
+    if stays:
+        lines.append("  stays:")
+        lines += [f"    {places}: {reason}" for reason, places in stays[:_MAX_LINES]]
+    return "\n".join(lines)
+
+
+def as_html(spec: "PermutationSpec") -> str:
+    def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+        head = "".join(f"<th style='text-align:left'>{html.escape(cell)}</th>" for cell in header)
+        body = "".join(
+            "<tr>" + "".join(f"<td style='text-align:left'>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+            for row in rows
+        )
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+    parts = [f"<p><b>PermutationSpec</b>: {html.escape(headline(spec))}</p>"]
+    parts.append(table(("group", "units", "inside", "where"), family_rows(spec)[:_MAX_LINES]))
+    stays = frozen_rows(spec)
+    if stays:
+        rows = [(places, reason) for reason, places in stays[:_MAX_LINES]]
+        parts.append(f"<details><summary>what stays, and why</summary>{table(('axes', 'reason'), rows)}</details>")
+    return "".join(parts)
+
+
+def _generic(text: str) -> str:
+    """Layer numbers (".3.") written as ".*.", so that equal layers share a line."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", text)
+
+
+def _shorten(items: tuple[str, ...]) -> str:
+    more = len(items) - _MAX_TENSORS
+    return ", ".join(items[:_MAX_TENSORS]) + (f", ... ({more} more)" if more > 0 else "")
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    size = 1
+    for length in shape:
+        size *= length
+    return size
