@@ -3,6 +3,7 @@
 Find what may move, choose the move, look at the landscape, combine the weights.
 """
 
+from lmc.align.weight_matching import weight_matching
 from lmc.errors import (
     CertificateError,
     DataError,

@@ -51,7 +51,6 @@ def sources(spec: "PermutationSpec", indices: Mapping[str, Tensor]) -> dict[str,
 
     A group inside unit i of a parent receives the units of the sibling inside unit `p[i]` of the parent's source.
     """
-    by_place = {(group.family, group.within): group.name for group in spec.groups.values()}
     found: dict[str, str] = {}
 
     def source(group: Group) -> str:
@@ -59,7 +58,7 @@ def sources(spec: "PermutationSpec", indices: Mapping[str, Tensor]) -> dict[str,
             within = tuple(
                 (source(spec.groups[parent]), int(indices[parent][unit])) for parent, unit in group.within
             )
-            found[group.name] = by_place[group.family, within]
+            found[group.name] = spec.by_place[group.family, within]
         return found[group.name]
 
     for group in spec.groups.values():
@@ -77,3 +76,25 @@ def outermost_first(groups: Mapping[str, Group]) -> list[Group]:
         return depth[name]
 
     return sorted(groups.values(), key=lambda group: level(group.name))
+
+
+def compose_moves(spec: "PermutationSpec", step: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`step` after `first`, where groups that are not named stay; only the groups that may move are named in the result."""
+    found: dict[str, str] = {}
+
+    def source(name: str) -> str:
+        if name not in found:
+            group = spec.groups[name]
+            within = tuple(
+                (source(parent), int(step[parent][unit]) if parent in step else unit) for parent, unit in group.within
+            )
+            found[name] = spec.by_place[group.family, within]
+        return found[name]
+
+    families = dict.fromkeys(spec.groups[name].family for name in (*step, *first))
+    result = {}
+    for name in (name for family in families for name in spec.families[family]):
+        before, after = first.get(source(name)), step.get(name)
+        if before is not None or after is not None:
+            result[name] = before if after is None else after if before is None else before[after]
+    return result

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lmc.errors import InputError, SpecError
 from lmc.files import write_text
 from lmc.symmetry.actions import outermost_first
 from lmc.symmetry.checks import check_groups
-from lmc.symmetry.describe import IRREGULAR, describe
+from lmc.symmetry.describe import describe
 from lmc.symmetry.group import Group, Table
 from lmc.symmetry.layout import groups_from_axes
 from lmc.symmetry.notation import parse
@@ -99,6 +99,19 @@ class PermutationSpec:
             for tensor, tables in group.tables.items():
                 found.setdefault(tensor, []).extend((group.name, table) for table in tables)
         return found
+
+    @cached_property
+    def families(self) -> dict[str, list[str]]:
+        """The names of the groups of each family: one, or as many as there are places to live in."""
+        found: dict[str, list[str]] = {}
+        for group in self.groups.values():
+            found.setdefault(group.family, []).append(group.name)
+        return found
+
+    @cached_property
+    def by_place(self) -> dict[tuple[str, tuple[tuple[str, int], ...]], str]:
+        """The group of a family that lives in given units."""
+        return {(group.family, group.within): group.name for group in self.groups.values()}
 
     @cached_property
     def patterns(self) -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""Which move: permutations and couplings that bring one network onto another."""
