@@ -88,18 +88,14 @@ def dot(a: ModelOrWeights, b: ModelOrWeights) -> float:
     """`sum <a, b>` over all floating-point tensors, in float64."""
     a, b = as_weights(a), as_weights(b)
     check_compatible(a, b)
-    return sum(
-        float((x.double() * b[name].double()).sum()) for name, x in a.items() if x.is_floating_point()
-    )
+    return sum(float((x.double() * b[name].double()).sum()) for name, x in a.items() if x.is_floating_point())
 
 
 def distance(a: ModelOrWeights, b: ModelOrWeights) -> float:
     """Euclidean distance over all floating-point tensors, in float64."""
     a, b = as_weights(a), as_weights(b)
     check_compatible(a, b)
-    squares = (
-        float((x.double() - b[name].double()).square().sum()) for name, x in a.items() if x.is_floating_point()
-    )
+    squares = (float((x.double() - b[name].double()).square().sum()) for name, x in a.items() if x.is_floating_point())
     return sum(squares) ** 0.5
 
 

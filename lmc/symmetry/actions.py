@@ -55,9 +55,7 @@ def sources(spec: "PermutationSpec", indices: Mapping[str, Tensor]) -> dict[str,
 
     def source(group: Group) -> str:
         if group.name not in found:
-            within = tuple(
-                (source(spec.groups[parent]), int(indices[parent][unit])) for parent, unit in group.within
-            )
+            within = tuple((source(spec.groups[parent]), int(indices[parent][unit])) for parent, unit in group.within)
             found[group.name] = spec.by_place[group.family, within]
         return found[group.name]
 
@@ -78,7 +76,9 @@ def outermost_first(groups: Mapping[str, Group]) -> list[Group]:
     return sorted(groups.values(), key=lambda group: level(group.name))
 
 
-def compose_moves(spec: "PermutationSpec", step: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def compose_moves(
+    spec: "PermutationSpec", step: Mapping[str, Tensor], first: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """`step` after `first`, where groups that are not named stay; only the groups that may move are named in the result."""
     found: dict[str, str] = {}
 

@@ -235,7 +235,9 @@ def _guilty(
         alone = _relative_error(reference, probe.outputs_of(example, Permutation(spec, indices).apply(probe.weights)))
         if not alone <= tolerance:
             members = [g for g in spec.groups.values() if g.family == family]
-            found.append(f"{family!r} ({members[0].size} units in {', '.join(list(members[0].tables)[:3])}): {alone:.1e}")
+            found.append(
+                f"{family!r} ({members[0].size} units in {', '.join(list(members[0].tables)[:3])}): {alone:.1e}"
+            )
     which = "; ".join(found) if found else "none alone, only several together"
     return (
         f"the spec does not keep the function: outputs change by {error:.1e} of their size (tolerance {tolerance:.0e}). "

@@ -22,7 +22,9 @@ def check_groups(groups: Mapping[str, Group], shapes: Mapping[str, Shape]) -> No
             if parent not in groups:
                 raise SpecError(f"group {group.name!r} lives in {parent!r}, which is not a group")
             if not 0 <= unit < groups[parent].size:
-                raise SpecError(f"group {group.name!r} lives in unit {unit} of {parent!r}, which has {groups[parent].size}")
+                raise SpecError(
+                    f"group {group.name!r} lives in unit {unit} of {parent!r}, which has {groups[parent].size}"
+                )
     siblings: dict[tuple[str, str], dict[int, Group]] = {}
     by_place = {(group.family, group.within): group for group in groups.values()}
     for group in groups.values():
@@ -32,7 +34,9 @@ def check_groups(groups: Mapping[str, Group], shapes: Mapping[str, Shape]) -> No
             for other in range(groups[parent].size):
                 place = tuple((p, other) if p == parent else (p, u) for p, u in group.within)
                 if (group.family, place) not in by_place:
-                    raise SpecError(f"family {group.family!r} has a group in unit {unit} of {parent!r}, none in {other}")
+                    raise SpecError(
+                        f"family {group.family!r} has a group in unit {unit} of {parent!r}, none in {other}"
+                    )
     for (_, key), members in siblings.items():
         parent = groups[key.split("|", 1)[0]]
         first = members[0]

@@ -2,8 +2,6 @@
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from lmc.symmetry.group import Group, Table
 
 if TYPE_CHECKING:

@@ -1,12 +1,12 @@
 """From groups back to axis patterns: the text in which a specification is shown, compared and saved."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from lmc.symmetry.group import Group
 from lmc.symmetry.layout import ABSENT, Units
-from lmc.symmetry.notation import Name, Product, Sum, ancestors, names_in, parse
+from lmc.symmetry.notation import ancestors, parse
 
 IRREGULAR = "table"
 

@@ -175,7 +175,9 @@ def solve_sizes(
             if open_dots > 1:
                 raise SpecError(f"{tensor}, axis {k}: more than one '.' in a composed axis: give sizes as integers")
             if open_dots == 0 and size != shapes[tensor][k]:
-                raise SpecError(f"{tensor}, axis {k}: the pattern makes {size} positions, the tensor has {shapes[tensor][k]}")
+                raise SpecError(
+                    f"{tensor}, axis {k}: the pattern makes {size} positions, the tensor has {shapes[tensor][k]}"
+                )
     return sizes
 
 

@@ -49,7 +49,9 @@ class Permutation(Mapping[str, Tensor]):
         for name, group in groups.items():
             index = torch.as_tensor(self.indices[name], dtype=torch.int64, device="cpu")
             if index.shape != (group.size,) or not torch.equal(index.sort().values, torch.arange(group.size)):
-                raise SpecError(f"group {name!r}: expected a permutation of 0..{group.size - 1}, got {tuple(index.shape)}")
+                raise SpecError(
+                    f"group {name!r}: expected a permutation of 0..{group.size - 1}, got {tuple(index.shape)}"
+                )
             checked[name] = index
         object.__setattr__(self, "indices", checked)
 

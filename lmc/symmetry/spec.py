@@ -199,10 +199,15 @@ class PermutationSpec:
             if any(fnmatch.fnmatchcase(text, glob) for glob in names for text in (name, group.family))
         }
         if not dropped:
-            raise SpecError(f"no group matches {', '.join(map(repr, names))}; groups: {', '.join(list(self.groups)[:8])}")
+            raise SpecError(
+                f"no group matches {', '.join(map(repr, names))}; groups: {', '.join(list(self.groups)[:8])}"
+            )
         kept = {
             name: Group(
-                name, g.size, g.tables, g.family if not _lost(g, dropped) else name,
+                name,
+                g.size,
+                g.tables,
+                g.family if not _lost(g, dropped) else name,
                 tuple(place for place in g.within if place[0] not in dropped),
             )
             for name, g in self.groups.items()
