@@ -1,0 +1,191 @@
+"""Loss and accuracy of many weight sets of one module on one data set.
+
+How many weight sets go through the module at once is decided here. On a GPU, where small networks are bound by the
+time to start a kernel, as many as the memory budget admits. On a CPU, where evaluating points together only pushes
+activations out of the cache, one after the other, unless the network and its batch are tiny (benchmarks/evaluation.py).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmc.batches import Split, as_splits, take, to_device
+from lmc.errors import DataError, InputError
+from lmc.landscape.scores import IGNORED, Measure, Score, Tally, check_classes, class_last
+from lmc.network import Network, activation_bytes, pick_device
+from lmc.weights import ModelOrWeights, Weights, as_weights, check_finite
+
+PROBE = 8  # examples that are sent through once to see how much memory one takes
+MOST_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class _Budget:
+    """What a device is given to work on at once.
+
+    Attributes:
+        batch: bytes of activations in one batch.
+        examples: most examples in a batch.
+        together: bytes of weights and activations of the weight sets that go through together.
+        fewest: fewer weight sets than this are not faster together than one after the other.
+    """
+
+    batch: int
+    examples: int
+    together: int
+    fewest: int
+
+
+def _budget(device: torch.device) -> _Budget:
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+        return _Budget(batch=free // 16, examples=8192, together=free // 4, fewest=2)
+    return _Budget(batch=256 << 20, examples=2048, together=5 << 20, fewest=8)
+
+
+def evaluate(
+    model: nn.Module,
+    weights: ModelOrWeights | None,
+    data: Any,
+    *,
+    loss: Measure | None = None,
+    metrics: Mapping[str, Measure] | None = None,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+) -> dict[str, Score]:
+    """Score `weights` (None: the module's own) in eval mode on every split of `data`: `{"train": ..., "test": ...}`,
+    or `{"data": ...}` where the data are a single set. Neither the module nor the weights are touched.
+
+    Args:
+        model: the architecture.
+        weights: a state dict, or a module of the same architecture.
+        data: `(inputs, targets)`, an iterable of such batches, or an object with `.train` and `.test`. Targets are
+            classes (N,) for outputs (N, C), or one for each position, (N, T) for (N, T, C) and (N, ...) for (N, C, ...);
+            -100 marks positions that do not count. With a `loss` of your own, anything it takes.
+        loss: replaces cross-entropy.
+        metrics: further measures by name.
+        batch_size: examples at a time where the data are given whole.
+        device: where to compute (default: where the weights are).
+
+    Raises:
+        WeightsError: a tensor that is not finite. MismatchError, DataError, InputError: see `Evaluator`.
+    """
+    state = as_weights(model if weights is None else weights)
+    check_finite(state)
+    evaluator = Evaluator(
+        model, data, loss=loss, metrics=metrics, batch_size=batch_size, at_once=1, device=pick_device(device, state)
+    )
+    return next(evaluator([state]))
+
+
+class Evaluator:
+    """Scores weight sets of one module on one data set: `for score in evaluator(states): score["test"].loss`.
+
+    Args:
+        model, data, loss, metrics, batch_size: as for `evaluate`.
+        at_once: weight sets that go through the module together (default: chosen for device and network).
+        memory: bytes that their weights and activations may take together (default: a quarter of the GPU's free
+            memory; on a CPU a few megabytes, about its cache).
+        device: where to compute (default: where the module's weights are).
+        predictions: keep the predicted class of each example.
+
+    Raises:
+        DataError: data that are empty or malformed, targets that do not fit the outputs, inputs of another dtype
+            than the weights.
+        MismatchError: a weight set of another architecture.
+        InputError: an unusable argument.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        data: Any,
+        *,
+        loss: Measure | None = None,
+        metrics: Mapping[str, Measure] | None = None,
+        batch_size: int | None = None,
+        at_once: int | None = None,
+        memory: int | None = None,
+        device: torch.device | str | None = None,
+        predictions: bool = False,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("at_once", at_once), ("memory", memory)):
+            if value is not None and value < 1:
+                raise InputError(f"{name}={value}; expected at least 1")
+        self.device = pick_device(device, as_weights(model))
+        self.network = Network(model, self.device)
+        self.splits = as_splits(data)
+        self.measures: dict[str, Measure] = {**({} if loss is None else {"loss": loss}), **(metrics or {})}
+        self.batch_size = batch_size
+        self.at_once = at_once
+        self._together, self._batch = at_once, batch_size or PROBE
+        self.memory = memory
+        self.predictions = predictions
+        self._checked = False
+
+    def __call__(self, states: Iterable[Weights]) -> Iterator[dict[str, Score]]:
+        """One `{split: Score}` for each weight set, in order, as soon as it is known."""
+        states = iter(states)
+        for first in states:
+            self.network.check(first, "weights")
+            if not self._checked:
+                self._prepare(first)
+            group = [first, *islice(states, (self._together or 1) - 1)]
+            for state in group:
+                self.network.check(state, "weights")
+            yield from self._score(group)
+
+    def _prepare(self, state: Weights) -> None:
+        """Check the data, set the batch size and how many weight sets go through together, all from a few examples."""
+        self.network.load(state)
+        each = 0.0
+        for split in self.splits:
+            inputs, targets = next(split.iterate(PROBE))
+            inputs, targets = take(inputs, slice(PROBE)), targets[:PROBE]
+            self.network.check_inputs(state, inputs, split.name)
+            inputs = to_device(inputs, self.device)
+            each = max(each, activation_bytes(self.network, inputs) / len(targets))
+            if split.held:
+                logits = class_last(self.network(inputs)[None], targets.to(self.device))
+                if logits is not None:
+                    for _inputs, goal in split.batches:
+                        check_classes(goal, logits.shape[-1], split.name)
+        budget = _budget(self.device)
+        self._batch = self.batch_size or int(min(max(budget.batch / max(each, 1), 32), budget.examples))
+        if self._together is None:
+            one = each * max(split.largest(self._batch) for split in self.splits) + sum(t.nbytes for t in state.values())
+            fit = int((self.memory or budget.together) / max(one, 1))
+            self._together = min(fit, MOST_AT_ONCE) if fit >= budget.fewest else 1
+        self._checked = True
+
+    def _score(self, group: list[Weights]) -> list[dict[str, Score]]:
+        """Scores of the weight sets of one group, together if there are several."""
+        try:
+            columns = self._columns(group)
+        except (RuntimeError, ValueError) as error:
+            if len(group) == 1 or self.at_once is not None or isinstance(error, (DataError, InputError)):
+                raise
+            # Out of memory, or an operator that cannot be batched over weights: half as many, in the end a loop.
+            self._together = len(group) // 2 if isinstance(error, torch.cuda.OutOfMemoryError) else 1
+            parts = range(0, len(group), self._together)
+            return [score for start in parts for score in self._score(group[start : start + self._together])]
+        return [{name: scores[k] for name, scores in columns.items()} for k in range(len(group))]
+
+    def _columns(self, group: list[Weights]) -> dict[str, list[Score]]:
+        if len(group) == 1:
+            self.network.load(group[0])
+            return {split.name: self._run(split, lambda inputs: self.network(inputs)[None]) for split in self.splits}
+        stacked = self.network.stack(group)
+        return {split.name: self._run(split, lambda inputs: self.network.many(stacked, inputs)) for split in self.splits}
+
+    def _run(self, split: Split, outputs_of: Callable[[Any], Tensor]) -> list[Score]:
+        """One pass over a split; `outputs_of` gives the outputs (K, N, ...) of a batch."""
+        tally = Tally(split.name, self.measures, self.predictions)
+        for inputs, targets in split.iterate(self._batch):
+            counted = int((targets != IGNORED).sum())
+            tally.add(outputs_of(to_device(inputs, self.device)), targets.to(self.device), counted)
+        return tally.scores()
