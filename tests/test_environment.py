@@ -9,6 +9,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
+import lmc
+
 ROOT = Path(__file__).parents[1]
 CONDA_NAMES = {"pytorch": "torch"}
 OWN_NAME = "lmc-lab"
@@ -54,8 +56,9 @@ def test_core_stays_small():
     assert set(bounds(PROJECT["dependencies"])) == {"torch", "numpy", "scipy", "safetensors", "tqdm"}
 
 
-def test_version_is_said_once_in_each_document():
+def test_one_version_everywhere():
     version = PROJECT["version"]
+    assert lmc.__version__ == version
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == version
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

@@ -14,11 +14,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lmc"
 
 # For each part of the package, the other parts it may import. `lmc/__init__.py` may import all of them.
-LEAVES = {"errors", "files", "weights"}
+LEAVES = {"errors", "files", "weights", "batches", "network"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
     "weights": {"errors"},
+    "batches": {"errors"},
+    "network": {"errors", "weights", "batches"},
     "repair": LEAVES,
     "symmetry": LEAVES,
     "align": LEAVES | {"symmetry"},
