@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmc.errors import SpecError
 from lmc.symmetry.group import Group, Table
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ def outermost_first(groups: Mapping[str, Group]) -> list[Group]:
     depth: dict[str, int] = {}
 
     def level(name: str) -> int:
+        if name not in groups:
+            raise SpecError(f"a group lives in {name!r}, which is not a group")
         if name not in depth:
             depth[name] = 1 + max((level(parent) for parent, _ in groups[name].within), default=-1)
         return depth[name]

@@ -19,8 +19,6 @@ def check_groups(groups: Mapping[str, Group], shapes: Mapping[str, Shape]) -> No
             for table in tables:
                 _check_table(group, tensor, table, shapes[tensor])
         for parent, unit in group.within:
-            if parent not in groups:
-                raise SpecError(f"group {group.name!r} lives in {parent!r}, which is not a group")
             if not 0 <= unit < groups[parent].size:
                 raise SpecError(
                     f"group {group.name!r} lives in unit {unit} of {parent!r}, which has {groups[parent].size}"

@@ -1,5 +1,6 @@
 """From groups back to axis patterns: the text in which a specification is shown, compared and saved."""
 
+import re
 from collections.abc import Mapping
 
 import numpy as np
@@ -76,42 +77,52 @@ def _own(owners: dict[str, Units], family: str, rows, units, length: int, where,
 
 
 def _axis_text(length: int, owners: Mapping[str, Units]) -> str:
-    if not owners:
-        return "."
-    terms, start = [], 0
+    """One axis as a sum of products; a fixed factor that ends every term is written once, behind the sum."""
+    terms: list[list[str]] = []
+    start = 0
     while start < length:
-        stop, text, composed = _longest_term(start, length, owners)
-        if stop is None:
+        stop, words = _longest_term(start, length, owners)
+        if not words:
             return IRREGULAR
-        terms.append((stop - start, text, composed))
+        terms.append(words)
         start = stop
-    if len(terms) == 1:
-        return f"({terms[0][1]})" if terms[0][2] else terms[0][1]
-    return f"({' + '.join(text for _, text, _ in terms)})"
+    last = terms[0][-1]
+    common = len(terms) > 1 and last.isdigit() and all(len(words) > 1 and words[-1] == last for words in terms)
+    if common:
+        terms = [words[:-1] for words in terms]
+    text = " + ".join(" ".join(words) for words in terms)
+    if common:
+        text = f"({text}) {last}"
+    elif len(terms) == 1 and len(terms[0]) == 1:
+        return "." if text.isdigit() else text
+    fixed = [word for word in re.findall(r"[^\s()]+", text) if word.isdigit()]
+    if len(fixed) == 1:
+        text = re.sub(rf"(?<![^\s(]){fixed[0]}(?![^\s)])", ".", text)
+    return f"({text})"
 
 
-def _longest_term(start: int, length: int, owners: Mapping[str, Units]):
-    """The longest product that begins at `start`: (stop, text, composed?)."""
+def _longest_term(start: int, length: int, owners: Mapping[str, Units]) -> tuple[int, list[str]]:
+    """The longest product that begins at `start`: (stop, its factors as words; none if there is no such product)."""
     here = {family: units[start:] for family, units in owners.items() if units[start] != ABSENT}
     same = np.ones(length - start, dtype=bool)
     for units in owners.values():
         same &= (units[start:] != ABSENT) == (units[start] != ABSENT)
     reach = length - start if same.all() else int(np.argmin(same))
     if not here:
-        return start + reach, str(reach) if reach < length else ".", False
+        return start + reach, [str(reach)]
     period = np.ones(reach, dtype=bool)
     for units in here.values():
         period &= units[:reach] == 0
     breaks = [reach, *(int(i) for i in np.flatnonzero(period)[::-1] if i > 0)]
     for stop in breaks[:64]:
-        text = _product_text({family: units[:stop] for family, units in here.items()}, stop)
-        if text is not None:
-            return start + stop, text, " " in text
-    return None, "", False
+        words = _product_words({family: units[:stop] for family, units in here.items()}, stop)
+        if words:
+            return start + stop, words
+    return length, []
 
 
-def _product_text(units: Mapping[str, Units], length: int) -> str | None:
-    """`length` positions as an ordered product of the families and fixed factors, or None."""
+def _product_words(units: Mapping[str, Units], length: int) -> list[str]:
+    """`length` positions as an ordered product of the families and fixed factors; empty if they are not one."""
     factors = []
     for family, owner in units.items():
         size = int(owner.max()) + 1
@@ -125,17 +136,14 @@ def _product_text(units: Mapping[str, Units], length: int) -> str | None:
     for stride, size, family in factors:
         outer, odd = divmod(remaining, stride * size)
         if odd or outer < 1:
-            return None
+            return []
         if outer > 1:
             words.append(str(outer))
         words.append(family)
         remaining = stride
     if remaining > 1:
         words.append(str(remaining))
-    fixed = [i for i, word in enumerate(words) if word.isdigit()]
-    if len(fixed) == 1:
-        words[fixed[0]] = "."
-    return " ".join(words)
+    return words
 
 
 def _with_paths(texts: dict[str, list[str]], inside: Mapping[str, tuple[str, ...]], across) -> dict[str, str]:

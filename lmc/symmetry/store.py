@@ -33,12 +33,15 @@ def to_dict(spec: "PermutationSpec") -> dict[str, Any]:
 def from_dict(content: Mapping[str, Any]) -> "PermutationSpec":
     from lmc.symmetry.spec import PermutationSpec
 
-    if content.get("format") != FORMAT:
-        raise InputError(f"format {content.get('format')!r} is not a permutation spec ({FORMAT!r})")
+    found = content.get("format") if isinstance(content, Mapping) else type(content).__name__
+    if found != FORMAT:
+        raise InputError(f"format {found!r} is not a permutation spec ({FORMAT!r})")
     shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
     if "patterns" in content:
         axes = {name: parse(text, name) for name, text in content["patterns"].items()}
-        groups = groups_from_axes(axes, shapes, content["sizes"])
+        order = {family: place for place, family in enumerate(content["sizes"])}
+        laid_out = groups_from_axes(axes, shapes, content["sizes"])
+        groups = dict(sorted(laid_out.items(), key=lambda item: order[item[1].family]))
     else:
         groups = {item["name"]: _group_from_dict(item) for item in content["groups"]}
     frozen = {(tensor, axis): reason for tensor, axis, reason in content["frozen"]}

@@ -1,0 +1,84 @@
+import pytest
+import torch
+from torch import nn
+
+import lmc
+from lmc import weights as W
+
+
+def pair():
+    a = {"w": torch.tensor([1.0, 2.0]), "n": torch.tensor(3), "h": torch.tensor([1.0], dtype=torch.float16)}
+    b = {"w": torch.tensor([3.0, 6.0]), "n": torch.tensor(9), "h": torch.tensor([3.0], dtype=torch.float16)}
+    return a, b
+
+
+def test_lerp_is_exact_at_the_ends_and_copies_integers_from_a():
+    a, b = pair()
+    a["w"] = torch.rand(2) * 1e-3
+    for alpha, end in ((0.0, a), (1.0, b)):
+        assert torch.equal(W.lerp(a, b, alpha)["w"], end["w"])
+    middle = W.lerp(a, {**b, "w": a["w"] + 2}, 0.5)
+    assert torch.allclose(middle["w"], a["w"] + 1) and middle["n"] == 3
+    assert middle["h"].dtype == torch.float16
+
+
+def test_nothing_is_changed_or_shared():
+    a, b = pair()
+    W.lerp(a, b, 0.0)["w"].zero_()
+    W.mean([a])["w"].zero_()
+    assert a["w"].tolist() == [1.0, 2.0]
+
+
+def test_mean_of_one_is_that_one_bit_for_bit():
+    a = {"w": torch.randn(7, dtype=torch.bfloat16)}
+    assert torch.equal(W.mean([a])["w"], a["w"])
+
+
+def test_mean_accumulates_beyond_half_precision():
+    many = [{"w": torch.tensor([1.0 + i / 512], dtype=torch.float16)} for i in range(256)]
+    exact = sum(float(m["w"]) for m in many) / 256
+    assert float(W.mean(many)["w"]) == torch.tensor(exact, dtype=torch.float16).item()
+
+
+def test_dot_and_distance_agree():
+    a, b = pair()
+    squared = W.dot(a, a) + W.dot(b, b) - 2 * W.dot(a, b)
+    assert W.distance(a, b) ** 2 == pytest.approx(squared)
+    assert W.distance(a, b) == pytest.approx((4 + 16 + 4) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda b: b.pop("w"), r"w: in a \(2,\) float32, missing in b"),
+        (lambda b: b.update(x=torch.zeros(1)), r"x: in b \(1,\) float32, missing in a"),
+        (lambda b: b.update(w=torch.zeros(3)), r"w: shape \(2,\) in a, \(3,\) in b"),
+        (lambda b: b.update(w=torch.zeros(2).double()), "w: dtype torch.float32 in a, torch.float64 in b"),
+        (lambda b: b.update(w=torch.zeros(2, device="meta")), "w: on cpu in a, on meta in b"),
+    ],
+)
+def test_mismatches_name_the_tensor_and_both_sides(change, message):
+    a, b = pair()
+    change(b)
+    with pytest.raises(lmc.MismatchError, match=message):
+        W.lerp(a, b, 0.5)
+
+
+def test_not_a_number_is_named_with_its_place():
+    with pytest.raises(lmc.WeightsError, match=r"w of b: 1 of 4 values .* first at \(1, 0\)"):
+        W.check_finite({"w": torch.tensor([[0.0, 1.0], [float("nan"), 2.0]])}, "b")
+
+
+def test_only_modules_and_mappings_of_tensors_are_weights():
+    assert list(W.as_weights(nn.Linear(2, 1))) == ["weight", "bias"]
+    with pytest.raises(lmc.WeightsError, match="got int"):
+        W.as_weights(3)  # type: ignore[arg-type]
+    with pytest.raises(lmc.WeightsError, match="step: expected a tensor, got int"):
+        W.as_weights({"step": 3})  # type: ignore[dict-item]
+
+
+def test_the_mean_refuses_nonsense():
+    a, b = pair()
+    for models, coefficients in (([], None), ([a, b], [1.0]), ([a, b], [0.2, 0.2])):
+        with pytest.raises(lmc.InputError):
+            W.mean(models, coefficients)
