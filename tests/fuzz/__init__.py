@@ -1,0 +1,1 @@
+"""Random programs, and the exact symmetries of small ones by brute force."""

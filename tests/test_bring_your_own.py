@@ -1,0 +1,167 @@
+"""What happens to the caller's module, and to modules that cannot be read."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lmc
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.drop, self.b = nn.Linear(5, 10), nn.BatchNorm1d(10), nn.Dropout(0.5), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.drop(torch.relu(self.norm(self.a(x)))))
+
+
+def sizes(spec: lmc.PermutationSpec) -> list[int]:
+    return sorted(group.size for group in spec.groups.values())
+
+
+def test_training_mode_is_ignored_and_kept() -> None:
+    model = Block().train()
+    model.drop.eval()
+    before = copy.deepcopy(model.state_dict())
+    state = torch.get_rng_state()
+    spec = lmc.permutation_spec(model, torch.randn(4, 5, generator=torch.Generator().manual_seed(0)))
+    assert sizes(spec) == [10]
+    assert model.training and model.norm.training and not model.drop.training
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert "norm.running_mean" in spec.buffers
+
+
+def test_gradients_hooks_and_requires_grad_are_kept() -> None:
+    model = Block()
+    model.a.weight.requires_grad_(False)
+    model(torch.randn(4, 5)).sum().backward()
+    gradient = model.b.weight.grad
+    lmc.permutation_spec(model, torch.randn(4, 5))
+    assert model.b.weight.grad is gradient and not model.a.weight.requires_grad and model.a.bias.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_precisions(dtype: torch.dtype) -> None:
+    model = Block().eval().to(dtype)
+    spec = lmc.permutation_spec(model, torch.randn(4, 5).to(dtype))
+    assert sizes(spec) == [10]
+    assert next(model.parameters()).dtype == dtype
+
+
+def test_meta_device() -> None:
+    with torch.device("meta"):
+        model = Block().eval()
+    spec = lmc.permutation_spec(model, torch.randn(4, 5, device="meta"))
+    assert sizes(spec) == [10]
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 10), nn.Linear(10, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if h.sum() > 0:  # the graph depends on the data
+            h = torch.relu(h)
+        return self.b(h)
+
+
+class Nonzero(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        rows = [row for row in h if row.max().item() > 0.1]
+        return self.b(torch.stack(rows))
+
+
+class Numpy(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(torch.from_numpy(self.a(x).detach().numpy()))
+
+
+@pytest.mark.parametrize(
+    ("module", "line"), [(Branch, "if h.sum() > 0"), (Nonzero, "row.max().item()"), (Numpy, ".numpy()")]
+)
+def test_data_dependent_control_flow_names_the_line(module: type[nn.Module], line: str) -> None:
+    with pytest.raises(lmc.TraceError) as caught:
+        lmc.permutation_spec(module(), torch.randn(4, 5))
+    message = str(caught.value)
+    assert "test_bring_your_own.py" in message, message
+    assert line in message or f"{module.__name__}" in message or "line" in message, message
+    assert "from_patterns" in message, message  # what to do instead
+
+
+def test_inputs_that_do_not_fit() -> None:
+    with pytest.raises((lmc.TraceError, lmc.InputError), match=r"4.*7|shape|mat1"):
+        lmc.permutation_spec(Block(), torch.randn(4, 7))
+
+
+def test_missing_argument() -> None:
+    with pytest.raises((lmc.TraceError, lmc.InputError), match="x"):
+        lmc.permutation_spec(Block(), ())
+
+
+class Several(nn.Module):
+    """Returns its hidden state too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(5, 10), nn.Linear(10, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.relu(self.a(x))
+        return self.c(torch.relu(self.b(h))), h
+
+
+def test_outputs_decide_what_moves() -> None:
+    model, x = Several(), torch.randn(4, 5)
+    assert sizes(lmc.permutation_spec(model, x)) == [8]  # the hidden state is an output: it stays
+    assert sizes(lmc.permutation_spec(model, x, outputs=0)) == [8, 10]
+    assert sizes(lmc.permutation_spec(model, x, outputs=1)) == []
+    assert sizes(lmc.permutation_spec(model, x, outputs=lambda result: result[0].sum(1))) == [8, 10]
+
+
+def test_keyword_inputs() -> None:
+    assert sizes(lmc.permutation_spec(Several(), {"x": torch.randn(4, 5)}, outputs=0)) == [8, 10]
+
+
+class Unknown(nn.Module):
+    """A matrix exponential between two free layers: not understood, so its neighbours stay, the others do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.mix, self.c = (
+            nn.Linear(5, 10),
+            nn.Linear(10, 6),
+            nn.Parameter(torch.randn(6, 6)),
+            nn.Linear(6, 3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.relu(self.b(torch.relu(self.a(x))))
+        return self.c(h @ torch.linalg.matrix_exp(self.mix))
+
+
+def test_unknown_operators_freeze_with_a_reason() -> None:
+    spec = lmc.permutation_spec(Unknown(), torch.randn(4, 5))
+    assert sizes(spec) == [10]
+    reasons = " ".join(str(reason) for (name, _), reason in spec.frozen.items() if name == "mix")
+    assert "matrix_exp" in reasons, spec.frozen
+
+
+def test_every_axis_left_alone_has_a_reason() -> None:
+    spec = lmc.permutation_spec(Unknown(), torch.randn(4, 5))
+    moving = {
+        (name, d)
+        for group in spec.groups.values()
+        for name, tables in group.tables.items()
+        for t in tables
+        for d in t.dims
+    }
+    for name, shape in spec.shapes.items():
+        for axis, n in enumerate(shape):
+            assert n == 1 or (name, axis) in moving or spec.frozen.get((name, axis)), (name, axis)

@@ -1,0 +1,41 @@
+"""No unsound group in any of several hundred random programs."""
+
+from collections import Counter
+
+import pytest
+from fuzz.check import outcome
+from fuzz.generate import random_program
+
+BATCHES, EACH = 20, 30  # 600 programs
+
+
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_random_programs_are_sound(batch: int, record_property) -> None:
+    programs = [random_program(seed) for seed in range(batch * EACH, (batch + 1) * EACH)]
+    outcomes = [outcome(program) for program in programs]
+    unsound = [str(o) for o in outcomes if not o.sound]
+    record_property("groups", sum(len(o.groups) for o in outcomes))
+    record_property("untraced", sum(bool(o.untraced) for o in outcomes))
+    assert not unsound, "\n".join(unsound)
+    assert sum(bool(o.untraced) for o in outcomes) <= EACH // 10, [o.untraced for o in outcomes if o.untraced]
+
+
+def test_programs_differ_and_cover_the_operators() -> None:
+    sources = [random_program(seed).source for seed in range(BATCHES * EACH)]
+    assert len(set(sources)) == len(sources)
+    words = Counter(word for word in OPERATORS for source in sources if word in source)
+    assert all(words[word] >= 2 for word in OPERATORS), words
+
+
+def test_same_seed_same_program() -> None:
+    assert random_program(3).source == random_program(3).source
+    assert random_program(3).inputs().equal(random_program(3).inputs())
+
+
+OPERATORS = (
+    "F.linear", "einsum", "tensordot", "softmax", "layer_norm", "group_norm", "instance_norm", "batch_norm", "conv1d", "conv2d",
+    "conv_transpose", "torch.cat", "torch.stack", ".chunk(", ".split(", ".flip(", ".roll(", ".permute(", ".unflatten(", ".flatten(",
+    ".reshape(", ".repeat(", "repeat_interleave", ".expand(", "index_select", "argmax", "gather", "scatter", "topk", "sort", "cumsum",
+    "F.pad", "masked_fill", ".clone()", "diagonal", ".unfold(", "unsqueeze(-2)", "nn.LSTM", "nn.GRU", "nn.MultiheadAttention",
+    "scaled_dot_product_attention", "torch.where", "F.glu", ".t()", "max_pool", "logsumexp", "fft",
+)  # fmt: skip

@@ -1,0 +1,12 @@
+"""The zoo: architectures whose permutation symmetries are derived by hand, one file per family."""
+
+from . import attention, convnets, experts, mlps, own, pretrained, recurrent, residual, unusual
+from .entry import Entry, S, Symmetry, grouped_query, heads
+
+ENTRIES: list[Entry] = [
+    entry
+    for family in (mlps, convnets, residual, recurrent, experts, attention, unusual, own, pretrained)
+    for entry in family.ENTRIES
+]
+
+__all__ = ["ENTRIES", "Entry", "S", "Symmetry", "grouped_query", "heads"]
