@@ -1,13 +1,16 @@
 """Pieces that several architectures share: activations, normalisation, pre-norm attention blocks."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmc.errors import InputError
+
+Option = TypeVar("Option")
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -17,7 +20,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def pick(options: dict[str, Callable], name: str, argument: str) -> Callable:
+def pick(options: Mapping[str, Option], name: str, argument: str) -> Option:
     """`options[name]`, or an `InputError` that lists what the argument may be."""
     if name not in options:
         raise InputError(f"{argument}={name!r}: expected one of {', '.join(map(repr, options))}")

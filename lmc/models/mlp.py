@@ -17,9 +17,7 @@ class MLP(nn.Sequential):
     """
 
 
-def mlp(
-    inputs: int, hidden: Sequence[int], classes: int, *, activation: str = "relu", norm: str | None = None
-) -> MLP:
+def mlp(inputs: int, hidden: Sequence[int], classes: int, *, activation: str = "relu", norm: str | None = None) -> MLP:
     """An `MLP` with hidden layers of the given widths.
 
     `activation`: "relu", "gelu", "silu" or "tanh"; `norm`: None, "layer" or "batch", between the linear map and

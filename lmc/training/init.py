@@ -1,0 +1,58 @@
+"""Where training starts: fresh weights from a seed, or weights that were given."""
+
+import copy
+
+import torch
+from torch import nn
+
+from lmc.errors import InputError
+from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible
+
+
+def initialised(model: nn.Module, seed: int) -> Weights:
+    """Parameters and buffers of a fresh initialisation of `model`, the same on every device.
+
+    Draws on the CPU in a forked random state: `reset_parameters` of each layer, inner layers before outer ones.
+    Raises `InputError` naming a layer that has parameters of its own and no `reset_parameters`.
+    """
+    device = device_of(model)
+    fresh = copy.deepcopy(model).cpu()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        for name, layer in reversed(list(fresh.named_modules())):  # a layer comes after everything within it
+            reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
+            if reset is not None:
+                reset()
+            elif next(layer.parameters(recurse=False), None) is not None:
+                raise InputError(
+                    f"layer {name or 'model'} ({type(layer).__name__}) has parameters and no reset_parameters method: "
+                    "add one that initialises them, or pass init= weights to start from"
+                )
+    return own_tensors(fresh.to(device))
+
+
+def given(model: nn.Module, init: ModelOrWeights) -> Weights:
+    start = copy.deepcopy(model)
+    state = {name: tensor.to(device_of(model)) for name, tensor in as_weights(init).items()}
+    check_compatible(as_weights(model), state, ("model", "init"))
+    start.load_state_dict(state)
+    return own_tensors(start)
+
+
+def own_tensors(model: nn.Module) -> Weights:
+    """Every parameter and buffer once, persistent or not."""
+    return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Name of each tied tensor -> the name it is trained under."""
+    first = {id(p): name for name, p in [*model.named_parameters(), *model.named_buffers()]}
+    every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: first[id(tensor)] for name, tensor in every}
+
+
+def device_of(model: nn.Module) -> torch.device:
+    first = next(model.parameters(), None)
+    if first is None:
+        raise InputError(f"model ({type(model).__name__}) has no parameters: nothing to train")
+    return first.device

@@ -1,0 +1,69 @@
+"""Checks of what is trained on: the tensors, the model's answer to them, the epochs to keep."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lmc.errors import DataError, InputError
+
+
+def training_tensors(data: object, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Inputs and targets on `device`, from a data set with `.train`, a pair of tensors, or an iterable of pairs."""
+    pair = getattr(data, "train", data)
+    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)):
+        if not isinstance(pair, Iterable):
+            raise DataError(
+                f"data: expected a data set, (inputs, targets) or batches of such, got {type(data).__name__}"
+            )
+        batches = list(pair)
+        if not batches:
+            raise DataError("data: no batches at all; an iterator that was read before is empty the second time")
+        pair = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
+    inputs, targets = pair
+    if len(inputs) == 0 or len(inputs) != len(targets):
+        raise DataError(f"data: {len(inputs)} inputs and {len(targets)} targets; expected the same number, not zero")
+    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+        raise DataError(f"data: targets are {targets.dtype}; expected class numbers of an integer type")
+    if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
+        first = tuple(int(i) for i in (~torch.isfinite(inputs)).nonzero()[0])
+        raise DataError(f"data: inputs hold NaN or infinity, first at {first}")
+    return inputs.to(device), targets.to(device).long()
+
+
+def check_model(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
+    """Raise `InputError` unless `model` answers `inputs` with logits that fit `targets`."""
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            output = model.eval()(inputs[:2])
+    except Exception as error:
+        shape, dtype = tuple(inputs.shape), inputs.dtype
+        raise InputError(f"model ({type(model).__name__}) fails on inputs {shape} {dtype}: {error}") from error
+    finally:
+        model.train(was_training)
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor) or logits.shape[:-1] != targets[:2].shape:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
+        raise InputError(
+            f"model ({type(model).__name__}) gives {found} for 2 inputs; expected logits "
+            f"{(*targets[:2].shape, 'classes')} to go with targets {tuple(targets.shape)}"
+        )
+    lowest, highest = int(targets.min()), int(targets.max())
+    if lowest < 0 or highest >= logits.shape[-1]:
+        raise InputError(f"targets go from {lowest} to {highest}, the model has {logits.shape[-1]} classes")
+
+
+def epochs_to_keep(keep: int | Iterable[int] | None, epochs: int) -> set[int]:
+    """The epochs whose weights are kept: every `keep`-th and both ends, the listed ones, or none."""
+    if keep is None:
+        return set()
+    if isinstance(keep, int):
+        if keep < 1:
+            raise InputError(f"keep={keep}: expected a positive number of epochs, or the epochs themselves")
+        return {*range(0, epochs + 1, keep), epochs}
+    chosen = set(keep)
+    outside = sorted(epoch for epoch in chosen if not isinstance(epoch, int) or not 0 <= epoch <= epochs)
+    if outside:
+        raise InputError(f"keep: {outside} outside 0 to {epochs} epochs")
+    return chosen

@@ -1,0 +1,229 @@
+"""`train`: many seeds of one architecture, each with its own initialisation and its own order of the data."""
+
+import contextlib
+import copy
+import math
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from lmc.errors import InputError
+from lmc.training.init import aliases, device_of, given, initialised
+from lmc.training.inputs import check_model, epochs_to_keep, training_tensors
+from lmc.training.result import History, Recipe, Trained
+from lmc.training.step import Stack, Step, one_by_one, record
+from lmc.weights import ModelOrWeights, Weights
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("cosine", "constant")
+ORDER_STREAM = 1 << 40  # added to a seed, so that the order of the data does not repeat the draws of the init
+
+
+def train(
+    model: nn.Module,
+    data: object,
+    *,
+    seeds: Iterable[int] = range(8),
+    epochs: int = 20,
+    optimizer: str = "adam",
+    lr: float = 3e-3,
+    schedule: str = "cosine",
+    batch_size: int = 64,
+    weight_decay: float = 0.0,
+    momentum: float = 0.9,
+    init: ModelOrWeights | None = None,
+    keep: int | Iterable[int] | None = None,
+    together: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Trained:
+    """Train `model`'s architecture once for each of `seeds` by cross-entropy; `model` itself is not touched.
+
+    A seed decides the initial weights (each layer's `reset_parameters`) and the order of the data, and gives
+    the same weights, to rounding, whichever other seeds are trained beside it. All seeds advance together, as
+    one vectorised step over stacked weights, at most `together` at a time (default: all); batch normalisation
+    keeps statistics per seed. A model that cannot be vectorised, for example because of dropout, is trained
+    one seed after the other. No global random state is read or changed.
+
+    data: a data set with `.train`, a pair `(inputs, targets)`, or an iterable of such batches. Inputs are
+        `(N, ...)`, targets class numbers `(N,)`, or `(N, T)` for logits `(N, T, classes)`. An epoch visits each
+        sample once, less the incomplete last batch.
+    optimizer: "adam", "adamw" (decoupled weight decay) or "sgd" (with `momentum`).
+    schedule: "cosine" from `lr` down to 0 over all steps, or "constant".
+    init: weights that every seed starts from, so that only the order of the data differs.
+    keep: keep the weights along the way: a number of epochs between them, or the epochs themselves (0: before
+        the first step); found in `trajectory`.
+    device: where to train (default: where `model` is); the weights stay there.
+
+    Interrupting (Ctrl-C, or the notebook's stop button) ends training with a warning and returns what there is,
+    with `interrupted=True`. Raises `InputError` for arguments outside their range, a layer that cannot
+    initialise itself, or logits that do not fit the targets; `DataError` for unusable data.
+    """
+    began = time.perf_counter()
+    recipe = Recipe(
+        optimizer, lr, schedule, epochs, batch_size, weight_decay, momentum, "fresh" if init is None else "given"
+    )
+    seeds = _checked(recipe, seeds, together)
+    device = device_of(model) if device is None else torch.device(device)
+    inputs, targets = training_tensors(data, device)
+    blank = copy.deepcopy(model).to(device).train()
+    check_model(blank, inputs, targets)
+    kept = epochs_to_keep(keep, epochs)
+    runs: list[_Run] = []
+    interrupted = False
+    with tqdm(total=epochs * len(seeds), desc="training", unit="epoch", disable=not progress, delay=2) as bar:
+        waiting = list(seeds)
+        size = together or len(waiting)
+        try:
+            while waiting:
+                run = _Run.start(blank, waiting[:size], recipe, init, inputs, targets)
+                if not run.vectorised and size > 1:  # alone, so that random draws do not depend on the company
+                    size = 1
+                    continue
+                waiting = waiting[size:]
+                runs.append(run)
+                _finish(run, recipe, inputs, targets, kept, bar)
+        except KeyboardInterrupt:
+            if not runs:
+                raise
+            interrupted = True
+    return _collect(runs, model, data, recipe, time.perf_counter() - began, interrupted)
+
+
+@dataclass
+class _Run:
+    """Some seeds on their way: stacked weights, their optimiser, and what they went through so far."""
+
+    model: nn.Module
+    seeds: list[int]
+    parameters: Stack
+    fixed: Stack
+    step: Step
+    vectorised: bool
+    orders: list[torch.Generator]
+    history: list[tuple[list[float], list[float]]] = field(default_factory=list)  # of each epoch, loss and accuracy
+    snapshots: dict[int, list[Weights]] = field(default_factory=dict)
+
+    @classmethod
+    def start(cls, blank: nn.Module, seeds: list[int], recipe: Recipe, init, inputs: Tensor, targets: Tensor) -> "_Run":
+        states = [initialised(blank, seed) if init is None else given(blank, init) for seed in seeds]
+        trained = [name for name, p in blank.named_parameters() if p.requires_grad]
+        stack = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+        parameters = {name: stack.pop(name) for name in trained}
+        batch = min(recipe.batch_size, len(inputs))
+        example = torch.arange(batch, device=inputs.device).expand(len(seeds), -1)
+        try:
+            step, vectorised = record(blank, parameters, stack, inputs[example], targets[example]), True
+        except Exception:  # whatever stops vectorising; an error of the model itself shows again one by one
+            step, vectorised = one_by_one(blank), False
+        orders = [torch.Generator().manual_seed(seed + ORDER_STREAM) for seed in seeds]
+        return cls(blank, seeds, parameters, stack, step, vectorised, orders)
+
+    def weights(self) -> list[Weights]:
+        """Full state dicts, tied tensors under each of their names."""
+        stack = self.parameters | self.fixed
+        alias = aliases(self.model)
+        names = [(name, alias.get(name, name)) for name in self.model.state_dict()]
+        return [{name: stack[source][i].clone() for name, source in names} for i in range(len(self.seeds))]
+
+
+def _finish(run: _Run, recipe: Recipe, inputs: Tensor, targets: Tensor, kept: set[int], bar: tqdm) -> None:
+    """Train a run to its end; when interrupted, the run holds what was reached."""
+    optimizer = _optimizer(recipe, run.parameters)
+    batch = min(recipe.batch_size, len(inputs))
+    steps = len(inputs) // batch
+    with _own_randomness(run.seeds[0], inputs.device), torch.no_grad():
+        if 0 in kept:
+            run.snapshots[0] = run.weights()
+        for epoch in range(recipe.epochs):
+            order = torch.stack([torch.randperm(len(inputs), generator=g) for g in run.orders]).to(inputs.device)
+            totals = torch.zeros(2, len(run.seeds), device=inputs.device)
+            for i in range(steps):
+                optimizer.param_groups[0]["lr"] = _rate(recipe, epoch * steps + i, recipe.epochs * steps)
+                chosen = order[:, i * batch : (i + 1) * batch]
+                gradients, scores = run.step(run.parameters, run.fixed, inputs[chosen], targets[chosen])
+                for name, parameter in run.parameters.items():
+                    # fused optimisers walk through memory, so parameter and gradient must be laid out alike
+                    parameter.grad = gradients[name].contiguous()
+                optimizer.step()
+                totals += torch.stack(scores)
+            loss, accuracy = (totals / steps).cpu()
+            run.history.append((loss.tolist(), accuracy.tolist()))
+            if epoch + 1 in kept:
+                run.snapshots[epoch + 1] = run.weights()
+            bar.update(len(run.seeds))
+
+
+def _collect(
+    runs: list[_Run], model: nn.Module, data: object, recipe: Recipe, seconds: float, interrupted: bool
+) -> Trained:
+    seeds, weights, history, trajectory = [], [], [], []
+    for run in runs:
+        for i, (seed, state) in enumerate(zip(run.seeds, run.weights(), strict=True)):
+            losses = tuple(loss[i] for loss, _ in run.history)
+            seeds.append(seed)
+            weights.append(state)
+            history.append(History(losses, tuple(accuracy[i] for _, accuracy in run.history)))
+            trajectory.append({epoch: states[i] for epoch, states in run.snapshots.items()})
+            if losses and not math.isfinite(losses[-1]):
+                warnings.warn(f"seed {seed} diverged: its loss is {losses[-1]}; try a smaller lr", stacklevel=3)
+    if interrupted:
+        done = max(len(run.history) for run in runs)
+        warnings.warn(f"training interrupted after {done} of {recipe.epochs} epochs", stacklevel=3)
+    name = str(getattr(data, "name", "data"))
+    groups = (tuple(seeds), tuple(weights), tuple(history), tuple(trajectory))
+    return Trained(type(model).__name__, name, *groups, recipe, seconds, interrupted)
+
+
+def _optimizer(recipe: Recipe, parameters: Stack) -> torch.optim.Optimizer:
+    tensors: Sequence[Tensor] = list(parameters.values())
+    fused = all(p.device.type in ("cpu", "cuda") for p in tensors)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(
+            tensors, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=fused
+        )
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(tensors, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
+
+
+def _rate(recipe: Recipe, step: int, steps: int) -> float:
+    """Learning rate of a step; the cosine goes from `lr` to 0 (Loshchilov and Hutter 2016, eq. 5, no restarts)."""
+    if recipe.schedule == "constant":
+        return recipe.lr
+    return 0.5 * recipe.lr * (1 + math.cos(math.pi * step / steps))
+
+
+@contextlib.contextmanager
+def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """A random state of our own for layers that draw (dropout); the caller's is put back."""
+    cuda = device.type == "cuda"
+    with torch.random.fork_rng(devices=[device] if cuda else []):
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
+
+
+def _checked(recipe: Recipe, seeds: Iterable[int], together: int | None) -> list[int]:
+    chosen = list(seeds)
+    if not chosen or not all(isinstance(seed, int) and 0 <= seed < ORDER_STREAM for seed in chosen):
+        raise InputError(f"seeds={chosen}: expected at least one, each an integer from 0 on")
+    if len(set(chosen)) < len(chosen):
+        raise InputError(f"seeds={chosen}: the same seed twice gives the same weights twice")
+    for argument, options in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+        if getattr(recipe, argument) not in options:
+            raise InputError(f"{argument}={getattr(recipe, argument)!r}: expected one of {', '.join(options)}")
+    for argument, value in (("epochs", recipe.epochs), ("batch_size", recipe.batch_size), ("together", together)):
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise InputError(f"{argument}={value!r}: expected a positive integer")
+    for argument in ("lr", "weight_decay", "momentum"):
+        value = getattr(recipe, argument)
+        if not math.isfinite(value) or value < 0:
+            raise InputError(f"{argument}={value!r}: expected a finite number, zero or more")
+    return chosen
