@@ -30,9 +30,9 @@ def family_rows(spec: "PermutationSpec") -> list[tuple[str, str, str, str]]:
     merged: dict[tuple, list[str]] = {}
     for family, members in families.items():
         first = members[0]
-        inside = ", ".join(dict.fromkeys(_generic(spec.groups[p].family) for g in members for p, _ in g.within))
-        tensors = tuple(_generic(f'{t} "{spec.patterns[t]}"') for t in first.tables)
-        key = (_generic(family), first.size, len(members), inside, tensors)
+        inside = ", ".join(dict.fromkeys(generic(spec.groups[p].family) for g in members for p, _ in g.within))
+        tensors = tuple(generic(f'{t} "{spec.patterns[t]}"') for t in first.tables)
+        key = (generic(family), first.size, len(members), inside, tensors)
         merged.setdefault(key, []).append(family)
     rows = []
     for (name, size, count, inside, tensors), names in merged.items():
@@ -51,7 +51,7 @@ def frozen_rows(spec: "PermutationSpec") -> list[tuple[str, str]]:
     """(reason, axes that it holds): axes of size > 1 that do not move, merged over layer numbers."""
     reasons: dict[str, dict[str, None]] = {}
     for (tensor, axis), reason in spec.frozen.items():
-        reasons.setdefault(reason, {})[f"{_generic(tensor)} axis {axis}"] = None
+        reasons.setdefault(reason, {})[f"{generic(tensor)} axis {axis}"] = None
     return [(reason, _shorten(tuple(places))) for reason, places in reasons.items()]
 
 
@@ -89,9 +89,9 @@ def as_html(spec: "PermutationSpec") -> str:
     return "".join(parts)
 
 
-def _generic(text: str) -> str:
-    """Layer numbers (".3.") written as ".*.", so that equal layers share a line."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", text)
+def generic(text: str) -> str:
+    """Layer numbers ("layers.3.fc") written as "*", so that equal layers share a line."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", text)
 
 
 def _shorten(items: tuple[str, ...]) -> str:
