@@ -1,0 +1,46 @@
+"""Combine the weights of several models: `method(models, *, base=None, ...) -> weights`."""
+
+from lmc.merge.averaging import (
+    average,
+    ema,
+    karcher_mean,
+    lawa,
+    metrics_weighted,
+    model_stock,
+    slerp,
+    swa,
+    variance_corrected,
+)
+from lmc.merge.method import linear, on_task_vectors, on_tensors
+from lmc.merge.on_top import consensus, lines, on_merged, tall_mask, tall_masks
+from lmc.merge.soups import wise_ft
+from lmc.merge.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
+from lmc.merge.ties import pcb, ties
+
+__all__ = [
+    "average",
+    "breadcrumbs",
+    "consensus",
+    "dare",
+    "della",
+    "ema",
+    "karcher_mean",
+    "lawa",
+    "linear",
+    "lines",
+    "metrics_weighted",
+    "model_stock",
+    "on_merged",
+    "on_task_vectors",
+    "on_tensors",
+    "pcb",
+    "slerp",
+    "swa",
+    "tall_mask",
+    "tall_masks",
+    "task_arithmetic",
+    "task_vector",
+    "ties",
+    "variance_corrected",
+    "wise_ft",
+]

@@ -1,0 +1,275 @@
+"""How a few lines about one tensor become a merging method for whole models.
+
+A method is written as a plain function of one named tensor and lifted by one of three decorators:
+
+    @linear                                  @on_tensors                       @on_task_vectors
+    def last(count):                         def median(tensors):              def largest(deltas):
+        return [0.0] * (count - 1) + [1.0]       return tensors.median(0).values   return deltas.amax(0)
+
+    last([a, b, c])                          median([a, b, c])                 largest([a, b], base=base, scale=0.5)
+
+`linear` rules give one coefficient per model (what is missing to 1 goes to the base); `tensors` and `deltas` (task
+vectors, model minus base) are `(models, *shape)` in float32 or wider. Keyword-only parameters of the rule become
+options of the method, each given as one value or per name pattern (`patterns.py`). A rule that names one of these
+parameters receives it:
+
+- `base`: the base's tensor `(*shape)`;
+- `name`: the name of the tensor;
+- `generator`: a CPU random generator that depends on the option `seed` and on the name alone;
+- `survey`: what the method's survey found in a first pass over all tensors (thresholds of whole models).
+
+Every method reads one tensor of all models at a time; one with a survey reads them all more than once.
+"""
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lmc.errors import InputError
+from lmc.merge.patterns import PerName
+from lmc.merge.tensors import WeightSets, assemble, generator, weight_sets
+from lmc.weights import ModelOrWeights, Weights
+
+Rule = Callable[..., Any]
+Survey = Callable[..., Any]
+Read = Callable[[str], tuple[Any, ...]]
+Kind = Literal["linear", "tensors", "task vectors"]
+GIVEN = ("base", "name", "generator", "survey")
+
+
+class MergeFunction(Protocol):
+    """A merging method: `method(models, *, base=None, ...) -> weights`; `.method` says how it is made."""
+
+    __name__: str
+
+    @property
+    def method(self) -> "Method": ...
+
+    def __call__(self, models: Sequence[ModelOrWeights], **options: Any) -> Weights: ...
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a rule is given for every weight, one at a time: a survey iterates over it as often as it likes.
+
+    Iterating gives `(models, *shape)` tensors, or a tuple of tensors if the rule takes several; all of one dtype.
+    """
+
+    sets: WeightSets
+    read: Callable[[str], tuple[Any, ...]]
+
+    def __iter__(self) -> Iterator[Any]:
+        for name in self.sets.weights:
+            values = tuple(value.to(self.sets.dtype) for value in self.read(name))
+            yield values if len(values) > 1 else values[0]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A rule for one tensor and how it is lifted.
+
+    Attributes:
+        rule: the function of one tensor.
+        kind: what the rule is given: nothing but the number of models, their tensors, or their task vectors.
+        survey: a function of a `Pass` and the options, called once before the rule; None if one tensor at a time suffices.
+        shares: for rules on tensors, from the options to the share of each model in averaged statistics.
+    """
+
+    rule: Rule
+    kind: Kind
+    survey: Survey | None = None
+    shares: Callable[..., Sequence[float]] | None = None
+
+    @cached_property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The keyword-only parameters of the rule."""
+        found = inspect.signature(self.rule).parameters.values()
+        return {p.name: p for p in found if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether each tensor is read once only."""
+        return self.survey is None
+
+    @property
+    def needs_base(self) -> bool:
+        return self.kind == "task vectors" or (
+            "base" in self.parameters and self.parameters["base"].default is inspect.Parameter.empty
+        )
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """The signature of the lifted function."""
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        base = inspect.Parameter("base", keyword, default=inspect.Parameter.empty if self.needs_base else None)
+        extra = [inspect.Parameter("scale", keyword, default=1.0)] if self.kind == "task vectors" else []
+        if "generator" in self.parameters:
+            extra.append(inspect.Parameter("seed", keyword, default=0))
+        own = [p for p in self.parameters.values() if p.name not in GIVEN]
+        models = inspect.Parameter("models", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return inspect.Signature([models, base, *own, *extra])
+
+    def stream(self, sets: WeightSets, **options: Any) -> Iterator[tuple[str, Tensor]]:
+        """The merged weights, `(name, tensor)` one at a time in the order of the first model."""
+        if self.kind == "task vectors":
+            shares = self._shares(sets, options)
+            return _add_deltas(sets, self.deltas(sets, **options), shares)
+        if self.kind == "linear":
+            run = self._prepare(sets, options, lambda name: (len(sets),))
+            coefficients = lambda name: _affine(self._rule(run, name))  # noqa: E731
+            return assemble(sets, lambda name: sets.combine(name, *coefficients(name)), lambda n: _convex(coefficients(n)))
+        run = self._prepare(sets, options, lambda name: (sets.stack(name),))
+
+        def merged(name: str) -> Tensor:  # an average of one model is that model, bit for bit
+            return sets.combine(name, [1.0]) if len(sets) == 1 else self._rule(run, name)
+
+        return assemble(sets, merged, lambda name: self._average(run, name))
+
+    def deltas(self, sets: WeightSets, **options: Any) -> Callable[[str], Tensor]:
+        """For methods on task vectors: the merged task vector of a name, `scale` included, in float32 or wider."""
+        if self.kind != "task vectors":
+            raise InputError(f"{self.rule.__name__} is not a method on task vectors: it has no merged task vector")
+        return self._scaled(sets, options, lambda name: (sets.deltas(name),))
+
+    def _scaled(self, sets: WeightSets, options: dict[str, Any], read: Read) -> Callable[[str], Tensor]:
+        scales = PerName({"scale": options.pop("scale", 1.0)}, {"scale": 1.0}, sets.names)
+        run = self._prepare(sets, options, read)
+        return lambda name: self._rule(run, name) * scales(name)["scale"]
+
+    def _prepare(self, sets: WeightSets, options: dict[str, Any], read: Read) -> "_Run":
+        if self.needs_base and sets.base is None:
+            raise InputError(f"{self.rule.__name__} needs the weights that the models were fine-tuned from: pass base=")
+        seed = int(options.pop("seed", 0))
+        empty = inspect.Parameter.empty
+        defaults = {p.name: p.default for p in self.parameters.values() if p.default is not empty and p.name not in GIVEN}
+        options = defaults | options
+        found = self.survey(Pass(sets, read), **options) if self.survey else None
+        return _Run(sets, PerName(options, defaults, sets.names), read, seed, found)
+
+    def _rule(self, run: "_Run", name: str) -> Any:
+        given: dict[str, Any] = {}
+        if "base" in self.parameters:
+            given["base"] = None if run.sets.base is None else run.sets.base_tensor(name)
+        if "name" in self.parameters:
+            given["name"] = name
+        if "generator" in self.parameters:
+            given["generator"] = generator(run.seed, name)
+        if "survey" in self.parameters:
+            given["survey"] = run.survey
+        return self.rule(*run.read(name), **given, **run.options(name))
+
+    def _average(self, run: "_Run", name: str) -> tuple[list[float], float]:
+        """Shares of the models in a statistic: the rule's own if it says so, in proportion to `weights`, or equal."""
+        options = run.options(name)
+        values = self.shares(**options) if self.shares else coefficients(options.get("weights"), len(run.sets))
+        return _convex(([value / sum(values) for value in values], 0.0))
+
+    def _shares(self, sets: WeightSets, options: dict[str, Any]) -> Callable[[str], tuple[list[float], float]]:
+        """Statistics follow the sum `base + scale * sum_t w_t tau_t`, but never leave the range of the inputs."""
+        chosen = {"scale": options.get("scale", 1.0), "weights": options.get("weights")}
+        resolve = PerName(chosen, {"scale": 1.0, "weights": None}, sets.names)
+
+        def shares(name: str) -> tuple[list[float], float]:
+            here = resolve(name)
+            sizes = [abs(w * here["scale"]) for w in coefficients(here["weights"], len(sets))]
+            total = max(1.0, sum(sizes))
+            return [size / total for size in sizes], max(0.0, 1.0 - sum(sizes))
+
+        return shares
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What one call has fixed before the first tensor."""
+
+    sets: WeightSets
+    options: PerName
+    read: Read
+    seed: int
+    survey: Any
+
+
+def _add_deltas(
+    sets: WeightSets, delta: Callable[[str], Tensor], shares: Callable[[str], tuple[Sequence[float], float]]
+) -> Iterator[tuple[str, Tensor]]:
+    """`base + delta` for every weight; where the delta is that of a lone model, that model's own bits."""
+
+    def merged(name: str) -> Tensor:
+        move = delta(name)
+        result = sets.base_tensor(name) + move
+        if len(sets) == 1:  # base + (model - base) differs from the model in the last bit
+            result = torch.where(move == sets.deltas(name)[0], sets.stack(name)[0], result)
+        return result
+
+    return assemble(sets, merged, shares)
+
+
+def linear(rule: Rule) -> MergeFunction:
+    """Lift `rule(count, *, ...) -> coefficients`: one per model; what they lack to 1 is the base's share."""
+    return lift(Method(rule, "linear"))
+
+
+def on_tensors(rule: Rule | None = None, *, shares: Callable[..., Sequence[float]] | None = None) -> Any:
+    """Lift `rule(tensors, *, ...) -> tensor`: from `(models, *shape)` to `(*shape)`; a lone model is given back as it is.
+
+    `shares(**options)` says how much of each model goes into averaged statistics (default: `weights`, or equal).
+    """
+    if rule is None:
+        return lambda rule: lift(Method(rule, "tensors", shares=shares))
+    return lift(Method(rule, "tensors", shares=shares))
+
+
+def on_task_vectors(rule: Rule | None = None, *, survey: Survey | None = None) -> Any:
+    """Lift `rule(deltas, *, ...) -> delta`: from task vectors `(models, *shape)` to one; `scale` of it is added to the base."""
+    if rule is None:
+        return lambda rule: lift(Method(rule, "task vectors", survey))
+    return lift(Method(rule, "task vectors", survey))
+
+
+def lift(method: Method) -> MergeFunction:
+    """The function `method(models, *, base=None, ...) -> weights`, with the rule's name and docstring."""
+    name = method.rule.__name__
+    signature = method.signature
+
+    def merge(models: Sequence[ModelOrWeights], **options: Any) -> Weights:
+        arguments = signature.bind(models, **options).arguments
+        models, base = arguments.pop("models"), arguments.pop("base", None)
+        arguments |= arguments.pop("options", {})  # further options, of methods on top of others
+        return dict(method.stream(weight_sets(models, base), **arguments))
+
+    merge.__name__ = merge.__qualname__ = name
+    merge.__module__ = method.rule.__module__
+    merge.__doc__ = method.rule.__doc__
+    merge.__signature__ = signature  # type: ignore[attr-defined]
+    merge.method = method  # type: ignore[attr-defined]
+    return merge  # type: ignore[return-value]
+
+
+def coefficients(weights: Iterable[float] | None, count: int, what: str = "weights") -> list[float]:
+    """`weights` as floats, one per model (default: 1 each), checked."""
+    values = [1.0] * count if weights is None else [float(w) for w in weights]
+    if len(values) != count:
+        raise InputError(f"{what}: {len(values)} values for {count} models; give one per model")
+    if not all(abs(v) < float("inf") for v in values):
+        raise InputError(f"{what}: {values} are not all finite")
+    return values
+
+
+def _affine(values: Sequence[float]) -> tuple[list[float], float]:
+    """Coefficients of the models and of the base, which takes what they lack to 1 (rounding aside)."""
+    rest = 1.0 - sum(values)
+    return list(values), rest if abs(rest) > 1e-9 else 0.0
+
+
+def _convex(affine: tuple[list[float], float]) -> tuple[list[float], float]:
+    """Shares in an average of statistics: the coefficients where they are an average, else their sizes over the sum."""
+    values, rest = affine
+    if min(*values, rest) >= 0.0:
+        return affine
+    sizes = [abs(v) for v in (*values, rest)]
+    return [size / sum(sizes) for size in sizes[:-1]], sizes[-1] / sum(sizes)

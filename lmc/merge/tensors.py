@@ -1,0 +1,211 @@
+"""Several weight sets of one architecture, read one tensor at a time: what every merging method stands on.
+
+Each name of a state dict is one of four things, and each is treated once, here, for all methods:
+
+- a weight: a floating-point tensor; merged by the method, in float32 or wider, and cast back;
+- a statistic: BatchNorm's running mean and variance (of a module: any floating-point buffer). It is averaged and
+  takes no part in norms, cosines, masks or quantiles; re-estimate it afterwards (`lmc.recalibrate_batchnorm`);
+- a tie: a second name of the same storage (embedding and output head). It is merged under its first name and tied again;
+- anything else (integers, booleans): copied from the first model.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lmc.errors import InputError, WeightsError
+from lmc.weights import ModelOrWeights, as_weights, check_compatible
+
+STATISTICS = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class WeightSets:
+    """The models to merge and the base they came from (or none), with the role of every name.
+
+    Attributes:
+        states: one mapping from names to tensors per model; a mapping that reads from disk works as well.
+        base: the weights that all models were fine-tuned from, or None.
+        weights: the names merged by the method, each stored tensor once, in the order of the first model.
+        statistics: the names that are averaged.
+        ties: second names of a stored tensor, each with its first name.
+        dtype: the widest dtype that weights are computed in: float32, or float64 if any weight has it.
+    """
+
+    states: tuple[Mapping[str, Tensor], ...]
+    base: Mapping[str, Tensor] | None
+    weights: tuple[str, ...]
+    statistics: frozenset[str]
+    ties: Mapping[str, str]
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of weights and statistics: those that options per name pattern can speak of."""
+        return (*self.weights, *sorted(self.statistics))
+
+    def stack(self, name: str) -> Tensor:
+        """`(models, *shape)`: the tensor `name` of every model, in float32 or wider."""
+        return torch.stack([self._read(state, name, f"models[{i}]") for i, state in enumerate(self.states)])
+
+    def base_tensor(self, name: str) -> Tensor:
+        """`(*shape)`: the tensor `name` of the base, in float32 or wider."""
+        if self.base is None:
+            raise InputError("this method needs the weights that the models were fine-tuned from: pass base=")
+        return self._read(self.base, name, "base")
+
+    def deltas(self, name: str) -> Tensor:
+        """`(models, *shape)`: the task vectors, model minus base."""
+        return self.stack(name) - self.base_tensor(name)
+
+    def combine(self, name: str, coefficients: Sequence[float], base_coefficient: float = 0.0) -> Tensor:
+        """`base_coefficient * base + sum_i coefficients[i] * model_i`, one model at a time; all coefficients sum to 1.
+
+        Summed as steps from the first model used, so that equal models give that model bit for bit, as a lone
+        coefficient of 1 does. Models with coefficient 0 are not read.
+        """
+        terms: list[tuple[Mapping[str, Tensor] | None, float, str]] = [
+            (state, c, f"models[{i}]") for i, (state, c) in enumerate(zip(self.states, coefficients, strict=True))
+        ]
+        used = [term for term in [*terms, (self.base, base_coefficient, "base")] if term[1] != 0.0]
+        origin, total = None, None
+        for state, coefficient, who in used:
+            if state is None:
+                raise InputError(f"coefficients that do not sum to 1 leave {coefficient:g} to the base: pass base=")
+            tensor = self._read(state, name, who)
+            if total is None:
+                origin, total = tensor, tensor.clone()
+            else:
+                total.add_(tensor - origin, alpha=coefficient)
+        if total is None:
+            raise InputError(f"{name}: all coefficients are zero")
+        return total
+
+    def _read(self, state: Mapping[str, Tensor], name: str, who: str) -> Tensor:
+        tensor = state[name].detach()
+        tensor = tensor.to(wide(tensor.dtype))
+        finite = torch.isfinite(tensor)
+        if not bool(finite.all()):
+            where = tuple(int(i) for i in (~finite).nonzero()[0])
+            raise WeightsError(
+                f"{name} of {who}: {int((~finite).sum())} of {tensor.numel()} values are NaN or infinite, "
+                f"first at {where}; leave this model out"
+            )
+        return tensor
+
+
+def weight_sets(models: Sequence[ModelOrWeights], base: ModelOrWeights | None = None) -> WeightSets:
+    """Check that all models (and the base) have one architecture, and sort their names by role.
+
+    Raises:
+        InputError: no models at all, or a single model where a sequence is expected.
+        MismatchError: names, shapes, dtypes or devices differ.
+        WeightsError: complex tensors, which no method here is defined for.
+    """
+    if isinstance(models, (nn.Module, Mapping)):
+        raise InputError("models: expected a sequence of modules or state dicts, got a single one; write [model]")
+    states = tuple(_mapping(model) for model in models)
+    if not states:
+        raise InputError("models is empty: pass at least one module or state dict")
+    first = states[0]
+    reference = None if base is None else _mapping(base)
+    others = [(f"models[{i}]", state) for i, state in enumerate(states[1:], start=1)]
+    others += [] if reference is None else [("base", reference)]
+    for who, other in others:
+        check_compatible(dict(first), dict(other), ("models[0]", who))
+
+    buffers = {name for name, _ in models[0].named_buffers()} if isinstance(models[0], nn.Module) else set()
+    ties = _ties([*states, *([] if reference is None else [reference])])
+    weights, statistics, dtype = [], set(), torch.float32
+    for name in first:
+        tensor = first[name]
+        if tensor.is_complex():
+            raise WeightsError(f"{name}: complex weights are not merged; store torch.view_as_real of them")
+        if not tensor.is_floating_point() or name in ties:
+            continue
+        if tensor.numel() == 0 or (isinstance(first, dict) and _masking(tensor, [o[name] for _, o in others])):
+            continue
+        if name in buffers or name.rpartition(".")[2] in STATISTICS:
+            statistics.add(name)
+        else:
+            weights.append(name)
+            dtype = torch.promote_types(dtype, tensor.dtype)
+    return WeightSets(states, reference, tuple(weights), frozenset(statistics), ties, dtype)
+
+
+def assemble(
+    sets: WeightSets, merged: Callable[[str], Tensor], shares: Callable[[str], tuple[Sequence[float], float]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Every name of the result with its tensor, in the order of the first model, one tensor at a time.
+
+    Args:
+        sets: the inputs.
+        merged: the merged tensor for the name of a weight; any dtype, cast here.
+        shares: for the name of a statistic the share of each model and of the base in its average; they sum to 1.
+    """
+    weights, again = frozenset(sets.weights), frozenset(sets.ties.values())
+    done: dict[str, Tensor] = {}
+    for name, original in sets.states[0].items():
+        if name in sets.ties:
+            yield name, done[sets.ties[name]]
+            continue
+        if name in weights:
+            tensor = merged(name)
+        elif name in sets.statistics:
+            tensor = sets.combine(name, *shares(name))
+        else:
+            tensor = original.detach().clone()
+        if tensor.shape != original.shape:
+            raise InputError(f"{name}: the method gave shape {tuple(tensor.shape)}, expected {tuple(original.shape)}")
+        tensor = tensor.to(original.dtype)
+        if name in again:
+            done[name] = tensor
+        yield name, tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are made in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """A CPU random generator for one tensor: the same for the same seed and name, whatever the order of names."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _mapping(model: ModelOrWeights) -> Mapping[str, Tensor]:
+    """A state dict is taken as it is; a mapping that is not a dict may read from disk and stays lazy."""
+    return model if isinstance(model, Mapping) and not isinstance(model, dict) else as_weights(model)
+
+
+def _masking(tensor: Tensor, others: Sequence[Tensor]) -> bool:
+    """An attention mask with infinities, the same everywhere: not a weight; copied, as integers are."""
+    return bool(tensor.detach().to(wide(tensor.dtype)).isinf().any()) and all(torch.equal(tensor, o) for o in others)
+
+
+def _ties(states: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
+    """Second names of one storage, with the first name: tied in one weight set, and tied or equal in all others."""
+    first_name: dict[str, str] = {}
+    for state in states:
+        if not isinstance(state, dict):
+            continue
+        seen: dict[tuple[object, ...], str] = {}
+        for name in states[0]:
+            tensor = state[name]
+            if tensor.is_floating_point() and tensor.numel() > 0:
+                storage = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
+                first = seen.setdefault(storage, name)
+                if first != name:
+                    first_name.setdefault(name, first)
+    ties: dict[str, str] = {}
+    for name, first in first_name.items():
+        if all(torch.equal(state[name], state[first]) for state in states):
+            ties[name] = ties.get(first, first)
+    return ties

@@ -1,0 +1,155 @@
+"""TIES and PCB-Merging: task vectors trimmed by thresholds of the whole model.
+
+Both look at all tensors before they merge the first one, so they read the models more than once.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from lmc.errors import InputError
+from lmc.merge.method import Pass, on_task_vectors
+from lmc.merge.quantiles import kth_smallest
+from lmc.merge.task_vectors import elect, per_model, weigh
+
+Scope = Literal["model", "tensor"]
+
+
+@dataclass(frozen=True)
+class Trim:
+    """TIES' first pass: each model's threshold `(models,)`, and, once a sum is exactly zero, the majority sign."""
+
+    deltas: Pass
+    thresholds: Tensor
+    weights: Sequence[float] | None
+
+    @cached_property
+    def majority(self) -> float:
+        """The sign that most entries of the whole model elect; -1 when there are as many of both."""
+        return _majority(sum(float(_votes(weigh(trim(d, self.thresholds), self.weights))) for d in self.deltas))
+
+
+def _survey_ties(deltas: Pass, *, density: Any, weights: Any, scope: Scope, **_: Any) -> Trim | None:
+    if scope not in ("model", "tensor"):
+        raise InputError(f"scope must be 'model' or 'tensor', got {scope!r}")
+    if scope == "tensor":
+        return None
+    if isinstance(density, Mapping) or isinstance(weights, Mapping):
+        raise InputError("density and weights per name pattern need scope='tensor': scope='model' ranks all tensors at once")
+    return Trim(deltas, thresholds(deltas, density, len(deltas.sets)), weights)
+
+
+@on_task_vectors(survey=_survey_ties)
+def ties(
+    deltas: Tensor,
+    *,
+    survey: Trim | None,
+    density: float = 0.2,
+    weights: Sequence[float] | None = None,
+    scope: Scope = "model",
+    undecided: Literal["majority", "positive", "drop"] = "majority",
+) -> Tensor:
+    """TIES (Yadav et al. 2023, 2306.01708, Algorithm 1): trim, elect signs, merge what agrees.
+
+    1. Of each task vector keep the share `density` largest by magnitude, over the whole flattened model.
+    2. Elect for each entry the sign of the sum of the trimmed (and weighted) vectors.
+    3. Take the mean over the models that have this sign; entries trimmed to zero do not count.
+
+    The recommended `scale` without validation data is 1. Details follow the authors' code: of n entries
+    `floor(density n) + 1` survive and all that equal the last of them. An entry whose sum is exactly zero takes the
+    majority sign of the whole model (negative if there is none); in the paper's formula it is dropped
+    (`undecided="drop"`), other tools take it as positive. `scope="tensor"` trims each tensor on its own, as those do.
+    """
+    limits = survey.thresholds if survey else thresholds([deltas], density, len(deltas))
+    trimmed = weigh(trim(deltas, limits), weights)
+    contested = (trimmed.sum(0) == 0) & (trimmed != 0).any(0)
+    if undecided not in ("majority", "positive", "drop"):
+        raise InputError(f"undecided must be 'majority', 'positive' or 'drop', got {undecided!r}")
+    if undecided == "drop" or not bool(contested.any()):
+        return elect(trimmed)
+    if undecided == "positive":
+        return elect(trimmed, 1.0)
+    return elect(trimmed, survey.majority if survey else _majority(float(_votes(trimmed))))
+
+
+def trim(deltas: Tensor, limits: Tensor) -> Tensor:
+    """Zero all entries of `(models, *shape)` whose magnitude is below the limit of their model."""
+    return deltas * (deltas.abs() >= per_model(limits, deltas))
+
+
+def thresholds(deltas: Iterable[Tensor], density: float, models: int) -> Tensor:
+    """`(models,)`: the magnitude of rank `n - floor(density n)` from below among all n entries."""
+    if not 0.0 < density <= 1.0:
+        raise InputError(f"density, the share of entries kept, must be in (0, 1], got {density}")
+    size = sum(d[0].numel() for d in deltas)
+    return kth_smallest(lambda: (d.abs() for d in deltas), [max(1, size - int(density * size))] * models)
+
+
+def _votes(deltas: Tensor) -> Tensor:
+    return deltas.sum(0).sign().sum()
+
+
+def _majority(votes: float) -> float:
+    return 1.0 if votes > 0 else -1.0
+
+
+@dataclass(frozen=True)
+class Competition:
+    """PCB's first passes, for each model `(models,)`: the range of |tau| it is clipped to, and the range of balance kept."""
+
+    low: Tensor
+    high: Tensor
+    least: Tensor
+    most: Tensor
+
+
+def _survey_pcb(deltas: Pass, *, density: Any, **_: Any) -> Competition:
+    if isinstance(density, Mapping) or not 0.0 < density <= 1.0:
+        raise InputError(f"density must be one number in (0, 1]: PCB ranks the whole model; got {density!r}")
+    size, count = sum(d[0].numel() for d in deltas), len(deltas.sets)
+
+    def quantile(values: Callable[[Tensor], Tensor], q: float) -> Tensor:
+        return kth_smallest(lambda: (values(d) for d in deltas), [1 + int(q * (size - 1))] * count)
+
+    low, high = quantile(torch.abs, 1e-4), quantile(torch.abs, 1 - 1e-4)
+    least = quantile(lambda d: _balance(d, low, high), 1.0 - density)
+    most = torch.stack([_balance(d, low, high).reshape(count, -1).amax(1).cpu() for d in deltas]).amax(0)
+    return Competition(low, high, least, most)
+
+
+@on_task_vectors(survey=_survey_pcb)
+def pcb(
+    deltas: Tensor, *, survey: Competition, density: float = 0.1, weights: Sequence[float] | None = None
+) -> Tensor:
+    """PCB-Merging (Du et al. 2024, 2410.02396): entries compete within their task and with those of the other tasks.
+
+    Over the flattened model, per task: `a` is |tau| clipped to its quantiles 1e-4 and 1 - 1e-4; intra-balancing
+    `exp(T minmax(a)^2)`; inter-balancing `tanh(tau * sum_t tau)`; of their product the top share `density` is kept and
+    scaled to [0, 1] as s. The result is `sum_t w_t sgn(tau_t) a_t s_t / sum_t s_t`. The authors' scale (or weights) is 1.2
+    for density 0.1. `density=1` keeps all but the minimum. Where nothing competes (two opposite task vectors, whose
+    balance is zero everywhere) s is 0, where the authors' code divides 0 by 0.
+    """
+    score = _balance(deltas, survey.low, survey.high)
+    kept = _minmax(score, survey.least, survey.most)
+    clipped = deltas.sign() * _clip(deltas, survey.low, survey.high)
+    return (weigh(clipped, weights) * kept).sum(0) / kept.sum(0).clamp_min(1e-12)
+
+
+def _balance(deltas: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Intra-balancing times inter-balancing, `(models, *shape)`."""
+    spread = _minmax(deltas.abs(), low, high)
+    return torch.exp(len(deltas) * spread.square()) * torch.tanh(deltas * deltas.sum(0))
+
+
+def _clip(deltas: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return deltas.abs().clamp(per_model(low, deltas), per_model(high, deltas))
+
+
+def _minmax(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """Clipped to each model's [low, high] and scaled to [0, 1]; 0 where the range is empty."""
+    low, high = per_model(low, values), per_model(high, values)
+    return ((values.clamp(low, high) - low) / (high - low)).where(high > low, 0.0)
