@@ -1,6 +1,5 @@
 """A private copy of a module that takes on weight sets, so that the caller's module is never touched."""
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch.func import functional_call
 
 from lmc.batches import tensors
 from lmc.errors import DataError, InputError
+from lmc.modules import copy_module
 from lmc.weights import Weights, check_compatible
 
 
@@ -21,7 +21,7 @@ class Network:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         self.device = device
-        self.module = copy.deepcopy(model).to(device).eval().requires_grad_(False)
+        self.module = copy_module(model).to(device).eval().requires_grad_(False)
         self._slots = self.module.state_dict(keep_vars=True)
         self._shapes = {name: tensor.shape for name, tensor in self._slots.items()}
         # One name for each tensor: tied parameters have several, and functional_call wants one.

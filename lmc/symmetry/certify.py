@@ -4,7 +4,6 @@ A wrong permutation changes outputs by 1e-3 or more of their size; a right one b
 (zero biases, unit norms, fresh statistics) would hide errors, so all parameters and buffers are perturbed first.
 """
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from lmc.errors import CertificateError, InputError
+from lmc.modules import copy_module
 from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, select
 from lmc.symmetry.permutation import Permutation
 from lmc.weights import ModelOrWeights, Weights, as_weights
@@ -124,7 +124,7 @@ class _Probe:
                 "the model lies on the meta device, so there are no numbers to certify on: "
                 "certify a smaller twin of the same architecture"
             )
-        copied = copy.deepcopy(model)
+        copied = copy_module(model)
         if weights is not None:
             copied.load_state_dict(as_weights(weights))
         self.module = _widen(copied).eval()
