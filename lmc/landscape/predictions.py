@@ -55,15 +55,29 @@ def collect(split: Split, predicted: Sequence[Tensor | None]) -> Predictions | N
             confusion[point] = pairs.reshape(classes, classes)
     inputs = _inputs(split)
     index = np.sort(_choose(targets, table, 1 if inputs is None else math.prod(inputs.shape[1:])))
-    images = None if inputs is None else as_images(inputs[torch.from_numpy(index)])
+    images = None if inputs is None else as_images(inputs, index)
     return Predictions(split.name, confusion, index, targets[index], table[:, index], images)
 
 
-def as_images(inputs: Tensor) -> npt.NDArray[np.uint8] | None:
-    """Inputs (S, D) with D a square number, (S, H, W), (S, 1, H, W) or (S, 3, H, W) as bytes, channels last.
+def as_images(inputs: Tensor, index: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.uint8] | None:
+    """Inputs (N, D) with D a square number, (N, H, W), (N, 1, H, W) or (N, 3, H, W) as bytes, channels last.
 
     The smallest value of each channel becomes 0, the largest 255. None for anything that is no picture.
+
+    Args:
+        index: which of the inputs are wanted (default: all).
     """
+    pictures = _channels_first(inputs)
+    if pictures is None:
+        return None
+    low, high = (edge(dim=(0, 2, 3), keepdim=True).float() for edge in (pictures.amin, pictures.amax))
+    pixels = (pictures if index is None else pictures[torch.from_numpy(index)]).float()
+    shades = (255.0 * (pixels - low) / (high - low).clamp_min(1e-12)).round().to(torch.uint8).numpy()
+    return shades[:, 0] if shades.shape[1] == 1 else shades.transpose(0, 2, 3, 1)
+
+
+def _channels_first(inputs: Tensor) -> Tensor | None:
+    """Inputs as (S, 1 or 3, H, W), or None."""
     if inputs.dtype not in (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         return None
     if inputs.ndim == 2:
@@ -75,10 +89,7 @@ def as_images(inputs: Tensor) -> npt.NDArray[np.uint8] | None:
         inputs = inputs[:, None]
     if inputs.ndim != 4 or inputs.shape[1] not in (1, 3) or min(inputs.shape[2:]) < 4:
         return None
-    pixels = inputs.detach().cpu().float()
-    low, high = pixels.amin(dim=(0, 2, 3), keepdim=True), pixels.amax(dim=(0, 2, 3), keepdim=True)
-    shades = (255.0 * (pixels - low) / (high - low).clamp_min(1e-12)).round().to(torch.uint8).numpy()
-    return shades[:, 0] if shades.shape[1] == 1 else shades.transpose(0, 2, 3, 1)
+    return inputs.detach().cpu()
 
 
 def _inputs(split: Split) -> Tensor | None:
@@ -88,9 +99,7 @@ def _inputs(split: Split) -> Tensor | None:
     return torch.cat([part.cpu() for part in parts])
 
 
-def _choose(
-    targets: npt.NDArray[np.int64], table: npt.NDArray[np.int64], size: int
-) -> npt.NDArray[np.int64]:
+def _choose(targets: npt.NDArray[np.int64], table: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
     """Examples to show, `size` bytes each: first those that few networks get wrong, which are the ones to look at
     near the ends, then those that many get wrong, last the ones that none does."""
     wrong = ((table != targets) & (table >= 0)).sum(0)

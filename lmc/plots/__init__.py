@@ -1,0 +1,1 @@
+"""Plotly figures of result objects, all drawn in one style (`lmc.plots.style`)."""
