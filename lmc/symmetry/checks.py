@@ -8,6 +8,7 @@ from lmc.errors import SpecError
 from lmc.symmetry.group import Group, Table
 
 Shape = tuple[int, ...]
+Places = tuple[tuple[str, int], ...]
 
 
 def check_groups(groups: Mapping[str, Group], shapes: Mapping[str, Shape]) -> None:
@@ -23,20 +24,20 @@ def check_groups(groups: Mapping[str, Group], shapes: Mapping[str, Shape]) -> No
                 raise SpecError(
                     f"group {group.name!r} lives in unit {unit} of {parent!r}, which has {groups[parent].size}"
                 )
-    siblings: dict[tuple[str, str], dict[int, Group]] = {}
+    siblings: dict[tuple[str, str, Places], dict[int, Group]] = {}
     by_place = {(group.family, group.within): group for group in groups.values()}
     for group in groups.values():
         for parent, unit in group.within:
             others = tuple(place for place in group.within if place[0] != parent)
-            siblings.setdefault((group.family, f"{parent}|{others}"), {})[unit] = group
+            siblings.setdefault((group.family, parent, others), {})[unit] = group
             for other in range(groups[parent].size):
                 place = tuple((p, other) if p == parent else (p, u) for p, u in group.within)
                 if (group.family, place) not in by_place:
                     raise SpecError(
                         f"family {group.family!r} has a group in unit {unit} of {parent!r}, none in {other}"
                     )
-    for (_, key), members in siblings.items():
-        parent = groups[key.split("|", 1)[0]]
+    for (_, name, _), members in siblings.items():
+        parent = groups[name]
         first = members[0]
         for unit, member in members.items():
             _check_carried(parent, first, member, unit, shapes)
