@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-
 from zoo.certificate import state_of
 
 Axis = tuple[str, int, int]  # tensor, axis, size

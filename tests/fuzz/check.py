@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lmc.errors import TraceError
 from lmc.symmetry.discover import discover
-from lmc.symmetry.group import Group
 from zoo.certificate import check_tables, error, state_of
+
+from lmc.errors import TraceError
+from lmc.symmetry.group import Group
 
 from .program import Program
 
