@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,48 @@ def chromium():
         browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
         yield browser
         browser.close()
+
+
+@dataclass
+class Window:
+    """A browser window that reaches this machine only, and remembers what went wrong in its pages."""
+
+    context: Any
+    outside: list[str] = field(default_factory=list)
+    errors: list[str] = field(default_factory=list)
+
+    def open(self, address: str) -> Any:
+        page = self.context.new_page()
+        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.goto(address)
+        return page
+
+    def gate(self, route) -> None:
+        """Let a request pass, or stop it and keep its address."""
+        url = route.request.url
+        if url.startswith(("http://127.0.0.1:", "file:", "data:", "blob:")):
+            route.continue_()
+        else:
+            self.outside.append(url)
+            route.abort()
+
+
+@pytest.fixture
+def window(chromium, tmp_path) -> Iterator[Window]:
+    """A fresh window; the test fails if one of its pages asks for another machine or has an error of its own.
+
+    What its pages looked like at the end is left in the test's `tmp_path`.
+    """
+    context = chromium.new_context(viewport={"width": 1280, "height": 1400})
+    context.set_default_timeout(60_000)
+    opened = Window(context)
+    context.route("**/*", opened.gate)
+    yield opened
+    for i, page in enumerate(context.pages):
+        page.screenshot(path=tmp_path / f"page{i}.png")
+    context.close()
+    assert not opened.outside, f"a page asked for {opened.outside}"
+    assert not opened.errors, f"errors in a page: {opened.errors}"
 
 
 @dataclass(frozen=True)
@@ -111,18 +153,28 @@ def _wait_until_ready(process: subprocess.Popen, url: str, log: Path, seconds: f
     raise RuntimeError(f"JupyterLab did not start:\n{log.read_text()[-3000:]}")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Notebook:
     """One notebook, open in JupyterLab, with its kernel idle."""
 
     page: Any
-    outside: list[str] = field(default_factory=list)
-    page_errors: list[str] = field(default_factory=list)
 
     def run_all(self) -> None:
         """Run every cell; returns when the last one has its reply."""
         self.page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
         self.page.wait_for_function(KERNEL_IDLE)
+
+    def ask(self, expression: str) -> str:
+        """The repr of a Python expression in the notebook's kernel."""
+        return self.page.evaluate(
+            """async (expression) => {
+                const { kernel } = window.jupyterapp.shell.currentWidget.sessionContext.session;
+                const content = { code: "", silent: false, store_history: false, user_expressions: { it: expression } };
+                const reply = (await kernel.requestExecute(content).done).content.user_expressions.it;
+                return reply.status === "ok" ? reply.data["text/plain"] : reply.evalue;
+            }""",
+            expression,
+        )
 
     @property
     def cells(self) -> list[dict]:
@@ -137,35 +189,17 @@ class Notebook:
 
 
 @pytest.fixture
-def open_notebook(server, chromium):
+def open_notebook(server, window) -> Iterator[Callable[[str], Notebook]]:
     """A function that opens one of the copied notebooks by its file name."""
-    context = chromium.new_context(viewport={"width": 1280, "height": 1400})
-    context.set_default_timeout(60_000)
-    opened: list[Notebook] = []
-
-    def gate(route):
-        url = route.request.url
-        if url.startswith((server.address, "data:", "blob:")):
-            route.continue_()
-        else:
-            opened[-1].outside.append(url)
-            route.abort()
+    opened = []
 
     def open_one(name: str) -> Notebook:
-        page = context.new_page()
-        notebook = Notebook(page)
-        opened.append(notebook)
-        page.on("pageerror", lambda error: notebook.page_errors.append(str(error)))
-        page.goto(f"{server.address}/lab/tree/notebooks/{name}?token={server.token}&reset")
+        page = window.open(f"{server.address}/lab/tree/notebooks/{name}?token={server.token}&reset")
+        opened.append(page)
         page.wait_for_function(KERNEL_IDLE)
-        return notebook
+        return Notebook(page)
 
-    context.route("**/*", gate)
     yield open_one
-    for notebook in opened:
+    for page in opened:
         # A kernel outlives its page; the next test would be served by the modules that it has loaded.
-        notebook.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
-    context.close()
-    for notebook in opened:
-        assert not notebook.outside, f"the page asked for {notebook.outside}"
-        assert not notebook.page_errors, f"errors in the page: {notebook.page_errors}"
+        page.evaluate("window.jupyterapp.shell.currentWidget?.sessionContext.shutdown()")

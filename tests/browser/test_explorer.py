@@ -1,0 +1,38 @@
+"""The path explorer as a page of its own, without a kernel."""
+
+import pytest
+import torch
+
+from lmc.landscape.path import loss_path
+from lmc.models import mlp
+
+
+@pytest.fixture(scope="module")
+def explorer(tmp_path_factory) -> str:
+    """The address of a page with two paths between two random networks."""
+    generator = torch.Generator().manual_seed(0)
+    model = mlp(16, [8], 3)
+    a, b, c = ({k: torch.randn(v.shape, generator=generator) for k, v in model.state_dict().items()} for _ in range(3))
+    data = torch.randn(60, 1, 4, 4, generator=generator), torch.randint(3, (60,), generator=generator)
+    file = tmp_path_factory.mktemp("pages") / "explorer.html"
+    loss_path(model, a, b, data).save_html(file, naive=loss_path(model, a, c, data))
+    return file.as_uri()
+
+
+def test_the_saved_page_moves_with_keys_and_mouse(window, explorer):
+    page = window.open(explorer)
+    reading, slider = page.locator(".lmc-reading"), page.locator(".lmc-path input[type=range]")
+    reading.filter(has_text="0.500").wait_for()
+    slider.press("ArrowRight")
+    reading.filter(has_text="0.542").wait_for()
+    box = slider.bounding_box()
+    page.mouse.click(box["x"] + 2, box["y"] + box["height"] / 2)
+    reading.filter(has_text="0.000").wait_for()
+
+
+def test_the_saved_page_shows_the_path_that_is_chosen(window, explorer):
+    page = window.open(explorer)
+    reading = page.locator(".lmc-reading")
+    aligned = reading.inner_text()
+    page.locator(".lmc-head").get_by_text("naive").click()
+    page.wait_for_function("before => document.querySelector('.lmc-reading').textContent !== before", arg=aligned)
