@@ -26,7 +26,7 @@ ALLOWED = {
     "symmetry": LEAVES,
     "align": LEAVES | {"symmetry"},
     "landscape": LEAVES | {"repair"},
-    "merge": LEAVES | {"symmetry", "align", "repair"},
+    "merge": LEAVES | {"symmetry", "align", "repair", "landscape"},
     "data": LEAVES,
     "models": LEAVES | {"symmetry"},
     "training": LEAVES,
