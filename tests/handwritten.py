@@ -72,3 +72,26 @@ EXPERTS = {
     "down": "e d e/f",
     "out.weight": ". d",
 }
+
+
+def resnet50(depths: tuple[int, ...] = (3, 4, 6, 3)) -> dict[str, str]:
+    """Bottleneck blocks, named as in `transformers`: five streams, and two groups inside each block."""
+
+    def convolution(prefix: str, out: str, into: str) -> dict[str, str]:
+        norm = {f"{prefix}.normalization.{part}": out for part in NORM}
+        return {f"{prefix}.convolution.weight": f"{out} {into} . ."} | norm
+
+    patterns = convolution("resnet.embedder.embedder", "stem", ".")
+    stream = "stem"
+    for stage, depth in enumerate(depths):
+        out = f"stream{stage}"
+        for block in range(depth):
+            prefix = f"resnet.encoder.stages.{stage}.layers.{block}"
+            first, second = f"a{stage}.{block}", f"b{stage}.{block}"
+            patterns |= convolution(f"{prefix}.layer.0", first, stream)
+            patterns |= convolution(f"{prefix}.layer.1", second, first)
+            patterns |= convolution(f"{prefix}.layer.2", out, second)
+            if block == 0:
+                patterns |= convolution(f"{prefix}.shortcut", out, stream)
+            stream = out
+    return patterns | {"classifier.1.weight": f". {stream}"}

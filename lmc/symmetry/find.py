@@ -1,0 +1,53 @@
+"""From a module to its certified specification in one call."""
+
+from dataclasses import replace
+
+from torch import nn
+
+from lmc.symmetry.discover import discover
+from lmc.symmetry.outputs import ExampleInputs, OutputSelector
+from lmc.symmetry.spec import PermutationSpec
+
+
+def permutation_spec(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    outputs: OutputSelector = None,
+    *,
+    certify: bool = True,
+    also: ExampleInputs | None = None,
+    trials: int = 2,
+    seed: int = 0,
+    tolerance: float = 1e-9,
+    progress: bool = True,
+) -> PermutationSpec:
+    """The permutation symmetries of a module, read off its operators and proven on the example.
+
+    Args:
+        model: any `nn.Module`, on any device and in any precision; it is not changed. On the meta device (shapes without
+            numbers) symmetries are found but cannot be certified.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; small shapes with at
+            least two examples (and two tokens) are best.
+        outputs: which output must stay the same: an attribute or key, a position, or a function of the result; by default
+            the tensor itself, the `.logits`, or every tensor of the result.
+        certify: prove the result in float64: `trials` random elements of the whole group on perturbed weights.
+        also: a second, larger input to certify on as well.
+        tolerance: allowed difference of outputs, relative to their largest value.
+        progress: show bars when it takes longer than two seconds.
+
+    Returns:
+        The spec, with its `certificate` (None on the meta device or with `certify=False`).
+
+    Raises:
+        TraceError: the forward pass cannot be captured as a graph of operators; says where.
+        CertificateError: a group that was found does not keep the function; says which.
+        InputError: example inputs or `outputs` that the module cannot take.
+    """
+    found = discover(model, example_inputs, outputs, progress=progress)
+    spec = PermutationSpec(found.groups, found.shapes, frozenset(found.buffers), found.frozen)
+    if not certify or any(tensor.is_meta for tensor in model.state_dict().values()):
+        return spec
+    proof = spec.certify(
+        model, example_inputs, trials=trials, seed=seed, outputs=outputs, also=also, tolerance=tolerance
+    )
+    return replace(spec, certificate=proof)
