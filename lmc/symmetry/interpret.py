@@ -1,0 +1,207 @@
+"""Run the rules over a graph: tags for every tensor, facts about the units in the ledger."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
+
+from lmc.symmetry.rules import RULES, core, interpret
+from lmc.symmetry.rules.registry import Op
+from lmc.symmetry.tags import Tag, along, make, shrink
+from lmc.symmetry.trace import Graph, Leaf
+from lmc.symmetry.units import Ids, Units
+
+LARGEST_CONSTANT = 1 << 24
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known after interpreting a graph: the ledger, the tag of every parameter and persistent buffer, the units
+    of each of their axes, and for each node by its number what to call it in explanations."""
+
+    units: Units
+    tags: dict[str, Tag]
+    axes: dict[tuple[str, int], Ids]
+
+
+def gather_facts(graph: Graph, progress: bool) -> Facts:
+    """Interpret every node that the outputs depend on; nothing moves on the outputs themselves."""
+    units = Units()
+    grouped = grouped_weights(graph)
+    tags: dict[str, Tag] = {}
+    axes: dict[tuple[str, int], Ids] = {}
+    for name, tensor in graph.tensors.items():
+        if graph.aliases.get(name) == name and tensor.is_floating_point():
+            coords = parameter_coords(units, tuple(tensor.shape), grouped.get(name, 0))
+            axes.update({(name, d): c for d, c in coords.items()})
+            tags[name] = make(units, tuple(tensor.shape), list(coords.values()))
+    known: dict[Node, Any] = {}
+    wanted = needed(graph)
+    for number, node in enumerate(tqdm(graph.nodes, "symmetries", delay=2, disable=not progress, leave=False)):
+        units.site = number
+        if node.op == "placeholder":
+            known[node] = leaf_tag(units, graph.leaves[node.name], node, tags, graph)
+        elif node.op == "call_function" and node in wanted:
+            known[node] = call(units, node, known)
+    for node in graph.outputs:
+        units.site = -1
+        touch(units, [known[node]])
+        core.freeze(units, known[node], "output")
+    for node, name in graph.mutated:
+        buffer = tags.get(graph.aliases.get(name, name))
+        if buffer is not None and isinstance(known.get(node), Tag):
+            core.pointwise(units, buffer.shape, [known[node], buffer])
+    return Facts(units, tags, axes)
+
+
+def needed(graph: Graph) -> set[Node]:
+    """The nodes that outputs and overwritten buffers depend on."""
+    stack = [*graph.outputs, *(node for node, _ in graph.mutated)]
+    seen: set[Node] = set()
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack += node.all_input_nodes
+    return seen
+
+
+def parameter_coords(units: Units, shape: tuple[int, ...], groups: int) -> dict[int, Ids]:
+    """A unit for each index of each axis. Two finer choices where more may move: the inner axis of a grouped
+    convolution has units of its own for each group, and the axes of a three-dimensional tensor (stacked experts,
+    heads) have units of their own for each index of the first axis."""
+    ndim = len(shape)
+    stacked = groups == 0 and ndim == 3 and shape[0] > 1
+    coords: dict[int, Ids] = {}
+    for d, n in enumerate(shape):
+        if n == 1:
+            continue
+        if d == 1 and groups > 1:
+            inner = units.fresh(groups * n).reshape(groups, n)
+            coords[d] = np.repeat(inner, shape[0] // groups, axis=0).reshape(shape[:2] + (1,) * (ndim - 2))
+        elif d > 0 and stacked:
+            coords[d] = units.fresh(shape[0] * n).reshape((shape[0], n, 1) if d == 1 else (shape[0], 1, n))
+        else:
+            coords[d] = along(units.fresh(n), d, ndim)
+    return coords
+
+
+def grouped_weights(graph: Graph) -> dict[str, int]:
+    """The number of groups of every parameter that is the weight of a convolution, possibly after pointwise steps that
+    keep its shape (weight norm)."""
+    found: dict[str, int] = {}
+    for node in graph.nodes:
+        name = str(node.target)
+        if not name.startswith(("aten.conv", "aten.convolution")) or len(node.args) < 2:
+            continue
+        position = 8 if name.startswith("aten.convolution") else 6
+        groups = node.args[position] if len(node.args) > position else 1
+        shape = node.args[1].meta["val"].shape
+        stack, seen = [node.args[1]], set()
+        while stack:
+            source = stack.pop()
+            seen.add(source)
+            leaf = graph.leaves.get(source.name)
+            if leaf is not None and leaf.kind == "parameter" and source.meta["val"].shape == shape:
+                found[graph.aliases.get(leaf.name, leaf.name)] = int(groups)
+            if source.op == "call_function" and len(seen) < 16:
+                stack += [s for s in source.all_input_nodes if s not in seen]
+    return found
+
+
+def leaf_tag(units: Units, leaf: Leaf, node: Node, tags: dict[str, Tag], graph: Graph) -> Tag:
+    if leaf.kind in ("parameter", "buffer"):
+        return tags[graph.aliases.get(leaf.name, leaf.name)]
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor):
+        return Tag(())
+    shape = tuple(int(n) for n in value.shape)
+    if leaf.kind == "input":
+        return core.still(units, shape, f"input {leaf.name}")
+    real = leaf.value
+    if real is None or real.is_meta or type(real) not in (Tensor, torch.nn.Parameter):
+        return Tag(shape, core.still(units, shape, f"constant {leaf.name}").coords, constant=True)
+    return constant_tag(units, real.detach().cpu(), f"constant {leaf.name}")
+
+
+def constant_tag(units: Units, value: Tensor, reason: str) -> Tag:
+    """A known tensor: indices along a dim with equal slices need not be told apart."""
+    shape = tuple(value.shape)
+    coords = []
+    if value.numel() and value.numel() <= LARGEST_CONSTANT:
+        for d, n in enumerate(shape):
+            if n > 1:
+                classes = slice_classes(value, d)
+                coords.append(along(units.frozen(reason, n)[classes], d, len(shape)))
+    else:
+        return Tag(shape, core.still(units, shape, reason).coords, constant=True)
+    return Tag(shape, tuple(c for c in map(shrink, coords) if c.size > 1), value=value, constant=True)
+
+
+def slice_classes(value: Tensor, dim: int) -> np.ndarray:
+    """Number the indices along `dim` so that equal slices get equal numbers (the first index of each)."""
+    rows = value.movedim(dim, 0).reshape(value.shape[dim], -1)
+    first: dict[bytes, int] = {}
+    if rows.is_floating_point() or rows.is_complex():
+        rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
+        data = rows.double().numpy()
+    else:
+        data = rows.numpy()
+    data = np.ascontiguousarray(data)
+    return np.array([first.setdefault(data[i].tobytes(), i) for i in range(data.shape[0])], np.int64)
+
+
+def call(units: Units, node: Node, known: dict[Node, Any]) -> Any:
+    """The tag (or tuple of tags) of one operator's result."""
+    args, kwargs = pytree.tree_map(lambda a: known.get(a, a) if isinstance(a, Node) else a, (tuple(node.args), dict(node.kwargs)), is_leaf=lambda a: isinstance(a, Node))
+    if getattr(node.target, "__name__", "") == "getitem":
+        return args[0][args[1]] if isinstance(args[0], tuple) else args[0]
+    values = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
+    shapes = tuple(tuple(int(n) for n in v.shape) for v in values)
+    if not shapes:
+        return Tag(())
+    inputs = [t for t in pytree.tree_leaves((args, kwargs), is_leaf=lambda t: isinstance(t, Tag)) if isinstance(t, Tag)]
+    if all(t.constant for t in inputs) and is_deterministic(node.target):
+        return evaluated(units, node, args, kwargs, shapes)
+    if is_computation(node.target):
+        touch(units, inputs)
+    return interpret(Op(units, node.target, shapes), args, kwargs)
+
+
+def is_deterministic(target: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded not in getattr(target, "tags", [torch.Tag.nondeterministic_seeded])
+
+
+def is_computation(target: Any) -> bool:
+    """Everything but pure moves: what these see is in use."""
+    found = RULES.get(getattr(target, "overloadpacket", target))
+    return found is None or found.__module__ != "lmc.symmetry.rules.moves"
+
+
+def touch(units: Units, tags: list[Any]) -> None:
+    for tag in tags:
+        if isinstance(tag, Tag):
+            for c in tag.coords:
+                units.touch(c)
+
+
+def evaluated(units: Units, node: Node, args: Any, kwargs: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:
+    """An operator on known tensors is computed; unknown (no data on the meta device) or huge ones are told apart
+    everywhere."""
+    reason = f"constant computed by {node.target}"
+    inputs = [t for t in pytree.tree_leaves((args, kwargs), is_leaf=lambda t: isinstance(t, Tag)) if isinstance(t, Tag)]
+    unknown = tuple(Tag(s, core.still(units, s, reason).coords, constant=True) for s in shapes)
+    small = all(np.prod(s, dtype=float) <= LARGEST_CONSTANT for s in shapes)
+    if any(t.value is None for t in inputs) or not small:
+        return unknown[0] if len(unknown) == 1 else unknown
+    real = pytree.tree_map(lambda t: t.value if isinstance(t, Tag) else t, (args, kwargs), is_leaf=lambda t: isinstance(t, Tag))
+    on_cpu = {k: torch.device("cpu") if k == "device" and v is not None else v for k, v in real[1].items()}
+    with torch.no_grad():
+        result = node.target(*real[0], **on_cpu)
+    tags = tuple(constant_tag(units, r, reason) for r in pytree.tree_leaves(result) if isinstance(r, Tensor))
+    return tags[0] if len(tags) == 1 else tags

@@ -1,0 +1,84 @@
+"""Names that a person recognises: after the module that produces the units, `heads`, `experts` or `stream` where that
+says more, an index in brackets for groups inside units of other groups."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from lmc.symmetry.group import Table
+
+Tables = Mapping[str, tuple[Table, ...]]
+
+MANY = 6
+
+
+def module_of(tensor: str) -> str:
+    """The module path of a parameter, keeping what tells several parameters of one module apart (`in_proj`, `cls_token`)."""
+    path, _, last = tensor.rpartition(".")
+    last = re.sub(r"^(weight|bias|running_mean|running_var|original\d*|weight_[vg])$|[_.]?(weight|bias)$", "", last)
+    path = path.replace("parametrizations.", "")
+    path = re.sub(r"\.(weight|bias)$", "", path)
+    return ".".join(part for part in (path, last) if part)
+
+
+def base_name(tables: Tables, used: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], nested: bool, parent: bool) -> str:
+    """The name of a family, before it is made unique.
+
+    Args:
+        tables: of one group of the family.
+        used: for each tensor, when it is first used in the network.
+        shapes: of the tensors.
+        nested: whether the group lives inside units of another group.
+        parent: whether other groups live inside its units.
+    """
+    tensors = sorted(tables, key=lambda name: (used.get(name, len(used)), name))
+    first = tensors[0]
+    table = tables[first][0]
+    modules = [module_of(t) for t in tensors]
+    if not nested and len(set(modules)) > MANY:
+        return f"{shared_path(modules)}.stream".lstrip(".")
+    name = modules[0]
+    if parent and table.dims[0] == 0 and len(shapes[first]) == 3 and table.rows.shape[1] == 1:
+        return name if name.endswith("experts") else f"{name}.experts"
+    block = table.rows.shape[1] > 1 and bool((table.rows[0, 1:] - table.rows[0, :-1] == 1).any())
+    if block and (parent or not nested):
+        path = shared_path(modules) or name
+        word = "heads" if "att" in path.lower() or "att" in name.lower() else "blocks"
+        return f"{path}.{word}"
+    if nested and is_fused(first, shapes):
+        third = 3 * int(table.rows[0, 0]) // max(1, shapes[first][table.dims[0]])
+        return f"{name}.{('qk', 'k', 'v')[min(third, 2)]}"
+    return name
+
+
+def is_fused(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether one tensor holds queries, keys and values together."""
+    return bool(re.search(r"qkv|in_proj|c_attn|query_key_value", tensor)) and len(shapes[tensor]) <= 2
+
+
+def shared_path(modules: Sequence[str]) -> str:
+    """The longest module path that nine tenths of the modules lie under."""
+    paths: Counter[tuple[str, ...]] = Counter()
+    for module in modules:
+        parts = tuple(module.split("."))
+        paths.update(parts[:k] for k in range(len(parts)))
+    common = [path for path, times in paths.items() if times >= 0.9 * len(modules)]
+    return ".".join(max(common, key=len, default=()))
+
+
+def safe(name: str) -> str:
+    """Only letters, digits, `_`, `.` and `-`."""
+    return re.sub(r"[^A-Za-z0-9_.\-]", "_", name) or "units"
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Repeated names get a number."""
+    taken: set[str] = set()
+    result = []
+    for name in names:
+        chosen, k = name, 2
+        while chosen in taken:
+            chosen, k = f"{name}.{k}", k + 1
+        taken.add(chosen)
+        result.append(chosen)
+    return result

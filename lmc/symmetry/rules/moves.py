@@ -1,0 +1,284 @@
+"""M: operators that only move values. They run on the coordinates themselves, so I1 holds by construction; where they
+pick, repeat or drop positions, the multisets that remain are recorded (I2)."""
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from lmc.symmetry.rules import core
+from lmc.symmetry.rules.registry import Op, named, rule
+from lmc.symmetry.tags import Shape, Tag, along, make, spread
+from lmc.symmetry.units import Ids, Units
+
+
+@rule(*named("view", "_unsafe_view", "reshape", "flatten", "unflatten", "view_copy", "_reshape_alias", "squeeze", "unsqueeze"))
+def view(op: Op, x: Tag, *_: Any) -> Tag:
+    return reshape(x, op.shape)
+
+
+def reshape(x: Tag, shape: Shape) -> Tag:
+    """Row-major renumbering: done on each coordinate, within the smallest groups of dims that it mixes."""
+    return Tag(shape, tuple(reshape_coord(c, x.shape, shape) for c in x.coords), points=x.points)
+
+
+def reshape_coord(coord: Ids, old: Shape, new: Shape) -> Ids:
+    expanded: list[int] = []
+    result: list[int] = []
+    for old_dims, new_dims in matching_dims(old, new):
+        moves = any(coord.shape[d] > 1 for d in old_dims)
+        expanded += [old[d] if moves else 1 for d in old_dims]
+        result += [new[d] if moves else 1 for d in new_dims]
+    return _shrink(np.broadcast_to(coord, expanded).reshape(result))
+
+
+def matching_dims(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
+    """Split both shapes into consecutive runs of dims of equal products: a view mixes dims within runs only."""
+    runs: list[tuple[list[int], list[int]]] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        left, right = [i] if i < len(old) else [], [j] if j < len(new) else []
+        i, j = i + len(left), j + len(right)
+        while prod(old[d] for d in left) != prod(new[d] for d in right):
+            if prod(old[d] for d in left) < prod(new[d] for d in right):
+                left.append(i)
+                i += 1
+            else:
+                right.append(j)
+                j += 1
+        runs.append((left, right))
+    return runs
+
+
+def _shrink(coord: Ids) -> Ids:
+    for d in range(coord.ndim):
+        if coord.shape[d] > 1:
+            head = coord.take([0], axis=d)
+            if (coord == head).all():
+                coord = head
+    return coord
+
+
+def by_coordinate(x: Tag, shape: Shape, move: Callable[[Ids], Ids]) -> Tag:
+    """A one-to-one move that works on coordinates of size 1 along unmoved dims."""
+    return Tag(shape, tuple(move(c) for c in x.coords), points=x.points)
+
+
+def picked(units: Units, x: Tag, shape: Shape, dims: Sequence[int], pick: Callable[[Ids], Ids]) -> Tag:
+    """A move that may drop or repeat positions along `dims`: coordinates that vary there are expanded on `dims`."""
+    coords, repicked = [], False
+    for c in x.coords:
+        if any(c.shape[d] > 1 for d in dims):
+            repicked = True
+            coords.append(pick(spread(c, tuple(dims), x.shape)))
+        else:
+            coords.append(_keep(c, pick, dims, x.shape))
+    result = make(units, shape, coords, count=repicked)
+    return Tag(shape, result.coords, points=x.points)
+
+
+def _keep(coord: Ids, pick: Callable[[Ids], Ids], dims: Sequence[int], shape: Shape) -> Ids:
+    """A coordinate constant along `dims` goes through the same operator, and is constant again on what they became."""
+    return _shrink(pick(spread(coord, tuple(dims), shape)))
+
+
+@rule(*named("permute", "permute_copy"))
+def permute(op: Op, x: Tag, dims: Sequence[int]) -> Tag:
+    order = tuple(d % len(x.shape) for d in dims)
+    return by_coordinate(x, op.shape, lambda c: c.transpose(order))
+
+
+@rule(*named("transpose", "swapaxes", "transpose_copy"))
+def transpose(op: Op, x: Tag, a: int, b: int) -> Tag:
+    return by_coordinate(x, op.shape, lambda c: c.swapaxes(a, b)) if x.shape else x
+
+
+@rule(*named("t", "numpy_T", "mT", "t_copy"))
+def matrix_transpose(op: Op, x: Tag) -> Tag:
+    return by_coordinate(x, op.shape, lambda c: c.swapaxes(-1, -2)) if len(x.shape) > 1 else x
+
+
+@rule(*named("expand", "expand_copy", "expand_as", "broadcast_to"))
+def expand(op: Op, x: Tag, *_: Any, **__: Any) -> Tag:
+    return Tag(op.shape, tuple(core.widen(c, len(op.shape)) for c in x.coords), points=x.points)
+
+
+@rule(*named("slice", "slice_copy", "narrow"))
+def slice_(op: Op, x: Tag, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tag:
+    if op.shape == x.shape and step == 1:
+        return x
+    d = dim % len(x.shape)
+    window = (slice(None),) * d + (slice(start, end, step),)
+    return picked(op.units, x, op.shape, [d], lambda c: c[window])
+
+
+@rule(*named("select", "select_copy"))
+def select(op: Op, x: Tag, dim: int, index: int) -> Tag:
+    return select_at(op.units, x, dim, index)
+
+
+def select_at(units: Units, x: Tag, dim: int, index: int) -> Tag:
+    d = dim % len(x.shape)
+    return picked(units, x, x.shape[:d] + x.shape[d + 1 :], [d], lambda c: c.take(index, axis=d))
+
+
+@rule(*named("unbind", "unbind_copy"))
+def unbind(op: Op, x: Tag, dim: int = 0) -> tuple[Tag, ...]:
+    return tuple(select_at(op.units, x, dim, i) for i in range(x.shape[dim]))
+
+
+@rule(*named("split", "split_with_sizes", "split_copy", "split_with_sizes_copy", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"))
+def split(op: Op, x: Tag, _: Any, dim: int = 0) -> tuple[Tag, ...]:
+    d = dim % len(x.shape)
+    ends = np.cumsum([shape[d] for shape in op.shapes])
+    return tuple(
+        picked(op.units, x, shape, [d], lambda c, a=end - shape[d], b=end: c.take(np.arange(a, b), axis=d))
+        for shape, end in zip(op.shapes, ends, strict=True)
+    )
+
+
+@rule(*named("flip"))
+def flip(op: Op, x: Tag, dims: Sequence[int]) -> Tag:
+    return by_coordinate(x, op.shape, lambda c: np.flip(c, tuple(dims)))
+
+
+@rule(*named("roll"))
+def roll(op: Op, x: Tag, shifts: Any, dims: Any = ()) -> Tag:
+    shifts, dims = ([v] if isinstance(v, int) else list(v) for v in (shifts, dims))
+    if not dims:
+        return run(op, x, shifts)
+    return by_coordinate(x, op.shape, lambda c: np.roll(c, shifts, dims))
+
+
+@rule(*named("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "_to_copy", "to", "type_as", "lift", "view_as", "dropout", "feature_dropout", "alpha_dropout", "positive", "resolve_conj", "resolve_neg", "_assert_tensor_metadata"))
+def same(op: Op, x: Tag, *_: Any, **__: Any) -> Tag:
+    """Copies, casts, and dropout in evaluation mode."""
+    return Tag(op.shape, x.coords, points=x.points) if op.shapes else x
+
+
+@rule(*named("repeat", "unfold", "diagonal", "tile", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "tril_indices", "movedim", "rot90", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "repeat_interleave", "diagonal_copy", "unfold_copy", "hsplit", "vsplit", "fliplr", "flipud"))
+def run(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Any:
+    """Any other move: the operator itself, run on each coordinate at full size."""
+    if any(isinstance(a, Tag) for a in (*args, *kwargs.values())):
+        args = tuple(a.value if isinstance(a, Tag) else a for a in args)
+        if any(a is None for a in args):
+            return core.still(op.units, op.shape, f"{op.name} by unknown numbers")
+    if x.points is not None:
+        core.freeze_points(op.units, x)
+    columns = [_run_one(op, np.broadcast_to(c, x.shape), args, kwargs) for c in x.coords]
+    tags = [make(op.units, shape, [c[k] for c in columns], count=True) for k, shape in enumerate(op.shapes)]
+    return tags[0] if len(tags) == 1 else tuple(tags)
+
+
+def _run_one(op: Op, coord: Ids, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Ids]:
+    """float64 holds unit ids exactly, and every operator has a kernel for it."""
+    out = op.target(torch.from_numpy(coord.astype(np.float64)), *args, **kwargs)
+    return [o.numpy().astype(np.int64) for o in (out if isinstance(out, (tuple, list)) else [out])]
+
+
+@rule(*named("as_strided", "as_strided_copy"))
+def as_strided(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Tag:
+    """Reads raw storage, whose layout a tag does not know."""
+    core.freeze(op.units, x, "as_strided")
+    return core.still(op.units, op.shape, "as_strided")
+
+
+@rule(*named("cat", "concat", "concatenate"))
+def cat(op: Op, tensors: Sequence[Tag], dim: int = 0) -> Tag:
+    parts = [t for t in tensors if prod(t.shape)]
+    return concatenate(op.units, parts, dim % len(op.shape), op.shape)
+
+
+def concatenate(units: Units, parts: Sequence[Tag], dim: int, shape: Shape) -> Tag:
+    """Coordinates along `dim` one after the other, plus the part number as a frozen coordinate: equal units in two
+    parts can carry different values (I1). Coordinates on other dims are joined."""
+    if len(parts) == 1:
+        return parts[0]
+    ndim = len(shape)
+    coords: list[Ids] = []
+    pieces: list[Ids] = []
+    for number, part in enumerate(parts):
+        touching = [c for c in part.coords if c.shape[dim] > 1]
+        coords += [c for c in part.coords if c.shape[dim] == 1]
+        if not touching:
+            pieces.append(np.full((1,) * ndim, units.frozen("one part of a concatenation", number + 1)[number]))
+            continue
+        joint = touching[0]
+        for other in touching[1:]:
+            dims = tuple(d for d in range(ndim) if joint.shape[d] > 1 or other.shape[d] > 1)
+            joint = units.pair(spread(joint, dims, part.shape), spread(other, dims, part.shape))
+        pieces.append(joint)
+    across = tuple(max(p.shape[d] for p in pieces) for d in range(ndim))
+    wide = [
+        np.broadcast_to(p, (*across[:dim], part.shape[dim], *across[dim + 1 :]))
+        for p, part in zip(pieces, parts, strict=True)
+    ]
+    numbers = units.frozen("part of a concatenation", len(parts))
+    labels = along(np.repeat(numbers, [part.shape[dim] for part in parts]), dim, ndim)
+    return make(units, shape, [np.concatenate(wide, axis=dim), labels, *coords])
+
+
+@rule(*named("stack"))
+def stack(op: Op, tensors: Sequence[Tag], dim: int = 0) -> Tag:
+    d = dim % len(op.shape)
+    parts = [reshape(t, (*t.shape[:d], 1, *t.shape[d:])) for t in tensors]
+    return concatenate(op.units, parts, d, op.shape)
+
+
+@rule(*named("constant_pad_nd", "zero_pad2d"))
+def pad(op: Op, x: Tag, widths: Sequence[int], *_: Any) -> Tag:
+    """Padded positions hold one constant: they share one frozen unit."""
+    ndim, units = len(x.shape), op.units
+    outside = units.frozen("padding", 2)
+    before = [widths[2 * (ndim - 1 - d)] if 2 * (ndim - 1 - d) < len(widths) else 0 for d in range(ndim)]
+    after = [widths[2 * (ndim - 1 - d) + 1] if 2 * (ndim - 1 - d) < len(widths) else 0 for d in range(ndim)]
+    if min(*before, *after, 0) < 0:
+        core.freeze(units, x, "cropping by negative padding")
+        return core.still(units, op.shape, "cropping by negative padding")
+    padded = [d for d in range(ndim) if before[d] or after[d]]
+    coords = [_pad(c, [(before[d], after[d]) if c.shape[d] > 1 else (0, 0) for d in range(ndim)], outside[0]) for c in x.coords]
+    for d in padded:
+        marks = np.full(op.shape[d], outside[0])
+        marks[before[d] : before[d] + x.shape[d]] = outside[1]
+        coords.append(along(marks, d, ndim))
+    return make(units, op.shape, coords)
+
+
+def _pad(coord: Ids, widths: list[tuple[int, int]], value: int) -> Ids:
+    return np.pad(coord, widths, constant_values=value)
+
+
+@rule(*named("slice_scatter"))
+def slice_scatter(op: Op, x: Tag, src: Tag, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tag:
+    """`x` with a slice replaced: the three stretches, concatenated."""
+    d = dim % len(x.shape)
+    inside = np.zeros(x.shape[d], np.bool_)
+    inside[start:end:step] = True
+    return overwrite(op.units, x, src, d, inside)
+
+
+@rule(*named("select_scatter"))
+def select_scatter(op: Op, x: Tag, src: Tag, dim: int, index: int) -> Tag:
+    d = dim % len(x.shape)
+    inside = np.zeros(x.shape[d], np.bool_)
+    inside[index] = True
+    return overwrite(op.units, x, reshape(src, (*x.shape[:d], 1, *x.shape[d + 1 :])), d, inside)
+
+
+def overwrite(units: Units, x: Tag, src: Tag, dim: int, inside: np.ndarray) -> Tag:
+    """Positions `inside` along `dim` come from `src` (in order), the others from `x`."""
+    if inside.all():
+        return src
+    shape = tuple(int((~inside).sum()) if d == dim else n for d, n in enumerate(x.shape))
+    rest = picked(units, x, shape, [dim], lambda c: c.compress(~inside, axis=dim))
+    both = concatenate(units, [rest, src], dim, x.shape)
+    back = np.argsort(np.concatenate([np.flatnonzero(~inside), np.flatnonzero(inside)]))
+    return picked(units, both, x.shape, [dim], lambda c: c.take(back, axis=dim))
+
+
+@rule(*named("copy"))
+def copy(op: Op, x: Tag, src: Tag, *_: Any) -> Tag:
+    """The result is `src`, broadcast to the shape of `x`."""
+    return core.pointwise(op.units, op.shape, [src])

@@ -1,0 +1,79 @@
+"""The table of rules, and what happens to an operator that has none."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from lmc.symmetry.rules import core
+from lmc.symmetry.tags import Shape, Tag
+from lmc.symmetry.units import Units
+
+Result = Tag | tuple[Any, ...]
+Rule = Callable[..., Result]
+RULES: dict[Any, Rule] = {}
+
+
+@dataclass(frozen=True)
+class Op:
+    """One node being interpreted: the ledger, the operator, and the shapes of its results."""
+
+    units: Units
+    target: Any
+    shapes: tuple[Shape, ...]
+
+    @property
+    def shape(self) -> Shape:
+        return self.shapes[0]
+
+    @property
+    def name(self) -> str:
+        return str(self.target).removesuffix(".default")
+
+
+def rule(*packets: Any) -> Callable[[Rule], Rule]:
+    """Register a rule for operators (all overloads of each)."""
+
+    def register(function: Rule) -> Rule:
+        for packet in packets:
+            RULES[packet] = function
+        return function
+
+    return register
+
+
+def named(*names: str) -> list[Any]:
+    """The aten operators of these names that this version of torch has."""
+    return [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
+
+
+def tags_in(args: object) -> list[Tag]:
+    return [a for a in pytree.tree_leaves(args, is_leaf=lambda x: isinstance(x, Tag)) if isinstance(a, Tag)]
+
+
+def interpret(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
+    """The tags of an operator's results: by its rule, as pointwise if torch says so, else everything frozen."""
+    packet = getattr(op.target, "overloadpacket", op.target)
+    found = RULES.get(packet)
+    if found is not None:
+        result = found(op, *args, **kwargs)
+    elif is_pointwise(op.target):
+        result = core.pointwise(op.units, op.shape, tags_in((args, kwargs)))
+    else:
+        result = unknown(op, tags_in((args, kwargs)))
+    return result
+
+
+def is_pointwise(target: Any) -> bool:
+    tags = getattr(target, "tags", [])
+    return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+
+
+def unknown(op: Op, tags: list[Tag]) -> Result:
+    """No rule: nothing that enters may move, and what comes out does not move either."""
+    for tag in tags:
+        core.freeze(op.units, tag, f"no rule for {op.name}")
+    results = tuple(core.still(op.units, shape, "no rule for " + op.name) for shape in op.shapes)
+    return results[0] if len(results) == 1 else results

@@ -1,0 +1,294 @@
+"""Module -> graph of tensor operators, by `torch.export` on fake tensors: no weight is read, nothing is computed.
+
+The module runs once, in evaluation mode, with its parameters and example inputs replaced by fakes that carry shapes
+only; in-place operators become ordinary ones, and operators for which we have no rule are decomposed where torch knows
+how. A module on a GPU, in half precision or on the meta device is captured as it is.
+"""
+
+import inspect
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from lmc.errors import InputError, TraceError
+from lmc.symmetry.rules import RULES
+
+Outputs = str | int | Callable[[Any], Any] | None
+
+PREFIX = "subject."
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Where a placeholder of the graph comes from. `kind`: parameter, buffer (saved with the module), constant, input."""
+
+    kind: str
+    name: str
+    value: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The operators of one forward pass, in order.
+
+    Attributes:
+        nodes: the graph's nodes.
+        leaves: for each placeholder, by node name, where it comes from.
+        outputs: the nodes whose values must stay the same.
+        mutated: (node, buffer name) for buffers that the forward pass overwrites.
+        aliases: for each name in the state dict, the first name of the same tensor.
+        tensors: the state dict, by reference (not copied).
+        buffers: names of persistent buffers.
+    """
+
+    nodes: list[Node]
+    leaves: dict[str, Leaf]
+    outputs: list[Node]
+    mutated: list[tuple[Node, str]]
+    aliases: dict[str, str]
+    tensors: dict[str, Tensor]
+    buffers: frozenset[str]
+
+
+class Selected(nn.Module):
+    """A module whose forward returns the chosen output tensors of another, as a flat tuple."""
+
+    def __init__(self, subject: nn.Module, outputs: Outputs):
+        super().__init__()
+        self.subject = subject
+        self.outputs = outputs
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        return tuple(chosen(self.subject(*args, **kwargs), self.outputs))
+
+
+def chosen(result: Any, outputs: Outputs) -> list[Tensor]:
+    """The output tensors to keep: by key, attribute, position or function; by default the tensor itself, `.logits`, or
+    every tensor found in the result.
+
+    Raises:
+        InputError: if the output has no such part, or no tensor.
+    """
+    if callable(outputs):
+        part = outputs(result)
+    elif isinstance(outputs, str):
+        part = result[outputs] if isinstance(result, Mapping) and outputs in result else getattr(result, outputs, None)
+        if part is None:
+            known = list(result) if isinstance(result, Mapping) else type(result).__name__
+            raise InputError(f"outputs={outputs!r}: the model's output has no such part; it has {known}")
+    elif isinstance(outputs, int):
+        part = list(result.values() if isinstance(result, Mapping) else result)[outputs]
+    else:
+        logits = getattr(result, "logits", None)
+        part = logits if isinstance(logits, Tensor) else result
+    found = list(tensors_in(part))
+    if not found:
+        raise InputError(f"the model's output ({type(result).__name__}) holds no tensor; choose one with outputs=")
+    return found
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """All tensors in nested containers and dataclass-like results, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for v in value.values():
+            yield from tensors_in(v)
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            yield from tensors_in(v)
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every submodule in evaluation mode, each put back as it was."""
+    before = [(m, m.training) for m in model.modules()]
+    try:
+        for m, _ in before:
+            m.training = False
+        yield
+    finally:
+        for m, training in before:
+            m.training = training
+
+
+def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A tensor, a tuple of positional or a mapping of keyword arguments, as (args, kwargs)."""
+    if isinstance(example_inputs, Mapping):
+        return (), dict(example_inputs)
+    if isinstance(example_inputs, (tuple, list)):
+        return tuple(example_inputs), {}
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,), {}
+    raise InputError(
+        f"example_inputs: expected a tensor, a tuple of positional or a dict of keyword arguments, "
+        f"got {type(example_inputs).__name__}"
+    )
+
+
+def capture(model: nn.Module, example_inputs: Any, outputs: Outputs = None) -> Graph:
+    """Trace one forward pass of `model` into a graph of operators.
+
+    Args:
+        model: any module; neither its weights nor its modes are changed.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        outputs: which part of the output must stay the same, see `chosen`.
+
+    Raises:
+        TraceError: if the model rejects the inputs, or its forward pass depends on data in a way that no fixed graph
+            can express.
+    """
+    args, kwargs = on_device_of(model, *call_arguments(example_inputs))
+    with evaluation_mode(model), quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        try:
+            program = torch.export.export(Selected(model, outputs), args, kwargs, strict=False)
+            program = program.run_decompositions(decompositions())
+        except InputError:
+            raise
+        except Exception as error:
+            raise explained(model, args, kwargs, error) from error
+    return graph_of(model, program)
+
+
+def on_device_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """For a model without weights (meta device), inputs without values."""
+    if not any(t.is_meta for t in model.parameters()):
+        return args, kwargs
+    return pytree.tree_map(lambda a: a.to("meta") if isinstance(a, Tensor) else a, (args, kwargs))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Export warns about things that do not concern a graph that is only looked at."""
+    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._export", "torch._dynamo")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def decompositions() -> dict[Any, Any]:
+    """Decompose only what has no rule: fewer, larger operators are faster to interpret and easier to explain."""
+    table = torch.export.default_decompositions()
+    for op in list(table.keys()):
+        if getattr(op, "overloadpacket", op) in RULES:
+            del table[op]
+    return table
+
+
+def explained(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> TraceError:
+    """What went wrong, in the model's own words: inputs that do not fit, or a graph that depends on data."""
+    where = last_user_line(error)
+    if "GuardOnDataDependent" in type(error).__name__ or "data-dependent" in str(error).lower():
+        what = "its control flow or a shape depends on the values of tensors, so there is no fixed graph of operators"
+    else:
+        what = f"{type(error).__name__}: {first_line(error)}"
+    signature = ", ".join([*(describe(a) for a in args), *(f"{k}={describe(v)}" for k, v in kwargs.items())])
+    return TraceError(
+        f"cannot trace {type(model).__name__}({signature}){where}: {what}. If the inputs fit the model, derive the "
+        "symmetries of its traceable submodules one by one, or write them by hand with PermutationSpec.from_patterns, "
+        "and check the result with its certify method."
+    )
+
+
+def describe(value: Any) -> str:
+    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+
+
+def first_line(error: Exception) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "no message")[:300]
+
+
+def last_user_line(error: BaseException) -> str:
+    """` at file:line` of the deepest frame outside torch."""
+    found = ""
+    trace = error.__traceback__
+    while trace is not None:
+        code = trace.tb_frame.f_code
+        if is_user_file(code.co_filename):
+            found = f" at {code.co_filename}:{trace.tb_lineno}"
+        trace = trace.tb_next
+    text = re.findall(r'File "([^"]+)", line (\d+)', str(error))
+    inner = [f" at {file}:{line}" for file, line in text if is_user_file(file)]
+    return inner[-1] if inner else found
+
+
+TORCH_HOME = str(inspect.getsourcefile(torch)).rsplit("/", 1)[0]
+OUR_HOME = __file__.rsplit("/", 1)[0]
+
+
+def is_user_file(file: str) -> bool:
+    return not file.startswith((TORCH_HOME, OUR_HOME, "<"))
+
+
+def graph_of(model: nn.Module, program: Any) -> Graph:
+    """The exported program in our terms: nodes that matter for the outputs, leaves with names of the state dict."""
+    signature = program.graph_signature
+    tensors = model.state_dict(keep_vars=True)
+    persistent = {name for name, _ in model.named_buffers() if name in tensors}
+    everything = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    leaves: dict[str, Leaf] = {}
+    for spec in signature.input_specs:
+        kind, target = spec.kind.name, str(spec.target or "").removeprefix(PREFIX)
+        if kind == "PARAMETER" or (kind == "BUFFER" and target in persistent and tensors[target].is_floating_point()):
+            leaves[spec.arg.name] = Leaf("parameter" if kind == "PARAMETER" else "buffer", target)
+        elif kind == "USER_INPUT":
+            leaves[spec.arg.name] = Leaf("input", spec.arg.name)
+        else:
+            value = program.constants.get(spec.target) if kind != "BUFFER" else everything.get(target)
+            leaves[spec.arg.name] = Leaf("constant", target, value if isinstance(value, Tensor) else None)
+    by_name = {node.name: node for node in program.graph.nodes}
+    outputs, mutated = [], []
+    for spec in signature.output_specs:
+        if spec.kind.name == "USER_OUTPUT" and spec.arg.name in by_name:
+            outputs.append(by_name[spec.arg.name])
+        elif spec.kind.name == "BUFFER_MUTATION":
+            mutated.append((by_name[spec.arg.name], str(spec.target).removeprefix(PREFIX)))
+    buffers = frozenset(persistent)
+    return Graph(list(program.graph.nodes), leaves, outputs, mutated, aliases_of(tensors), tensors, buffers)
+
+
+def aliases_of(tensors: Mapping[str, Any]) -> dict[str, str]:
+    """For each name, the first name under which the same memory is known (tied weights)."""
+    first: dict[object, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            continue
+        where: object = id(tensor)
+        if not tensor.is_meta and tensor.numel():
+            where = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        aliases[name] = first.setdefault(where, name)
+    return aliases
+
+
+def module_path(node: Node) -> str:
+    """The path of the submodule that issued a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values()]
+    path = paths[-1] if paths else ""
+    return path.removeprefix("L['self'].").removeprefix(PREFIX).removeprefix(PREFIX[:-1])
+
+
+def source_line(node: Node) -> str:
+    """`file.py:line` of the user's code that issued a node, empty if unknown."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    frames = [f for f in frames if is_user_file(f[0])] or frames
+    return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
