@@ -15,8 +15,8 @@ from tqdm.auto import tqdm
 
 from lmc.batches import Split, take
 from lmc.errors import InputError
-from lmc.landscape.barrier import Barrier, Baseline, barrier
-from lmc.landscape.evaluate import Evaluator
+from lmc.landscape.barriers import Barrier, Baseline, barrier
+from lmc.landscape.evaluation import Evaluator
 from lmc.landscape.predictions import Predictions, collect
 from lmc.landscape.scores import Measure, Score
 from lmc.network import pick_device

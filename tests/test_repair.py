@@ -1,0 +1,109 @@
+"""Batch statistics of averaged networks."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from lmc.errors import DataError, InputError, MismatchError
+from lmc.repair import recalibrate_batchnorm
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(5, 4, 3), nn.BatchNorm2d(4)
+    )
+
+
+def images(count=64, seed=0):
+    return 3.0 + 2.0 * torch.randn(count, 1, 8, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def test_one_batch_gives_its_own_statistics():
+    model, inputs = net(), images()
+    state = recalibrate_batchnorm(model, None, inputs, batch_size=64)
+    before = model[0](inputs)
+    torch.testing.assert_close(state["1.running_mean"], before.mean((0, 2, 3)))
+    torch.testing.assert_close(state["1.running_var"], before.var((0, 2, 3)))  # unbiased, as torch keeps it
+
+
+def test_batches_weigh_by_their_size():
+    model = net()
+    inputs = images(60)
+    state = recalibrate_batchnorm(model, None, [inputs[:10], inputs[10:]])
+    parts = [model[0](inputs[:10]), model[0](inputs[10:])]
+    variance = (10 * parts[0].var((0, 2, 3)) + 50 * parts[1].var((0, 2, 3))) / 60
+    torch.testing.assert_close(state["1.running_mean"], model[0](inputs).mean((0, 2, 3)))
+    torch.testing.assert_close(state["1.running_var"], variance)
+
+
+def test_old_statistics_leave_no_trace():
+    model, inputs = net(), images()
+    clean = recalibrate_batchnorm(model, None, inputs)
+    spoiled = model.state_dict() | {"1.running_mean": torch.full((5,), math.nan), "5.running_var": torch.full((4,), 1e9)}
+    again = recalibrate_batchnorm(model, spoiled, inputs)
+    for name, tensor in clean.items():
+        assert torch.equal(again[name], tensor), name
+
+
+def test_dropout_stays_off_and_the_estimate_repeats():
+    model, inputs = net(), images()
+    first, second = (recalibrate_batchnorm(model, None, inputs, batch_size=16) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(recalibrate_batchnorm(model, first, inputs, batch_size=16)[name], first[name]) for name in first)
+
+
+def test_nothing_of_the_callers_changes():
+    model, inputs = net().train(), images()
+    weights = {name: tensor.clone() for name, tensor in net().state_dict().items()}
+    kept = [{name: tensor.clone() for name, tensor in state.items()} for state in (model.state_dict(), weights)]
+    random = torch.get_rng_state()
+    result = recalibrate_batchnorm(model, weights, inputs)
+    assert model.training and model[1].momentum == 0.1 and torch.equal(random, torch.get_rng_state())
+    for before, after in zip(kept, (model.state_dict(), weights), strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not {t.data_ptr() for t in result.values()} & {t.data_ptr() for t in weights.values()}
+
+
+def test_a_trained_network_hardly_moves():
+    torch.manual_seed(0)
+    model, inputs = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(512, 8)
+    targets = (inputs[:, 0] > 0).long()
+    optimiser = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(100):
+        optimiser.zero_grad()
+        nn.functional.cross_entropy(model(inputs), targets).backward()
+        optimiser.step()
+    model.eval()
+    before = model(inputs).argmax(1)
+    model.load_state_dict(recalibrate_batchnorm(model, None, inputs))
+    assert (model(inputs).argmax(1) == before).float().mean() > 0.99
+
+
+def test_a_model_without_batch_normalisation_gets_an_equal_copy():
+    model = nn.Sequential(nn.Linear(8, 4), nn.LayerNorm(4))
+    state = recalibrate_batchnorm(model, None, torch.randn(5, 8))
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert state["0.weight"].data_ptr() != model[0].weight.data_ptr()
+
+
+def test_a_short_remainder_makes_no_batch_of_one():
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
+    state = recalibrate_batchnorm(model, None, torch.randn(33, 8), batch_size=32)
+    assert torch.isfinite(state["1.running_var"]).all()
+
+
+def test_unusable_inputs_are_refused():
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
+    with pytest.raises(DataError, match="more than 1 value per channel"):
+        recalibrate_batchnorm(model, None, torch.randn(1, 8))
+    with pytest.raises(DataError, match="N > 0"):
+        recalibrate_batchnorm(model, None, torch.randn(0, 8))
+    with pytest.raises(DataError, match="no examples"):
+        recalibrate_batchnorm(model, None, [])
+    with pytest.raises(InputError, match="batch_size=1"):
+        recalibrate_batchnorm(model, None, torch.randn(5, 8), batch_size=1)
+    with pytest.raises(MismatchError, match="0.weight"):
+        recalibrate_batchnorm(model, nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(5)), torch.randn(5, 8))
