@@ -59,6 +59,12 @@ class Network:
 
         return torch.vmap(outputs)(stacked)
 
+    def outputs(self, weights: Weights, inputs: Any) -> Tensor:
+        """The outputs (N, ...) as a differentiable function of `weights`; a tensor not given keeps what was loaded."""
+        args, kwargs = _arguments(inputs)
+        own = {name: weights[name] for name in self._own_names if name in weights}
+        return _tensor_of(functional_call(self.module, own, args, kwargs))
+
     def stack(self, states: Sequence[Weights]) -> Weights:
         """K weight sets as one, each tensor with a new first axis."""
         return {name: torch.stack([state[name].to(self.device) for state in states]) for name in self._own_names}

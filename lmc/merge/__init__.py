@@ -13,7 +13,7 @@ from lmc.merge.averaging import (
 )
 from lmc.merge.method import linear, on_task_vectors, on_tensors
 from lmc.merge.on_top import consensus, lines, on_merged, tall_mask, tall_masks
-from lmc.merge.soups import wise_ft
+from lmc.merge.soups import greedy_soup, learned_soup, uniform_soup, wise_ft
 from lmc.merge.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
 from lmc.merge.ties import pcb, ties
 
@@ -24,8 +24,10 @@ __all__ = [
     "dare",
     "della",
     "ema",
+    "greedy_soup",
     "karcher_mean",
     "lawa",
+    "learned_soup",
     "linear",
     "lines",
     "metrics_weighted",
@@ -41,6 +43,7 @@ __all__ = [
     "task_arithmetic",
     "task_vector",
     "ties",
+    "uniform_soup",
     "variance_corrected",
     "wise_ft",
 ]

@@ -100,8 +100,13 @@ class WeightSets:
         return tensor
 
 
-def weight_sets(models: Sequence[ModelOrWeights], base: ModelOrWeights | None = None) -> WeightSets:
+def weight_sets(
+    models: Sequence[ModelOrWeights], base: ModelOrWeights | None = None, module: nn.Module | None = None
+) -> WeightSets:
     """Check that all models (and the base) have one architecture, and sort their names by role.
+
+    The buffers are known from `module`, or from the first model if it is one; of a plain state dict only those of
+    BatchNorm are, by their names.
 
     Raises:
         InputError: no models at all, or a single model where a sequence is expected.
@@ -120,7 +125,8 @@ def weight_sets(models: Sequence[ModelOrWeights], base: ModelOrWeights | None = 
     for who, other in others:
         check_compatible(dict(first), dict(other), ("models[0]", who))
 
-    buffers = {name for name, _ in models[0].named_buffers()} if isinstance(models[0], nn.Module) else set()
+    module = models[0] if module is None and isinstance(models[0], nn.Module) else module
+    buffers = set() if module is None else {name for name, _ in module.named_buffers()}
     ties = _ties([*states, *([] if reference is None else [reference])])
     weights, statistics, dtype = [], set(), torch.float32
     for name in first:

@@ -1,0 +1,114 @@
+"""Examples for methods that look at data: with targets or without, all of them or a few."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lmc.batches import as_splits, take, tensors
+from lmc.errors import DataError, InputError, WeightsError
+from lmc.landscape.evaluation import Evaluator
+from lmc.network import Network, pick_device
+from lmc.repair import Recalibrator
+from lmc.weights import Weights, check_finite
+
+Metric = Literal["accuracy", "loss"]
+Scorer = Callable[[Weights], float]
+
+
+def chosen(data: Any) -> Any:
+    """The one set of examples in `data`: `.validation` of a data set that has it, else `.train`, never `.test`."""
+    for name in ("validation", "train"):
+        if hasattr(data, name) and not isinstance(data, nn.Module):
+            return getattr(data, name)
+    return data
+
+
+def batches(data: Any, what: str, *, limit: int | None, size: int) -> Iterator[tuple[Any, Tensor | None]]:
+    """Batches `(inputs, targets or None)` of at most `size` examples.
+
+    Args:
+        data: `(inputs, targets)`, an iterable of such batches, a data set (see `chosen`), or inputs alone: a tensor or a
+            mapping of tensors.
+        what: how messages call the data.
+        limit: use this many examples, spread evenly over data given whole, the first ones of an iterable.
+    """
+    data = chosen(data)
+    if isinstance(data, (Tensor, Mapping)):
+        leaves = tensors(data)
+        if not leaves or any(leaf.ndim == 0 or len(leaf) != len(leaves[0]) or len(leaf) == 0 for leaf in leaves):
+            raise DataError(f"{what}: inputs must be non-empty tensors with the examples along axis 0")
+        whole: list[tuple[Any, Tensor | None]] = [(data, None)]
+    else:
+        whole = list(as_splits(data)[0].batches)
+    if len(whole) == 1 and limit is not None and limit < (count := len(tensors(whole[0][0])[0])):
+        spread = torch.linspace(0, count - 1, limit).round().long()
+        inputs, targets = whole[0]
+        whole = [(take(inputs, spread), None if targets is None else targets[spread])]
+    left = limit
+    for inputs, targets in whole:
+        count = len(tensors(inputs)[0])
+        for start in range(0, count if left is None else min(count, left), size):
+            part = slice(start, min(start + size, count if left is None else left))
+            yield take(inputs, part), None if targets is None else targets[part]
+        left = None if left is None else left - count
+
+
+def gather(data: Any, what: str) -> tuple[Any, Tensor]:
+    """All examples of `data` as one `(inputs, targets)`."""
+    parts = list(batches(data, what, limit=None, size=1 << 40))
+    targets = [goal for _, goal in parts if goal is not None]
+    if not targets:
+        raise DataError(f"{what}: expected (inputs, targets), got inputs alone")
+    first = parts[0][0]
+    if isinstance(first, Tensor):
+        return torch.cat([inputs for inputs, _ in parts]), torch.cat(targets)
+    if isinstance(first, Mapping):
+        return {key: torch.cat([inputs[key] for inputs, _ in parts]) for key in first}, torch.cat(targets)
+    return tuple(torch.cat(column) for column in zip(*(i for i, _ in parts), strict=True)), torch.cat(targets)
+
+
+def check_data(data: Any, count: int) -> list[Any]:
+    """`data` as a list with one entry per model."""
+    if isinstance(data, (Tensor, Mapping)) or not hasattr(data, "__len__") or len(data) != count:
+        raise InputError(f"data: expected a list with one data set for each of the {count} models")
+    return list(data)
+
+
+def scorer(
+    model: nn.Module,
+    validation: Any,
+    metric: Metric,
+    *,
+    recalibrate: Any = None,
+    device: torch.device | str | None = None,
+    weights: Weights,
+) -> tuple[Scorer, Callable[[Weights], Weights]]:
+    """How good weights are on validation data (larger is better), and what is done to averaged weights before that.
+
+    `validation` may be a function of the weights instead, larger being better. With `recalibrate` (inputs), averaged
+    weights get BatchNorm statistics of their own.
+    """
+    if metric not in ("accuracy", "loss"):
+        raise InputError(f"metric must be 'accuracy' or 'loss', got {metric!r}")
+    where = pick_device(device, weights)
+    renew = (lambda state: state) if recalibrate is None else Recalibrator(Network(model, where), recalibrate)
+    if callable(validation):
+        return lambda state: float(validation(state)), renew
+    evaluator = Evaluator(model, chosen(validation), at_once=1, device=where)
+
+    def score(state: Weights) -> float:
+        found = next(evaluator([state]))["data"]
+        return found.accuracy if metric == "accuracy" else -found.loss
+
+    return score, renew
+
+
+def finite(state: Weights) -> str:
+    """Empty if all weights are finite, else what is not."""
+    try:
+        check_finite(state)
+    except WeightsError as error:
+        return str(error)
+    return ""
