@@ -95,20 +95,21 @@ def _panel(measure: str, paths: Mapping[str, Path]) -> dict[str, Any]:
     series = [_numbers(values[measure], measure) for path in paths.values() for values in path.values.values()]
     known = [value for numbers in series for value in numbers if value is not None]
     if measure == "loss":
-        low, high = min(0.0, *known), max(known)
+        low = min(0.0, *known)
+        high = max(low + 1e-3, *known)
         split = next(iter(paths.values())).split
         title = "loss (nats)" + (f" – {split} solid, train dotted" if len(series) > len(paths) else "")
     else:
-        low, high, title = min(known), 100.0, "accuracy (%)"
+        low, high, title = min(99.0, *known), 100.0, "accuracy (%)"
     step = _step(high - low)
     low, high = math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step
     ticks = [round(low + i * step, 6) for i in range(round((high - low) / step) + 1)]
-    return {"measure": measure, "title": title, "range": [low, max(high, low + step)], "ticks": ticks}
+    return {"measure": measure, "title": title, "range": [low, high], "ticks": ticks}
 
 
 def _step(span: float) -> float:
     """A round distance of ticks, 1, 2 or 5 times a power of ten, that makes at most five of them."""
-    rough = max(span, 1e-3) / 4.0
+    rough = span / 4.0
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= rough * (1.0 - 1e-9))
 

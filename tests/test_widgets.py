@@ -1,0 +1,168 @@
+"""The path explorer: what it is given to draw, and the page that carries it. Its moves are tested in a browser."""
+
+import base64
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path as FilePath
+
+import numpy as np
+import pytest
+import torch
+import traitlets
+
+from lmc.errors import InputError
+from lmc.landscape.path import Path, loss_path
+from lmc.models import mlp
+from lmc.widgets import page
+from lmc.widgets.path_page import inline_html, save_html, state
+
+WIDGETS = FilePath(page.__file__).parent
+
+
+def random_path(seed: int, count: int = 60, pixels=(1, 4, 4), alphas: int = 5) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    data = torch.Generator().manual_seed(0)
+    size = int(np.prod(pixels))
+    model = mlp(size, [8], 3)
+    a, b = ({k: torch.randn(v.shape, generator=generator) for k, v in model.state_dict().items()} for _ in range(2))
+    inputs = torch.randn(count, *pixels, generator=data)
+    return loss_path(model, a, b, (inputs, torch.randint(3, (count,), generator=data)), alphas)
+
+
+@pytest.fixture(scope="module")
+def naive() -> Path:
+    return random_path(1)
+
+
+@pytest.fixture(scope="module")
+def aligned() -> Path:
+    return random_path(2)
+
+
+def decoded(text: str, dtype) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(text), dtype=dtype)
+
+
+def test_the_state_holds_what_the_paths_hold(naive, aligned):
+    content = state({"naive": naive, "aligned": aligned})
+    assert content["active"] == "aligned" and content["alpha"] == 0.5
+    for given, path in zip((naive, aligned), content["data"]["paths"], strict=True):
+        np.testing.assert_allclose(path["series"]["data"]["loss"], given.losses["data"], atol=1e-5)
+        np.testing.assert_allclose(path["series"]["data"]["accuracy"], 100 * given.accuracies["data"], atol=1e-5)
+        shown = path["shown"]
+        confusion = decoded(shown["confusion"], "<u4").reshape(5, shown["classes"], shown["classes"])
+        np.testing.assert_array_equal(confusion, given.predictions.confusion)
+        predicted = decoded(shown["predicted"], np.uint8).reshape(5, -1)
+        np.testing.assert_array_equal(predicted, given.predictions.predicted)
+        assert shown["count"] == 60
+    images = content["data"]["images"]
+    pixels = decoded(images["pixels"], np.uint8).reshape(len(images["index"]), images["height"], images["width"])
+    assert pixels.min() == 0 and pixels.max() == 255 and images["index"] == sorted(set(images["index"]))
+    np.testing.assert_array_equal(pixels, naive.predictions.images)
+    json.dumps(content, allow_nan=False)
+
+
+def test_gaps_are_null(naive):
+    path = random_path(3)
+    path.values["data"]["loss"][1] = np.nan
+    content = state({"path": path})
+    assert content["data"]["paths"][0]["series"]["data"]["loss"][1] is None
+    json.dumps(content, allow_nan=False)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.16), (0.0, 0.0), (3.0, 700.0), (0.0, 1e-6), (-2.0, -1.0)])
+def test_ticks_are_few_and_cover_the_curves(low, high):
+    path = random_path(1)
+    path.values["data"]["loss"][:] = np.linspace(low, high, 5)
+    panel = state({"path": path})["data"]["panels"][0]
+    assert 2 <= len(panel["ticks"]) <= 6 and panel["range"][0] <= low and panel["range"][1] >= high
+    assert panel["ticks"][0] == panel["range"][0] and panel["ticks"][-1] == pytest.approx(panel["range"][1])
+
+
+def test_large_images_are_chosen_from():
+    path = random_path(1, count=90, pixels=(3, 32, 32))
+    shown = path.predictions
+    assert shown.images.shape[1:] == (32, 32, 3) and 16 <= len(shown.images) < 90
+    wrong = (shown.predicted != shown.targets).any(0)
+    assert wrong.all()  # those that are never predicted wrong come last
+    assert (shown.confusion.sum((1, 2)) == 90).all()
+
+
+def test_inputs_that_are_no_images_are_not_drawn():
+    path = random_path(1, pixels=(7,))
+    assert path.predictions.images is None
+    assert state({"path": path})["data"]["images"] is None
+
+
+def test_paths_that_do_not_fit_together_are_refused(naive):
+    with pytest.raises(InputError, match="differs between the paths"):
+        state({"naive": naive, "aligned": random_path(2, pixels=(1, 5, 5))})
+    longer = Path(np.linspace(0, 2, 5), naive.values, naive.own)
+    with pytest.raises(InputError, match="same stretch"):
+        state({"naive": naive, "aligned": longer})
+
+
+def test_the_widget_follows_and_leads(naive, aligned):
+    widget = aligned.explore(naive=naive)
+    assert repr(widget) == "PathExplorer(naive, aligned; 5 points)"
+    widget.alpha, widget.active = 0.25, "naive"
+    with pytest.raises(traitlets.TraitError, match="expected one of naive, aligned"):
+        widget.active = "repaired"
+    assert widget.active == "naive"
+
+
+def test_the_widget_carries_a_page_for_readers_without_a_kernel(naive, aligned):
+    bundle = aligned.explore(naive=naive)._repr_mimebundle_()
+    data = bundle[0] if isinstance(bundle, tuple) else bundle
+    assert "application/vnd.jupyter.widget-view+json" in data
+    assert data["text/html"].startswith("<iframe") and data["text/plain"].startswith("PathExplorer(")
+    inner = html.unescape(re.search(r'srcdoc="([^"]*)"', data["text/html"]).group(1))
+    assert "<!doctype html>" in inner and embedded(inner)["active"] == "aligned"
+
+
+def embedded(document: str) -> dict:
+    return json.loads(re.search(r'<script type="application/json" id="state">(.*?)</script>', document, re.S).group(1))
+
+
+def test_the_page_stands_alone(naive, tmp_path):
+    file = tmp_path / "page.html"
+    naive.save_html(file, label="</script><b>", other=random_path(2))
+    document = file.read_text(encoding="utf-8")
+    assert not re.search(r'(?:src|href)="(?!data:)', document)
+    assert set(re.findall(r"https?://[^\s\"']+", document)) <= {"http://www.w3.org/2000/svg"}
+    assert embedded(document)["data"]["paths"][1]["name"] == "</script><b>"
+    assert document.count("</script>") == 2
+    assert len(document) < 100_000
+
+
+def test_the_page_says_what_it_is_told(naive, tmp_path):
+    rows = [{"network": "A & B", "accuracy": "97 %"}]
+    save_html(tmp_path / "page.html", {"path": naive}, title="One <basin>", text=["First."], rows=rows)
+    document = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<h1>One &lt;basin&gt;</h1><p>First.</p><table>" in document
+    assert "<th>network</th>" in document and "<td>A &amp; B</td>" in document
+
+
+def test_a_frame_of_the_digits_is_small_enough_for_a_notebook(naive):
+    assert len(inline_html(state({"path": naive}))) < 60_000
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed; the browser tests run this code too")
+def test_the_arithmetic_of_the_module():
+    script = """
+    import { nearest, valueAt, wrongExamples } from "MODULE";
+    const grid = [0, 0.25, 0.5, 1];
+    console.log(JSON.stringify([
+      nearest(grid, 0.3), nearest(grid, 2), valueAt(grid, [0, 1, 3, 4], 0.375), valueAt(grid, [0, null, 2, 4], 0.25),
+      valueAt(grid, [0, 1, 3, 4], 1), valueAt(grid, [null, null, null, null], 0.5),
+      wrongExamples({ index: [5, 7, 9], targets: [0, 1, 2], predicted: [9, 9, 9, 0, 2, 255] }, 1,
+        { place: new Map([[5, 0], [7, 1], [9, 2]]) }),
+    ]));
+    """
+    module = "data:text/javascript;base64," + base64.b64encode((WIDGETS / "path_explorer.js").read_bytes()).decode()
+    command = ["node", "--input-type=module", "-e", script.replace("MODULE", module)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert json.loads(output) == [1, 3, 2, 1, 4, None, [{"example": 7, "target": 1, "guess": 2}]]
