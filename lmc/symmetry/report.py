@@ -48,11 +48,23 @@ def family_rows(spec: "PermutationSpec") -> list[tuple[str, str, str, str]]:
 
 
 def frozen_rows(spec: "PermutationSpec") -> list[tuple[str, str]]:
-    """(reason, axes that it holds): axes of size > 1 that do not move, merged over layer numbers."""
-    reasons: dict[str, dict[str, None]] = {}
+    """(reason, axes that it holds): axes of size > 1 that do not move, merged over layers that stay for one reason."""
+    axes: dict[tuple[str, str], list[int]] = {}
     for (tensor, axis), reason in spec.frozen.items():
-        reasons.setdefault(reason, {})[f"{generic(tensor)} axis {axis}"] = None
-    return [(reason, _shorten(tuple(places))) for reason, places in reasons.items()]
+        axes.setdefault((generic(tensor), reason), [])
+        if axis not in axes[generic(tensor), reason]:
+            axes[generic(tensor), reason].append(axis)
+    reasons: dict[str, dict[str, list[str]]] = {}
+    for (tensor, reason), found in axes.items():
+        kind, _, detail = reason.partition(" (")
+        numbers = ", ".join(map(str, sorted(found)))
+        place = f"{tensor} {'axes' if len(found) > 1 else 'axis'} {numbers}"
+        reasons.setdefault(kind, {}).setdefault(detail.rstrip(")"), []).append(place)
+    rows = []
+    for kind, details in reasons.items():
+        where = f" ({next(iter(details))})" if len(details) == 1 and next(iter(details)) else ""
+        rows.append((kind + where, _shorten(tuple(place for places in details.values() for place in places), "; ")))
+    return rows
 
 
 def as_text(spec: "PermutationSpec") -> str:
@@ -94,9 +106,9 @@ def generic(text: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", text)
 
 
-def _shorten(items: tuple[str, ...]) -> str:
+def _shorten(items: tuple[str, ...], between: str = ", ") -> str:
     more = len(items) - _MAX_TENSORS
-    return ", ".join(items[:_MAX_TENSORS]) + (f", ... ({more} more)" if more > 0 else "")
+    return between.join(items[:_MAX_TENSORS]) + (f"{between}... ({more} more)" if more > 0 else "")
 
 
 def _numel(shape: tuple[int, ...]) -> int:
