@@ -233,12 +233,12 @@ X, Y = DATA["images"]
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
-        (dict(data=(X[:0], Y[:0])), DataError, "0 inputs"),
-        (dict(data=(X, Y[:5])), DataError, "96 inputs and 5 targets"),
+        (dict(data=(X[:0], Y[:0])), DataError, "empty targets"),
+        (dict(data=(X, Y[:5])), DataError, "differ along axis 0"),
         (dict(data=(X, Y.float())), DataError, "targets are torch.float32"),
         (dict(data=(torch.full_like(X, math.nan), Y)), DataError, "NaN"),
         (dict(data=iter([])), DataError, "no batches"),
-        (dict(data=3), DataError, "expected a data set"),
+        (dict(data=3), DataError, "expected a pair"),
         (dict(data=(X[..., :7], Y)), InputError, r"fails on inputs \(96, 1, 8, 7\)"),
         (dict(data=(X, Y + 1)), InputError, "targets go from 1 to 4, the model has 4 classes"),
         (dict(data=(X, Y[:, None].expand(-1, 3))), InputError, "expected logits"),

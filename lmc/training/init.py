@@ -1,11 +1,10 @@
 """Where training starts: fresh weights from a seed, or weights that were given."""
 
-import copy
-
 import torch
 from torch import nn
 
 from lmc.errors import InputError
+from lmc.modules import copy_module
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible
 
 
@@ -16,7 +15,7 @@ def initialised(model: nn.Module, seed: int) -> Weights:
     Raises `InputError` naming a layer that has parameters of its own and no `reset_parameters`.
     """
     device = device_of(model)
-    fresh = copy.deepcopy(model).cpu()
+    fresh = copy_module(model).cpu()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for name, layer in reversed(list(fresh.named_modules())):  # a layer comes after everything within it
@@ -32,7 +31,7 @@ def initialised(model: nn.Module, seed: int) -> Weights:
 
 
 def given(model: nn.Module, init: ModelOrWeights) -> Weights:
-    start = copy.deepcopy(model)
+    start = copy_module(model)
     state = {name: tensor.to(device_of(model)) for name, tensor in as_weights(init).items()}
     check_compatible(as_weights(model), state, ("model", "init"))
     start.load_state_dict(state)

@@ -5,29 +5,21 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
+from lmc.batches import as_splits
 from lmc.errors import DataError, InputError
 
 
 def training_tensors(data: object, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Inputs and targets on `device`, from a data set with `.train`, a pair of tensors, or an iterable of pairs."""
-    pair = getattr(data, "train", data)
-    if not (isinstance(pair, tuple) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)):
-        if not isinstance(pair, Iterable):
-            raise DataError(
-                f"data: expected a data set, (inputs, targets) or batches of such, got {type(data).__name__}"
-            )
-        batches = list(pair)
-        if not batches:
-            raise DataError("data: no batches at all; an iterator that was read before is empty the second time")
-        pair = tuple(torch.cat(parts) for parts in zip(*batches, strict=True))
-    inputs, targets = pair
-    if len(inputs) == 0 or len(inputs) != len(targets):
-        raise DataError(f"data: {len(inputs)} inputs and {len(targets)} targets; expected the same number, not zero")
+    """All inputs and targets of the (training) split on `device`; `DataError` for what cannot be trained on."""
+    split = as_splits(data)[0]
+    inputs, targets = (parts[0] if split.whole else torch.cat(parts) for parts in zip(*split.batches, strict=True))
+    if not isinstance(inputs, Tensor):
+        raise DataError(f"{split.name}: inputs are a {type(inputs).__name__}; training takes a single tensor")
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise DataError(f"data: targets are {targets.dtype}; expected class numbers of an integer type")
+        raise DataError(f"{split.name}: targets are {targets.dtype}; expected class numbers of an integer type")
     if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
         first = tuple(int(i) for i in (~torch.isfinite(inputs)).nonzero()[0])
-        raise DataError(f"data: inputs hold NaN or infinity, first at {first}")
+        raise DataError(f"{split.name}: inputs hold NaN or infinity, first at {first}")
     return inputs.to(device), targets.to(device).long()
 
 

@@ -1,7 +1,6 @@
 """`train`: many seeds of one architecture, each with its own initialisation and its own order of the data."""
 
 import contextlib
-import copy
 import math
 import time
 import warnings
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lmc.errors import InputError
+from lmc.modules import copy_module
 from lmc.training.init import aliases, device_of, given, initialised
 from lmc.training.inputs import check_model, epochs_to_keep, training_tensors
 from lmc.training.result import History, Recipe, Trained
@@ -71,7 +71,7 @@ def train(
     seeds = _checked(recipe, seeds, together)
     device = device_of(model) if device is None else torch.device(device)
     inputs, targets = training_tensors(data, device)
-    blank = copy.deepcopy(model).to(device).train()
+    blank = copy_module(model).to(device).train()
     check_model(blank, inputs, targets)
     kept = epochs_to_keep(keep, epochs)
     runs: list[_Run] = []

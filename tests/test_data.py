@@ -1,0 +1,266 @@
+"""`lmc.data`: the digits' split, original files found, fetched and checked, stored checkpoints."""
+
+import gzip
+import hashlib
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import lmc.data
+import lmc.models
+from lmc.data import cifar, files
+from lmc.data import idx as idx_files
+from lmc.errors import DataError, InputError
+
+
+@pytest.fixture(autouse=True)
+def no_data_around(monkeypatch, tmp_path):
+    monkeypatch.delenv(files.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_digits_are_split_evenly_and_always_alike():
+    data = lmc.data.digits()
+    (x, y), (x_test, y_test) = data.train, data.test
+    assert x.shape == (1400, 64) and x_test.shape == (397, 64) and data.image_shape == (1, 8, 8)
+    assert x.dtype == torch.float32 and y.dtype == torch.int64
+    assert float(x.min()) == 0.0 and float(x.max()) == 1.0
+    shares = y.bincount() / (y.bincount() + y_test.bincount())
+    assert len(shares) == 10 == len(data.classes) and float(shares.max() - shares.min()) < 0.012
+    again, other = lmc.data.digits(), lmc.data.digits(seed=1)
+    assert torch.equal(again.test[0], x_test) and not torch.equal(other.test[0], x_test)
+    # every digit is in exactly one part
+    both = sorted(map(tuple, torch.cat([x, x_test]).tolist()))
+    assert both == sorted(map(tuple, torch.cat([other.train[0], other.test[0]]).tolist()))
+    # the split itself is part of the stored checkpoints' meaning: it may never move
+    assert hashlib.sha256(y_test.numpy().tobytes()).hexdigest()[:16] == "01c693e180bf9cd9"
+
+
+def test_digits_as_images():
+    flat, images = lmc.data.digits(), lmc.data.digits(flat=False)
+    assert images.train[0].shape == (1400, 1, 8, 8)
+    assert torch.equal(images.train[0].flatten(1), flat.train[0])
+    assert "1400 train" in repr(flat) and "(1, 8, 8)" in repr(images)
+    assert flat.to("cpu").train[0].device.type == "cpu"
+
+
+def idx(array: np.ndarray) -> bytes:
+    sizes = np.array(array.shape, dtype=">i4").tobytes()
+    return gzip.compress(bytes([0, 0, 8, array.ndim]) + sizes + array.tobytes())
+
+
+@pytest.fixture
+def small_mnist(monkeypatch, tmp_path):
+    """Four small idx files, and the loader told to expect their checksums, as if they were the originals."""
+    random = np.random.RandomState(0)
+    arrays = [random.randint(0, 256, (n, 28, 28) if image else n).astype(np.uint8) for n in (7, 5) for image in (1, 0)]
+    arrays[1] %= 10
+    arrays[3] %= 10
+    folder = tmp_path / "elsewhere" / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    checksums = []
+    for name, array in zip(idx_files.FILES, arrays, strict=True):
+        (folder / name).write_bytes(idx(array))
+        checksums.append(hashlib.sha256((folder / name).read_bytes()).hexdigest())
+    monkeypatch.setattr(idx_files, "MNIST_SHA256", tuple(checksums))
+    return folder, arrays
+
+
+@pytest.mark.parametrize("levels", [0, 1, 2])
+def test_mnist_is_found_in_each_layout(small_mnist, levels, monkeypatch):
+    folder, (images, labels, images_test, labels_test) = small_mnist
+    root = [folder, *folder.parents][levels]
+    data = lmc.data.mnist(root, download=False)
+    assert data.train[0].shape == (7, 784) and data.test[0].shape == (5, 784)
+    assert np.array_equal((data.train[0].numpy() * 255).round().reshape(7, 28, 28), images)
+    assert np.array_equal((data.test[0].numpy() * 255).round().reshape(5, 28, 28), images_test)
+    assert np.array_equal(data.train[1], labels) and np.array_equal(data.test[1], labels_test)
+    monkeypatch.setenv(files.VARIABLE, str(root))
+    assert lmc.data.mnist(download=False, flat=False).train[0].shape == (7, 1, 28, 28)
+
+
+def test_a_changed_file_is_refused_before_it_is_read(small_mnist, monkeypatch):
+    folder, _ = small_mnist
+    path = folder / idx_files.FILES[2]
+    original = path.read_bytes()
+    path.write_bytes(original[:-9])
+    monkeypatch.setattr(idx_files, "read_idx", lambda path: pytest.fail(f"{path} was read") if path == path else None)
+    expected, found = (hashlib.sha256(content).hexdigest() for content in (original, original[:-9]))
+    with pytest.raises(DataError) as error:
+        lmc.data.mnist(folder)
+    for part in (str(path), expected, found, "truncated"):
+        assert part in str(error.value)
+
+
+def test_missing_files_say_what_to_do(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"(?s)train-images-idx3-ubyte.gz is not there.*Fetch https://.*LMC_DATA"):
+        lmc.data.mnist(tmp_path, download=False)
+    with pytest.raises(DataError, match="root='.*nowhere' is not a folder"):
+        lmc.data.fashion_mnist(tmp_path / "nowhere")
+    monkeypatch.setenv(files.VARIABLE, str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="LMC_DATA='.*nowhere' is not a folder"):
+        lmc.data.cifar10()
+
+
+@pytest.mark.parametrize("flaw", ["not gzip", "cut gzip", "magic", "size"])
+def test_malformed_idx_files(tmp_path, flaw):
+    good = idx(np.zeros((2, 3), dtype=np.uint8))
+    content = {
+        "not gzip": b"hello",
+        "cut gzip": good[:-12],
+        "magic": gzip.compress(b"\x00\x00\x0d\x01" + bytes(8)),
+        "size": gzip.compress(gzip.decompress(good)[:-1]),
+    }[flaw]
+    path = tmp_path / "file.gz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="file.gz"):
+        idx_files.read_idx(path)
+
+
+def source_at(path: Path, content: bytes) -> files.Source:
+    return files.Source("thing.bin", ("Thing/raw", ""), path.as_uri(), f"md5:{hashlib.md5(content).hexdigest()}")
+
+
+def test_download_is_checked_and_kept(tmp_path):
+    path = tmp_path / "server.bin"
+    path.write_bytes(bytes(1000))
+    source = source_at(path, bytes(1000))
+    got = files.locate(source, None, download=True)
+    assert got == tmp_path / "cache" / "lmc" / "Thing" / "raw" / "thing.bin" and got.read_bytes() == bytes(1000)
+    path.unlink()
+    assert files.locate(source, None, download=True) == got  # from the cache
+
+
+def test_a_bad_download_leaves_nothing(tmp_path):
+    path = tmp_path / "server.bin"
+    path.write_bytes(b"an error page")
+    with pytest.raises(DataError, match="expected md5"):
+        files.locate(source_at(path, bytes(1000)), None, download=True)
+    assert not [p for p in (tmp_path / "cache").rglob("*") if p.is_file()]
+    path.unlink()
+    with pytest.raises(DataError, match=r"could not download file://.*Fetch .* LMC_DATA"):
+        files.locate(source_at(path, bytes(1000)), None, download=True)
+
+
+def archive(path: Path, members: dict[str, bytes]) -> str:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return f"md5:{hashlib.md5(path.read_bytes()).hexdigest()}"
+
+
+def told(source: files.Source, checksum: str) -> files.Source:
+    return files.Source(source.name, source.folders, source.url, checksum)
+
+
+def test_cifar10_reads_both_versions_alike(tmp_path, monkeypatch):
+    random = np.random.RandomState(0)
+    batches = {name: random.randint(0, 256, (4, 3073)).astype(np.uint8) for name in cifar.BATCHES}
+    for rows in batches.values():
+        rows[:, 0] %= 10
+    binary, python = tmp_path / "bin", tmp_path / "py"
+    binary.mkdir(), python.mkdir()
+    checksum = archive(
+        binary / cifar.BINARY.name, {f"cifar-10-batches-bin/{k}.bin": v.tobytes() for k, v in batches.items()}
+    )
+    monkeypatch.setattr(cifar, "BINARY", told(cifar.BINARY, checksum))
+    pickles = {k: {b"data": v[:, 1:], b"labels": v[:, 0].tolist()} for k, v in batches.items()}
+    checksum = archive(
+        python / cifar.PYTHON.name, {f"cifar-10-batches-py/{k}": pickle.dumps(v, 2) for k, v in pickles.items()}
+    )
+    monkeypatch.setattr(cifar, "PYTHON", told(cifar.PYTHON, checksum))
+    first, second = (lmc.data.cifar10(folder, download=False) for folder in (binary, python))
+    for data in (first, second):
+        assert data.train[0].shape == (20, 3, 32, 32) and data.test[0].shape == (4, 3, 32, 32)
+        pixel = batches["data_batch_2"][1, 1 + 2 * 1024 + 5 * 32 + 7]  # blue, row 5, column 7 of training image 5
+        assert round(float(data.train[0][5, 2, 5, 7]) * 255) == pixel
+        assert data.test[1].tolist() == batches["test_batch"][:, 0].tolist()
+    assert torch.equal(first.train[0], second.train[0])
+    assert lmc.data.cifar10(binary, download=False, flat=True).train[0].shape == (20, 3072)
+
+
+class Evil:
+    def __reduce__(self):
+        return (print, ("ran",))
+
+
+def test_cifar10_refuses_pickles_that_do_more(capsys, tmp_path, monkeypatch):
+    with pytest.raises(DataError, match="print"):
+        cifar.parse_pickle(pickle.dumps(Evil(), 2))
+    # and an archive with the wrong checksum is not opened at all
+    archive(tmp_path / cifar.PYTHON.name, {"cifar-10-batches-py/data_batch_1": pickle.dumps(Evil(), 2)})
+    monkeypatch.setattr(cifar, "parse_pickle", lambda content: pytest.fail("parsed"))
+    with pytest.raises(DataError, match="expected md5"):
+        lmc.data.cifar10(tmp_path, download=False)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("content", [b"", bytes(3072)])
+def test_cifar10_batches_of_the_wrong_size(content):
+    with pytest.raises(DataError, match="multiple of 3073"):
+        cifar.parse_binary(content)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A checkpoint of two seeds, one matrix in half precision."""
+    place = tmp_path / "data" / "tiny"
+    place.mkdir(parents=True)
+    entries = []
+    for seed in (3, 4):
+        model = lmc.models.mlp(2, [3], 2)
+        weights = {k: v.half() if v.ndim == 2 else v for k, v in model.state_dict().items()}
+        save_file(weights, place / f"seed{seed}.safetensors")
+        digest = hashlib.sha256((place / f"seed{seed}.safetensors").read_bytes()).hexdigest()
+        test = {"loss": 0.1, "accuracy": 0.9}
+        entries.append({"file": f"seed{seed}.safetensors", "seed": seed, "epoch": 5, "sha256": digest, "test": test})
+    manifest = {
+        "description": "two tiny networks",
+        "model": {"function": "mlp", "arguments": [2, [3], 2], "options": {}},
+        "command": "python make.py",
+        "files": entries,
+    }
+    (place / "manifest.json").write_text(json.dumps(manifest))
+    return place
+
+
+def test_checkpoints_load(stored, monkeypatch, tmp_path):
+    pair = lmc.data.checkpoint("tiny", stored.parent)
+    a, b = pair
+    assert len(pair) == 2 and pair.seeds == (3, 4) and a is pair[0] and pair.at(seed=4, epoch=5) is b
+    assert {tensor.dtype for tensor in a.values()} == {torch.float32}
+    model = pair.model()
+    assert not model.training and torch.equal(model.state_dict()["fc1.weight"], a["fc1.weight"])
+    assert "two tiny networks" in repr(pair) and "seed 4" in repr(pair)
+    with pytest.raises(InputError, match=r"no seed 4 at epoch 1; stored .*\(4, 5\)"):
+        pair.at(seed=4, epoch=1)
+    monkeypatch.chdir(stored)  # found from below the folder that holds data/, as from a notebook
+    assert lmc.data.checkpoint("tiny").seeds == (3, 4)
+
+
+def test_bad_checkpoints_are_named(stored, tmp_path):
+    with pytest.raises(DataError, match="no stored checkpoint 'huge'; there are tiny"):
+        lmc.data.checkpoint("huge", stored.parent)
+    with pytest.raises(DataError, match="clone it, or pass folder="):
+        lmc.data.checkpoint("huge", tmp_path)
+    path = stored / "seed4.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="seed4.safetensors: expected sha256"):
+        lmc.data.checkpoint("tiny", stored.parent)
+    path.unlink()
+    with pytest.raises(DataError, match="seed4.safetensors is missing.*python make.py"):
+        lmc.data.checkpoint("tiny", stored.parent)
+    (stored / "manifest.json").write_text("{}")
+    with pytest.raises(DataError, match="not a manifest"):
+        lmc.data.checkpoint("tiny", stored.parent)
