@@ -13,7 +13,8 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
 
 
-def test_python_runs_as_printed(capsys):
+def test_python_runs_as_printed(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace: dict = {}
     for source in blocks("python"):
         exec(compile(source, "README.md", "exec"), namespace)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads; networks this small are slower on more threads
 
+import torch  # noqa: E402
+
 import lmc  # noqa: E402
 from lmc.widgets.path_page import save_html  # noqa: E402
 
@@ -37,8 +39,15 @@ class Table:
         """A row for what was done since the last one."""
         now = time.perf_counter()
         self.rows.append({"step": step, "result": result, "seconds": f"{now - self.clock:.1f}"})
-        print(f"  {step:<32}{result:<58}{now - self.clock:6.1f} s", flush=True)
+        print(f"  {step:<33}{result:<58}{now - self.clock:6.1f} s", flush=True)
         self.clock = time.perf_counter()
+
+
+def accuracy(model: torch.nn.Module, weights: lmc.weights.Weights, split: tuple[torch.Tensor, torch.Tensor]) -> float:
+    inputs, targets = split
+    with torch.no_grad():
+        predicted = torch.func.functional_call(model, weights, (inputs,)).argmax(1)
+    return (predicted == targets).double().mean().item()
 
 
 def barrier_of(path: lmc.Path) -> str:
@@ -56,11 +65,11 @@ def main() -> None:
     data = lmc.data.digits()
     model = lmc.models.mlp(64, WIDTHS, 10)
     a, b = lmc.training.train(model, data, seeds=args.seeds)
-    table.add("train A and B at once", "20 epochs of Adam")
+    first, second = (accuracy(model, weights, data.test) for weights in (a, b))
+    table.add("train A and B at once", f"test accuracy {first:.1%} and {second:.1%}")
 
     naive = lmc.loss_path(model, a, b, data)
-    first, *_, last = naive.accuracies["test"]
-    table.add("walk from A to B", f"test accuracy {first:.1%} and {last:.1%}, {barrier_of(naive)}")
+    table.add("walk from A to B", barrier_of(naive))
 
     spec = lmc.permutation_spec(model, data.train[0][:2])
     certificate = spec.certify(model, data.train[0][:64])
