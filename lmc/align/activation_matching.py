@@ -1,0 +1,153 @@
+"""Activation matching: units that do the same on the same inputs (Li et al. 2015; Ainsworth et al. 2023, section 3.1)."""
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lmc.align.activations import Moments, collect
+from lmc.align.blocks import build_blocks
+from lmc.align.clusters import Cluster, clusters
+from lmc.align.descent import Descent
+from lmc.align.inputs import call_module, input_batches
+from lmc.align.taps import choose, live_taps
+from lmc.align.weight_matching import _matched
+from lmc.batches import take
+from lmc.errors import InputError
+from lmc.network import Network, pick_device
+from lmc.symmetry.actions import permute_tensor
+from lmc.symmetry.permutation import Permutation
+from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite
+
+Method = Literal["correlation", "cross-product"]
+
+_SWEEPS = 100
+
+
+def activation_matching(
+    spec: PermutationSpec | UnboundSpec,
+    model: nn.Module,
+    a: ModelOrWeights,
+    b: ModelOrWeights,
+    inputs: Any,
+    *,
+    method: Method = "correlation",
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Permutation:
+    """The permutation under which B's units act most like A's on the same inputs, group by group.
+
+    For each group, `p` maximises `sum_i G[i, p[i]]`. With "cross-product", `G = Z_A^T Z_B`, which makes `|Z_A - Z_B[p]|`
+    smallest (Ainsworth et al. 2023, eq. 1); with "correlation", G holds the Pearson correlations (Li et al. 2015, used by
+    REPAIR, Jordan et al. 2023), which do not see the scale of a unit. Positions of a convolution, or of a sequence, are
+    samples. One pass over the inputs, both networks in eval mode; groups do not depend on each other.
+
+    A group is looked at where its units enter the modules that consume them (after the nonlinearity), at all such places
+    of a residual stream; where there is none, as for queries and keys, where they leave the modules that produce them.
+    Units nested in others (within heads) are matched for every pair of these. Groups whose units pass no module that we
+    know (parameters used by functions alone) are matched by their weights afterwards, with a warning.
+
+    Args:
+        spec: the symmetries of the architecture.
+        model: the architecture; neither changed nor read for weights.
+        a, b: modules or state dicts on one device; neither is changed.
+        inputs: a tensor `(N, ...)`, a mapping of keyword tensors, a tuple of tensors, an object with `.train`, or an
+            iterable of such batches. A pair is `(inputs, targets)`; targets are not used.
+        method: what to maximise.
+        batch_size: examples at a time, where `inputs` is not cut into batches already.
+        device: where to run (default: where the weights are).
+        progress: show a bar when it takes longer than two seconds.
+
+    Returns:
+        The permutation, with `.objective` (the sum over the groups that were seen) and, in `.info`, the taps, samples and
+        constant units of each group and the groups that were matched by weights.
+
+    Raises:
+        MismatchError: `a` and `b` differ in keys, shapes, dtype or device. SpecError: the spec does not fit them.
+        DataError: no inputs, or activations that are not finite. WeightsError: weights that are not finite.
+    """
+    if method not in get_args(Method):
+        raise InputError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(Method)))}")
+    started = time.perf_counter()
+    a, b = as_weights(a), as_weights(b)
+    check_compatible(a, b)
+    spec = spec.bind(a)
+    check_finite(a, "a")
+    check_finite(b, "b")
+    network = Network(model, pick_device(device, a))
+    network.check(a, "a")
+    a, b = ({name: tensor.to(network.device) for name, tensor in weights.items()} for weights in (a, b))
+
+    network.load(a)
+    batches = input_batches(model, inputs, batch_size)
+    first = next(batches)
+    probe = take(first, slice(0, 1))
+    taps = choose(spec, live_taps(spec, network.module, lambda: call_module(network.module, probe, network.device)))
+    seen, unseen = clusters(spec, taps)
+    sites = [site for cluster in seen for site in cluster.sites(spec)]
+    moments = collect((network, network), (a, b), sites, chain([first], batches), progress)
+    _warn_if_few(moments)
+    scores = {name: m.correlation() if method == "correlation" else m.cross_product() for name, m in moments.items()}
+
+    indices = spec.identity().indices
+    objective = naive = 0.0
+    for cluster in seen:
+        found, value, stay = cluster.match(spec, scores)
+        indices |= found
+        objective, naive = objective + value, naive + stay
+    if unseen:
+        indices = _match_by_weights(spec, unseen, a, b, indices)
+    info = {
+        "method": "activation_matching",
+        "statistic": method,
+        "objective_at_identity": naive,
+        "samples": {name: m.samples for name, m in moments.items()},
+        "constant_units": {name: [int(c.sum()) for c in m.constant()] for name, m in moments.items()},
+        "taps": {name: [site.tap.name for site in sites if site.target == name] for name in moments},
+        "by_weights": [name for cluster in unseen for name in cluster.groups],
+        "seconds": time.perf_counter() - started,
+    }
+    return Permutation(spec, indices, objective, info)
+
+
+def _warn_if_few(moments: Mapping[str, Moments]) -> None:
+    few = [name for name, m in moments.items() if m.samples < len(m.product)]
+    if few:
+        m = moments[few[0]]
+        warnings.warn(
+            f"{few[0]}: {m.samples} samples for {len(m.product)} units leave the matching open"
+            + (f" (and {len(few) - 1} more groups)" if len(few) > 1 else "")
+            + "; pass more inputs",
+            stacklevel=3,
+        )
+
+
+def _match_by_weights(
+    spec: PermutationSpec, unseen: Sequence[Cluster], a: Weights, b: Weights, indices: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The indices in which groups that no activation shows are matched by their weights, all others staying in place."""
+    names = [name for cluster in unseen for name in cluster.groups]
+    warnings.warn(
+        f"no module takes in or gives out the units of {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}: "
+        "these groups are matched by their weights",
+        stacklevel=3,
+    )
+    fixed = _matched(spec, a)
+    moved = {
+        name: permute_tensor(tensor, spec.tables_by_tensor.get(name, ()), indices)
+        for name, tensor in _matched(spec, b).items()
+    }
+    blocks = [block for block in build_blocks(spec, fixed) if block.name in names]
+    descent = Descent(spec, blocks, fixed, moved, indices)
+    descent.grow_outwards()
+    for _ in range(_SWEEPS):
+        descent.sweep(range(len(blocks)))
+        if not descent.dirty:
+            break
+    return dict(descent.pi)
