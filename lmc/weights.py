@@ -6,6 +6,7 @@ from the first argument. Sums are made in float32 at least and cast back, so tha
 on the way.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -54,7 +55,8 @@ def check_compatible(a: Weights, b: Weights, names: tuple[str, str] = ("a", "b")
 def check_finite(weights: Weights, what: str = "weights") -> None:
     """Raise `WeightsError` naming the first tensor that holds NaN or infinity, and where."""
     for name, tensor in weights.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        # One sum tells nearly always; it may overflow, so a suspicious one is looked into.
+        if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not bool(torch.isfinite(tensor).all()):
             bad = ~torch.isfinite(tensor)
             where = tuple(int(i) for i in bad.nonzero()[0])
             raise WeightsError(

@@ -5,18 +5,24 @@ the same for every unit, so nested groups are solved by nested assignment: the g
 unit i is the optimum of the inner problem between the two.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lmc.symmetry.actions import permute_tensor
 from lmc.symmetry.group import Group, Table
 from lmc.symmetry.spec import PermutationSpec
 
+Step = Mapping[str, Tensor]
 Tables = dict[str, tuple[Table, ...]]
 Shapes = Mapping[str, tuple[int, ...]]
+Children = Mapping[tuple[str, int], Sequence[Group]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,40 +35,24 @@ class Place:
     natural: bool
 
     def features(self, tensor: Tensor) -> Tensor:
-        """`(n, m * rest)`: what belongs to each unit, one row per unit."""
+        """`(n, m * rest)`: what belongs to each unit, one row per unit (a view where memory order allows it)."""
         return self.slices(tensor).flatten(1)
 
     def slices(self, tensor: Tensor) -> Tensor:
         """`(n, m, *rest)`: what belongs to each unit, the other axes kept apart."""
-        n, m = self.rows.shape
         front = tensor.movedim(self.dims, tuple(range(len(self.dims))))
         rest = front.shape[len(self.dims) :]
-        flat = front.reshape(-1, *rest)
         if not self.natural:
-            flat = flat.index_select(0, self.rows.flatten())
-        return flat.reshape(n, m, *rest)
+            front = front.reshape(-1, *rest).index_select(0, self.rows.flatten())
+        return front.reshape(*self.rows.shape, *rest)
 
-    def with_slices(self, tensor: Tensor, slices: Tensor) -> Tensor:
-        """The tensor in which what belongs to each unit is replaced; undoes `slices`."""
-        front = tensor.movedim(self.dims, tuple(range(len(self.dims))))
-        rest = front.shape[len(self.dims) :]
-        flat = front.reshape(-1, *rest).clone()
-        flat[self.rows.flatten()] = slices.reshape(-1, *rest)
-        return flat.reshape(front.shape).movedim(tuple(range(len(self.dims))), self.dims).contiguous()
 
-    def permute(self, tensor: Tensor, index: Tensor) -> Tensor:
-        """The tensor with units taken in the order `index`."""
-        index = index.to(tensor.device)
-        if self.natural and len(self.dims) == 1 and self.rows.shape[1] == 1:
-            return tensor.index_select(self.dims[0], index)
-        sizes = [tensor.shape[d] for d in self.dims]
-        order = torch.arange(int(np.prod(sizes)), device=tensor.device)
-        order[self.rows] = self.rows[index]
-        if len(self.dims) == 1:
-            return tensor.index_select(self.dims[0], order)
-        front = tensor.movedim(self.dims, tuple(range(len(self.dims))))
-        moved = front.flatten(0, len(self.dims) - 1).index_select(0, order).reshape(front.shape)
-        return moved.movedim(tuple(range(len(self.dims))), self.dims).contiguous()
+class Shift(NamedTuple):
+    """Positions along an axis of a tensor: taken in the order `index`, of which `moved` change their content."""
+
+    axis: int
+    index: Tensor
+    moved: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,42 +60,71 @@ class Block:
     """A group, where it lies, and the blocks nested in each of its units (given for unit 0, relative to it).
 
     Attributes:
-        names: for nested blocks, `names[i]` are the names of all groups below unit i, in the same order for each i.
+        places: where the units of the group lie.
+        tables: for each tensor the tables of the group and of all groups nested in it, outermost first.
+        inner: the blocks of the problem inside unit 0, whose tensors are the slices that `places` give to it.
+        names: `names[i]` are the names of all groups below unit i, in the same order for each i.
     """
 
     name: str
     size: int
     places: tuple[Place, ...]
+    tables: Mapping[str, Sequence[tuple[str, Table]]]
     inner: "tuple[Block, ...]"
     names: tuple[tuple[str, ...], ...]
 
-    def move(self, step: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that the block touches, moved by a step: its units first, then what is nested in each."""
-        moved = {place.tensor: tensors[place.tensor] for place in self.places if place.tensor in tensors}
-        for k, place in enumerate(self.places):
-            if place.tensor not in moved:
-                continue
-            tensor = place.permute(moved[place.tensor], step[self.name]) if self.name in step else moved[place.tensor]
-            if any(name in step for names in self.names for name in names):
-                slices = place.slices(tensor).clone()
-                for unit, names in enumerate(self.names):
-                    inner_step = {t: step[n] for t, n in zip(self.names[0], names, strict=True) if n in step}
-                    part = {sub_tensor(k): slices[unit]}
-                    for block in self.inner:
-                        part |= block.move(inner_step, part)
-                    slices[unit] = part[sub_tensor(k)]
-                tensor = place.with_slices(tensor, slices)
-            moved[place.tensor] = tensor
-        return moved
+    def move(self, step: Step, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Shift | None]]:
+        """For each tensor that the block touches: itself after a step (of some groups), and along which axis it moved.
 
-    @property
-    def tensors(self) -> frozenset[str]:
-        return frozenset(place.tensor for place in self.places)
+        The `Shift` is None for a tensor that moves along several axes.
+        """
+        plain = _shift(step[self.name]) if self.name in step else None
+        result: dict[str, tuple[Tensor, Shift | None]] = {}
+        for name in self.tables:
+            before = tensors[name]
+            shift = plain._replace(axis=self.plain[name]) if plain and name in self.plain else self._along(step, name, before)
+            if shift is None:
+                result[name] = permute_tensor(before, self._moving(step, name), step), None
+            else:
+                shift = Shift(shift.axis, shift.index.to(before.device), shift.moved.to(before.device))
+                result[name] = before.index_select(shift.axis, shift.index), shift
+        return result
+
+    def _along(self, step: Step, name: str, tensor: Tensor) -> Shift | None:
+        """How the positions of one axis move, if the tables of that tensor all lie along one axis."""
+        tables = self._moving(step, name)
+        axes = {table.dims for _, table in tables}
+        if len(axes) != 1 or len(dims := axes.pop()) != 1:
+            return None
+        along = [(group, Table((0,), table.rows)) for group, table in tables]
+        return _shift(permute_tensor(torch.arange(tensor.shape[dims[0]]), along, step))._replace(axis=dims[0])
+
+    def _moving(self, step: Step, name: str) -> list[tuple[str, Table]]:
+        return [(group, table) for group, table in self.tables[name] if group in step]
+
+    @cached_property
+    def plain(self) -> dict[str, int]:
+        """The axis of each tensor that has one position per unit along it and nothing nested."""
+        return {
+            place.tensor: place.dims[0]
+            for place in self.places
+            if place.natural and len(place.dims) == 1 and place.rows.shape[1] == 1 and len(self.tables[place.tensor]) == 1
+        }
 
     @property
     def quadratic(self) -> bool:
         """Whether a tensor has the group on two axes, so that its gain depends on itself."""
-        return len(self.tensors) < len(self.places)
+        return len({place.tensor for place in self.places}) < len(self.places)
+
+    @property
+    def separable(self) -> bool:
+        """Whether the blocks inside a unit are plain assignments that do not see each other."""
+        seen = [name for block in self.inner for name in block.tables]
+        return len(seen) == len(set(seen)) and not any(block.inner or block.quadratic for block in self.inner)
+
+
+def _shift(index: Tensor) -> Shift:
+    return Shift(0, index, (index != torch.arange(len(index))).nonzero().flatten())
 
 
 def sub_tensor(place_index: int) -> str:
@@ -124,56 +143,67 @@ def build_blocks(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> list[B
             roots.append(group)
     device = next(iter(tensors.values())).device
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    blocks = []
-    for group in roots:
-        tables = {name: tables for name, tables in group.tables.items() if name in tensors}
-        if tables:
-            blocks.append(_build(group, tables, shapes, children, lambda g: g.tables, device))
-    return blocks
+
+    def tables_of(group: Group) -> Tables:
+        return {name: tables for name, tables in group.tables.items() if name in tensors}
+
+    blocks = (_build(group, tables_of, shapes, children, device) for group in roots)
+    return [block for block in blocks if block.places]
 
 
-def _build(group: Group, tables: Tables, shapes: Shapes, children, tables_of, device) -> Block:
-    places, held = [], []
-    for tensor, found in tables.items():
-        for table in found:
-            natural = bool((table.rows.ravel() == np.arange(table.rows.size)).all())
-            natural = natural and table.rows.size == int(np.prod([shapes[tensor][d] for d in table.dims]))
-            places.append(Place(tensor, table.dims, torch.from_numpy(table.rows).to(device), natural))
-            held.append(table)
+def _build(
+    group: Group, tables_of: Callable[[Group], Tables], shapes: Shapes, children: Children, device: torch.device
+) -> Block:
+    """The block of a group; `tables_of` gives the tables of it and its descendants in tensors of these `shapes`."""
+    held = [(tensor, table) for tensor, tables in tables_of(group).items() for table in tables]
+    places = [_place(tensor, table, shapes[tensor], device) for tensor, table in held]
+    below = [_below(group.name, unit, children) for unit in range(group.size)]
+    tables: dict[str, list[tuple[str, Table]]] = {}
+    for one in (group, *(g for groups in below for g in groups)):
+        for tensor, found in tables_of(one).items():
+            tables.setdefault(tensor, []).extend((one.name, table) for table in found)
     inner_shapes = {
-        sub_tensor(k): (place.rows.shape[1], *(s for d, s in enumerate(shapes[place.tensor]) if d not in place.dims))
-        for k, place in enumerate(places)
+        sub_tensor(k): (table.rows.shape[1], *(s for d, s in enumerate(shapes[tensor]) if d not in table.dims))
+        for k, (tensor, table) in enumerate(held)
     }
-
-    def inner_tables(child: Group) -> Tables:
-        return _relative(tables_of(child), places, held, shapes)
-
-    inner = tuple(
-        block
+    inner = (
+        _build(child, lambda g: _relative(tables_of(g), held, shapes), inner_shapes, children, device)
         for child in children.get((group.name, 0), ())
-        if (block := _build(child, inner_tables(child), inner_shapes, children, inner_tables, device)).places
     )
-    names = tuple(tuple(_below(group.name, unit, children)) for unit in range(group.size)) if inner else ()
-    return Block(group.name, group.size, tuple(places), inner, names)
+    return Block(
+        group.name,
+        group.size,
+        tuple(places),
+        tables,
+        tuple(block for block in inner if block.places),
+        tuple(tuple(g.name for g in groups) for groups in below),
+    )
 
 
-def _below(name: str, unit: int, children) -> list[str]:
+def _place(tensor: str, table: Table, shape: tuple[int, ...], device: torch.device) -> Place:
+    covers = table.rows.size == math.prod(shape[d] for d in table.dims)
+    natural = covers and np.array_equal(table.rows.ravel(), np.arange(table.rows.size))
+    return Place(tensor, table.dims, torch.from_numpy(table.rows).to(device), natural)
+
+
+def _below(name: str, unit: int, children: Children) -> list[Group]:
+    """All groups that live in a unit, at any depth, outermost first within each branch."""
     found = []
     for child in children.get((name, unit), ()):
-        found.append(child.name)
+        found.append(child)
         for i in range(child.size):
             found += _below(child.name, i, children)
     return found
 
 
-def _relative(tables: Tables, places: Sequence[Place], held: Sequence[Table], shapes: Shapes) -> Tables:
-    """Tables of a group nested in unit 0, in the coordinates of what the places give to that unit."""
+def _relative(tables: Tables, held: Sequence[tuple[str, Table]], shapes: Shapes) -> Tables:
+    """Tables of a group nested in unit 0, in the coordinates of what the places `held` give to that unit."""
     found: dict[str, tuple[Table, ...]] = {}
-    for k, (place, parent) in enumerate(zip(places, held, strict=True)):
+    for k, (tensor, parent) in enumerate(held):
         column = {int(position): c for c, position in enumerate(parent.rows[0])}
-        shape = shapes[place.tensor]
+        shape = shapes[tensor]
         left = [d for d in range(len(shape)) if d not in parent.dims]
-        for table in tables.get(place.tensor, ()):
+        for table in tables.get(tensor, ()):
             if not set(parent.dims) <= set(table.dims):
                 continue
             sizes = [shape[d] for d in table.dims]

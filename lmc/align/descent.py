@@ -1,20 +1,21 @@
 """Coordinate descent over blocks of interchangeable units: the engine under weight matching.
 
-B is kept permuted; the gain of moving a block further is one matrix product over everything that its units own, and a
-linear assignment. A block is visited again only when one that shares a tensor with it has changed.
+B is kept permuted. A block is visited by a linear assignment over its gain matrix, and again only after one that shares
+a tensor with it has changed.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from lmc.align.assignment import assign
-from lmc.align.blocks import Block, Place, sub_tensor
+from lmc.align.blocks import Block, Shift, sub_tensor
+from lmc.align.gains import Gains
+from lmc.align.nested import Solutions, Step, separate_pairs
 from lmc.symmetry.actions import compose_moves
 from lmc.symmetry.spec import PermutationSpec
-
-Step = dict[str, Tensor]
 
 _INNER_SWEEPS = 10
 # Improvements below the rounding of a float32 product are not moves: they could go round in circles.
@@ -45,10 +46,10 @@ class Descent:
         self.on_visit = on_visit
         self.dirty = set(range(len(blocks)))
         self.visits = 0
-        self._mine: dict[tuple[int, tuple[int, ...]], Tensor] = {}
+        self._gains = Gains(blocks, fixed)
         self._sharing: dict[str, set[int]] = {}
         for i, block in enumerate(blocks):
-            for name in block.tensors:
+            for name in block.tables:
                 self._sharing.setdefault(name, set()).add(i)
 
     def sweep(self, order: Sequence[int]) -> None:
@@ -77,47 +78,40 @@ class Descent:
         used = [
             k for k, p in enumerate(block.places) if p.tensor in self.fixed and (only is None or p.tensor in only)
         ]
-        step, improvement, size = self._best_nested(block, used) if block.inner else self._best(i, used)
+        if block.inner:
+            step, improvement, size = self._best_nested(block, used)
+        else:
+            index, improvement, size = self._gains.best(i, used, self.state)
+            step = {block.name: index}
         if improvement <= _ROUNDING * size:
             return
         changed = block.move(step, self.state)
-        if block.quadratic and only is None and not self._improves(changed):
+        if block.quadratic and only is None and not self._improves({name: after for name, (after, _) in changed.items()}):
             return
-        self.state.update(changed)
-        self.pi = compose_moves(self.spec, step, self.pi)
-        for name in changed:
-            self.dirty |= self._sharing[name] - {i}
-        if block.quadratic:
-            self.dirty.add(i)
+        self._accept(i, step, changed)
 
-    def _best(self, i: int, used: Sequence[int]) -> tuple[Step, float, float]:
-        """The best permutation of one group: (step, improvement, size of the terms involved)."""
+    def _accept(self, i: int, step: Step, changed: Mapping[str, tuple[Tensor, Shift | None]]) -> None:
+        """Make a step of block i, and let its neighbours know."""
         block = self.blocks[i]
-        places = [block.places[k] for k in used]
-        key = (i, tuple(used))
-        if key not in self._mine:
-            self._mine[key] = _features(places, self.fixed)
-        gain = self._mine[key] @ _features(places, self.state).T
-        index, improvement = assign(gain)
-        return {block.name: index}, improvement, float(gain.diagonal().abs().sum())
+        if block.quadratic:
+            self._gains.forget(i)
+            self.dirty.add(i)
+        else:
+            self._gains.reorder(i, step[block.name])
+        for name, (after, shift) in changed.items():
+            neighbours = self._sharing[name] - {i}
+            for j in neighbours:
+                self._gains.update(j, name, shift, self.state[name], after)
+            self.dirty |= neighbours
+            self.state[name] = after
+        self.pi = compose_moves(self.spec, step, self.pi)
 
     def _best_nested(self, block: Block, used: Sequence[int]) -> tuple[Step, float, float]:
         """Nested assignment: the gain of a pair of units is the optimum of the problem inside them."""
-        mine = {sub_tensor(k): block.places[k].slices(self.fixed[block.places[k].tensor]) for k in used}
-        theirs = {sub_tensor(k): block.places[k].slices(self.state[block.places[k].tensor]) for k in used}
-        inner = [b for b in block.inner if any(name in mine for name in b.tensors)]
-        gain = torch.zeros(block.size, block.size, dtype=torch.float64)
-        solutions: dict[tuple[int, int], Step] = {}
-        for i in range(block.size):
-            fixed = {name: tensor[i] for name, tensor in mine.items()}
-            for j in range(block.size):
-                problem = Descent(self.spec, inner, fixed, {name: tensor[j] for name, tensor in theirs.items()})
-                for _ in range(_INNER_SWEEPS if inner else 0):
-                    problem.sweep(range(len(inner)))
-                    if not problem.dirty:
-                        break
-                solutions[i, j] = problem.pi
-                gain[i, j] = inner_product(fixed, problem.state)
+        places = {sub_tensor(k): block.places[k] for k in used}
+        mine = {name: place.slices(self.fixed[place.tensor]) for name, place in places.items()}
+        theirs = {name: place.slices(self.state[place.tensor]) for name, place in places.items()}
+        gain, solutions = separate_pairs(block, mine, theirs) if block.separable else self._pairs(block, mine, theirs)
         index, _ = assign(gain)
         stay = inner_product(mine, theirs)
         improvement = float(gain[torch.arange(block.size), index].sum()) - stay
@@ -127,6 +121,22 @@ class Descent:
             step |= {n: solved[t] for t, n in zip(block.names[0], names, strict=True) if t in solved}
         return step, improvement, abs(stay)
 
+    def _pairs(self, block: Block, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[Tensor, Solutions]:
+        """The optimum inside every pair of units, and how it is reached, by a descent of its own for each pair."""
+        inner = [b for b in block.inner if any(name in mine for name in b.tables)]
+        gain = torch.zeros(block.size, block.size, dtype=torch.float64)
+        solutions: Solutions = {}
+        for i, j in itertools.product(range(block.size), repeat=2):
+            fixed = {name: tensor[i] for name, tensor in mine.items()}
+            problem = Descent(self.spec, inner, fixed, {name: tensor[j] for name, tensor in theirs.items()})
+            for _ in range(_INNER_SWEEPS):
+                problem.sweep(range(len(inner)))
+                if not problem.dirty:
+                    break
+            solutions[i, j] = problem.pi
+            gain[i, j] = inner_product(fixed, problem.state)
+        return gain, solutions
+
     def _improves(self, changed: Mapping[str, Tensor]) -> bool:
         """Whether a move of a group that meets itself in a tensor, whose gain is only a linearisation, really helps."""
         before = inner_product({name: self.fixed[name] for name in changed}, self.state)
@@ -135,18 +145,13 @@ class Descent:
 
     def _settled(self, i: int, todo: set[int]) -> frozenset[str]:
         """The tensors of block i in which every other block is already matched."""
-        return frozenset(name for name in self.blocks[i].tensors if not (self._sharing[name] - {i}) & todo)
+        return frozenset(name for name in self.blocks[i].tables if self._sharing[name] & todo <= {i})
 
     def _share(self, i: int, known: frozenset[str]) -> float:
-        sizes = {name: self.fixed[name].numel() for name in self.blocks[i].tensors}
+        sizes = {name: self.fixed[name].numel() for name in self.blocks[i].tables}
         return sum(sizes[name] for name in known) / sum(sizes.values())
 
 
 def inner_product(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """`sum <a, b>` over the tensors of `a`, in float64."""
-    return sum(float((tensor.double() * b[name].double()).sum()) for name, tensor in a.items())
-
-
-def _features(places: Sequence[Place], tensors: Mapping[str, Tensor]) -> Tensor:
-    """Everything that each unit owns, side by side: `(n, features)`."""
-    return torch.cat([place.features(tensors[place.tensor]) for place in places], dim=1)
+    return sum(float(torch.dot(x.flatten().double(), b[name].flatten().double())) for name, x in a.items())

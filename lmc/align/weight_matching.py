@@ -61,7 +61,7 @@ def weight_matching(
     check_finite(b, "b")
     fixed, moving = _matched(spec, a), _matched(spec, b)
     naive = inner_product(fixed, moving)
-    candidates: list[tuple[float, Permutation]] = [(naive, spec.identity())]
+    candidates: list[tuple[float, dict[str, Tensor]]] = [(naive, {})]
     runs: list[dict[str, Any]] = []
     bar = tqdm(desc="weight matching", unit=" visits", delay=2, disable=not progress, leave=False)
     try:
@@ -70,9 +70,9 @@ def weight_matching(
             generator = torch.Generator().manual_seed(seed * 1_000_003 + restart)
             starts = ["random"] if restart > 1 else ["identity"] if restart else ["outwards", "identity"]
             for start in starts:
-                value, pi, run = _descend(spec, blocks, fixed, moving, start, generator, max_sweeps, bar)
+                value, indices, run = _descend(spec, blocks, fixed, moving, start, generator, max_sweeps, bar)
                 runs.append(run)
-                candidates.append((value, pi))
+                candidates.append((value, indices))
                 if value >= naive:
                     break
     except KeyboardInterrupt:
@@ -80,6 +80,7 @@ def weight_matching(
     finally:
         bar.close()
     value, best = max(candidates, key=lambda candidate: candidate[0])
+    stay = {name: torch.arange(group.size) for name, group in spec.groups.items()}
     info = {
         "method": "weight_matching",
         "seed": seed,
@@ -88,7 +89,7 @@ def weight_matching(
         "runs": runs,
         "seconds": time.perf_counter() - started,
     }
-    return Permutation(spec, best.indices, value, info)
+    return Permutation(spec, stay | best, value, info)
 
 
 def _matched(spec: PermutationSpec, weights: Weights) -> Weights:
@@ -109,8 +110,8 @@ def _descend(
     generator: torch.Generator,
     max_sweeps: int,
     bar: Any,
-) -> tuple[float, Permutation, dict[str, Any]]:
-    """One run of coordinate descent: (objective, permutation, how it went)."""
+) -> tuple[float, dict[str, Tensor], dict[str, Any]]:
+    """One run of coordinate descent: (objective, index vectors of the groups that may have moved, how it went)."""
     pi: dict[str, Tensor] = {}
     order = list(range(len(blocks)))
     if start == "random":
@@ -128,6 +129,5 @@ def _descend(
         descent.sweep(order)
         sweeps += 1
     value = inner_product(fixed, descent.state)
-    found = Permutation(spec, spec.identity().indices | descent.pi)
     run = {"start": start, "sweeps": sweeps, "visits": descent.visits, "converged": not descent.dirty}
-    return value, found, run | {"objective": value}
+    return value, descent.pi, run | {"objective": value}
