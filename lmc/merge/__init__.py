@@ -11,8 +11,10 @@ from lmc.merge.averaging import (
     swa,
     variance_corrected,
 )
+from lmc.merge.fisher import fisher, fisher_information, fisher_weighted
 from lmc.merge.method import linear, on_task_vectors, on_tensors
 from lmc.merge.on_top import consensus, lines, on_merged, tall_mask, tall_masks
+from lmc.merge.regmean import regmean, regmean_plus_plus
 from lmc.merge.soups import greedy_soup, learned_soup, uniform_soup, wise_ft
 from lmc.merge.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
 from lmc.merge.ties import pcb, ties
@@ -24,6 +26,9 @@ __all__ = [
     "dare",
     "della",
     "ema",
+    "fisher",
+    "fisher_information",
+    "fisher_weighted",
     "greedy_soup",
     "karcher_mean",
     "lawa",
@@ -36,6 +41,8 @@ __all__ = [
     "on_task_vectors",
     "on_tensors",
     "pcb",
+    "regmean",
+    "regmean_plus_plus",
     "slerp",
     "swa",
     "tall_mask",

@@ -95,7 +95,8 @@ def scorer(
     where = pick_device(device, weights)
     renew = (lambda state: state) if recalibrate is None else Recalibrator(Network(model, where), recalibrate)
     if callable(validation):
-        return lambda state: float(validation(state)), renew
+        judge: Callable[[Weights], Any] = validation
+        return lambda state: float(judge(state)), renew
     evaluator = Evaluator(model, chosen(validation), at_once=1, device=where)
 
     def score(state: Weights) -> float:

@@ -65,8 +65,8 @@ class Pass:
 
     def __iter__(self) -> Iterator[Any]:
         for name in self.sets.weights:
-            values = tuple(value.to(self.sets.dtype) for value in self.read(name))
-            yield values if len(values) > 1 else values[0]
+            first, *rest = (value.to(self.sets.dtype) for value in self.read(name))
+            yield (first, *rest) if rest else first
 
 
 @dataclass(frozen=True)

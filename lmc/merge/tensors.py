@@ -52,7 +52,11 @@ class WeightSets:
 
     def stack(self, name: str) -> Tensor:
         """`(models, *shape)`: the tensor `name` of every model, in float32 or wider."""
-        return torch.stack([self._read(state, name, f"models[{i}]") for i, state in enumerate(self.states)])
+        return torch.stack([self.tensor(name, i) for i in range(len(self.states))])
+
+    def tensor(self, name: str, model: int) -> Tensor:
+        """`(*shape)`: the tensor `name` of one model, in float32 or wider."""
+        return self._read(self.states[model], name, f"models[{model}]")
 
     def base_tensor(self, name: str) -> Tensor:
         """`(*shape)`: the tensor `name` of the base, in float32 or wider."""
@@ -74,17 +78,17 @@ class WeightSets:
             (state, c, f"models[{i}]") for i, (state, c) in enumerate(zip(self.states, coefficients, strict=True))
         ]
         used = [term for term in [*terms, (self.base, base_coefficient, "base")] if term[1] != 0.0]
-        origin, total = None, None
-        for state, coefficient, who in used:
+        if not used:
+            raise InputError(f"{name}: all coefficients are zero")
+        origin = total = torch.empty(0)
+        for i, (state, coefficient, who) in enumerate(used):
             if state is None:
                 raise InputError(f"coefficients that do not sum to 1 leave {coefficient:g} to the base: pass base=")
             tensor = self._read(state, name, who)
-            if total is None:
+            if i == 0:
                 origin, total = tensor, tensor.clone()
             else:
                 total.add_(tensor - origin, alpha=coefficient)
-        if total is None:
-            raise InputError(f"{name}: all coefficients are zero")
         return total
 
     def _read(self, state: Mapping[str, Tensor], name: str, who: str) -> Tensor:
