@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import plotly.graph_objects as go
 
 from lmc.plots.style import CYCLE, GREY, GRID, figure
-from lmc.symmetry.report import generic
+from lmc.symmetry.report import generic, ordered_families, tensor_text
 
 if TYPE_CHECKING:
     from lmc.symmetry.spec import PermutationSpec
@@ -38,7 +38,8 @@ def plot_spec(spec: "PermutationSpec") -> go.Figure:
     label = generic if merge else str
     rows = list(dict.fromkeys(label(module) for module in modules))
     lanes = _lanes(spec, label)
-    fig = figure(width=max(620, 260 + 62 * len(lanes)), height=130 + 24 * len(rows))
+    longest = max((len(lane.title) for lane in lanes), default=0)
+    fig = figure(width=max(640, 280 + 5 * longest + 54 * len(lanes)), height=180 + 24 * len(rows) + 6 * longest)
     place = {row: k for k, row in enumerate(rows)}
     for k, lane in enumerate(lanes):
         _draw(fig, lane, k, place, CYCLE[k % len(CYCLE)] if lane.title != STAYS else GREY)
@@ -47,7 +48,7 @@ def plot_spec(spec: "PermutationSpec") -> go.Figure:
             fig.add_trace(_legend(symbol, meaning))
     names = [f"{lane.title}<br><sub>{lane.units}</sub>" for lane in lanes]
     fig.update_xaxes(
-        tickmode="array", tickvals=list(range(len(lanes))), ticktext=names, side="top", tickangle=-35,
+        tickmode="array", tickvals=list(range(len(lanes))), ticktext=names, side="top", tickangle=-45,
         range=[-0.6, len(lanes) - 0.4], showgrid=False, showline=False, ticks="",
     )  # fmt: skip
     fig.update_yaxes(
@@ -55,30 +56,17 @@ def plot_spec(spec: "PermutationSpec") -> go.Figure:
     )
     fig.update_layout(
         hovermode="closest",
-        margin={"l": 20, "r": 20, "t": 110, "b": 20},
+        margin={"l": 20, "r": 20 + 5 * longest, "t": 60 + 6 * longest, "b": 20},
         legend={"orientation": "v", "x": 0, "y": -0.02, "yanchor": "top"},
     )
-    fig.update_layout(height=fig.layout.height + 24 * 4)
     return fig
 
 
 def _lanes(spec: "PermutationSpec", label) -> list[_Lane]:
     """One lane per family (or per kind of family, when merged), those nested in another right behind it."""
-    order: list[str] = []
-
-    def visit(family: str) -> None:
-        if family not in order:
-            order.append(family)
-            for child, names in spec.families.items():
-                if any(spec.groups[p].family == family for p, _ in spec.groups[names[0]].within):
-                    visit(child)
-
-    for family, names in spec.families.items():
-        if not spec.groups[names[0]].within:
-            visit(family)
     lanes: dict[str, _Lane] = {}
     counts: dict[str, int] = {}
-    for family in [*order, *(f for f in spec.families if f not in order)]:
+    for family in ordered_families(spec):
         names = spec.families[family]
         group = spec.groups[names[0]]
         title = label(family)
@@ -88,7 +76,7 @@ def _lanes(spec: "PermutationSpec", label) -> list[_Lane]:
         for tensor, tables in group.tables.items():
             for table in tables:
                 role = _role(spec, tensor, table.dims)
-                text = f'{label(tensor)} "{spec.patterns[tensor]}"'
+                text = label(tensor_text(spec, tensor))
                 found = lane.touched.setdefault(label(_module(tensor)), {}).setdefault(role, [])
                 if text not in found:
                     found.append(text)

@@ -4,8 +4,6 @@ import html
 import re
 from typing import TYPE_CHECKING
 
-from lmc.symmetry.group import Group
-
 if TYPE_CHECKING:
     from lmc.symmetry.spec import PermutationSpec
 
@@ -22,29 +20,62 @@ def headline(spec: "PermutationSpec") -> str:
     )
 
 
+def ordered_families(spec: "PermutationSpec") -> list[str]:
+    """The families along the network, those nested in another right behind it."""
+    outer = {
+        family: [spec.groups[parent].family for parent, _ in spec.groups[names[0]].within]
+        for family, names in spec.families.items()
+    }
+    order: list[str] = []
+
+    def visit(family: str) -> None:
+        if family not in order:
+            order.append(family)
+            for child, parents in outer.items():
+                if family in parents:
+                    visit(child)
+
+    for family, parents in outer.items():
+        if not parents:
+            visit(family)
+    return order
+
+
 def family_rows(spec: "PermutationSpec") -> list[tuple[str, str, str, str]]:
     """(family, units, inside, tensors with their patterns), families that differ only by a layer number in one row."""
-    families: dict[str, list[Group]] = {}
-    for group in spec.groups.values():
-        families.setdefault(group.family, []).append(group)
-    merged: dict[tuple, list[str]] = {}
-    for family, members in families.items():
-        first = members[0]
-        inside = ", ".join(dict.fromkeys(generic(spec.groups[p].family) for g in members for p, _ in g.within))
-        tensors = tuple(generic(f'{t} "{spec.patterns[t]}"') for t in first.tables)
-        key = (generic(family), first.size, len(members), inside, tensors)
-        merged.setdefault(key, []).append(family)
+    merged: dict[tuple[object, ...], list[str]] = {}
+    for family in ordered_families(spec):
+        names = spec.families[family]
+        first = spec.groups[names[0]]
+        inside = tuple(dict.fromkeys(generic(spec.groups[parent].family) for parent, _ in first.within))
+        tensors = tuple(generic(tensor_text(spec, tensor)) for tensor in first.tables)
+        merged.setdefault((generic(family), first.size, len(names), inside, tensors), []).append(family)
     rows = []
-    for (name, size, count, inside, tensors), names in merged.items():
-        shown = names[0] if len(names) == 1 else name
-        times = f"{len(names)} x " if len(names) > 1 else ""
-        nested = f" x {count}" if inside else ""
-        if len(names) == 1:
-            group = families[names[0]][0]
-            tensors = tuple(f'{t} "{spec.patterns[t]}"' for t in group.tables)
-            inside = ", ".join(dict.fromkeys(spec.groups[p].family for p, _ in group.within))
-        rows.append((shown, f"{times}{size}{nested}", inside, _shorten(tuple(dict.fromkeys(tensors)))))
+    for (name, size, count, inside, tensors), families in merged.items():
+        if len(families) == 1:
+            group = spec.groups[spec.families[families[0]][0]]
+            name, tensors = families[0], tuple(tensor_text(spec, tensor) for tensor in group.tables)
+            inside = tuple(dict.fromkeys(spec.groups[parent].family for parent, _ in group.within))
+        times = f"{len(families)} x " if len(families) > 1 else ""
+        nested = f" in each of {count}" if inside else ""
+        rows.append((name, f"{times}{size}{nested}", ", ".join(inside), _shorten(tuple(dict.fromkeys(tensors)))))
     return rows
+
+
+def tensor_text(spec: "PermutationSpec", tensor: str) -> str:
+    """A tensor and its pattern, in which groups go by the last part of their names where that is clear."""
+    pattern = spec.patterns[tensor]
+    names = [name for name in re.findall(r"[^\s()+/]+", pattern) if name in spec.families]
+    shorts = {name: _last_part(name) for name in names}
+    if len(set(shorts.values())) == len(shorts):
+        pattern = re.sub(r"[^\s()+/]+", lambda match: shorts.get(match.group(), match.group()), pattern)
+    return f'{tensor} "{pattern}"'
+
+
+def _last_part(name: str) -> str:
+    parts = name.split(".")
+    start = next((k for k in range(len(parts) - 1, -1, -1) if not parts[k].isdigit()), 0)
+    return ".".join(parts[start:])
 
 
 def frozen_rows(spec: "PermutationSpec") -> list[tuple[str, str]]:
@@ -72,7 +103,7 @@ def as_text(spec: "PermutationSpec") -> str:
     rows = family_rows(spec)
     width = max((len(name) for name, *_ in rows), default=0)
     for name, units, inside, tensors in rows[:_MAX_LINES]:
-        nested = f" in {inside}" if inside else ""
+        nested = f" {inside}" if inside else ""
         lines.append(f"  {name:<{width}}  {units}{nested}:  {tensors}")
     if len(rows) > _MAX_LINES:
         lines.append(f"  ... and {len(rows) - _MAX_LINES} more families")
