@@ -21,7 +21,7 @@ WIDTHS = [512, 512, 512]
 TITLE = "Two networks, one basin"
 TEXT = [
     "Networks A and B have the same architecture and were trained on the same handwritten digits, from different random "
-    "seeds. Halfway between their weights lies a network that has forgotten nearly everything: the curve called naive.",
+    "seeds. Halfway between their weights lies a network that is far worse than both: the curve called naive.",
     "The hidden units of a layer can be put in any order without changing what a network computes. Here B's units are "
     "put in the order that fits A's best, which uses the weights alone. The line from A to this B stays low: the two "
     "were in one basin all along. Move the slider, and switch between the two lines.",
