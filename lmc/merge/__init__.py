@@ -1,5 +1,6 @@
 """Combine the weights of several models: `method(models, *, base=None, ...) -> weights`."""
 
+from lmc.merge.adamerging import adamerging
 from lmc.merge.averaging import (
     average,
     ema,
@@ -15,23 +16,27 @@ from lmc.merge.fisher import fisher, fisher_information, fisher_weighted
 from lmc.merge.method import linear, on_task_vectors, on_tensors
 from lmc.merge.on_top import consensus, lines, on_merged, tall_mask, tall_masks
 from lmc.merge.regmean import regmean, regmean_plus_plus
+from lmc.merge.search import evolve, lcsc
 from lmc.merge.soups import greedy_soup, learned_soup, uniform_soup, wise_ft
 from lmc.merge.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
 from lmc.merge.ties import pcb, ties
 
 __all__ = [
+    "adamerging",
     "average",
     "breadcrumbs",
     "consensus",
     "dare",
     "della",
     "ema",
+    "evolve",
     "fisher",
     "fisher_information",
     "fisher_weighted",
     "greedy_soup",
     "karcher_mean",
     "lawa",
+    "lcsc",
     "learned_soup",
     "linear",
     "lines",

@@ -55,18 +55,18 @@ def batches(data: Any, what: str, *, limit: int | None, size: int) -> Iterator[t
         left = None if left is None else left - count
 
 
-def gather(data: Any, what: str) -> tuple[Any, Tensor]:
-    """All examples of `data` as one `(inputs, targets)`."""
+def gather(data: Any, what: str) -> tuple[Any, Tensor | None]:
+    """All examples of `data` as one `(inputs, targets or None)`."""
     parts = list(batches(data, what, limit=None, size=1 << 40))
-    targets = [goal for _, goal in parts if goal is not None]
-    if not targets:
-        raise DataError(f"{what}: expected (inputs, targets), got inputs alone")
-    first = parts[0][0]
-    if isinstance(first, Tensor):
-        return torch.cat([inputs for inputs, _ in parts]), torch.cat(targets)
-    if isinstance(first, Mapping):
-        return {key: torch.cat([inputs[key] for inputs, _ in parts]) for key in first}, torch.cat(targets)
-    return tuple(torch.cat(column) for column in zip(*(i for i, _ in parts), strict=True)), torch.cat(targets)
+    if len(parts) == 1:
+        return parts[0]
+    columns = [inputs for inputs, _ in parts]
+    targets = torch.cat([goal for _, goal in parts if goal is not None])
+    if isinstance(columns[0], Tensor):
+        return torch.cat(columns), targets
+    if isinstance(columns[0], Mapping):
+        return {key: torch.cat([column[key] for column in columns]) for key in columns[0]}, targets
+    return tuple(torch.cat(column) for column in zip(*columns, strict=True)), targets
 
 
 def check_data(data: Any, count: int) -> list[Any]:

@@ -221,6 +221,8 @@ def learned_soup(
         return torch.einsum("m,m...->...", share, stacks[name]).to(state[name].dtype)
 
     inputs, targets = gather(validation, "validation")
+    if targets is None:
+        raise DataError("validation: expected (inputs, targets), got inputs alone")
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for _ in tqdm(range(epochs), desc="learned soup", delay=2, disable=not progress):
