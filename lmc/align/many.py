@@ -1,0 +1,174 @@
+"""Matching more than two models at once, so that all of them can be averaged."""
+
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args, overload
+
+import torch
+from tqdm.auto import tqdm
+
+from lmc.align.frank_wolfe import frank_wolfe, start_at
+from lmc.align.weight_matching import _matched, weight_matching
+from lmc.errors import InputError
+from lmc.symmetry.permutation import Permutation
+from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
+
+ManyMethod = Literal["merge_many", "cycle_consistent"]
+
+# A gain below the rounding of float32 sums is none.
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True, eq=False)
+class Matchings(Sequence[Permutation]):
+    """One permutation per model, each into the same common order: that of the first model, whose own is the identity.
+
+    Attributes:
+        permutations: `permutations[i].apply(models[i])` are the weights to average.
+        objective: `sum_{i<j} <pi_i(theta_i), pi_j(theta_j)>` over parameters.
+        info: how they were found.
+    """
+
+    permutations: tuple[Permutation, ...]
+    objective: float
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.permutations)
+
+    @overload
+    def __getitem__(self, index: int) -> Permutation: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Permutation]: ...
+    def __getitem__(self, index):
+        return self.permutations[index]
+
+    def pairwise(self, i: int, j: int) -> Permutation:
+        """What moves model j onto model i. Going round any cycle of models gives the identity, exactly."""
+        return self[i].inverse().compose(self[j])
+
+    def apply(self, models: Sequence[ModelOrWeights]) -> list[Weights]:
+        """Each model moved by its permutation."""
+        return [pi.apply(model) for pi, model in zip(self, models, strict=True)]
+
+    def __repr__(self) -> str:
+        return f"Matchings({len(self)} models, objective {self.objective:.6g}, by {self.info.get('method')})"
+
+
+def match_many(
+    spec: PermutationSpec | UnboundSpec,
+    models: Sequence[ModelOrWeights],
+    method: ManyMethod = "cycle_consistent",
+    *,
+    seed: int = 0,
+    restarts: int = 2,
+    max_iterations: int = 200,
+    tolerance: float = 1e-6,
+    progress: bool = True,
+) -> Matchings:
+    """Permutations that bring several models into one common order, by their weights.
+
+    Args:
+        spec: the symmetries of the architecture.
+        models: modules or state dicts of that architecture, two or more; none is changed.
+        method: "merge_many" moves one model after the other to the mean of all others by weight matching, until none
+            moves (Ainsworth et al. 2023, algorithm 3; with two models, this is weight matching). "cycle_consistent"
+            moves all groups of all models at once (C2M3, Crisostomi et al. 2024, arXiv:2405.17897), also worth trying
+            with two models.
+        seed: decides the order of visits and random starting points.
+        restarts: runs of which the best is kept. The first starts from the identity; for "cycle_consistent" the others
+            start near the centre of the polytope (the default of C2M3), for "merge_many" they visit in another order.
+        max_iterations: bound on the sweeps over all models, or on the steps of Frank-Wolfe, in one run.
+        tolerance: Frank-Wolfe ends when five steps in a row gain less than this share of the objective.
+        progress: show a bar when it takes longer than two seconds.
+
+    Raises:
+        InputError: fewer than two models, or an unknown method. MismatchError: models of different architectures.
+        SpecError: the spec does not fit. WeightsError: NaN or infinity in the weights.
+    """
+    if method not in get_args(ManyMethod):
+        raise InputError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(ManyMethod)))}")
+    if len(models) < 2 or restarts < 1 or max_iterations < 1:
+        raise InputError(f"{len(models)} models, {restarts=}, {max_iterations=}: expected at least 2, 1 and 1")
+    started = time.perf_counter()
+    states = [as_weights(model) for model in models]
+    for i, state in enumerate(states):
+        check_compatible(states[0], state, ("models[0]", f"models[{i}]"))
+        check_finite(state, f"models[{i}]")
+    spec = spec.bind(states[0])
+    run = _merge_many if method == "merge_many" else _cycle_consistent
+    best, value = [spec.identity()] * len(states), objective(spec, states)
+    info: dict[str, Any] = {"method": method, "seed": seed, "objective_at_identity": value, "runs": []}
+    bar = tqdm(desc=method, unit=" steps", delay=2, disable=not progress, leave=False)
+    try:
+        for restart in range(restarts):
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + restart)
+            moves, how = run(spec, states, generator, restart, max_iterations, tolerance, bar)
+            found = objective(spec, [pi.apply(state) for pi, state in zip(moves, states, strict=True)])
+            info["runs"].append(how | {"objective": found})
+            if found > value:
+                best, value = moves, found
+    except KeyboardInterrupt:
+        warnings.warn(f"interrupted: the best of {len(info['runs'])} finished runs is returned", stacklevel=2)
+    finally:
+        bar.close()
+    back = best[0].inverse()
+    info["seconds"] = time.perf_counter() - started
+    return Matchings(tuple(back.compose(pi) for pi in best), value, info)
+
+
+def objective(spec: PermutationSpec, states: Sequence[Weights]) -> float:
+    """`sum_{i<j} <theta_i, theta_j>` over the parameters that matching looks at, in float64."""
+    total = 0.0
+    for name in _matched(spec, states[0]):
+        stack = torch.stack([state[name].double() for state in states])
+        total += float(stack.sum(0).square().sum() - stack.square().sum()) / 2
+    return total
+
+
+def _merge_many(
+    spec: PermutationSpec,
+    states: Sequence[Weights],
+    generator: torch.Generator,
+    restart: int,
+    max_iterations: int,
+    _tolerance: float,
+    bar: Any,
+) -> tuple[list[Permutation], dict[str, Any]]:
+    """Each model in turn is matched to the mean of all others, in random order, until none moves."""
+    moves, moved = [spec.identity()] * len(states), list(states)
+    # Of two models it is enough to move the second: moving the first is the same problem turned round.
+    visited = torch.arange(1 if len(states) == 2 else 0, len(states))
+    sweeps, settled = 0, False
+    while not settled and sweeps < max_iterations:
+        settled, sweeps = True, sweeps + 1
+        for i in visited[torch.randperm(len(visited), generator=generator)].tolist():
+            others = mean([state for j, state in enumerate(moved) if j != i])
+            seed = int(torch.randint(2**31, (), generator=generator))
+            pi = weight_matching(spec, others, moved[i], seed=seed, restarts=1 + restart, progress=False)
+            bar.update()
+            stay = pi.info["objective_at_identity"]
+            if pi.objective is not None and pi.objective > stay + _ROUNDING * abs(stay):
+                moves[i], moved[i] = pi.compose(moves[i]), pi.apply(moved[i])
+                settled = len(visited) == 1
+    return moves, {"sweeps": sweeps, "converged": settled}
+
+
+def _cycle_consistent(
+    spec: PermutationSpec,
+    states: Sequence[Weights],
+    generator: torch.Generator,
+    restart: int,
+    max_iterations: int,
+    tolerance: float,
+    bar: Any,
+) -> tuple[list[Permutation], dict[str, Any]]:
+    """Frank-Wolfe over all groups of all models at once."""
+    tensors = [_matched(spec, state) for state in states]
+    like = next(iter(tensors[0].values()))
+    start = start_at(spec, len(states), like, generator if restart else None)
+    moves, how = frank_wolfe(spec, tensors, start, max_iterations, tolerance, bar.update)
+    return [Permutation(spec, indices) for indices in moves], how
