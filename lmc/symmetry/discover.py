@@ -1,7 +1,6 @@
 """The permutation symmetries of any module: capture its operators, interpret them on units, solve, name the groups."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -12,7 +11,8 @@ from lmc.symmetry.group import Group, Table
 from lmc.symmetry.interpret import Facts, gather_facts
 from lmc.symmetry.solve import Fibre, Solution, solve
 from lmc.symmetry.tables import Places
-from lmc.symmetry.trace import Graph, Outputs, capture
+from lmc.symmetry.outputs import ExampleInputs, OutputSelector
+from lmc.symmetry.trace import Graph, capture
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Draft:
         return 1 + max((parent.depth for parent, _ in self.within), default=-1)
 
 
-def discover(model: nn.Module, example_inputs: Any, outputs: Outputs = None, *, progress: bool = True) -> Discovery:
+def discover(model: nn.Module, example_inputs: ExampleInputs, outputs: OutputSelector = None, *, progress: bool = True) -> Discovery:
     """Find groups of interchangeable units of a module.
 
     Every permutation of the units of every group, applied to all tensors that the group touches, leaves the selected

@@ -168,7 +168,7 @@ def call(units: Units, node: Node, known: dict[Node, Any]) -> Any:
     inputs = [t for t in pytree.tree_leaves((args, kwargs), is_leaf=lambda t: isinstance(t, Tag)) if isinstance(t, Tag)]
     if all(t.constant for t in inputs) and is_deterministic(node.target):
         return evaluated(units, node, args, kwargs, shapes)
-    if is_computation(node.target):
+    if is_computation(node.target, inputs):
         touch(units, inputs)
     return interpret(Op(units, node.target, shapes), args, kwargs)
 
@@ -177,10 +177,11 @@ def is_deterministic(target: Any) -> bool:
     return torch.Tag.nondeterministic_seeded not in getattr(target, "tags", [torch.Tag.nondeterministic_seeded])
 
 
-def is_computation(target: Any) -> bool:
-    """Everything but pure moves: what these see is in use."""
+def is_computation(target: Any, inputs: list[Tag]) -> bool:
+    """Everything but pure moves (indexing by known numbers among them): what these see is in use."""
     found = RULES.get(getattr(target, "overloadpacket", target))
-    return found is None or found.__module__ != "lmc.symmetry.rules.moves"
+    family = found.__module__.rpartition(".")[2] if found is not None else ""
+    return family != "moves" and not (family == "indexing" and all(t.value is not None for t in inputs[1:]))
 
 
 def touch(units: Units, tags: list[Any]) -> None:

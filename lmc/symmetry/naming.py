@@ -36,7 +36,8 @@ def base_name(tables: Tables, used: Mapping[str, int], shapes: Mapping[str, tupl
     table = tables[first][0]
     modules = [module_of(t) for t in tensors]
     if not nested and len(set(modules)) > MANY:
-        return f"{shared_path(modules)}.stream".lstrip(".")
+        producers = [module_of(t) for t in tensors if any(0 in table.dims for table in tables[t])]
+        return f"{shared_path(producers or modules)}.stream".lstrip(".")
     name = modules[0]
     if parent and table.dims[0] == 0 and len(shapes[first]) == 3 and table.rows.shape[1] == 1:
         return name if name.endswith("experts") else f"{name}.experts"
@@ -46,8 +47,7 @@ def base_name(tables: Tables, used: Mapping[str, int], shapes: Mapping[str, tupl
         word = "heads" if "att" in path.lower() or "att" in name.lower() else "blocks"
         return f"{path}.{word}"
     if nested and is_fused(first, shapes):
-        third = 3 * int(table.rows[0, 0]) // max(1, shapes[first][table.dims[0]])
-        return f"{name}.{('qk', 'k', 'v')[min(third, 2)]}"
+        return f"{name}.v" if len(set(modules)) > 1 else f"{name}.qk"
     return name
 
 

@@ -19,6 +19,9 @@ class Places:
         self.coords.sort(key=lambda entry: int(entry[2].flat[0]))
         self.starts = np.array([int(c.flat[0]) for *_, c in self.coords], np.int64)
         self.ends = np.array([int(c.flat[-1]) + 1 for *_, c in self.coords], np.int64)
+        self.of: dict[str, list[int]] = {}
+        for k, (name, *_) in enumerate(self.coords):
+            self.of.setdefault(name, []).append(k)
         self.row = np.full(total, -1)
         self.column = np.zeros(total, np.int64)
 
@@ -32,30 +35,41 @@ class Places:
             touched.setdefault(self.coords[k][0], []).append(k)
         result: dict[str, tuple[Table, ...]] = {}
         for name, numbers in touched.items():
-            tables = []
+            tables: list[Table] = []
             for cluster in clusters([self.coords[k][2] for k in numbers]):
                 chosen = [k for k in numbers if any(self.coords[k][2] is c for c in cluster)]
-                if len(chosen) == 1 and len(support(cluster[0])) == 1:
-                    table = plain(units[:, inside & (which == chosen[0])] - self.starts[chosen[0]], support(cluster[0]))
-                else:
-                    picked = units[:, inside & np.isin(which, chosen)]
-                    table = self.joint(cluster, self.coords[chosen[0]][1], picked)
-                if table is None:
+                found = self.on_cluster(chosen, units, [inside & (which == k) for k in chosen])
+                if found is None:
                     return None
-                tables.append(table)
+                tables += found
             result[name] = tuple(sorted(tables, key=lambda t: t.dims))
         return result
 
-    def joint(self, cluster: list[Ids], shape: tuple[int, ...], units: Ids) -> Table | None:
+    def on_cluster(self, chosen: list[int], units: Ids, columns: list[np.ndarray]) -> list[Table] | None:
+        """The tables on axes that depend on each other: one on all of them where every position belongs to one row;
+        else (a square weight, whose axes both carry the group) one after the other."""
+        _, shape, coord = self.coords[chosen[0]]
+        if len(chosen) == 1 and len(support(coord)) == 1:
+            return [plain(units[:, columns[0]] - self.starts[chosen[0]], support(coord))]
+        together = self.joint(chosen, shape, units[:, np.logical_or.reduce(columns)])
+        if together is not None or len(chosen) == 1:
+            return None if together is None else [together]
+        single = [self.joint([k], shape, units[:, mine]) for k, mine in zip(chosen, columns, strict=True)]
+        return None if any(t is None for t in single) else [t for t in single if t is not None]
+
+    def joint(self, chosen: list[int], shape: tuple[int, ...], units: Ids) -> Table | None:
         """A table over several dims: a position belongs to the row that owns its units, and corresponds to the position
-        with the same columns in another row."""
+        with the same columns, and the same units on other axes, in another row."""
         n, m = units.shape
         self.row[units], self.column[units] = np.arange(n)[:, None], np.arange(m)
-        dims = tuple(sorted({d for c in cluster for d in support(c)}))
-        flat = [spread(c, dims, shape).ravel() for c in cluster]
+        dims = tuple(sorted({d for k in chosen for d in support(self.coords[k][2])}))
+        flat = [spread(self.coords[k][2], dims, shape).ravel() for k in chosen]
         rows = np.stack([self.row[f] for f in flat])
         signature = mix(*(np.where(self.row[f] >= 0, self.column[f], f + m) for f in flat))
         self.row[units] = -1
+        for other in self.of[self.coords[chosen[0]][0]]:
+            if other not in chosen and set(support(self.coords[other][2])) <= set(dims):
+                signature = mix(signature, spread(self.coords[other][2], dims, shape).ravel())
         owner = rows.max(axis=0)
         if ((rows >= 0) & (rows != owner)).any():
             return None

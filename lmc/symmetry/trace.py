@@ -6,31 +6,34 @@ how. A module on a GPU, in half precision or on the meta device is captured as i
 """
 
 import inspect
+import keyword
 import logging
+import operator
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from lmc.errors import InputError, TraceError
+from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, select
 from lmc.symmetry.rules import RULES
-
-Outputs = str | int | Callable[[Any], Any] | None
+from lmc.symmetry.rules.registry import is_pointwise
 
 PREFIX = "subject."
 
 
 @dataclass(frozen=True)
 class Leaf:
-    """Where a placeholder of the graph comes from. `kind`: parameter, buffer (saved with the module), constant, input."""
+    """Where a placeholder of the graph comes from: a parameter, a saved buffer, a constant, or an input."""
 
     kind: str
     name: str
@@ -63,51 +66,36 @@ class Graph:
 class Selected(nn.Module):
     """A module whose forward returns the chosen output tensors of another, as a flat tuple."""
 
-    def __init__(self, subject: nn.Module, outputs: Outputs):
+    def __init__(self, subject: nn.Module, outputs: OutputSelector):
         super().__init__()
         self.subject = subject
         self.outputs = outputs
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        return tuple(chosen(self.subject(*args, **kwargs), self.outputs))
+        return tuple(select(self.subject(*args, **kwargs), self.outputs))
 
 
-def chosen(result: Any, outputs: Outputs) -> list[Tensor]:
-    """The output tensors to keep: by key, attribute, position or function; by default the tensor itself, `.logits`, or
-    every tensor found in the result.
+class Renamed(nn.Module):
+    """Like `Selected`, for a module whose tensors must be known under names of ours."""
 
-    Raises:
-        InputError: if the output has no such part, or no tensor.
-    """
-    if callable(outputs):
-        part = outputs(result)
-    elif isinstance(outputs, str):
-        part = result[outputs] if isinstance(result, Mapping) and outputs in result else getattr(result, outputs, None)
-        if part is None:
-            known = list(result) if isinstance(result, Mapping) else type(result).__name__
-            raise InputError(f"outputs={outputs!r}: the model's output has no such part; it has {known}")
-    elif isinstance(outputs, int):
-        part = list(result.values() if isinstance(result, Mapping) else result)[outputs]
-    else:
-        logits = getattr(result, "logits", None)
-        part = logits if isinstance(logits, Tensor) else result
-    found = list(tensors_in(part))
-    if not found:
-        raise InputError(f"the model's output ({type(result).__name__}) holds no tensor; choose one with outputs=")
-    return found
+    def __init__(self, subject: nn.Module, outputs: OutputSelector):
+        super().__init__()
+        self.hidden = (subject,)
+        self.outputs = outputs
+        self.training = False
+        self.original: dict[str, str] = {}
+        saved = subject.state_dict(keep_vars=True)
+        for k, (name, tensor) in enumerate(subject.named_parameters()):
+            self.original[f"tensor_{k}"] = name
+            self.register_parameter(f"tensor_{k}", tensor)
+        for k, (name, tensor) in enumerate(subject.named_buffers(), start=len(self.original)):
+            self.original[f"tensor_{k}"] = name
+            self.register_buffer(f"tensor_{k}", tensor, persistent=name in saved)
 
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested containers and dataclass-like results, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for v in value.values():
-            yield from tensors_in(v)
-    elif isinstance(value, (tuple, list)):
-        for v in value:
-            yield from tensors_in(v)
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        tensors = {name: getattr(self, alias) for alias, name in self.original.items()}
+        return tuple(select(functional_call(self.hidden[0], tensors, args, kwargs), self.outputs))
 
 
 @contextmanager
@@ -123,42 +111,48 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             m.training = training
 
 
-def call_arguments(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A tensor, a tuple of positional or a mapping of keyword arguments, as (args, kwargs)."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, (tuple, list)):
-        return tuple(example_inputs), {}
-    if isinstance(example_inputs, Tensor):
-        return (example_inputs,), {}
-    raise InputError(
-        f"example_inputs: expected a tensor, a tuple of positional or a dict of keyword arguments, "
-        f"got {type(example_inputs).__name__}"
-    )
-
-
-def capture(model: nn.Module, example_inputs: Any, outputs: Outputs = None) -> Graph:
+def capture(model: nn.Module, example_inputs: ExampleInputs, outputs: OutputSelector = None) -> Graph:
     """Trace one forward pass of `model` into a graph of operators.
 
     Args:
         model: any module; neither its weights nor its modes are changed.
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        outputs: which part of the output must stay the same, see `chosen`.
+        outputs: which part of the output must stay the same, see `lmc.symmetry.outputs.select`.
 
     Raises:
         TraceError: if the model rejects the inputs, or its forward pass depends on data in a way that no fixed graph
             can express.
     """
-    args, kwargs = on_device_of(model, *call_arguments(example_inputs))
+    args, kwargs = on_device_of(model, *as_call(example_inputs))
+    subject = wrapped(model, outputs)
     with evaluation_mode(model), quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         try:
-            program = torch.export.export(Selected(model, outputs), args, kwargs, strict=False)
-            program = program.run_decompositions(decompositions())
+            program = torch.export.export(subject, args, kwargs, strict=False)
+            if not all(is_understood(node) for node in program.graph.nodes):
+                program = program.run_decompositions(decompositions())
         except InputError:
             raise
         except Exception as error:
             raise explained(model, args, kwargs, error) from error
-    return graph_of(model, program)
+    names = subject.original if isinstance(subject, Renamed) else {}
+    return graph_of(model, program, names)
+
+
+def wrapped(model: nn.Module, outputs: OutputSelector) -> nn.Module:
+    """The module to export. Export writes code with the paths of submodules in it, which fails for paths such as
+    `branches.in`: those modules are called with their tensors under other names."""
+    if any(keyword.iskeyword(part) for name, _ in model.named_modules() for part in name.split(".")):
+        return Renamed(model, outputs)
+    return Selected(model, outputs)
+
+
+def is_understood(node: Node) -> bool:
+    """Whether a node can be interpreted as it is: it has a rule, or is pointwise, and overwrites nothing."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return True
+    known = getattr(node.target, "overloadpacket", node.target) in RULES or is_pointwise(node.target)
+    schema = getattr(node.target, "_schema", None)
+    return known and schema is not None and not schema.is_mutable
 
 
 def on_device_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -238,21 +232,22 @@ def is_user_file(file: str) -> bool:
     return not file.startswith((TORCH_HOME, OUR_HOME, "<"))
 
 
-def graph_of(model: nn.Module, program: Any) -> Graph:
+def graph_of(model: nn.Module, program: Any, names: Mapping[str, str]) -> Graph:
     """The exported program in our terms: nodes that matter for the outputs, leaves with names of the state dict."""
     signature = program.graph_signature
     tensors = model.state_dict(keep_vars=True)
     persistent = {name for name, _ in model.named_buffers() if name in tensors}
-    everything = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    held = dict(model.named_buffers(remove_duplicate=False))
     leaves: dict[str, Leaf] = {}
     for spec in signature.input_specs:
         kind, target = spec.kind.name, str(spec.target or "").removeprefix(PREFIX)
+        target = names.get(target, target)
         if kind == "PARAMETER" or (kind == "BUFFER" and target in persistent and tensors[target].is_floating_point()):
             leaves[spec.arg.name] = Leaf("parameter" if kind == "PARAMETER" else "buffer", target)
         elif kind == "USER_INPUT":
             leaves[spec.arg.name] = Leaf("input", spec.arg.name)
         else:
-            value = program.constants.get(spec.target) if kind != "BUFFER" else everything.get(target)
+            value = program.constants.get(spec.target) if kind != "BUFFER" else held.get(target)
             leaves[spec.arg.name] = Leaf("constant", target, value if isinstance(value, Tensor) else None)
     by_name = {node.name: node for node in program.graph.nodes}
     outputs, mutated = [], []
@@ -260,7 +255,8 @@ def graph_of(model: nn.Module, program: Any) -> Graph:
         if spec.kind.name == "USER_OUTPUT" and spec.arg.name in by_name:
             outputs.append(by_name[spec.arg.name])
         elif spec.kind.name == "BUFFER_MUTATION":
-            mutated.append((by_name[spec.arg.name], str(spec.target).removeprefix(PREFIX)))
+            target = str(spec.target).removeprefix(PREFIX)
+            mutated.append((by_name[spec.arg.name], names.get(target, target)))
     buffers = frozenset(persistent)
     return Graph(list(program.graph.nodes), leaves, outputs, mutated, aliases_of(tensors), tensors, buffers)
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmc.symmetry.rules import core
+from lmc.symmetry.rules.moves import reshape
 from lmc.symmetry.rules.registry import Op, named, rule
 from lmc.symmetry.tags import Tag
 
@@ -40,13 +41,26 @@ def addmm(op: Op, bias: Tag, a: Tag, b: Tag, **_: Any) -> Tag:
 
 @rule(*named("einsum"))
 def einsum(op: Op, equation: str, operands: Sequence[Tag], **_: Any) -> Tag:
-    """Explicit einsum notation, without repeated labels in one operand."""
-    terms, _, out = equation.replace(" ", "").partition("->")
-    if "..." in equation or "->" not in equation or any(len(set(t)) < len(t) for t in terms.split(",")):
+    """Any einsum without repeated labels in one operand."""
+    terms, arrow, out = equation.replace(" ", "").partition("->")
+    labels = [spelled(term, len(tag.shape)) for term, tag in zip(terms.split(","), operands, strict=True)]
+    if any(len(set(term)) < len(term) for term in labels):
         for tag in operands:
             core.freeze(op.units, tag, f"einsum {equation}")
         return core.still(op.units, op.shape, f"einsum {equation}")
-    return core.contract(op.units, [(t, list(labels)) for t, labels in zip(operands, terms.split(","), strict=True)], list(out))
+    result = spelled(out, len(op.shape))
+    if not arrow:
+        every = [label for term in labels for label in term]
+        named_once = sorted(label for label in set(every) if every.count(label) == 1 and label not in BATCH)
+        result = [*(label for label in BATCH if label in every), *named_once]
+    return core.contract(op.units, list(zip(operands, labels, strict=True)), result)
+
+
+def spelled(term: str, ndim: int) -> list[str]:
+    """The labels of one operand, an ellipsis written out; it aligns to the right, as broadcasting does."""
+    before, dots, after = term.partition("...")
+    hidden = ndim - len(before) - len(after) if dots else 0
+    return [*before, *BATCH[len(BATCH) - hidden :], *after] if dots else list(term)
 
 
 @rule(*named("outer", "ger"))
@@ -54,9 +68,34 @@ def outer(op: Op, a: Tag, b: Tag) -> Tag:
     return core.contract(op.units, [(a, ["m"]), (b, ["n"])], ["m", "n"])
 
 
-@rule(*named("bilinear", "_trilinear"))
+@rule(*named("bilinear"))
 def bilinear(op: Op, a: Tag, b: Tag, weight: Tag, bias: Tag | None = None) -> Tag:
     """(..., i), (..., j), (o, i, j) -> (..., o)."""
     lead = BATCH[: len(a.shape) - 1]
-    product = core.contract(op.units, [(a, [*lead, "i"]), (b, [*lead, "j"]), (weight, ["o", "i", "j"])], [*lead, "o"])
-    return product if not isinstance(bias, Tag) else core.pointwise(op.units, op.shape, [product, bias])
+    operands = [(a, [*lead, "i"]), (b, [*lead, "j"]), (weight, ["o", "i", "j"])]
+    product = core.contract(op.units, operands, [*lead, "o"])
+    return product if bias is None else core.pointwise(op.units, op.shape, [product, bias])
+
+
+@rule(*named("_trilinear"))
+def trilinear(op: Op, a: Tag, b: Tag, c: Tag, wide_a: Any, wide_b: Any, wide_c: Any, summed: Any, *_: Any) -> Tag:
+    """The product of three tensors, each with dims of size 1 inserted, summed over some dims."""
+    operands = []
+    for tag, wide in ((a, wide_a), (b, wide_b), (c, wide_c)):
+        shape = list(tag.shape)
+        for d in sorted(wide):
+            shape.insert(d, 1)
+        operands.append(reshape(tag, tuple(shape)))
+    full = tuple(max(t.shape[d] for t in operands) for d in range(len(operands[0].shape)))
+    return core.reduce(op.units, core.pointwise(op.units, full, operands), tuple(sorted(summed)), keepdim=False)
+
+
+@rule(*named("tensordot"))
+def tensordot(op: Op, a: Tag, b: Tag, dims_a: Sequence[int], dims_b: Sequence[int]) -> Tag:
+    """Sum over pairs of dims."""
+    labels_a = [f"a{d}" for d in range(len(a.shape))]
+    labels_b = [f"b{d}" for d in range(len(b.shape))]
+    for da, db in zip(dims_a, dims_b, strict=True):
+        labels_b[db % len(b.shape)] = labels_a[da % len(a.shape)]
+    out = [*(x for x in labels_a if x not in labels_b), *(x for x in labels_b if x not in labels_a)]
+    return core.contract(op.units, [(a, labels_a), (b, labels_b)], out)

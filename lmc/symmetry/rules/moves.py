@@ -193,7 +193,7 @@ def cat(op: Op, tensors: Sequence[Tag], dim: int = 0) -> Tag:
 
 def concatenate(units: Units, parts: Sequence[Tag], dim: int, shape: Shape) -> Tag:
     """Coordinates along `dim` one after the other, plus the part number as a frozen coordinate: equal units in two
-    parts can carry different values (I1). Coordinates on other dims are joined."""
+    parts can carry different values (I1), unless both are the same tensor. Coordinates on other dims are joined."""
     if len(parts) == 1:
         return parts[0]
     ndim = len(shape)
@@ -215,7 +215,8 @@ def concatenate(units: Units, parts: Sequence[Tag], dim: int, shape: Shape) -> T
         np.broadcast_to(p, (*across[:dim], part.shape[dim], *across[dim + 1 :]))
         for p, part in zip(pieces, parts, strict=True)
     ]
-    numbers = units.frozen("part of a concatenation", len(parts))
+    which = [next(k for k, other in enumerate(parts) if other is part) for part in parts]
+    numbers = units.frozen("part of a concatenation", len(parts))[which]
     labels = along(np.repeat(numbers, [part.shape[dim] for part in parts]), dim, ndim)
     return make(units, shape, [np.concatenate(wide, axis=dim), labels, *coords])
 
@@ -223,7 +224,8 @@ def concatenate(units: Units, parts: Sequence[Tag], dim: int, shape: Shape) -> T
 @rule(*named("stack"))
 def stack(op: Op, tensors: Sequence[Tag], dim: int = 0) -> Tag:
     d = dim % len(op.shape)
-    parts = [reshape(t, (*t.shape[:d], 1, *t.shape[d:])) for t in tensors]
+    lifted = {id(t): reshape(t, (*t.shape[:d], 1, *t.shape[d:])) for t in tensors}
+    parts = [lifted[id(t)] for t in tensors]
     return concatenate(op.units, parts, d, op.shape)
 
 
