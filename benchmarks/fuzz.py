@@ -1,6 +1,6 @@
 """Run many random programs through discovery and count: sound, unsound, untraced, groups.
 
-    python benchmarks/fuzz.py --programs 10000 [--start 0]
+    python benchmarks/fuzz.py --programs 10000 --workers 2 [--start 0]
 
 Prints every unsound program with its source, then a markdown table.
 """
@@ -9,54 +9,81 @@ import argparse
 import sys
 import time
 import warnings
+import zlib
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import torch
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from fuzz.check import Outcome, outcome  # noqa: E402
+from fuzz.check import outcomes  # noqa: E402
 from fuzz.generate import random_program  # noqa: E402
+from fuzz.program import Program  # noqa: E402
+
+TOGETHER = 10
 
 
-def attempt(seed: int) -> Outcome | str:
-    """The outcome of a seed, or the name of the exception that discovery raised against its own contract."""
+def count(seeds: Sequence[int]) -> tuple[Counter[str], list[str], list[int]]:
+    """Counts over some seeds, a text for each failure, and a fingerprint of each program."""
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+    programs = [random_program(seed) for seed in seeds]
+    counts, failures = Counter(programs=len(seeds)), []
+    for result in attempts(programs):
+        if isinstance(result, str):
+            counts["crashed"] += 1
+            failures.append(result)
+            continue
+        counts["untraced"] += bool(result.untraced)
+        counts["groups"] += len(result.groups)
+        counts["with groups"] += bool(result.groups)
+        if not result.sound:
+            counts["unsound"] += 1
+            failures.append(str(result))
+    return counts, failures, [zlib.crc32(program.source.encode()) for program in programs]
+
+
+def attempts(programs: Sequence[Program]) -> Iterator:
+    """The outcome of each program, or what discovery raised against its own contract."""
     try:
-        return outcome(random_program(seed))
+        yield from outcomes(programs)
     except Exception as error:  # a crash is a result here
-        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        if len(programs) == 1:
+            yield f"seed {programs[0].seed} crashed: {type(error).__name__}: {error}"
+        else:
+            for program in programs:
+                yield from attempts([program])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--programs", type=int, default=10_000)
     parser.add_argument("--start", type=int, default=0, help="first seed")
+    parser.add_argument("--workers", type=int, default=1, help="processes")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
+    last = options.start + options.programs
+    batches = [range(k, min(last, k + TOGETHER)) for k in range(options.start, last, TOGETHER)]
     counts: Counter[str] = Counter()
-    started, slowest, sources = time.perf_counter(), (0.0, -1), set()
-    for seed in tqdm(range(options.start, options.start + options.programs), delay=2):
-        begun = time.perf_counter()
-        result = attempt(seed)
-        slowest = max(slowest, (time.perf_counter() - begun, seed))
-        if isinstance(result, str):
-            counts["crashed"] += 1
-            tqdm.write(f"seed {seed}: crashed, {result}")
-            continue
-        sources.add(result.program.source)
-        counts["untraced"] += bool(result.untraced)
-        counts["groups"] += len(result.groups)
-        counts["with groups"] += bool(result.groups)
-        if not result.sound:
-            counts["unsound"] += 1
-            tqdm.write(str(result))
-    print("| programs | different | traced | with groups | groups | crashed | unsound | seconds each | slowest |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    each = (time.perf_counter() - started) / options.programs
+    different: set[int] = set()
+    started = time.perf_counter()
+    with ProcessPoolExecutor(options.workers) as pool:
+        for found, failures, prints in tqdm(pool.map(count, batches), total=len(batches), delay=2):
+            counts += found
+            different.update(prints)
+            for text in failures:
+                tqdm.write(text)
+    each = options.workers * (time.perf_counter() - started) / options.programs
+    traced = counts["programs"] - counts["untraced"] - counts["crashed"]
+    print(f"torch {torch.__version__}, {options.workers} processes\n")
+    print("| programs | different | traced | with groups | groups | crashed | unsound | seconds each |")
+    print("|---|---|---|---|---|---|---|---|")
     print(
-        f"| {options.programs} | {len(sources)} | {options.programs - counts['untraced'] - counts['crashed']} | {counts['with groups']} "
-        f"| {counts['groups']} | {counts['crashed']} | {counts['unsound']} | {each:.2f} | {slowest[0]:.1f} s (seed {slowest[1]}) |"
+        f"| {counts['programs']} | {len(different)} | {traced} | {counts['with groups']} | {counts['groups']} "
+        f"| {counts['crashed']} | {counts['unsound']} | {each:.2f} |"
     )
 
 

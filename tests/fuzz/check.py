@@ -1,12 +1,14 @@
-"""Run one random program through discovery and hold the result against the program itself."""
+"""Run random programs through discovery and hold the result against the programs themselves."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
-from lmc.symmetry.discover import discover
+from torch import Tensor, nn
 from zoo.certificate import check_tables, error, state_of
 
 from lmc.errors import TraceError
+from lmc.symmetry.discover import discover
 from lmc.symmetry.group import Group
 
 from .program import Program
@@ -41,23 +43,48 @@ class Outcome:
 
     def __str__(self) -> str:
         names = ", ".join(f"{g.name}({g.size}): {sorted(g.tables)}" for g in self.groups)
-        return f"seed {self.program.seed}: error {self.error:.1e}; guilty {list(self.guilty)}; groups {names}\n{self.program.source}"
+        head = f"seed {self.program.seed}: error {self.error:.1e}; guilty {list(self.guilty)}; groups {names}"
+        return f"{head}\n{self.program.source}"
+
+
+class SideBySide(nn.Module):
+    """Several programs in one module, each with its own input and output: tracing has a price per module."""
+
+    def __init__(self, programs: Sequence[Program]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(program.module() for program in programs)
+
+    def forward(self, *inputs: Tensor) -> tuple[Any, ...]:
+        return tuple(part(x) for part, x in zip(self.parts, inputs, strict=True))
+
+
+def outcomes(programs: Sequence[Program], trials: int = 2) -> list[Outcome]:
+    """One outcome per program. They are traced together; if that fails, one by one, to tell which cannot be traced."""
+    try:
+        found = discover(SideBySide(programs), tuple(program.inputs() for program in programs), progress=False)
+    except TraceError as refused:
+        if len(programs) == 1:
+            return [Outcome(programs[0], (), 0.0, untraced=str(refused))]
+        return [outcome for program in programs for outcome in outcomes([program], trials)]
+    own: list[list[Group]] = [[] for _ in programs]
+    for group in found.groups.values():
+        (number,) = {int(name.split(".")[1]) for name in group.tables}  # no group spans two programs
+        tables = {name.split(".", 2)[2]: table for name, table in group.tables.items()}
+        own[number].append(replace(group, tables=tables))
+    return [certified(program, groups, trials) for program, groups in zip(programs, own, strict=True)]
+
+
+def certified(program: Program, groups: Sequence[Group], trials: int) -> Outcome:
+    """Check the tables, and permute everything at once `trials` times."""
+    module, inputs = program.module(), program.inputs()
+    check_tables(groups, {name: tuple(t.shape) for name, t in state_of(module).items()})
+    worst = max((error(module, inputs, groups, seed) for seed in range(trials)), default=0.0) if groups else 0.0
+    guilty: Sequence[str] = ()
+    if worst > TOLERANCE:
+        guilty = [g.name for g in groups if error(module, inputs, [replace(g, within=())], 0) > TOLERANCE]
+    return Outcome(program, tuple(groups), worst, tuple(guilty))
 
 
 def outcome(program: Program, trials: int = 2) -> Outcome:
-    """Discover, check the tables, permute everything at once `trials` times, on weights drawn for the program."""
-    module, inputs = program.module(), program.inputs()
-    try:
-        groups = tuple(as_list(discover(module, inputs).groups))
-    except TraceError as refused:
-        return Outcome(program, (), 0.0, untraced=str(refused))
-    check_tables(groups, {name: tuple(t.shape) for name, t in state_of(module).items()})
-    worst = max(error(module, inputs, groups, seed) for seed in range(trials)) if groups else 0.0
-    guilty: Sequence[str] = ()
-    if worst > TOLERANCE:
-        guilty = [g.name for g in groups if error(module, inputs, [g], 0) > TOLERANCE]
-    return Outcome(program, groups, worst, tuple(guilty))
-
-
-def as_list(groups: object) -> list[Group]:
-    return list(groups.values()) if isinstance(groups, dict) else list(groups)  # type: ignore[call-overload]
+    """The outcome of one program."""
+    return outcomes([program], trials)[0]

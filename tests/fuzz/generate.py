@@ -1,6 +1,7 @@
 """Random programs by seed."""
 
 import random
+from collections.abc import Callable
 
 import torch
 
@@ -11,23 +12,32 @@ from .program import Draft, Program, source_of
 INPUTS = ((2, 3), (3, 4), (2, 3, 4), (2, 4, 3), (2, 3, 4, 4), (2, 4, 3, 3))
 
 
+def swarm(choices: random.Random) -> list[Callable[[Draft], str]]:
+    """The kinds of statements one program draws from: a few, so that programs differ more than their average would.
+
+    (Swarm testing: Groce et al. 2012, leaving features out finds more faults than using all of them everywhere.)
+    """
+    return choices.sample(MOVES, choices.randint(2, 8)) + choices.sample(COMPUTATIONS, choices.randint(2, 7))
+
+
 def close(d: Draft) -> str:
-    """The result: the last value and up to two that nothing has read, each read by a parameter or summed."""
+    """The result: the last value and up to two that nothing has read, read by a parameter over most of its axes, or summed."""
     names = list(d.values)
     loose = [n for n in names if n not in d.used and n != names[-1]]
     parts = []
     for name in [*loose[-2:], names[-1]]:
         shape = d.shape(name)
-        if not shape or d.random.random() < 0.15:
+        read = [k for k in range(1, len(shape)) if d.random.random() < 0.75] or [len(shape) - 1]
+        if not shape or d.random.random() < 0.08:
             parts.append(f"{name}.flatten()")
-        elif d.random.random() < 0.2 and len(shape) > 1:
+        elif d.random.random() < 0.15 and len(shape) > 1:
             parts.append(f"torch.tanh({name}).sum({d.axis(name)}).flatten()")
-        elif d.random.random() < 0.3 and len(shape) > 1:
+        elif d.random.random() < 0.1 and len(shape) > 1:
             parts.append(f"(torch.tanh({name}) * {d.parameter(*shape[1:])}).flatten()")
         else:
-            k = d.axis(name)
+            weight = d.parameter(*(shape[k] for k in read), d.size())
             parts.append(
-                f"torch.tensordot(torch.sin({name}), {d.parameter(shape[k], d.size())}, dims=([{k}], [0])).flatten()"
+                f"torch.tensordot(torch.sin({name}), {weight}, dims=({read}, {list(range(len(read)))})).flatten()"
             )
     return f"torch.cat([{', '.join(parts)}])"
 
@@ -60,11 +70,12 @@ def random_program(
         d.values["x"] = torch.randn(shape)
         lift(d)
         del d.values["x"]  # the input is read again only through what was made of it
+        kinds = swarm(d.random)
         wanted = len(d.lines) + d.random.randint(*steps)
         for _ in range(20 * wanted):
             if len(d.lines) >= wanted:
                 break
-            statement = d.random.choice(MOVES if d.random.random() < 0.55 else COMPUTATIONS)
+            statement = d.random.choice(kinds)
             try:
                 statement(d)
             except (LookupError, ValueError, RuntimeError, IndexError):

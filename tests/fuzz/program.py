@@ -52,7 +52,7 @@ class Draft:
     def axis(self, name: str) -> int:
         """An axis of the variable, with more than one entry if there is one, and rarely the batch."""
         shape = self.shape(name)
-        wide = [k for k, n in enumerate(shape) if n > 1 and (k > 0 or self.random.random() < 0.2)]
+        wide = [k for k, n in enumerate(shape) if n > 1 and (k > 0 or self.random.random() < 0.1)]
         return self.random.choice(wide or list(range(len(shape))))
 
     def parameter(self, *shape: int) -> str:
@@ -63,7 +63,7 @@ class Draft:
             same += [
                 f"self.{n}.t()" for n, p in self.module.named_parameters() if tuple(p.shape) == turned and "." not in n
             ]
-        if same and self.random.random() < 0.3:
+        if same and self.random.random() < 0.2:
             return self.random.choice(same)
         name = f"p{sum(1 for _ in self.module.named_parameters())}"
         fan = max(1, max(shape, default=1))

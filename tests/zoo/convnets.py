@@ -75,14 +75,14 @@ class UNet(nn.Module):
 
     def __init__(self, w: int) -> None:
         super().__init__()
-        self.enc1, self.enc2 = self.double(3, w), self.double(w, 2 * w)
-        self.middle = self.double(2 * w, 4 * w)
-        self.up2, self.dec2 = nn.ConvTranspose2d(4 * w, 2 * w, 2, stride=2), self.double(4 * w, 2 * w)
-        self.up1, self.dec1 = nn.ConvTranspose2d(2 * w, w, 2, stride=2), self.double(2 * w, w)
+        self.enc1, self.enc2 = self.twice(3, w), self.twice(w, 2 * w)
+        self.middle = self.twice(2 * w, 4 * w)
+        self.up2, self.dec2 = nn.ConvTranspose2d(4 * w, 2 * w, 2, stride=2), self.twice(4 * w, 2 * w)
+        self.up1, self.dec1 = nn.ConvTranspose2d(2 * w, w, 2, stride=2), self.twice(2 * w, w)
         self.out = nn.Conv2d(w, 2, 1)
 
     @staticmethod
-    def double(c_in: int, c_out: int) -> nn.Sequential:
+    def twice(c_in: int, c_out: int) -> nn.Sequential:
         return nn.Sequential(conv_bn(c_in, c_out), conv_bn(c_out, c_out))
 
     def forward(self, x: Tensor) -> Tensor:
