@@ -14,7 +14,7 @@ from lmc.symmetry.units import Ids, Units
 def reasons(graph: Graph, facts: Facts, solution: Solution, moved: set[tuple[str, int]]) -> dict[tuple[str, int], str]:
     """A short reason for every axis of size > 1 of a tensor of the state dict on which nothing moves."""
     nearest = nearest_fixed(facts.units)
-    live = facts.units.live_mask()
+    live = reached(facts.units)
     result: dict[tuple[str, int], str] = {}
     for name, tensor in graph.tensors.items():
         first = graph.aliases.get(name, name)
@@ -29,6 +29,17 @@ def reasons(graph: Graph, facts: Facts, solution: Solution, moved: set[tuple[str
             else:
                 result[name, axis] = reason_of(graph, facts.units, units, nearest)
     return result
+
+
+def reached(units: Units) -> np.ndarray:
+    """Units that reach a computation, themselves or through units tied to them."""
+    live = units.live_mask().copy()
+    before = -1
+    while before != (before := int(live.sum())):
+        for m in units.maps:
+            live[m.child] |= live[m.parent]
+            live[m.parent[live[m.child]]] = True
+    return live
 
 
 def reason_of(graph: Graph, units: Units, ids: Ids, nearest: dict[int, tuple[str, int]]) -> str:

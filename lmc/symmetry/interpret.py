@@ -10,7 +10,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from lmc.symmetry.rules import RULES, core, interpret
+from lmc.symmetry.rules import core, interpret
 from lmc.symmetry.rules.registry import Op
 from lmc.symmetry.tags import Tag, along, make, shrink
 from lmc.symmetry.trace import Graph, Leaf
@@ -35,9 +35,12 @@ def gather_facts(graph: Graph, progress: bool) -> Facts:
     grouped = grouped_weights(graph)
     tags: dict[str, Tag] = {}
     axes: dict[tuple[str, int], Ids] = {}
+    stacks = {shape[:2] for shape in stacked_shapes(graph, grouped)} | {
+        (shape[0], shape[2]) for shape in stacked_shapes(graph, grouped)
+    }
     for name, tensor in graph.tensors.items():
         if graph.aliases.get(name) == name and tensor.is_floating_point():
-            coords = parameter_coords(units, tuple(tensor.shape), grouped.get(name, 0))
+            coords = parameter_coords(units, tuple(tensor.shape), grouped.get(name, 0), tuple(tensor.shape) in stacks)
             axes.update({(name, d): c for d, c in coords.items()})
             tags[name] = make(units, tuple(tensor.shape), list(coords.values()))
     known: dict[Node, Any] = {}
@@ -50,7 +53,6 @@ def gather_facts(graph: Graph, progress: bool) -> Facts:
             known[node] = call(units, node, known)
     for node in graph.outputs:
         units.site = -1
-        touch(units, [known[node]])
         core.freeze(units, known[node], "output")
     for node, name in graph.mutated:
         buffer = tags.get(graph.aliases.get(name, name))
@@ -71,12 +73,18 @@ def needed(graph: Graph) -> set[Node]:
     return seen
 
 
-def parameter_coords(units: Units, shape: tuple[int, ...], groups: int) -> dict[int, Ids]:
+def stacked_shapes(graph: Graph, grouped: dict[str, int]) -> list[tuple[int, ...]]:
+    """Shapes of three-dimensional parameters that are not weights of convolutions: stacks of matrices."""
+    shapes = [tuple(t.shape) for name, t in graph.tensors.items() if graph.aliases.get(name) not in grouped]
+    return [shape for shape in shapes if len(shape) == 3 and shape[0] > 1]
+
+
+def parameter_coords(units: Units, shape: tuple[int, ...], groups: int, is_row_of_stack: bool) -> dict[int, Ids]:
     """A unit for each index of each axis. Two finer choices where more may move: the inner axis of a grouped
-    convolution has units of its own for each group, and the axes of a three-dimensional tensor (stacked experts,
-    heads) have units of their own for each index of the first axis."""
+    convolution has units of its own for each group, and the axes of a stack of matrices (experts, heads), and of the
+    stack of their biases, have units of their own for each index of the first axis."""
     ndim = len(shape)
-    stacked = groups == 0 and ndim == 3 and shape[0] > 1
+    stacked = groups == 0 and shape[:1] > (1,) and (ndim == 3 or is_row_of_stack)
     coords: dict[int, Ids] = {}
     for d, n in enumerate(shape):
         if n == 1:
@@ -85,7 +93,8 @@ def parameter_coords(units: Units, shape: tuple[int, ...], groups: int) -> dict[
             inner = units.fresh(groups * n).reshape(groups, n)
             coords[d] = np.repeat(inner, shape[0] // groups, axis=0).reshape(shape[:2] + (1,) * (ndim - 2))
         elif d > 0 and stacked:
-            coords[d] = units.fresh(shape[0] * n).reshape((shape[0], n, 1) if d == 1 else (shape[0], 1, n))
+            own = tuple(m if e in (0, d) else 1 for e, m in enumerate(shape))
+            coords[d] = units.fresh(shape[0] * n).reshape(own)
         else:
             coords[d] = along(units.fresh(n), d, ndim)
     return coords
@@ -168,27 +177,11 @@ def call(units: Units, node: Node, known: dict[Node, Any]) -> Any:
     inputs = [t for t in pytree.tree_leaves((args, kwargs), is_leaf=lambda t: isinstance(t, Tag)) if isinstance(t, Tag)]
     if all(t.constant for t in inputs) and is_deterministic(node.target):
         return evaluated(units, node, args, kwargs, shapes)
-    if is_computation(node.target, inputs):
-        touch(units, inputs)
     return interpret(Op(units, node.target, shapes), args, kwargs)
 
 
 def is_deterministic(target: Any) -> bool:
     return torch.Tag.nondeterministic_seeded not in getattr(target, "tags", [torch.Tag.nondeterministic_seeded])
-
-
-def is_computation(target: Any, inputs: list[Tag]) -> bool:
-    """Everything but pure moves (indexing by known numbers among them): what these see is in use."""
-    found = RULES.get(getattr(target, "overloadpacket", target))
-    family = found.__module__.rpartition(".")[2] if found is not None else ""
-    return family != "moves" and not (family == "indexing" and all(t.value is not None for t in inputs[1:]))
-
-
-def touch(units: Units, tags: list[Any]) -> None:
-    for tag in tags:
-        if isinstance(tag, Tag):
-            for c in tag.coords:
-                units.touch(c)
 
 
 def evaluated(units: Units, node: Node, args: Any, kwargs: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:

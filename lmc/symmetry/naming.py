@@ -35,20 +35,25 @@ def base_name(tables: Tables, used: Mapping[str, int], shapes: Mapping[str, tupl
     first = tensors[0]
     table = tables[first][0]
     modules = [module_of(t) for t in tensors]
-    if not nested and len(set(modules)) > MANY:
-        producers = [module_of(t) for t in tensors if any(0 in table.dims for table in tables[t])]
-        return f"{shared_path(producers or modules)}.stream".lstrip(".")
-    name = modules[0]
+    name, many = modules[0], not nested and len(set(modules)) > MANY
+    producers = [module_of(t) for t in tensors if any(0 in table.dims for table in tables[t])]
     if parent and table.dims[0] == 0 and len(shapes[first]) == 3 and table.rows.shape[1] == 1:
         return name if name.endswith("experts") else f"{name}.experts"
-    block = table.rows.shape[1] > 1 and bool((table.rows[0, 1:] - table.rows[0, :-1] == 1).any())
-    if block and (parent or not nested):
+    if has_blocks(table) and (parent or not nested):
         path = shared_path(modules) or name
-        word = "heads" if "att" in path.lower() or "att" in name.lower() else "blocks"
-        return f"{path}.{word}"
+        if sum("att" in m.lower() for m in modules) > len(modules) / 2:
+            return f"{path}.heads"
+        return f"{path}.stream.blocks" if many else f"{name}.blocks"
+    if many:
+        return f"{shared_path(producers or modules)}.stream".lstrip(".")
     if nested and is_fused(first, shapes):
         return f"{name}.v" if len(set(modules)) > 1 else f"{name}.qk"
     return name
+
+
+def has_blocks(table: Table) -> bool:
+    """Whether units are runs of neighbouring positions."""
+    return table.rows.shape[1] > 1 and bool((table.rows[0, 1:] - table.rows[0, :-1] == 1).any())
 
 
 def is_fused(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:

@@ -40,6 +40,8 @@ def reduce(units: Units, tag: Tag, dims: tuple[int, ...], keepdim: bool) -> Tag:
     for cluster in clusters(list(tag.coords)):
         coords += [c for c in cluster if not set(support(c)) & set(dims)]
         touching = [c for c in cluster if set(support(c)) & set(dims)]
+        for c in touching:
+            units.touch(c)
         if all(set(support(c)) <= set(dims) for c in touching):
             continue
         for mixed in clusters_on(touching, dims):
@@ -99,6 +101,8 @@ def frozen_along(units: Units, shape: Shape, dims: Sequence[int], reason: str) -
 def freeze(units: Units, tag: Tag, reason: str, dims: Sequence[int] | None = None) -> Tag:
     """The same tensor, with every index along `dims` (default: all) told apart and thus fixed."""
     freeze_points(units, tag)
+    for c in tag.coords:
+        units.touch(c)
     picked = range(len(tag.shape)) if dims is None else dims
     joined = make(units, tag.shape, [*tag.coords, *frozen_along(units, tag.shape, picked, reason)])
     return replace(tag, coords=joined.coords, points=None)

@@ -85,3 +85,23 @@ def pool(op: Op, x: Tag, *_: Any, **__: Any) -> Any:
 def fourier(op: Op, x: Tag, dims: Sequence[int], *_: Any) -> Tag:
     """A transform mixes the transformed dims by frequency and leaves the others alone."""
     return core.ordered(op.units, x, core.normal_dims(list(dims), len(x.shape)), "Fourier transform", op.shape)
+
+
+@rule(*named("view_as_real", "view_as_real_copy"))
+def view_as_real(op: Op, x: Tag) -> Tag:
+    """A last dim of two: real and imaginary part."""
+    parts = core.still(op.units, (*(1,) * len(x.shape), 2), "real and imaginary part")
+    wide = Tag((*x.shape, 1), tuple(c[..., None] for c in x.coords))
+    return core.pointwise(op.units, op.shape, [wide, parts])
+
+
+@rule(*named("view_as_complex", "view_as_complex_copy"))
+def view_as_complex(op: Op, x: Tag) -> Tag:
+    """The last dim of two becomes one complex number."""
+    last = len(x.shape) - 1
+    return core.squeeze(core.ordered(op.units, x, (last,), "real and imaginary part", (*x.shape[:-1], 1)), (last,))
+
+
+@rule(*named("real", "imag", "complex", "polar", "_conj", "conj"))
+def complex_parts(op: Op, *parts: Tag) -> Tag:
+    return core.pointwise(op.units, op.shape, list(parts))
