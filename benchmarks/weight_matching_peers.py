@@ -127,16 +127,16 @@ def pleas(folder: Path, case: Case, a: Weights, b: Weights) -> Prepared:
 
 def c2m3(folder: Path, case: Case, a: Weights, b: Weights) -> Prepared:
     """The weight matching in https://github.com/crisostomi/cycle-consistent-model-merging"""
-    sys.path.insert(0, str(folder / "cycle-consistent-model-merging/src"))
-    strenum = types.ModuleType("backports.strenum")
-    strenum.StrEnum = enum.StrEnum  # type: ignore[attr-defined]
-    backports = types.ModuleType("backports")
-    backports.__path__ = []
-    peer = import_peer(
-        "ccmm.matching.weight_matching",
-        # scipy.misc lost what the package imports from it, and does not need here
-        given={"backports": backports, "backports.strenum": strenum, "scipy.misc": _Absent("scipy.misc")},
-    )
+    source = folder / "cycle-consistent-model-merging/src/ccmm"
+    if not source.exists():
+        raise ImportError(f"{source} does not exist")
+    # The package's own __init__ and its training modules are left out: they import half of PyTorch Lightning.
+    given = {name: types.ModuleType(name) for name in ("ccmm", "backports", "backports.strenum")}
+    given["ccmm"].__path__ = [str(source)]
+    given["backports"].__path__ = []
+    given["backports.strenum"].StrEnum = enum.StrEnum  # type: ignore[attr-defined]
+    given |= {name: _Absent(name) for name in ("scipy.misc", "ccmm.pl_modules", "ccmm.pl_modules.pl_module")}
+    peer = import_peer("ccmm.matching.weight_matching", given=given)
     builder = importlib.import_module("ccmm.matching.permutation_spec").PermutationSpecBuilder()
     spec = builder.permutation_spec_from_axes_to_perm(axes_of(case))
     return lambda seed: peer.weight_matching(spec, a, b), lambda found: applied(case, b, found)

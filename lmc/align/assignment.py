@@ -13,8 +13,8 @@ def assign(gain: Tensor, prices: Tensor | None = None) -> tuple[Tensor, float]:
     during the search: that cannot change the answer, but good prices make it quick (see `prices_of`).
     """
     matrix = gain.detach().to("cpu", torch.float64).numpy()
-    searched = matrix if prices is None else matrix - prices.to("cpu", torch.float64).numpy()
-    rows, columns = linear_sum_assignment(searched, maximize=True)
+    cost = -matrix if prices is None else prices.to("cpu", torch.float64).numpy() - matrix
+    rows, columns = linear_sum_assignment(cost)
     improvement = float(matrix[rows, columns].sum() - np.trace(matrix))
     return torch.from_numpy(columns.astype(np.int64)), improvement
 

@@ -60,24 +60,32 @@ class Descent:
 
     def grow_outwards(self) -> None:
         """A first pass that matches each block only against what is already matched, the best-informed block first."""
-        todo = set(range(len(self.blocks)))
+        waiting = {name: len(blocks) for name, blocks in self._sharing.items()}
+        sizes = {name: self.fixed[name].numel() for name in waiting}
+        todo = dict.fromkeys(range(len(self.blocks)))
+
+        def settled_share(i: int) -> float:
+            tensors = self.blocks[i].tables
+            return sum(sizes[name] for name in tensors if waiting[name] == 1) / sum(sizes[name] for name in tensors)
+
         while todo:
-            known = {i: self._settled(i, todo) for i in todo}
-            i = max(sorted(todo), key=lambda j: self._share(j, known[j]))
-            todo.remove(i)
-            self.visit(i, known[i] or None)
-        self.dirty = set(range(len(self.blocks)))
+            i = max(todo, key=settled_share)
+            del todo[i]
+            self.visit(i, frozenset(name for name in self.blocks[i].tables if waiting[name] == 1) or None)
+            for name in self.blocks[i].tables:
+                waiting[name] -= 1
 
     def visit(self, i: int, only: frozenset[str] | None = None) -> None:
         """Move block i to its best place given all others, judged by the tensors `only` (default: all)."""
         self.visits += 1
         if self.on_visit is not None:
             self.on_visit()
-        self.dirty.discard(i)
         block = self.blocks[i]
         used = [
             k for k, p in enumerate(block.places) if p.tensor in self.fixed and (only is None or p.tensor in only)
         ]
+        if only is None or only.issuperset(block.tables):
+            self.dirty.discard(i)
         if block.inner:
             step, improvement, size = self._best_nested(block, used)
         else:
@@ -142,14 +150,6 @@ class Descent:
         before = inner_product({name: self.fixed[name] for name in changed}, self.state)
         after = inner_product({name: self.fixed[name] for name in changed}, changed)
         return after > before + _ROUNDING * abs(before)
-
-    def _settled(self, i: int, todo: set[int]) -> frozenset[str]:
-        """The tensors of block i in which every other block is already matched."""
-        return frozenset(name for name in self.blocks[i].tables if self._sharing[name] & todo <= {i})
-
-    def _share(self, i: int, known: frozenset[str]) -> float:
-        sizes = {name: self.fixed[name].numel() for name in self.blocks[i].tables}
-        return sum(sizes[name] for name in known) / sum(sizes.values())
 
 
 def inner_product(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:

@@ -38,7 +38,7 @@ def weight_matching(
         seed: decides orders and starting points of the restarts from the third on.
         restarts: runs of which the best is kept. The first grows outwards from what is fixed (each group is first
             matched only against neighbours already matched), the second starts from the identity, the others from random
-            permutations, visiting groups in random order.
+            permutations, visiting groups in a random order. Sweeps go there and back again.
         max_sweeps: bound on the passes over all groups in one run.
         progress: show a bar when it takes longer than two seconds.
 
@@ -126,7 +126,7 @@ def _descend(
         descent.grow_outwards()
     sweeps = 0
     while descent.dirty and sweeps < max_sweeps:
-        descent.sweep(order)
+        descent.sweep(order if sweeps % 2 == 0 else order[::-1])
         sweeps += 1
     value = inner_product(fixed, descent.state)
     run = {"start": start, "sweeps": sweeps, "visits": descent.visits, "converged": not descent.dirty}
