@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
-import lmc.data
-import lmc.models
+import lmc
 from lmc.data import cifar, files
 from lmc.data import idx as idx_files
 from lmc.errors import DataError, InputError
@@ -264,3 +264,41 @@ def test_bad_checkpoints_are_named(stored, tmp_path):
     (stored / "manifest.json").write_text("{}")
     with pytest.raises(DataError, match="not a manifest"):
         lmc.data.checkpoint("tiny", stored.parent)
+
+
+STORED = sorted(path.parent.name for path in (Path(__file__).parents[1] / "data").glob("*/manifest.json"))
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_stored_networks_are_what_their_manifests_say(name):
+    pair = lmc.data.checkpoint(name)
+    data = lmc.data.digits(**pair.manifest["data"]["options"])
+    inputs, targets = data.test
+    model = pair.model()
+    for weights, entry in zip(pair, pair.manifest["files"], strict=True):
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            logits = model(inputs)
+        assert abs(float(F.cross_entropy(logits, targets)) - entry["test"]["loss"]) < 1e-4
+        assert abs(float((logits.argmax(1) == targets).float().mean()) - entry["test"]["accuracy"]) < 0.003
+    last = [entry for entry in pair.manifest["files"] if entry["epoch"] == max(pair.epochs)]
+    assert len(last) == 2 and min(entry["test"]["accuracy"] for entry in last) > 0.9
+
+
+def test_stored_networks_stay_small():
+    place = Path(__file__).parents[1] / "data"
+    sizes = {path.name: path.stat().st_size for path in place.rglob("*.safetensors")}
+    assert len(STORED) >= 11 and max(sizes.values()) < 1_400_000
+    assert sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) < 8_000_000
+    named = {place / name / entry["file"] for name in STORED for entry in lmc.data.checkpoint(name).manifest["files"]}
+    assert named == set(place.rglob("*.safetensors"))
+
+
+def test_the_demonstration_holds():
+    """A barrier above 1 nat between the stored pair, and almost none after weight matching."""
+    a, b = pair = lmc.data.checkpoint("digits-mlp512")
+    data, model = lmc.data.digits(), pair.model()
+    spec = lmc.permutation_spec(model, data.train[0][:2])
+    moved = lmc.weight_matching(spec, a, b, seed=0).apply(b)
+    assert lmc.loss_path(model, a, b, data.test, alphas=5).barrier > 1.0
+    assert lmc.loss_path(model, a, moved, data.test, alphas=5).barrier < 0.03
