@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lmc.align.assignment import assign
-from lmc.align.soft import as_matrices, degree, mix_all, sinkhorn
+from lmc.align.soft import Mixer, as_matrices, degree, sinkhorn
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
 
@@ -39,15 +39,17 @@ def frank_wolfe(
 ) -> tuple[list[Indices], dict[str, Any]]:
     """The moves of all models into the order of the first, which stays at its start: (moves, how it went)."""
     moving = [{name: model[name] for name in spec.tables_by_tensor if name in model} for model in models]
+    mix = Mixer(spec, moving[0], next(iter(moving[0].values())).device)
     nodes = np.linspace(0.0, 1.0, degree(spec, list(moving[0])) + 1)
-    now, value, stalled, steps = list(start), -np.inf, 0, 0
+    first, rest = mix(start[0], moving[0]), moving[1:]
+    now, value, stalled, steps = list(start[1:]), -np.inf, 0, 0
     while stalled < _PATIENCE and steps < max_iterations:
-        mixed, gradients = _value_and_gradients(spec, moving, now)
+        mixed, gradients = _value_and_gradients(mix, first, rest, now)
         best = [_vertex(part) for part in gradients]
-        best[0] = now[0]
-        segment = [mixed]
+        segment = [[first, *mixed]]
         for node in nodes[1:]:
-            segment.append([mix_all(spec, _between(p, q, node), w) for p, q, w in zip(now, best, moving, strict=True)])
+            ends = zip(now, best, rest, strict=True)
+            segment.append([first, *(mix(_between(p, q, node), w) for p, q, w in ends)])
         step, reached = _line_search(nodes, segment)
         now = [_between(p, q, step) for p, q in zip(now, best, strict=True)]
         stalled = stalled + 1 if reached <= value + tolerance * abs(reached) else 0
@@ -55,6 +57,7 @@ def frank_wolfe(
         on_step()
         if step == 0.0:
             break
+    now = [start[0], *now]
     moves = [{name: assign(matrix)[0] for name, matrix in part.items()} for part in now]
     return moves, {"steps": steps, "converged": stalled >= _PATIENCE or steps < max_iterations}
 
@@ -76,16 +79,16 @@ def start_at(spec: PermutationSpec, count: int, like: Tensor, generator: torch.G
 
 
 def _value_and_gradients(
-    spec: PermutationSpec, models: Sequence[Weights], now: Sequence[Matrices]
+    mix: Mixer, first: Weights, rest: Sequence[Weights], now: Sequence[Matrices]
 ) -> tuple[list[Weights], list[Matrices]]:
-    """u_p for each model, and the gradient of f by the matrices of each."""
+    """u_p for each model but the first, whose u is given, and the gradient of f by the matrices of each."""
     mixed, leaves = [], []
-    for model, matrices in zip(models, now, strict=True):
+    for model, matrices in zip(rest, now, strict=True):
         leaf = {name: matrix.detach().requires_grad_() for name, matrix in matrices.items()}
         with torch.enable_grad():
-            mixed.append(mix_all(spec, leaf, model))
+            mixed.append(mix(leaf, model))
         leaves.append(leaf)
-    total = {name: sum(u[name].detach() for u in mixed) for name in models[0]}
+    total = {name: tensor + sum(u[name].detach() for u in mixed) for name, tensor in first.items()}
     gradients = []
     for u, leaf in zip(mixed, leaves, strict=True):
         others = [total[name] - tensor.detach() for name, tensor in u.items()]
@@ -103,10 +106,7 @@ def _line_search(nodes: np.ndarray, segment: Sequence[Sequence[Weights]]) -> tup
     of the u_p at all pairs of nodes.
     """
     count = len(nodes)
-    products = np.zeros((count, count))
-    for k in range(count):
-        for l in range(k, count):  # noqa: E741
-            products[k, l] = products[l, k] = _pairs(segment[k], segment[l])
+    products = sum(_pairs(torch.stack([torch.stack([u[n] for u in at]) for at in segment])) for n in segment[0][0])
     fine = np.linspace(0.0, 1.0, 2 * count - 1)
     lagrange = np.array([_lagrange(nodes, x) for x in fine])
     curve = np.polynomial.Polynomial.fit(fine, np.einsum("xk,kl,xl->x", lagrange, products, lagrange), 2 * count - 2)
@@ -123,15 +123,12 @@ def _lagrange(nodes: np.ndarray, x: float) -> list[float]:
     ]
 
 
-def _pairs(left: Sequence[Weights], right: Sequence[Weights]) -> float:
-    """`sum_{p != q} <left_p, right_q> / 2`, in float64."""
-    whole = 0.0
-    for name in left[0]:
-        ours, theirs = [u[name].double() for u in left], [u[name].double() for u in right]
-        whole += float((sum(ours) * sum(theirs)).sum()) - sum(
-            float((x * y).sum()) for x, y in zip(ours, theirs, strict=True)
-        )
-    return 0.5 * whole
+def _pairs(tensors: Tensor) -> np.ndarray:
+    """`sum_{p != q} <u_p(k), u_q(l)> / 2` for tensors (nodes, models, ...), as a matrix over the nodes k, l in float64."""
+    each = tensors.flatten(2).double()
+    whole = each.sum(1)
+    alone = torch.einsum("kpx,lpx->kl", each, each)
+    return (0.5 * (whole @ whole.T - alone)).cpu().numpy()
 
 
 def _vertex(gradients: Mapping[str, Tensor]) -> Matrices:

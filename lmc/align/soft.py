@@ -4,7 +4,8 @@ A permutation p is the matrix with `M[i, p[i]] = 1`: new unit i is `sum_j M[i, j
 are mixed before the groups within them.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -15,29 +16,49 @@ from lmc.symmetry.spec import PermutationSpec
 Matrices = Mapping[str, Tensor]
 
 
-def mix(tensor: Tensor, table: Table, matrix: Tensor) -> Tensor:
-    """The tensor with the units of one table mixed by `matrix` (n, n)."""
-    dims = tuple(range(len(table.dims)))
-    front = tensor.movedim(table.dims, dims)
-    flat = front.reshape(-1, *front.shape[len(dims) :])
-    where = torch.from_numpy(table.rows).flatten().to(tensor.device)
-    if _in_order(table, len(flat)):
-        mixed = (matrix @ flat.reshape(len(matrix), -1)).reshape(front.shape)
+class Mixer:
+    """How the units of all groups lie in some tensors, worked out once.
+
+    Calling it with matrices and weights gives the weights with all groups mixed; tensors that no group touches are
+    passed on as they are.
+    """
+
+    def __init__(self, spec: PermutationSpec, names: Iterable[str], device: torch.device) -> None:
+        self._steps: dict[str, list[tuple[str, tuple[int, ...], Tensor | None]]] = {}
+        for name in names:
+            self._steps[name] = [
+                (group, table.dims, _positions(table, spec.shapes[name], device))
+                for group, table in spec.tables_by_tensor.get(name, ())
+            ]
+
+    def __call__(self, matrices: Matrices, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        mixed = dict(weights)
+        for name, steps in self._steps.items():
+            for group, dims, where in steps:
+                mixed[name] = mix(mixed[name], dims, where, matrices[group])
+        return mixed
+
+
+def mix(tensor: Tensor, dims: tuple[int, ...], where: Tensor | None, matrix: Tensor) -> Tensor:
+    """The tensor with units mixed by `matrix` (n, n); `where` lists their positions over `dims`, None: all, in order."""
+    if where is None and dims == (tensor.ndim - 1,) and tensor.shape[-1] == len(matrix):
+        return tensor @ matrix.T
+    first = tuple(range(len(dims)))
+    front = tensor.movedim(dims, first)
+    if where is None:
+        mixed = (matrix @ front.reshape(len(matrix), -1)).reshape(front.shape)
     else:
+        flat = front.reshape(-1, *front.shape[len(dims) :])
         units = flat.index_select(0, where)
         moved = (matrix @ units.reshape(len(matrix), -1)).reshape(units.shape)
         mixed = flat.index_copy(0, where, moved).reshape(front.shape)
-    return mixed.movedim(dims, table.dims)
+    return mixed.movedim(first, dims)
 
 
-def mix_all(spec: PermutationSpec, matrices: Matrices, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The weights with all groups mixed; tensors that no group touches are passed on as they are."""
-    mixed = dict(weights)
-    for name, tables in spec.tables_by_tensor.items():
-        if name in weights:
-            for group, table in tables:
-                mixed[name] = mix(mixed[name], table, matrices[group])
-    return mixed
+def _positions(table: Table, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
+    rows = table.rows.ravel()
+    every = rows.size == math.prod(shape[d] for d in table.dims) and bool((rows[1:] > rows[:-1]).all())
+    return None if every else torch.from_numpy(rows).to(device)
 
 
 def as_matrices(indices: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor]:
@@ -66,8 +87,3 @@ def sinkhorn(log_scores: Tensor, iterations: int) -> Tensor:
         log_scores = log_scores - log_scores.logsumexp(0, keepdim=True)
         log_scores = log_scores - log_scores.logsumexp(1, keepdim=True)
     return log_scores.exp()
-
-
-def _in_order(table: Table, length: int) -> bool:
-    rows = table.rows
-    return rows.size == length and bool((rows.ravel()[1:] > rows.ravel()[:-1]).all())
