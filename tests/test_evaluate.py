@@ -61,7 +61,7 @@ def test_tiny_networks_go_together_and_large_ones_do_not():
     list(tiny([mlp(width=4).state_dict()]))
     large = Evaluator(mlp(width=20_000), batch())
     list(large([mlp(width=20_000).state_dict()]))
-    assert tiny._together > 8 and large._together == 1
+    assert tiny.weight_sets_together > 8 and large.weight_sets_together == 1
 
 
 def test_what_cannot_be_batched_over_weights_is_looped():

@@ -122,7 +122,7 @@ class Evaluator:
         self.measures: dict[str, Measure] = {**({} if loss is None else {"loss": loss}), **(metrics or {})}
         self.batch_size = batch_size
         self.at_once = at_once
-        self._together, self._batch = at_once, batch_size or PROBE
+        self.weight_sets_together, self._batch = at_once, batch_size or PROBE
         self.memory = memory
         self.predictions = predictions
         self._checked = False
@@ -134,7 +134,7 @@ class Evaluator:
             self.network.check(first, "weights")
             if not self._checked:
                 self._prepare(first)
-            group = [first, *islice(states, (self._together or 1) - 1)]
+            group = [first, *islice(states, (self.weight_sets_together or 1) - 1)]
             for state in group:
                 self.network.check(state, "weights")
             yield from self._score(group)
@@ -156,10 +156,10 @@ class Evaluator:
                         check_classes(goal, logits.shape[-1], split.name)
         budget = _budget(self.device)
         self._batch = self.batch_size or int(min(max(budget.batch / max(each, 1), 32), budget.examples))
-        if self._together is None:
+        if self.weight_sets_together is None:
             one = each * max(split.largest(self._batch) for split in self.splits) + sum(t.nbytes for t in state.values())
             fit = int((self.memory or budget.together) / max(one, 1))
-            self._together = min(fit, MOST_AT_ONCE) if fit >= budget.fewest else 1
+            self.weight_sets_together = min(fit, MOST_AT_ONCE) if fit >= budget.fewest else 1
         self._checked = True
 
     def _score(self, group: list[Weights]) -> list[dict[str, Score]]:
@@ -170,9 +170,9 @@ class Evaluator:
             if len(group) == 1 or self.at_once is not None or isinstance(error, (DataError, InputError)):
                 raise
             # Out of memory, or an operator that cannot be batched over weights: half as many, in the end a loop.
-            self._together = len(group) // 2 if isinstance(error, torch.cuda.OutOfMemoryError) else 1
-            parts = range(0, len(group), self._together)
-            return [score for start in parts for score in self._score(group[start : start + self._together])]
+            self.weight_sets_together = len(group) // 2 if isinstance(error, torch.cuda.OutOfMemoryError) else 1
+            parts = range(0, len(group), self.weight_sets_together)
+            return [score for start in parts for score in self._score(group[start : start + self.weight_sets_together])]
         return [{name: scores[k] for name, scores in columns.items()} for k in range(len(group))]
 
     def _columns(self, group: list[Weights]) -> dict[str, list[Score]]:

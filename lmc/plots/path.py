@@ -27,7 +27,7 @@ def plot_paths(paths: Mapping[str, "Path"]) -> go.Figure:
     for column, panel in enumerate(panels, start=1):
         for name, path in paths.items():
             _curves(fig, name, path, panel, tints[name], column)
-            _barrier(fig, path, panel, tints[name], column)
+            _barrier(fig, path, panel, tints[name], column, 0.05 * _span(shown, panel))
         fig.update_xaxes(title_text="position α on the way from A (0) to B (1)", col=column)
         fig.update_yaxes(title_text=titles[panel], rangemode="tozero" if panel == "loss" else "normal", col=column)
     _dash_legend(fig, {split for path in shown for split in path.values})
@@ -53,15 +53,22 @@ def _curves(fig: go.Figure, name: str, path: "Path", panel: str, colour: str, co
         fig.add_trace(trace, row=1, col=column)
 
 
-def _barrier(fig: go.Figure, path: "Path", panel: str, colour: str, column: int) -> None:
+def _span(paths: list["Path"], panel: str) -> float:
+    """The height of what a panel shows, in its unit."""
+    heights = np.concatenate([measures[panel] for path in paths for measures in path.values.values()])
+    if panel == "accuracy":
+        return 100.0 * float(np.nanmax(heights) - np.nanmin(heights))
+    return float(np.nanmax(heights))
+
+
+def _barrier(fig: go.Figure, path: "Path", panel: str, colour: str, column: int, shortest: float) -> None:
     """An arrow from the baseline up to the loss (down to the accuracy) where the barrier is attained."""
     found = path.barrier_of("loss" if panel == "loss" else "error")
     base = (1.0 - found.alpha) * found.start + found.alpha * found.end
     ends = (base, base + found.value)
     if panel == "accuracy":
         ends = (100.0 - base, 100.0 - base - found.value)
-    span = max(np.nanmax(m[panel]) for m in path.values.values()) * (100.0 if panel == "accuracy" else 1.0)
-    if found.value < 0.05 * span:
+    if found.value < shortest:
         return  # too short to be seen; the legend says what it is
     fig.add_annotation(
         {"x": found.alpha, "y": ends[1], "ax": found.alpha, "ay": ends[0]},

@@ -45,7 +45,7 @@ TEMPLATE = go.layout.Template(
         "xaxis": _AXIS,
         "yaxis": _AXIS,
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.22, "yanchor": "top"},
-        "margin": {"l": 60, "r": 20, "t": 50, "b": 60},
+        "margin": {"l": 60, "r": 20, "t": 30, "b": 60},
         "hovermode": "x unified",
         "hoverlabel": {"font": {"size": 13}},
         "colorscale": {"sequential": SCALE},

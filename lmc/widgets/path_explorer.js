@@ -2,7 +2,7 @@
 // it answers within a frame, with a kernel (as an anywidget) or without (in a saved page).
 
 const SVG = "http://www.w3.org/2000/svg";
-const CHART = { width: 520, height: 210, left: 58, right: 26, top: 26, bottom: 34 };
+const CHART = { width: 520, height: 248, left: 58, right: 26, top: 26, bottom: 34 };
 const TILES = 24;
 const SPEAK_AFTER = 400; // milliseconds of rest before a screen reader is told
 
@@ -54,7 +54,7 @@ function render({ model, el }) {
     frame = 0;
     const path = paths[active];
     const point = nearest(path.alphas, alpha);
-    const lines = describe(path, alpha, point);
+    const lines = describe(path, alpha);
     reading.textContent = lines.join(" · ");
     tabs.update(active);
     slider.update(alpha, lines.join(", "));
@@ -129,12 +129,11 @@ function valueAt(alphas, values, alpha) {
   return before < 0 ? null : values[before];
 }
 
-function describe(path, alpha, point) {
+function describe(path, alpha) {
   const lines = [`α = ${alpha.toFixed(3)}`];
   const measures = path.series[path.split];
   lines.push(`loss ${format(valueAt(path.alphas, measures.loss, alpha))}`);
-  if (measures.accuracy) lines.push(`accuracy ${(valueAt(path.alphas, measures.accuracy, alpha)).toFixed(1)} %`);
-  if (path.shown) lines.push(`${wrongCount(path.shown, point)} of ${path.shown.count} wrong (${path.split})`);
+  if (measures.accuracy) lines.push(`accuracy ${format(valueAt(path.alphas, measures.accuracy, alpha), 1)} %`);
   return lines;
 }
 
@@ -145,8 +144,9 @@ function wrongCount({ confusion, classes }, point) {
   return wrong;
 }
 
-function format(value) {
-  return value === null ? "–" : value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toFixed(3);
+function format(value, digits = 3) {
+  if (value === null) return "–";
+  return value.toFixed(value >= 1000 ? 0 : value >= 10 ? 1 : digits);
 }
 
 function clamp(value, low, high) {
@@ -287,13 +287,14 @@ function drawPath(path, panel, x, y) {
 
 function makeConfusion() {
   const canvas = node("canvas", { class: "lmc-confusion", role: "img" });
-  const caption = node("figcaption", {}, "confusion: true class ↓, predicted →");
+  const caption = node("figcaption", {});
   const whole = node("figure", { class: "lmc-figure" }, caption, canvas);
   return {
     node: whole,
     update(path, point) {
       whole.hidden = !path.shown;
       if (!path.shown) return;
+      caption.textContent = `confusion at α = ${path.alphas[point].toFixed(3)}: true class ↓, predicted →`;
       paintConfusion(canvas, path.shown, point);
       canvas.setAttribute("aria-label", `confusion matrix, ${wrongCount(path.shown, point)} examples off the diagonal`);
     },
@@ -356,7 +357,8 @@ function makeGallery(images) {
       const wrong = path.shown ? wrongExamples(path.shown, point, images) : [];
       const total = path.shown ? wrongCount(path.shown, point) : 0;
       const count = Math.min(wrong.length, TILES);
-      caption.textContent = total ? `wrong: true → predicted (${count} of ${total})` : "nothing is predicted wrong here";
+      const part = count < total ? ` (${count} shown)` : "";
+      caption.textContent = `${total} of ${path.shown?.count ?? 0} wrong${part}: true → predicted`;
       tiles.forEach((slot, i) => {
         slot.tile.hidden = i >= count;
         if (i >= count) return;
