@@ -24,7 +24,6 @@ from weight_matching_peers import PEERS, Prepared, Weights, quiet_and_seeded
 
 import lmc
 
-
 # Shorter runs are measured a second time, so that first calls are not what is timed.
 WARM_UP = 1.0
 
@@ -73,7 +72,9 @@ def main() -> None:
     for name in arguments.cases:
         case = cases()[name]
         a, b = (case.weights(0), case.weights(1)) if arguments.weights is None else load(arguments.weights, case)
-        entries = {"lmc": ours(1), f"lmc, {arguments.seeds} restarts": ours(arguments.seeds)}
+        entries = {"lmc": ours(1)}
+        if arguments.seeds > 1:
+            entries[f"lmc, {arguments.seeds} restarts"] = ours(arguments.seeds)
         entries |= {peer: PEERS[peer] for peer in arguments.only}
         base = 0.0
         for who, prepare in entries.items():

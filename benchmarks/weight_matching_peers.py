@@ -87,7 +87,9 @@ def git_re_basin(folder: Path, case: Case, a: Weights, b: Weights) -> Prepared:
     jax = importlib.import_module("jax")
     utils = types.ModuleType("utils")
     utils.rngmix = lambda key, value: jax.random.fold_in(key, hash(value))  # type: ignore[attr-defined]
-    peer = import_peer("jax_weight_matching", file=folder / "git-re-basin/src/weight_matching.py", given={"utils": utils})
+    peer = import_peer(
+        "jax_weight_matching", file=folder / "git-re-basin/src/weight_matching.py", given={"utils": utils}
+    )
     del sys.modules["utils"]
     spec = peer.permutation_spec_from_axes_to_perm(axes_of(case))
     params = [{name: jax.numpy.asarray(tensor.numpy()) for name, tensor in weights.items()} for weights in (a, b)]
@@ -117,7 +119,9 @@ def pleas(folder: Path, case: Case, a: Weights, b: Weights) -> Prepared:
         for k, group in enumerate(axes):
             if group is not None:
                 key = keys.setdefault(group, core.Axis(name, k))
-                spec.setdefault(key, core.PermutationGroup(a[name].shape[k], set(), set())).state.add(core.Axis(name, k))
+                spec.setdefault(key, core.PermutationGroup(a[name].shape[k], set(), set())).state.add(
+                    core.Axis(name, k)
+                )
 
     def run(seed: int) -> Any:
         return peer.weight_matching(spec, a, b, verbose=False, seed=seed)

@@ -82,7 +82,11 @@ class Block:
         result: dict[str, tuple[Tensor, Shift | None]] = {}
         for name in self.tables:
             before = tensors[name]
-            shift = plain._replace(axis=self.plain[name]) if plain and name in self.plain else self._along(step, name, before)
+            shift = (
+                plain._replace(axis=self.plain[name])
+                if plain and name in self.plain
+                else self._along(step, name, before)
+            )
             if shift is None:
                 result[name] = permute_tensor(before, self._moving(step, name), step), None
             else:
@@ -108,7 +112,10 @@ class Block:
         return {
             place.tensor: place.dims[0]
             for place in self.places
-            if place.natural and len(place.dims) == 1 and place.rows.shape[1] == 1 and len(self.tables[place.tensor]) == 1
+            if place.natural
+            and len(place.dims) == 1
+            and place.rows.shape[1] == 1
+            and len(self.tables[place.tensor]) == 1
         }
 
     @property

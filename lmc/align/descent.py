@@ -81,9 +81,7 @@ class Descent:
         if self.on_visit is not None:
             self.on_visit()
         block = self.blocks[i]
-        used = [
-            k for k, p in enumerate(block.places) if p.tensor in self.fixed and (only is None or p.tensor in only)
-        ]
+        used = [k for k, p in enumerate(block.places) if p.tensor in self.fixed and (only is None or p.tensor in only)]
         if only is None or only.issuperset(block.tables):
             self.dirty.discard(i)
         if block.inner:
@@ -94,7 +92,11 @@ class Descent:
         if improvement <= _ROUNDING * size:
             return
         changed = block.move(step, self.state)
-        if block.quadratic and only is None and not self._improves({name: after for name, (after, _) in changed.items()}):
+        if (
+            block.quadratic
+            and only is None
+            and not self._improves({name: after for name, (after, _) in changed.items()})
+        ):
             return
         self._accept(i, step, changed)
 
@@ -129,7 +131,9 @@ class Descent:
             step |= {n: solved[t] for t, n in zip(block.names[0], names, strict=True) if t in solved}
         return step, improvement, abs(stay)
 
-    def _pairs(self, block: Block, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[Tensor, Solutions]:
+    def _pairs(
+        self, block: Block, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Solutions]:
         """The optimum inside every pair of units, and how it is reached, by a descent of its own for each pair."""
         inner = [b for b in block.inner if any(name in mine for name in b.tables)]
         gain = torch.zeros(block.size, block.size, dtype=torch.float64)

@@ -1,0 +1,401 @@
+"""Weight matching: planted truth, algebraic identities, small problems solved by brute force, and bad input."""
+
+import itertools
+
+import handwritten
+import pytest
+import small_models
+import torch
+from torch import Tensor
+
+import lmc
+import lmc.align.descent
+import lmc.align.weight_matching
+from lmc import models
+from lmc.align.assignment import assign, prices_of
+from lmc.align.blocks import build_blocks
+
+CASES = {
+    "mlp": (lambda: models.mlp(12, [16, 24, 16], 4), handwritten.mlp(3), {}),
+    "cnn with norms, flattened": (
+        lambda: models.vgg(1 / 16, config="vgg11", image=(1, 8, 8)),
+        handwritten.vgg(8),
+        {},
+    ),
+    "resnet": (lambda: models.resnet20(1, in_channels=1), handwritten.resnet20(), {}),
+    "one group on both axes": (small_models.ResidualMLP, small_models.RESIDUAL, {}),
+    "units in heads": (small_models.Attention, handwritten.ATTENTION, {"head": 4}),
+    "grouped queries": (
+        lambda: small_models.Attention(heads=6, kv=3, bias=False),
+        handwritten.GROUPED_QUERY,
+        {"kv": 3, "rep": 2},
+    ),
+    "stacked experts": (small_models.Experts, handwritten.EXPERTS, {}),
+    "grouped convolution": (small_models.GroupedConvolution, small_models.GROUPED, {"g": 2}),
+    "concatenation": (small_models.Branches, small_models.BRANCHES, {}),
+}
+
+
+def case(name: str, seed: int = 0) -> tuple[lmc.PermutationSpec, dict[str, Tensor]]:
+    """The bound spec of a case, and weights without ties: every parameter and statistic drawn anew."""
+    make, patterns, sizes = CASES[name]
+    module = make()
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        key: torch.randn(tensor.shape, generator=generator) / max(1, tensor[0].numel() if tensor.ndim > 1 else 1) ** 0.5
+        if tensor.is_floating_point()
+        else tensor.clone()
+        for key, tensor in module.state_dict().items()
+    }
+    return lmc.PermutationSpec.from_patterns(patterns, module, **sizes), weights
+
+
+def matching(spec, a, b, **options) -> lmc.Permutation:
+    return lmc.weight_matching(spec, a, b, **({"progress": False} | options))
+
+
+def parameters(spec: lmc.PermutationSpec, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor in weights.items() if name not in spec.buffers}
+
+
+@pytest.fixture(params=CASES)
+def problem(request):
+    return case(request.param)
+
+
+class TestPlantedTruth:
+    def test_is_found_exactly(self, problem):
+        spec, a = problem
+        for seed in range(3):
+            rho = spec.random(seed)
+            pi = matching(spec, a, rho.apply(a))
+            assert pi == rho.inverse()
+            moved = pi.apply(rho.apply(a))
+            assert all(torch.equal(moved[name], tensor) for name, tensor in a.items())
+
+    def test_is_found_under_noise(self, problem):
+        spec, a = problem
+        rho = spec.random(1)
+        generator = torch.Generator().manual_seed(2)
+        noisy = {
+            name: t + 0.1 * t.std() * torch.randn(t.shape, generator=generator) if t.is_floating_point() else t
+            for name, t in rho.apply(a).items()
+            if t.numel() > 1
+        }
+        b = rho.apply(a) | noisy
+        assert matching(spec, a, b, restarts=3) == rho.inverse()
+
+    def test_is_not_found_in_the_wrong_direction(self):
+        spec, a = case("mlp")
+        rho = spec.random(0)
+        wrong = rho.apply(rho.apply(a))  # what an implementation that confuses p with its inverse gives
+        assert any(not torch.equal(wrong[name], tensor) for name, tensor in a.items())
+        assert matching(spec, a, rho.apply(a)) != rho
+
+    def test_the_same_network_stays_where_it_is(self, problem):
+        spec, a = problem
+        assert matching(spec, a, a).is_identity()
+
+
+class TestObjective:
+    def test_is_the_inner_product_with_the_moved_parameters(self, problem):
+        spec, a = problem
+        b = unrelated(a, 7)
+        pi = matching(spec, a, b)
+        moved = parameters(spec, pi.apply(b))
+        assert pi.objective == pytest.approx(lmc.weights.dot(parameters(spec, a), moved), rel=1e-9)
+
+    def test_is_never_below_the_start(self, problem):
+        spec, a = problem
+        for seed in range(5):
+            b = unrelated(a, seed)
+            pi = matching(spec, a, b)
+            assert pi.objective >= pi.info["objective_at_identity"]
+            assert pi.objective >= lmc.weights.dot(parameters(spec, a), parameters(spec, b)) - 1e-9
+
+    def test_grows_with_every_visit(self, problem, monkeypatch):
+        spec, a = problem
+        b = unrelated(a, 3)
+        visit, checked = lmc.align.descent.Descent.visit, []
+
+        def watched(self, i, only=None):
+            before = lmc.align.descent.inner_product(self.fixed, self.state)
+            visit(self, i, only)
+            if only is None:
+                checked.append(i)
+                assert lmc.align.descent.inner_product(self.fixed, self.state) >= before - 1e-6 * abs(before)
+
+        monkeypatch.setattr(lmc.align.descent.Descent, "visit", watched)
+        matching(spec, a, b, restarts=3)
+        assert checked
+
+    def test_no_single_group_can_be_improved_at_the_end(self):
+        """The gains that are updated by what moved are those that a fresh product gives."""
+        for name in ("mlp", "resnet", "cnn with norms, flattened", "concatenation"):
+            spec, a = case(name)
+            b = unrelated(a, 11)
+            pi = matching(spec, a, b)
+            fixed, moved = parameters(spec, a), parameters(spec, pi.apply(b))
+            for block in build_blocks(spec, fixed):
+                gain = sum(
+                    place.features(fixed[place.tensor]).double() @ place.features(moved[place.tensor]).double().T
+                    for place in block.places
+                )
+                _, improvement = assign(gain)
+                assert improvement <= 1e-5 * pi.objective, block.name
+
+    def test_more_restarts_are_never_worse(self, problem):
+        spec, a = problem
+        b = unrelated(a, 5)
+        found = [matching(spec, a, b, restarts=k, seed=2).objective for k in (1, 2, 4)]
+        assert found == sorted(found)
+
+
+class TestIdentities:
+    @pytest.mark.parametrize("name", ["mlp", "resnet", "units in heads", "stacked experts"])
+    def test_units_of_b_may_come_in_any_order(self, name):
+        """Moving B by rho first changes the answer by its inverse only, where the optimum found is the same."""
+        spec, a = case(name)
+        b = related(a, 0.3)
+        rho = spec.random(9)
+        pi, after = matching(spec, a, b), matching(spec, a, rho.apply(b))
+        assert after.compose(rho) == pi
+        assert after.objective == pytest.approx(pi.objective, rel=1e-9)
+
+    @pytest.mark.parametrize("name", ["mlp", "resnet", "units in heads", "grouped queries"])
+    def test_exchanging_the_networks_inverts_the_answer(self, name):
+        spec, a = case(name)
+        b = spec.random(4).apply(related(a, 0.3))
+        there, back = matching(spec, a, b), matching(spec, b, a)
+        assert back == there.inverse()
+        assert back.objective == pytest.approx(there.objective, rel=1e-9)
+
+    def test_the_order_of_the_keys_does_not_matter(self, problem):
+        spec, a = problem
+        b = unrelated(a, 6)
+        first = matching(spec, a, b, restarts=3)
+        shuffled = [dict(reversed(list(w.items()))) for w in (a, b)]
+        assert matching(spec, *shuffled, restarts=3) == first
+
+    def test_the_seed_decides(self):
+        spec, a = case("mlp")
+        b = unrelated(a, 8)
+        state = torch.random.get_rng_state()
+        assert matching(spec, a, b, restarts=4, seed=1) == matching(spec, a, b, restarts=4, seed=1)
+        objectives = {
+            seed: [run["objective"] for run in matching(spec, a, b, restarts=5, seed=seed).info["runs"]]
+            for seed in (1, 2)
+        }
+        assert objectives[1][:2] == objectives[2][:2] and objectives[1][2:] != objectives[2][2:]
+        assert torch.equal(torch.random.get_rng_state(), state)
+
+    def test_the_weights_are_left_alone(self, problem):
+        spec, a = problem
+        b = unrelated(a, 1)
+        before = [{name: t.clone() for name, t in w.items()} for w in (a, b)]
+        matching(spec, a, b, restarts=3)
+        for w, copy in zip((a, b), before, strict=True):
+            assert all(torch.equal(w[name], copy[name]) for name in copy)
+
+    def test_modules_are_taken_and_left_alone(self):
+        module, other = models.resnet20(1, in_channels=1), models.resnet20(1, in_channels=1)
+        module.train()
+        before = {name: t.clone() for name, t in other.state_dict().items()}
+        matching(lmc.PermutationSpec.from_patterns(handwritten.resnet20()), module, other)
+        assert module.training and all(torch.equal(t, before[name]) for name, t in other.state_dict().items())
+
+
+class TestSmallProblems:
+    @pytest.mark.parametrize("restarts", [1, 2, 6])
+    def test_two_hidden_units_in_two_layers(self, restarts):
+        """Git Re-Basin's appendix: matching the first layer by itself keeps the identity, yet both layers must swap."""
+        eps = 0.1
+        first = torch.tensor([[1.0], [1.0 + eps]])
+        a = {
+            "fc1.weight": first,
+            "fc2.weight": torch.tensor([[1.0, 0.0], [0.0, eps]]),
+            "head.weight": torch.tensor([[1.0, 0.0]]),
+        }
+        b = {
+            "fc1.weight": first,
+            "fc2.weight": torch.tensor([[0.0, 0.0], [0.0, 1.0]]),
+            "head.weight": torch.tensor([[0.0, 1.0]]),
+        }
+        spec = lmc.PermutationSpec.from_patterns({"fc1.weight": "x .", "fc2.weight": "y x", "head.weight": ". y"}, a)
+        pi = matching(spec, a, b, restarts=restarts)
+        assert pi["x"].tolist() == [1, 0] and pi["y"].tolist() == [1, 0]
+
+    def test_against_brute_force(self):
+        """Unrelated networks with hidden widths 3 and 3: never above the best of all 36, and mostly there."""
+        patterns = {"w1": "x .", "b1": "x", "w2": "y x", "b2": "y", "w3": ". y"}
+        shapes = {"w1": (3, 4), "b1": (3,), "w2": (3, 3), "b2": (3,), "w3": (2, 3)}
+        reached = {1: 0, 10: 0}
+        trials = 40
+        for seed in range(trials):
+            generator = torch.Generator().manual_seed(seed)
+            a, b = ({n: torch.randn(s, generator=generator) for n, s in shapes.items()} for _ in range(2))
+            spec = lmc.PermutationSpec.from_patterns(patterns, a)
+            orders = [torch.tensor(p) for p in itertools.permutations(range(3))]
+            best = max(
+                lmc.weights.dot(a, lmc.Permutation(spec, {"x": p, "y": q}).apply(b)) for p in orders for q in orders
+            )
+            for restarts in reached:
+                value = matching(spec, a, b, restarts=restarts, seed=seed).objective
+                assert value <= best + 1e-5
+                reached[restarts] += value >= best - 1e-5
+        assert reached[1] >= 0.65 * trials and reached[10] >= 0.95 * trials
+
+    def test_layers_of_one_unit(self):
+        a, b = (
+            {name: torch.randn(t.shape) for name, t in models.mlp(3, [1, 4, 1], 2).state_dict().items()} for _ in "ab"
+        )
+        spec = lmc.PermutationSpec.from_patterns(handwritten.mlp(3), a)
+        assert set(matching(spec, a, b)) == {"h2"}
+        nothing = lmc.PermutationSpec.from_patterns({}, a)
+        assert matching(nothing, a, b).objective == pytest.approx(lmc.weights.dot(a, b))
+
+    def test_twins_may_go_either_way(self):
+        spec, a = case("mlp")
+        a["fc1.weight"][1], a["fc1.bias"][1], a["fc2.weight"][:, 1] = (
+            a["fc1.weight"][0],
+            a["fc1.bias"][0],
+            a["fc2.weight"][:, 0],
+        )
+        rho = spec.random(0)
+        pi = matching(spec, a, rho.apply(a))
+        assert pi.objective == pytest.approx(lmc.weights.dot(a, a), rel=1e-9)
+        moved = pi.apply(rho.apply(a))
+        assert all(torch.equal(moved[name], tensor) for name, tensor in a.items())
+
+    def test_nothing_but_zeros(self):
+        spec, a = case("resnet")
+        zeros = {name: torch.zeros_like(tensor) for name, tensor in a.items()}
+        assert matching(spec, zeros, zeros).is_identity()
+
+    def test_prices_do_not_change_an_assignment(self):
+        generator = torch.Generator().manual_seed(0)
+        gain = torch.randn(40, 40, generator=generator)
+        index, improvement = assign(gain)
+        prices = prices_of(gain, index)
+        again, same = assign(gain, prices)
+        assert torch.equal(index, again) and improvement == pytest.approx(same)
+        assert torch.equal(assign(gain, torch.randn(40, generator=generator) * 3)[0], index)
+
+
+class TestWhatIsMatched:
+    def test_statistics_move_but_have_no_say(self):
+        spec, a = case("resnet")
+        b = unrelated(a, 1)
+        pi = matching(spec, a, b)
+        loud = {
+            name: 100 * torch.randn(t.shape) if name in spec.buffers and t.is_floating_point() else t
+            for name, t in b.items()
+        }
+        again = matching(spec, a, loud)
+        assert again == pi and again.objective == pi.objective
+        index = pi["s1"]
+        assert torch.equal(pi.apply(loud)["norm1.running_mean"], loud["norm1.running_mean"][index])
+        assert not torch.equal(index, torch.arange(len(index)))
+
+    def test_biases_have_a_say(self):
+        a = {
+            name: torch.zeros(shape)
+            for name, shape in {"fc1.weight": (4, 2), "fc1.bias": (4,), "head.weight": (2, 4)}.items()
+        }
+        a["fc1.bias"] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+        b = a | {"fc1.bias": torch.tensor([1.0, 4.0, 2.0, 3.0])}
+        spec = lmc.PermutationSpec.from_patterns(handwritten.mlp(1), a)
+        assert matching(spec, a, b)["h1"].tolist() == [1, 3, 2, 0]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_other_precisions(self, dtype, problem):
+        spec, a = problem
+        a = {name: t.to(dtype) if t.is_floating_point() else t for name, t in a.items()}
+        rho = spec.random(3)
+        pi = matching(spec, a, rho.apply(a))
+        moved = pi.apply(rho.apply(a))
+        assert all(torch.equal(moved[name], t) and moved[name].dtype == t.dtype for name, t in a.items())
+
+
+class TestBadInput:
+    def test_another_architecture(self):
+        a, b = models.mlp(12, [16, 16], 4), models.mlp(12, [16, 20], 4)
+        with pytest.raises(lmc.MismatchError, match=r"fc2\.weight: shape \(16, 16\) in a, \(20, 16\) in b"):
+            matching(lmc.PermutationSpec.from_patterns(handwritten.mlp(2)), a, b)
+        with pytest.raises(lmc.MismatchError, match=r"fc3\.weight: in b .* missing in a"):
+            matching(lmc.PermutationSpec.from_patterns(handwritten.mlp(2)), a, models.mlp(12, [16, 16, 16], 4))
+
+    def test_a_spec_of_something_else(self):
+        spec, _ = case("mlp")
+        other = models.mlp(12, [16, 20, 16], 4)
+        with pytest.raises(lmc.SpecError, match=r"fc2\.weight.*\(24, 16\).*\(20, 16\)"):
+            matching(spec, other, other)
+
+    def test_values_that_are_not_finite(self):
+        spec, a = case("mlp")
+        b = {name: tensor.clone() for name, tensor in a.items()}
+        b["fc2.weight"][3, 5] = float("nan")
+        with pytest.raises(lmc.WeightsError, match=r"fc2\.weight of b: 1 of 384 values.*\(3, 5\)"):
+            matching(spec, a, b)
+        b["fc2.weight"][3, 5], b["fc2.weight"][3, 6] = float("inf"), -float("inf")
+        with pytest.raises(lmc.WeightsError, match=r"fc2\.weight of a: 2 of 384"):
+            matching(spec, b, a)
+
+    def test_different_precision(self):
+        spec, a = case("mlp")
+        with pytest.raises(lmc.MismatchError, match=r"fc1\.weight: dtype torch\.float32 in a, torch\.float16 in b"):
+            matching(spec, a, {name: tensor.half() for name, tensor in a.items()})
+
+    @pytest.mark.parametrize("options", [{"restarts": 0}, {"max_sweeps": 0}])
+    def test_options(self, options):
+        spec, a = case("mlp")
+        with pytest.raises(lmc.InputError, match=f"{next(iter(options))}=0"):
+            matching(spec, a, a, **options)
+
+
+class TestInterrupt:
+    def test_returns_the_best_finished_run(self, monkeypatch):
+        spec, a = case("mlp")
+        b = unrelated(a, 4)
+        whole = matching(spec, a, b, restarts=2)
+        descend, calls = lmc.align.weight_matching._descend, []
+
+        def interrupted(*args):
+            calls.append(args)
+            if len(calls) > 2:
+                raise KeyboardInterrupt
+            return descend(*args)
+
+        monkeypatch.setattr(lmc.align.weight_matching, "_descend", interrupted)
+        with pytest.warns(UserWarning, match="2 finished runs"):
+            pi = matching(spec, a, b, restarts=8)
+        assert pi == whole and pi.objective == whole.objective
+
+    def test_before_the_first_run_ends_nothing_moves(self, monkeypatch):
+        spec, a = case("mlp")
+        b = unrelated(a, 4)
+
+        def stop(self, i, only=None):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(lmc.align.descent.Descent, "visit", stop)
+        with pytest.warns(UserWarning, match="0 finished runs"):
+            pi = matching(spec, a, b)
+        assert pi.is_identity() and pi.objective == pi.info["objective_at_identity"]
+
+
+def unrelated(like: dict[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """Unrelated weights of the same shapes."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return {
+        name: torch.randn(t.shape, generator=generator) / max(1, t[0].numel() if t.ndim > 1 else 1) ** 0.5
+        if t.is_floating_point()
+        else t.clone()
+        for name, t in like.items()
+    }
+
+
+def related(a: dict[str, Tensor], amount: float) -> dict[str, Tensor]:
+    """A network near `a`, so that every run finds the same optimum."""
+    other = unrelated(a, 50)
+    return {name: t + amount * other[name] if t.is_floating_point() else t for name, t in a.items()}
