@@ -3,7 +3,7 @@
     python tools/run_notebooks.py                               all of notebooks/
     python tools/run_notebooks.py notebooks/00_quickstart.ipynb
 
-Left out of the file: timings, stderr (progress bars), widget state (5 MB for one figure) and views of widgets, which
+Left out of the file: timings, progress bars, stderr, widget state (5 MB for one figure) and views of widgets, which
 show nothing without it. A widget that draws itself without a kernel keeps its html. Figures are stored as plotly data
 and as PNG, which is what GitHub shows; the PNG needs kaleido and a Chromium.
 """
@@ -41,11 +41,17 @@ def run(path: Path, timeout: int) -> None:
     )
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [output for output in cell.outputs if not fleeting(output)]
             for output in cell.outputs:
                 output.get("data", {}).pop(LIVE_VIEW, None)
     nbformat.validate(notebook)
     nbformat.write(notebook, path)
+
+
+def fleeting(output) -> bool:
+    """What is there or not depending on how fast the machine is: warnings of the kernel, progress bars."""
+    data = output.get("data", {})
+    return output.get("name") == "stderr" or (LIVE_VIEW in data and "%|" in data.get("text/plain", ""))
 
 
 def main() -> int:
