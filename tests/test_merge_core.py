@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lmc.merge as merge
 from lmc.errors import InputError, MismatchError, WeightsError
-from lmc.merge.quantiles import kth_smallest
+from lmc.merge import quantiles
 
 # every method of one shape, with the options under which a lone model is given back
 WHOLE = {
@@ -282,14 +282,27 @@ def test_bad_input_is_named(models: list[Tied]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_kth_smallest_is_exact(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("sample", [40, 1 << 17])
+def test_kth_smallest_is_exact(sample: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantiles, "SAMPLE", sample)
     generator = torch.Generator().manual_seed(3)
-    values = torch.randn(2, 501, generator=generator, dtype=dtype) * 10.0 ** torch.randint(-20, 20, (2, 501))
-    values[0, :20] = 0.0
-    values[0, 10:20] = -0.0
-    values[1, :30] = values[1, 30:60]
-    parts = values.split([100, 400, 1], dim=1)
-    for rank in (1, 2, 17, 250, 251, 490, 501):
-        found = kth_smallest(lambda: iter(parts), [rank, 502 - rank])
-        assert found[0] == values[0].sort().values[rank - 1] and found.dtype == dtype
-        assert found[1] == values[1].sort().values[501 - rank]
+    values = torch.randn(3, 5001, generator=generator, dtype=dtype)
+    values = values * 10.0 ** torch.randint(-20, 20, (3, 5001), generator=generator)
+    values[0, :2000] = 0.0  # many equal ones, and a zero of the other sign
+    values[0, 1000] = -0.0
+    values[1] = values[1].sort().values  # in order
+    values[2] = values[2].abs().log()
+    parts = values.split([1000, 4000, 1], dim=1)
+    for rank in (1, 2, 17, 1250, 2501, 4000, 4990, 5001):
+        ranks = [rank, 5002 - rank, rank]
+        found = quantiles.kth_smallest(lambda: iter(parts), ranks, 5001)
+        assert found.tolist() == [float(v.sort().values[r - 1]) for v, r in zip(values, ranks, strict=True)]
+
+
+def test_kth_smallest_survives_a_misleading_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantiles, "SAMPLE", 1000)
+    values = torch.arange(10_000.0)
+    values[::10] = -1.0  # all that a stride of ten sees
+    for rank in (1, 1000, 1001, 5000, 10_000):
+        found = quantiles.kth_smallest(lambda: iter([values[None]]), [rank], 10_000)
+        assert float(found) == float(values.sort().values[rank - 1])

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from lmc.batches import take, tensors, to_device
 from lmc.errors import InputError
 from lmc.merge.examples import check_data, gather
+from lmc.merge.method import Pass
 from lmc.merge.result import Merged
 from lmc.merge.tensors import WeightSets, assemble, weight_sets, wide
 from lmc.merge.ties import thresholds, trim
@@ -132,7 +133,8 @@ def adamerging(
 def _deltas(sets: WeightSets, density: float) -> Weights:
     if density == 1.0:
         return {name: sets.deltas(name) for name in sets.weights}
-    limits = thresholds([sets.deltas(name).to(sets.dtype) for name in sets.weights], density, len(sets))
+    deltas = Pass(sets, lambda name: (sets.deltas(name),))
+    limits = thresholds(deltas, density, len(sets), deltas.size)
     return {name: trim(sets.deltas(name), limits) for name in sets.weights}
 
 

@@ -63,6 +63,11 @@ class Pass:
     sets: WeightSets
     read: Callable[[str], tuple[Any, ...]]
 
+    @property
+    def size(self) -> int:
+        """The number of values of each model."""
+        return sum(self.sets.states[0][name].numel() for name in self.sets.weights)
+
     def __iter__(self) -> Iterator[Any]:
         for name in self.sets.weights:
             first, *rest = (value.to(self.sets.dtype) for value in self.read(name))

@@ -1,8 +1,7 @@
-"""The exact k-th smallest value of tensors that are seen one at a time, in bounded memory.
+"""The exact k-th smallest value of tensors that are seen one at a time, without sorting or holding them all.
 
-Floating-point numbers, read as integers with the negative ones flipped, sort like integers. A radix selection then
-counts 16 bits at a time: 2 passes over float32 values, 4 over float64, and a table of 65536 counts per model instead
-of a sorted copy of all parameters.
+A sample tells between which two values the wanted one lies, almost surely; a second pass counts what is below and
+collects what is between, about one value in a hundred. Should the sample have misled, the bounds are widened.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,51 +9,65 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-_DIGIT = 16
-_MASK = (1 << _DIGIT) - 1
-_SIGN = 1 << (_DIGIT - 1)
-_INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64}
+SAMPLE = 1 << 17
 
 
-def kth_smallest(passes: Callable[[], Iterable[Tensor]], ranks: Sequence[int]) -> Tensor:
+def kth_smallest(passes: Callable[[], Iterable[Tensor]], ranks: Sequence[int], size: int) -> Tensor:
     """For each model t the `ranks[t]`-th smallest value (1 = the minimum) over all its tensors.
 
     Args:
-        passes: starts a new pass over the values, tensors `(models, *shape)`, all of one dtype (float32 or float64).
-        ranks: one rank per model, from 1 to the number of its values.
+        passes: starts a new pass over the values, finite tensors `(models, *shape)`.
+        ranks: one rank per model, from 1 to `size`.
+        size: the number of values of each model.
 
     Returns:
-        `(models,)` on the CPU: values that occur, of the dtype of the values.
+        `(models,)` on the CPU, values that occur.
     """
-    probe = next(iter(passes()))
-    top = probe.element_size() * 8 - _DIGIT
-    prefix, remaining = [0] * len(ranks), list(ranks)
-    for shift in range(top, -1, -_DIGIT):
-        counts = torch.zeros(len(ranks), 1 << _DIGIT, dtype=torch.int64)
+    stride = max(1, size // SAMPLE)
+    parts = [values.reshape(len(ranks), -1)[:, ::stride].cpu() for values in passes()]
+    samples = torch.cat(parts, dim=1).sort(dim=1).values
+    if stride == 1:
+        return samples.gather(1, torch.tensor(ranks)[:, None] - 1)[:, 0]
+    found: dict[int, Tensor] = {}
+    margin = int(4 * samples.shape[1] ** 0.5)  # the place of a quantile in a sample of m strays by about sqrt(m) / 2
+    while len(found) < len(ranks):
+        searches = {t: _Search(samples[t], rank, size, margin) for t, rank in enumerate(ranks) if t not in found}
         for values in passes():
-            for t, keys in enumerate(_sortable(values)):
-                if shift < top:
-                    keys = keys[(keys >> (shift + _DIGIT)) == prefix[t]]
-                digits = (keys >> shift) & _MASK
-                if shift == top:  # the sign is in the top digit: negative keys come first
-                    digits = digits ^ _SIGN
-                counts[t] += torch.bincount(digits, minlength=1 << _DIGIT).cpu()
-        below = counts.cumsum(1)
-        for t, rank in enumerate(remaining):
-            digit = int(torch.searchsorted(below[t], rank))
-            remaining[t] = rank - (int(below[t, digit - 1]) if digit else 0)
-            prefix[t] = digit - _SIGN if shift == top else (prefix[t] << _DIGIT) | digit
-    keys = torch.tensor(prefix, dtype=torch.int64).to(_INTEGERS[probe.dtype])
-    return _flip(keys).view(probe.dtype)
+            for t, search in searches.items():
+                search.see(values[t].flatten())
+        found |= {t: value for t, search in searches.items() if (value := search.result()) is not None}
+        margin *= 8
+    return torch.stack([found[t] for t in range(len(ranks))])
 
 
-def _sortable(values: Tensor) -> Tensor:
-    """`(models, n)` int64 keys in the order of the values (minus zero counts as zero)."""
-    keys = (values + 0.0).reshape(len(values), -1).contiguous().view(_INTEGERS[values.dtype])
-    return _flip(keys).long()
+class _Search:
+    """Counts the values at and below two bounds and collects those between."""
 
+    def __init__(self, sample: Tensor, rank: int, size: int, margin: int) -> None:
+        place = round(rank / size * len(sample))
+        unbounded = torch.tensor(float("inf"), dtype=sample.dtype)
+        self.low = sample[place - margin] if place >= margin else -unbounded
+        self.high = sample[place + margin] if place + margin < len(sample) else unbounded
+        self.rank = rank
+        self.below = self.at_low = self.at_high = 0
+        self.between: list[Tensor] = []
 
-def _flip(keys: Tensor) -> Tensor:
-    """Negative numbers have their magnitude bits inverted; its own inverse."""
-    lowest = torch.iinfo(keys.dtype).min
-    return torch.where(keys < 0, ~keys ^ lowest, keys)
+    def see(self, values: Tensor) -> None:
+        low, high = self.low.to(values.device), self.high.to(values.device)
+        near = values[(values >= low) & (values <= high)]
+        self.below += int((values < low).sum())
+        self.at_low += int((near == low).sum())
+        self.at_high += int((near == high).sum())
+        self.between.append(near[(near > low) & (near < high)].cpu())
+
+    def result(self) -> Tensor | None:
+        """The value of the wanted rank, or None if it lies outside the bounds."""
+        between = torch.cat(self.between)
+        rank = self.rank - self.below
+        if rank <= 0:
+            return None
+        if rank <= self.at_low:
+            return self.low
+        if rank <= self.at_low + len(between):
+            return between.kthvalue(rank - self.at_low).values
+        return self.high if rank <= self.at_low + len(between) + self.at_high else None

@@ -87,7 +87,7 @@ def della(
     if epsilon < 0 or density - epsilon <= 0 or density + epsilon > 1:
         raise InputError(f"density {density} +- epsilon {epsilon} must lie in (0, 1]")
     length = deltas.shape[-1] if deltas.ndim > 1 else 1
-    rank = _ranks(deltas.abs()).to(deltas.dtype)
+    rank = _ranks(deltas.abs())
     chance = density + epsilon * (2.0 * rank / (length - 1) - 1.0) if length > 1 else torch.full_like(deltas, density)
     keep = _uniform(deltas, generator) < chance
     return combine(_rescale(deltas * keep, deltas, chance, rescale), combine_by, weights)
@@ -115,9 +115,10 @@ def breadcrumbs(
     if not 0.0 <= outliers <= density:
         raise InputError(f"outliers must be in [0, density = {density}], got {outliers}")
     length = deltas.shape[-1] if deltas.ndim > 1 else 1
-    from_top = length - 1 - _ranks(deltas.abs())
-    keep = (from_top >= round(outliers * length)) & (from_top < round(density * length))
-    return combine(deltas * keep, combine_by, weights)
+    rows = deltas if deltas.ndim > 1 else deltas[:, None]
+    top = rows.abs().topk(round(density * length), dim=-1).indices[..., round(outliers * length) :]
+    kept = torch.zeros_like(rows).scatter_(-1, top, rows.gather(-1, top))
+    return combine(kept.reshape(deltas.shape), combine_by, weights)
 
 
 def combine(deltas: Tensor, how: Combine, weights: Sequence[float] | None = None) -> Tensor:
@@ -169,8 +170,10 @@ def _rescale(kept: Tensor, deltas: Tensor, chance: float | Tensor, how: Rescale)
 def _ranks(values: Tensor) -> Tensor:
     """The rank (0 = smallest; equal values in order of position) of each entry within its row, the last axis."""
     if values.ndim == 1:  # one number per model: each is a row of its own
-        return torch.zeros_like(values, dtype=torch.int64)
-    return values.argsort(dim=-1, stable=True).argsort(dim=-1)
+        return torch.zeros_like(values)
+    order = values.argsort(dim=-1, stable=True)
+    places = torch.arange(values.shape[-1], dtype=values.dtype, device=values.device).expand_as(values)
+    return torch.empty_like(values).scatter_(-1, order, places)
 
 
 def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:

@@ -66,7 +66,7 @@ class WeightSets:
 
     def deltas(self, name: str) -> Tensor:
         """`(models, *shape)`: the task vectors, model minus base."""
-        return self.stack(name) - self.base_tensor(name)
+        return self.stack(name).sub_(self.base_tensor(name))
 
     def combine(self, name: str, coefficients: Sequence[float], base_coefficient: float = 0.0) -> Tensor:
         """`base_coefficient * base + sum_i coefficients[i] * model_i`, one model at a time; all coefficients sum to 1.
@@ -94,8 +94,7 @@ class WeightSets:
     def _read(self, state: Mapping[str, Tensor], name: str, who: str) -> Tensor:
         tensor = state[name].detach()
         tensor = tensor.to(wide(tensor.dtype))
-        finite = torch.isfinite(tensor)
-        if not bool(finite.all()):
+        if not bool(torch.isfinite(tensor.sum())) and not bool((finite := torch.isfinite(tensor)).all()):
             where = tuple(int(i) for i in (~finite).nonzero()[0])
             raise WeightsError(
                 f"{name} of {who}: {int((~finite).sum())} of {tensor.numel()} values are NaN or infinite, "

@@ -40,7 +40,7 @@ def _survey_ties(deltas: Pass, *, density: Any, weights: Any, scope: Scope, **_:
         return None
     if isinstance(density, Mapping) or isinstance(weights, Mapping):
         raise InputError("density and weights per name pattern need scope='tensor': scope='model' ranks all tensors at once")
-    return Trim(deltas, thresholds(deltas, density, len(deltas.sets)), weights)
+    return Trim(deltas, thresholds(deltas, density, len(deltas.sets), deltas.size), weights)
 
 
 @on_task_vectors(survey=_survey_ties)
@@ -64,7 +64,7 @@ def ties(
     majority sign of the whole model (negative if there is none); in the paper's formula it is dropped
     (`undecided="drop"`), other tools take it as positive. `scope="tensor"` trims each tensor on its own, as those do.
     """
-    limits = survey.thresholds if survey else thresholds([deltas], density, len(deltas))
+    limits = survey.thresholds if survey else thresholds([deltas], density, len(deltas), deltas[0].numel())
     trimmed = weigh(trim(deltas, limits), weights)
     contested = (trimmed.sum(0) == 0) & (trimmed != 0).any(0)
     if undecided not in ("majority", "positive", "drop"):
@@ -81,12 +81,11 @@ def trim(deltas: Tensor, limits: Tensor) -> Tensor:
     return deltas * (deltas.abs() >= per_model(limits, deltas))
 
 
-def thresholds(deltas: Iterable[Tensor], density: float, models: int) -> Tensor:
-    """`(models,)`: the magnitude of rank `n - floor(density n)` from below among all n entries."""
+def thresholds(deltas: Iterable[Tensor], density: float, models: int, size: int) -> Tensor:
+    """`(models,)`: the magnitude of rank `size - floor(density size)` from below among all entries of a model."""
     if not 0.0 < density <= 1.0:
         raise InputError(f"density, the share of entries kept, must be in (0, 1], got {density}")
-    size = sum(d[0].numel() for d in deltas)
-    return kth_smallest(lambda: (d.abs() for d in deltas), [max(1, size - int(density * size))] * models)
+    return kth_smallest(lambda: (d.abs() for d in deltas), [max(1, size - int(density * size))] * models, size)
 
 
 def _votes(deltas: Tensor) -> Tensor:
@@ -110,13 +109,16 @@ class Competition:
 def _survey_pcb(deltas: Pass, *, density: Any, **_: Any) -> Competition:
     if isinstance(density, Mapping) or not 0.0 < density <= 1.0:
         raise InputError(f"density must be one number in (0, 1]: PCB ranks the whole model; got {density!r}")
-    size, count = sum(d[0].numel() for d in deltas), len(deltas.sets)
+    count = len(deltas.sets)
 
-    def quantile(values: Callable[[Tensor], Tensor], q: float) -> Tensor:
-        return kth_smallest(lambda: (values(d) for d in deltas), [1 + int(q * (size - 1))] * count)
+    def quantiles(values: Callable[[Tensor], Tensor], *shares: float) -> list[Tensor]:
+        """`(models,)` for each share; one pass finds several."""
+        ranks = [1 + int(share * (deltas.size - 1)) for share in shares for _ in range(count)]
+        found = kth_smallest(lambda: (values(d).repeat(len(shares), *[1] * (d.ndim - 1)) for d in deltas), ranks, deltas.size)
+        return list(found.split(count))
 
-    low, high = quantile(torch.abs, 1e-4), quantile(torch.abs, 1 - 1e-4)
-    least = quantile(lambda d: _balance(d, low, high), 1.0 - density)
+    low, high = quantiles(torch.abs, 1e-4, 1 - 1e-4)
+    (least,) = quantiles(lambda d: _balance(d, low, high), 1.0 - density)
     most = torch.stack([_balance(d, low, high).reshape(count, -1).amax(1).cpu() for d in deltas]).amax(0)
     return Competition(low, high, least, most)
 
