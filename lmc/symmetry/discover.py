@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
+from tqdm.auto import tqdm
 
 from lmc.symmetry import naming
 from lmc.symmetry.explain import reasons
@@ -74,9 +75,14 @@ def discover(model: nn.Module, example_inputs: ExampleInputs, outputs: OutputSel
         TraceError: if the forward pass cannot be captured as a graph of operators.
         InputError: if `example_inputs` or `outputs` make no sense.
     """
-    graph = capture(model, example_inputs, outputs)
-    facts = gather_facts(graph, progress)
-    solution = solve(facts.units, parameter_units(facts))
+    with tqdm(total=3, desc="symmetries: capturing the graph", delay=2, disable=not progress, leave=False) as bar:
+        graph = capture(model, example_inputs, outputs)
+        bar.update()
+        bar.set_description("symmetries: following units", refresh=False)
+        facts = gather_facts(graph, progress)
+        bar.update()
+        bar.set_description("symmetries: solving", refresh=False)
+        solution = solve(facts.units, parameter_units(facts))
     drafts = draft_groups(facts, solution)
     shapes = {name: tuple(tensor.shape) for name, tensor in graph.tensors.items()}
     used = first_uses(graph)

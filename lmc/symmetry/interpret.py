@@ -11,7 +11,7 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from lmc.symmetry.rules import core, interpret
-from lmc.symmetry.rules.registry import Op
+from lmc.symmetry.rules.registry import Op, Parts
 from lmc.symmetry.tags import Tag, along, make, shrink
 from lmc.symmetry.trace import Graph, Leaf
 from lmc.symmetry.units import Ids, Units
@@ -31,34 +31,46 @@ class Facts:
 
 def gather_facts(graph: Graph, progress: bool) -> Facts:
     """Interpret every node that the outputs depend on; nothing moves on the outputs themselves."""
+    facts, known = interpret_nodes(graph, progress)
+    facts.units.site = -1
+    for node in graph.outputs:
+        core.freeze(facts.units, known[node], "output")
+    for node, name in graph.mutated:
+        buffer = facts.tags.get(graph.aliases.get(name, name))
+        if buffer is not None and isinstance(known.get(node), Tag):
+            core.pointwise(facts.units, buffer.shape, [known[node], buffer])
+    return facts
+
+
+def interpret_nodes(graph: Graph, progress: bool) -> tuple[Facts, dict[Node, Any]]:
+    """Tags for the parameters and for the result of every node that matters."""
     units = Units()
-    grouped = grouped_weights(graph)
-    tags: dict[str, Tag] = {}
-    axes: dict[tuple[str, int], Ids] = {}
-    stacks = {shape[:2] for shape in stacked_shapes(graph, grouped)} | {
-        (shape[0], shape[2]) for shape in stacked_shapes(graph, grouped)
-    }
-    for name, tensor in graph.tensors.items():
-        if graph.aliases.get(name) == name and tensor.is_floating_point():
-            coords = parameter_coords(units, tuple(tensor.shape), grouped.get(name, 0), tuple(tensor.shape) in stacks)
-            axes.update({(name, d): c for d, c in coords.items()})
-            tags[name] = make(units, tuple(tensor.shape), list(coords.values()))
+    tags, axes = parameter_tags(units, graph)
     known: dict[Node, Any] = {}
     wanted = needed(graph)
-    for number, node in enumerate(tqdm(graph.nodes, "symmetries", delay=2, disable=not progress, leave=False)):
+    for number, node in enumerate(tqdm(graph.nodes, "units", delay=2, disable=not progress, leave=False)):
         units.site = number
         if node.op == "placeholder":
             known[node] = leaf_tag(units, graph.leaves[node.name], node, tags, graph)
         elif node.op == "call_function" and node in wanted:
             known[node] = call(units, node, known)
-    for node in graph.outputs:
-        units.site = -1
-        core.freeze(units, known[node], "output")
-    for node, name in graph.mutated:
-        buffer = tags.get(graph.aliases.get(name, name))
-        if buffer is not None and isinstance(known.get(node), Tag):
-            core.pointwise(units, buffer.shape, [known[node], buffer])
-    return Facts(units, tags, axes)
+    return Facts(units, tags, axes), known
+
+
+def parameter_tags(units: Units, graph: Graph) -> tuple[dict[str, Tag], dict[tuple[str, int], Ids]]:
+    """A tag for every parameter and saved floating-point buffer, and the units of each of their axes."""
+    grouped = grouped_weights(graph)
+    stacks = stacked_shapes(graph, grouped)
+    rows = {(s[0], s[1]) for s in stacks} | {(s[0], s[2]) for s in stacks}
+    tags: dict[str, Tag] = {}
+    axes: dict[tuple[str, int], Ids] = {}
+    for name, tensor in graph.tensors.items():
+        shape = tuple(tensor.shape)
+        if graph.aliases.get(name) == name and tensor.is_floating_point():
+            coords = parameter_coords(units, shape, grouped.get(name, 0), shape in rows)
+            axes.update({(name, d): c for d, c in coords.items()})
+            tags[name] = make(units, shape, list(coords.values()))
+    return tags, axes
 
 
 def needed(graph: Graph) -> set[Node]:
@@ -169,7 +181,7 @@ def call(units: Units, node: Node, known: dict[Node, Any]) -> Any:
     """The tag (or tuple of tags) of one operator's result."""
     args, kwargs = pytree.tree_map(lambda a: known.get(a, a) if isinstance(a, Node) else a, (tuple(node.args), dict(node.kwargs)), is_leaf=lambda a: isinstance(a, Node))
     if getattr(node.target, "__name__", "") == "getitem":
-        return args[0][args[1]] if isinstance(args[0], tuple) else args[0]
+        return args[0][args[1]] if isinstance(args[0], (tuple, Parts)) else args[0]
     values = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
     shapes = tuple(tuple(int(n) for n in v.shape) for v in values)
     if not shapes:

@@ -27,9 +27,6 @@ def widen(coord: Ids, ndim: int) -> Ids:
 
 def pointwise(units: Units, shape: Shape, tags: Sequence[Tag]) -> Tag:
     """E: the value at a position depends on the operands' values there: all their coordinates, joined."""
-    for tag in tags:
-        if tag.points is not None:
-            freeze_points(units, tag)
     return make(units, shape, [widen(c, len(shape)) for tag in tags for c in tag.coords])
 
 
@@ -87,8 +84,6 @@ def contract(units: Units, operands: Sequence[tuple[Tag, Sequence[str]]], out: S
             sizes[label] = max(n, sizes.get(label, 1))
     order = [*out, *(label for label in sizes if label not in out)]
     shape = tuple(sizes[label] for label in order)
-    for tag, _ in operands:
-        freeze_points(units, tag)
     joined = make(units, shape, [c for tag, labels in operands for c in lift(tag, labels, order, sizes)])
     return reduce(units, joined, tuple(range(len(out), len(order))), keepdim=False)
 

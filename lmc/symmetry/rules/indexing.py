@@ -10,17 +10,19 @@ import torch
 
 from lmc.symmetry.rules import core
 from lmc.symmetry.rules.moves import picked
-from lmc.symmetry.rules.registry import Op, named, rule
+from lmc.symmetry.rules.registry import Op, fixed, named, rule
 from lmc.symmetry.tags import Tag, make
 
 
-@rule(*named("embedding"))
+@rule(*named("embedding"), choices=True)
 def embedding(op: Op, weight: Tag, index: Tag, *_: Any, **__: Any) -> Tag:
+    weight = fixed(op.units, weight)
     return take(op, weight, 0, index)
 
 
-@rule(*named("index_select"))
+@rule(*named("index_select"), choices=True)
 def index_select(op: Op, x: Tag, dim: int, index: Tag) -> Tag:
+    x = fixed(op.units, x)
     return take(op, x, dim % len(x.shape), index)
 
 
@@ -46,9 +48,10 @@ def at_points(op: Op, x: Tag, dim: int, index: Tag) -> Tag:
     return make(op.units, x.shape, [*x.coords, index.points.reshape(shape)])
 
 
-@rule(*named("index", "_unsafe_index"))
+@rule(*named("index", "_unsafe_index"), choices=True)
 def index(op: Op, x: Tag, indices: Sequence[Tag | None]) -> Tag:
     """Known indices: run. One unknown index: take. Several: the indexed dims are frozen."""
+    x = fixed(op.units, x)
     given = [(d, i) for d, i in enumerate(indices) if i is not None]
     if all(i.value is not None for _, i in given):
         known = [i.value if i is not None else slice(None) for i in indices]
@@ -73,9 +76,10 @@ def index_many(op: Op, x: Tag, given: list[tuple[int, Tag]]) -> Tag:
     return make(op.units, op.shape, coords)
 
 
-@rule(*named("gather"))
+@rule(*named("gather"), choices=True)
 def gather(op: Op, x: Tag, dim: int, index: Tag, **_: Any) -> Tag:
     """out[p] = x[p with p[dim] replaced by index[p]]; other dims may be cut short."""
+    x = fixed(op.units, x)
     d = dim % len(x.shape)
     shape = tuple(n if e == d else m for e, (n, m) in enumerate(zip(x.shape, op.shape, strict=True)))
     cut = [e for e in range(len(shape)) if shape[e] != x.shape[e]]
@@ -88,14 +92,16 @@ def gather(op: Op, x: Tag, dim: int, index: Tag, **_: Any) -> Tag:
     return make(op.units, op.shape, [*rest.coords, *index.coords])
 
 
-@rule(*named("scatter", "scatter_add", "scatter_reduce"))
+@rule(*named("scatter", "scatter_add", "scatter_reduce"), choices=True)
 def scatter(op: Op, x: Tag, dim: int, index: Tag, src: Any, *_: Any, **__: Any) -> Tag:
     """x with src[p] put at (or added to) p with p[dim] replaced by index[p]."""
+    x = fixed(op.units, x)
     d = dim % len(x.shape)
     if isinstance(src, Tag) and src.shape != index.shape:
         shape = index.shape
         cut = tuple(slice(0, n) for n in shape)
         src = picked(op.units, src, shape, range(len(shape)), lambda c: c[cut])
+    src = fixed(op.units, src)
     sources = [t for t in (index, src) if isinstance(t, Tag)]
     target = at_points(op, x, d, index)
     seen = core.pointwise(op.units, index.shape, [Tag(t.shape, t.coords) for t in sources])
@@ -109,11 +115,13 @@ def scatter(op: Op, x: Tag, dim: int, index: Tag, src: Any, *_: Any, **__: Any) 
     return core.pointwise(op.units, op.shape, [target, seen])
 
 
-@rule(*named("index_add", "index_copy", "index_reduce", "index_fill"))
+@rule(*named("index_add", "index_copy", "index_reduce", "index_fill"), choices=True)
 def index_add(op: Op, x: Tag, dim: int, index: Tag, src: Any, *_: Any, **__: Any) -> Tag:
     """x with slices of src added to (or put at) chosen indices along one dim."""
+    x = fixed(op.units, x)
     d = dim % len(x.shape)
     target = at_points(op, x, d, index)
+    src = fixed(op.units, src)
     if not isinstance(src, Tag):
         return target
     flat = Tag(tuple(src.shape[d] if e == d else 1 for e in range(len(x.shape))), tuple(c.reshape([-1 if e == d else 1 for e in range(len(x.shape))]) for c in index.coords))
@@ -124,9 +132,10 @@ def index_add(op: Op, x: Tag, dim: int, index: Tag, src: Any, *_: Any, **__: Any
     return core.pointwise(op.units, op.shape, [target, seen])
 
 
-@rule(*named("index_put", "_unsafe_index_put"))
+@rule(*named("index_put", "_unsafe_index_put"), choices=True)
 def index_put(op: Op, x: Tag, indices: Sequence[Tag | None], values: Tag, accumulate: bool = False) -> Tag:
     """Only the case of whole slices put at indices along the first dims."""
+    x, values = fixed(op.units, x), fixed(op.units, values)
     dims = [d for d, i in enumerate(indices) if i is not None]
     given = [i for i in indices if i is not None]
     if dims != [0] or len(given[0].shape) != 1 or given[0].shape[0] != (values.shape[0] if len(values.shape) == len(x.shape) else -1):
@@ -150,3 +159,17 @@ def embedding_bag(op: Op, weight: Tag, index: Tag, offsets: Tag, *_: Any, **__: 
     bags = core.still(op.units, (op.shape[0], 1), "bag")
     rest = tuple(core.still(op.units, s, "bag") for s in op.shapes[1:])
     return core.pointwise(op.units, op.shape, [features, bags]), *rest
+
+
+@rule(*named("eq", "ne"), choices=True)
+def equal(op: Op, a: Any, b: Any) -> Tag:
+    """Is this the chosen unit? Comparing a choice with known numbers tells which unit each number stands for."""
+    choice, other = (a, b) if isinstance(a, Tag) and a.points is not None else (b, a)
+    numbers = other.value if isinstance(other, Tag) else torch.tensor(other)
+    if not isinstance(choice, Tag) or choice.points is None or numbers is None or numbers.is_floating_point():
+        return core.pointwise(op.units, op.shape, [fixed(op.units, t) for t in (a, b) if isinstance(t, Tag)])
+    asked = numbers.numpy()
+    if asked.size and (asked.min() < 0 or asked.max() >= choice.points.size):
+        return core.pointwise(op.units, op.shape, [fixed(op.units, choice)])
+    units = core.widen(choice.points[asked], len(op.shape))
+    return make(op.units, op.shape, [*(core.widen(c, len(op.shape)) for c in choice.coords), units], count=True)

@@ -2,6 +2,7 @@
 pick, repeat or drop positions, the multisets that remain are recorded (I2)."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -9,12 +10,12 @@ import numpy as np
 import torch
 
 from lmc.symmetry.rules import core
-from lmc.symmetry.rules.registry import Op, named, rule
+from lmc.symmetry.rules.registry import Op, Parts, fixed, named, rule
 from lmc.symmetry.tags import Shape, Tag, along, make, spread
 from lmc.symmetry.units import Ids, Units
 
 
-@rule(*named("view", "_unsafe_view", "reshape", "flatten", "unflatten", "view_copy", "_reshape_alias", "squeeze", "unsqueeze"))
+@rule(*named("view", "_unsafe_view", "reshape", "flatten", "unflatten", "view_copy", "_reshape_alias", "squeeze", "unsqueeze"), choices=True)
 def view(op: Op, x: Tag, *_: Any) -> Tag:
     return reshape(x, op.shape)
 
@@ -84,28 +85,28 @@ def _keep(coord: Ids, pick: Callable[[Ids], Ids], dims: Sequence[int], shape: Sh
     return _shrink(pick(spread(coord, tuple(dims), shape)))
 
 
-@rule(*named("permute", "permute_copy"))
+@rule(*named("permute", "permute_copy"), choices=True)
 def permute(op: Op, x: Tag, dims: Sequence[int]) -> Tag:
     order = tuple(d % len(x.shape) for d in dims)
     return by_coordinate(x, op.shape, lambda c: c.transpose(order))
 
 
-@rule(*named("transpose", "swapaxes", "transpose_copy"))
+@rule(*named("transpose", "swapaxes", "transpose_copy"), choices=True)
 def transpose(op: Op, x: Tag, a: int, b: int) -> Tag:
     return by_coordinate(x, op.shape, lambda c: c.swapaxes(a, b)) if x.shape else x
 
 
-@rule(*named("t", "numpy_T", "mT", "t_copy"))
+@rule(*named("t", "numpy_T", "mT", "t_copy"), choices=True)
 def matrix_transpose(op: Op, x: Tag) -> Tag:
     return by_coordinate(x, op.shape, lambda c: c.swapaxes(-1, -2)) if len(x.shape) > 1 else x
 
 
-@rule(*named("expand", "expand_copy", "expand_as", "broadcast_to"))
+@rule(*named("expand", "expand_copy", "expand_as", "broadcast_to"), choices=True)
 def expand(op: Op, x: Tag, *_: Any, **__: Any) -> Tag:
     return Tag(op.shape, tuple(core.widen(c, len(op.shape)) for c in x.coords), points=x.points)
 
 
-@rule(*named("slice", "slice_copy", "narrow"))
+@rule(*named("slice", "slice_copy", "narrow"), choices=True)
 def slice_(op: Op, x: Tag, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tag:
     if op.shape == x.shape and step == 1:
         return x
@@ -114,7 +115,7 @@ def slice_(op: Op, x: Tag, dim: int = 0, start: int | None = None, end: int | No
     return picked(op.units, x, op.shape, [d], lambda c: c[window])
 
 
-@rule(*named("select", "select_copy"))
+@rule(*named("select", "select_copy"), choices=True)
 def select(op: Op, x: Tag, dim: int, index: int) -> Tag:
     return select_at(op.units, x, dim, index)
 
@@ -124,35 +125,37 @@ def select_at(units: Units, x: Tag, dim: int, index: int) -> Tag:
     return picked(units, x, x.shape[:d] + x.shape[d + 1 :], [d], lambda c: c.take(index, axis=d))
 
 
-@rule(*named("unbind", "unbind_copy"))
-def unbind(op: Op, x: Tag, dim: int = 0) -> tuple[Tag, ...]:
-    return tuple(select_at(op.units, x, dim, i) for i in range(x.shape[dim]))
+@rule(*named("unbind", "unbind_copy"), choices=True)
+def unbind(op: Op, x: Tag, dim: int = 0) -> Parts:
+    return Parts([partial(select_at, op.units, x, dim, i) for i in range(x.shape[dim])])
 
 
-@rule(*named("split", "split_with_sizes", "split_copy", "split_with_sizes_copy", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"))
-def split(op: Op, x: Tag, _: Any, dim: int = 0) -> tuple[Tag, ...]:
+@rule(*named("split", "split_with_sizes", "split_copy", "split_with_sizes_copy", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), choices=True)
+def split(op: Op, x: Tag, _: Any, dim: int = 0) -> Parts:
     d = dim % len(x.shape)
     ends = np.cumsum([shape[d] for shape in op.shapes])
-    return tuple(
-        picked(op.units, x, shape, [d], lambda c, a=end - shape[d], b=end: c.take(np.arange(a, b), axis=d))
-        for shape, end in zip(op.shapes, ends, strict=True)
-    )
+    return Parts([partial(window, op.units, x, shape, d, end - shape[d]) for shape, end in zip(op.shapes, ends, strict=True)])
 
 
-@rule(*named("flip"))
+def window(units: Units, x: Tag, shape: Shape, dim: int, start: int) -> Tag:
+    """The stretch of length `shape[dim]` from `start` on."""
+    return picked(units, x, shape, [dim], lambda c: c.take(np.arange(start, start + shape[dim]), axis=dim))
+
+
+@rule(*named("flip"), choices=True)
 def flip(op: Op, x: Tag, dims: Sequence[int]) -> Tag:
     return by_coordinate(x, op.shape, lambda c: np.flip(c, tuple(dims)))
 
 
-@rule(*named("roll"))
+@rule(*named("roll"), choices=True)
 def roll(op: Op, x: Tag, shifts: Any, dims: Any = ()) -> Tag:
     shifts, dims = ([v] if isinstance(v, int) else list(v) for v in (shifts, dims))
     if not dims:
-        return run(op, x, shifts)
+        return run(op, fixed(op.units, x), shifts)
     return by_coordinate(x, op.shape, lambda c: np.roll(c, shifts, dims))
 
 
-@rule(*named("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "_to_copy", "to", "type_as", "lift", "view_as", "dropout", "feature_dropout", "alpha_dropout", "positive", "resolve_conj", "resolve_neg", "_assert_tensor_metadata"))
+@rule(*named("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "_to_copy", "to", "type_as", "lift", "view_as", "dropout", "feature_dropout", "alpha_dropout", "positive", "resolve_conj", "resolve_neg", "_assert_tensor_metadata"), choices=True)
 def same(op: Op, x: Tag, *_: Any, **__: Any) -> Tag:
     """Copies, casts, and dropout in evaluation mode."""
     return Tag(op.shape, x.coords, points=x.points) if op.shapes else x
@@ -165,8 +168,6 @@ def run(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Any:
         args = tuple(a.value if isinstance(a, Tag) else a for a in args)
         if any(a is None for a in args):
             return core.still(op.units, op.shape, f"{op.name} by unknown numbers")
-    if x.points is not None:
-        core.freeze_points(op.units, x)
     columns = [_run_one(op, np.broadcast_to(c, x.shape), args, kwargs) for c in x.coords]
     tags = [make(op.units, shape, [c[k] for c in columns], count=True) for k, shape in enumerate(op.shapes)]
     return tags[0] if len(tags) == 1 else tuple(tags)

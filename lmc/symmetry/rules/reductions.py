@@ -20,7 +20,6 @@ def vector_norm(op: Op, x: Tag, _: Any = 2, dims: int | Sequence[int] | None = N
 
 
 def _reduced(op: Op, x: Tag, dims: tuple[int, ...]) -> Any:
-    core.freeze_points(op.units, x)
     keepdim = len(op.shape) == len(x.shape)
     result = core.reduce(op.units, x, dims, keepdim)
     return result if len(op.shapes) == 1 else (result,) * len(op.shapes)

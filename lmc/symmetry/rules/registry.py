@@ -1,7 +1,8 @@
 """The table of rules, and what happens to an operator that has none."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +12,24 @@ from lmc.symmetry.rules import core
 from lmc.symmetry.tags import Shape, Tag
 from lmc.symmetry.units import Units
 
-Result = Tag | tuple[Any, ...]
+
+class Parts:
+    """The results of a split, each worked out when it is first asked for: parts that nobody uses impose nothing."""
+
+    def __init__(self, parts: Sequence[Callable[[], Tag]]):
+        self.parts = parts
+        self.known: dict[int, Tag] = {}
+
+    def __getitem__(self, k: int) -> Tag:
+        if k not in self.known:
+            self.known[k] = self.parts[k]()
+        return self.known[k]
+
+
+Result = Tag | tuple[Any, ...] | Parts
 Rule = Callable[..., Result]
 RULES: dict[Any, Rule] = {}
+CHOICES: set[Rule] = set()
 
 
 @dataclass(frozen=True)
@@ -33,12 +49,15 @@ class Op:
         return str(self.target).removesuffix(".default")
 
 
-def rule(*packets: Any) -> Callable[[Rule], Rule]:
-    """Register a rule for operators (all overloads of each)."""
+def rule(*packets: Any, choices: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for operators (all overloads of each). `choices`: it knows what to do with integers that stand for
+    units (`Tag.points`), in any argument but the first of an indexing operator; for other rules they become fixed."""
 
     def register(function: Rule) -> Rule:
         for packet in packets:
             RULES[packet] = function
+        if choices:
+            CHOICES.add(function)
         return function
 
     return register
@@ -57,6 +76,8 @@ def interpret(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
     """The tags of an operator's results: by its rule, as pointwise if torch says so, else everything frozen."""
     packet = getattr(op.target, "overloadpacket", op.target)
     found = RULES.get(packet)
+    if found not in CHOICES:
+        args, kwargs = pytree.tree_map(partial(fixed, op.units), (args, kwargs), is_leaf=lambda a: isinstance(a, Tag))
     if found is not None:
         result = found(op, *args, **kwargs)
     elif is_pointwise(op.target):
@@ -64,6 +85,14 @@ def interpret(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
     else:
         result = unknown(op, tags_in((args, kwargs)))
     return result
+
+
+def fixed(units: Units, value: Any) -> Any:
+    """Integers that stand for units, where they are used as numbers: the units may not move."""
+    if not isinstance(value, Tag) or value.points is None:
+        return value
+    core.freeze_points(units, value)
+    return replace(value, points=None)
 
 
 def is_pointwise(target: Any) -> bool:
