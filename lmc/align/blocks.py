@@ -74,13 +74,13 @@ class Block:
     names: tuple[tuple[str, ...], ...]
 
     def move(self, step: Step, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Shift | None]]:
-        """For each tensor that the block touches: itself after a step (of some groups), and along which axis it moved.
+        """For each of `tensors` that the block touches: itself after a step of some groups, and the axis it moved along.
 
         The `Shift` is None for a tensor that moves along several axes.
         """
         plain = _shift(step[self.name]) if self.name in step else None
         result: dict[str, tuple[Tensor, Shift | None]] = {}
-        for name in self.tables:
+        for name in (name for name in self.tables if name in tensors):
             before = tensors[name]
             shift = (
                 plain._replace(axis=self.plain[name])
