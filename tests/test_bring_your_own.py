@@ -122,7 +122,8 @@ def test_outputs_decide_what_moves() -> None:
     assert sizes(lmc.permutation_spec(model, x)) == [8]  # the hidden state is an output: it stays
     assert sizes(lmc.permutation_spec(model, x, outputs=0)) == [8, 10]
     assert sizes(lmc.permutation_spec(model, x, outputs=1)) == []
-    assert sizes(lmc.permutation_spec(model, x, outputs=lambda result: result[0].sum(1))) == [8, 10]
+    # whoever only looks at the sum of the outputs may exchange them too
+    assert sizes(lmc.permutation_spec(model, x, outputs=lambda result: result[0].sum(1))) == [3, 8, 10]
 
 
 def test_keyword_inputs() -> None:
@@ -165,3 +166,66 @@ def test_every_axis_left_alone_has_a_reason() -> None:
     for name, shape in spec.shapes.items():
         for axis, n in enumerate(shape):
             assert n == 1 or (name, axis) in moving or spec.frozen.get((name, axis)), (name, axis)
+
+
+class Options(nn.Module):
+    """Takes flags, a list of tensors, a dict and nothing at all, as forward methods do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 10), nn.Linear(10, 3)
+
+    def forward(
+        self,
+        xs: list[Tensor],
+        extra: dict[str, Tensor],
+        mask: Tensor | None = None,
+        scale: float = 1.0,
+        mode: str = "sum",
+    ) -> Tensor:
+        h = torch.relu(self.a(torch.stack(xs).sum(0) + extra["shift"])) * scale
+        if mask is not None:
+            h = h * mask
+        return self.b(h if mode == "sum" else -h)
+
+
+@pytest.mark.parametrize("mask", [None, torch.rand(4, 1)])
+def test_inputs_that_are_not_tensors(mask: Tensor | None) -> None:
+    x = torch.randn(4, 5)
+    inputs = {"xs": [x, x + 1], "extra": {"shift": x}, "mask": mask, "scale": 0.5, "mode": "negative"}
+    spec = lmc.permutation_spec(Options(), inputs)
+    assert sizes(spec) == [10]
+    spec.certify(Options(), inputs)
+
+
+def test_compiled_module() -> None:
+    spec = lmc.permutation_spec(torch.compile(Block()), torch.randn(4, 5))
+    assert sizes(spec) == [10]
+    assert all(name.startswith("_orig_mod.") for name in spec.shapes)
+
+
+def test_scripted_module_is_read_or_refused() -> None:
+    scripted = torch.jit.script(Block().eval())
+    try:
+        assert sizes(lmc.permutation_spec(scripted, torch.randn(4, 5))) == [10]
+    except lmc.TraceError:
+        pass
+
+
+def test_uninitialised_module() -> None:
+    with pytest.raises(lmc.LmcError):
+        lmc.permutation_spec(nn.Sequential(nn.LazyLinear(10), nn.ReLU(), nn.Linear(10, 3)), torch.randn(4, 5))
+
+
+def test_one_layer_used_for_everything() -> None:
+    """A square layer applied three times: the input's order holds its units in place."""
+    layer = nn.Linear(6, 6)
+    assert (
+        sizes(lmc.permutation_spec(nn.Sequential(layer, nn.ReLU(), layer, nn.ReLU(), layer), torch.randn(4, 6))) == []
+    )
+
+
+def test_batch_of_one() -> None:
+    spec = lmc.permutation_spec(Block().eval(), torch.randn(1, 5))
+    assert sizes(spec) == [10]
+    spec.certify(Block(), torch.randn(1, 5), also=torch.randn(7, 5))

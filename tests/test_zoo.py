@@ -18,7 +18,7 @@ ids = [entry.name for entry in ENTRIES]
 def discovered(number: int) -> tuple[nn.Module, lmc.PermutationSpec]:
     entry = ENTRIES[number]
     model = entry.build()
-    return model, lmc.permutation_spec(model, entry.example(), outputs=entry.outputs)
+    return model, lmc.permutation_spec(model, entry.example(), outputs=entry.outputs, certify=False)
 
 
 @pytest.mark.parametrize("number", range(len(ENTRIES)), ids=ids)
@@ -41,7 +41,7 @@ def check_groups(entry: Entry, spec: lmc.PermutationSpec) -> None:
 def check_certificate(entry: Entry, model: nn.Module, spec: lmc.PermutationSpec) -> None:
     """By the library's certificate, and by a check that shares no code with it, at the traced and at a larger shape."""
     certificate = spec.certify(
-        model, entry.example(1), trials=1, seed=1, outputs=entry.outputs, also=entry.larger_example(1)
+        model, entry.example(1), trials=2, seed=1, outputs=entry.outputs, also=entry.larger_example(1)
     )
     assert certificate.max_error < 1e-9
     check_tables(spec.groups.values(), spec.shapes)

@@ -93,7 +93,7 @@ ENTRIES = [
         vectors(3, 6),
         S(10) + 3 * S(7),
         larger=LARGER,
-        still=STILL,
+        still=("router.bias", "head.bias"),
     ),
     Entry("codebook", lambda: Codebook(8, 5), vectors(3, 6), S(8) + S(5), larger=LARGER, still=STILL),
 ]

@@ -290,6 +290,7 @@ ENTRIES = [
         # is added to the stream, which therefore keeps the groups together
         S(6) + S(10) + S(4) + 4 * S(6) + LAYER,
         larger=vectors(1, 90),
-        still=("lm_head.bias",),
+        # the embedding of masked frames is for training; the norm of the positional convolution is per kernel position
+        still=("lm_head.bias", "wav2vec2.masked_spec_embed", "*.pos_conv_embed.conv.parametrizations.weight.original0"),
     ),
 ]
