@@ -74,7 +74,7 @@ class Block:
     names: tuple[tuple[str, ...], ...]
 
     def move(self, step: Step, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Shift | None]]:
-        """For each of `tensors` that the block touches: itself after a step of some groups, and the axis it moved along.
+        """For each of `tensors` that the block touches: itself after a step of some groups, and the axis it moved on.
 
         The `Shift` is None for a tensor that moves along several axes.
         """
