@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 
 import handwritten
 import torch
 from torch import Tensor, nn
 
+import lmc
+from lmc.data import Dataset
+from lmc.landscape.path import loss_path
 from lmc.models.cnn import cnn
 from lmc.models.gpt import gpt
 from lmc.models.mlp import mlp
@@ -123,3 +127,23 @@ CASES: dict[str, Callable[[], Case]] = {
         **_heads(2),
     ),
 }
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Networks of one architecture trained from different seeds on the digits."""
+
+    data: Dataset
+    model: nn.Module
+    spec: PermutationSpec
+    weights: tuple[Weights, ...]
+
+    def barrier(self, a: Weights, b: Weights) -> float:
+        return loss_path(self.model, a, b, self.data.test, alphas=7, progress=False).barrier
+
+
+@cache
+def digits() -> Trained:
+    data, model = lmc.data.digits(), mlp(64, [96, 96], 10)
+    weights = tuple(lmc.training.train(model, data, seeds=range(3), epochs=8, progress=False))
+    return Trained(data, model, PermutationSpec.from_patterns(handwritten.mlp(2), model), weights)

@@ -4,7 +4,7 @@ import handwritten
 import numpy as np
 import pytest
 import torch
-from alignment_cases import CASES, Case, random_weights
+from alignment_cases import CASES, Case, digits, random_weights
 
 import lmc
 from lmc.align.frank_wolfe import _line_search, _value_and_gradients, start_at
@@ -185,16 +185,10 @@ def test_bad_input():
 
 @pytest.mark.parametrize("method", METHODS)
 def test_three_trained_networks_can_be_averaged(method: str):
-    from lmc.landscape import loss_path
-
-    data = lmc.data.digits()
-    model = mlp(64, [128, 128], 10)
-    models = list(lmc.training.train(model, data, seeds=range(3), epochs=8, progress=False))
-    spec = PermutationSpec.from_patterns(handwritten.mlp(2), model)
-    moved = match_many(spec, models, method, restarts=1, progress=False).apply(models)
+    trained = digits()
+    moved = match_many(trained.spec, trained.weights, method, restarts=1, progress=False).apply(trained.weights)
 
     def worst(networks) -> float:
-        pairs = ((0, 1), (0, 2), (1, 2))
-        return max(loss_path(model, networks[i], networks[j], data.test, 5, progress=False).barrier for i, j in pairs)
+        return max(trained.barrier(networks[i], networks[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
 
-    assert worst(moved) < worst(models) / 3
+    assert worst(moved) < worst(trained.weights) / 3

@@ -1,0 +1,129 @@
+import pytest
+import torch
+from alignment_cases import CASES, digits, random_weights
+from torch import nn
+
+import lmc
+from lmc.align.straight_through import straight_through_matching
+from lmc.align.task_loss import TaskLoss, cross_entropy
+from lmc.errors import DataError, InputError, MismatchError
+from lmc.models.mlp import mlp
+from lmc.symmetry.spec import PermutationSpec
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_planted_permutation_is_found(name: str):
+    case = CASES[name]()
+    targets = case.inputs if name == "gpt" else case.targets
+    planted = case.spec.random(3)
+    pi = straight_through_matching(
+        case.spec, case.model, case.model, planted.apply(case.model), (case.inputs, targets), epochs=1, progress=False
+    )
+    assert pi == planted.inverse()
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet-bn"])
+def test_the_loss_falls_and_the_best_is_kept(name: str):
+    case = CASES[name]()
+    a, b = (random_weights(case.model, seed) for seed in (3, 4))
+    data = (case.inputs, case.targets)
+    pi = straight_through_matching(
+        case.spec, case.model, a, b, data, epochs=6, patience=6, lr=1.0, batch_size=30, progress=False
+    )
+    losses = pi.info["losses"]
+    assert len(losses) == 7 and min(losses) < losses[0] and pi.objective == -min(losses)
+    task = TaskLoss(case.model, data, None, 30, torch.device("cpu"))
+    assert task.mean(lmc.weights.lerp(a, pi.apply(b), 0.5)) == pytest.approx(min(losses), rel=1e-6)
+
+
+def test_trained_networks_come_closer_and_no_less_than_by_weight_matching():
+    trained = digits()
+    a, b = trained.weights[:2]
+    pi = straight_through_matching(trained.spec, trained.model, a, b, trained.data, epochs=8, progress=False)
+    assert trained.barrier(a, pi.apply(b)) < trained.barrier(a, b) / 3
+    matched = lmc.weight_matching(trained.spec, a, b, progress=False)
+    task = TaskLoss(trained.model, trained.data, None, 256, torch.device("cpu"))
+    assert pi.info["losses"][0] == pytest.approx(task.mean(lmc.weights.lerp(a, matched.apply(b), 0.5)))
+    assert -pi.objective <= pi.info["losses"][0]
+
+
+def test_it_stops_when_nothing_gets_better():
+    case = CASES["mlp"]()
+    pi = straight_through_matching(
+        case.spec,
+        case.model,
+        case.model,
+        case.other(1),
+        (case.inputs, case.targets),
+        lr=1e-9,
+        patience=2,
+        progress=False,
+    )
+    assert len(pi.info["losses"]) == 3
+
+
+def test_the_same_seed_gives_the_same_result_and_nothing_of_the_callers_changes():
+    case = CASES["vgg-bn"]()
+    case.model.train()
+    a, b = random_weights(case.model, 3), random_weights(case.model, 4)
+    kept = [{k: v.clone() for k, v in w.items()} for w in (a, b, case.model.state_dict())]
+    state = torch.get_rng_state()
+
+    def run():
+        data = (case.inputs, case.targets)
+        return straight_through_matching(case.spec, case.model, a, b, data, epochs=2, seed=3, progress=False)
+
+    assert run() == run()
+    for now, before in zip((a, b, case.model.state_dict()), kept, strict=True):
+        assert all(torch.equal(now[k], before[k]) for k in before)
+    assert case.model.training and torch.equal(state, torch.get_rng_state())
+    assert all(p.requires_grad and p.grad is None for p in case.model.parameters())
+
+
+def test_a_loss_of_ones_own():
+    model = nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Linear(6, 1))
+    spec = PermutationSpec.from_patterns({"0.weight": "h .", "0.bias": "h", "2.weight": ". h"}, model)
+    planted = spec.random(2)
+    inputs = torch.randn(40, 3)
+    pi = straight_through_matching(
+        spec, model, model, planted.apply(model), (inputs, inputs[:, :1]), loss=nn.functional.mse_loss, progress=False
+    )
+    expected = nn.functional.mse_loss(model(inputs), inputs[:, :1])  # weight matching undoes the plant
+    assert pi.info["losses"][0] == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_cross_entropy_takes_one_target_per_example_or_per_position():
+    logits, targets = torch.randn(4, 6, 5), torch.randint(5, (4, 6))
+    expected = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    assert torch.equal(cross_entropy(logits, targets), expected)
+    assert torch.allclose(cross_entropy(logits.transpose(1, 2), targets), expected)
+    assert torch.equal(cross_entropy(logits[0], targets[0]), nn.functional.cross_entropy(logits[0], targets[0]))
+
+
+def test_tied_and_normalised_networks_have_a_loss():
+    from lmc.models.gpt import gpt
+
+    model = gpt(7, 5, dim=8, heads=2, tied=True)
+    tokens = torch.randint(7, (4, 5))
+    task = TaskLoss(model, (tokens, tokens), None, 2, torch.device("cpu"))
+    with torch.no_grad():
+        expected = cross_entropy(model(tokens), tokens)
+    assert task.mean(model.state_dict()) == pytest.approx(float(expected), rel=1e-6)
+    case = CASES["vgg-bn"]()
+    task = TaskLoss(case.model, (case.inputs, case.targets), None, 1000, torch.device("cpu"))
+    with torch.no_grad():
+        expected = cross_entropy(case.model.train()(case.inputs), case.targets)
+    assert task.mean(case.model.state_dict()) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_bad_input():
+    case = CASES["mlp"]()
+    a, b, data = case.model, case.other(1), (case.inputs, case.targets)
+    with pytest.raises(InputError, match="epochs=0"):
+        straight_through_matching(case.spec, case.model, a, b, data, epochs=0)
+    with pytest.raises(DataError):
+        straight_through_matching(case.spec, case.model, a, b, case.inputs)
+    with pytest.raises(DataError, match="no batches"):
+        straight_through_matching(case.spec, case.model, a, b, iter([]))
+    with pytest.raises(MismatchError):
+        straight_through_matching(case.spec, case.model, a, mlp(12, [16, 9], 5), data)
