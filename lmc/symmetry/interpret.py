@@ -81,8 +81,14 @@ def needed(graph: Graph) -> set[Node]:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            stack += node.all_input_nodes
+            stack += [] if takes_shape_only(node) else node.all_input_nodes
     return seen
+
+
+def takes_shape_only(node: Node) -> bool:
+    """Whether an operator looks at the shape of its operands only, such as `zeros_like`."""
+    name = str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
+    return name.endswith("_like") or name.startswith("new_")
 
 
 def stacked_shapes(graph: Graph, grouped: dict[str, int]) -> list[tuple[int, ...]]:
@@ -187,7 +193,7 @@ def call(units: Units, node: Node, known: dict[Node, Any]) -> Any:
     if not shapes:
         return Tag(())
     inputs = [t for t in pytree.tree_leaves((args, kwargs), is_leaf=lambda t: isinstance(t, Tag)) if isinstance(t, Tag)]
-    if all(t.constant for t in inputs) and is_deterministic(node.target):
+    if all(t.constant for t in inputs) and is_deterministic(node.target) and not takes_shape_only(node):
         return evaluated(units, node, args, kwargs, shapes)
     return interpret(Op(units, node.target, shapes), args, kwargs)
 

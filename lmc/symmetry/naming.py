@@ -36,7 +36,7 @@ def base_name(tables: Tables, used: Mapping[str, int], shapes: Mapping[str, tupl
     table = tables[first][0]
     modules = [module_of(t) for t in tensors]
     name, many = modules[0], not nested and len(set(modules)) > MANY
-    producers = [module_of(t) for t in tensors if any(0 in table.dims for table in tables[t])]
+    producers = modules[:1] + [module_of(t) for t in tensors if any(0 in table.dims for table in tables[t])]
     if parent and table.dims[0] == 0 and len(shapes[first]) == 3 and table.rows.shape[1] == 1:
         return name if name.endswith("experts") else f"{name}.experts"
     if has_blocks(table) and (parent or not nested):
@@ -45,7 +45,7 @@ def base_name(tables: Tables, used: Mapping[str, int], shapes: Mapping[str, tupl
             return f"{path}.heads"
         return f"{path}.stream.blocks" if many else f"{name}.blocks"
     if many:
-        return f"{shared_path(producers or modules)}.stream".lstrip(".")
+        return f"{shared_path(producers, share=1)}.stream".lstrip(".")
     if nested and is_fused(first, shapes):
         return f"{name}.v" if len(set(modules)) > 1 else f"{name}.qk"
     return name
@@ -61,13 +61,13 @@ def is_fused(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
     return bool(re.search(r"qkv|in_proj|c_attn|query_key_value", tensor)) and len(shapes[tensor]) <= 2
 
 
-def shared_path(modules: Sequence[str]) -> str:
-    """The longest module path that nine tenths of the modules lie under."""
+def shared_path(modules: Sequence[str], share: float = 0.9) -> str:
+    """The longest module path that at least this share of the modules lie under."""
     paths: Counter[tuple[str, ...]] = Counter()
     for module in modules:
         parts = tuple(module.split("."))
         paths.update(parts[:k] for k in range(len(parts)))
-    common = [path for path, times in paths.items() if times >= 0.9 * len(modules)]
+    common = [path for path, times in paths.items() if times >= share * len(modules)]
     return ".".join(max(common, key=len, default=()))
 
 
