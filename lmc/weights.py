@@ -33,6 +33,21 @@ def as_weights(model: ModelOrWeights) -> Weights:
     return {name: tensor.detach() for name, tensor in state.items()}
 
 
+def tied_names(model: ModelOrWeights) -> dict[str, str]:
+    """Second names of tensors that are one and the same (embedding and output head) -> the first name."""
+    state = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
+    first: dict[object, str] = {}
+    tied: dict[str, str] = {}
+    for name, tensor in state.items():
+        shared = tensor.numel() > 0 and not tensor.is_meta
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride()) if shared else id(tensor)
+        if place in first:
+            tied[name] = first[place]
+        else:
+            first[place] = name
+    return tied
+
+
 def check_compatible(a: Weights, b: Weights, names: tuple[str, str] = ("a", "b")) -> None:
     """Raise `MismatchError` at the first tensor whose presence, shape, dtype or device differs."""
     left, right = names

@@ -249,3 +249,15 @@ def test_casts_inside_the_model_do_not_hide_behind_rounding():
     model = Casting(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3))
     spec = PermutationSpec.from_patterns({"0.weight": "h .", "0.bias": "h", "2.weight": ". h"}, model)
     assert spec.certify(model, torch.randn(4, 6)).max_error < 1e-12
+
+
+def test_tied_tensors_move_under_both_names_and_count_once():
+    model = nn.ModuleDict({"embed": nn.Linear(5, 4, bias=False), "out": nn.Linear(5, 4, bias=False)})
+    model["out"].weight = model["embed"].weight
+    spec = PermutationSpec.from_patterns({"embed.weight": "d .", "out.weight": "d ."}, model)
+    assert spec.parameters == {"embed.weight": 20} and spec.coverage == 1.0
+    moved = spec.random(0).apply(model)
+    assert torch.equal(moved["embed.weight"], moved["out.weight"])
+    found = lmc.weight_matching(spec, model, moved)
+    assert found.objective == pytest.approx(float(model["embed"].weight.square().sum()))
+    assert PermutationSpec.from_dict(spec.to_dict()).aliases == {"out.weight": "embed.weight"}

@@ -82,3 +82,11 @@ def test_the_mean_refuses_nonsense():
     for models, coefficients in (([], None), ([a, b], [1.0]), ([a, b], [0.2, 0.2])):
         with pytest.raises(lmc.InputError):
             W.mean(models, coefficients)
+
+
+def test_tied_tensors_are_known_by_their_first_name():
+    model = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3)})
+    model["b"].weight = model["a"].weight
+    for given in (model, model.state_dict()):
+        assert W.tied_names(given) == {"b.weight": "a.weight"}
+    assert W.tied_names(nn.Linear(2, 2)) == {}

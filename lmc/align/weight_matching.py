@@ -93,11 +93,11 @@ def weight_matching(
 
 
 def _matched(spec: PermutationSpec, weights: Weights) -> Weights:
-    """What the matching looks at: floating-point parameters, in float32 at least."""
+    """What the matching looks at: floating-point parameters (tied ones once), in float32 at least."""
     return {
         name: tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         for name, tensor in weights.items()
-        if tensor.is_floating_point() and name not in spec.buffers
+        if tensor.is_floating_point() and name not in spec.buffers and name not in spec.aliases
     }
 
 

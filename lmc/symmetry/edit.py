@@ -36,4 +36,4 @@ def edit(spec: "PermutationSpec", edits: Mapping[str, str]) -> "PermutationSpec"
                     raise SpecError(f"group {old.name!r} has {old.size} units in {name}, {new.size} after the edit")
                 groups[old.name] = replace(new, tables={**new.tables, name: old.tables[name]})
     frozen = {place: reason for place, reason in spec.frozen.items() if place[0] not in changed}
-    return PermutationSpec(groups, spec.shapes, spec.buffers, frozen)
+    return PermutationSpec(groups, spec.shapes, spec.buffers, frozen, spec.aliases)

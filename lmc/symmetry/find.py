@@ -44,7 +44,7 @@ def permutation_spec(
         InputError: example inputs or `outputs` that the module cannot take.
     """
     found = discover(model, example_inputs, outputs, progress=progress)
-    spec = PermutationSpec(found.groups, found.shapes, frozenset(found.buffers), found.frozen)
+    spec = PermutationSpec(found.groups, found.shapes, found.buffers, found.frozen, found.aliases)
     if not certify or any(tensor.is_meta for tensor in model.state_dict().values()):
         return spec
     proof = spec.certify(

@@ -12,7 +12,7 @@ _MAX_LINES = 60
 
 
 def headline(spec: "PermutationSpec") -> str:
-    total = sum(_numel(shape) for name, shape in spec.shapes.items() if name not in spec.buffers)
+    total = sum(spec.parameters.values())
     proof = "not certified" if spec.certificate is None else f"certified to {spec.certificate.max_error:.0e}"
     return (
         f"{len(spec.groups)} groups, 10^{spec.log10_order:.1f} symmetries, "
@@ -140,10 +140,3 @@ def generic(text: str) -> str:
 def _shorten(items: tuple[str, ...], between: str = ", ") -> str:
     more = len(items) - _MAX_TENSORS
     return between.join(items[:_MAX_TENSORS]) + (f"{between}... ({more} more)" if more > 0 else "")
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    size = 1
-    for length in shape:
-        size *= length
-    return size

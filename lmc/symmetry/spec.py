@@ -23,7 +23,7 @@ from lmc.symmetry.layout import groups_from_axes
 from lmc.symmetry.notation import parse
 from lmc.symmetry.outputs import ExampleInputs, OutputSelector
 from lmc.symmetry.permutation import Permutation
-from lmc.weights import ModelOrWeights, as_weights
+from lmc.weights import ModelOrWeights, as_weights, tied_names
 
 if TYPE_CHECKING:
     from lmc.symmetry.certify import Certificate
@@ -43,6 +43,7 @@ class PermutationSpec:
         shapes: name -> shape of every tensor of the architecture that the spec knows.
         buffers: names of tensors that are statistics, not parameters: permuted, but never matched on.
         frozen: (tensor, axis) -> why that axis does not move.
+        aliases: second names of tied tensors -> the first name; counted and matched on once, moved under every name.
         certificate: the proof made when the spec was discovered, if one was made.
     """
 
@@ -50,6 +51,7 @@ class PermutationSpec:
     shapes: dict[str, Shape]
     buffers: frozenset[str] = frozenset()
     frozen: dict[tuple[str, int], str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
     certificate: "Certificate | None" = None
 
     def __post_init__(self) -> None:
@@ -126,13 +128,17 @@ class PermutationSpec:
     @cached_property
     def coverage(self) -> float:
         """Share of the parameters (buffers not counted) that lie on an axis that moves."""
-        total = moving = 0
-        for name, shape in self.shapes.items():
-            if name not in self.buffers:
-                size = int(np.prod(shape, dtype=np.int64))
-                total += size
-                moving += self.moving_share(name) * size
-        return moving / total if total else 0.0
+        moving = sum(self.moving_share(name) * size for name, size in self.parameters.items())
+        return moving / max(1, sum(self.parameters.values()))
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """The number of entries of each parameter: buffers left out, tied tensors under their first name only."""
+        return {
+            name: int(np.prod(shape, dtype=np.int64))
+            for name, shape in self.shapes.items()
+            if name not in self.buffers and name not in self.aliases
+        }
 
     def moving_share(self, tensor: str) -> float:
         """Share of one tensor's entries that lie on a moving position of some axis."""
@@ -217,7 +223,7 @@ class PermutationSpec:
         for name in dropped:
             for tensor, tables in self.groups[name].tables.items():
                 reasons.update({(tensor, d): f"group {name} left out" for table in tables for d in table.dims})
-        return PermutationSpec(kept, self.shapes, self.buffers, reasons)
+        return PermutationSpec(kept, self.shapes, self.buffers, reasons, self.aliases)
 
     def __or__(self, edits: Mapping[str, str]) -> "PermutationSpec":
         """The spec with the patterns of some tensors replaced (wildcards as in `from_patterns`)."""
@@ -307,7 +313,7 @@ class UnboundSpec:
         patterns = expand_wildcards(self.patterns, list(shapes))
         axes = {name: parse(text, name) for name, text in patterns.items()}
         groups = groups_from_axes(axes, shapes, self.sizes)
-        return PermutationSpec(groups, shapes, buffers)
+        return PermutationSpec(groups, shapes, buffers, aliases=tied_names(weights))
 
     def __getattr__(self, name: str):
         if name.startswith("__"):

@@ -22,6 +22,7 @@ def to_dict(spec: "PermutationSpec") -> dict[str, Any]:
         "format": FORMAT,
         "shapes": {name: list(shape) for name, shape in spec.shapes.items()},
         "buffers": sorted(spec.buffers),
+        "aliases": spec.aliases,
         "frozen": [[tensor, axis, reason] for (tensor, axis), reason in spec.frozen.items()],
     }
     sizes = {group.family: group.size for group in spec.groups.values()}
@@ -45,7 +46,7 @@ def from_dict(content: Mapping[str, Any]) -> "PermutationSpec":
     else:
         groups = {item["name"]: _group_from_dict(item) for item in content["groups"]}
     frozen = {(tensor, axis): reason for tensor, axis, reason in content["frozen"]}
-    return PermutationSpec(groups, shapes, frozenset(content["buffers"]), frozen)
+    return PermutationSpec(groups, shapes, frozenset(content["buffers"]), frozen, content["aliases"])
 
 
 def _patterns_say_everything(spec: "PermutationSpec", sizes: Mapping[str, int]) -> bool:
