@@ -1,10 +1,11 @@
 """Weight matching: time and objective, side by side with other implementations on the same weights.
 
-    python benchmarks/weight_matching.py --peers FOLDER --cases mlp resnet20-4 --seeds 3
+    python benchmarks/weight_matching.py --peers FOLDER --cases mlp resnet20-4 --pairs 3 --restarts 3
 
 FOLDER holds clones of the peers' repositories (weight_matching_peers.py has the addresses); a peer that is missing is
-skipped. Times are process time on one thread, medians over the runs; the objective, sum <A, pi(B)>, is computed here
-for everyone. `--weights FILE` replaces the two fresh initialisations by the first two state dicts of a torch file.
+skipped. Times are process time on one thread, for one run, medians over pairs of networks; the objective, the sum of
+<A, pi(B)>, is computed here for everyone: the mean over pairs of one run, and of the best of equally many restarts.
+Networks are freshly initialised, unless `--weights` names a torch file with a list of state dicts (one case only).
 """
 
 import argparse
@@ -16,6 +17,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_
 import statistics
 import sys
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,39 +26,70 @@ from weight_matching_peers import PEERS, Prepared, Weights, quiet_and_seeded
 
 import lmc
 
-# Shorter runs are measured a second time, so that first calls are not what is timed.
+# Seconds from which on a run is not repeated.
 WARM_UP = 1.0
 
 
-def ours(restarts: int):
-    def prepare(folder: Path, case: Case, a: Weights, b: Weights) -> Prepared:
-        spec = lmc.PermutationSpec.from_patterns(case.patterns).bind(a)
+@dataclass
+class Score:
+    """What one implementation did, one entry per pair of networks."""
 
-        def run(seed: int) -> lmc.Permutation:
-            return lmc.weight_matching(spec, a, b, seed=seed, restarts=restarts, progress=False)
+    seconds: list[float] = field(default_factory=list)
+    one_run: list[float] = field(default_factory=list)
+    best_run: list[float] = field(default_factory=list)
 
-        return run, lambda pi: pi.apply(b)
+    def row(self, ours: "Score") -> str:
+        ratio = statistics.median(t / o for t, o in zip(self.seconds, ours.seconds, strict=True))
+        means = f"{statistics.fmean(self.one_run):.6g} | {statistics.fmean(self.best_run):.6g}"
+        return f"{statistics.median(self.seconds):.3g} | {ratio:.1f} | {means}"
 
-    return prepare
+
+def ours(spec: lmc.PermutationSpec, a: Weights, b: Weights, restarts: int) -> Prepared:
+    def run(seed: int) -> lmc.Permutation:
+        return lmc.weight_matching(spec, a, b, seed=seed, restarts=restarts, progress=False)
+
+    return run, lambda pi: pi.apply(b)
 
 
-def measure(prepared: Prepared, a: Weights, seeds: int) -> tuple[float, float, float]:
-    """(median process seconds, median objective, best objective) over the seeds."""
+def measure(prepared: Prepared, a: Weights, seed: int) -> tuple[float, float]:
+    """(process seconds, objective) of one run; short runs are made twice, so that first calls are not what is timed."""
     run, weights_of = prepared
-
-    def once(seed: int) -> tuple[float, float]:
+    seconds, objective = 0.0, 0.0
+    for _ in range(2):
         with quiet_and_seeded(seed):
             if hasattr(run, "prepare"):
                 run.prepare(seed)
             started = time.process_time()
             found = run(seed)
             seconds = time.process_time() - started
-        return seconds, lmc.weights.dot(a, weights_of(found))
+        objective = lmc.weights.dot(a, weights_of(found))
+        if seconds > WARM_UP:
+            break
+    return seconds, objective
 
-    first = once(0)
-    results = [first if first[0] > WARM_UP else once(0), *map(once, range(1, seeds))]
-    times, objectives = zip(*results, strict=True)
-    return statistics.median(times), statistics.median(objectives), max(objectives)
+
+def compare(case: Case, pairs: list[tuple[Weights, Weights]], peers: list[str], folder: Path, restarts: int):
+    """Every implementation on every pair; peers that cannot be imported are reported and left out."""
+    spec = lmc.PermutationSpec.from_patterns(case.patterns).bind(pairs[0][0])
+    scores = {"lmc": Score()} | {peer: Score() for peer in peers}
+    for a, b in pairs:
+        for who in list(scores):
+            score = scores[who]
+            try:
+                with quiet_and_seeded(0):
+                    prepared = ours(spec, a, b, 1) if who == "lmc" else PEERS[who](folder, case, a, b)
+            except ImportError as error:
+                print(f"{who} is skipped: {error}", file=sys.stderr)
+                del scores[who]
+                continue
+            runs = [measure(prepared, a, seed) for seed in range(1 if who == "lmc" else restarts)]
+            score.seconds.append(statistics.median(seconds for seconds, _ in runs))
+            score.one_run.append(statistics.fmean(objective for _, objective in runs))
+            best = max(objective for _, objective in runs)
+            score.best_run.append(
+                best if who != "lmc" or restarts == 1 else measure(ours(spec, a, b, restarts), a, 0)[1]
+            )
+    return scores
 
 
 def main() -> None:
@@ -65,33 +98,25 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(PEERS), help="which peers")
     parser.add_argument("--cases", nargs="+", choices=list(cases()), default=["mlp", "resnet20-1", "resnet20-4"])
     parser.add_argument("--weights", type=Path, help="a torch file with a list of state dicts, for one case")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--restarts", type=int, default=3)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print("| network | who | process s, median | times ours | objective, median | best |\n|---|---|---|---|---|---|")
+    restarts = arguments.restarts
+    print(
+        f"| network | who | process s | times ours | objective, one run | best of {restarts} |\n|---|---|---|---|---|---|"
+    )
     for name in arguments.cases:
         case = cases()[name]
-        a, b = (case.weights(0), case.weights(1)) if arguments.weights is None else load(arguments.weights, case)
-        entries = {"lmc": ours(1)}
-        if arguments.seeds > 1:
-            entries[f"lmc, {arguments.seeds} restarts"] = ours(arguments.seeds)
-        entries |= {peer: PEERS[peer] for peer in arguments.only}
-        base = 0.0
-        for who, prepare in entries.items():
-            try:
-                with quiet_and_seeded(0):
-                    prepared = prepare(arguments.peers, case, a, b)
-            except ImportError as error:
-                print(f"{who} is skipped: {error}", file=sys.stderr)
-                continue
-            seconds, median, best = measure(prepared, a, arguments.seeds if "restarts" not in who else 1)
-            base = base or seconds
-            print(f"| {name} | {who} | {seconds:.3g} | {seconds / base:.1f} | {median:.6g} | {best:.6g} |", flush=True)
-
-
-def load(file: Path, case: Case) -> tuple[Weights, Weights]:
-    a, b = torch.load(file, weights_only=True)[:2]
-    return {name: a[name] for name in case.patterns}, {name: b[name] for name in case.patterns}
+        if arguments.weights is None:
+            networks = [case.weights(seed) for seed in range(2 * arguments.pairs)]
+        else:
+            stored = torch.load(arguments.weights, weights_only=True)[: 2 * arguments.pairs]
+            networks = [{key: weights[key] for key in case.patterns} for weights in stored]
+        pairs = list(zip(networks[::2], networks[1::2], strict=True))
+        scores = compare(case, pairs, arguments.only, arguments.peers, restarts)
+        for who, score in scores.items():
+            print(f"| {name} | {who} | {score.row(scores['lmc'])} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,34 @@ class TestObjective:
                 _, improvement = assign(gain)
                 assert improvement <= 1e-5 * pi.objective, block.name
 
+    def test_a_group_on_both_axes_of_a_tensor_cannot_be_improved_by_its_linearisation(self):
+        spec, a = case("one group on both axes")
+        moves = 0
+        for seed in range(12):
+            b = unrelated(a, seed)
+            b["mix.weight"] *= 4  # the part whose gain depends on the group itself
+            pi = matching(spec, a, b)
+            moved = pi.apply(b)
+            (block,) = build_blocks(spec, a)
+            gain = sum(place.features(a[place.tensor]) @ place.features(moved[place.tensor]).T for place in block.places)
+            further = lmc.Permutation(spec, {"d": assign(gain)[0]}).apply(moved)
+            assert lmc.weights.dot(a, further) <= pi.objective * (1 + 1e-5)
+            moves += not pi.is_identity()
+        assert moves > 6
+
+    def test_what_was_matched_on_half_its_evidence_is_looked_at_again(self):
+        """x follows w1 at first; the larger w2, whose other axis y stays where it is, speaks against that."""
+        a = {
+            "w1": torch.tensor([[1.0], [0.0]]),
+            "w2": torch.diag(torch.tensor([10.0, 20.0])),
+            "b2": torch.tensor([100.0, 0.0]),
+            "apart": torch.tensor([[100.0], [0.0]]),
+        }
+        b = a | {"w1": a["w1"].flip(0), "apart": a["apart"].flip(0)}
+        spec = lmc.PermutationSpec.from_patterns({"w1": "x .", "w2": "y x", "b2": "y", "apart": "z ."}, a)
+        pi = matching(spec, a, b)
+        assert {name: index.tolist() for name, index in pi.items()} == {"x": [0, 1], "y": [0, 1], "z": [1, 0]}
+
     def test_more_restarts_are_never_worse(self, problem):
         spec, a = problem
         b = unrelated(a, 5)
