@@ -12,12 +12,14 @@ from lmc.merge.averaging import (
     swa,
     variance_corrected,
 )
+from lmc.merge.experts import mix_experts
 from lmc.merge.fisher import fisher, fisher_information, fisher_weighted
 from lmc.merge.method import linear, on_task_vectors, on_tensors
 from lmc.merge.on_top import consensus, lines, on_merged, tall_mask, tall_masks
 from lmc.merge.regmean import regmean, regmean_plus_plus
 from lmc.merge.search import evolve, lcsc
 from lmc.merge.soups import greedy_soup, learned_soup, uniform_soup, wise_ft
+from lmc.merge.sparse import magnitude_masks, sparse_soup
 from lmc.merge.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
 from lmc.merge.ties import pcb, ties
 
@@ -40,7 +42,9 @@ __all__ = [
     "learned_soup",
     "linear",
     "lines",
+    "magnitude_masks",
     "metrics_weighted",
+    "mix_experts",
     "model_stock",
     "on_merged",
     "on_task_vectors",
@@ -49,6 +53,7 @@ __all__ = [
     "regmean",
     "regmean_plus_plus",
     "slerp",
+    "sparse_soup",
     "swa",
     "tall_mask",
     "tall_masks",
