@@ -1,5 +1,6 @@
 """What evaluation functions accept as data, brought into one shape: named splits of `(inputs, targets)` batches."""
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -34,6 +35,11 @@ class Split:
     def held(self) -> bool:
         """The same examples come in the same order each time."""
         return isinstance(self.batches, list)
+
+    @property
+    def nbytes(self) -> float:
+        """Bytes of the data; infinite where they are not held."""
+        return sum(map(_nbytes, self.batches)) if self.held else math.inf
 
     def largest(self, batch_size: int) -> int:
         """Examples in the longest batch (of an iterable that is not held, in its first)."""
@@ -84,12 +90,16 @@ def _hold(batches: Iterable[Any], name: str) -> Iterable[Batch]:
     held, size = [], 0
     for batch in batches:
         held.append(_check_batch(batch, name))
-        size += sum(tensor.nbytes for tensor in (*tensors(batch[0]), *tensors(batch[1])))
+        size += _nbytes(held[-1])
         if size > HELD_BYTES and not one_shot and not isinstance(batches, list):
             return batches
     if not held:
         raise DataError(f"{name}: no batches at all; an iterator that was read before is empty, pass a list or a loader")
     return held
+
+
+def _nbytes(batch: Batch) -> int:
+    return sum(tensor.nbytes for tensor in (*tensors(batch[0]), batch[1]))
 
 
 def _check_batch(batch: Any, name: str) -> Batch:

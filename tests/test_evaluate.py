@@ -81,6 +81,23 @@ def test_what_cannot_be_batched_over_weights_is_looped():
         assert score["data"].loss == pytest.approx(direct(module, *batch())[0], rel=1e-5)
 
 
+@pytest.mark.parametrize("limit", [1, 3, 5])
+def test_out_of_memory_means_fewer_together(monkeypatch, limit):
+    states = [mlp(seed).state_dict() for seed in range(12)]
+    evaluator = Evaluator(mlp(), batch(), batch_size=50)
+    many = evaluator.network.many
+
+    def crowded(stacked, inputs):
+        if len(stacked["0.weight"]) > limit:
+            raise torch.cuda.OutOfMemoryError("pretended")
+        return many(stacked, inputs)
+
+    monkeypatch.setattr(evaluator.network, "many", crowded)
+    losses = [score["data"].loss for score in evaluator(states)]
+    assert losses == pytest.approx([direct(mlp(seed), *batch())[0] for seed in range(12)], rel=1e-5)
+    assert evaluator.weight_sets_together <= limit
+
+
 def test_nothing_of_the_callers_changes():
     model, other = mlp(0).train(), mlp(1)
     model[3].weight.requires_grad_(False)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmc.batches import Split, as_splits, take, to_device
+from lmc.batches import HELD_BYTES, Split, as_splits, take, to_device
 from lmc.errors import DataError, InputError
 from lmc.landscape.scores import IGNORED, Measure, Score, Tally, check_classes, class_last
 from lmc.network import Network, activation_bytes, pick_device
@@ -44,7 +44,7 @@ def _budget(device: torch.device) -> _Budget:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         return _Budget(batch=free // 16, examples=8192, together=free // 4, fewest=2)
-    return _Budget(batch=256 << 20, examples=2048, together=5 << 20, fewest=8)
+    return _Budget(batch=256 << 20, examples=2048, together=4 << 20, fewest=8)
 
 
 def evaluate(
@@ -87,7 +87,8 @@ class Evaluator:
 
     Args:
         model, data, loss, metrics, batch_size: as for `evaluate`.
-        at_once: weight sets that go through the module together (default: chosen for device and network).
+        at_once: weight sets that go through the module together (default: chosen for device and network when the
+            first one comes; `weight_sets_together` then says how many).
         memory: bytes that their weights and activations may take together (default: a quarter of the GPU's free
             memory; on a CPU a few megabytes, about its cache).
         device: where to compute (default: where the module's weights are).
@@ -125,6 +126,8 @@ class Evaluator:
         self.weight_sets_together, self._batch = at_once, batch_size or PROBE
         self.memory = memory
         self.predictions = predictions
+        # Batches that stay on the device, by split: on a CPU views of the data, on a GPU a copy of data that are small.
+        self._ready: dict[str, list[tuple[Any, Tensor, int]]] = {}
         self._checked = False
 
     def __call__(self, states: Iterable[Weights]) -> Iterator[dict[str, Score]]:
@@ -160,6 +163,7 @@ class Evaluator:
             one = each * max(split.largest(self._batch) for split in self.splits) + sum(t.nbytes for t in state.values())
             fit = int((self.memory or budget.together) / max(one, 1))
             self.weight_sets_together = min(fit, MOST_AT_ONCE) if fit >= budget.fewest else 1
+        self._ready = {split.name: list(self._batches(split)) for split in self.splits if split.nbytes <= HELD_BYTES}
         self._checked = True
 
     def _score(self, group: list[Weights]) -> list[dict[str, Score]]:
@@ -170,9 +174,9 @@ class Evaluator:
             if len(group) == 1 or self.at_once is not None or isinstance(error, (DataError, InputError)):
                 raise
             # Out of memory, or an operator that cannot be batched over weights: half as many, in the end a loop.
-            self.weight_sets_together = len(group) // 2 if isinstance(error, torch.cuda.OutOfMemoryError) else 1
-            parts = range(0, len(group), self.weight_sets_together)
-            return [score for start in parts for score in self._score(group[start : start + self.weight_sets_together])]
+            size = self.weight_sets_together = len(group) // 2 if isinstance(error, torch.cuda.OutOfMemoryError) else 1
+            parts = [group[start : start + size] for start in range(0, len(group), size)]
+            return [score for part in parts for score in self._score(part)]
         return [{name: scores[k] for name, scores in columns.items()} for k in range(len(group))]
 
     def _columns(self, group: list[Weights]) -> dict[str, list[Score]]:
@@ -185,7 +189,12 @@ class Evaluator:
     def _run(self, split: Split, outputs_of: Callable[[Any], Tensor]) -> list[Score]:
         """One pass over a split; `outputs_of` gives the outputs (K, N, ...) of a batch."""
         tally = Tally(split.name, self.measures, self.predictions)
+        for inputs, targets, counted in self._ready.get(split.name) or self._batches(split):
+            tally.add(outputs_of(inputs), targets, counted)
+        return tally.scores()
+
+    def _batches(self, split: Split) -> Iterator[tuple[Any, Tensor, int]]:
+        """Inputs and targets on the device, and how many targets count."""
         for inputs, targets in split.iterate(self._batch):
             counted = int((targets != IGNORED).sum())
-            tally.add(outputs_of(to_device(inputs, self.device)), targets.to(self.device), counted)
-        return tally.scores()
+            yield to_device(inputs, self.device), targets.to(self.device), counted

@@ -89,7 +89,7 @@ class Tally:
         means = {}
         for name in sorted(self._sums, key=["loss", "accuracy", *self.measures].index):
             parts = self._sums[name]
-            total = torch.stack(parts).cpu().double().sum(0)
+            total = (parts[0] if len(parts) == 1 else torch.stack(parts)).cpu().double().reshape(len(parts), -1).sum(0)
             means[name] = (total / (self._examples if name in self.measures else self._targets)).tolist()
         predictions = torch.cat(self._predicted, dim=1).cpu() if self._predicted else None
         return [

@@ -57,7 +57,7 @@ def save_html(
 
 def inline_html(content: Mapping[str, Any]) -> str:
     """The explorer in a frame, for a notebook that is read without a kernel; `content` is what `state` gives."""
-    height = 660 if content["data"]["images"] else 560
+    height = 740 if content["data"]["images"] else 620
     return frame(source(MODULE), source(STYLE), content, title=TITLE, height=height)
 
 
