@@ -4,8 +4,8 @@
     python tools/make_checkpoints.py digits-mlp512   one
     python tools/make_checkpoints.py --table         the table of data/README.md, from what is stored
 
-A file is remade bit for bit on the same kind of CPU with the versions in its manifest; elsewhere rounding differs
-and the networks come out equally good, not equal.
+Rounding differs between CPUs, versions of torch and changes to the training code, and training amplifies it: remade
+networks come out equally good, not equal.
 """
 
 import argparse
