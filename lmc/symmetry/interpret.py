@@ -11,7 +11,8 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from lmc.symmetry.rules import core, interpret
-from lmc.symmetry.rules.registry import Op, Parts
+from lmc.symmetry.rules.chosen import settle
+from lmc.symmetry.rules.registry import Op, Parts, is_operand, operands_in
 from lmc.symmetry.tags import Tag, along, make, shrink
 from lmc.symmetry.trace import Graph, Leaf
 from lmc.symmetry.units import Ids, Units
@@ -34,11 +35,11 @@ def gather_facts(graph: Graph, progress: bool) -> Facts:
     facts, known = interpret_nodes(graph, progress)
     facts.units.site = -1
     for node in graph.outputs:
-        core.freeze(facts.units, known[node], "output")
+        core.freeze(facts.units, settle(facts.units, known[node]), "output")
     for node, name in graph.mutated:
         buffer = facts.tags.get(graph.aliases.get(name, name))
-        if buffer is not None and isinstance(known.get(node), Tag):
-            core.pointwise(facts.units, buffer.shape, [known[node], buffer])
+        if buffer is not None and is_operand(known.get(node)):
+            core.pointwise(facts.units, buffer.shape, [settle(facts.units, known[node]), buffer])
     return facts
 
 
@@ -192,8 +193,8 @@ def call(units: Units, node: Node, known: dict[Node, Any]) -> Any:
     shapes = tuple(tuple(int(n) for n in v.shape) for v in values)
     if not shapes:
         return Tag(())
-    inputs = [t for t in pytree.tree_leaves((args, kwargs), is_leaf=lambda t: isinstance(t, Tag)) if isinstance(t, Tag)]
-    if all(t.constant for t in inputs) and is_deterministic(node.target) and not takes_shape_only(node):
+    inputs = operands_in((args, kwargs))
+    if all(isinstance(t, Tag) and t.constant for t in inputs) and is_deterministic(node.target) and not takes_shape_only(node):
         return evaluated(units, node, args, kwargs, shapes)
     return interpret(Op(units, node.target, shapes), args, kwargs)
 
@@ -206,10 +207,10 @@ def evaluated(units: Units, node: Node, args: Any, kwargs: Any, shapes: tuple[tu
     """An operator on known tensors is computed; unknown (no data on the meta device) or huge ones are told apart
     everywhere."""
     reason = f"constant computed by {node.target}"
-    inputs = [t for t in pytree.tree_leaves((args, kwargs), is_leaf=lambda t: isinstance(t, Tag)) if isinstance(t, Tag)]
+    inputs = operands_in((args, kwargs))
     unknown = tuple(Tag(s, core.still(units, s, reason).coords, constant=True) for s in shapes)
     small = all(np.prod(s, dtype=float) <= LARGEST_CONSTANT for s in shapes)
-    if any(t.value is None for t in inputs) or not small:
+    if any(not isinstance(t, Tag) or t.value is None for t in inputs) or not small:
         return unknown[0] if len(unknown) == 1 else unknown
     real = pytree.tree_map(lambda t: t.value if isinstance(t, Tag) else t, (args, kwargs), is_leaf=lambda t: isinstance(t, Tag))
     on_cpu = {k: torch.device("cpu") if k == "device" and v is not None else v for k, v in real[1].items()}

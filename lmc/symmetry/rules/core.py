@@ -66,7 +66,7 @@ def squeeze(tag: Tag, dims: tuple[int, ...]) -> Tag:
     return Tag(tuple(tag.shape[d] for d in keep), coords)
 
 
-def lift(tag: Tag, labels: Sequence[str], order: Sequence[str], sizes: dict[str, int]) -> list[Ids]:
+def lift(tag: Tag, labels: Sequence[str], order: Sequence[str]) -> list[Ids]:
     """A tag's coordinates in a labelled index space: dim d of the tag is the label `labels[d]`."""
     lifted = []
     for c in tag.coords:
@@ -84,7 +84,7 @@ def contract(units: Units, operands: Sequence[tuple[Tag, Sequence[str]]], out: S
             sizes[label] = max(n, sizes.get(label, 1))
     order = [*out, *(label for label in sizes if label not in out)]
     shape = tuple(sizes[label] for label in order)
-    joined = make(units, shape, [c for tag, labels in operands for c in lift(tag, labels, order, sizes)])
+    joined = make(units, shape, [c for tag, labels in operands for c in lift(tag, labels, order)])
     return reduce(units, joined, tuple(range(len(out), len(order))), keepdim=False)
 
 

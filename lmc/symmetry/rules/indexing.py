@@ -9,30 +9,34 @@ import numpy as np
 import torch
 
 from lmc.symmetry.rules import core
+from lmc.symmetry.rules.chosen import Operand, choose
 from lmc.symmetry.rules.moves import picked
 from lmc.symmetry.rules.registry import Op, fixed, named, rule
 from lmc.symmetry.tags import Tag, make
 
 
 @rule(*named("embedding"), choices=True)
-def embedding(op: Op, weight: Tag, index: Tag, *_: Any, **__: Any) -> Tag:
+def embedding(op: Op, weight: Tag, index: Tag, *_: Any, **__: Any) -> Operand:
     weight = fixed(op.units, weight)
     return take(op, weight, 0, index)
 
 
 @rule(*named("index_select"), choices=True)
-def index_select(op: Op, x: Tag, dim: int, index: Tag) -> Tag:
+def index_select(op: Op, x: Tag, dim: int, index: Tag) -> Operand:
     x = fixed(op.units, x)
     return take(op, x, dim % len(x.shape), index)
 
 
-def take(op: Op, x: Tag, dim: int, index: Tag) -> Tag:
+def take(op: Op, x: Tag, dim: int, index: Tag) -> Operand:
     """x (a.., n, b..) indexed by (i..) along `dim` -> (a.., i.., b..)."""
     shape = (*x.shape[:dim], *index.shape, *x.shape[dim + 1 :])
     if index.value is not None:
         at = index.value.numpy()
         return picked(op.units, x, shape, [dim], lambda c: c.take(at, axis=dim))
-    rest = core.squeeze(core.reduce(op.units, at_points(op, x, dim, index), (dim,), keepdim=True), (dim,))
+    tied = at_points(op, x, dim, index)
+    if dim == 0 and index.points is not None and index.points.size == x.shape[0]:
+        return choose(op.units, tied, index)
+    rest = core.squeeze(core.reduce(op.units, tied, (dim,), keepdim=True), (dim,))
     before, after, middle = (1,) * dim, (1,) * (len(x.shape) - dim - 1), (1,) * len(index.shape)
     coords = [c.reshape(c.shape[:dim] + middle + c.shape[dim:]) for c in rest.coords]
     coords += [c.reshape(before + c.shape + after) for c in index.coords]
@@ -49,7 +53,7 @@ def at_points(op: Op, x: Tag, dim: int, index: Tag) -> Tag:
 
 
 @rule(*named("index", "_unsafe_index"), choices=True)
-def index(op: Op, x: Tag, indices: Sequence[Tag | None]) -> Tag:
+def index(op: Op, x: Tag, indices: Sequence[Tag | None]) -> Operand:
     """Known indices: run. One unknown index: take. Several: the indexed dims are frozen."""
     x = fixed(op.units, x)
     given = [(d, i) for d, i in enumerate(indices) if i is not None]

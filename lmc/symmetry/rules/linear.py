@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lmc.symmetry.rules import core
+from lmc.symmetry.rules import chosen, core
 from lmc.symmetry.rules.moves import reshape
 from lmc.symmetry.rules.registry import Op, named, rule
 from lmc.symmetry.tags import Tag
@@ -11,36 +11,36 @@ from lmc.symmetry.tags import Tag
 BATCH = [f"batch{i}" for i in range(16)]
 
 
-@rule(*named("mm", "matmul", "bmm", "mv", "dot"))
-def matmul(op: Op, a: Tag, b: Tag) -> Tag:
+@rule(*named("mm", "matmul", "bmm", "mv", "dot"), experts=True)
+def matmul(op: Op, a: Tag, b: Tag) -> chosen.Operand:
     """(..., m, k) x (..., k, n) -> (..., m, n); vectors lack m or n; leading dims broadcast."""
     rows, columns = (["m"] if len(a.shape) > 1 else []), (["n"] if len(b.shape) > 1 else [])
     lead = BATCH[: max(len(a.shape), len(b.shape)) - 2] if len(a.shape) > 2 or len(b.shape) > 2 else []
     labels_a = [*_last(lead, len(a.shape) - 2), *rows, "k"]
     labels_b = [*_last(lead, len(b.shape) - 2), "k", *columns]
-    return core.contract(op.units, [(a, labels_a), (b, labels_b)], [*lead, *rows, *columns])
+    return chosen.contract(op.units, [(a, labels_a), (b, labels_b)], [*lead, *rows, *columns])
 
 
 def _last(labels: list[str], n: int) -> list[str]:
     return labels[len(labels) - n :] if n > 0 else []
 
 
-@rule(*named("linear"))
-def linear(op: Op, x: Tag, weight: Tag, bias: Tag | None = None) -> Tag:
+@rule(*named("linear"), experts=True)
+def linear(op: Op, x: Tag, weight: Tag, bias: Tag | None = None) -> chosen.Operand:
     """(..., i), (o, i), (o) -> (..., o)."""
     lead = BATCH[: len(x.shape) - 1]
     out = ["o"] if len(weight.shape) > 1 else []
-    product = core.contract(op.units, [(x, [*lead, "i"]), (weight, [*out, "i"])], [*lead, *out])
-    return product if bias is None else core.pointwise(op.units, op.shape, [product, bias])
+    product = chosen.contract(op.units, [(x, [*lead, "i"]), (weight, [*out, "i"])], [*lead, *out])
+    return product if bias is None else chosen.pointwise(op.units, op.shape, [product, bias])
 
 
-@rule(*named("addmm", "baddbmm", "addmv", "addbmm"))
-def addmm(op: Op, bias: Tag, a: Tag, b: Tag, **_: Any) -> Tag:
-    return core.pointwise(op.units, op.shape, [bias, matmul(op, a, b)])
+@rule(*named("addmm", "baddbmm", "addmv", "addbmm"), experts=True)
+def addmm(op: Op, bias: Tag, a: Tag, b: Tag, **_: Any) -> chosen.Operand:
+    return chosen.pointwise(op.units, op.shape, [bias, matmul(op, a, b)])
 
 
-@rule(*named("einsum"))
-def einsum(op: Op, equation: str, operands: Sequence[Tag], **_: Any) -> Tag:
+@rule(*named("einsum"), experts=True)
+def einsum(op: Op, equation: str, operands: Sequence[Tag], **_: Any) -> chosen.Operand:
     """Any einsum without repeated labels in one operand."""
     terms, arrow, out = equation.replace(" ", "").partition("->")
     labels = [spelled(term, len(tag.shape)) for term, tag in zip(terms.split(","), operands, strict=True)]
@@ -53,7 +53,7 @@ def einsum(op: Op, equation: str, operands: Sequence[Tag], **_: Any) -> Tag:
         every = [label for term in labels for label in term]
         named_once = sorted(label for label in set(every) if every.count(label) == 1 and label not in BATCH)
         result = [*(label for label in BATCH if label in every), *named_once]
-    return core.contract(op.units, list(zip(operands, labels, strict=True)), result)
+    return chosen.contract(op.units, list(zip(operands, labels, strict=True)), result)
 
 
 def spelled(term: str, ndim: int) -> list[str]:
@@ -64,21 +64,21 @@ def spelled(term: str, ndim: int) -> list[str]:
 
 
 @rule(*named("outer", "ger"))
-def outer(op: Op, a: Tag, b: Tag) -> Tag:
-    return core.contract(op.units, [(a, ["m"]), (b, ["n"])], ["m", "n"])
+def outer(op: Op, a: Tag, b: Tag) -> chosen.Operand:
+    return chosen.contract(op.units, [(a, ["m"]), (b, ["n"])], ["m", "n"])
 
 
-@rule(*named("bilinear"))
-def bilinear(op: Op, a: Tag, b: Tag, weight: Tag, bias: Tag | None = None) -> Tag:
+@rule(*named("bilinear"), experts=True)
+def bilinear(op: Op, a: Tag, b: Tag, weight: Tag, bias: Tag | None = None) -> chosen.Operand:
     """(..., i), (..., j), (o, i, j) -> (..., o)."""
     lead = BATCH[: len(a.shape) - 1]
     operands = [(a, [*lead, "i"]), (b, [*lead, "j"]), (weight, ["o", "i", "j"])]
-    product = core.contract(op.units, operands, [*lead, "o"])
-    return product if bias is None else core.pointwise(op.units, op.shape, [product, bias])
+    product = chosen.contract(op.units, operands, [*lead, "o"])
+    return product if bias is None else chosen.pointwise(op.units, op.shape, [product, bias])
 
 
 @rule(*named("_trilinear"))
-def trilinear(op: Op, a: Tag, b: Tag, c: Tag, wide_a: Any, wide_b: Any, wide_c: Any, summed: Any, *_: Any) -> Tag:
+def trilinear(op: Op, a: Tag, b: Tag, c: Tag, wide_a: Any, wide_b: Any, wide_c: Any, summed: Any, *_: Any) -> chosen.Operand:
     """The product of three tensors, each with dims of size 1 inserted, summed over some dims."""
     operands = []
     for tag, wide in ((a, wide_a), (b, wide_b), (c, wide_c)):
@@ -87,15 +87,15 @@ def trilinear(op: Op, a: Tag, b: Tag, c: Tag, wide_a: Any, wide_b: Any, wide_c: 
             shape.insert(d, 1)
         operands.append(reshape(tag, tuple(shape)))
     full = tuple(max(t.shape[d] for t in operands) for d in range(len(operands[0].shape)))
-    return core.reduce(op.units, core.pointwise(op.units, full, operands), tuple(sorted(summed)), keepdim=False)
+    return chosen.reduce(op.units, chosen.pointwise(op.units, full, operands), tuple(sorted(summed)), keepdim=False)
 
 
-@rule(*named("tensordot"))
-def tensordot(op: Op, a: Tag, b: Tag, dims_a: Sequence[int], dims_b: Sequence[int]) -> Tag:
+@rule(*named("tensordot"), experts=True)
+def tensordot(op: Op, a: Tag, b: Tag, dims_a: Sequence[int], dims_b: Sequence[int]) -> chosen.Operand:
     """Sum over pairs of dims."""
     labels_a = [f"a{d}" for d in range(len(a.shape))]
     labels_b = [f"b{d}" for d in range(len(b.shape))]
     for da, db in zip(dims_a, dims_b, strict=True):
         labels_b[db % len(b.shape)] = labels_a[da % len(a.shape)]
     out = [*(x for x in labels_a if x not in labels_b), *(x for x in labels_b if x not in labels_a)]
-    return core.contract(op.units, [(a, labels_a), (b, labels_b)], out)
+    return chosen.contract(op.units, [(a, labels_a), (b, labels_b)], out)

@@ -2,7 +2,8 @@
 pick, repeat or drop positions, the multisets that remain are recorded (I2)."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import replace
+from functools import partial, wraps
 from math import prod
 from typing import Any
 
@@ -10,12 +11,39 @@ import numpy as np
 import torch
 
 from lmc.symmetry.rules import core
+from lmc.symmetry.rules.chosen import Chosen, Operand, pointwise
 from lmc.symmetry.rules.registry import Op, Parts, fixed, named, rule
 from lmc.symmetry.tags import Shape, Tag, along, make, spread
 from lmc.symmetry.units import Ids, Units
 
 
-@rule(*named("view", "_unsafe_view", "reshape", "flatten", "unflatten", "view_copy", "_reshape_alias", "squeeze", "unsqueeze"), choices=True)
+def also_for_experts(*dims_at: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a move act on `Chosen` tensors: on the dense tensor with dims counted behind the dim of experts, and on the
+    index. `dims_at`: which arguments after the tensor are dims (a missing one is 0)."""
+
+    def wrap(move: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(move)
+        def moved(op: Op, x: Operand, *args: Any) -> Any:
+            if isinstance(x, Tag):
+                return move(op, x, *args)
+            experts, ndim = x.dense.shape[0], len(x.shape)
+            given = [*args, *(0 for k in dims_at if k >= len(args))]
+            for k in dims_at:
+                many = isinstance(given[k], Sequence)
+                given[k] = [0, *(d % ndim + 1 for d in given[k])] if many else given[k] % ndim + 1
+            dense = move(replace(op, shapes=tuple((experts, *s) for s in op.shapes)), x.dense, *given)
+            index = move(op, Tag(x.shape, x.index), *args)
+            if isinstance(dense, Tag):
+                return Chosen(dense, index.coords, x.points)
+            return Parts([lambda k=k: Chosen(dense[k], index[k].coords, x.points) for k in range(len(op.shapes))])
+
+        return moved
+
+    return wrap
+
+
+@rule(*named("view", "_unsafe_view", "reshape", "flatten", "unflatten", "view_copy", "_reshape_alias", "squeeze", "unsqueeze"), choices=True, experts=True)
+@also_for_experts()
 def view(op: Op, x: Tag, *_: Any) -> Tag:
     return reshape(x, op.shape)
 
@@ -85,13 +113,15 @@ def _keep(coord: Ids, pick: Callable[[Ids], Ids], dims: Sequence[int], shape: Sh
     return _shrink(pick(spread(coord, tuple(dims), shape)))
 
 
-@rule(*named("permute", "permute_copy"), choices=True)
+@rule(*named("permute", "permute_copy"), choices=True, experts=True)
+@also_for_experts(0)
 def permute(op: Op, x: Tag, dims: Sequence[int]) -> Tag:
     order = tuple(d % len(x.shape) for d in dims)
     return by_coordinate(x, op.shape, lambda c: c.transpose(order))
 
 
-@rule(*named("transpose", "swapaxes", "transpose_copy"), choices=True)
+@rule(*named("transpose", "swapaxes", "transpose_copy"), choices=True, experts=True)
+@also_for_experts(0, 1)
 def transpose(op: Op, x: Tag, a: int, b: int) -> Tag:
     return by_coordinate(x, op.shape, lambda c: c.swapaxes(a, b)) if x.shape else x
 
@@ -101,12 +131,15 @@ def matrix_transpose(op: Op, x: Tag) -> Tag:
     return by_coordinate(x, op.shape, lambda c: c.swapaxes(-1, -2)) if len(x.shape) > 1 else x
 
 
-@rule(*named("expand", "expand_copy", "expand_as", "broadcast_to"), choices=True)
-def expand(op: Op, x: Tag, *_: Any, **__: Any) -> Tag:
+@rule(*named("expand", "expand_copy", "expand_as", "broadcast_to"), choices=True, experts=True)
+def expand(op: Op, x: Operand, *_: Any, **__: Any) -> Operand:
+    if isinstance(x, Chosen):
+        return pointwise(op.units, op.shape, [x])
     return Tag(op.shape, tuple(core.widen(c, len(op.shape)) for c in x.coords), points=x.points)
 
 
-@rule(*named("slice", "slice_copy", "narrow"), choices=True)
+@rule(*named("slice", "slice_copy", "narrow"), choices=True, experts=True)
+@also_for_experts(0)
 def slice_(op: Op, x: Tag, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tag:
     if op.shape == x.shape and step == 1:
         return x
@@ -115,7 +148,8 @@ def slice_(op: Op, x: Tag, dim: int = 0, start: int | None = None, end: int | No
     return picked(op.units, x, op.shape, [d], lambda c: c[window])
 
 
-@rule(*named("select", "select_copy"), choices=True)
+@rule(*named("select", "select_copy"), choices=True, experts=True)
+@also_for_experts(0)
 def select(op: Op, x: Tag, dim: int, index: int) -> Tag:
     return select_at(op.units, x, dim, index)
 
@@ -125,12 +159,14 @@ def select_at(units: Units, x: Tag, dim: int, index: int) -> Tag:
     return picked(units, x, x.shape[:d] + x.shape[d + 1 :], [d], lambda c: c.take(index, axis=d))
 
 
-@rule(*named("unbind", "unbind_copy"), choices=True)
+@rule(*named("unbind", "unbind_copy"), choices=True, experts=True)
+@also_for_experts(0)
 def unbind(op: Op, x: Tag, dim: int = 0) -> Parts:
     return Parts([partial(select_at, op.units, x, dim, i) for i in range(x.shape[dim])])
 
 
-@rule(*named("split", "split_with_sizes", "split_copy", "split_with_sizes_copy", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), choices=True)
+@rule(*named("split", "split_with_sizes", "split_copy", "split_with_sizes_copy", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), choices=True, experts=True)
+@also_for_experts(1)
 def split(op: Op, x: Tag, _: Any, dim: int = 0) -> Parts:
     d = dim % len(x.shape)
     ends = np.cumsum([shape[d] for shape in op.shapes])
@@ -155,10 +191,10 @@ def roll(op: Op, x: Tag, shifts: Any, dims: Any = ()) -> Tag:
     return by_coordinate(x, op.shape, lambda c: np.roll(c, shifts, dims))
 
 
-@rule(*named("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "_to_copy", "to", "type_as", "lift", "view_as", "dropout", "feature_dropout", "alpha_dropout", "positive", "resolve_conj", "resolve_neg", "_assert_tensor_metadata"), choices=True)
-def same(op: Op, x: Tag, *_: Any, **__: Any) -> Tag:
+@rule(*named("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "_to_copy", "to", "type_as", "lift", "view_as", "dropout", "feature_dropout", "alpha_dropout", "positive", "resolve_conj", "resolve_neg", "_assert_tensor_metadata"), choices=True, experts=True)
+def same(op: Op, x: Operand, *_: Any, **__: Any) -> Operand:
     """Copies, casts, and dropout in evaluation mode."""
-    return Tag(op.shape, x.coords, points=x.points) if op.shapes else x
+    return Tag(op.shape, x.coords, points=x.points) if isinstance(x, Tag) and op.shapes else x
 
 
 @rule(*named("repeat", "unfold", "diagonal", "tile", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "tril_indices", "movedim", "rot90", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "repeat_interleave", "diagonal_copy", "unfold_copy", "hsplit", "vsplit", "fliplr", "flipud"))

@@ -3,23 +3,23 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lmc.symmetry.rules import core
+from lmc.symmetry.rules import chosen, core
 from lmc.symmetry.rules.moves import reshape
 from lmc.symmetry.rules.registry import Op, named, rule
 from lmc.symmetry.tags import Tag
 
 
-def normalise(op: Op, x: Tag, dims: tuple[int, ...]) -> Tag:
+def normalise(op: Op, x: chosen.Operand, dims: tuple[int, ...]) -> chosen.Operand:
     """R over `dims`, put back in place (E)."""
-    return core.pointwise(op.units, x.shape, [x, core.reduce(op.units, x, dims, keepdim=True)])
+    return chosen.pointwise(op.units, x.shape, [x, chosen.reduce(op.units, x, dims, keepdim=True)])
 
 
 def present(*tags: Tag | None) -> list[Tag]:
     return [t for t in tags if t is not None]
 
 
-@rule(*named("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"))
-def softmax(op: Op, x: Tag, dim: int, *_: Any, **__: Any) -> Tag:
+@rule(*named("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"), experts=True)
+def softmax(op: Op, x: chosen.Operand, dim: int, *_: Any, **__: Any) -> chosen.Operand:
     return normalise(op, x, (dim % len(x.shape),) if x.shape else ())
 
 

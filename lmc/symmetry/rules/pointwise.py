@@ -3,13 +3,11 @@
 from typing import Any
 
 from lmc.symmetry.rules import core
-from lmc.symmetry.rules.registry import Op, named, rule, tags_in
+from lmc.symmetry.rules.registry import Op, all_pointwise, named, rule
 from lmc.symmetry.tags import Tag
 
 
-@rule(*named("where", "gelu", "silu", "hardswish", "hardsigmoid", "hardtanh", "masked_fill", "mish", "relu", "relu6", "elu", "selu", "celu", "softplus", "leaky_relu", "threshold", "clamp", "rsub", "lerp", "logit", "hardshrink", "softshrink", "rrelu", "float_power", "addcmul", "addcdiv", "nan_to_num", "log_sigmoid", "where", "bernoulli", "native_dropout"))
-def pointwise(op: Op, *args: Any, **kwargs: Any) -> Tag:
-    return core.pointwise(op.units, op.shape, tags_in((args, kwargs)))
+rule(*named("where", "gelu", "silu", "hardswish", "hardsigmoid", "hardtanh", "masked_fill", "mish", "relu", "relu6", "elu", "selu", "celu", "softplus", "leaky_relu", "threshold", "clamp", "rsub", "lerp", "logit", "hardshrink", "softshrink", "float_power", "addcmul", "addcdiv", "nan_to_num", "log_sigmoid"), experts=True)(all_pointwise)
 
 
 @rule(*named("prelu", "_prelu_kernel"))

@@ -9,6 +9,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from lmc.symmetry.rules import core
+from lmc.symmetry.rules.chosen import Chosen, Operand, pointwise, settle
 from lmc.symmetry.tags import Shape, Tag
 from lmc.symmetry.units import Units
 
@@ -16,20 +17,21 @@ from lmc.symmetry.units import Units
 class Parts:
     """The results of a split, each worked out when it is first asked for: parts that nobody uses impose nothing."""
 
-    def __init__(self, parts: Sequence[Callable[[], Tag]]):
+    def __init__(self, parts: Sequence[Callable[[], Operand]]):
         self.parts = parts
-        self.known: dict[int, Tag] = {}
+        self.known: dict[int, Operand] = {}
 
-    def __getitem__(self, k: int) -> Tag:
+    def __getitem__(self, k: int) -> Operand:
         if k not in self.known:
             self.known[k] = self.parts[k]()
         return self.known[k]
 
 
-Result = Tag | tuple[Any, ...] | Parts
+Result = Operand | tuple[Any, ...] | Parts
 Rule = Callable[..., Result]
 RULES: dict[Any, Rule] = {}
 CHOICES: set[Rule] = set()
+EXPERTS: set[Rule] = set()
 
 
 @dataclass(frozen=True)
@@ -49,15 +51,21 @@ class Op:
         return str(self.target).removesuffix(".default")
 
 
-def rule(*packets: Any, choices: bool = False) -> Callable[[Rule], Rule]:
-    """Register a rule for operators (all overloads of each). `choices`: it knows what to do with integers that stand for
-    units (`Tag.points`), in any argument but the first of an indexing operator; for other rules they become fixed."""
+def rule(*packets: Any, choices: bool = False, experts: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for operators (all overloads of each).
+
+    `choices`: it knows what to do with integers that stand for units (`Tag.points`), in any argument but the first of an
+    indexing operator; for other rules they become fixed. `experts`: it knows tensors computed for chosen experts
+    (`Chosen`); other rules get them settled.
+    """
 
     def register(function: Rule) -> Rule:
         for packet in packets:
             RULES[packet] = function
         if choices:
             CHOICES.add(function)
+        if experts:
+            EXPERTS.add(function)
         return function
 
     return register
@@ -76,15 +84,33 @@ def interpret(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
     """The tags of an operator's results: by its rule, as pointwise if torch says so, else everything frozen."""
     packet = getattr(op.target, "overloadpacket", op.target)
     found = RULES.get(packet)
+    if found is None and is_pointwise(op.target):
+        found = all_pointwise
     if found not in CHOICES:
-        args, kwargs = pytree.tree_map(partial(fixed, op.units), (args, kwargs), is_leaf=lambda a: isinstance(a, Tag))
-    if found is not None:
-        result = found(op, *args, **kwargs)
-    elif is_pointwise(op.target):
-        result = core.pointwise(op.units, op.shape, tags_in((args, kwargs)))
-    else:
-        result = unknown(op, tags_in((args, kwargs)))
-    return result
+        args, kwargs = pytree.tree_map(partial(fixed, op.units), (args, kwargs), is_leaf=is_operand)
+    if found not in EXPERTS:
+        args, kwargs = pytree.tree_map(partial(settled, op.units), (args, kwargs), is_leaf=is_operand)
+    return found(op, *args, **kwargs) if found is not None else unknown(op, tags_in((args, kwargs)))
+
+
+def is_operand(value: Any) -> bool:
+    return isinstance(value, (Tag, Chosen))
+
+
+def settled(units: Units, value: Any) -> Any:
+    return settle(units, value) if isinstance(value, Chosen) else value
+
+
+def all_pointwise(op: Op, *args: Any, **kwargs: Any) -> Operand:
+    """The rule of operators that torch marks as pointwise."""
+    return pointwise(op.units, op.shape, operands_in((args, kwargs)))
+
+
+EXPERTS.add(all_pointwise)
+
+
+def operands_in(args: object) -> list[Operand]:
+    return [a for a in pytree.tree_leaves(args, is_leaf=is_operand) if is_operand(a)]
 
 
 def fixed(units: Units, value: Any) -> Any:
