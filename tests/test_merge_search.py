@@ -100,6 +100,49 @@ def test_adamerging_with_a_head_per_task(tasks) -> None:
         merge.adamerging(model, models, data, base=base, per="layer")  # type: ignore[arg-type]
 
 
+def test_ama_keeps_the_mean_share_of_the_base(tasks) -> None:
+    model, base, models, data = tasks
+    teacher = merge.average([base, models[0]], weights={"0": [1.0, 0.0], "2": [0.0, 1.0]})
+    targets = torch.func.functional_call(model, teacher, (data[0],)).argmax(1)
+    options = {"base": base, "mean": 0.5, "groups": ["0", "2"]}
+    found = merge.ama(model, models[:1], (data[0], targets), lr=0.1, **options)
+    first, second = found.report.shares
+    assert math.isclose((first + second) / 2, 0.5, abs_tol=1e-6) and first > second + 0.2
+    expected = merge.average([base, models[0]], weights={"0": [first, 1 - first], "2": [second, 1 - second]})
+    assert all(torch.allclose(found[k], expected[k], atol=1e-6) for k in expected)
+    assert sum(found.report.losses[-20:]) < sum(found.report.losses[:20])
+    even = merge.ama(model, models[:1], (data[0], targets), lr=0.0, steps=1, **options)
+    for one in (even, merge.ama(model, models[:1], (data[0], targets), base=base, mean=0.5, groups=["*"], steps=5)):
+        plain = merge.wise_ft(models[:1], base=base, alpha=0.5)
+        assert all(torch.allclose(one[k], plain[k], atol=1e-6) for k in plain)
+    by_depth = merge.ama(model, models[:1], (data[0], targets), base=base, groups=2, steps=1)
+    assert len(by_depth.report.shares) == 2
+    with pytest.raises(InputError, match="groups: no tensor fits"):
+        merge.ama(model, models[:1], (data[0], targets), base=base, groups=["1"])
+
+
+def test_balanced_batches_tame_a_fine_tuned_model(tasks) -> None:
+    _, base, _, data = tasks
+    generator = torch.Generator().manual_seed(0)
+    x, y = data[0], torch.arange(120) % 3
+    plain = merge.balanced_batch(x, y, 3, smoothing=0.0, mixup=0.0, generator=generator)
+    assert torch.equal(plain[0], x) and torch.equal(plain[1], nn.functional.one_hot(y, 3).float())
+    mixed, labels = merge.balanced_batch(x, y, 3, generator=generator)
+    assert torch.allclose(labels.sum(1), torch.ones(120)) and torch.allclose(mixed.mean(0), x.mean(0), atol=1e-5)
+
+    def confidence(smoothing: float) -> float:
+        tuned = copy.deepcopy(base)
+        optimizer = torch.optim.Adam(tuned.parameters(), lr=3e-2)
+        for _ in range(80):
+            inputs, goal = merge.balanced_batch(x, y, 3, smoothing=smoothing, mixup=0.0, generator=generator)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(tuned(inputs), goal).backward()
+            optimizer.step()
+        return float(tuned(x).norm(dim=1).mean().detach())
+
+    assert confidence(0.0) > confidence(0.1) > confidence(0.5)
+
+
 def test_evolution_tunes_scale_and_density(tasks) -> None:
     model, base, models, _ = tasks
     target = merge.ties(models, base=base, density=0.6, scale=0.7)

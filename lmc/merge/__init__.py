@@ -1,6 +1,7 @@
 """Combine the weights of several models: `method(models, *, base=None, ...) -> weights`."""
 
 from lmc.merge.adamerging import adamerging
+from lmc.merge.ama import ama
 from lmc.merge.averaging import (
     average,
     ema,
@@ -12,6 +13,7 @@ from lmc.merge.averaging import (
     swa,
     variance_corrected,
 )
+from lmc.merge.bang import balanced_batch
 from lmc.merge.experts import mix_experts
 from lmc.merge.fisher import fisher, fisher_information, fisher_weighted
 from lmc.merge.method import linear, on_task_vectors, on_tensors
@@ -25,7 +27,9 @@ from lmc.merge.ties import pcb, ties
 
 __all__ = [
     "adamerging",
+    "ama",
     "average",
+    "balanced_batch",
     "breadcrumbs",
     "consensus",
     "dare",

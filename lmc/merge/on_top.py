@@ -59,12 +59,12 @@ class Depths:
 
 
 def _survey_lines(tensors: Pass, *, alpha: float | None, blocks: Sequence[str] | None, **_: Any) -> Depths:
-    depths = _depths(tensors.sets.weights, blocks)
+    found = depths(tensors.sets.weights, blocks)
     if alpha is None:
         norms = [(float(d.sum(0).abs().sum()), float(m.abs().sum())) for m, d in tensors]
         total, merged = (sum(column) for column in zip(*norms, strict=True))
         alpha = total / merged / len(tensors.sets) if merged > 0 else 1.0
-    return Depths(depths, alpha)
+    return Depths(found, alpha)
 
 
 @on_merged(survey=_survey_lines)
@@ -138,19 +138,19 @@ def _tall_masks(merged: Tensor, deltas: Tensor, threshold: float | Sequence[floa
     return deltas.abs() > per_model(limits, deltas) * (merged - deltas).abs()
 
 
-def _depths(names: Sequence[str], blocks: Sequence[str] | None) -> dict[str, float]:
+def depths(names: Sequence[str], blocks: Sequence[str] | None) -> dict[str, float]:
     """For each name inside a block the depth of that block, from 0 (first) to 1 (last)."""
     if blocks is None:
         return _numbered(names)
     if len(blocks) < 2:
         raise InputError("blocks: give at least two patterns, shallow to deep")
-    depths: dict[str, float] = {}
+    found: dict[str, float] = {}
     for i, pattern in enumerate(blocks):
         inside = [name for name in names if matches(name, pattern)]
         if not inside:
             raise InputError(f"blocks: no tensor fits the pattern {pattern!r}")
-        depths |= {name: i / (len(blocks) - 1) for name in inside}
-    return depths
+        found |= {name: i / (len(blocks) - 1) for name in inside}
+    return found
 
 
 def _numbered(names: Sequence[str]) -> dict[str, float]:
