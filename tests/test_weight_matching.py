@@ -153,7 +153,9 @@ class TestObjective:
             pi = matching(spec, a, b)
             moved = pi.apply(b)
             (block,) = build_blocks(spec, a)
-            gain = sum(place.features(a[place.tensor]) @ place.features(moved[place.tensor]).T for place in block.places)
+            gain = sum(
+                place.features(a[place.tensor]) @ place.features(moved[place.tensor]).T for place in block.places
+            )
             further = lmc.Permutation(spec, {"d": assign(gain)[0]}).apply(moved)
             assert lmc.weights.dot(a, further) <= pi.objective * (1 + 1e-5)
             moves += not pi.is_identity()

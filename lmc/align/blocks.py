@@ -148,7 +148,7 @@ def build_blocks(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> list[B
             children.setdefault(group.within[0], []).append(group)
         else:
             roots.append(group)
-    device = next(iter(tensors.values())).device
+    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def tables_of(group: Group) -> Tables:

@@ -1,6 +1,5 @@
 """What units contain, matched for all pairs of units at once."""
 
-import itertools
 from collections.abc import Mapping
 from typing import TypeAlias
 
@@ -29,7 +28,7 @@ def separate_pairs(block: Block, mine: Mapping[str, Tensor], theirs: Mapping[str
     gain = torch.zeros(n, n, dtype=torch.float64)
     for name in mine:
         gain += (mine[name].flatten(1) @ theirs[name].flatten(1).T).to("cpu", torch.float64)
-    solutions: Solutions = {pair: {} for pair in itertools.product(range(n), repeat=2)}
+    solutions: Solutions = {(i, j): {} for i in range(n) for j in range(n)}
     for inner in block.inner:
         if (pairs := _inner_gains(inner, mine, theirs)) is None:
             continue
@@ -49,4 +48,4 @@ def _inner_gains(inner: Block, mine: Mapping[str, Tensor], theirs: Mapping[str, 
                 for side in (mine, theirs)
             )
             total = x @ y.T if total is None else total.addmm_(x, y.T)
-    return None if total is None else total.view(-1, inner.size, total.shape[0] // inner.size, inner.size)
+    return None if total is None else total.cpu().view(-1, inner.size, total.shape[0] // inner.size, inner.size)

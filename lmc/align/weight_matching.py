@@ -63,23 +63,25 @@ def weight_matching(
     naive = inner_product(fixed, moving)
     candidates: list[tuple[float, dict[str, Tensor]]] = [(naive, {})]
     runs: list[dict[str, Any]] = []
-    bar = tqdm(desc="weight matching", unit=" visits", delay=2, disable=not progress, leave=False)
+    bar = tqdm(unit=" visits", delay=2, disable=not progress, leave=False)
     try:
         blocks = build_blocks(spec, fixed)
         for restart in range(restarts):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + restart)
+            bar.set_description(f"weight matching, run {restart + 1} of {restarts}", refresh=False)
             starts = ["random"] if restart > 1 else ["identity"] if restart else ["outwards", "identity"]
             for start in starts:
                 value, indices, run = _descend(spec, blocks, fixed, moving, start, generator, max_sweeps, bar)
                 runs.append(run)
                 candidates.append((value, indices))
+                bar.set_postfix(best=f"{max(candidates, key=_value)[0]:.6g}", refresh=False)
                 if value >= naive:
                     break
     except KeyboardInterrupt:
         warnings.warn(f"weight matching interrupted: the best of {len(runs)} finished runs is returned", stacklevel=2)
     finally:
         bar.close()
-    value, best = max(candidates, key=lambda candidate: candidate[0])
+    value, best = max(candidates, key=_value)
     stay = {name: torch.arange(group.size) for name, group in spec.groups.items()}
     info = {
         "method": "weight_matching",
@@ -90,6 +92,10 @@ def weight_matching(
         "seconds": time.perf_counter() - started,
     }
     return Permutation(spec, stay | best, value, info)
+
+
+def _value(candidate: tuple[float, Any]) -> float:
+    return candidate[0]
 
 
 def _matched(spec: PermutationSpec, weights: Weights) -> Weights:
