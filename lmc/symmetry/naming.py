@@ -37,8 +37,10 @@ def base_name(tables: Tables, used: Mapping[str, int], shapes: Mapping[str, tupl
     modules = [module_of(t) for t in tensors]
     name, many = modules[0], not nested and len(set(modules)) > MANY
     producers = modules[:1] + [module_of(t) for t in tensors if any(0 in table.dims for table in tables[t])]
-    if parent and table.dims[0] == 0 and len(shapes[first]) == 3 and table.rows.shape[1] == 1:
-        return name if name.endswith("experts") else f"{name}.experts"
+    stacks = [t for t in tensors if len(shapes[t]) == 3 and tables[t][0].dims[0] == 0 and tables[t][0].rows.shape[1] == 1]
+    if parent and stacks:
+        path = shared_path([module_of(t) for t in stacks])
+        return path if path.endswith("experts") else f"{path}.experts".lstrip(".")
     if has_blocks(table) and (parent or not nested):
         path = shared_path(modules) or name
         if sum("att" in m.lower() for m in modules) > len(modules) / 2:

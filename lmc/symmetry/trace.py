@@ -25,8 +25,7 @@ from torch.utils import _pytree as pytree
 
 from lmc.errors import InputError, TraceError
 from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, select
-from lmc.symmetry.rules import RULES
-from lmc.symmetry.rules.registry import is_pointwise
+from lmc.symmetry.rules import is_pointwise, rule_of
 
 PREFIX = "subject."
 
@@ -150,7 +149,7 @@ def is_understood(node: Node) -> bool:
     """Whether a node can be interpreted as it is: it has a rule, or is pointwise, and overwrites nothing."""
     if node.op != "call_function" or node.target is operator.getitem:
         return True
-    known = getattr(node.target, "overloadpacket", node.target) in RULES or is_pointwise(node.target)
+    known = rule_of(node.target) is not None or is_pointwise(node.target)
     schema = getattr(node.target, "_schema", None)
     return known and schema is not None and not schema.is_mutable
 
@@ -182,7 +181,7 @@ def decompositions() -> dict[Any, Any]:
     """Decompose only what has no rule: fewer, larger operators are faster to interpret and easier to explain."""
     table = torch.export.default_decompositions()
     for op in list(table.keys()):
-        if getattr(op, "overloadpacket", op) in RULES:
+        if rule_of(op) is not None:
             del table[op]
     return table
 

@@ -6,19 +6,34 @@ Six classes cover almost everything: moves (M), pointwise (E), symmetric reducti
 that depend on the order along some dims (F) and indexing by data (I).
 """
 
-from lmc.symmetry.rules import attention, convolution, indexing, linear, moves, normalisation, pointwise, reductions
-from lmc.symmetry.rules.registry import RULES, Op, interpret
+from lmc.symmetry.rules import (
+    attention,
+    convolution,
+    experts,
+    indexing,
+    linear,
+    moves,
+    normalisation,
+    pointwise,
+    reductions,
+    scattering,
+)
+from lmc.symmetry.rules.registry import RULES, Op, interpret, is_pointwise, rule_of
 
 __all__ = [
     "RULES",
     "Op",
     "attention",
     "convolution",
+    "experts",
     "indexing",
     "interpret",
+    "is_pointwise",
     "linear",
     "moves",
     "normalisation",
     "pointwise",
     "reductions",
+    "rule_of",
+    "scattering",
 ]

@@ -82,8 +82,7 @@ def tags_in(args: object) -> list[Tag]:
 
 def interpret(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
     """The tags of an operator's results: by its rule, as pointwise if torch says so, else everything frozen."""
-    packet = getattr(op.target, "overloadpacket", op.target)
-    found = RULES.get(packet)
+    found = rule_of(op.target)
     if found is None and is_pointwise(op.target):
         found = all_pointwise
     if found not in CHOICES:
@@ -91,6 +90,12 @@ def interpret(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
     if found not in EXPERTS:
         args, kwargs = pytree.tree_map(partial(settled, op.units), (args, kwargs), is_leaf=is_operand)
     return found(op, *args, **kwargs) if found is not None else unknown(op, tags_in((args, kwargs)))
+
+
+def rule_of(target: Any) -> Rule | None:
+    """The rule of an operator, registered by itself or, for operators of other libraries, by name."""
+    packet = getattr(target, "overloadpacket", target)
+    return RULES.get(packet) or RULES.get(str(packet))
 
 
 def is_operand(value: Any) -> bool:
