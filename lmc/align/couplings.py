@@ -1,0 +1,190 @@
+"""Optimal-transport couplings between the units of two networks, nested where units lie within units."""
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lmc.align.assignment import assign
+from lmc.errors import InputError, SpecError
+from lmc.symmetry.group import Group, Table
+from lmc.symmetry.spec import PermutationSpec
+
+View = tuple[str, int]  # a parameter and one of its axes, whose positions are channels
+
+_SCALINGS = 10_000
+_MARGIN = 1e-4
+
+
+def plan(cost: Tensor, regularization: float, name: str) -> Tensor:
+    """The coupling T (n_a, n_b) of uniform marginals that makes `sum T cost` least, in float64 on the CPU.
+
+    Its rows sum to 1/n_a, its columns to 1/n_b. Exact for `regularization` 0, where equally many units are a linear
+    assignment (an extreme point of the Birkhoff polytope); else with an entropy of that weight, relative to the median
+    cost.
+
+    Raises:
+        InputError: the problem needs the package POT, which is not installed.
+    """
+    n_a, n_b = cost.shape
+    if regularization == 0.0 and n_a == n_b:
+        coupling = torch.zeros(n_a, n_b, dtype=torch.float64)
+        coupling[torch.arange(n_a), assign(-cost)[0]] = 1.0 / n_a
+        return coupling
+    ot = _pot()
+    matrix = cost.detach().to("cpu", torch.float64)
+    matrix = (matrix / matrix.median().clamp_min(1e-12)).numpy()
+    left, right = torch.full((n_a,), 1.0 / n_a).double().numpy(), torch.full((n_b,), 1.0 / n_b).double().numpy()
+    if regularization == 0.0:
+        return torch.from_numpy(ot.emd(left, right, matrix, numItermax=10_000_000))
+    coupling = torch.from_numpy(
+        ot.sinkhorn(
+            left, right, matrix, regularization, method="sinkhorn_log", numItermax=_SCALINGS, stopThr=1e-9, warn=False
+        )
+    )
+    off = max(float((coupling.sum(1) * n_a - 1).abs().max()), float((coupling.sum(0) * n_b - 1).abs().max()))
+    if not off < _MARGIN:
+        warnings.warn(
+            f"{name}: Sinkhorn has not converged in {_SCALINGS} iterations, marginals are off by {off:.1g} of their "
+            f"value; raise regularization above {regularization:g}, or take 0 for the exact coupling",
+            stacklevel=2,
+        )
+    return coupling
+
+
+def _pot():
+    try:
+        import ot
+    except ImportError as error:
+        raise InputError(
+            "couplings of unequal widths, and those with an entropy, need the package POT: pip install 'lmc-lab[ot]'"
+        ) from error
+    return ot
+
+
+@dataclass(frozen=True, eq=False)
+class Coupling:
+    """How the units of a group of A are spread over those of the group of B, and what is nested in each pair of units.
+
+    Attributes:
+        a, b: the group in either network.
+        plan: T (n_a, n_b).
+        inner: (unit of A, unit of B) -> the couplings of the groups within these two units.
+    """
+
+    a: Group
+    b: Group
+    plan: Tensor
+    inner: dict[tuple[int, int], "list[Coupling]"] = field(default_factory=dict)
+
+    def share(self, producing: bool) -> Tensor:
+        """(n_b, n_a): the share of each unit of A in each unit of B.
+
+        Where units are computed, the shares in a unit of B sum to 1: it becomes a mean of units of A. Where they are
+        consumed, the shares of a unit of A sum to 1: its outgoing weight is split. Both are `n T` for equal widths; for
+        unequal ones only this pair keeps a function whose units were merely duplicated.
+        """
+        return (self.plan * self.plan.shape[1 if producing else 0]).T
+
+    def plans(self) -> dict[str, Tensor]:
+        """All plans by name; those between the units within unit i of A and unit j of B are `family[i->j]`."""
+        found = {self.a.name: self.plan}
+        for (i, j), couplings in self.inner.items():
+            for coupling in couplings:
+                for name, matrix in coupling.plans().items():
+                    family = coupling.a.family if name == coupling.a.name else name
+                    found[f"{family}[{i}->{j}]"] = matrix
+        return found
+
+    def matrix(self, view: View, producing: bool, shape: tuple[int, int]) -> Tensor:
+        """(channels of B, channels of A) of a view: what takes A's channels to B's, 0 where the group has none."""
+        found = torch.zeros(shape, dtype=torch.float64)
+        self._fill(found, view, producing, 1.0)
+        return found
+
+    def _fill(self, matrix: Tensor, view: View, producing: bool, factor: float) -> None:
+        share = self.share(producing)
+        for rows_a, rows_b in paired_rows(self.a, self.b, view):
+            for j, i in share.nonzero().tolist():
+                inner = self.inner.get((i, j), [])
+                left, right = _uncovered(rows_a[i], rows_b[j], inner, view)
+                matrix[right, left] += factor * share[j, i]
+        for j, i in share.nonzero().tolist():
+            for coupling in self.inner.get((i, j), []):
+                coupling._fill(matrix, view, producing, factor * float(share[j, i]))
+
+
+def couple(
+    specs: tuple[PermutationSpec, PermutationSpec],
+    groups: tuple[Group, Group],
+    squares: Mapping[View, Tensor],
+    regularization: float,
+    squared: bool,
+) -> tuple[Coupling, float]:
+    """The coupling of two groups for squared distances between channels (K_a, K_b) at some views, and what it costs.
+
+    The cost of a pair of units is the sum over their channels; where groups are nested in them, channels are paired by
+    the optimal coupling within the pair.
+    """
+    a, b = groups
+    within_a, within_b = _children(specs[0], a), _children(specs[1], b)
+    nested = any(within_a.values())
+    cost = torch.zeros(a.size, b.size, dtype=torch.float64)
+    inner: dict[tuple[int, int], list[Coupling]] = {}
+    for i in range(a.size) if nested else ():
+        for j in range(b.size):
+            pairs = zip(within_a[i], within_b[j], strict=True)
+            solved = [couple(specs, pair, squares, regularization, squared) for pair in pairs]
+            inner[i, j] = [coupling for coupling, _ in solved]
+            cost[i, j] = sum(value for _, value in solved)
+    for view, square in squares.items():
+        for rows_a, rows_b in paired_rows(a, b, view):
+            if not nested:
+                cost += _by_unit(square, rows_a, rows_b).to("cpu", torch.float64)
+                continue
+            for i in range(a.size):
+                for j in range(b.size):
+                    left, right = _uncovered(rows_a[i], rows_b[j], inner[i, j], view)
+                    cost[i, j] += float(square[left, right].sum())
+    found = plan(cost if squared else cost.clamp_min(0.0).sqrt(), regularization, b.name)
+    return Coupling(a, b, found, inner), float((found * cost).sum()) * b.size
+
+
+def paired_rows(a: Group, b: Group, view: View) -> list[tuple[Tensor, Tensor]]:
+    """The rows (n_a, m_a), (n_b, m_b) of two corresponding groups at a view."""
+    tensor, axis = view
+    left = [table for table in a.tables.get(tensor, ()) if table.dims == (axis,)]
+    right = [table for table in b.tables.get(tensor, ()) if table.dims == (axis,)]
+    return [(_tensor(x), _tensor(y)) for x, y in zip(left, right, strict=True)]
+
+
+def _tensor(table: Table) -> Tensor:
+    return torch.from_numpy(table.rows)
+
+
+def _by_unit(square: Tensor, rows_a: Tensor, rows_b: Tensor) -> Tensor:
+    if rows_a.shape[1] != rows_b.shape[1]:
+        raise SpecError(f"units of {rows_a.shape[1]} channels in a and {rows_b.shape[1]} in b cannot be compared")
+    return sum(square[x][:, y] for x, y in zip(rows_a.T, rows_b.T, strict=True))  # type: ignore[return-value]
+
+
+def _uncovered(row_a: Tensor, row_b: Tensor, inner: list[Coupling], view: View) -> tuple[Tensor, Tensor]:
+    """The channels of two units that no nested group has; they correspond in order."""
+    taken_a = [rows.flatten() for coupling in inner for rows, _ in paired_rows(coupling.a, coupling.b, view)]
+    taken_b = [rows.flatten() for coupling in inner for _, rows in paired_rows(coupling.a, coupling.b, view)]
+    left = row_a[~torch.isin(row_a, torch.cat(taken_a))] if taken_a else row_a
+    right = row_b[~torch.isin(row_b, torch.cat(taken_b))] if taken_b else row_b
+    if len(left) != len(right):
+        raise SpecError(f"{view[0]}, axis {view[1]}: units of {len(left)} channels in a and {len(right)} in b")
+    return left, right
+
+
+def _children(spec: PermutationSpec, group: Group) -> dict[int, list[Group]]:
+    found: dict[int, list[Group]] = {unit: [] for unit in range(group.size)}
+    for other in spec.groups.values():
+        for parent, unit in other.within:
+            if parent == group.name:
+                found[unit].append(other)
+    return found

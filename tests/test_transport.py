@@ -1,0 +1,286 @@
+import sys
+
+import handwritten
+import pytest
+import torch
+from alignment_cases import CASES, HEADS, digits, random_weights, transformer_patterns
+
+import lmc
+from lmc.align.activation_matching import activation_matching
+from lmc.align.assignment import assign
+from lmc.align.couplings import plan
+from lmc.align.transport import Fusion, ot_fusion
+from lmc.align.widths import guess_inputs
+from lmc.errors import DataError, InputError, MismatchError, SpecError, WeightsError
+from lmc.models.cnn import cnn
+from lmc.models.gpt import gpt
+from lmc.models.mlp import mlp
+from lmc.models.vit import vit
+from lmc.symmetry.spec import PermutationSpec
+
+METRICS = ("weights", "activations")
+
+
+def costs(n_a: int, n_b: int, seed: int = 0) -> torch.Tensor:
+    return torch.rand(n_a, n_b, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def fuse(case, a, b, metric: str = "weights", **options) -> Fusion:
+    inputs = case.inputs if metric == "activations" else None
+    return ot_fusion(case.model, a, b, inputs, spec=case.spec, progress=False, **options)
+
+
+def duplicated(weights, spec: PermutationSpec, wide):
+    """Weights of `wide` in which every unit of `weights` stands twice, with half of its outgoing weight each."""
+    found = {}
+    for name, tensor in weights.items():
+        for axis in range(tensor.ndim):
+            length = wide[name].shape[axis]
+            if length != tensor.shape[axis]:
+                table = next(t for _, t in spec.tables_by_tensor[name] if t.dims == (axis,))
+                rows = torch.from_numpy(table.rows).repeat(2, 1).flatten()
+                tensor = tensor.index_select(axis, rows) / (2.0 if axis == 1 else 1.0)
+        found[name] = tensor
+    return found
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_exact_couplings_of_equally_many_units_are_assignments(seed: int):
+    cost = costs(9, 9, seed)
+    ot = pytest.importorskip("ot", reason="the comparison is with POT's exact solver")
+    index, _ = assign(-cost)
+    expected = torch.eye(9, dtype=torch.float64)[index] / 9
+    assert torch.equal(plan(cost, 0.0, "h"), expected)
+    uniform = torch.full((9,), 1 / 9).double().numpy()
+    torch.testing.assert_close(torch.from_numpy(ot.emd(uniform, uniform, cost.numpy())), expected)
+
+
+@pytest.mark.parametrize(("n_a", "n_b", "regularization"), [(6, 4, 0.0), (4, 6, 0.0), (5, 5, 0.1), (7, 3, 0.05)])
+def test_marginals_are_uniform(n_a: int, n_b: int, regularization: float):
+    coupling = plan(costs(n_a, n_b), regularization, "h")
+    torch.testing.assert_close(coupling.sum(1), torch.full((n_a,), 1 / n_a, dtype=torch.float64), atol=1e-7, rtol=0)
+    torch.testing.assert_close(coupling.sum(0), torch.full((n_b,), 1 / n_b, dtype=torch.float64), atol=1e-7, rtol=0)
+
+
+def test_a_constant_in_the_cost_changes_no_coupling():
+    cost = costs(6, 4)
+    torch.testing.assert_close(plan(cost, 0.0, "h"), plan(cost + 3.0, 0.0, "h"))
+
+
+def test_entropy_leads_from_the_assignment_to_the_mean_of_all():
+    cost = costs(6, 6)
+    exact = plan(cost, 0.0, "h")
+    gaps = [float((plan(cost, reg, "h") - exact).abs().max()) for reg in (0.3, 0.06, 0.02)]
+    assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 0.03
+    torch.testing.assert_close(plan(cost, 1e4, "h"), torch.full((6, 6), 1 / 36, dtype=torch.float64), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", CASES)
+def test_a_planted_permutation_is_undone(name: str, metric: str):
+    case = CASES[name]()
+    b = case.model.state_dict()
+    fused = fuse(case, case.spec.random(3).apply(b), b, metric)
+    assert all(torch.allclose(fused[k], v, atol=1e-6) for k, v in b.items())
+    assert all(torch.allclose(fused.transported[0][k], v, atol=1e-6) for k, v in b.items())
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_a_model_fused_with_itself_is_itself(metric: str):
+    case = CASES["gpt"]()
+    fused = fuse(case, case.model, case.model, metric, share=0.3)
+    assert all(torch.allclose(fused[k], v, atol=1e-6) for k, v in case.model.state_dict().items())
+    heads = fused.couplings[0]["head1"]
+    torch.testing.assert_close(heads, torch.eye(HEADS, dtype=torch.float64) / HEADS)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet-ln", "vit"])
+def test_hard_couplings_keep_the_function_of_a(name: str, metric: str):
+    case = CASES[name]()
+    a, b = case.other(4), case.other(5)
+    fused = fuse(case, a, b, metric, share=0.0)
+    with torch.no_grad():
+        expected = torch.func.functional_call(case.model, a, case.inputs)
+        found = torch.func.functional_call(case.model, fused.weights, case.inputs)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    whole = fuse(case, a, b, metric, share=1.0)
+    assert all(torch.equal(whole[k], v) for k, v in b.items())
+
+
+def test_activations_give_the_matching_of_the_outputs():
+    """Squared distances of standardised activations are 2 - 2 correlations: where a unit is seen does the rest."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 12), torch.nn.Linear(12, 3))
+    spec = PermutationSpec.from_patterns({"0.weight": "h .", "0.bias": "h", "1.weight": ". h"}, model)
+    a, b = random_weights(model, 1), random_weights(model, 2)
+    inputs = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
+    coupling = ot_fusion(model, a, b, inputs, spec=spec, squared=True, progress=False).couplings[0]["h"]
+    pi = activation_matching(spec, model, b, a, inputs, progress=False)["h"]  # without a nonlinearity, the same values
+    assert torch.equal(coupling, torch.eye(12, dtype=torch.float64)[pi].T / 12)
+
+
+WIDTHS = {
+    "mlp": (lambda k: mlp(12, [6 * k, 5 * k], 5), handwritten.mlp(2), {}, (40, 12)),
+    "cnn": (
+        lambda k: cnn((3 * k, 4 * k), classes=5),
+        {"conv1.weight": "c1 . . .", "conv1.bias": "c1", "conv2.weight": "c2 c1 . .", "conv2.bias": "c2"}
+        | {"head.weight": ". (c2 .)"},
+        {},
+        (40, 1, 8, 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("name", WIDTHS)
+def test_a_network_of_duplicated_units_becomes_the_narrow_one(name: str, metric: str):
+    make, patterns, sizes, shape = WIDTHS[name]
+    narrow, wide = make(1), make(2)
+    narrow.load_state_dict(random_weights(narrow, 3))
+    spec = PermutationSpec.from_patterns(patterns, narrow, **sizes)
+    b = narrow.state_dict()
+    wide.load_state_dict(duplicated(b, spec, wide.state_dict()))
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(wide(inputs), narrow(inputs), rtol=1e-4, atol=1e-5)
+    planted = PermutationSpec.from_patterns(patterns, wide, **sizes).random(1)
+    wide.load_state_dict(planted.apply(wide))
+    fused = ot_fusion(narrow, wide, b, inputs if metric == "activations" else None, spec=spec, progress=False)
+    for key, tensor in b.items():
+        torch.testing.assert_close(fused.transported[0][key], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fused[key], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_the_narrow_network_can_be_fused_into_the_wide_one():
+    narrow, wide = mlp(12, [6, 5], 5), mlp(12, [12, 10], 5)
+    narrow.load_state_dict(random_weights(narrow, 3))
+    spec = PermutationSpec.from_patterns(handwritten.mlp(2), wide)
+    b = duplicated(narrow.state_dict(), PermutationSpec.from_patterns(handwritten.mlp(2), narrow), wide.state_dict())
+    fused = ot_fusion(wide, narrow, b, spec=spec, progress=False)
+    inputs = torch.randn(30, 12)
+    with torch.no_grad():
+        found = torch.func.functional_call(wide, fused.transported[0], inputs)
+        torch.testing.assert_close(found, narrow(inputs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(torch.func.functional_call(wide, fused.weights, inputs), narrow(inputs))
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_transformers_of_unequal_widths_fuse_into_a_working_one(metric: str):
+    patterns = transformer_patterns(2) | {"patch.weight": "d . . .", "patch.bias": "d"}
+    patterns |= {"class_token": ". . d", "position": ". . d"}
+    small = vit(dim=8, heads=2, hidden=12, classes=5)
+    large = vit(dim=16, heads=2, hidden=20, classes=5)
+    spec = PermutationSpec.from_patterns(patterns, small, head1=2, head2=2)
+    images = torch.randn(60, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    fused = ot_fusion(small, large, small, images if metric == "activations" else None, spec=spec, progress=False)
+    assert {k: v.shape for k, v in fused.items()} == {k: v.shape for k, v in small.state_dict().items()}
+    small.load_state_dict(fused)
+    assert torch.isfinite(small(images)).all()
+    assert fused.couplings[0]["v1[0->1]"].shape == (8, 4)
+
+
+@pytest.mark.parametrize("regularization", [0.0, 0.05])
+def test_several_models_are_fused_into_the_anchor(regularization: float):
+    case = CASES["cnn"]()
+    b = case.model.state_dict()
+    copies = [case.spec.random(seed).apply(b) for seed in (1, 2)]
+    fused = fuse(case, copies, b, regularization=regularization)
+    assert len(fused.transported) == len(fused.couplings) == 2 and fused.info["share"] == pytest.approx(1 / 3)
+    if regularization == 0.0:
+        assert all(torch.allclose(fused[k], v, atol=1e-6) for k, v in b.items())
+    mixed = fuse(case, [case.other(3), case.other(4)], b, share=0.5)
+    expected = 0.5 * b["conv1.weight"] + 0.25 * sum(t["conv1.weight"] for t in mixed.transported)
+    torch.testing.assert_close(mixed["conv1.weight"], expected)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_trained_networks_come_closer(metric: str):
+    trained = digits()
+    a, b = trained.weights[:2]
+    inputs = trained.data if metric == "activations" else None
+    fused = ot_fusion(trained.model, a, b, inputs, spec=trained.spec, progress=False)
+    assert trained.barrier(fused.transported[0], b) < trained.barrier(a, b) / 3
+
+
+def test_the_spec_is_found_where_none_is_given():
+    case = CASES["mlp"]()
+    b = case.model.state_dict()
+    a = case.spec.random(2).apply(b)
+    for inputs in (None, case.inputs):
+        fused = ot_fusion(case.model, a, b, inputs, progress=False)
+        assert all(torch.allclose(fused[k], v, atol=1e-6) for k, v in b.items())
+
+
+def test_example_inputs_are_made_up_from_the_first_layer():
+    assert guess_inputs(mlp(12, [3], 2)).shape == (2, 12)
+    assert guess_inputs(cnn((3, 4), image=(2, 16, 16))).shape == (2, 2, 16, 16)
+    assert guess_inputs(gpt(11, 6, dim=8, heads=2)).shape == (2, 4)
+    with pytest.raises(InputError, match="pass inputs, or spec"):
+        guess_inputs(torch.nn.LSTM(3, 4))
+
+
+def test_it_is_a_mapping_that_prints():
+    case = CASES["mlp"]()
+    fused = fuse(case, case.other(1), case.other(2))
+    case.model.load_state_dict(fused)
+    assert repr(fused) == "Fusion(2 models, by weights, 6 tensors)" and len(fused) == 6
+    assert torch.equal(lmc.weights.as_weights(fused)["fc1.bias"], fused["fc1.bias"])
+
+
+def test_nothing_of_the_callers_changes():
+    case = CASES["vgg-bn"]()
+    case.model.train()
+    a, b = case.other(1), case.other(2)
+    kept = [{k: v.clone() for k, v in w.items()} for w in (a, b, case.model.state_dict())]
+    fuse(case, a, b, "activations")
+    for now, before in zip((a, b, case.model.state_dict()), kept, strict=True):
+        assert all(torch.equal(now[k], before[k]) for k in before)
+    assert case.model.training
+
+
+def test_dead_units_make_no_nan():
+    case = CASES["mlp"]()
+    a, b = dict(case.other(1)), dict(case.other(2))
+    for weights in (a, b):
+        weights["fc1.weight"], weights["fc1.bias"] = weights["fc1.weight"].clone(), weights["fc1.bias"].clone()
+        weights["fc1.weight"][:5] = 0.0
+    fused = fuse(case, a, b, "activations", regularization=0.05)
+    assert all(torch.isfinite(tensor).all() for tensor in fused.values())
+
+
+def test_without_pot_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ot", None)
+    case = CASES["mlp"]()
+    fuse(case, case.other(1), case.other(2))
+    with pytest.raises(InputError, match="lmc-lab\\[ot\\]"):
+        fuse(case, case.other(1), case.other(2), regularization=0.1)
+
+
+def test_entropic_couplings_that_do_not_converge_are_said(monkeypatch):
+    monkeypatch.setattr("lmc.align.couplings._SCALINGS", 3)
+    with pytest.warns(UserWarning, match="h1: Sinkhorn has not converged in 3 iterations.*raise regularization"):
+        plan(costs(8, 6), 1e-3, "h1")
+
+
+def test_bad_input():
+    case = CASES["mlp"]()
+    a, b = case.other(1), case.other(2)
+    with pytest.raises(MismatchError, match="depths and kinds of layers must be equal"):
+        fuse(case, mlp(12, [16, 16, 10], 5), b)
+    with pytest.raises(MismatchError, match="fc1.weight"):
+        fuse(case, mlp(13, [16, 10], 5), b)
+    with pytest.raises(MismatchError, match="dtype|float64"):
+        fuse(case, {k: v.double() for k, v in a.items()}, b)
+    with pytest.raises(InputError, match="need it as a module"):
+        fuse(case, mlp(12, [20, 10], 5).state_dict(), b, "activations")
+    with pytest.raises(InputError, match="share=2"):
+        fuse(case, a, b, share=2.0)
+    with pytest.raises(InputError, match="0 models"):
+        fuse(case, [], b)
+    with pytest.raises(WeightsError, match="of a"):
+        fuse(case, a | {"fc1.bias": torch.full((16,), torch.nan)}, b)
+    with pytest.raises(DataError, match="no examples"):
+        ot_fusion(case.model, a, b, iter([]), spec=case.spec)
+    experts = PermutationSpec.from_patterns({"up": "e e/f ."}, {"up": torch.zeros(3, 4, 5)})
+    with pytest.raises(SpecError, match="spec.without"):
+        ot_fusion(case.model, a, b, spec=experts)
