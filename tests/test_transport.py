@@ -10,7 +10,7 @@ from lmc.align.activation_matching import activation_matching
 from lmc.align.assignment import assign
 from lmc.align.couplings import plan
 from lmc.align.transport import Fusion, ot_fusion
-from lmc.align.widths import guess_inputs
+from lmc.align.widths import check_alone, guess_inputs
 from lmc.errors import DataError, InputError, MismatchError, SpecError, WeightsError
 from lmc.models.cnn import cnn
 from lmc.models.gpt import gpt
@@ -281,6 +281,12 @@ def test_bad_input():
         fuse(case, a | {"fc1.bias": torch.full((16,), torch.nan)}, b)
     with pytest.raises(DataError, match="no examples"):
         ot_fusion(case.model, a, b, iter([]), spec=case.spec)
+
+
+def test_groups_that_transport_cannot_follow_are_named():
     experts = PermutationSpec.from_patterns({"up": "e e/f ."}, {"up": torch.zeros(3, 4, 5)})
-    with pytest.raises(SpecError, match="spec.without"):
-        ot_fusion(case.model, a, b, spec=experts)
+    with pytest.raises(SpecError, match="up: group 'f\\[0\\]' lies over axes \\(0, 1\\); leave it out"):
+        check_alone(experts)
+    same_in_all = PermutationSpec.from_patterns({"q": "(head /v) ."}, {"q": torch.zeros(6, 5)}, head=2)
+    with pytest.raises(SpecError, match="groups 'head' and 'v' share channels"):
+        check_alone(same_in_all)
