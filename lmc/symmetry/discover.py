@@ -24,7 +24,7 @@ class Discovery:
         groups: name -> group, as met along the network, outer groups before the groups within them.
         shapes: name -> shape of every tensor of the state dict.
         buffers: names of persistent buffers (they move with their units, but are statistics, not weights).
-        aliases: name -> first name of the same tensor, for tied tensors (both names have the same tables).
+        aliases: second names of tied tensors -> the first name (both names have the same tables).
         frozen: (tensor, axis) -> why it does not move, for every axis of size > 1 that does not.
     """
 
@@ -101,7 +101,8 @@ def discover(model: nn.Module, example_inputs: ExampleInputs, outputs: OutputSel
         for axis in table.dims
     }
     frozen = reasons(graph, facts, solution, moved)
-    return Discovery(groups, shapes, graph.buffers, graph.aliases, frozen)
+    second = {name: first for name, first in graph.aliases.items() if name != first}
+    return Discovery(groups, shapes, graph.buffers, second, frozen)
 
 
 def parameter_units(facts: Facts) -> np.ndarray:
