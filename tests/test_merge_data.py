@@ -96,6 +96,19 @@ def test_information_of_token_models_adds_up_positions() -> None:
         merge.fisher_information(model, None, tokens)
 
 
+def test_networks_whose_course_depends_on_the_data_are_measured_one_example_at_a_time() -> None:
+    class Branching(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) if bool((x < 1e9).all()) else x
+
+    torch.manual_seed(0)
+    model, x = Branching(5, 3), torch.randn(7, 5)
+    plain = nn.Linear(5, 3)
+    plain.load_state_dict(model.state_dict())
+    found, expected = merge.fisher_information(model, None, x), merge.fisher_information(plain, None, x)
+    assert close(found, expected, 1e-6)
+
+
 def test_equal_information_gives_the_weighted_mean(nets) -> None:
     _, models, _ = nets
     equal = {name: torch.full_like(p, 0.3) for name, p in models[0].named_parameters()}
@@ -232,6 +245,24 @@ def test_a_convolution_is_fitted_over_its_patches() -> None:
 
     probe = found.clone().requires_grad_()
     assert torch.autograd.grad(mismatch(probe), probe)[0].abs().max() < 1e-8
+
+
+def test_the_transposed_linear_layer_of_gpt2_is_fitted_too() -> None:
+    class Conv1D(nn.Module):
+        def __init__(self, weight: Tensor) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(weight.T.contiguous())
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    torch.manual_seed(0)
+    plain = [nn.Linear(6, 3, bias=False).double() for _ in range(2)]
+    data = [torch.randn(30, 4, 6).double() * torch.rand(6).double() for _ in range(2)]
+    transposed = [Conv1D(m.weight.detach()) for m in plain]
+    for method in (merge.regmean, merge.regmean_plus_plus):
+        found, expected = method(transposed[0], transposed, data), method(plain[0], plain, data)
+        assert torch.allclose(found["weight"].T, expected["weight"], atol=1e-12) and found.report.fitted == ("weight",)
 
 
 def test_features_that_are_never_active_keep_the_average() -> None:

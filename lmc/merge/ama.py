@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lmc.batches import take, to_device
 from lmc.errors import DataError, InputError
-from lmc.landscape.scores import class_last
-from lmc.merge.examples import gather
+from lmc.merge.examples import cross_entropy, gather
 from lmc.merge.on_top import depths
 from lmc.merge.patterns import matches
 from lmc.merge.result import Merged
@@ -98,11 +96,7 @@ def ama(
     for _ in tqdm(range(steps), desc="AMA", delay=2, disable=not progress):
         index = torch.randint(len(targets), (batch_size,), generator=generator)
         outputs = network.outputs({name: merged(name) for name in ends}, to_device(take(inputs, index), network.device))
-        goal = targets[index].to(network.device)
-        rows = class_last(outputs[None], goal)
-        if rows is None:
-            raise DataError("data: integer class targets that fit the outputs are needed")
-        loss = F.cross_entropy(rows[0].float(), goal.reshape(-1))
+        loss = cross_entropy(outputs, targets[index].to(network.device), "data")
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -32,14 +32,10 @@ def average(count: int, *, weights: Sequence[float] | None = None) -> list[float
     return [value / sum(values) for value in values]
 
 
+@linear
 def metrics_weighted(
-    models: Sequence[ModelOrWeights],
-    *,
-    base: ModelOrWeights | None = None,
-    losses: Sequence[float] | None = None,
-    scores: Sequence[float] | None = None,
-    power: float = 1.0,
-) -> Weights:
+    count: int, *, losses: Sequence[float] | None = None, scores: Sequence[float] | None = None, power: float = 1.0
+) -> list[float]:
     """An average with weights `q_i^power / sum_j q_j^power` from one metric per model: `q = 1 / loss` or `q = score`.
 
     After metrics-weighted averaging (Wang, Choi 2025, 2504.18580), which weights the checkpoints of one run by training
@@ -52,11 +48,10 @@ def metrics_weighted(
     if (losses is None) == (scores is None):
         raise InputError("give either losses= (smaller is better) or scores= (larger is better)")
     what, given = ("losses", losses) if losses is not None else ("scores", scores)
-    values = torch.tensor(coefficients(given, len(models), what), dtype=torch.float64)
+    values = torch.tensor(coefficients(given, count, what), dtype=torch.float64)
     if not bool((values > 0).all()):
         raise InputError(f"{what}: {values.tolist()} must all be positive")
-    logits = values.log() * (-power if losses is not None else power)
-    return average(models, base=base, weights=torch.softmax(logits, 0).tolist())
+    return torch.softmax(values.log() * (-power if losses is not None else power), 0).tolist()
 
 
 def swa(checkpoints: Iterable[ModelOrWeights]) -> Weights:

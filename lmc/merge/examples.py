@@ -4,11 +4,14 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmc.batches import as_splits, take, tensors
 from lmc.errors import DataError, InputError, WeightsError
 from lmc.landscape.evaluation import Evaluator
+from lmc.landscape.scores import class_last
+from lmc.merge.tensors import wide
 from lmc.network import Network, pick_device
 from lmc.repair import Recalibrator
 from lmc.weights import Weights, check_finite
@@ -67,6 +70,17 @@ def gather(data: Any, what: str) -> tuple[Any, Tensor | None]:
     if isinstance(columns[0], Mapping):
         return {key: torch.cat([column[key] for column in columns]) for key in columns[0]}, targets
     return tuple(torch.cat(column) for column in zip(*columns, strict=True)), targets
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor, what: str) -> Tensor:
+    """The mean cross-entropy in nats of outputs `(N, C)`, `(N, T, C)` or `(N, C, ...)`, in float32 or wider."""
+    rows = class_last(outputs[None], targets)
+    if rows is None:
+        raise DataError(
+            f"{what}: integer class targets that fit the outputs are needed, got {targets.dtype} {tuple(targets.shape)} "
+            f"for outputs {tuple(outputs.shape)}"
+        )
+    return F.cross_entropy(rows[0].to(wide(outputs.dtype)), targets.reshape(-1))
 
 
 def check_data(data: Any, count: int) -> list[Any]:

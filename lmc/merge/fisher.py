@@ -1,6 +1,6 @@
 """Fisher merging: each weight is averaged in proportion to how much each model's predictions depend on it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import grad, vmap
 from tqdm.auto import tqdm
 
-from lmc.batches import tensors, to_device
+from lmc.batches import take, tensors, to_device
 from lmc.errors import DataError, InputError, MismatchError
 from lmc.merge.examples import batches, check_data
 from lmc.merge.method import coefficients
@@ -146,7 +146,7 @@ def fisher_information(
         outputs = network.outputs(parameters, _batch_of_one(example))[0]
         return outputs.to(wide(outputs.dtype)).log_softmax(-1).gather(-1, target[..., None]).sum()
 
-    gradients = vmap(grad(log_probability), in_dims=(None, 0, 0))
+    gradients = _EachGradient(log_probability)
     found = {name: torch.zeros_like(tensor, dtype=wide(tensor.dtype)) for name, tensor in trained.items()}
     count = 0
     for inputs, targets in batches(data, "data", limit=samples, size=chunk):
@@ -178,6 +178,31 @@ def _targets(
         if targets is None or targets.shape != probabilities.shape[:-1]:
             raise DataError(f"labels='true' needs targets of shape {tuple(probabilities.shape[:-1])}")
         yield targets.to(probabilities.device).long(), ones
+
+
+class _EachGradient:
+    """Gradients `(N, *shape)` of a function of (weights, example, target) for each of N examples.
+
+    All at once; one after the other for networks that cannot be batched so, whose course depends on the data (as where
+    attention masks are looked at).
+    """
+
+    def __init__(self, function: Callable[[Weights, Any, Tensor], Tensor]) -> None:
+        self.function = function
+        self.together = True
+
+    def __call__(self, weights: Weights, inputs: Any, targets: Tensor) -> Weights:
+        if self.together:
+            try:
+                return vmap(grad(self.function), in_dims=(None, 0, 0))(weights, inputs, targets)
+            except RuntimeError:
+                self.together = False
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
+        rows = []
+        for n, target in enumerate(targets):
+            value = self.function(leaves, take(inputs, n), target)
+            rows.append(torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True))
+        return {name: torch.stack(column) for name, column in zip(leaves, zip(*rows, strict=True), strict=True)}
 
 
 def _batch_of_one(example: Any) -> Any:

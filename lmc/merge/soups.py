@@ -11,15 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lmc.batches import take, to_device
 from lmc.errors import DataError, InputError, WeightsError
-from lmc.landscape.scores import class_last
 from lmc.merge.averaging import average
-from lmc.merge.examples import Metric, finite, gather, scorer
+from lmc.merge.examples import Metric, cross_entropy, finite, gather, scorer
 from lmc.merge.method import linear
 from lmc.merge.result import Merged
 from lmc.merge.tensors import WeightSets, assemble, weight_sets
@@ -229,10 +227,8 @@ def learned_soup(
         total = 0.0
         for index in torch.randperm(len(targets), generator=generator).split(batch_size):
             batch, goal = to_device(take(inputs, index), network.device), targets[index].to(network.device)
-            outputs = class_last(network.outputs({name: mixed(name) for name in names}, batch)[None], goal)
-            if outputs is None:
-                raise DataError("validation: a learned soup needs integer class targets that fit the outputs")
-            loss = F.cross_entropy(beta * outputs[0].float(), goal.reshape(-1))
+            outputs = network.outputs({name: mixed(name) for name in names}, batch)
+            loss = cross_entropy(beta * outputs, goal, "validation")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -126,7 +126,7 @@ def weight_sets(
     others = [(f"models[{i}]", state) for i, state in enumerate(states[1:], start=1)]
     others += [] if reference is None else [("base", reference)]
     for who, other in others:
-        check_compatible(dict(first), dict(other), ("models[0]", who))
+        _check_compatible(first, other, ("models[0]", who))
 
     module = models[0] if module is None and isinstance(models[0], nn.Module) else module
     buffers = set() if module is None else {name for name, _ in module.named_buffers()}
@@ -192,6 +192,16 @@ def generator(seed: int, name: str) -> torch.Generator:
 def _mapping(model: ModelOrWeights) -> Mapping[str, Tensor]:
     """A state dict is taken as it is; a mapping that is not a dict may read from disk and stays lazy."""
     return model if isinstance(model, Mapping) and not isinstance(model, dict) else as_weights(model)
+
+
+def _check_compatible(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str]) -> None:
+    """`check_compatible`, one tensor at a time where a mapping reads from disk."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        check_compatible(a, b, names)
+        return
+    for name in [*a, *(name for name in b if name not in a)]:
+        left, right = ({name: state[name]} if name in state else {} for state in (a, b))
+        check_compatible(left, right, names)
 
 
 def _masking(tensor: Tensor, others: Sequence[Tensor]) -> bool:
