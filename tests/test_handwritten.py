@@ -58,3 +58,11 @@ def test_discovered_patterns_can_be_read_back(name):
     found = lmc.permutation_spec(build(), torch.randn(shape), certify=False)
     assert "patterns" in found.to_dict()
     assert lmc.PermutationSpec.from_dict(found.to_dict()) == found
+
+
+def test_only_second_names_of_tied_tensors_are_aliases():
+    assert lmc.permutation_spec(models.mlp(9, [8], 4), torch.randn(2, 9)).aliases == {}
+    tied = models.gpt(11, 6, tied=True)
+    spec = lmc.permutation_spec(tied, torch.randint(0, 11, (2, 6)))
+    assert spec.aliases == {"head.weight": "token.weight"}
+    assert sum(spec.parameters.values()) == sum(p.numel() for p in tied.parameters())
