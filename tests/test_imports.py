@@ -14,15 +14,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lmc"
 
 # For each part of the package, the other parts it may import. `lmc/__init__.py` may import all of them.
-LEAVES = {"errors", "files", "modules", "weights", "batches", "network"}
+LEAVES = {"errors", "files", "modules", "weights", "batches", "inputs", "network"}
 ALLOWED = {
     "errors": set(),
     "files": {"errors"},
     "modules": {"errors"},
     "weights": {"errors"},
     "batches": {"errors"},
+    "inputs": {"errors", "batches"},
     "network": {"errors", "modules", "weights", "batches"},
     "repair": LEAVES,
+    "renormalize": LEAVES | {"repair"},
     "symmetry": LEAVES,
     "align": LEAVES | {"symmetry"},
     "landscape": LEAVES | {"repair"},

@@ -13,11 +13,11 @@ from lmc.align.activations import Moments, collect
 from lmc.align.blocks import build_blocks
 from lmc.align.clusters import Cluster, clusters
 from lmc.align.descent import Descent
-from lmc.align.inputs import call_module, input_batches
 from lmc.align.taps import choose, live_taps
 from lmc.align.weight_matching import _matched
 from lmc.batches import take
 from lmc.errors import InputError
+from lmc.inputs import call_module, input_batches
 from lmc.network import Network, pick_device
 from lmc.symmetry.actions import permute_tensor
 from lmc.symmetry.permutation import Permutation

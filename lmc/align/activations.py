@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lmc.align.inputs import Call, call_module
 from lmc.align.taps import Tap, Watch
 from lmc.errors import DataError
+from lmc.inputs import Call, call_module
 from lmc.network import Network
 from lmc.weights import Weights
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from lmc.align.activations import Site, collect
 from lmc.align.couplings import Coupling, View, couple, paired_rows
-from lmc.align.inputs import call_module, input_batches
 from lmc.align.taps import candidates, choose, live_taps
 from lmc.align.widths import check_alone, check_depth, check_fixed_axes, guess_inputs, spec_of_width
 from lmc.batches import take
 from lmc.errors import InputError, MismatchError, SpecError
+from lmc.inputs import call_module, input_batches
 from lmc.network import Network, pick_device
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
