@@ -6,6 +6,9 @@ import tempfile
 # One thread: sums are then made in one order on every machine, and a busy small machine is not slowed by spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# A progress bar, which shows after two seconds, would be an output that the stored notebook does not have.
+os.environ["TQDM_DISABLE"] = "1"
+
 # Kernels neither read nor write the user's own Jupyter and IPython folders.
 _JUPYTER_HOME = tempfile.TemporaryDirectory(prefix="lmc-jupyter-")
 for _name in ("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"):

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from tqdm.auto import tqdm
 
 from lmc.batches import take
 from lmc.errors import DataError, InputError
 from lmc.inputs import Call, call_module, input_batches
 from lmc.network import Network, pick_device
+from lmc.progress import tqdm
 from lmc.repair import Recalibrator, has_batchnorm
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
 
@@ -126,7 +126,7 @@ class Renormalizer:
     def _measure_endpoints(self, progress: bool) -> "list[_Moments]":
         """The statistics of every layer in every network, and between networks."""
         moments = [_Moments(len(self.models)) for _ in self._layers]
-        for call in tqdm(self.batches, desc="repair", unit=" batches", delay=2, disable=not progress, leave=False):
+        for call in tqdm(self.batches, desc="repair", unit=" batches", disable=not progress):
             seen: list[list[Tensor]] = [[] for _ in self._layers]
 
             def note(at: int, values: Tensor, seen=seen) -> None:

@@ -61,6 +61,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ.setdefault("PLOTLY_RENDERER", "plotly_mimetype+png")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
     failed = 0
     for path in args.notebooks or sorted(FOLDER.glob("*.ipynb")):
         try:

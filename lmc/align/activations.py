@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lmc.align.taps import Tap, Watch
 from lmc.errors import DataError
 from lmc.inputs import Call, call_module
 from lmc.network import Network
+from lmc.progress import tqdm
 from lmc.weights import Weights
 
 # A unit whose spread is below this share of its mean square has no variance beyond rounding: it is constant.
@@ -119,7 +119,7 @@ def collect(
     for site in sites:
         if site.target not in moments:
             moments[site.target] = Moments(len(site.rows_a), len(site.rows_b), device)
-    bar = tqdm(batches, desc="activations", unit=" batches", delay=2, disable=not progress, leave=False)
+    bar = tqdm(batches, desc="activations", unit=" batches", disable=not progress)
     for call in bar:
         seen_a = _run(networks[0], weights[0], [(site, site.rows_a) for site in sites], call)
         seen_b = _run(networks[1], weights[1], [(site, site.rows_b) for site in sites], call)

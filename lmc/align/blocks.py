@@ -36,15 +36,19 @@ class Place:
 
     def features(self, tensor: Tensor) -> Tensor:
         """`(n, m * rest)`: what belongs to each unit, one row per unit (a view where memory order allows it)."""
-        return self.slices(tensor).flatten(1)
+        return self._by_position(tensor).reshape(len(self.rows), -1)
 
     def slices(self, tensor: Tensor) -> Tensor:
         """`(n, m, *rest)`: what belongs to each unit, the other axes kept apart."""
-        front = tensor.movedim(self.dims, tuple(range(len(self.dims))))
-        rest = front.shape[len(self.dims) :]
-        if not self.natural:
-            front = front.reshape(-1, *rest).index_select(0, self.rows.flatten())
-        return front.reshape(*self.rows.shape, *rest)
+        rest = [size for d, size in enumerate(tensor.shape) if d not in self.dims]
+        return self._by_position(tensor).reshape(*self.rows.shape, *rest)
+
+    def _by_position(self, tensor: Tensor) -> Tensor:
+        """The tensor with the axes `dims` first, and along them the positions in the order of `rows`."""
+        front = tensor if self.dims == (0,) else tensor.movedim(self.dims, tuple(range(len(self.dims))))
+        if self.natural:
+            return front
+        return front.reshape(-1, *front.shape[len(self.dims) :]).index_select(0, self.rows.flatten())
 
 
 class Shift(NamedTuple):

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, overload
 
 import torch
-from tqdm.auto import tqdm
 
 from lmc.align.frank_wolfe import frank_wolfe, start_at
 from lmc.align.weight_matching import _matched, weight_matching
 from lmc.errors import InputError
+from lmc.progress import tqdm
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
@@ -102,7 +102,7 @@ def match_many(
     run = _merge_many if method == "merge_many" else _cycle_consistent
     best, value = [spec.identity()] * len(states), objective(spec, states)
     info: dict[str, Any] = {"method": method, "seed": seed, "objective_at_identity": value, "runs": []}
-    bar = tqdm(desc=method, unit=" steps", delay=2, disable=not progress, leave=False)
+    bar = tqdm(desc=method, unit=" steps", disable=not progress)
     try:
         for restart in range(restarts):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + restart)

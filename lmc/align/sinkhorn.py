@@ -7,7 +7,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lmc.align.assignment import assign
 from lmc.align.soft import Mixer, sinkhorn
@@ -15,6 +14,7 @@ from lmc.align.task_loss import Loss, TaskLoss
 from lmc.align.weight_matching import _matched
 from lmc.errors import DataError, InputError
 from lmc.network import pick_device
+from lmc.progress import tqdm
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, lerp
@@ -102,7 +102,7 @@ def sinkhorn_matching(
     best = spec.identity()
     values, stale, taken = [measure(best)], 0, 0
     try:
-        for taken in tqdm(range(1, steps + 1), desc="sinkhorn", delay=2, disable=not progress, leave=False):
+        for taken in tqdm(range(1, steps + 1), desc="sinkhorn", disable=not progress):
             optimizer.zero_grad()
             step_loss({name: sinkhorn(x / tau, iterations) for name, x in scores.items()}).backward()
             optimizer.step()

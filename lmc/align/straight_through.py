@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lmc.align.blocks import Block, build_blocks
 from lmc.align.descent import Descent
@@ -15,6 +14,7 @@ from lmc.align.task_loss import Loss, TaskLoss
 from lmc.align.weight_matching import _matched, weight_matching
 from lmc.errors import InputError
 from lmc.network import pick_device
+from lmc.progress import tqdm
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, lerp
@@ -87,7 +87,7 @@ def straight_through_matching(
     pi = weight_matching(spec, a, b, progress=False)
     best, losses, stale = pi, [task.mean(lerp(a, pi.apply(b), 0.5))], 0
     try:
-        for _ in tqdm(range(epochs), desc="straight-through", delay=2, disable=not progress, leave=False):
+        for _ in tqdm(range(epochs), desc="straight-through", disable=not progress):
             for batch in task.shuffled(generator):
                 _step(task, batch, a, pi.apply(b), latent, optimizer)
                 pi = _project(spec, blocks, latent, b, pi)

@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lmc.align.blocks import Block, build_blocks
 from lmc.align.descent import Descent, inner_product
 from lmc.errors import InputError
+from lmc.progress import tqdm
 from lmc.symmetry.actions import permute_tensor
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
@@ -63,7 +63,7 @@ def weight_matching(
     naive = inner_product(fixed, moving)
     candidates: list[tuple[float, dict[str, Tensor]]] = [(naive, {})]
     runs: list[dict[str, Any]] = []
-    bar = tqdm(unit=" visits", delay=2, disable=not progress, leave=False)
+    bar = tqdm(unit=" visits", disable=not progress)
     try:
         blocks = build_blocks(spec, fixed)
         for restart in range(restarts):

@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm.auto import tqdm
-
 from lmc.errors import DataError
+from lmc.progress import tqdm
 
 VARIABLE = "LMC_DATA"
 
@@ -89,7 +88,7 @@ def _download(source: Source, path: Path, progress: bool, roots: list[Path]) -> 
     try:
         with os.fdopen(handle, "wb") as file, urllib.request.urlopen(source.url, timeout=30) as response:
             size = int(response.headers.get("Content-Length") or 0) or None
-            with tqdm(total=size, desc=source.name, unit="B", unit_scale=True, disable=not progress, delay=2) as bar:
+            with tqdm(total=size, desc=source.name, unit="B", unit_scale=True, disable=not progress) as bar:
                 while chunk := response.read(1 << 16):
                     file.write(chunk)
                     bar.update(len(chunk))

@@ -1,8 +1,7 @@
 """Loss and accuracy on the straight line between two networks, and the barrier on it."""
 
 import math
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal
@@ -11,17 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from lmc.batches import Split, take
+from lmc.batches import Split
 from lmc.errors import InputError
 from lmc.landscape.barriers import Barrier, Baseline, barrier
 from lmc.landscape.evaluation import Evaluator
+from lmc.landscape.points import preparation, run
 from lmc.landscape.predictions import Predictions, collect
 from lmc.landscape.scores import Measure, Score
 from lmc.network import pick_device
-from lmc.repair import Recalibrator, has_batchnorm
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, lerp
+from lmc.weights import ModelOrWeights, as_weights, check_compatible, check_finite, lerp
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
     from lmc.widgets.path_explorer import PathExplorer
 
 Values = npt.NDArray[np.float64]
-
-STATISTICS_EXAMPLES = 2048  # inputs that batch statistics are re-estimated from at every point
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,8 +213,6 @@ def loss_path(
     check_compatible(a, b)
     check_finite(a, "a")
     check_finite(b, "b")
-    if repair not in ("auto", None):
-        raise InputError(f'repair={repair!r}; expected "auto" or None')
     grid = _grid(alphas)
     evaluator = Evaluator(
         model,
@@ -231,62 +225,13 @@ def loss_path(
     )
     evaluator.network.check(a, "a")
     a, b = ({name: tensor.to(evaluator.device) for name, tensor in weights.items()} for weights in (a, b))
-    prepare = _prepare(evaluator, repair, statistics_inputs)
+    prepare = preparation(evaluator, repair, statistics_inputs)
     own = list(evaluator([a, b])) if prepare is not None else None
     order = _coarse_to_fine(grid)
     points = (lerp(a, b, float(grid[i])) for i in order)
     states = points if prepare is None else (prepare(state) for state in points)
-    scores = _run(evaluator, states, order, progress)
-    return _assemble(grid, scores, own, evaluator.splits)
-
-
-def _prepare(evaluator: Evaluator, repair: str | None, statistics_inputs: Any) -> Recalibrator | None:
-    """What is done to averaged weights before they are evaluated."""
-    if not has_batchnorm(evaluator.network.module):
-        return None
-    if repair is None:
-        warnings.warn(
-            "this model has batch normalisation and repair=None: averaged running statistics fit neither network, and "
-            "the barrier mostly looks higher than it is; leave repair='auto' to re-estimate them",
-            stacklevel=3,
-        )
-        return None
-    if statistics_inputs is None:
-        statistics_inputs = _some_inputs(evaluator.splits[0])
-    return Recalibrator(evaluator.network, statistics_inputs)
-
-
-def _some_inputs(split: Split) -> Any:
-    """Evenly spaced inputs of a split given whole, else its first batches: about `STATISTICS_EXAMPLES` of them."""
-    if split.whole:
-        inputs, targets = next(iter(split.batches))
-        return take(inputs, slice(None, None, -(-len(targets) // STATISTICS_EXAMPLES)))
-    found, count = [], 0
-    for inputs, targets in split.batches:
-        found.append(inputs)
-        count += len(targets)
-        if count >= STATISTICS_EXAMPLES:
-            break
-    return found
-
-
-def _run(
-    evaluator: Evaluator, states: Iterator[Weights], order: list[int], progress: bool
-) -> list[dict[str, Score] | None]:
-    """The scores of the points, in the order of the grid; None where an interrupt came first."""
-    scores: list[dict[str, Score] | None] = [None] * len(order)
-    done = 0
-    with tqdm(total=len(order), desc="path", unit="point", delay=2, disable=not progress, leave=False) as bar:
-        try:
-            for i, score in zip(order, evaluator(states), strict=True):
-                scores[i] = score
-                done += 1
-                bar.update()
-        except KeyboardInterrupt:
-            if done < 2:
-                raise
-            warnings.warn(f"interrupted: {done} of {len(order)} points were evaluated, the others are NaN", stacklevel=3)
-    return scores
+    scores = run(evaluator, states, order, "path", progress, fewest=2)
+    return _assemble(grid, [scores.get(i) for i in range(len(grid))], own, evaluator.splits)
 
 
 def _assemble(

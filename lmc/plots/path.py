@@ -28,7 +28,7 @@ def plot_paths(paths: Mapping[str, "Path"]) -> go.Figure:
         for name, path in paths.items():
             _curves(fig, name, path, panel, tints[name], column)
             _barrier(fig, path, panel, tints[name], column, 0.05 * _span(shown, panel))
-        fig.update_xaxes(title_text="position α on the way from A (0) to B (1)", col=column)
+        fig.update_xaxes(title_text="α, from A (0) to B (1)", col=column)
         fig.update_yaxes(title_text=titles[panel], rangemode="tozero" if panel == "loss" else "normal", col=column)
     _dash_legend(fig, {split for path in shown for split in path.values})
     return fig

@@ -4,15 +4,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
-from tqdm.auto import tqdm
 
+from lmc.progress import tqdm
 from lmc.symmetry import naming
 from lmc.symmetry.explain import reasons
 from lmc.symmetry.group import Group, Table
 from lmc.symmetry.interpret import Facts, gather_facts
+from lmc.symmetry.outputs import ExampleInputs, OutputSelector
 from lmc.symmetry.solve import Fibre, Solution, solve
 from lmc.symmetry.tables import Places
-from lmc.symmetry.outputs import ExampleInputs, OutputSelector
 from lmc.symmetry.trace import Graph, capture
 
 
@@ -75,7 +75,7 @@ def discover(model: nn.Module, example_inputs: ExampleInputs, outputs: OutputSel
         TraceError: if the forward pass cannot be captured as a graph of operators.
         InputError: if `example_inputs` or `outputs` make no sense.
     """
-    with tqdm(total=3, desc="symmetries: capturing the graph", delay=2, disable=not progress, leave=False) as bar:
+    with tqdm(total=3, desc="symmetries: capturing the graph", disable=not progress) as bar:
         graph = capture(model, example_inputs, outputs)
         bar.update()
         bar.set_description("symmetries: following units", refresh=False)

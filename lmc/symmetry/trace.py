@@ -244,7 +244,7 @@ def graph_of(model: nn.Module, program: Any, names: Mapping[str, str]) -> Graph:
         if kind == "PARAMETER" or (kind == "BUFFER" and target in persistent and tensors[target].is_floating_point()):
             leaves[spec.arg.name] = Leaf("parameter" if kind == "PARAMETER" else "buffer", target)
         elif kind == "USER_INPUT":
-            leaves[spec.arg.name] = Leaf("input", spec.arg.name)
+            leaves[spec.arg.name] = Leaf("input", input_name(spec.arg.name))
         else:
             value = program.constants.get(spec.target) if kind != "BUFFER" else held.get(target)
             leaves[spec.arg.name] = Leaf("constant", target, value if isinstance(value, Tensor) else None)
@@ -258,6 +258,11 @@ def graph_of(model: nn.Module, program: Any, names: Mapping[str, str]) -> Graph:
             mutated.append((by_name[spec.arg.name], names.get(target, target)))
     buffers = frozenset(persistent)
     return Graph(list(program.graph.nodes), leaves, outputs, mutated, aliases_of(tensors), tensors, buffers)
+
+
+def input_name(placeholder: str) -> str:
+    """`args_0` -> `0`, `kwargs_mask` or `mask` -> `mask`."""
+    return re.sub(r"^(args|kwargs)_", "", placeholder)
 
 
 def aliases_of(tensors: Mapping[str, Any]) -> dict[str, str]:
@@ -285,5 +290,5 @@ def module_path(node: Node) -> str:
 def source_line(node: Node) -> str:
     """`file.py:line` of the user's code that issued a node, empty if unknown."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    frames = [f for f in frames if is_user_file(f[0])] or frames
+    frames = [f for f in frames if is_user_file(f[0])]
     return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lmc.errors import InputError
 from lmc.modules import copy_module
+from lmc.progress import tqdm
 from lmc.training.init import aliases, device_of, given, initialised
 from lmc.training.inputs import check_model, epochs_to_keep, training_tensors
 from lmc.training.result import History, Recipe, Trained
@@ -76,7 +76,7 @@ def train(
     kept = epochs_to_keep(keep, epochs)
     runs: list[_Run] = []
     interrupted = False
-    with tqdm(total=epochs * len(seeds), desc="training", unit="epoch", disable=not progress, delay=2) as bar:
+    with tqdm(total=epochs * len(seeds), desc="training", unit="epoch", disable=not progress) as bar:
         waiting = list(seeds)
         size = together or len(waiting)
         try:

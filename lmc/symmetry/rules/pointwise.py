@@ -6,7 +6,6 @@ from lmc.symmetry.rules import core
 from lmc.symmetry.rules.registry import Op, all_pointwise, named, rule
 from lmc.symmetry.tags import Tag
 
-
 rule(*named("where", "gelu", "silu", "hardswish", "hardsigmoid", "hardtanh", "masked_fill", "mish", "relu", "relu6", "elu", "selu", "celu", "softplus", "leaky_relu", "threshold", "clamp", "rsub", "lerp", "logit", "hardshrink", "softshrink", "float_power", "addcmul", "addcdiv", "nan_to_num", "log_sigmoid"), experts=True)(all_pointwise)
 
 
@@ -19,7 +18,7 @@ def prelu(op: Op, x: Tag, weight: Tag) -> Tag:
 @rule(*named("zeros_like", "ones_like", "full_like", "empty_like", "new_zeros", "new_ones", "new_full", "new_empty"))
 def constant_like(op: Op, *_: Any, **__: Any) -> Tag:
     """The same number everywhere: no position differs from another."""
-    return Tag(op.shape, constant=False)
+    return Tag(op.shape)
 
 
 @rule(*named("glu"))
