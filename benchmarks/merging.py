@@ -6,7 +6,8 @@
 Two settings of four tasks each, one network `64-128-64-10` and one head for all:
 
 - classes: each task has the images of some digits ({0,1,2}, {3,4,5}, {6,7}, {8,9}); the base knows all ten a little;
-- views: each task has all digits turned by 90 degrees, inverted, shifted by 3 pixels, or mirrored; the base has seen a few.
+- views: each task has all digits turned by 90 degrees, inverted, shifted by 3 pixels, or mirrored; the base has seen a
+  few.
 
 The score is the mean accuracy over the tasks' test images, always among all ten digits. Scales of task vectors and all
 learned coefficients come from validation images; no test image is used for anything else, nor seen by AdaMerging.

@@ -126,7 +126,9 @@ def test_model_stock_between_base_and_mean() -> None:
     opposite = [{"w": base["w"] + d} for d in (right, -right, up)]
     assert close(merge.model_stock(opposite, base=base), base)  # negative cosine: no pole, no overshoot
     half = [{"w": base["w"] + d} for d in (right, 0.5 * right + math.sqrt(0.75) * up)]  # cos 1/2: t = 2/3
-    assert close(merge.model_stock(half, base=base), {"w": base["w"] + 2 / 3 * (0.75 * right + 0.5 * math.sqrt(0.75) * up)})
+    assert close(
+        merge.model_stock(half, base=base), {"w": base["w"] + 2 / 3 * (0.75 * right + 0.5 * math.sqrt(0.75) * up)}
+    )
     still = [{"w": base["w"] + right}, base]  # a task vector of zero has no angle: plain mean
     assert close(merge.model_stock(still, base=base), {"w": base["w"] + 0.5 * right})
 

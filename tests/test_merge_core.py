@@ -276,6 +276,8 @@ def test_bad_input_is_named(models: list[Tied]) -> None:
         merge.ties([a, b], base=base | {"hidden.weight": spoiled})
     with pytest.raises(WeightsError, match="complex"):
         merge.average([{"w": torch.zeros(2, dtype=torch.complex64)}])
+    with pytest.raises(WeightsError, match="w: on the meta device"):
+        merge.average([{"w": torch.zeros(2, device="meta"), "v": torch.zeros(2, device="meta")}] * 2)
     with pytest.raises(TypeError, match="base"):
         merge.ties([a, b])
     with pytest.raises(InputError, match="pass base="):

@@ -116,7 +116,9 @@ def test_equal_information_gives_the_weighted_mean(nets) -> None:
     expected = merge.average(models, weights=[1.0, 3.0])
     assert close(result, expected)
     twice = {name: 2 * f for name, f in equal.items()}
-    assert close(merge.fisher_weighted(models, [twice, equal]), merge.fisher_weighted(models, [equal, equal], weights=[2, 1]))
+    assert close(
+        merge.fisher_weighted(models, [twice, equal]), merge.fisher_weighted(models, [equal, equal], weights=[2, 1])
+    )
     assert close(merge.fisher_weighted(models, [twice, equal], normalize=True), merge.average(models))
 
 
@@ -233,7 +235,9 @@ def test_a_convolution_is_fitted_over_its_patches() -> None:
     models = [copy.deepcopy(model) for _ in range(2)]
     for m in models:
         nn.init.normal_(m.weight)
-    data = [torch.randn(30, 2, 8, 8, dtype=torch.float64) * torch.rand(30, 2, 8, 8, dtype=torch.float64) for _ in range(2)]
+    data = [
+        torch.randn(30, 2, 8, 8, dtype=torch.float64) * torch.rand(30, 2, 8, 8, dtype=torch.float64) for _ in range(2)
+    ]
     found = merge.regmean(model, models, data, shrink=1.0)["weight"]
 
     def mismatch(weight: Tensor) -> Tensor:

@@ -104,7 +104,9 @@ def test_forgetting_a_task_by_subtracting_its_vector(bench: Bench) -> None:
 
 def test_fisher_and_soups_stay_in_business(bench: Bench) -> None:
     specialist = max(bench.mean(m.state_dict()) for m in bench.models)
-    fisher = merge.fisher(bench.base, bench.models, bench.inputs, samples=128, normalize=True, floor=1e-9, progress=False)
+    fisher = merge.fisher(
+        bench.base, bench.models, bench.inputs, samples=128, normalize=True, floor=1e-9, progress=False
+    )
     assert bench.mean(fisher) > specialist + 0.3
     validation = torch.cat([x for x, _ in bench.validation]), torch.cat([y for _, y in bench.validation])
     soup = merge.greedy_soup(bench.base, bench.models, validation, progress=False)

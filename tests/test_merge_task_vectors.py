@@ -9,7 +9,14 @@ from torch import Tensor
 import lmc.merge as merge
 from lmc.errors import InputError
 
-SHAPES = {"layers.0.w": (9, 6), "layers.0.b": (9,), "layers.1.w": (4, 9), "layers.1.b": (4,), "head": (3, 4, 1, 1), "s": ()}
+SHAPES = {
+    "layers.0.w": (9, 6),
+    "layers.0.b": (9,),
+    "layers.1.w": (4, 9),
+    "layers.1.b": (4,),
+    "head": (3, 4, 1, 1),
+    "s": (),
+}
 
 
 def random_states(count: int, seed: int = 0, scale: float = 1.0, base: dict | None = None) -> list[dict[str, Tensor]]:
@@ -135,9 +142,7 @@ def test_ties_of_one_model_is_its_trimmed_vector() -> None:
 
 def test_ties_turns_with_the_sign_of_all_task_vectors() -> None:
     mirrored = [{k: 2 * BASE[k] - m[k] for k in BASE} for m in (A, B, C)]
-    assert torch.allclose(
-        moved(merge.ties(mirrored, base=BASE)), -moved(merge.ties([A, B, C], base=BASE)), atol=1e-12
-    )
+    assert torch.allclose(moved(merge.ties(mirrored, base=BASE)), -moved(merge.ties([A, B, C], base=BASE)), atol=1e-12)
 
 
 def test_ties_where_sums_cancel_exactly() -> None:
@@ -215,8 +220,12 @@ def test_breadcrumbs_keeps_a_band_of_each_row() -> None:
     result = merge.breadcrumbs([model], base={"w": torch.zeros(2, 10)}, density=0.5, outliers=0.2)["w"]
     band = torch.where((row.abs() >= 6) & (row.abs() <= 8), row, 0.0)  # of the top five the top two go
     assert torch.equal(result, torch.stack([band, band.flip(0)]))
-    assert close(merge.breadcrumbs([A, B], base=BASE, density=1.0, outliers=0.0), merge.task_arithmetic([A, B], base=BASE))
-    share = (merge.breadcrumbs([{"w": torch.randn(3, 1000)}], base={"w": torch.zeros(3, 1000)})["w"] != 0).float().mean()
+    assert close(
+        merge.breadcrumbs([A, B], base=BASE, density=1.0, outliers=0.0), merge.task_arithmetic([A, B], base=BASE)
+    )
+    share = (
+        (merge.breadcrumbs([{"w": torch.randn(3, 1000)}], base={"w": torch.zeros(3, 1000)})["w"] != 0).float().mean()
+    )
     assert abs(float(share) - 0.144) < 1e-6
     with pytest.raises(InputError, match="outliers"):
         merge.breadcrumbs([A], base=BASE, density=0.1, outliers=0.2)
@@ -296,6 +305,15 @@ def test_lines_alpha_for_several_tasks_and_other_methods() -> None:
     result = moved(merge.lines([A, B, C], base=BASE, beta=0.0, method=merge.ties, density=0.5))
     assert torch.allclose(result, alpha * merged, atol=1e-12)
     assert torch.allclose(moved(merge.lines([A, B, C], base=BASE, beta=0.0)), total / 3, atol=1e-12)
+
+
+def test_corrections_go_on_top_of_methods_on_task_vectors_only() -> None:
+    with pytest.raises(InputError, match="average is not a method on task vectors"):
+        merge.lines([A], base=BASE, method=merge.average)
+    with pytest.raises(InputError, match="expected a method on task vectors"):
+        merge.consensus([A], base=BASE, method="ties")
+    with pytest.raises(TypeError, match="density"):
+        merge.consensus([A], base=BASE, density=0.2)  # task arithmetic has none
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties", "pcb"])

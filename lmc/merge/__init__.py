@@ -1,4 +1,21 @@
-"""Combine the weights of several models: `method(models, *, base=None, ...) -> weights`."""
+"""Combine the weights of several models: `method(models, *, base=None, ...) -> weights`.
+
+Models are modules or state dicts of one architecture; the result is a state dict; nothing given is changed. What a
+method needs besides the models:
+
+- nothing: `average` (and `uniform_soup`), `slerp`, `karcher_mean`, `variance_corrected`; over the checkpoints of one
+  run `swa`, `ema`, `lawa`, and with a metric for each `metrics_weighted`;
+- the base they were fine-tuned from: `model_stock`, `wise_ft`, and on task vectors `task_arithmetic`, `ties`, `dare`,
+  `della`, `breadcrumbs`, `pcb`; on top of one of these six `lines`, `consensus`, `tall_mask`;
+- unlabelled inputs, `method(model, models, data)`: `fisher`, `regmean`, `regmean_plus_plus`, `adamerging`;
+- labelled validation data, `method(model, models, validation)`: `greedy_soup`, `learned_soup`, `ama`, `lcsc`, `evolve`;
+- training: `sparse_soup`, `mix_experts`, `balanced_batch`.
+
+Options of the first two kinds can be given per name pattern: `scale={"*": 1.0, "layers.*.attn": 0.3}`. A method of
+your own is a function of one tensor under `@on_tensors`, `@on_task_vectors`, `@on_merged` or `@linear` (see
+`lmc.merge.method`) and goes wherever these go. BatchNorm statistics are averaged: re-estimate them with
+`lmc.recalibrate_batchnorm`.
+"""
 
 from lmc.merge.adamerging import adamerging
 from lmc.merge.ama import ama

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lmc.batches import take, tensors, to_device
 from lmc.errors import InputError
@@ -16,6 +15,7 @@ from lmc.merge.result import Merged
 from lmc.merge.tensors import WeightSets, assemble, weight_sets, wide
 from lmc.merge.ties import thresholds, trim
 from lmc.network import Network, pick_device
+from lmc.progress import tqdm
 from lmc.weights import ModelOrWeights, Weights, as_weights
 
 Per = Literal["tensor", "task"]
@@ -66,8 +66,8 @@ def adamerging(
 ) -> Merged[AdaMergingReport]:
     """AdaMerging (Yang et al. 2024, 2310.02575): `theta_0 + sum_t lambda_t tau_t` of least prediction entropy.
 
-    The coefficients, one per task and tensor (layer-wise, the better one) or per task, start at `initial` and are moved by
-    Adam to minimise the sum over tasks of the mean entropy of predictions on unlabelled examples; they are kept in
+    The coefficients, one per task and tensor (layer-wise, the better one) or per task, start at `initial` and are moved
+    by Adam to minimise the sum over tasks of the mean entropy of predictions on unlabelled examples; they are kept in
     [0, 1]. The paper uses the test inputs: say so (transductive) where you report a score on them. `density < 1` trims
     the task vectors as TIES does first (AdaMerging++, 0.2). Entropy is also small where one class takes all: look at
     the report.
@@ -110,7 +110,7 @@ def adamerging(
         return {name: merged(name) for name in sets.weights} | head
 
     history = []
-    for _ in tqdm(range(steps), desc="AdaMerging", delay=2, disable=not progress):
+    for _ in tqdm(range(steps), desc="AdaMerging", disable=not progress):
         optimizer.zero_grad()
         row = []
         for t, stream in enumerate(streams):

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lmc.batches import take, to_device
 from lmc.errors import DataError, InputError
@@ -16,6 +15,7 @@ from lmc.merge.patterns import matches
 from lmc.merge.result import Merged
 from lmc.merge.tensors import assemble, weight_sets
 from lmc.network import Network, pick_device
+from lmc.progress import tqdm
 from lmc.weights import ModelOrWeights, as_weights
 
 
@@ -47,13 +47,13 @@ def ama(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Merged[AmaReport]:
-    """Adaptive model averaging (Lin et al. 2024, 2309.06256): `alpha_k base + (1 - alpha_k) tuned` for groups k of layers.
+    """Adaptive model averaging (Lin et al. 2024, 2309.06256): `alpha_k base + (1 - alpha_k) tuned` by layers.
 
-    `alpha_k = mean K (sigmoid(a_k) + epsilon) / sum_j (sigmoid(a_j) + epsilon)` keeps the mean share of the base, here as
-    in the authors' code the model *before* alignment, at `mean`; `a` is learned with Adam on the cross-entropy of `data`.
-    The paper takes samples of high reward (best of n) and lr 2e-5 for one epoch; its code also pulls shares towards
-    `mean`, most in the middle layers, with a weight of 1e-4, which is left out. Tensors outside the groups (embeddings,
-    head) have `mean`.
+    `alpha_k = mean K (sigmoid(a_k) + epsilon) / sum_j (sigmoid(a_j) + epsilon)` keeps the mean share of the base, here
+    as in the authors' code the model *before* alignment, at `mean`; `a` is learned with Adam on the cross-entropy of
+    `data`. The paper takes samples of high reward (best of n) and lr 2e-5 for one epoch; its code also pulls shares
+    towards `mean`, most in the middle layers, with a weight of 1e-4, which is left out. Tensors outside the groups
+    (embeddings, head) have `mean`.
 
     Args:
         model: the architecture; its weights are not used and not touched.
@@ -93,7 +93,7 @@ def ama(
         raise DataError("data: expected (inputs, targets), got inputs alone")
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    for _ in tqdm(range(steps), desc="AMA", delay=2, disable=not progress):
+    for _ in tqdm(range(steps), desc="AMA", disable=not progress):
         index = torch.randint(len(targets), (batch_size,), generator=generator)
         outputs = network.outputs({name: merged(name) for name in ends}, to_device(take(inputs, index), network.device))
         loss = cross_entropy(outputs, targets[index].to(network.device), "data")

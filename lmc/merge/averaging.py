@@ -144,8 +144,8 @@ def karcher_mean(
 ) -> Tensor:
     """The Karcher (Frechet) mean on the sphere, tensor by tensor: SLERP for any number of models.
 
-    The flattened tensors are normalised; `m <- exp_m(sum_i w_i log_m(v_i))` from their normalised mean until the step is
-    shorter than `tolerance`; the result has the weighted mean of their norms. Two models of equal norm give
+    The flattened tensors are normalised; `m <- exp_m(sum_i w_i log_m(v_i))` from their normalised mean until the step
+    is shorter than `tolerance`; the result has the weighted mean of their norms. Two models of equal norm give
     `slerp(t=w_2)`. Tensors that are all zero have no direction and count only in the norm.
     """
     share = torch.tensor(average.method.rule(len(tensors), weights=weights), dtype=tensors.dtype, device=tensors.device)
@@ -174,9 +174,9 @@ def karcher_mean(
 def model_stock(tensors: Tensor, *, base: Tensor, filter_wise: bool = False) -> Tensor:
     """Model Stock (Jang, Yun, Han 2024, 2403.19522): between the mean of N fine-tuned models and their base.
 
-    `t mean_i theta_i + (1-t) base` with `t = N cos / (1 + (N-1) cos)` (equation 6), cos the mean cosine between two task
-    vectors; per tensor, or per row of the first axis with `filter_wise`. `t` is 0 where the cosine is not positive (the
-    formula has a pole at `-1/(N-1)`) and 1 where a task vector is zero. A lone model is given back.
+    `t mean_i theta_i + (1-t) base` with `t = N cos / (1 + (N-1) cos)` (equation 6), cos the mean cosine between two
+    task vectors; per tensor, or per row of the first axis with `filter_wise`. `t` is 0 where the cosine is not positive
+    (the formula has a pole at `-1/(N-1)`) and 1 where a task vector is zero. A lone model is given back.
     """
     deltas = tensors - base
     count = len(deltas)
@@ -194,9 +194,10 @@ def model_stock(tensors: Tensor, *, base: Tensor, filter_wise: bool = False) -> 
 def variance_corrected(tensors: Tensor, *, weights: Sequence[float] | None = None) -> Tensor:
     """The mean of unrelated models, with the variance that averaging took away given back.
 
-    `(W - m) sqrt(v / Var(W)) + m` for matrices and kernels, where W is the mean of the N tensors, m its mean value and v the
-    mean of their N variances (Tian et al. 2024, 2404.04616): averaging N uncorrelated tensors divides the variance by N.
-    Not for models of one basin, where a smaller variance is noise removed. Vectors (biases, norms) are averaged plainly.
+    `(W - m) sqrt(v / Var(W)) + m` for matrices and kernels, where W is the mean of the N tensors, m its mean value and
+    v the mean of their N variances (Tian et al. 2024, 2404.04616): averaging N uncorrelated tensors divides the
+    variance by N. Not for models of one basin, where a smaller variance is noise removed. Vectors (biases, norms) are
+    averaged plainly.
     """
     share = torch.tensor(average.method.rule(len(tensors), weights=weights), dtype=tensors.dtype, device=tensors.device)
     mean = torch.einsum("m,m...->...", share, tensors)

@@ -32,8 +32,8 @@ def batches(data: Any, what: str, *, limit: int | None, size: int) -> Iterator[t
     """Batches `(inputs, targets or None)` of at most `size` examples.
 
     Args:
-        data: `(inputs, targets)`, an iterable of such batches, a data set (see `chosen`), or inputs alone: a tensor or a
-            mapping of tensors.
+        data: `(inputs, targets)`, an iterable of such batches, a data set (see `chosen`), or inputs alone: a tensor or
+            a mapping of tensors.
         what: how messages call the data.
         limit: use this many examples, spread evenly over data given whole, the first ones of an iterable.
     """
@@ -77,7 +77,7 @@ def cross_entropy(outputs: Tensor, targets: Tensor, what: str) -> Tensor:
     rows = class_last(outputs[None], targets)
     if rows is None:
         raise DataError(
-            f"{what}: integer class targets that fit the outputs are needed, got {targets.dtype} {tuple(targets.shape)} "
+            f"{what}: integer class targets that fit the outputs needed, got {targets.dtype} {tuple(targets.shape)} "
             f"for outputs {tuple(outputs.shape)}"
         )
     return F.cross_entropy(rows[0].to(wide(outputs.dtype)), targets.reshape(-1))

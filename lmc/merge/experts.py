@@ -10,9 +10,9 @@ from lmc.weights import ModelOrWeights, Weights
 def mix_experts(experts: Sequence[ModelOrWeights], beta: float) -> list[Weights]:
     """Each expert takes a share of all others: `(1 - beta) E_i + beta / (E - 1) sum_{j != i} E_j`.
 
-    Done after every optimiser step while training (Huang et al. 2023, 2308.06093), with a small, growing `beta`; at the end
-    the experts are replaced by their `average`. The normalisation of the mix is ours: the paper's could not be read. With
-    `beta = (E - 1) / E` all experts become their mean at once.
+    Done after every optimiser step while training (Huang et al. 2023, 2308.06093), with a small, growing `beta`; at the
+    end the experts are replaced by their `average`. The normalisation of the mix is ours: the paper's could not be
+    read. With `beta = (E - 1) / E` all experts become their mean at once.
 
     Raises:
         InputError: no experts, or a `beta` outside [0, 1].

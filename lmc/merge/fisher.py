@@ -6,7 +6,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
-from tqdm.auto import tqdm
 
 from lmc.batches import take, tensors, to_device
 from lmc.errors import DataError, InputError, MismatchError
@@ -14,6 +13,7 @@ from lmc.merge.examples import batches, check_data
 from lmc.merge.method import coefficients
 from lmc.merge.tensors import WeightSets, assemble, weight_sets, wide
 from lmc.network import Network, pick_device
+from lmc.progress import tqdm
 from lmc.weights import ModelOrWeights, Weights, as_weights
 
 Labels = Literal["expected", "sampled", "true"]
@@ -37,9 +37,9 @@ def fisher(
 ) -> Weights:
     """Fisher merging (Matena, Raffel 2022, 2111.09832): `sum_t w_t F_t theta_t / sum_t w_t F_t`, entry by entry.
 
-    `F_t` is the diagonal Fisher information of model t on inputs of its task (`fisher_information`), at least `floor`. One
-    model's information is held at a time. Magnitudes can differ by orders between tasks: `normalize` divides each by
-    its L2 norm over the whole model. The authors' code can keep the floor to one favoured model; here all have it.
+    `F_t` is the diagonal Fisher information of model t on inputs of its task (`fisher_information`), at least `floor`.
+    One model's information is held at a time. Magnitudes can differ by orders between tasks: `normalize` divides each
+    by its L2 norm over the whole model. The authors' code can keep the floor to one favoured model; here all have it.
 
     Args:
         model: the architecture; its weights are not used and not touched.
@@ -56,7 +56,9 @@ def fisher(
         InputError, DataError: data that do not fit the models, in number or in form.
     """
     states = [as_weights(m) for m in models]
-    bar = tqdm(zip(states, check_data(data, len(states)), strict=True), total=len(states), delay=2, disable=not progress)
+    bar = tqdm(
+        zip(states, check_data(data, len(states)), strict=True), total=len(states), delay=2, disable=not progress
+    )
     options = {"samples": samples, "labels": labels, "seed": seed, "device": device}
     informations = (fisher_information(model, state, part, **options) for state, part in bar)
     return fisher_weighted(states, informations, weights=weights, normalize=normalize, floor=floor, model=model)
@@ -73,8 +75,8 @@ def fisher_weighted(
 ) -> Weights:
     """`sum_t w_t F_t theta_t / sum_t w_t F_t` for given diagonal curvatures `F_t`, read one after the other.
 
-    For losses that are quadratic with these diagonal Hessians it is the minimum of their sum. Weights without an entry in
-    `informations`, and statistics, are averaged with `weights`.
+    For losses that are quadratic with these diagonal Hessians it is the minimum of their sum. Weights without an entry
+    in `informations`, and statistics, are averaged with `weights`.
     """
     sets = weight_sets(models, module=model)
     factors = coefficients(weights, len(sets))
@@ -116,12 +118,12 @@ def fisher_information(
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Weights:
-    """The diagonal Fisher information `E_x E_y (d log p(y|x) / d theta)^2` of every parameter, same shapes, float32 or wider.
+    """The diagonal Fisher information `E_x E_y (d log p(y|x) / d theta)^2` of every parameter, in float32 or wider.
 
-    `labels="expected"` sums over all classes with the model's probabilities: one backward pass per class. `"sampled"` draws
-    one class per output from them. `"true"` takes the targets (the empirical Fisher, another quantity: it is small
-    where the model fits). Outputs are `(N, C)`, or `(N, T, C)` with the log-probabilities of the T positions added up
-    (not with "expected"). The square is of each example's own gradient, in eval mode.
+    `labels="expected"` sums over all classes with the model's probabilities: one backward pass per class. `"sampled"`
+    draws one class per output from them. `"true"` takes the targets (the empirical Fisher, another quantity: it is
+    small where the model fits). Outputs are `(N, C)`, or `(N, T, C)` with the log-probabilities of the T positions
+    added up (not with "expected"). The square is of each example's own gradient, in eval mode.
 
     Args:
         weights: where to measure (None: the module's own).

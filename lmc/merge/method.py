@@ -81,7 +81,8 @@ class Method:
     Attributes:
         rule: the function of one tensor.
         kind: what the rule is given: nothing but the number of models, their tensors, or their task vectors.
-        survey: a function of a `Pass` and the options, called once before the rule; None if one tensor at a time suffices.
+        survey: a function of a `Pass` and the options, called once before the rule; None if one tensor at a time
+            suffices.
         shares: for rules on tensors, from the options to the share of each model in averaged statistics.
     """
 
@@ -126,8 +127,11 @@ class Method:
             return _add_deltas(sets, self.deltas(sets, **options), shares)
         if self.kind == "linear":
             run = self._prepare(sets, options, lambda name: (len(sets),))
-            coefficients = lambda name: _affine(self._rule(run, name))  # noqa: E731
-            return assemble(sets, lambda name: sets.combine(name, *coefficients(name)), lambda n: _convex(coefficients(n)))
+
+            def chosen(name: str) -> tuple[list[float], float]:
+                return _affine(self._rule(run, name))
+
+            return assemble(sets, lambda name: sets.combine(name, *chosen(name)), lambda name: _convex(chosen(name)))
         run = self._prepare(sets, options, lambda name: (sets.stack(name),))
 
         def merged(name: str) -> Tensor:  # an average of one model is that model, bit for bit
@@ -151,7 +155,9 @@ class Method:
             raise InputError(f"{self.rule.__name__} needs the weights that the models were fine-tuned from: pass base=")
         seed = int(options.pop("seed", 0))
         empty = inspect.Parameter.empty
-        defaults = {p.name: p.default for p in self.parameters.values() if p.default is not empty and p.name not in GIVEN}
+        defaults = {
+            p.name: p.default for p in self.parameters.values() if p.default is not empty and p.name not in GIVEN
+        }
         options = defaults | options
         found = self.survey(Pass(sets, read), **options) if self.survey else None
         return _Run(sets, PerName(options, defaults, sets.names), read, seed, found)
@@ -220,7 +226,7 @@ def linear(rule: Rule) -> MergeFunction:
 
 
 def on_tensors(rule: Rule | None = None, *, shares: Callable[..., Sequence[float]] | None = None) -> Any:
-    """Lift `rule(tensors, *, ...) -> tensor`: from `(models, *shape)` to `(*shape)`; a lone model is given back as it is.
+    """Lift `rule(tensors, *, ...) -> tensor`: from `(models, *shape)` to `(*shape)`; a lone model is given back.
 
     `shares(**options)` says how much of each model goes into averaged statistics (default: `weights`, or equal).
     """
@@ -230,7 +236,7 @@ def on_tensors(rule: Rule | None = None, *, shares: Callable[..., Sequence[float
 
 
 def on_task_vectors(rule: Rule | None = None, *, survey: Survey | None = None) -> Any:
-    """Lift `rule(deltas, *, ...) -> delta`: from task vectors `(models, *shape)` to one; `scale` of it is added to the base."""
+    """Lift `rule(deltas, *, ...) -> delta`: task vectors `(models, *shape)` into one; `scale` of it is added."""
     if rule is None:
         return lambda rule: lift(Method(rule, "task vectors", survey))
     return lift(Method(rule, "task vectors", survey))

@@ -37,14 +37,14 @@ class OnMerged(Method):
         return inspect.Signature([*own, method, inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)])
 
     def deltas(self, sets: WeightSets, **options: Any) -> Callable[[str], Tensor]:
-        inner: MergeFunction = options.pop("method", task_arithmetic)
+        inner = _method(options.pop("method", task_arithmetic))
         own = {key: options.pop(key) for key in [*self.parameters, "scale"] if key in options}
-        merged = inner.method.deltas(sets, **options)
+        merged = inner.deltas(sets, **options)
         return self._scaled(sets, own, lambda name: (merged(name), sets.deltas(name)))
 
 
 def on_merged(rule: Rule | None = None, *, survey: Survey | None = None) -> Any:
-    """Lift `rule(merged, deltas, *, ...) -> delta`: `(*shape)` and `(models, *shape)` to `(*shape)`, added to the base."""
+    """Lift `rule(merged, deltas, *, ...) -> delta`: from `(*shape)` and `(models, *shape)` to `(*shape)`."""
     if rule is None:
         return lambda rule: lift(OnMerged(rule, "task vectors", survey))
     return lift(OnMerged(rule, "task vectors", survey))
@@ -82,11 +82,12 @@ def lines(
 
     Block l of L is scaled by `alpha + beta l / (L - 1)`; tensors outside the blocks (embeddings, final norm, head) by
     `alpha`, as in the authors' code. For several tasks `alpha` defaults to the paper's
-    `||sum_t tau_t||_1 / (T ||tau_merged||_1)` and `beta` is tuned; for one task give `alpha` in [0, 1] and `beta = 1 - alpha`.
-    `beta=0` scales uniformly.
+    `||sum_t tau_t||_1 / (T ||tau_merged||_1)` and `beta` is tuned; for one task give `alpha` in [0, 1] and
+    `beta = 1 - alpha`. `beta=0` scales uniformly.
 
     Args (besides those of `method=`):
-        blocks: name patterns of the blocks, shallow to deep; by default the numbered modules (`layers.0`, `layers.1`, ...).
+        blocks: name patterns of the blocks, shallow to deep; by default the numbered modules (`layers.0`, `layers.1`,
+            ...).
 
     Raises:
         InputError: blocks that cannot be told from the names, or a pattern that fits nothing.
@@ -95,13 +96,11 @@ def lines(
 
 
 @on_merged
-def consensus(
-    merged: Tensor, deltas: Tensor, *, threshold: float | Sequence[float] = 0.4, agree: int = 2
-) -> Tensor:
+def consensus(merged: Tensor, deltas: Tensor, *, threshold: float | Sequence[float] = 0.4, agree: int = 2) -> Tensor:
     """Consensus merging (Wang et al. 2024, 2405.07813): keep the entries that at least `agree` tasks use.
 
-    Task t uses an entry where its TALL-mask is set, `|tau_t| > threshold_t |tau_merged - tau_t|`; thresholds from 0.2 to 0.6
-    are chosen per task on validation data. `agree=2` removes what one task alone uses and what none uses.
+    Task t uses an entry where its TALL-mask is set, `|tau_t| > threshold_t |tau_merged - tau_t|`; thresholds from 0.2
+    to 0.6 are chosen per task on validation data. `agree=2` removes what one task alone uses and what none uses.
     """
     return merged * (_tall_masks(merged, deltas, threshold).sum(0) >= agree)
 
@@ -127,9 +126,15 @@ def tall_masks(
 ) -> list[dict[str, Tensor]]:
     """The TALL-mask of every task: for each weight a boolean tensor, true where the task uses the merged vector."""
     sets = weight_sets(models, base)
-    merged = method.method.deltas(sets, **options)
+    merged = _method(method).deltas(sets, **options)
     masks = {name: _tall_masks(merged(name), sets.deltas(name), threshold) for name in sets.weights}
     return [{name: mask[t] for name, mask in masks.items()} for t in range(len(sets))]
+
+
+def _method(function: Any) -> Method:
+    if not hasattr(function, "method"):
+        raise InputError(f"method: expected a method on task vectors, such as lmc.merge.ties, got {function!r}")
+    return function.method
 
 
 def _tall_masks(merged: Tensor, deltas: Tensor, threshold: float | Sequence[float]) -> Tensor:
@@ -163,7 +168,9 @@ def _numbered(names: Sequence[str]) -> dict[str, float]:
     stacks = {prefix: numbers for prefix, numbers in stacks.items() if len(numbers) > 1}
     if len({len(numbers) for numbers in stacks.values()}) != 1:
         lengths = {prefix + "*": len(numbers) for prefix, numbers in stacks.items()}
-        raise InputError(f"cannot tell the blocks from the names (numbered modules: {lengths}): pass blocks=[pattern, ...]")
+        raise InputError(
+            f"cannot tell the blocks from the names (numbered modules: {lengths}): pass blocks=[pattern, ...]"
+        )
     order = {prefix: sorted(numbers) for prefix, numbers in stacks.items()}
     return {
         name: order[match[1]].index(int(match[2])) / (len(order[match[1]]) - 1)

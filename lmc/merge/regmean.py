@@ -7,7 +7,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lmc.batches import to_device
 from lmc.errors import InputError
@@ -15,6 +14,7 @@ from lmc.merge.examples import batches, check_data
 from lmc.merge.result import Merged
 from lmc.merge.tensors import WeightSets, assemble, weight_sets
 from lmc.network import Network, pick_device
+from lmc.progress import tqdm
 from lmc.weights import ModelOrWeights, Weights, as_weights
 
 
@@ -43,11 +43,12 @@ def regmean(
 ) -> Merged[RegMeanReport]:
     """RegMean (Jin et al. 2023, 2212.09849, equation 2): `W = (sum_t G_t)^-1 sum_t G_t W_t` for every linear layer.
 
-    `G_t = X_t^T X_t / N` are the Gram matrices of the layer's inputs in model t on its own task, their off-diagonal entries
-    times `shrink` (alpha in the paper, where it is 0.9). With `shrink=1` the result minimises
-    `sum_t |X_t W - X_t W_t|^2`; where the inputs leave it open (features that are always zero), it is the average. Linear
-    layers, two-dimensional convolutions without groups (over their patches; an addition to the paper) and the Conv1D of
-    GPT-2 are fitted; biases, norms, embeddings, tied weights and layers that are not run as modules are averaged.
+    `G_t = X_t^T X_t / N` are the Gram matrices of the layer's inputs in model t on its own task, their off-diagonal
+    entries times `shrink` (alpha in the paper, where it is 0.9). With `shrink=1` the result minimises
+    `sum_t |X_t W - X_t W_t|^2`; where the inputs leave it open (features that are always zero), it is the average.
+    Linear layers, two-dimensional convolutions without groups (over their patches; an addition to the paper) and the
+    Conv1D of GPT-2 are fitted; biases, norms, embeddings, tied weights and layers that are not run as modules (such as
+    the projections inside `nn.MultiheadAttention`) are averaged.
 
     Args:
         model: the architecture; its weights are not used and not touched.
@@ -66,7 +67,7 @@ def regmean(
     job = _prepare(model, models, data, shrink, samples, batch_size, device)
     left: dict[str, Tensor] = {}
     right: dict[str, Tensor] = {}
-    for t in tqdm(range(len(job.sets)), desc="RegMean", delay=2, disable=not progress):
+    for t in tqdm(range(len(job.sets)), desc="RegMean", disable=not progress):
         job.network.load(as_weights(models[t]))
         for name, gram in job.grams(t, list(job.layers)).items():
             pull = gram @ (job.matrix(name, t) - job.mean(name))
@@ -98,7 +99,7 @@ def regmean_plus_plus(
     job.network.load(dict(assemble(job.sets, job.plain, job.shares)))
     order = job.order()
     merged: dict[str, Tensor] = {}
-    for name in tqdm(order, desc="RegMean++", delay=2, disable=not progress):
+    for name in tqdm(order, desc="RegMean++", disable=not progress):
         left = right = torch.zeros(())
         for t in range(len(job.sets)):
             gram = job.grams(t, [name], stop_after=order[name])[name]
@@ -125,9 +126,8 @@ class _Job:
         return _as_matrix(self.layers[name], self.sets.tensor(name, model).double().cpu())
 
     def mean(self, name: str) -> Tensor:
-        return self.matrix(name, 0) + sum(self.matrix(name, t) - self.matrix(name, 0) for t in range(len(self.sets))) / (
-            len(self.sets)
-        )
+        first = self.matrix(name, 0)
+        return first + sum(self.matrix(name, t) - first for t in range(len(self.sets))) / len(self.sets)
 
     def batches(self, task: int) -> Iterator[Any]:
         for inputs, _ in batches(self.data[task], f"data[{task}]", limit=self.samples, size=self.batch_size):
@@ -248,8 +248,8 @@ def _rows(module: nn.Module, inputs: Tensor) -> Tensor:
     if isinstance(module, nn.Conv2d):
         assert not isinstance(module.padding, str)
         x = x if x.ndim == 4 else x[None]
-        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)  # (N, in * kh * kw, positions)
-        return patches.mT.flatten(0, 1)
+        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
+        return patches.mT.flatten(0, 1)  # from (N, in * kh * kw, positions)
     return x.reshape(-1, x.shape[-1])
 
 

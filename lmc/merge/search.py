@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from lmc.errors import InputError, LmcError
 from lmc.merge.averaging import average
 from lmc.merge.examples import Metric, scorer
 from lmc.merge.method import MergeFunction
 from lmc.merge.result import Merged
+from lmc.progress import tqdm
 from lmc.weights import ModelOrWeights, as_weights
 
 
@@ -71,9 +71,9 @@ def evolve(
 ) -> Merged[SearchReport]:
     """Search a method's options by CMA-ES: evolutionary merging in parameter space (Akiba et al. 2024, 2403.13187).
 
-    The genome lies in the unit cube, one gene per number: `space={"density": (0.1, 1.0), "weights": (0.0, 2.0)}` has one
-    for the density and one per model for the weights; with `groups` (name patterns, e.g. of layers) each group has its
-    own. It starts in the middle, step `sigma`; the paper's search is `dare` with `combine_by="ties"`, density and
+    The genome lies in the unit cube, one gene per number: `space={"density": (0.1, 1.0), "weights": (0.0, 2.0)}` has
+    one for the density and one per model for the weights; with `groups` (name patterns, e.g. of layers) each group has
+    its own. It starts in the middle, step `sigma`; the paper's search is `dare` with `combine_by="ties"`, density and
     weights, population `4 + floor(3 ln n)`. A merge that fails or is not finite counts as the worst.
 
     Args:
@@ -91,7 +91,9 @@ def evolve(
     for name, (low, high) in space.items():
         if not low < high:
             raise InputError(f"space: {name} from {low} to {high} is empty")
-    score, renew = scorer(model, validation, metric, recalibrate=recalibrate, device=device, weights=as_weights(models[0]))
+    score, renew = scorer(
+        model, validation, metric, recalibrate=recalibrate, device=device, weights=as_weights(models[0])
+    )
     places = [(group, name) for group in groups or [""] for name in space]
     sizes = [len(models) if name == "weights" else 1 for _, name in places]
 
@@ -115,7 +117,7 @@ def evolve(
         evaluations,
         seed,
         [0.0, 1.0],
-        tqdm(total=evaluations, desc="evolve", delay=2, disable=not progress),
+        tqdm(total=evaluations, desc="evolve", disable=not progress),
     )
     best = max(trials, key=lambda trial: trial.score)
     if best.score == -math.inf:
@@ -163,7 +165,7 @@ def lcsc(
         evaluations,
         seed,
         None,
-        tqdm(total=evaluations, desc="LCSC", delay=2, disable=not progress),
+        tqdm(total=evaluations, desc="LCSC", disable=not progress),
     )
     best = max(trials, key=lambda trial: trial.score)
     return Merged(build(best.options), SearchReport(best.options, best.score, tuple(trials)))
@@ -198,9 +200,15 @@ def _search(
     state = np.random.get_state()
     restart = 0
     try:
-        while origin and len(trials) < evaluations:  # a strategy that has settled (a plateau) is followed by a larger one
+        # A strategy that has settled, on a plateau for example, is followed by a larger one.
+        while origin and len(trials) < evaluations:
             population = (4 + int(3 * math.log(len(padded)))) * 2**restart
-            options = {"seed": seed + restart + 1, "popsize": population, "verbose": -9, "bounds": bounds or [None, None]}
+            options = {
+                "seed": seed + restart + 1,
+                "popsize": population,
+                "verbose": -9,
+                "bounds": bounds or [None, None],
+            }
             strategy = cma.CMAEvolutionStrategy(padded, sigma, options)
             while len(trials) < evaluations and not strategy.stop():
                 genomes = strategy.ask()

@@ -1,8 +1,8 @@
 """Soups: averages of models fine-tuned from one base with one head initialisation (Wortsman et al. 2022, 2203.05482).
 
 The uniform soup is `average`. Also the way of DiWA (Rame et al. 2022, 2205.09739): independent runs from one
-initialisation, averaged all, or greedily; and of model ratatouille (Rame et al. 2023, 2212.10445), whose runs start from
-models fine-tuned on other tasks: what differs is how the ingredients are trained.
+initialisation, averaged all, or greedily; and of model ratatouille (Rame et al. 2023, 2212.10445), whose runs start
+from models fine-tuned on other tasks: what differs is how the ingredients are trained.
 """
 
 import math
@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lmc.batches import take, to_device
 from lmc.errors import DataError, InputError, WeightsError
@@ -22,6 +21,7 @@ from lmc.merge.method import linear
 from lmc.merge.result import Merged
 from lmc.merge.tensors import WeightSets, assemble, weight_sets
 from lmc.network import Network, pick_device
+from lmc.progress import tqdm
 from lmc.weights import ModelOrWeights, Weights, as_weights
 
 uniform_soup = average
@@ -122,7 +122,7 @@ def greedy_soup(
     weight_sets(states, module=model)
     score, renew = scorer(model, validation, metric, recalibrate=recalibrate, device=device, weights=states[0])
     faults = [finite(state) for state in states]
-    bar = tqdm(total=2 * len(states) - 1, desc="greedy soup", delay=2, disable=not progress)
+    bar = tqdm(total=2 * len(states) - 1, desc="greedy soup", disable=not progress)
     alone = [math.nan] * len(states)
     for i, state in enumerate(states):
         if not faults[i]:
@@ -142,7 +142,9 @@ def greedy_soup(
         found = score(candidate)
         accept = found > best + min_gain if strict else found >= best + min_gain
         word = "raises" if found > best else "keeps" if found == best else "lowers"
-        rows.append(Ingredient(i, alone[i], found, accept, f"{word} the score of the soup from {best:.4f} to {found:.4f}"))
+        rows.append(
+            Ingredient(i, alone[i], found, accept, f"{word} the score of the soup from {best:.4f} to {found:.4f}")
+        )
         if accept:
             best, soup, taken = max(best, found), candidate, [*taken, i]
         bar.update()
@@ -223,7 +225,7 @@ def learned_soup(
         raise DataError("validation: expected (inputs, targets), got inputs alone")
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    for _ in tqdm(range(epochs), desc="learned soup", delay=2, disable=not progress):
+    for _ in tqdm(range(epochs), desc="learned soup", disable=not progress):
         total = 0.0
         for index in torch.randperm(len(targets), generator=generator).split(batch_size):
             batch, goal = to_device(take(inputs, index), network.device), targets[index].to(network.device)

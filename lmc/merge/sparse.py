@@ -5,12 +5,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from lmc.errors import InputError
 from lmc.merge.averaging import average
 from lmc.merge.quantiles import kth_smallest
 from lmc.merge.tensors import weight_sets
+from lmc.progress import tqdm
 from lmc.weights import ModelOrWeights, Weights, as_weights
 
 Masks = dict[str, Tensor]
@@ -35,10 +35,14 @@ def magnitude_masks(
 
     def limit(values: list[Tensor]) -> Tensor:
         count = sum(value.numel() for value in values)
-        return kth_smallest(lambda: (value[None] for value in values), [min(count, int(sparsity * count) + 1)], count)[0]
+        return kth_smallest(lambda: (value[None] for value in values), [min(count, int(sparsity * count) + 1)], count)[
+            0
+        ]
 
     shared = limit(list(sizes.values())) if selector == "global" and sizes else None
-    return {name: value >= (limit([value]) if shared is None else shared).to(value.device) for name, value in sizes.items()}
+    return {
+        name: value >= (limit([value]) if shared is None else shared).to(value.device) for name, value in sizes.items()
+    }
 
 
 def sparse_soup(
@@ -76,7 +80,7 @@ def sparse_soup(
     if phases < 1 or copies < 1:
         raise InputError(f"phases and copies must be at least 1, got {phases} and {copies}")
     soup, masks = as_weights(weights), {}
-    with tqdm(total=phases * copies, desc="sparse soup", delay=2, disable=not progress) as bar:
+    with tqdm(total=phases * copies, desc="sparse soup", disable=not progress) as bar:
         for phase in range(1, phases + 1):
             share = 1.0 - (1.0 - sparsity) ** (phase / phases)
             masks = magnitude_masks(soup, share, selector=selector, module=module)

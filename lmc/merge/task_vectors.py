@@ -22,7 +22,7 @@ Rescale = Literal["keep", "l1", "l2", "none"]
 
 
 def task_vector(model: ModelOrWeights, base: ModelOrWeights) -> Weights:
-    """`model - base` for every weight, in float32 or wider; statistics, integers and second names of a tie are left out.
+    """`model - base` for every weight, in float32 or wider; not for statistics, integers and second names of a tie.
 
     Ilharco et al. 2023 (2212.04089), section 2.
     """
@@ -34,8 +34,9 @@ def task_vector(model: ModelOrWeights, base: ModelOrWeights) -> Weights:
 def task_arithmetic(deltas: Tensor, *, weights: Sequence[float] | None = None) -> Tensor:
     """`theta_0 + scale * sum_t w_t tau_t` (Ilharco et al. 2023, 2212.04089).
 
-    Adding: `scale` 0.3 for eight tasks in the paper, chosen on validation data from 0, 0.05, ..., 1. Forgetting: a negative
-    scale. Analogies: `task_arithmetic([c, b, a], base=base, weights=[1, 1, -1])`. `scale=1/T` is the mean of the models.
+    Adding: `scale` 0.3 for eight tasks in the paper, chosen on validation data from 0, 0.05, ..., 1. Forgetting: a
+    negative scale. Analogies: `task_arithmetic([c, b, a], base=base, weights=[1, 1, -1])`. `scale=1/T` is the mean of
+    the models.
     """
     return combine(deltas, "sum", weights)
 
@@ -50,7 +51,7 @@ def dare(
     combine_by: Combine = "sum",
     weights: Sequence[float] | None = None,
 ) -> Tensor:
-    """DARE (Yu et al. 2024, 2311.03099): drop entries at random, divide the rest by `density`, so that the mean is kept.
+    """DARE (Yu et al. 2024, 2311.03099): drop entries at random, divide the rest by `density`, so that the mean stays.
 
     Each entry of each task vector is kept with probability `density = 1 - p`. It works while task vectors are small
     (about 0.005). Each model's mask depends on `seed`, the tensor's name and its place in the list. To leave tensors
@@ -76,9 +77,9 @@ def della(
     """DELLA (Deep et al. 2024, 2406.11617): drop small entries more often than large ones, then elect signs as in TIES.
 
     MagPrune: within each row (last axis; a vector is one row) the chance to survive rises linearly with the rank of
-    `|tau|`, from `density - epsilon` to `density + epsilon`; survivors are divided by their own chance. `epsilon` is half
-    the paper's window (0.14). Rows of one entry have chance `density`. `epsilon=0` is DARE; `rescale="l1"` restores the
-    L1 norm of each tensor instead, which is biased entry by entry.
+    `|tau|`, from `density - epsilon` to `density + epsilon`; survivors are divided by their own chance. `epsilon` is
+    half the paper's window (0.14). Rows of one entry have chance `density`. `epsilon=0` is DARE; `rescale="l1"`
+    restores the L1 norm of each tensor instead, which is biased entry by entry.
 
     Raises:
         InputError: chances that leave (0, 1].
@@ -104,9 +105,9 @@ def breadcrumbs(
 ) -> Tensor:
     """Model Breadcrumbs (Davari, Belilovsky 2024, 2312.06795): drop the smallest entries and the largest outliers.
 
-    Within each row (last axis), by `|tau|`: of the top share `density` (the authors' beta) the top share `outliers` (gamma)
-    is dropped, so `density - outliers` is kept, both counts rounded. The authors' script uses 0.15, 0.006 and scale
-    0.2. Another tool works on whole tensors and keeps `density` besides the outliers.
+    Within each row (last axis), by `|tau|`: of the top share `density` (the authors' beta) the top share `outliers`
+    (gamma) is dropped, so `density - outliers` is kept, both counts rounded. The authors' script uses 0.15, 0.006 and
+    scale 0.2. Another tool works on whole tensors and keeps `density` besides the outliers.
 
     Raises:
         InputError: unless 0 <= outliers <= density <= 1.

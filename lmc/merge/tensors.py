@@ -5,7 +5,8 @@ Each name of a state dict is one of four things, and each is treated once, here,
 - a weight: a floating-point tensor; merged by the method, in float32 or wider, and cast back;
 - a statistic: BatchNorm's running mean and variance (of a module: any floating-point buffer). It is averaged and
   takes no part in norms, cosines, masks or quantiles; re-estimate it afterwards (`lmc.recalibrate_batchnorm`);
-- a tie: a second name of the same storage (embedding and output head). It is merged under its first name and tied again;
+- a tie: a second name of the same storage (embedding and output head). It is merged under its first name and tied
+  again;
 - anything else (integers, booleans): copied from the first model.
 """
 
@@ -114,7 +115,7 @@ def weight_sets(
     Raises:
         InputError: no models at all, or a single model where a sequence is expected.
         MismatchError: names, shapes, dtypes or devices differ.
-        WeightsError: complex tensors, which no method here is defined for.
+        WeightsError: complex tensors, which no method here is defined for, or tensors without values.
     """
     if isinstance(models, (nn.Module, Mapping)):
         raise InputError("models: expected a sequence of modules or state dicts, got a single one; write [model]")
@@ -136,6 +137,8 @@ def weight_sets(
         tensor = first[name]
         if tensor.is_complex():
             raise WeightsError(f"{name}: complex weights are not merged; store torch.view_as_real of them")
+        if tensor.is_meta:
+            raise WeightsError(f"{name}: on the meta device, which holds no values; load the weights first")
         if not tensor.is_floating_point() or name in ties:
             continue
         if tensor.numel() == 0 or (isinstance(first, dict) and _masking(tensor, [o[name] for _, o in others])):
@@ -218,7 +221,7 @@ def _ties(states: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
         seen: dict[tuple[object, ...], str] = {}
         for name in states[0]:
             tensor = state[name]
-            if tensor.is_floating_point() and tensor.numel() > 0:
+            if tensor.is_floating_point() and tensor.numel() > 0 and not tensor.is_meta:
                 storage = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
                 first = seen.setdefault(storage, name)
                 if first != name:

@@ -39,7 +39,9 @@ def _survey_ties(deltas: Pass, *, density: Any, weights: Any, scope: Scope, **_:
     if scope == "tensor":
         return None
     if isinstance(density, Mapping) or isinstance(weights, Mapping):
-        raise InputError("density and weights per name pattern need scope='tensor': scope='model' ranks all tensors at once")
+        raise InputError(
+            "density and weights per name pattern need scope='tensor': scope='model' ranks all tensors at once"
+        )
     return Trim(deltas, thresholds(deltas, density, len(deltas.sets), deltas.size), weights)
 
 
@@ -98,7 +100,7 @@ def _majority(votes: float) -> float:
 
 @dataclass(frozen=True)
 class Competition:
-    """PCB's first passes, for each model `(models,)`: the range of |tau| it is clipped to, and the range of balance kept."""
+    """PCB's first passes, `(models,)` each: the range that |tau| is clipped to, and that of the balance kept."""
 
     low: Tensor
     high: Tensor
@@ -114,7 +116,9 @@ def _survey_pcb(deltas: Pass, *, density: Any, **_: Any) -> Competition:
     def quantiles(values: Callable[[Tensor], Tensor], *shares: float) -> list[Tensor]:
         """`(models,)` for each share; one pass finds several."""
         ranks = [1 + int(share * (deltas.size - 1)) for share in shares for _ in range(count)]
-        found = kth_smallest(lambda: (values(d).repeat(len(shares), *[1] * (d.ndim - 1)) for d in deltas), ranks, deltas.size)
+        found = kth_smallest(
+            lambda: (values(d).repeat(len(shares), *[1] * (d.ndim - 1)) for d in deltas), ranks, deltas.size
+        )
         return list(found.split(count))
 
     low, high = quantiles(torch.abs, 1e-4, 1 - 1e-4)
@@ -124,15 +128,13 @@ def _survey_pcb(deltas: Pass, *, density: Any, **_: Any) -> Competition:
 
 
 @on_task_vectors(survey=_survey_pcb)
-def pcb(
-    deltas: Tensor, *, survey: Competition, density: float = 0.1, weights: Sequence[float] | None = None
-) -> Tensor:
+def pcb(deltas: Tensor, *, survey: Competition, density: float = 0.1, weights: Sequence[float] | None = None) -> Tensor:
     """PCB-Merging (Du et al. 2024, 2410.02396): entries compete within their task and with those of the other tasks.
 
     Over the flattened model, per task: `a` is |tau| clipped to its quantiles 1e-4 and 1 - 1e-4; intra-balancing
     `exp(T minmax(a)^2)`; inter-balancing `tanh(tau * sum_t tau)`; of their product the top share `density` is kept and
-    scaled to [0, 1] as s. The result is `sum_t w_t sgn(tau_t) a_t s_t / sum_t s_t`. The authors' scale (or weights) is 1.2
-    for density 0.1. `density=1` keeps all but the minimum. Where nothing competes (two opposite task vectors, whose
+    scaled to [0, 1] as s. The result is `sum_t w_t sgn(tau_t) a_t s_t / sum_t s_t`. The authors' scale (or weights) is
+    1.2 for density 0.1. `density=1` keeps all but the minimum. Where nothing competes (two opposite task vectors, whose
     balance is zero everywhere) s is 0, where the authors' code divides 0 by 0.
     """
     score = _balance(deltas, survey.low, survey.high)
