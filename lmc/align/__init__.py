@@ -1,1 +1,26 @@
 """Which move: permutations and couplings that bring one network onto another."""
+
+from lmc.align.activation_matching import activation_matching
+from lmc.align.comparison import METHODS, Comparison, compare
+from lmc.align.many import Matchings, match_many
+from lmc.align.singular import SingularAlignment, singular_alignment
+from lmc.align.sinkhorn import sinkhorn_matching
+from lmc.align.straight_through import straight_through_matching
+from lmc.align.transport import Fusion, ot_fusion
+from lmc.align.weight_matching import weight_matching
+
+__all__ = [
+    "METHODS",
+    "Comparison",
+    "Fusion",
+    "Matchings",
+    "SingularAlignment",
+    "activation_matching",
+    "compare",
+    "match_many",
+    "ot_fusion",
+    "singular_alignment",
+    "sinkhorn_matching",
+    "straight_through_matching",
+    "weight_matching",
+]

@@ -1,0 +1,214 @@
+"""Every way to align one pair of networks, side by side."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from lmc.align.activation_matching import activation_matching
+from lmc.align.many import match_many
+from lmc.align.singular import singular_alignment
+from lmc.align.sinkhorn import sinkhorn_matching
+from lmc.align.straight_through import straight_through_matching
+from lmc.align.transport import ot_fusion
+from lmc.align.weight_matching import weight_matching
+from lmc.errors import InputError
+from lmc.network import Network, pick_device
+from lmc.symmetry.permutation import Permutation
+from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, distance, dot
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Aligner: TypeAlias = Callable[[PermutationSpec, nn.Module, Weights, Weights, Any], Permutation | Weights]
+
+METHODS: dict[str, Aligner] = {
+    "naive": lambda spec, model, a, b, data: b,
+    "weight matching": lambda spec, model, a, b, data: weight_matching(spec, a, b, progress=False),
+    "Frank-Wolfe": lambda spec, model, a, b, data: match_many(spec, [a, b], progress=False)[1],
+    "activation matching": lambda spec, model, a, b, data: activation_matching(spec, model, a, b, data, progress=False),
+    "straight-through": lambda spec, model, a, b, data: straight_through_matching(
+        spec, model, a, b, data, progress=False
+    ),
+    "Sinkhorn, l2": lambda spec, model, a, b, data: sinkhorn_matching(spec, model, a, b, target="l2", progress=False),
+    "Sinkhorn, midpoint": lambda spec, model, a, b, data: sinkhorn_matching(spec, model, a, b, data, progress=False),
+    "OT, weights": lambda spec, model, a, b, data: ot_fusion(model, b, a, spec=spec, progress=False).transported[0],
+    "OT, activations": lambda spec, model, a, b, data: ot_fusion(
+        model, b, a, data, spec=spec, progress=False
+    ).transported[0],
+}
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What one method made of B.
+
+    Attributes:
+        weights: B moved onto A.
+        permutation: the move, where it is one.
+        objective: `<A, pi(B)>` over all tensors. distance: `|A - pi(B)|`. cosine: of the two.
+        r: agreement of singular vectors (see `singular_alignment`).
+        barrier, barrier_repaired: of the loss on the way from A, plain and with REPAIR at every point between.
+        midpoint, midpoint_repaired: the loss half way.
+        seconds: taken by the method.
+    """
+
+    weights: Weights
+    permutation: Permutation | None
+    objective: float
+    distance: float
+    cosine: float
+    r: float
+    barrier: float
+    barrier_repaired: float
+    midpoint: float
+    midpoint_repaired: float
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The alignments of one pair by method, as a mapping, a data frame (`to_frame`) and a figure (`plot`)."""
+
+    alignments: dict[str, Alignment]
+    split: str
+
+    def __getitem__(self, method: str) -> Alignment:
+        return self.alignments[method]
+
+    def __iter__(self):
+        return iter(self.alignments)
+
+    def __len__(self) -> int:
+        return len(self.alignments)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each method: objective, distance, cosine, R, barriers and midpoints on `split`, seconds."""
+        import pandas as pd
+
+        columns = [name for name in Alignment.__dataclass_fields__ if name not in ("weights", "permutation")]
+        rows = {method: [getattr(found, name) for name in columns] for method, found in self.alignments.items()}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+    def plot(self) -> "go.Figure":
+        """Barriers by method, plain and repaired."""
+        from lmc.plots.alignment import plot_comparison
+
+        return plot_comparison(self)
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(float_format="{:.4g}".format)
+
+    def __repr__(self) -> str:
+        best = min(self.alignments, key=lambda method: self.alignments[method].barrier)
+        return (
+            f"Comparison({len(self)} methods; lowest barrier {self[best].barrier:.4g} on {self.split} by {best!r}; "
+            "to_frame() shows them all)"
+        )
+
+
+def compare(
+    spec: PermutationSpec | UnboundSpec,
+    model: nn.Module,
+    a: ModelOrWeights,
+    b: ModelOrWeights,
+    data: Any,
+    methods: Iterable[str] | Mapping[str, Aligner] | None = None,
+    *,
+    alphas: int = 11,
+    gamma: float = 0.3,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Align B with A by several methods and measure each in the same way.
+
+    Args:
+        spec: the symmetries of the architecture.
+        model: the architecture; not touched.
+        a, b: modules or state dicts; neither is changed.
+        data: labelled; methods and REPAIR learn from its training split, barriers are of its test split where it has one.
+        methods: names from `lmc.align.METHODS`, or a mapping of names to functions `(spec, model, a, b, data)` that give
+            a permutation or the moved weights of B. Default: all in `METHODS`. "naive" leaves B as it is.
+        alphas: points on each way.
+        gamma: share of the largest singular value from which vectors count for R.
+        device: where to run (default: where the weights are).
+        progress: show a bar when it takes longer than two seconds.
+
+    Raises:
+        InputError: a name that is not in `METHODS`. What the methods raise.
+    """
+    from lmc.landscape.path import loss_path
+
+    aligners = _chosen(methods)
+    a, b = as_weights(a), as_weights(b)
+    check_compatible(a, b)
+    chosen = pick_device(device, a)
+    a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
+    spec = spec.bind(a)
+    data = list(data) if isinstance(data, Iterator) else data  # every method reads it again
+    found = {}
+    split = "data"
+    for name in tqdm(aligners, desc="compare", unit=" methods", delay=2, disable=not progress, leave=False):
+        started = perf_counter()
+        result = aligners[name](spec, model, a, b, data)
+        seconds = perf_counter() - started
+        moved = result.apply(b) if isinstance(result, Permutation) else as_weights(result)
+        path = loss_path(model, a, moved, data, alphas, progress=False)
+        split = path.split
+        repaired = _repaired_losses(Network(model, chosen), a, moved, data, path.alphas, path.losses[split])
+        middle = int(np.argmin(np.abs(path.alphas - 0.5)))
+        norms = (dot(a, a) * dot(moved, moved)) ** 0.5
+        found[name] = Alignment(
+            weights=moved,
+            permutation=result if isinstance(result, Permutation) else None,
+            objective=dot(a, moved),
+            distance=distance(a, moved),
+            cosine=dot(a, moved) / norms if norms else 0.0,
+            r=singular_alignment(a, moved, gamma).r,
+            barrier=path.barrier,
+            barrier_repaired=_barrier(path.alphas, repaired),
+            midpoint=float(path.losses[split][middle]),
+            midpoint_repaired=float(repaired[middle]),
+            seconds=seconds,
+        )
+    return Comparison(found, split)
+
+
+def _chosen(methods: Iterable[str] | Mapping[str, Aligner] | None) -> Mapping[str, Aligner]:
+    if isinstance(methods, Mapping):
+        return methods
+    names = list(METHODS) if methods is None else list(methods)
+    for name in names:
+        if name not in METHODS:
+            raise InputError(f"methods: {name!r} is none of {', '.join(map(repr, METHODS))}")
+    return {name: METHODS[name] for name in names}
+
+
+def _repaired_losses(
+    network: Network, a: Weights, b: Weights, data: Any, alphas: np.ndarray, plain: np.ndarray
+) -> np.ndarray:
+    """The losses with REPAIR at every point but the ends, which it does not change."""
+    from lmc.landscape.evaluation import evaluate
+    from lmc.renormalize import Renormalizer
+
+    renormalizer = Renormalizer(network, [a, b], data)
+    split = getattr(data, "test", data)
+    losses = plain.copy()
+    for k, alpha in enumerate(alphas):
+        if 0.0 < alpha < 1.0:
+            score = evaluate(network.module, renormalizer((1.0 - alpha, alpha)), split, device=network.device)
+            losses[k] = score["data"].loss
+    return losses
+
+
+def _barrier(alphas: np.ndarray, losses: np.ndarray) -> float:
+    from lmc.landscape.barriers import barrier
+
+    return barrier(alphas, losses).value

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+import torch
+from alignment_cases import CASES, digits
+
+import lmc
+from lmc.align.comparison import METHODS, compare
+from lmc.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    trained = digits()
+    a, b = trained.weights[:2]
+    return compare(trained.spec, trained.model, a, b, trained.data, alphas=5, progress=False)
+
+
+def test_every_method_brings_trained_networks_closer(comparison):
+    assert list(comparison) == list(METHODS)
+    naive = comparison["naive"]
+    for method in set(METHODS) - {"naive"}:
+        found = comparison[method]
+        assert found.barrier < naive.barrier / 3
+        assert found.objective > naive.objective and found.distance < naive.distance and found.cosine > naive.cosine
+        assert found.r > naive.r
+
+
+def test_repair_lowers_the_barrier_of_the_naive_average(comparison):
+    naive = comparison["naive"]
+    assert naive.barrier_repaired < naive.barrier and naive.midpoint_repaired < naive.midpoint
+
+
+def test_what_is_measured_is_that_of_the_moved_weights(comparison):
+    trained = digits()
+    a, b = trained.weights[:2]
+    found = comparison["weight matching"]
+    moved = lmc.weight_matching(trained.spec, a, b, progress=False).apply(b)
+    assert all(torch.equal(found.weights[k], moved[k]) for k in moved)
+    assert found.distance == pytest.approx(lmc.weights.distance(a, moved))
+    path = lmc.loss_path(trained.model, a, moved, trained.data, 5, progress=False)
+    assert found.barrier == path.barrier and comparison.split == path.split == "test"
+    assert found.midpoint == path.losses["test"][2]
+
+
+def test_it_prints_tabulates_and_plots(comparison):
+    frame = comparison.to_frame()
+    assert list(frame.index) == list(METHODS) and np.isfinite(frame.to_numpy(dtype=float)).all()
+    assert "9 methods; lowest barrier" in repr(comparison) and "<table" in comparison._repr_html_()
+    figure = comparison.plot()
+    assert list(figure.data[0].x) == [comparison[m].barrier for m in list(METHODS)[::-1]]
+
+
+def test_methods_of_ones_own_and_batches_that_can_be_read_once():
+    case = CASES["vgg-bn"]()
+    a, b = case.model.state_dict(), case.spec.random(1).apply(case.model)
+    own = {"inverse": lambda spec, model, a, b, data: case.spec.random(1).inverse(), "as it is": lambda *_: b}
+    data = iter([(case.inputs, case.targets)])
+    found = compare(case.spec, case.model, a, b, data, own, alphas=3, progress=False)
+    assert found["inverse"].distance == 0 and found["inverse"].r == pytest.approx(1.0)
+    assert found["inverse"].permutation is not None and found["as it is"].permutation is None
+    assert found.split == "data"
+
+
+def test_bad_input():
+    case = CASES["mlp"]()
+    with pytest.raises(InputError, match="'magic' is none of 'naive', 'weight matching'"):
+        compare(case.spec, case.model, case.model, case.model, (case.inputs, case.targets), ["magic"])
