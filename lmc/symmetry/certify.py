@@ -4,7 +4,6 @@ A wrong permutation changes outputs by 1e-3 or more of their size; a right one b
 (zero biases, unit norms, fresh statistics) would hide errors, so all parameters and buffers are perturbed first.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_map
 
 from lmc.errors import CertificateError, InputError
 from lmc.modules import copy_module
-from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, select
+from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, select, tensors_in
 from lmc.symmetry.permutation import Permutation
 from lmc.weights import ModelOrWeights, Weights, as_weights
 
@@ -246,15 +245,4 @@ def _guilty(
 
 
 def _shapes(example: ExampleInputs) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(tensor.shape) for tensor in _leaves(as_call(example)))
-
-
-def _leaves(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _leaves(item)
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _leaves(item)
+    return tuple(tuple(tensor.shape) for tensor in tensors_in(as_call(example)))

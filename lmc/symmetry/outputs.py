@@ -1,6 +1,6 @@
 """Calling a module on example inputs, and choosing which of its outputs must stay the same."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -39,18 +39,19 @@ def select(output: Any, outputs: OutputSelector = None) -> list[Tensor]:
         chosen = getattr(output, outputs)
     else:
         raise InputError(f"outputs={outputs!r}: the module's result ({type(output).__name__}) has no such entry")
-    found = list(_tensors(chosen))
+    found = list(tensors_in(chosen))
     if not found:
         raise InputError(f"the selected output ({type(chosen).__name__}) holds no tensor")
     return found
 
 
-def _tensors(value: Any):
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor of a nested result, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item)
+            yield from tensors_in(item)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
