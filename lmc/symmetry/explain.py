@@ -19,7 +19,7 @@ def reasons(graph: Graph, facts: Facts, solution: Solution, moved: set[tuple[str
     for name, tensor in graph.tensors.items():
         first = graph.aliases.get(name, name)
         for axis, size in enumerate(tensor.shape):
-            if size == 1 or (name, axis) in moved:
+            if size <= 1 or (name, axis) in moved:
                 continue
             units = facts.axes.get((first, axis))
             if units is None:

@@ -1,6 +1,6 @@
 """Run the rules over a graph: tags for every tensor, facts about the units in the ledger."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
-from tqdm.auto import tqdm
 
+from lmc.progress import tqdm
 from lmc.symmetry.rules import core, interpret
 from lmc.symmetry.rules.chosen import settle
 from lmc.symmetry.rules.registry import Op, Parts, is_operand, operands_in
@@ -18,6 +18,7 @@ from lmc.symmetry.trace import Graph, Leaf
 from lmc.symmetry.units import Ids, Units
 
 LARGEST_CONSTANT = 1 << 24
+FILLS = ("aten.zeros", "aten.ones", "aten.full", "aten.scalar_tensor", "aten.empty")  # one number everywhere
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def interpret_nodes(graph: Graph, progress: bool) -> tuple[Facts, dict[Node, Any
     tags, axes = parameter_tags(units, graph)
     known: dict[Node, Any] = {}
     wanted = needed(graph)
-    for number, node in enumerate(tqdm(graph.nodes, "units", delay=2, disable=not progress, leave=False)):
+    for number, node in enumerate(tqdm(graph.nodes, "units", disable=not progress)):
         units.site = number
         if node.op == "placeholder":
             known[node] = leaf_tag(units, graph.leaves[node.name], node, tags, graph)
@@ -160,14 +161,13 @@ def leaf_tag(units: Units, leaf: Leaf, node: Node, tags: dict[str, Tag], graph: 
 def constant_tag(units: Units, value: Tensor, reason: str) -> Tag:
     """A known tensor: indices along a dim with equal slices need not be told apart."""
     shape = tuple(value.shape)
-    coords = []
-    if value.numel() and value.numel() <= LARGEST_CONSTANT:
-        for d, n in enumerate(shape):
-            if n > 1:
-                classes = slice_classes(value, d)
-                coords.append(along(units.frozen(reason, n)[classes], d, len(shape)))
-    else:
+    if value.numel() > LARGEST_CONSTANT:
         return Tag(shape, core.still(units, shape, reason).coords, constant=True)
+    coords = [
+        along(units.frozen(reason, n)[slice_classes(value, d)], d, len(shape))
+        for d, n in enumerate(shape)
+        if n > 1 and value.numel()
+    ]
     return Tag(shape, tuple(c for c in map(shrink, coords) if c.size > 1), value=value, constant=True)
 
 
@@ -204,17 +204,34 @@ def is_deterministic(target: Any) -> bool:
 
 
 def evaluated(units: Units, node: Node, args: Any, kwargs: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:
-    """An operator on known tensors is computed; unknown (no data on the meta device) or huge ones are told apart
-    everywhere."""
+    """An operator on known tensors is computed, so that later operators know indices and masks. Floating-point numbers
+    computed from the shapes traced (angles of a rotary embedding) may be equal at these shapes only: their coordinates
+    come from the rules, not from the values."""
     reason = f"constant computed by {node.target}"
-    inputs = operands_in((args, kwargs))
-    unknown = tuple(Tag(s, core.still(units, s, reason).coords, constant=True) for s in shapes)
+    values = computed_values(node, args, kwargs, shapes)
+    if str(node.target).startswith(FILLS):
+        by_rule: Any = tuple(Tag(s) for s in shapes)
+    elif not operands_in((args, kwargs)):
+        by_rule = tuple(core.still(units, s, reason) for s in shapes)
+    else:
+        by_rule = interpret(Op(units, node.target, shapes), args, kwargs)
+    parts = [settle(units, by_rule if len(shapes) == 1 and is_operand(by_rule) else by_rule[k]) for k in range(len(shapes))]
+    tags = tuple(
+        replace(part, constant=True, points=None, value=value)
+        if value is None or value.is_floating_point() or value.is_complex()
+        else constant_tag(units, value, reason)
+        for part, value in zip(parts, values, strict=True)
+    )
+    return tags[0] if len(tags) == 1 else tags
+
+
+def computed_values(node: Node, args: Any, kwargs: Any, shapes: tuple[tuple[int, ...], ...]) -> list[Tensor | None]:
+    """The values of a constant operator, none where they are unknown (no data on the meta device) or huge."""
     small = all(np.prod(s, dtype=float) <= LARGEST_CONSTANT for s in shapes)
-    if any(not isinstance(t, Tag) or t.value is None for t in inputs) or not small:
-        return unknown[0] if len(unknown) == 1 else unknown
-    real = pytree.tree_map(lambda t: t.value if isinstance(t, Tag) else t, (args, kwargs), is_leaf=lambda t: isinstance(t, Tag))
+    if not small or any(not isinstance(t, Tag) or t.value is None for t in operands_in((args, kwargs))):
+        return [None] * len(shapes)
+    real = pytree.tree_map(lambda t: t.value if isinstance(t, Tag) else t, (args, kwargs), is_leaf=is_operand)
     on_cpu = {k: torch.device("cpu") if k == "device" and v is not None else v for k, v in real[1].items()}
     with torch.no_grad():
         result = node.target(*real[0], **on_cpu)
-    tags = tuple(constant_tag(units, r, reason) for r in pytree.tree_leaves(result) if isinstance(r, Tensor))
-    return tags[0] if len(tags) == 1 else tags
+    return [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]

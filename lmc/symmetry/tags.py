@@ -30,7 +30,6 @@ class Tag:
         coords: its coordinates, mutually independent in the sense of `join`.
         value: the tensor itself (on CPU) where it does not depend on parameters or inputs and is known.
         constant: whether it does not depend on parameters or inputs.
-        uniform: whether it is one number everywhere by construction, not by coincidence of the shapes traced.
         points: for an integer tensor whose values index a movable axis (a router's choice): `points[v]` is the unit
             that value v stands for. Under g, a value that stands for u becomes the value that stands for g(u).
     """
@@ -39,7 +38,6 @@ class Tag:
     coords: tuple[Ids, ...] = ()
     value: torch.Tensor | None = None
     constant: bool = False
-    uniform: bool = False
     points: Ids | None = None
 
 
