@@ -1,0 +1,156 @@
+"""The ledger, the joining of coordinates and the solver, on facts written by hand and on random facts."""
+
+import numpy as np
+import pytest
+
+from lmc.symmetry.refine import rank_within
+from lmc.symmetry.solve import Solution, solve
+from lmc.symmetry.tags import along, block, join, make
+from lmc.symmetry.units import Ids, Units
+
+
+def solved(units: Units, *parameters: Ids) -> Solution:
+    mask = np.zeros(units.total, np.bool_)
+    for ids in parameters:
+        mask[ids] = True
+    return solve(units, mask)
+
+
+def fibres(solution: Solution) -> list[list[list[int]]]:
+    return [np.sort(f.units, axis=1).tolist() for f in solution.fibres]
+
+
+def test_codes_number_by_first_occurrence() -> None:
+    units = Units()
+    ids = units.fresh(10)
+    code, k = units.codes(ids[[7, 3, 7, 0, 3]])
+    assert (code.tolist(), k) == ([0, 1, 0, 2, 1], 3)
+    assert units.distinct(ids[[7, 3, 7]]) == 2
+    assert units.determines(ids[[1, 2, 1]], ids[[5, 6, 5]]) and not units.determines(ids[[1, 2, 1]], ids[[5, 6, 7]])
+
+
+def test_rank_within() -> None:
+    assert rank_within(np.array([1, 0, 1, 1]), np.array([9, 9, 3, 5])).tolist() == [2, 0, 0, 1]
+
+
+def test_locked_axes_are_one_group_and_apart_ones_two() -> None:
+    units = Units()
+    a, b, c = units.fresh(3), units.fresh(3), units.fresh(4)
+    units.lock(a, b[[2, 0, 1]])
+    assert fibres(solved(units, a, b, c)) == [[[0, 5], [1, 3], [2, 4]], [[6], [7], [8], [9]]]
+
+
+def test_frozen_and_counted_units_stay() -> None:
+    units = Units()
+    a, b = units.fresh(3), units.fresh(5)
+    units.lock(a, units.frozen("input", 3))
+    units.count(b[[1, 3]])
+    assert fibres(solved(units, a, b)) == [[[4], [6]], [[3], [5], [7]]]
+
+
+def test_the_image_of_fixed_units_is_fixed() -> None:
+    units = Units()
+    a = units.fresh(2)
+    units.map(units.frozen("input", 4), a[[0, 0, 1, 1]])
+    assert fibres(solved(units, a)) == []
+
+
+def test_blocks_and_the_units_within() -> None:
+    """Six units in two blocks of three: the blocks move, and the units of each."""
+    units = Units()
+    u = units.fresh(6)
+    h = units.fresh(2)
+    units.map(u, h[[0, 0, 0, 1, 1, 1]])
+    solution = solved(units, u)
+    assert fibres(solution) == [[[0, 1, 2, 6], [3, 4, 5, 7]], [[0], [1], [2]], [[3], [4], [5]]]
+    assert [f.parents.size for f in solution.fibres] == [0, 1, 1]
+
+
+def test_common_quotient_of_two_parents() -> None:
+    """Four query heads read two key heads: query units live in query heads and in key units. Key units know their
+    heads only through the query units."""
+    units = Units()
+    key, query, heads = units.fresh(4), units.fresh(8), units.fresh(4)
+    units.map(query, key[[0, 1, 0, 1, 2, 3, 2, 3]])
+    units.map(query, heads[[0, 0, 1, 1, 2, 2, 3, 3]])
+    sizes = [f.roots.size for f in solved(units, key, query).fibres]
+    assert sizes == [2, 2, 2, 2, 2]  # key heads, query heads and key units of each
+
+
+def test_a_shift_is_no_free_group() -> None:
+    units = Units()
+    u = units.fresh(6)
+    units.map(u, np.roll(u, 2))
+    (fibre,) = solved(units, u).fibres
+    assert np.sort(fibre.units, axis=1).tolist() == [[0, 2, 4], [1, 3, 5]]
+
+
+def test_pairs_of_one_group_are_refused() -> None:
+    """Pairs i < j: no exchange of units has an image."""
+    units = Units()
+    u = units.fresh(4)
+    rows, columns = np.triu_indices(4, 1)
+    units.pair(u[rows], u[columns])
+    assert fibres(solved(units, u)) == []
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_whatever_is_proposed_respects_every_fact(seed: int) -> None:
+    """Random maps between sorts: a permutation of the rows of a fibre commutes with all of them."""
+    rng = np.random.default_rng(seed)
+    units = Units()
+    sorts = [units.fresh(int(n)) for n in rng.choice([2, 3, 4, 6, 8, 12], 4)]
+    for _ in range(int(rng.integers(1, 5))):
+        child, parent = (sorts[k] for k in rng.choice(4, 2))
+        regular = parent.size <= child.size and child.size % parent.size == 0 and rng.random() < 0.8
+        image = np.arange(child.size) * parent.size // child.size if regular else rng.integers(0, parent.size, child.size)
+        shift = int(rng.integers(0, 3))
+        units.map(child, parent[(image + shift) % parent.size])
+    if rng.random() < 0.4:
+        units.count(rng.choice(sorts[0], 2))
+    for fibre in solved(units, *sorts).fibres:
+        assert np.unique(fibre.units).size == fibre.units.size
+        g = np.arange(units.total)
+        g[fibre.units] = fibre.units[rng.permutation(fibre.roots.size)]
+        for m in units.maps:
+            image = dict(zip(m.child.tolist(), m.parent.tolist(), strict=True))
+            assert all(image.get(int(g[c])) == g[p] for c, p in image.items())
+        for count in units.counts:
+            times = dict(zip(count.ids.tolist(), count.times.tolist(), strict=True))
+            assert all(times.get(int(g[u])) == n for u, n in times.items())
+
+
+def test_join_keeps_products_and_drops_what_is_determined() -> None:
+    units = Units()
+    h, d, b = units.fresh(2), units.fresh(3), units.fresh(6)
+    rows, columns = np.repeat(h, 3), np.tile(d, 2)
+    assert len(join(units, (6,), [rows, columns])) == 2 and not units.maps
+    assert join(units, (6,), [rows, columns, b])[0] is b  # finest
+    assert len(units.maps) == 2  # its two functions
+
+
+def test_join_pairs_what_is_neither() -> None:
+    units = Units()
+    a, b = units.fresh(2), units.fresh(2)
+    (pairs,) = join(units, (4,), [a[[0, 0, 1, 1]], b[[0, 0, 0, 1]]])
+    assert units.distinct(pairs) == 3
+
+
+def test_join_relates_blocks_where_dims_overlap_in_part() -> None:
+    """Rows o, and columns that belong to the group of the row, as in the weight of a grouped convolution."""
+    units = Units()
+    rows, inner = units.fresh(4), units.fresh(6)
+    columns = inner.reshape(2, 3).repeat(2, axis=0)
+    tag = make(units, (4, 3), [along(rows, 0, 2), columns])
+    assert len(tag.coords) == 2
+    sizes = sorted(f.roots.size for f in solved(units, rows, inner).fibres)
+    assert sizes == [2, 2, 2, 3, 3]  # the groups; rows and columns of each
+
+
+def test_block_of_overlapping_windows_leaves_nothing_free() -> None:
+    units = Units()
+    u = units.fresh(4)
+    windows = np.stack([u[:3], u[1:]])
+    blocks = block(units, windows, (1,))
+    assert units.distinct(blocks.ravel()) == 2
+    assert all(f.roots.size == 2 for f in solved(units, u).fibres)  # the middle two, or the mirror image
