@@ -37,14 +37,14 @@ def llama_7b() -> Any:
 MODELS: dict[str, tuple[str, Callable[[], Any], Callable[[], Any]]] = {
     "resnet50": (
         "ResNet-50, 224 x 224",
-        lambda: hugging_face("ResNetForImageClassification", "ResNetConfig"),
+        lambda: hugging_face("ResNetForImageClassification", "ResNetConfig", num_labels=1000),
         lambda: torch.randn(2, 3, 224, 224),
     ),
     "bert_base": ("BERT-base", lambda: hugging_face("BertForMaskedLM", "BertConfig"), lambda: tokens(8)),
     "gpt2": ("GPT-2 small", lambda: hugging_face("GPT2LMHeadModel", "GPT2Config", use_cache=False), lambda: tokens(8)),
     "vit_b16": (
         "ViT-B/16, 224 x 224",
-        lambda: hugging_face("ViTForImageClassification", "ViTConfig"),
+        lambda: hugging_face("ViTForImageClassification", "ViTConfig", num_labels=1000),
         lambda: torch.randn(2, 3, 224, 224),
     ),
     "llama_7b": ("LLaMA-7B shape on meta", llama_7b, lambda: {k: v.to("meta") for k, v in tokens(8).items()}),
@@ -56,19 +56,19 @@ def measure(key: str) -> dict[str, Any]:
     from lmc.symmetry.discover import discover
 
     warnings.filterwarnings("ignore")
-    title, build, inputs = MODELS[key]
+    _, build, inputs = MODELS[key]
     model, example = build(), inputs()
     before = peak()
-    started = time.perf_counter()
-    found = discover(model, example)
-    seconds = time.perf_counter() - started
+    started, processor = time.perf_counter(), time.process_time()
+    found = discover(model, example, progress=False)
+    seconds, processor = time.perf_counter() - started, time.process_time() - processor
     groups = list(found.groups.values() if isinstance(found.groups, dict) else found.groups)
     return {
-        "model": title,
         "parameters": sum(p.numel() for p in model.parameters()),
         "groups": len(groups),
         "log10_order": sum(group.log10_order for group in groups),
         "seconds": seconds,
+        "processor": processor,
         "peak_before": before,
         "peak": peak(),
     }
@@ -87,19 +87,34 @@ def main() -> None:
         print(json.dumps(measure(options.model)))
         return
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    print("| model | parameters | groups | log10 of order | trace + solve | peak memory before | peak memory |")
-    print("|---|---|---|---|---|---|---|")
+    columns = [
+        "model",
+        "parameters",
+        "groups",
+        "log10 of order",
+        "trace + solve",
+        "processor time",
+        "memory before",
+        "peak",
+    ]
+    print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for key, (title, _, _) in MODELS.items():
         run = subprocess.run([sys.executable, __file__, key], capture_output=True, text=True)
         if run.returncode:
             print(f"| {title} | failed: {run.stderr.strip().splitlines()[-1]} |")
             continue
         row = json.loads(run.stdout.strip().splitlines()[-1])
-        print(
-            f"| {row['model']} | {row['parameters'] / 1e6:.0f} M | {row['groups']} | {row['log10_order']:.0f} | {row['seconds']:.1f} s "
-            f"| {row['peak_before']:.1f} GiB | {row['peak']:.1f} GiB |",
-            flush=True,
-        )
+        cells = [
+            title,
+            f"{row['parameters'] / 1e6:.0f} M",
+            row["groups"],
+            f"{row['log10_order']:.0f}",
+            f"{row['seconds']:.1f} s",
+            f"{row['processor']:.1f} s",
+            f"{row['peak_before']:.1f} GiB",
+            f"{row['peak']:.1f} GiB",
+        ]
+        print(f"| {' | '.join(map(str, cells))} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,19 @@ from fuzz.generate import random_program
 INPUTS = ((2, 2), (2, 3), (2, 2, 3), (2, 3, 2))
 SEEDS, LIMIT = 400, 100_000
 
+# Symmetries that follow from what is computed rather than from how units are carried, and are not looked for.
+KNOWN = {
+    9: "a bias that all tokens share cancels in their variance, so its order does not matter",
+    52: "x + x.flip() is its own mirror image",
+    78: "products of all pairs of units of one group, read by one tensor",
+    137: "x + x.flip() is its own mirror image",
+    146: "x * x.roll(-1) summed: the units may be rotated, but not exchanged one by one",
+    239: "x + x.flip() is its own mirror image",
+    270: "only the zeroth frequency of a Fourier transform is read, which is a sum",
+    348: "x + x.flip() is its own mirror image",
+    382: "a diagonal matrix made of a vector",
+}
+
 
 def small_programs():
     for seed in range(SEEDS):
@@ -21,7 +34,7 @@ def axis_wise(found: Outcome) -> bool:
     return all(len(table.dims) == 1 for group in found.groups for tables in group.tables.values() for table in tables)
 
 
-def test_discovery_finds_what_brute_force_finds(record_property) -> None:
+def test_discovery_finds_what_brute_force_finds() -> None:
     compared: list[tuple[Outcome, AxisSymmetries]] = []
     for program, truth in small_programs():
         found = outcome(program, trials=1)
@@ -30,9 +43,7 @@ def test_discovery_finds_what_brute_force_finds(record_property) -> None:
             compared.append((found, truth))
             assert found.log10_order <= truth.log10_order + 1e-9, f"more than exists ({len(truth.elements)}): {found}"
     nontrivial = [(found, truth) for found, truth in compared if truth.log10_order > 0]
-    missed = [found for found, truth in nontrivial if found.log10_order < truth.log10_order - 1e-9]
-    record_property("programs", len(compared))
-    record_property("with symmetries", len(nontrivial))
-    record_property("missed", [found.program.seed for found in missed])
-    assert len(compared) >= 100 and len(nontrivial) >= 40
-    assert len(missed) <= 0.1 * len(nontrivial), "\n".join(map(str, missed))
+    missed = {found.program.seed: found for found, truth in nontrivial if found.log10_order < truth.log10_order - 1e-9}
+    print(f"{len(compared)} programs, {len(nontrivial)} with symmetries, short on {sorted(missed)}")
+    assert len(compared) >= 100 and len(nontrivial) >= 60
+    assert set(missed) <= set(KNOWN), "\n".join(str(missed[seed]) for seed in set(missed) - set(KNOWN))

@@ -10,14 +10,14 @@ BATCHES, EACH, TOGETHER = 20, 30, 6  # 600 programs, traced 6 at a time
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
-def test_random_programs_are_sound(batch: int, record_property) -> None:
+def test_random_programs_are_sound(batch: int) -> None:
     programs = [random_program(seed) for seed in range(batch * EACH, (batch + 1) * EACH)]
     results = [o for k in range(0, EACH, TOGETHER) for o in outcomes(programs[k : k + TOGETHER])]
     unsound = [str(o) for o in results if not o.sound]
-    record_property("groups", sum(len(o.groups) for o in results))
-    record_property("untraced", sum(bool(o.untraced) for o in results))
+    untraced = [o.untraced for o in results if o.untraced]
+    print(f"{len(results)} programs, {sum(len(o.groups) for o in results)} groups, {len(untraced)} not traced")
     assert not unsound, "\n".join(unsound)
-    assert sum(bool(o.untraced) for o in results) <= EACH // 10, [o.untraced for o in results if o.untraced]
+    assert len(untraced) <= EACH // 10, untraced
 
 
 def test_programs_differ_and_cover_the_operators() -> None:
@@ -33,9 +33,13 @@ def test_same_seed_same_program() -> None:
 
 
 OPERATORS = (
-    "F.linear", "einsum", "tensordot", "softmax", "layer_norm", "group_norm", "instance_norm", "batch_norm", "conv1d", "conv2d",
-    "conv_transpose", "torch.cat", "torch.stack", ".chunk(", ".split(", ".flip(", ".roll(", ".permute(", ".unflatten(", ".flatten(",
-    ".reshape(", ".repeat(", "repeat_interleave", ".expand(", "index_select", "argmax", "gather", "scatter", "topk", "sort", "cumsum",
-    "F.pad", "masked_fill", ".clone()", "diagonal", ".unfold(", "unsqueeze(-2)", "nn.LSTM", "nn.GRU", "nn.MultiheadAttention",
+    "F.linear", "einsum", "tensordot", "softmax", "layer_norm", "group_norm", "instance_norm", "batch_norm",
+    "conv1d", "conv2d",
+    "conv_transpose", "torch.cat", "torch.stack", ".chunk(", ".split(", ".flip(", ".roll(", ".permute(",
+    ".unflatten(", ".flatten(",
+    ".reshape(", ".repeat(", "repeat_interleave", ".expand(", "index_select", "argmax", "gather", "scatter", "topk",
+    "sort", "cumsum",
+    "F.pad", "masked_fill", ".clone()", "diagonal", ".unfold(", "unsqueeze(-2)", "nn.LSTM", "nn.GRU",
+    "nn.MultiheadAttention",
     "scaled_dot_product_attention", "torch.where", "F.glu", ".t()", "max_pool", "logsumexp", "fft",
 )  # fmt: skip

@@ -39,7 +39,7 @@ def combinations(module: nn.Module) -> int:
 
 
 def all_alive(module: nn.Module, inputs: Tensor) -> bool:
-    """Whether every slice of every parameter along every axis has an influence, so that all symmetries are real ones."""
+    """Whether every slice of every parameter along every axis has an influence: all symmetries are real ones."""
     state = state_of(module)
     leaves = {n: state[n].requires_grad_() for n, _ in module.named_parameters()}
     result = functional_call(module, {**state, **leaves}, (inputs,))

@@ -89,8 +89,9 @@ def convolution(d: Draft) -> str:
     groups = d.random.choice([g for g in (1, 1, 2, 3, c) if c % g == 0])
     if d.random.random() < 0.2:
         out = d.size()
-        return d.emit(f"F.conv_transpose{dims}d({a}, {d.parameter(c, out, *(2 for _ in range(dims)))}, {d.parameter(out * groups)}, groups={groups})"
-                      if groups > 1 else f"F.conv_transpose{dims}d({a}, {d.parameter(c, out, *(2 for _ in range(dims)))})")  # fmt: skip
+        weight = d.parameter(c, out, *(2 for _ in range(dims)))
+        rest = f", {d.parameter(out * groups)}, groups={groups}" if groups > 1 else ""
+        return d.emit(f"F.conv_transpose{dims}d({a}, {weight}{rest})")
     out, kernel = groups * d.random.choice([1, 2, 3]), d.random.choice([1, 2, 3])
     weight = d.parameter(out, c // groups, *(kernel for _ in range(dims)))
     return d.emit(f"F.conv{dims}d({a}, {weight}, {d.parameter(out)}, padding={kernel // 2}, groups={groups})")
@@ -116,8 +117,13 @@ def order(d: Draft) -> str:
     a = d.pick()
     k = d.axis(a)
     n = d.shape(a)[k]
-    texts = [f"{a}.cumsum({k})", f"{a}.sort(dim={k}).values", f"{a}.topk({max(1, n // 2)}, dim={k}).values", f"{a}.diff(dim={k})",
-             f"torch.fft.rfft({a}, dim={k}).real"]  # fmt: skip
+    texts = [
+        f"{a}.cumsum({k})",
+        f"{a}.sort(dim={k}).values",
+        f"{a}.topk({max(1, n // 2)}, dim={k}).values",
+        f"{a}.diff(dim={k})",
+        f"torch.fft.rfft({a}, dim={k}).real",
+    ]
     return d.emit(d.random.choice(texts))
 
 
@@ -184,5 +190,26 @@ def module(d: Draft) -> str:
     return d.emit(call.format(d.submodule(constructor)))
 
 
-COMPUTATIONS = (linear, linear, linear, contract_axis, contract_axis, einsum, einsum, einsum, einsum_values, einsum_values, reduction,
-                reduction, normalise, normalise, convolution, convolution, pool, order, lookup, attention, module)  # fmt: skip
+COMPUTATIONS = (
+    linear,
+    linear,
+    linear,
+    contract_axis,
+    contract_axis,
+    einsum,
+    einsum,
+    einsum,
+    einsum_values,
+    einsum_values,
+    reduction,
+    reduction,
+    normalise,
+    normalise,
+    convolution,
+    convolution,
+    pool,
+    order,
+    lookup,
+    attention,
+    module,
+)

@@ -21,7 +21,7 @@ def swarm(choices: random.Random) -> list[Callable[[Draft], str]]:
 
 
 def close(d: Draft) -> str:
-    """The result: the last value and up to two that nothing has read, read by a parameter over most of its axes, or summed."""
+    """The result: the last value and up to two that nothing has read, through a parameter over most axes, or summed."""
     names = list(d.values)
     loose = [n for n in names if n not in d.used and n != names[-1]]
     parts = []

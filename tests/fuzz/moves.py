@@ -2,8 +2,21 @@
 
 from .program import Draft
 
-UNARY = ("torch.tanh({})", "torch.relu({})", "F.gelu({})", "torch.sigmoid({})", "F.silu({})", "({}).abs()", "torch.sin({})",
-         "-({})", "({}) * 0.7 + 0.1", "F.softplus({})", "({}).square()", "({}).clamp(-1, 1.5)", "F.leaky_relu({})")  # fmt: skip
+UNARY = (
+    "torch.tanh({})",
+    "torch.relu({})",
+    "F.gelu({})",
+    "torch.sigmoid({})",
+    "F.silu({})",
+    "({}).abs()",
+    "torch.sin({})",
+    "-({})",
+    "({}) * 0.7 + 0.1",
+    "F.softplus({})",
+    "({}).square()",
+    "({}).clamp(-1, 1.5)",
+    "F.leaky_relu({})",
+)
 
 
 def factors(n: int) -> list[tuple[int, int]]:
@@ -211,5 +224,31 @@ def windows(d: Draft) -> str:
     return d.emit(d.random.choice(texts))
 
 
-MOVES = (unary, unary, unary, binary, binary, bias, bias, permute, merge, divide, reshape, flip, cut, take, cat, cat, stack, repeat,
-         chunk, chunk, outer, pad, constant, overwrite, diagonal, windows)  # fmt: skip
+MOVES = (
+    unary,
+    unary,
+    unary,
+    binary,
+    binary,
+    bias,
+    bias,
+    permute,
+    merge,
+    divide,
+    reshape,
+    flip,
+    cut,
+    take,
+    cat,
+    cat,
+    stack,
+    repeat,
+    chunk,
+    chunk,
+    outer,
+    pad,
+    constant,
+    overwrite,
+    diagonal,
+    windows,
+)

@@ -1,4 +1,4 @@
-"""Convolutional networks without residual streams: flatten, pooling, concatenation, normalisation by groups, transposed."""
+"""Convolutional networks without residual streams: flatten, concatenation, normalisation by groups, transposed."""
 
 import torch
 import torch.nn.functional as F

@@ -110,7 +110,7 @@ def mlp_bn_prelu() -> nn.Module:
 
 
 class HyperLinear(nn.Module):
-    """A linear layer whose weight is an outer product of two learned vectors plus a full matrix, and a bilinear read-out."""
+    """A linear layer whose weight is an outer product of learned vectors plus a full matrix; a bilinear read-out."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -374,6 +374,8 @@ ENTRIES = [
         # input capsules and the units within each; the units of each output capsule, whose order is its own
         S(5) + 5 * S(4) + 3 * S(6),
         larger=vectors(4, 6),
+        found=S(5) + S(4) + S(6),
+        short="units of single capsules; those that all capsules permute alike are found",
     ),
     Entry(
         "latent_attention",

@@ -31,25 +31,30 @@ LLAMA = dict(
     max_position_embeddings=32, head_dim=4, use_cache=False, pad_token_id=None, bos_token_id=1, eos_token_id=2,
 )  # fmt: skip
 T5 = dict(
-    vocab_size=VOCABULARY, d_model=D, d_kv=UNIT, d_ff=HIDDEN, num_layers=2, num_heads=H, decoder_start_token_id=0, use_cache=False,
+    vocab_size=VOCABULARY, d_model=D, d_kv=UNIT, d_ff=HIDDEN, num_layers=2, num_heads=H, decoder_start_token_id=0,
+    use_cache=False,
     relative_attention_num_buckets=8, relative_attention_max_distance=16,
 )  # fmt: skip
 CLIP = dict(
-    vocab_size=VOCABULARY, hidden_size=D, intermediate_size=HIDDEN, num_hidden_layers=1, num_attention_heads=H, projection_dim=9,
+    vocab_size=VOCABULARY, hidden_size=D, intermediate_size=HIDDEN, num_hidden_layers=1, num_attention_heads=H,
+    projection_dim=9,
     max_position_embeddings=16, eos_token_id=30, bos_token_id=0, pad_token_id=1,
 )  # fmt: skip
 WHISPER = dict(
     vocab_size=VOCABULARY, num_mel_bins=5, d_model=D, encoder_layers=1, decoder_layers=1, encoder_attention_heads=H,
-    decoder_attention_heads=H, encoder_ffn_dim=HIDDEN, decoder_ffn_dim=HIDDEN, max_source_positions=8, max_target_positions=16,
+    decoder_attention_heads=H, encoder_ffn_dim=HIDDEN, decoder_ffn_dim=HIDDEN, max_source_positions=8,
+    max_target_positions=16,
     pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, use_cache=False,
 )  # fmt: skip
 WAV2VEC2 = dict(
     vocab_size=7, hidden_size=D, num_hidden_layers=1, num_attention_heads=H, intermediate_size=HIDDEN, conv_dim=(6, 10),
-    conv_kernel=(5, 3), conv_stride=(3, 2), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=4, num_feat_extract_layers=2,
+    conv_kernel=(5, 3), conv_stride=(3, 2), num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=4,
+    num_feat_extract_layers=2,
     feat_extract_norm="group",
 )  # fmt: skip
 SWIN = dict(
-    image_size=16, patch_size=2, embed_dim=8, depths=[2, 1], num_heads=[2, 4], window_size=4, mlp_ratio=2.0, num_labels=5
+    image_size=16, patch_size=2, embed_dim=8, depths=[2, 1], num_heads=[2, 4], window_size=4, mlp_ratio=2.0,
+    num_labels=5,
 )  # fmt: skip
 MOBILENET = dict(image_size=16, depth_multiplier=0.5, min_depth=4, depth_divisible_by=4, num_labels=5)
 
@@ -65,7 +70,7 @@ def width(channels: int) -> int:
 
 
 def inverted_residuals() -> Any:
-    """MobileNetV2: hidden units of all 16 blocks (6 x the input), the stream of each stage, two stem groups, the last layer."""
+    """MobileNetV2: hidden units of 16 blocks (6 x the input), a stream per stage, two stem groups, the last layer."""
     stages = [(24, 2), (32, 3), (64, 4), (96, 3), (160, 3), (320, 1)]
     total, c_in = S(width(32)) + S(width(16)), width(16)
     for channels, blocks in stages:

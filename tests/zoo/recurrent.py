@@ -14,7 +14,8 @@ class TokenRecurrent(nn.Module):
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(13, embedding)
-        self.net = cell(embedding, hidden, layers, batch_first=True, bidirectional=bidirectional)  # type: ignore[call-arg]
+        options = {"batch_first": True, "bidirectional": bidirectional}
+        self.net = cell(embedding, hidden, layers, **options)  # type: ignore[call-arg]
         self.head = nn.Linear(hidden * (2 if bidirectional else 1), 4)
 
     def forward(self, ids: Tensor) -> Tensor:

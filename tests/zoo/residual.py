@@ -13,7 +13,7 @@ def norm_layer(kind: str, channels: int) -> nn.Module:
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions; the shortcut is the identity, a projection, or zero padding (option A of He et al. 2016)."""
+    """Two 3 x 3 convolutions; the shortcut is the identity, a projection, or padded (option A of He et al. 2016)."""
 
     def __init__(self, c_in: int, c_out: int, stride: int, norm: str, pad: bool) -> None:
         super().__init__()
@@ -67,7 +67,8 @@ class Bottleneck(nn.Module):
 def bottleneck_net(groups: int = 1) -> nn.Module:
     """Stem 7; a stage of width 12 with two blocks, a stage of width 16 with one."""
     return nn.Sequential(
-        conv_bn(3, 7, 3), nn.MaxPool2d(3, 2, 1), Bottleneck(7, 6, 12, groups=groups), Bottleneck(12, 6, 12, groups=groups),
+        conv_bn(3, 7, 3), nn.MaxPool2d(3, 2, 1), Bottleneck(7, 6, 12, groups=groups), Bottleneck(12, 6, 12,
+        groups=groups),
         Bottleneck(12, 8, 16, stride=2, groups=groups), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5),
     )  # fmt: skip
 
@@ -171,7 +172,7 @@ def shuffle_net(units: int) -> nn.Module:
 
 
 class WideDepthwise(nn.Module):
-    """A depthwise convolution with multiplier 3: each input channel makes 3 output channels that move within their triple."""
+    """A depthwise convolution with multiplier 3: each input channel makes 3 output channels, alike."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -181,6 +182,7 @@ class WideDepthwise(nn.Module):
         return self.head(torch.relu(self.depth(self.stem(x))).mean((2, 3)))
 
 
+SHORT = "the exchange of the stream's groups, which exchanges both indices of the middle cells"
 STREAMS = S(4) + S(8) + S(16)
 
 ENTRIES = [
@@ -231,6 +233,8 @@ ENTRIES = [
         S(2) + 2 * S(4) + 4 * S(3),
         larger=LARGER,
         still=("4.bias",),
+        found=2 * S(4) + 4 * S(3),
+        short=SHORT,
     ),
     Entry(
         "shufflenet_deep",
@@ -239,6 +243,8 @@ ENTRIES = [
         S(2) + 2 * S(4) + 2 * (4 * S(3)),
         larger=LARGER,
         still=("5.bias",),
+        found=2 * S(4) + 2 * (4 * S(3)),
+        short=SHORT,
     ),
     Entry("shufflenet_v2", lambda: ShuffleV2(6), IMAGE, S(6) + S(6) + S(9) + S(6), larger=LARGER, still=("head.bias",)),
     Entry(

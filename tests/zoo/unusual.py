@@ -1,4 +1,4 @@
-"""Modules as people really write them: in-place, parametrised, checkpointed, half precision, lists, masks, dead parts."""
+"""Modules as people really write them: in-place, parametrised, checkpointed, half precision, masks, dead parts."""
 
 import warnings
 from typing import Any
