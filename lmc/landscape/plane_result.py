@@ -1,0 +1,118 @@
+"""What a plane in weight space holds."""
+
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from lmc.landscape.grid import Values
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, eq=False)
+class Plane:
+    """Losses and accuracies over a plane in weight space.
+
+    Attributes:
+        x, y: (X,) and (Y,) ascending, the columns and rows of the grid; the models lie on nodes of it.
+        values: split -> measure -> (Y, X): "loss" (nats), "accuracy" (a fraction) and any further metric; NaN where it is
+            not known.
+        places: name of a model -> its (x, y).
+        own: split -> measure -> the value of each model, in the order of `places`, as it was given. With batch
+            statistics re-estimated they may differ from the plane at its place, otherwise they agree.
+        done: (Y, X) which points were evaluated; all, unless an interrupt came first.
+        axes: what x and y are.
+        recalibrated: batch statistics were re-estimated at every point.
+        tracks: name -> (K, 2), curves to be drawn in the plane.
+    """
+
+    x: Values
+    y: Values
+    values: dict[str, dict[str, Values]]
+    places: dict[str, tuple[float, float]]
+    own: dict[str, dict[str, tuple[float, ...]]]
+    done: npt.NDArray[np.bool_]
+    axes: tuple[str, str]
+    recalibrated: bool = False
+    tracks: dict[str, Values] = field(default_factory=dict, repr=False)
+
+    @property
+    def split(self) -> str:
+        """The split that is shown unless another is named: "test" where there is one."""
+        return "test" if "test" in self.values else next(iter(self.values))
+
+    @property
+    def losses(self) -> dict[str, Values]:
+        """split -> (Y, X) mean loss."""
+        return {split: measures["loss"] for split, measures in self.values.items()}
+
+    @property
+    def accuracies(self) -> dict[str, Values]:
+        """split -> (Y, X) fraction classified correctly; empty where targets are no classes."""
+        return {split: measures["accuracy"] for split, measures in self.values.items() if "accuracy" in measures}
+
+    @property
+    def complete(self) -> bool:
+        """No point is missing."""
+        return bool(self.done.all())
+
+    @property
+    def gaps(self) -> dict[str, int]:
+        """measure -> number of points that were evaluated and gave NaN, in any split."""
+        measures = self.values[self.split]
+        nans = {m: np.any([values[m] != values[m] for values in self.values.values()], axis=0) for m in measures}
+        return {measure: int((nan & self.done).sum()) for measure, nan in nans.items()}
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each point and split: x, y, split, loss, accuracy and metrics."""
+        import pandas as pd
+
+        x, y = (grid.ravel() for grid in np.meshgrid(self.x, self.y))
+        frames = [
+            pd.DataFrame({"x": x, "y": y, "split": split, **{name: grid.ravel() for name, grid in measures.items()}})
+            for split, measures in self.values.items()
+        ]
+        return pd.concat(frames, ignore_index=True)
+
+    def plot(self, split: str | None = None) -> "go.Figure":
+        """Contours of loss (colours in logarithmic steps) and of accuracy, with the models in their places.
+
+        Raises:
+            InputError: a split that the plane lacks.
+        """
+        from lmc.plots.plane import plot_plane
+
+        return plot_plane(self, self.split if split is None else split)
+
+    def save(self, file: str | FilePath) -> None:
+        """Write the plane as JSON; `Plane.load` reads it back."""
+        from lmc.landscape.plane_file import save
+
+        save(self, file)
+
+    @classmethod
+    def load(cls, file: str | FilePath) -> "Plane":
+        """Read a plane that `save` wrote."""
+        from lmc.landscape.plane_file import load
+
+        return load(file)
+
+    def __str__(self) -> str:
+        head = f"Plane of {len(self.x)} x {len(self.y)} points"
+        if not self.complete:
+            head += f", {int((~self.done).sum())} not evaluated"
+        head += "".join(f", {count} where {measure} is NaN" for measure, count in self.gaps.items() if count)
+        lines = [head + (", batch statistics re-estimated at each" if self.recalibrated else "")]
+        for split, loss in self.losses.items():
+            known = loss[~np.isnan(loss)]
+            models = ", ".join(f"{v:.3f} at {n}" for n, v in zip(self.places, self.own[split]["loss"], strict=True))
+            span = f", {known.min():.3f} to {known.max():.3f} over the plane" if len(known) else ""
+            lines.append(f"  {split}: loss {models}{span}")
+        return "\n".join(lines)
+
+    __repr__ = __str__

@@ -1,0 +1,86 @@
+"""Contours of loss and accuracy over planes in weight space."""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lmc.errors import InputError
+from lmc.plots.style import BLACK, GRID, SCALE, colours, styled
+
+if TYPE_CHECKING:
+    from lmc.landscape.plane_result import Plane
+
+LEVELS = 14  # contours
+
+
+def plot_plane(plane: "Plane", split: str) -> go.Figure:
+    """Two panels over the plane, loss and (for classifications) accuracy in percent; dark is bad.
+
+    Losses span orders of magnitude, so their colours go by the logarithm where all are positive. What is not known stays
+    grey. The models are drawn in their places, lines of the plane's tracks between them.
+    """
+    if split not in plane.values:
+        raise InputError(f"split={split!r}; this plane has {', '.join(plane.values)}")
+    panels = ["loss", *(["accuracy"] if split in plane.accuracies else [])]
+    titles = [f"{split} {'loss (nats)' if panel == 'loss' else 'accuracy (%)'}" for panel in panels]
+    fig = styled(make_subplots(1, len(panels), horizontal_spacing=0.2, subplot_titles=titles), height=460)
+    for column, panel in enumerate(panels, start=1):
+        fig.add_trace(_contours(plane, split, panel, 0.4 if column < len(panels) else 1.0), row=1, col=column)
+        _draw(fig, plane, column)
+        fig.update_xaxes(title_text=plane.axes[0], showgrid=False, constrain="domain", col=column)
+        anchor = "x" if column == 1 else f"x{column}"
+        fig.update_yaxes(title_text=plane.axes[1], showgrid=False, scaleanchor=anchor, constrain="domain", col=column)
+    return fig.update_layout(hovermode="closest", plot_bgcolor=GRID)
+
+
+def _contours(plane: "Plane", split: str, panel: str, right: float) -> go.Contour:
+    heights = plane.values[split][panel] * (100.0 if panel == "accuracy" else 1.0)
+    known = heights[np.isfinite(heights)]
+    shown, bar = np.where(np.isfinite(heights), heights, np.nan), {}
+    if panel == "loss" and len(known) and known.min() > 0.0:
+        shown = np.log10(shown)
+        bar = _ticks(float(known.min()), float(known.max()))
+    unit = " %" if panel == "accuracy" else ""
+    low, high = (float(edge(shown)) for edge in (np.nanmin, np.nanmax)) if len(known) else (0.0, 1.0)
+    return go.Contour(
+        x=plane.x,
+        y=plane.y,
+        z=shown,
+        customdata=heights,
+        colorscale=SCALE,
+        reversescale=panel == "accuracy",
+        contours={"start": low, "end": high, "size": max(high - low, 1e-9) / LEVELS},
+        line={"width": 0.5, "color": "rgba(255, 255, 255, 0.6)"},
+        connectgaps=False,
+        colorbar={"x": right, "xanchor": "left", "thickness": 12, "outlinewidth": 0, "tickformat": ".3g", **bar},
+        hovertemplate=f"(%{{x:.3g}}, %{{y:.3g}}): {panel} %{{customdata:.4g}}{unit}<extra></extra>",
+    )
+
+
+def _ticks(low: float, high: float) -> dict[str, list]:
+    """Losses to be named on a logarithmic colour bar: 1, 2 and 5 times powers of ten, or the ends of a narrow range."""
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    losses = [step * 10.0**decade for decade in decades for step in (1, 2, 5) if low <= step * 10.0**decade <= high]
+    if len(losses) > 8:
+        losses = [loss for loss in losses if f"{loss:.0e}"[0] == "1"]
+    if len(losses) < 2:
+        losses = [low, high]
+    return {"tickvals": [float(np.log10(loss)) for loss in losses], "ticktext": [f"{loss:.3g}" for loss in losses]}
+
+
+def _draw(fig: go.Figure, plane: "Plane", column: int) -> None:
+    """The tracks, and the models on top of them."""
+    tints = colours(list(plane.tracks))
+    for name, track in plane.tracks.items():
+        line = {"color": tints[name], "width": 3}
+        trace = go.Scatter(x=track[:, 0], y=track[:, 1], mode="lines", name=name, line=line, legendgroup=name)
+        fig.add_trace(trace.update(showlegend=column == 1, hoverinfo="name"), row=1, col=column)
+    x, y = zip(*plane.places.values(), strict=True)
+    marker = {"size": 12, "color": "white", "line": {"color": BLACK, "width": 2}}
+    models = go.Scatter(x=x, y=y, mode="markers", marker=marker, text=list(plane.places), showlegend=False)
+    fig.add_trace(models.update(hovertemplate="%{text}<extra></extra>"), row=1, col=column)
+    for name, (x, y) in plane.places.items():
+        label = {"text": f"<b>{name}</b>", "showarrow": False, "yshift": 18, "bgcolor": "rgba(255, 255, 255, 0.8)"}
+        fig.add_annotation(x=x, y=y, **label, row=1, col=column)
