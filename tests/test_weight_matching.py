@@ -1,5 +1,6 @@
 """Weight matching: planted truth, algebraic identities, small problems solved by brute force, and bad input."""
 
+import importlib
 import itertools
 
 import handwritten
@@ -10,10 +11,12 @@ from torch import Tensor
 
 import lmc
 import lmc.align.descent
-import lmc.align.weight_matching
 from lmc import models
 from lmc.align.assignment import assign, prices_of
 from lmc.align.blocks import build_blocks
+
+# By name: the package has a function that is called like this module.
+MODULE = importlib.import_module("lmc.align.weight_matching")
 
 CASES = {
     "mlp": (lambda: models.mlp(12, [16, 24, 16], 4), handwritten.mlp(3), {}),
@@ -388,7 +391,7 @@ class TestInterrupt:
         spec, a = case("mlp")
         b = unrelated(a, 4)
         whole = matching(spec, a, b, restarts=2)
-        descend, calls = lmc.align.weight_matching._descend, []
+        descend, calls = MODULE._descend, []
 
         def interrupted(*args):
             calls.append(args)
@@ -396,7 +399,7 @@ class TestInterrupt:
                 raise KeyboardInterrupt
             return descend(*args)
 
-        monkeypatch.setattr(lmc.align.weight_matching, "_descend", interrupted)
+        monkeypatch.setattr(MODULE, "_descend", interrupted)
         with pytest.warns(UserWarning, match="2 finished runs"):
             pi = matching(spec, a, b, restarts=8)
         assert pi == whole and pi.objective == whole.objective

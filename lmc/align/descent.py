@@ -20,6 +20,7 @@ from lmc.symmetry.spec import PermutationSpec
 _INNER_SWEEPS = 10
 # Improvements below the rounding of a float32 product are not moves: they could go round in circles.
 _ROUNDING = 1e-6
+_PIECE = 1 << 18
 
 
 class Descent:
@@ -158,4 +159,11 @@ class Descent:
 
 def inner_product(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """`sum <a, b>` over the tensors of `a`, in float64."""
-    return sum(float(torch.dot(x.flatten().double(), b[name].flatten().double())) for name, x in a.items())
+    return sum(_dot(x.flatten(), b[name].flatten()) for name, x in a.items())
+
+
+def _dot(x: Tensor, y: Tensor) -> float:
+    """`<x, y>` in float64, widened piece by piece: pieces stay in the cache, whole layers would not."""
+    if len(x) <= _PIECE:
+        return float(torch.dot(x.double(), y.double()))
+    return sum(map(_dot, x.split(_PIECE), y.split(_PIECE)))
