@@ -3,10 +3,17 @@
 Find what may move, choose the move, look at the landscape, combine the weights.
 """
 
-from lmc import data, merge, models, training, weights
+from lmc import align, data, landscape, merge, models, training, weights
 
-# Which move: permutations that bring one network onto another.
-from lmc.align.weight_matching import weight_matching
+# Which move: permutations and couplings that bring one network onto another.
+from lmc.align import (
+    activation_matching,
+    match_many,
+    ot_fusion,
+    sinkhorn_matching,
+    straight_through_matching,
+    weight_matching,
+)
 
 # What can go wrong.
 from lmc.errors import (
@@ -22,6 +29,8 @@ from lmc.errors import (
 
 # What it looks like: losses between networks.
 from lmc.landscape.path import Path, loss_path
+from lmc.landscape.plane import Plane, loss_plane, random_plane
+from lmc.renormalize import repair
 from lmc.repair import recalibrate_batchnorm
 
 # What may move: the symmetries of a network.
@@ -44,16 +53,27 @@ __all__ = [
     "Path",
     "Permutation",
     "PermutationSpec",
+    "Plane",
     "SpecError",
     "Table",
     "TraceError",
     "WeightsError",
+    "activation_matching",
+    "align",
     "data",
+    "landscape",
     "loss_path",
+    "loss_plane",
+    "match_many",
     "merge",
     "models",
+    "ot_fusion",
     "permutation_spec",
+    "random_plane",
     "recalibrate_batchnorm",
+    "repair",
+    "sinkhorn_matching",
+    "straight_through_matching",
     "training",
     "weight_matching",
     "weights",
