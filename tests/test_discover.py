@@ -132,12 +132,20 @@ def test_units_with_two_owners() -> None:
 
 
 def test_attention_and_its_names() -> None:
-    model = nn.Sequential(nn.Embedding(11, 12), nn.TransformerEncoderLayer(12, 3, 20, batch_first=True), nn.Linear(12, 4))
+    model = nn.Sequential(
+        nn.Embedding(11, 12), nn.TransformerEncoderLayer(12, 3, 20, batch_first=True), nn.Linear(12, 4)
+    )
     tokens = torch.randint(0, 11, (2, 5))
     assert sorted(found(model, tokens)) == sorted([12, 3, *[4] * 6, 20])
     result = discover(model, tokens)
     families = {group.family: group for group in result.groups.values()}
-    assert list(families) == ["stream", "1.self_attn.heads", "1.self_attn.in_proj.qk", "1.self_attn.in_proj.v", "1.linear1"]
+    assert list(families) == [
+        "stream",
+        "1.self_attn.heads",
+        "1.self_attn.in_proj.qk",
+        "1.self_attn.in_proj.v",
+        "1.linear1",
+    ]
     value = result.groups["1.self_attn.in_proj.v[2]"]
     assert value.within == (("1.self_attn.heads", 2),)
     assert value.tables["1.self_attn.out_proj.weight"][0].rows.tolist() == [[8], [9], [10], [11]]
@@ -208,7 +216,9 @@ def test_no_weights_needed() -> None:
 
 def test_half_precision_and_shared_module() -> None:
     layer = nn.Linear(4, 4).half()
-    result = discover(Net(lambda m, x: m.out(m.a(m.a(x))), a=layer, out=nn.Linear(4, 2).half()), torch.randn(2, 4).half())
+    result = discover(
+        Net(lambda m, x: m.out(m.a(m.a(x))), a=layer, out=nn.Linear(4, 2).half()), torch.randn(2, 4).half()
+    )
     assert result.groups == {} and result.frozen["a.weight", 0]
 
 
@@ -223,7 +233,9 @@ def test_the_model_is_left_as_it_was() -> None:
 
 
 def test_module_paths_that_are_python_keywords() -> None:
-    model = Net(lambda m, x: m.parts["in"](x).relu() @ m.w, parts=nn.ModuleDict({"in": nn.Linear(3, 5)}), w=parameter(5, 2))
+    model = Net(
+        lambda m, x: m.parts["in"](x).relu() @ m.w, parts=nn.ModuleDict({"in": nn.Linear(3, 5)}), w=parameter(5, 2)
+    )
     assert list(discover(model, torch.randn(2, 3)).groups) == ["parts.in"]
 
 

@@ -103,7 +103,9 @@ def test_whatever_is_proposed_respects_every_fact(seed: int) -> None:
     for _ in range(int(rng.integers(1, 5))):
         child, parent = (sorts[k] for k in rng.choice(4, 2))
         regular = parent.size <= child.size and child.size % parent.size == 0 and rng.random() < 0.8
-        image = np.arange(child.size) * parent.size // child.size if regular else rng.integers(0, parent.size, child.size)
+        image = (
+            np.arange(child.size) * parent.size // child.size if regular else rng.integers(0, parent.size, child.size)
+        )
         shift = int(rng.integers(0, 3))
         units.map(child, parent[(image + shift) % parent.size])
     if rng.random() < 0.4:

@@ -56,7 +56,9 @@ class Draft:
         return 1 + max((parent.depth for parent, _ in self.within), default=-1)
 
 
-def discover(model: nn.Module, example_inputs: ExampleInputs, outputs: OutputSelector = None, *, progress: bool = True) -> Discovery:
+def discover(
+    model: nn.Module, example_inputs: ExampleInputs, outputs: OutputSelector = None, *, progress: bool = True
+) -> Discovery:
     """Find groups of interchangeable units of a module.
 
     Every permutation of the units of every group, applied to all tensors that the group touches, leaves the selected
@@ -146,7 +148,9 @@ def parents_of(solution: Solution) -> dict[int, list[int]]:
     return above
 
 
-def outer_units(parents: list[int], root: dict[int, tuple[Draft, int]], above: dict[int, list[int]]) -> list[tuple[Draft, int]]:
+def outer_units(
+    parents: list[int], root: dict[int, tuple[Draft, int]], above: dict[int, list[int]]
+) -> list[tuple[Draft, int]]:
     """The units of other groups that super-units live in: the nearest on each way up."""
     found: list[tuple[Draft, int]] = []
     queue, seen = list(parents), set(parents)

@@ -121,25 +121,32 @@ def parameter_coords(units: Units, shape: tuple[int, ...], groups: int, is_row_o
 
 
 def grouped_weights(graph: Graph) -> dict[str, int]:
-    """The number of groups of every parameter that is the weight of a convolution, possibly after pointwise steps that
-    keep its shape (weight norm)."""
+    """The number of groups of every parameter that is the weight of a convolution, possibly after steps that keep its
+    shape (weight norm)."""
     found: dict[str, int] = {}
     for node in graph.nodes:
         name = str(node.target)
-        if not name.startswith(("aten.conv", "aten.convolution")) or len(node.args) < 2:
+        if not name.startswith("aten.conv") or len(node.args) < 2 or not isinstance(node.args[1], Node):
             continue
-        position = 8 if name.startswith("aten.convolution") else 6
-        groups = node.args[position] if len(node.args) > position else 1
-        shape = node.args[1].meta["val"].shape
-        stack, seen = [node.args[1]], set()
-        while stack:
-            source = stack.pop()
-            seen.add(source)
+        at = 8 if name.startswith("aten.convolution") else 6
+        groups = node.args[at] if len(node.args) > at else 1
+        for source in sources_of_shape(node.args[1]):
             leaf = graph.leaves.get(source.name)
-            if leaf is not None and leaf.kind == "parameter" and source.meta["val"].shape == shape:
-                found[graph.aliases.get(leaf.name, leaf.name)] = int(groups)
-            if source.op == "call_function" and len(seen) < 16:
-                stack += [s for s in source.all_input_nodes if s not in seen]
+            if leaf is not None and leaf.kind == "parameter" and isinstance(groups, int):
+                found[graph.aliases.get(leaf.name, leaf.name)] = groups
+    return found
+
+
+def sources_of_shape(node: Node, most: int = 16) -> list[Node]:
+    """The placeholders of the same shape that a node comes from, within a few steps."""
+    stack, seen, found = [node], {node}, []
+    while stack:
+        source = stack.pop()
+        if source.op == "placeholder" and source.meta["val"].shape == node.meta["val"].shape:
+            found.append(source)
+        fresh = [s for s in source.all_input_nodes if s not in seen] if len(seen) < most else []
+        seen.update(fresh)
+        stack += fresh
     return found
 
 
@@ -186,7 +193,11 @@ def slice_classes(value: Tensor, dim: int) -> np.ndarray:
 
 def call(units: Units, node: Node, known: dict[Node, Any]) -> Any:
     """The tag (or tuple of tags) of one operator's result."""
-    args, kwargs = pytree.tree_map(lambda a: known.get(a, a) if isinstance(a, Node) else a, (tuple(node.args), dict(node.kwargs)), is_leaf=lambda a: isinstance(a, Node))
+    args, kwargs = pytree.tree_map(
+        lambda a: known.get(a, a) if isinstance(a, Node) else a,
+        (tuple(node.args), dict(node.kwargs)),
+        is_leaf=lambda a: isinstance(a, Node),
+    )
     if getattr(node.target, "__name__", "") == "getitem":
         return args[0][args[1]] if isinstance(args[0], (tuple, Parts)) else args[0]
     values = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
@@ -194,7 +205,11 @@ def call(units: Units, node: Node, known: dict[Node, Any]) -> Any:
     if not shapes:
         return Tag(())
     inputs = operands_in((args, kwargs))
-    if all(isinstance(t, Tag) and t.constant for t in inputs) and is_deterministic(node.target) and not takes_shape_only(node):
+    if (
+        all(isinstance(t, Tag) and t.constant for t in inputs)
+        and is_deterministic(node.target)
+        and not takes_shape_only(node)
+    ):
         return evaluated(units, node, args, kwargs, shapes)
     return interpret(Op(units, node.target, shapes), args, kwargs)
 
@@ -215,7 +230,9 @@ def evaluated(units: Units, node: Node, args: Any, kwargs: Any, shapes: tuple[tu
         by_rule = tuple(core.still(units, s, reason) for s in shapes)
     else:
         by_rule = interpret(Op(units, node.target, shapes), args, kwargs)
-    parts = [settle(units, by_rule if len(shapes) == 1 and is_operand(by_rule) else by_rule[k]) for k in range(len(shapes))]
+    parts = [
+        settle(units, by_rule if len(shapes) == 1 and is_operand(by_rule) else by_rule[k]) for k in range(len(shapes))
+    ]
     tags = tuple(
         replace(part, constant=True, points=None, value=value)
         if value is None or value.is_floating_point() or value.is_complex()
@@ -232,6 +249,7 @@ def computed_values(node: Node, args: Any, kwargs: Any, shapes: tuple[tuple[int,
         return [None] * len(shapes)
     real = pytree.tree_map(lambda t: t.value if isinstance(t, Tag) else t, (args, kwargs), is_leaf=is_operand)
     on_cpu = {k: torch.device("cpu") if k == "device" and v is not None else v for k, v in real[1].items()}
+    target: Any = node.target
     with torch.no_grad():
-        result = node.target(*real[0], **on_cpu)
+        result = target(*real[0], **on_cpu)
     return [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]

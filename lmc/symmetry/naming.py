@@ -13,7 +13,7 @@ MANY = 6
 
 
 def module_of(tensor: str) -> str:
-    """The module path of a parameter, keeping what tells several parameters of one module apart (`in_proj`, `cls_token`)."""
+    """The module path of a parameter, with what tells the parameters of one module apart (`in_proj`, `cls_token`)."""
     path, _, last = tensor.rpartition(".")
     last = re.sub(r"^(weight|bias|running_mean|running_var|original\d*|weight_[vg])$|[_.]?(weight|bias)$", "", last)
     path = path.replace("parametrizations.", "")
@@ -21,7 +21,9 @@ def module_of(tensor: str) -> str:
     return ".".join(part for part in (path, last) if part)
 
 
-def base_name(tables: Tables, used: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], nested: bool, parent: bool) -> str:
+def base_name(
+    tables: Tables, used: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]], nested: bool, parent: bool
+) -> str:
     """The name of a family, before it is made unique.
 
     Args:
@@ -37,7 +39,9 @@ def base_name(tables: Tables, used: Mapping[str, int], shapes: Mapping[str, tupl
     modules = [module_of(t) for t in tensors]
     name, many = modules[0], not nested and len(set(modules)) > MANY
     producers = modules[:1] + [module_of(t) for t in tensors if any(0 in table.dims for table in tables[t])]
-    stacks = [t for t in tensors if len(shapes[t]) == 3 and tables[t][0].dims[0] == 0 and tables[t][0].rows.shape[1] == 1]
+    stacks = [
+        t for t in tensors if len(shapes[t]) == 3 and tables[t][0].dims[0] == 0 and tables[t][0].rows.shape[1] == 1
+    ]
     if parent and stacks:
         path = shared_path([module_of(t) for t in stacks])
         return path if path.endswith("experts") else f"{path}.experts".lstrip(".")

@@ -59,7 +59,9 @@ def mix(*parts: npt.NDArray[np.generic] | int) -> Hashes:
     with np.errstate(over="ignore"):
         for number, part in enumerate(parts):
             word = np.asarray(part).astype(np.uint64)
-            out = (out ^ (word + np.uint64(0x9E3779B97F4A7C15 * (number + 1) & 0xFFFFFFFFFFFFFFFF))) * np.uint64(0xBF58476D1CE4E5B9)
+            out = (out ^ (word + np.uint64(0x9E3779B97F4A7C15 * (number + 1) & 0xFFFFFFFFFFFFFFFF))) * np.uint64(
+                0xBF58476D1CE4E5B9
+            )
             out = (out ^ (out >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             out = out ^ (out >> np.uint64(31))
     return out
@@ -131,7 +133,7 @@ def _graph(a: Ids, b: Ids, n: int) -> coo_array:
 
 
 def components(a: Ids, b: Ids, n: int, active: npt.NDArray[np.bool_]) -> tuple[Ids, int]:
-    """Connected components of the active units under the pairs (a, b), numbered by their smallest unit; -1 elsewhere."""
+    """Connected components of the active units under the pairs (a, b), numbered by smallest unit; -1 elsewhere."""
     labels = connected_components(_graph(a, b, n), directed=False)[1].astype(np.int64)
     first = np.full(int(labels.max()) + 1 if n else 0, n)
     members = np.flatnonzero(active)

@@ -1,4 +1,4 @@
-"""From facts to groups: propose, from coarse to fine, that the members of a fibre are freely interchangeable, and check.
+"""From facts to groups: propose, from coarse to fine, that the members of a fibre are interchangeable, and check.
 
 A *fibre* is a set of super-units of one class that live in the same parents: all heads of a layer, the value units of
 one head. For each fibre of at least two, everything that depends on its members is arranged in a table, a row per
@@ -198,7 +198,9 @@ class Search:
             self.refused.append(units[mine])
         return result
 
-    def descend(self, roots: Ids, row: Ids, column: npt.NDArray[np.uint64], fibre: Ids, bad: npt.NDArray[np.bool_]) -> Ids:
+    def descend(
+        self, roots: Ids, row: Ids, column: npt.NDArray[np.uint64], fibre: Ids, bad: npt.NDArray[np.bool_]
+    ) -> Ids:
         """Give every super-unit that depends on a root its row, and a column key that says what it is to the row."""
         owned = [roots]
         waiting = set(np.unique(self.found.kind[self.up_child[self.down_of.of(roots)]]).tolist())

@@ -154,7 +154,9 @@ def is_understood(node: Node) -> bool:
     return known and schema is not None and not schema.is_mutable
 
 
-def on_device_of(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def on_device_of(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """For a model without weights (meta device), inputs without values."""
     if not any(t.is_meta for t in model.parameters()):
         return args, kwargs

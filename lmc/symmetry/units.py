@@ -31,7 +31,7 @@ class Sort:
 
 @dataclass(frozen=True, eq=False)
 class Map:
-    """`g(parent[k])` must be the parent of `g(child[k])`: each child has one parent. `site` says where it comes from."""
+    """`g(parent[k])` must be the parent of `g(child[k])`: each child has one parent. `site`: the node it comes from."""
 
     child: Ids
     parent: Ids
@@ -153,7 +153,7 @@ class Units:
         self.map(b, a)
 
     def count(self, ids: Ids) -> None:
-        """Record the multiset of `ids` (any shape), unless it holds every unit of every sort it touches equally often."""
+        """Record the multiset of `ids` (any shape), unless it holds all units of the sorts it touches equally often."""
         ids = ids.ravel()
         key = ("count", ids.size, hash(ids.tobytes()))
         if key in self._seen or self.is_frozen(ids):
@@ -195,4 +195,3 @@ def first_codes(keys: npt.NDArray[np.generic]) -> tuple[Ids, int]:
     rank = np.empty(first.size, np.int64)
     rank[np.argsort(first)] = np.arange(first.size)
     return rank[inverse.ravel()], first.size
-

@@ -10,7 +10,7 @@ from lmc.symmetry.rules.registry import Op, named, rule
 from lmc.symmetry.tags import Tag
 
 
-@rule(*named("scaled_dot_product_attention", "_scaled_dot_product_attention_math"))
+@rule(*named("scaled_dot_product_attention _scaled_dot_product_attention_math"))
 def attention(op: Op, q: Tag, k: Tag, v: Tag, mask: Tag | None = None, *args: Any, **kwargs: Any) -> Tag:
     """q (..., h, m, d), k (..., h, n, d), v (..., h, n, e) -> (..., h, m, e). Grouped queries repeat each key head."""
     units = op.units

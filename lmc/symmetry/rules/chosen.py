@@ -1,7 +1,7 @@
-"""Computing for chosen experts only: `weights[choice]` picks, at every position, the weights of one expert.
+"""Computing for chosen experts only: `weights[choice]` picks the weights of one expert at every position.
 
-What follows pointwise is the same as computing for all experts and picking at the end, so that is how it is interpreted:
-a `Chosen` tensor stands for a dense tensor with a leading dim of experts, of which one is to be picked by the choice at
+What follows pointwise is the same as computing for all experts and picking at the end, so that is how it is read: a
+`Chosen` tensor stands for a dense tensor with a leading dim of experts, of which one is to be picked by the choice at
 each position. Hidden units of different experts then stay apart. Operators that mix positions make the pick first
 (`settle`); so does, by default, every rule that does not know about choices.
 """
@@ -45,19 +45,20 @@ def settle(units: Units, x: Operand) -> Tag:
     return make(units, x.shape, [*rest.coords, *x.index])
 
 
-def choose(units: Units, x: Tag, index: Tag) -> Operand:
-    """`x[index]`, where the values of `index` stand for units along the first dim of `x` (already tied to them)."""
-    assert index.points is not None
+def choose(units: Units, x: Tag, index: Tag, points: Ids) -> Operand:
+    """`x[index]`, where the values of `index` stand for `points`, units along the first dim of `x` (tied to it)."""
     ones = (1,) * len(index.shape)
-    coords = tuple(c.reshape(c.shape[:1] + ones + c.shape[1:]) for c in x.coords)
+    coords = tuple(c.reshape((len(c), *ones, *c.shape[1:])) for c in x.coords)
     dense = Tag((x.shape[0], *index.shape, *x.shape[1:]), coords)
-    chosen = Chosen(dense, tuple(c.reshape(c.shape + (1,) * (len(x.shape) - 1)) for c in index.coords), index.points)
-    mixed = any(c.shape[0] > 1 and c.size > c.shape[0] for c in coords)
+    chosen = Chosen(dense, tuple(c.reshape(c.shape + (1,) * (len(x.shape) - 1)) for c in index.coords), points)
+    mixed = any(1 < len(c) < c.size for c in coords)
     return chosen if mixed else settle(units, chosen)
 
 
 def agree(one: Sequence[Ids], other: Sequence[Ids]) -> bool:
-    return len(one) == len(other) and all(a.shape == b.shape and bool((a == b).all()) for a, b in zip(one, other, strict=True))
+    return len(one) == len(other) and all(
+        a.shape == b.shape and bool((a == b).all()) for a, b in zip(one, other, strict=True)
+    )
 
 
 def pointwise(units: Units, shape: Shape, tags: Sequence[Operand]) -> Operand:
@@ -69,7 +70,11 @@ def pointwise(units: Units, shape: Shape, tags: Sequence[Operand]) -> Operand:
     index = tuple(core.widen(i, ndim) for i in first.index)
     wide: list[Tag] = []
     for tag in tags:
-        if isinstance(tag, Chosen) and tag.points is first.points and agree([core.widen(i, ndim) for i in tag.index], index):
+        if (
+            isinstance(tag, Chosen)
+            and tag.points is first.points
+            and agree([core.widen(i, ndim) for i in tag.index], index)
+        ):
             rows = (c.reshape(c.shape[:1] + (1,) * (ndim + 1 - c.ndim) + c.shape[1:]) for c in tag.dense.coords)
             wide.append(Tag((), tuple(rows)))
         else:

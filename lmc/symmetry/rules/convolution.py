@@ -8,13 +8,13 @@ from lmc.symmetry.rules.registry import Op, named, rule
 from lmc.symmetry.tags import Tag
 
 
-@rule(*named("conv1d", "conv2d", "conv3d"))
+@rule(*named("conv1d conv2d conv3d"))
 def conv(op: Op, x: Tag, weight: Tag, bias: Tag | None = None, *args: Any) -> Tag:
     groups = args[3] if len(args) > 3 else 1
     return convolve(op, x, weight, bias, groups, transposed=False)
 
 
-@rule(*named("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"))
+@rule(*named("conv_transpose1d conv_transpose2d conv_transpose3d"))
 def conv_transpose(op: Op, x: Tag, weight: Tag, bias: Tag | None = None, *args: Any) -> Tag:
     groups = args[3] if len(args) > 3 else 1
     return convolve(op, x, weight, bias, groups, transposed=True)
@@ -33,7 +33,9 @@ def convolve(op: Op, x: Tag, weight: Tag, bias: Tag | None, groups: int, transpo
         x = reshape(x, (1, *x.shape))
     pixels, taps = tuple(range(2, 2 + spatial)), tuple(range(2, len(weight.shape)))
     x = core.squeeze(core.ordered(units, x, pixels, "pixel position", (*x.shape[:2], *(1,) * spatial)), pixels)
-    weight = core.squeeze(core.ordered(units, weight, taps, "kernel position", (*weight.shape[:2], *(1,) * spatial)), taps)
+    weight = core.squeeze(
+        core.ordered(units, weight, taps, "kernel position", (*weight.shape[:2], *(1,) * spatial)), taps
+    )
     x = reshape(x, (x.shape[0], g, x.shape[1] // g))
     weight = reshape(weight, (g, weight.shape[0] // g, weight.shape[1]))
     labels = ["g", "c", "o"] if transposed else ["g", "o", "c"]

@@ -35,7 +35,7 @@ def take(op: Op, x: Tag, dim: int, index: Tag) -> Operand:
         return picked(op.units, x, shape, [dim], lambda c: c.take(at, axis=dim))
     tied = at_points(op, x, dim, index)
     if dim == 0 and index.points is not None and index.points.size == x.shape[0]:
-        return choose(op.units, tied, index)
+        return choose(op.units, tied, index, index.points)
     rest = core.squeeze(core.reduce(op.units, tied, (dim,), keepdim=True), (dim,))
     before, after, middle = (1,) * dim, (1,) * (len(x.shape) - dim - 1), (1,) * len(index.shape)
     coords = [c.reshape(c.shape[:dim] + middle + c.shape[dim:]) for c in rest.coords]
@@ -52,7 +52,7 @@ def at_points(op: Op, x: Tag, dim: int, index: Tag) -> Tag:
     return make(op.units, x.shape, [*x.coords, index.points.reshape(shape)])
 
 
-@rule(*named("index", "_unsafe_index"), choices=True)
+@rule(*named("index _unsafe_index"), choices=True)
 def index(op: Op, x: Tag, indices: Sequence[Tag | None]) -> Operand:
     """Known indices: run. One unknown index: take. Several: the indexed dims are frozen."""
     x = fixed(op.units, x)
@@ -60,7 +60,9 @@ def index(op: Op, x: Tag, indices: Sequence[Tag | None]) -> Operand:
     if all(i.value is not None for _, i in given):
         known = [i.value if i is not None else slice(None) for i in indices]
         full = range(len(x.shape))
-        return picked(op.units, x, op.shape, full, lambda c: torch.from_numpy(np.ascontiguousarray(c))[tuple(known)].numpy())
+        return picked(
+            op.units, x, op.shape, full, lambda c: torch.from_numpy(np.ascontiguousarray(c))[tuple(known)].numpy()
+        )
     if len(given) == 1:
         return take(op, x, *given[0])
     return index_many(op, x, given)
@@ -76,7 +78,11 @@ def index_many(op: Op, x: Tag, given: list[tuple[int, Tag]]) -> Tag:
     place = dims[0] if dims == tuple(range(dims[0], dims[0] + len(dims))) else 0
     before, after, middle = (1,) * place, (1,) * (len(rest.shape) - place), (1,) * len(picked_shape)
     coords = [c.reshape(c.shape[:place] + middle + c.shape[place:]) for c in rest.coords]
-    coords += [core.widen(c, len(picked_shape)).reshape(before + core.widen(c, len(picked_shape)).shape + after) for _, i in given for c in i.coords]
+    coords += [
+        core.widen(c, len(picked_shape)).reshape(before + core.widen(c, len(picked_shape)).shape + after)
+        for _, i in given
+        for c in i.coords
+    ]
     return make(op.units, op.shape, coords)
 
 
@@ -88,15 +94,22 @@ def gather(op: Op, x: Tag, dim: int, index: Tag, **_: Any) -> Tag:
     shape = tuple(n if e == d else m for e, (n, m) in enumerate(zip(x.shape, op.shape, strict=True)))
     cut = [e for e in range(len(shape)) if shape[e] != x.shape[e]]
     if cut:
-        x = picked(op.units, x, shape, cut, lambda c: c[tuple(slice(0, n if e in cut else None) for e, n in enumerate(shape))])
+        x = picked(
+            op.units, x, shape, cut, lambda c: c[tuple(slice(0, n if e in cut else None) for e, n in enumerate(shape))]
+        )
     if index.value is not None and prod(op.shape) < 1 << 24:
         at = index.value.numpy()
-        return make(op.units, op.shape, [np.take_along_axis(np.broadcast_to(c, shape), at, axis=d) if c.shape[d] > 1 else c for c in x.coords], count=True)
+        return make(
+            op.units,
+            op.shape,
+            [np.take_along_axis(np.broadcast_to(c, shape), at, axis=d) if c.shape[d] > 1 else c for c in x.coords],
+            count=True,
+        )
     rest = core.reduce(op.units, at_points(op, x, d, index), (d,), keepdim=True)
     return make(op.units, op.shape, [*rest.coords, *index.coords])
 
 
-@rule(*named("_embedding_bag", "_embedding_bag_forward_only"))
+@rule(*named("_embedding_bag _embedding_bag_forward_only"))
 def embedding_bag(op: Op, weight: Tag, index: Tag, offsets: Tag, *_: Any, **__: Any) -> tuple[Tag, ...]:
     """Sums, means or maxima of rows of an embedding: the rows are chosen by data, the features pass through."""
     for tag in (index, offsets):
@@ -107,7 +120,7 @@ def embedding_bag(op: Op, weight: Tag, index: Tag, offsets: Tag, *_: Any, **__: 
     return core.pointwise(op.units, op.shape, [features, bags]), *rest
 
 
-@rule(*named("eq", "ne"), choices=True)
+@rule(*named("eq ne"), choices=True)
 def equal(op: Op, a: Any, b: Any) -> Tag:
     """Is this the chosen unit? Comparing a choice with known numbers tells which unit each number stands for."""
     choice, other = (a, b) if isinstance(a, Tag) and a.points is not None else (b, a)

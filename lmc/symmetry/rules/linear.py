@@ -11,7 +11,7 @@ from lmc.symmetry.tags import Tag
 BATCH = [f"batch{i}" for i in range(16)]
 
 
-@rule(*named("mm", "matmul", "bmm", "mv", "dot"), experts=True)
+@rule(*named("mm matmul bmm mv dot"), experts=True)
 def matmul(op: Op, a: Tag, b: Tag) -> chosen.Operand:
     """(..., m, k) x (..., k, n) -> (..., m, n); vectors lack m or n; leading dims broadcast."""
     rows, columns = (["m"] if len(a.shape) > 1 else []), (["n"] if len(b.shape) > 1 else [])
@@ -34,7 +34,7 @@ def linear(op: Op, x: Tag, weight: Tag, bias: Tag | None = None) -> chosen.Opera
     return product if bias is None else chosen.pointwise(op.units, op.shape, [product, bias])
 
 
-@rule(*named("addmm", "baddbmm", "addmv", "addbmm"), experts=True)
+@rule(*named("addmm baddbmm addmv addbmm"), experts=True)
 def addmm(op: Op, bias: Tag, a: Tag, b: Tag, **_: Any) -> chosen.Operand:
     return chosen.pointwise(op.units, op.shape, [bias, matmul(op, a, b)])
 
@@ -63,7 +63,7 @@ def spelled(term: str, ndim: int) -> list[str]:
     return [*before, *BATCH[len(BATCH) - hidden :], *after] if dots else list(term)
 
 
-@rule(*named("outer", "ger"))
+@rule(*named("outer ger"))
 def outer(op: Op, a: Tag, b: Tag) -> chosen.Operand:
     return chosen.contract(op.units, [(a, ["m"]), (b, ["n"])], ["m", "n"])
 
@@ -78,7 +78,9 @@ def bilinear(op: Op, a: Tag, b: Tag, weight: Tag, bias: Tag | None = None) -> ch
 
 
 @rule(*named("_trilinear"))
-def trilinear(op: Op, a: Tag, b: Tag, c: Tag, wide_a: Any, wide_b: Any, wide_c: Any, summed: Any, *_: Any) -> chosen.Operand:
+def trilinear(
+    op: Op, a: Tag, b: Tag, c: Tag, wide_a: Any, wide_b: Any, wide_c: Any, summed: Any, *_: Any
+) -> chosen.Operand:
     """The product of three tensors, each with dims of size 1 inserted, summed over some dims."""
     operands = []
     for tag, wide in ((a, wide_a), (b, wide_b), (c, wide_c)):

@@ -13,7 +13,7 @@ import torch
 from lmc.symmetry.rules import core
 from lmc.symmetry.rules.chosen import Chosen, Operand, pointwise
 from lmc.symmetry.rules.registry import Op, Parts, fixed, named, rule
-from lmc.symmetry.tags import Shape, Tag, along, make, spread
+from lmc.symmetry.tags import Shape, Tag, make, shrink, spread
 from lmc.symmetry.units import Ids, Units
 
 
@@ -23,28 +23,32 @@ def also_for_experts(*dims_at: int) -> Callable[[Callable[..., Any]], Callable[.
 
     def wrap(move: Callable[..., Any]) -> Callable[..., Any]:
         @wraps(move)
-        def moved(op: Op, x: Operand, *args: Any) -> Any:
+        def moved(op: Op, x: Operand, *args: Any, **kwargs: Any) -> Any:
             if isinstance(x, Tag):
-                return move(op, x, *args)
-            experts, ndim = x.dense.shape[0], len(x.shape)
+                return move(op, x, *args, **kwargs)
+            experts, ndim, points = x.dense.shape[0], len(x.shape), x.points
             given = [*args, *(0 for k in dims_at if k >= len(args))]
             for k in dims_at:
                 many = isinstance(given[k], Sequence)
                 given[k] = [0, *(d % ndim + 1 for d in given[k])] if many else given[k] % ndim + 1
-            dense = move(replace(op, shapes=tuple((experts, *s) for s in op.shapes)), x.dense, *given)
-            index = move(op, Tag(x.shape, x.index), *args)
+            dense = move(replace(op, shapes=tuple((experts, *s) for s in op.shapes)), x.dense, *given, **kwargs)
+            index = move(op, Tag(x.shape, x.index), *args, **kwargs)
             if isinstance(dense, Tag):
-                return Chosen(dense, index.coords, x.points)
-            return Parts([lambda k=k: Chosen(dense[k], index[k].coords, x.points) for k in range(len(op.shapes))])
+                return Chosen(dense, index.coords, points)
+            return Parts([lambda k=k: Chosen(dense[k], index[k].coords, points) for k in range(len(op.shapes))])
 
         return moved
 
     return wrap
 
 
-@rule(*named("view", "_unsafe_view", "reshape", "flatten", "unflatten", "view_copy", "_reshape_alias", "squeeze", "unsqueeze"), choices=True, experts=True)
+@rule(
+    *named("view _unsafe_view reshape flatten unflatten view_copy _reshape_alias squeeze unsqueeze"),
+    choices=True,
+    experts=True,
+)
 @also_for_experts()
-def view(op: Op, x: Tag, *_: Any) -> Tag:
+def view(op: Op, x: Tag, *_: Any, **__: Any) -> Tag:
     return reshape(x, op.shape)
 
 
@@ -60,7 +64,7 @@ def reshape_coord(coord: Ids, old: Shape, new: Shape) -> Ids:
         moves = any(coord.shape[d] > 1 for d in old_dims)
         expanded += [old[d] if moves else 1 for d in old_dims]
         result += [new[d] if moves else 1 for d in new_dims]
-    return _shrink(np.broadcast_to(coord, expanded).reshape(result))
+    return shrink(np.broadcast_to(coord, expanded).reshape(result))
 
 
 def matching_dims(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
@@ -79,15 +83,6 @@ def matching_dims(old: Shape, new: Shape) -> list[tuple[list[int], list[int]]]:
                 j += 1
         runs.append((left, right))
     return runs
-
-
-def _shrink(coord: Ids) -> Ids:
-    for d in range(coord.ndim):
-        if coord.shape[d] > 1:
-            head = coord.take([0], axis=d)
-            if (coord == head).all():
-                coord = head
-    return coord
 
 
 def by_coordinate(x: Tag, shape: Shape, move: Callable[[Ids], Ids]) -> Tag:
@@ -110,35 +105,35 @@ def picked(units: Units, x: Tag, shape: Shape, dims: Sequence[int], pick: Callab
 
 def _keep(coord: Ids, pick: Callable[[Ids], Ids], dims: Sequence[int], shape: Shape) -> Ids:
     """A coordinate constant along `dims` goes through the same operator, and is constant again on what they became."""
-    return _shrink(pick(spread(coord, tuple(dims), shape)))
+    return shrink(pick(spread(coord, tuple(dims), shape)))
 
 
-@rule(*named("permute", "permute_copy"), choices=True, experts=True)
+@rule(*named("permute permute_copy"), choices=True, experts=True)
 @also_for_experts(0)
 def permute(op: Op, x: Tag, dims: Sequence[int]) -> Tag:
     order = tuple(d % len(x.shape) for d in dims)
     return by_coordinate(x, op.shape, lambda c: c.transpose(order))
 
 
-@rule(*named("transpose", "swapaxes", "transpose_copy"), choices=True, experts=True)
+@rule(*named("transpose swapaxes transpose_copy"), choices=True, experts=True)
 @also_for_experts(0, 1)
 def transpose(op: Op, x: Tag, a: int, b: int) -> Tag:
     return by_coordinate(x, op.shape, lambda c: c.swapaxes(a, b)) if x.shape else x
 
 
-@rule(*named("t", "numpy_T", "mT", "t_copy"), choices=True)
+@rule(*named("t numpy_T mT t_copy"), choices=True)
 def matrix_transpose(op: Op, x: Tag) -> Tag:
     return by_coordinate(x, op.shape, lambda c: c.swapaxes(-1, -2)) if len(x.shape) > 1 else x
 
 
-@rule(*named("expand", "expand_copy", "expand_as", "broadcast_to"), choices=True, experts=True)
+@rule(*named("expand expand_copy expand_as broadcast_to"), choices=True, experts=True)
 def expand(op: Op, x: Operand, *_: Any, **__: Any) -> Operand:
     if isinstance(x, Chosen):
         return pointwise(op.units, op.shape, [x])
     return Tag(op.shape, tuple(core.widen(c, len(op.shape)) for c in x.coords), points=x.points)
 
 
-@rule(*named("slice", "slice_copy", "narrow"), choices=True, experts=True)
+@rule(*named("slice slice_copy narrow"), choices=True, experts=True)
 @also_for_experts(0)
 def slice_(op: Op, x: Tag, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tag:
     if op.shape == x.shape and step == 1:
@@ -148,7 +143,7 @@ def slice_(op: Op, x: Tag, dim: int = 0, start: int | None = None, end: int | No
     return picked(op.units, x, op.shape, [d], lambda c: c[window])
 
 
-@rule(*named("select", "select_copy"), choices=True, experts=True)
+@rule(*named("select select_copy"), choices=True, experts=True)
 @also_for_experts(0)
 def select(op: Op, x: Tag, dim: int, index: int) -> Tag:
     return select_at(op.units, x, dim, index)
@@ -156,21 +151,27 @@ def select(op: Op, x: Tag, dim: int, index: int) -> Tag:
 
 def select_at(units: Units, x: Tag, dim: int, index: int) -> Tag:
     d = dim % len(x.shape)
-    return picked(units, x, x.shape[:d] + x.shape[d + 1 :], [d], lambda c: c.take(index, axis=d))
+    return picked(units, x, x.shape[:d] + x.shape[d + 1 :], [d], lambda c: np.asarray(c.take(index, axis=d)))
 
 
-@rule(*named("unbind", "unbind_copy"), choices=True, experts=True)
+@rule(*named("unbind unbind_copy"), choices=True, experts=True)
 @also_for_experts(0)
 def unbind(op: Op, x: Tag, dim: int = 0) -> Parts:
     return Parts([partial(select_at, op.units, x, dim, i) for i in range(x.shape[dim])])
 
 
-@rule(*named("split", "split_with_sizes", "split_copy", "split_with_sizes_copy", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk"), choices=True, experts=True)
+@rule(
+    *named("split split_with_sizes split_copy split_with_sizes_copy chunk tensor_split unsafe_split unsafe_chunk"),
+    choices=True,
+    experts=True,
+)
 @also_for_experts(1)
 def split(op: Op, x: Tag, _: Any, dim: int = 0) -> Parts:
     d = dim % len(x.shape)
     ends = np.cumsum([shape[d] for shape in op.shapes])
-    return Parts([partial(window, op.units, x, shape, d, end - shape[d]) for shape, end in zip(op.shapes, ends, strict=True)])
+    return Parts(
+        [partial(window, op.units, x, shape, d, end - shape[d]) for shape, end in zip(op.shapes, ends, strict=True)]
+    )
 
 
 def window(units: Units, x: Tag, shape: Shape, dim: int, start: int) -> Tag:
@@ -191,13 +192,26 @@ def roll(op: Op, x: Tag, shifts: Any, dims: Any = ()) -> Tag:
     return by_coordinate(x, op.shape, lambda c: np.roll(c, shifts, dims))
 
 
-@rule(*named("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "_to_copy", "to", "type_as", "lift", "view_as", "dropout", "feature_dropout", "alpha_dropout", "positive", "resolve_conj", "resolve_neg", "_assert_tensor_metadata"), choices=True, experts=True)
+@rule(
+    *named(
+        "clone contiguous alias detach lift_fresh_copy _to_copy to type_as lift view_as dropout "
+        "feature_dropout alpha_dropout positive resolve_conj resolve_neg _assert_tensor_metadata"
+    ),
+    choices=True,
+    experts=True,
+)
 def same(op: Op, x: Operand, *_: Any, **__: Any) -> Operand:
     """Copies, casts, and dropout in evaluation mode."""
     return Tag(op.shape, x.coords, points=x.points) if isinstance(x, Tag) and op.shapes else x
 
 
-@rule(*named("repeat", "unfold", "diagonal", "tile", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "im2col", "tril_indices", "movedim", "rot90", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d", "replication_pad3d", "repeat_interleave", "diagonal_copy", "unfold_copy", "hsplit", "vsplit", "fliplr", "flipud"))
+@rule(
+    *named(
+        "repeat unfold diagonal tile pixel_shuffle pixel_unshuffle channel_shuffle im2col tril_indices "
+        "movedim rot90 reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
+        "replication_pad3d repeat_interleave diagonal_copy unfold_copy hsplit vsplit fliplr flipud"
+    )
+)
 def run(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Any:
     """Any other move: the operator itself, run on each coordinate at full size."""
     if any(isinstance(a, Tag) for a in (*args, *kwargs.values())):
@@ -215,109 +229,8 @@ def _run_one(op: Op, coord: Ids, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     return [o.numpy().astype(np.int64) for o in (out if isinstance(out, (tuple, list)) else [out])]
 
 
-@rule(*named("as_strided", "as_strided_copy"))
+@rule(*named("as_strided as_strided_copy"))
 def as_strided(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Tag:
     """Reads raw storage, whose layout a tag does not know."""
     core.freeze(op.units, x, "as_strided")
     return core.still(op.units, op.shape, "as_strided")
-
-
-@rule(*named("cat", "concat", "concatenate"))
-def cat(op: Op, tensors: Sequence[Tag], dim: int = 0) -> Tag:
-    parts = [t for t in tensors if prod(t.shape)]
-    return concatenate(op.units, parts, dim % len(op.shape), op.shape)
-
-
-def concatenate(units: Units, parts: Sequence[Tag], dim: int, shape: Shape) -> Tag:
-    """Coordinates along `dim` one after the other, plus the part number as a frozen coordinate: equal units in two
-    parts can carry different values (I1), unless both are the same tensor. Coordinates on other dims are joined."""
-    if len(parts) == 1:
-        return parts[0]
-    ndim = len(shape)
-    coords: list[Ids] = []
-    pieces: list[Ids] = []
-    for number, part in enumerate(parts):
-        touching = [c for c in part.coords if c.shape[dim] > 1]
-        coords += [c for c in part.coords if c.shape[dim] == 1]
-        if not touching:
-            pieces.append(np.full((1,) * ndim, units.frozen("one part of a concatenation", number + 1)[number]))
-            continue
-        joint = touching[0]
-        for other in touching[1:]:
-            dims = tuple(d for d in range(ndim) if joint.shape[d] > 1 or other.shape[d] > 1)
-            joint = units.pair(spread(joint, dims, part.shape), spread(other, dims, part.shape))
-        pieces.append(joint)
-    across = tuple(max(p.shape[d] for p in pieces) for d in range(ndim))
-    wide = [
-        np.broadcast_to(p, (*across[:dim], part.shape[dim], *across[dim + 1 :]))
-        for p, part in zip(pieces, parts, strict=True)
-    ]
-    which = [next(k for k, other in enumerate(parts) if other is part) for part in parts]
-    numbers = units.frozen("part of a concatenation", len(parts))[which]
-    labels = along(np.repeat(numbers, [part.shape[dim] for part in parts]), dim, ndim)
-    return make(units, shape, [np.concatenate(wide, axis=dim), labels, *coords])
-
-
-@rule(*named("stack"))
-def stack(op: Op, tensors: Sequence[Tag], dim: int = 0) -> Tag:
-    d = dim % len(op.shape)
-    lifted = {id(t): reshape(t, (*t.shape[:d], 1, *t.shape[d:])) for t in tensors}
-    parts = [lifted[id(t)] for t in tensors]
-    return concatenate(op.units, parts, d, op.shape)
-
-
-@rule(*named("constant_pad_nd", "zero_pad2d"))
-def pad(op: Op, x: Tag, widths: Sequence[int], *_: Any) -> Tag:
-    """Padded positions hold one constant: they share one frozen unit."""
-    ndim, units = len(x.shape), op.units
-    outside = units.frozen("padding", 2)
-    before = [widths[2 * (ndim - 1 - d)] if 2 * (ndim - 1 - d) < len(widths) else 0 for d in range(ndim)]
-    after = [widths[2 * (ndim - 1 - d) + 1] if 2 * (ndim - 1 - d) < len(widths) else 0 for d in range(ndim)]
-    if min(*before, *after, 0) < 0:
-        core.freeze(units, x, "cropping by negative padding")
-        return core.still(units, op.shape, "cropping by negative padding")
-    padded = [d for d in range(ndim) if before[d] or after[d]]
-    coords = [_pad(c, [(before[d], after[d]) if c.shape[d] > 1 else (0, 0) for d in range(ndim)], outside[0]) for c in x.coords]
-    for d in padded:
-        marks = np.full(op.shape[d], outside[0])
-        marks[before[d] : before[d] + x.shape[d]] = outside[1]
-        coords.append(along(marks, d, ndim))
-    return make(units, op.shape, coords)
-
-
-def _pad(coord: Ids, widths: list[tuple[int, int]], value: int) -> Ids:
-    return np.pad(coord, widths, constant_values=value)
-
-
-@rule(*named("slice_scatter"))
-def slice_scatter(op: Op, x: Tag, src: Tag, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tag:
-    """`x` with a slice replaced: the three stretches, concatenated."""
-    d = dim % len(x.shape)
-    inside = np.zeros(x.shape[d], np.bool_)
-    inside[start:end:step] = True
-    return overwrite(op.units, x, src, d, inside)
-
-
-@rule(*named("select_scatter"))
-def select_scatter(op: Op, x: Tag, src: Tag, dim: int, index: int) -> Tag:
-    d = dim % len(x.shape)
-    inside = np.zeros(x.shape[d], np.bool_)
-    inside[index] = True
-    return overwrite(op.units, x, reshape(src, (*x.shape[:d], 1, *x.shape[d + 1 :])), d, inside)
-
-
-def overwrite(units: Units, x: Tag, src: Tag, dim: int, inside: np.ndarray) -> Tag:
-    """Positions `inside` along `dim` come from `src` (in order), the others from `x`."""
-    if inside.all():
-        return src
-    shape = tuple(int((~inside).sum()) if d == dim else n for d, n in enumerate(x.shape))
-    rest = picked(units, x, shape, [dim], lambda c: c.compress(~inside, axis=dim))
-    both = concatenate(units, [rest, src], dim, x.shape)
-    back = np.argsort(np.concatenate([np.flatnonzero(~inside), np.flatnonzero(inside)]))
-    return picked(units, both, x.shape, [dim], lambda c: c.take(back, axis=dim))
-
-
-@rule(*named("copy"))
-def copy(op: Op, x: Tag, src: Tag, *_: Any) -> Tag:
-    """The result is `src`, broadcast to the shape of `x`."""
-    return core.pointwise(op.units, op.shape, [src])

@@ -3,27 +3,27 @@
 from collections.abc import Sequence
 from typing import Any
 
-from lmc.symmetry.rules import chosen, core
+from lmc.symmetry.rules import core
 from lmc.symmetry.rules.moves import reshape
 from lmc.symmetry.rules.registry import Op, named, rule
 from lmc.symmetry.tags import Tag
 
 
-def normalise(op: Op, x: chosen.Operand, dims: tuple[int, ...]) -> chosen.Operand:
+def normalise(op: Op, x: Tag, dims: tuple[int, ...]) -> Tag:
     """R over `dims`, put back in place (E)."""
-    return chosen.pointwise(op.units, x.shape, [x, chosen.reduce(op.units, x, dims, keepdim=True)])
+    return core.pointwise(op.units, x.shape, [x, core.reduce(op.units, x, dims, keepdim=True)])
 
 
 def present(*tags: Tag | None) -> list[Tag]:
     return [t for t in tags if t is not None]
 
 
-@rule(*named("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"), experts=True)
-def softmax(op: Op, x: chosen.Operand, dim: int, *_: Any, **__: Any) -> chosen.Operand:
+@rule(*named("softmax _softmax log_softmax _log_softmax _safe_softmax"))
+def softmax(op: Op, x: Tag, dim: int, *_: Any, **__: Any) -> Tag:
     return normalise(op, x, (dim % len(x.shape),) if x.shape else ())
 
 
-@rule(*named("layer_norm", "native_layer_norm", "rms_norm", "_fused_rms_norm"))
+@rule(*named("layer_norm native_layer_norm rms_norm _fused_rms_norm"))
 def layer_norm(op: Op, x: Tag, shape: Sequence[int], weight: Tag | None = None, bias: Any = None, *_: Any) -> Any:
     """Over the last dims."""
     dims = tuple(range(len(x.shape) - len(shape), len(x.shape)))
@@ -33,9 +33,14 @@ def layer_norm(op: Op, x: Tag, shape: Sequence[int], weight: Tag | None = None, 
     return result if len(op.shapes) == 1 else (result, *(statistics,) * (len(op.shapes) - 1))
 
 
-@rule(*named("batch_norm", "_native_batch_norm_legit_no_training", "native_batch_norm", "_native_batch_norm_legit", "cudnn_batch_norm", "_batch_norm_no_update", "instance_norm", "_native_batch_norm_legit_functional"))
+@rule(
+    *named(
+        "batch_norm _native_batch_norm_legit_no_training native_batch_norm _native_batch_norm_legit "
+        "cudnn_batch_norm _batch_norm_no_update instance_norm _native_batch_norm_legit_functional"
+    )
+)
 def batch_norm(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Any:
-    """Per channel (dim 1); in training, and in instance norm, also over the statistics of all pixels (and the batch)."""
+    """Per channel (dim 1); in training and in instance norm also over the pixels (and the batch)."""
     vectors = [a for a in [*args, *kwargs.values()] if isinstance(a, Tag)]
     channels = [core.on_dim(v, 1, len(x.shape)) for v in vectors]
     pixels = tuple(range(2, len(x.shape)))
@@ -50,7 +55,7 @@ def batch_norm(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Any:
     return (result, *(statistics if s == statistics.shape else Tag(s) for s in op.shapes[1:]))
 
 
-@rule(*named("group_norm", "native_group_norm"))
+@rule(*named("group_norm native_group_norm"))
 def group_norm(op: Op, x: Tag, *args: Any) -> Any:
     """Channels in consecutive groups, normalised with their pixels: channels move within a group, groups as a whole."""
     if "native" in op.name:
@@ -62,4 +67,8 @@ def group_norm(op: Op, x: Tag, *args: Any) -> Any:
     y = reshape(normalise(op, grouped, tuple(range(2, len(grouped.shape)))), x.shape)
     affine = [core.on_dim(v, 1, len(x.shape)) for v in present(weight, bias)]
     result = core.pointwise(op.units, x.shape, [y, *affine])
-    return result if len(op.shapes) == 1 else (result, *(core.still(op.units, s, "group statistics") for s in op.shapes[1:]))
+    return (
+        result
+        if len(op.shapes) == 1
+        else (result, *(core.still(op.units, s, "group statistics") for s in op.shapes[1:]))
+    )

@@ -8,13 +8,13 @@ from lmc.symmetry.rules.registry import Op, named, rule
 from lmc.symmetry.tags import Tag
 
 
-@rule(*named("sum", "mean", "var", "std", "amax", "amin", "any", "all", "logsumexp", "nansum", "prod", "var_mean", "std_mean", "count_nonzero", "aminmax"))
+@rule(*named("sum mean var std amax amin any all logsumexp nansum prod var_mean std_mean count_nonzero aminmax"))
 def reduction(op: Op, x: Tag, dims: Any = None, *_: Any, **__: Any) -> Any:
     dims = None if isinstance(dims, bool) else dims
     return _reduced(op, x, core.normal_dims(dims, len(x.shape)))
 
 
-@rule(*named("linalg_vector_norm", "norm"))
+@rule(*named("linalg_vector_norm norm"))
 def vector_norm(op: Op, x: Tag, _: Any = 2, dims: int | Sequence[int] | None = None, *__: Any, **___: Any) -> Any:
     return _reduced(op, x, core.normal_dims(dims, len(x.shape)))
 
@@ -25,7 +25,7 @@ def _reduced(op: Op, x: Tag, dims: tuple[int, ...]) -> Any:
     return result if len(op.shapes) == 1 else (result,) * len(op.shapes)
 
 
-@rule(*named("max", "min", "median"))
+@rule(*named("max min median"))
 def extremum(op: Op, x: Tag, dim: Any = None, *_: Any, **__: Any) -> Any:
     """Overall, pairwise of two tensors, or along a dim with the position of the extremum."""
     if isinstance(dim, Tag):
@@ -36,7 +36,7 @@ def extremum(op: Op, x: Tag, dim: Any = None, *_: Any, **__: Any) -> Any:
     return values, core.choice(op.units, x, dim % len(x.shape), op.shape)
 
 
-@rule(*named("argmax", "argmin"))
+@rule(*named("argmax argmin"))
 def argument(op: Op, x: Tag, dim: int | None = None, *_: Any, **__: Any) -> Tag:
     if dim is None:
         core.freeze(op.units, x, op.name)
@@ -44,7 +44,7 @@ def argument(op: Op, x: Tag, dim: int | None = None, *_: Any, **__: Any) -> Tag:
     return core.choice(op.units, x, dim % len(x.shape), op.shape)
 
 
-@rule(*named("sort", "topk"))
+@rule(*named("sort topk"))
 def sort(op: Op, x: Tag, *args: Any, **kwargs: Any) -> tuple[Tag, Tag]:
     """The values in order are a symmetric function of the values along the dim; only their ranks are told apart."""
     is_topk = "topk" in op.name
@@ -55,14 +55,16 @@ def sort(op: Op, x: Tag, *args: Any, **kwargs: Any) -> tuple[Tag, Tag]:
     return values, core.choice(op.units, x, d, op.shape)
 
 
-@rule(*named("cumsum", "cumprod", "logcumsumexp", "cummax", "cummin"))
+@rule(*named("cumsum cumprod logcumsumexp cummax cummin"))
 def cumulative(op: Op, x: Tag, dim: int, *_: Any, **__: Any) -> Any:
     result = core.ordered(op.units, x, (dim % len(x.shape),), op.name, op.shape)
     return result if len(op.shapes) == 1 else (result,) * len(op.shapes)
 
 
-POOLS = ("max_pool", "avg_pool", "adaptive_avg_pool", "adaptive_max_pool", "upsample_nearest", "upsample_nearest_exact",
-         "upsample_linear", "upsample_bilinear", "upsample_bicubic", "upsample_trilinear", "_adaptive_avg_pool", "_upsample_nearest_exact", "_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa", "lp_pool")  # fmt: skip
+POOLS = (
+    "max_pool avg_pool adaptive_avg_pool adaptive_max_pool _adaptive_avg_pool lp_pool upsample_nearest upsample_linear "
+    "upsample_bilinear upsample_bicubic upsample_trilinear _upsample_nearest_exact"
+).split()
 SUFFIXES = ("", "1d", "2d", "3d", "2d_with_indices", "3d_with_indices")
 
 
@@ -80,13 +82,13 @@ def pool(op: Op, x: Tag, *_: Any, **__: Any) -> Any:
     return result if len(op.shapes) == 1 else (result,) * len(op.shapes)
 
 
-@rule(*named("_fft_c2c", "_fft_r2c", "_fft_c2r"))
+@rule(*named("_fft_c2c _fft_r2c _fft_c2r"))
 def fourier(op: Op, x: Tag, dims: Sequence[int], *_: Any) -> Tag:
     """A transform mixes the transformed dims by frequency and leaves the others alone."""
     return core.ordered(op.units, x, core.normal_dims(list(dims), len(x.shape)), "Fourier transform", op.shape)
 
 
-@rule(*named("view_as_real", "view_as_real_copy"))
+@rule(*named("view_as_real view_as_real_copy"))
 def view_as_real(op: Op, x: Tag) -> Tag:
     """A last dim of two: real and imaginary part."""
     parts = core.still(op.units, (*(1,) * len(x.shape), 2), "real and imaginary part")
@@ -94,13 +96,13 @@ def view_as_real(op: Op, x: Tag) -> Tag:
     return core.pointwise(op.units, op.shape, [wide, parts])
 
 
-@rule(*named("view_as_complex", "view_as_complex_copy"))
+@rule(*named("view_as_complex view_as_complex_copy"))
 def view_as_complex(op: Op, x: Tag) -> Tag:
     """The last dim of two becomes one complex number."""
     last = len(x.shape) - 1
     return core.squeeze(core.ordered(op.units, x, (last,), "real and imaginary part", (*x.shape[:-1], 1)), (last,))
 
 
-@rule(*named("real", "imag", "complex", "polar", "_conj", "conj"))
+@rule(*named("real imag complex polar _conj conj"))
 def complex_parts(op: Op, *parts: Tag) -> Tag:
     return core.pointwise(op.units, op.shape, list(parts))

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.utils import _pytree as pytree
@@ -28,7 +28,8 @@ class Parts:
 
 
 Result = Operand | tuple[Any, ...] | Parts
-Rule = Callable[..., Result]
+Rule = Callable[..., Any]
+R = TypeVar("R", bound=Rule)
 RULES: dict[Any, Rule] = {}
 CHOICES: set[Rule] = set()
 EXPERTS: set[Rule] = set()
@@ -51,15 +52,15 @@ class Op:
         return str(self.target).removesuffix(".default")
 
 
-def rule(*packets: Any, choices: bool = False, experts: bool = False) -> Callable[[Rule], Rule]:
-    """Register a rule for operators (all overloads of each).
+def rule(*packets: Any, choices: bool = False, experts: bool = False) -> Callable[[R], R]:
+    """Register a rule for some operators (all overloads).
 
-    `choices`: it knows what to do with integers that stand for units (`Tag.points`), in any argument but the first of an
-    indexing operator; for other rules they become fixed. `experts`: it knows tensors computed for chosen experts
+    `choices`: it knows what to do with integers that stand for units (`Tag.points`), in any argument but the first of
+    an indexing operator; for other rules they become fixed. `experts`: it knows tensors computed for chosen experts
     (`Chosen`); other rules get them settled.
     """
 
-    def register(function: Rule) -> Rule:
+    def register(function: R) -> R:
         for packet in packets:
             RULES[packet] = function
         if choices:
@@ -72,8 +73,8 @@ def rule(*packets: Any, choices: bool = False, experts: bool = False) -> Callabl
 
 
 def named(*names: str) -> list[Any]:
-    """The aten operators of these names that this version of torch has."""
-    return [getattr(torch.ops.aten, name) for name in names if hasattr(torch.ops.aten, name)]
+    """The aten operators of these names (several to a string) that this version of torch has."""
+    return [getattr(torch.ops.aten, name) for name in " ".join(names).split() if hasattr(torch.ops.aten, name)]
 
 
 def tags_in(args: object) -> list[Tag]:
