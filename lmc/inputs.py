@@ -31,9 +31,12 @@ def input_batches(model: nn.Module, inputs: Any, batch_size: int) -> Iterator[Ca
     for batch in (inputs,) if whole else _iterable(inputs):
         call = _without_targets(batch, needed)
         count = _length(call)
-        seen += count
-        for start in range(0, count, batch_size) if whole else (0,):
-            yield take(call, slice(start, start + batch_size)) if whole and count > batch_size else call
+        seen += 1 if count is None else count
+        if not whole or count is None or count <= batch_size:
+            yield call
+        else:
+            for start in range(0, count, batch_size):
+                yield take(call, slice(start, start + batch_size))
     if not seen:
         raise DataError(
             "inputs: no examples at all; an iterator that was read before is empty, pass a list or a loader"
@@ -66,11 +69,17 @@ def _without_targets(batch: Any, needed: int) -> Call:
     return batch
 
 
-def _length(call: Call) -> int:
+def first_of(call: Call, count: int) -> Call:
+    """The first examples of a call; all of it where its tensors do not count the same examples along axis 0."""
+    return call if _length(call) is None else take(call, slice(0, count))
+
+
+def _length(call: Call) -> int | None:
+    """The number of examples, None where the lengths of axis 0 differ."""
     lengths = {len(tensor) for tensor in tensors(call) if tensor.ndim}
-    if len(lengths) != 1 or 0 in lengths:
-        raise DataError(f"inputs: axis 0 counts the examples, found lengths {sorted(lengths)}; expected one, above 0")
-    return lengths.pop()
+    if not lengths or 0 in lengths:
+        raise DataError("inputs: axis 0 counts the examples, and a tensor has none")
+    return lengths.pop() if len(lengths) == 1 else None
 
 
 def call_module(module: nn.Module, call: Call, device: torch.device) -> Any:

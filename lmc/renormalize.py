@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lmc.batches import take
 from lmc.errors import DataError, InputError
-from lmc.inputs import Call, call_module, input_batches
+from lmc.inputs import Call, call_module, first_of, input_batches
 from lmc.network import Network, pick_device
 from lmc.progress import tqdm
 from lmc.repair import Recalibrator, has_batchnorm
@@ -104,7 +103,7 @@ class Renormalizer:
         self.network, self.models, self.method = network, list(models), method
         self.batches = list(input_batches(network.module, inputs, batch_size))
         network.load(self.models[0])
-        self._layers = _find_layers(network, take(self.batches[0], slice(0, 1)))
+        self._layers = _find_layers(network, first_of(self.batches[0], 1))
         self.layers = [layer.module for layer in self._layers]
         self._endpoints = self._measure_endpoints(progress)
 

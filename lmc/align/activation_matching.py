@@ -2,31 +2,26 @@
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lmc.align.activations import Moments, collect
-from lmc.align.blocks import build_blocks
-from lmc.align.clusters import Cluster, clusters
-from lmc.align.descent import Descent
+from lmc.align.by_weights import match_silent, match_unseen
+from lmc.align.clusters import clusters
 from lmc.align.taps import choose, live_taps
 from lmc.align.weight_matching import _matched
-from lmc.batches import take
 from lmc.errors import InputError
-from lmc.inputs import call_module, input_batches
+from lmc.inputs import call_module, first_of, input_batches
 from lmc.network import Network, pick_device
-from lmc.symmetry.actions import permute_tensor
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite
+from lmc.weights import ModelOrWeights, as_weights, check_compatible, check_finite
 
 Method = Literal["correlation", "cross-product"]
-
-_SWEEPS = 100
 
 
 def activation_matching(
@@ -50,8 +45,10 @@ def activation_matching(
 
     A group is looked at where its units enter the modules that consume them (after the nonlinearity), at all such places
     of a residual stream; where there is none, as for queries and keys, where they leave the modules that produce them.
-    Units nested in others (within heads) are matched for every pair of these. Groups whose units pass no module that we
-    know (parameters used by functions alone) are matched by their weights afterwards, with a warning.
+    Units nested in others (within heads) are matched for every pair of these. Units that are constant in both networks,
+    dead or saturated, are matched by their weights, and so are, with a warning, groups whose units pass no module that we
+    know (parameters used by functions alone). Where positions themselves may be permuted (an array of latents), samples
+    of the two networks do not correspond, and weight matching is the better choice.
 
     Args:
         spec: the symmetries of the architecture.
@@ -87,7 +84,7 @@ def activation_matching(
     network.load(a)
     batches = input_batches(model, inputs, batch_size)
     first = next(batches)
-    probe = take(first, slice(0, 1))
+    probe = first_of(first, 1)
     taps = choose(spec, live_taps(spec, network.module, lambda: call_module(network.module, probe, network.device)))
     seen, unseen = clusters(spec, taps)
     sites = [site for cluster in seen for site in cluster.sites(spec)]
@@ -101,8 +98,11 @@ def activation_matching(
         found, value, stay = cluster.match(spec, scores)
         indices |= found
         objective, naive = objective + value, naive + stay
-    if unseen:
-        indices = _match_by_weights(spec, unseen, a, b, indices)
+    fixed, moving = _matched(spec, a), _matched(spec, b)
+    indices = match_silent(spec, scores, fixed, moving, indices)
+    by_weights = [name for cluster in unseen for name in cluster.groups]
+    if by_weights:
+        indices = match_unseen(spec, by_weights, fixed, moving, indices)
     info = {
         "method": "activation_matching",
         "statistic": method,
@@ -110,7 +110,7 @@ def activation_matching(
         "samples": {name: m.samples for name, m in moments.items()},
         "constant_units": {name: [int(c.sum()) for c in m.constant()] for name, m in moments.items()},
         "taps": {name: [site.tap.name for site in sites if site.target == name] for name in moments},
-        "by_weights": [name for cluster in unseen for name in cluster.groups],
+        "by_weights": by_weights,
         "seconds": time.perf_counter() - started,
     }
     return Permutation(spec, indices, objective, info)
@@ -126,28 +126,3 @@ def _warn_if_few(moments: Mapping[str, Moments]) -> None:
             + "; pass more inputs",
             stacklevel=3,
         )
-
-
-def _match_by_weights(
-    spec: PermutationSpec, unseen: Sequence[Cluster], a: Weights, b: Weights, indices: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """The indices in which groups that no activation shows are matched by their weights, all others staying in place."""
-    names = [name for cluster in unseen for name in cluster.groups]
-    warnings.warn(
-        f"no module takes in or gives out the units of {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}: "
-        "these groups are matched by their weights",
-        stacklevel=3,
-    )
-    fixed = _matched(spec, a)
-    moved = {
-        name: permute_tensor(tensor, spec.tables_by_tensor.get(name, ()), indices)
-        for name, tensor in _matched(spec, b).items()
-    }
-    blocks = [block for block in build_blocks(spec, fixed) if block.name in names]
-    descent = Descent(spec, blocks, fixed, moved, indices)
-    descent.grow_outwards()
-    for _ in range(_SWEEPS):
-        descent.sweep(range(len(blocks)))
-        if not descent.dirty:
-            break
-    return dict(descent.pi)

@@ -16,7 +16,7 @@ from lmc.symmetry.group import Group, Table
 from lmc.symmetry.spec import PermutationSpec
 
 _SWEEPS = 100
-# Between assignments of equal value units stay where they are, so that dead units are not moved about.
+# Between assignments of equal value, units stay where they are.
 _STAY = 1e-9
 
 

@@ -13,9 +13,8 @@ from lmc.align.activations import Site, collect
 from lmc.align.couplings import Coupling, View, couple, paired_rows
 from lmc.align.taps import candidates, choose, live_taps
 from lmc.align.widths import check_alone, check_depth, check_fixed_axes, guess_inputs, spec_of_width
-from lmc.batches import take
 from lmc.errors import InputError, MismatchError, SpecError
-from lmc.inputs import call_module, input_batches
+from lmc.inputs import call_module, first_of, input_batches
 from lmc.network import Network, pick_device
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
@@ -103,9 +102,7 @@ def ot_fusion(
     network = Network(model_b, chosen)
     network.check(anchor, "b")
     if spec is None:
-        example = (
-            guess_inputs(model_b) if inputs is None else take(next(input_batches(model_b, inputs, 2)), slice(0, 2))
-        )
+        example = guess_inputs(model_b) if inputs is None else first_of(next(input_batches(model_b, inputs, 2)), 2)
         network.load(anchor)
         spec = permutation_spec(network.module, example, progress=progress)
     spec = spec.bind(anchor)
@@ -211,7 +208,7 @@ class _Problem:
         ours = self.network if same else Network(self.source, self.network.device)  # type: ignore[arg-type]
         batches = input_batches(self.network.module, inputs, batch_size)
         first = next(batches)
-        probe = take(first, slice(0, 1))
+        probe = first_of(first, 1)
         self.network.load(self.b)
         spec_a, spec_b = self.specs
         run = lambda: call_module(self.network.module, probe, self.network.device)  # noqa: E731
