@@ -1,7 +1,7 @@
 """Loss and accuracy on the straight line between two networks, and the barrier on it."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from lmc.batches import Split
 from lmc.errors import InputError
+from lmc.extras import require
 from lmc.landscape.barriers import Barrier, Baseline, barrier
 from lmc.landscape.evaluation import Evaluator
 from lmc.landscape.points import preparation, run
 from lmc.landscape.predictions import Predictions, collect
 from lmc.landscape.scores import Measure, Score
 from lmc.network import pick_device
-from lmc.weights import ModelOrWeights, as_weights, check_compatible, check_finite, lerp
+from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -94,7 +95,7 @@ class Path:
 
     def barriers(self) -> "pd.DataFrame":
         """A row for each split, measure ("loss"; "error" in percentage points) and baseline."""
-        import pandas as pd
+        pd = require("pandas")
 
         rows = []
         for split, measures in self.values.items():
@@ -106,7 +107,7 @@ class Path:
 
     def to_frame(self) -> "pd.DataFrame":
         """A row for each point and split: alpha, split, loss, accuracy and metrics."""
-        import pandas as pd
+        pd = require("pandas")
 
         frames = [
             pd.DataFrame({"alpha": self.alphas, "split": split, **measures}) for split, measures in self.values.items()
@@ -121,6 +122,7 @@ class Path:
 
     def explore(self, label: str | None = None, **others: "Path") -> "PathExplorer":
         """A widget with a slider along the path: the network at this point, what it confuses and what it gets wrong."""
+        require("anywidget")
         from lmc.widgets.path_explorer import PathExplorer
 
         return PathExplorer(named(self, label, others))
@@ -149,6 +151,10 @@ class Path:
         points = f"{len(self.alphas)} points" + (f", {missing} not evaluated" if missing else "")
         lines = [f"Path of {points}" + (", batch statistics re-estimated at each" if self.recalibrated else "")]
         for split in self.values:
+            ends = self.losses[split][np.isin(self.alphas, (0.0, 1.0))]
+            if np.isnan(ends).any():
+                lines.append(f"  {split}: loss {ends[0]:.3f} to {ends[1]:.3f}, no barrier: an end is not a number")
+                continue
             loss = self.barrier_of("loss", split)
             text = f"  {split}: loss {loss.start:.3f} to {loss.end:.3f}, barrier {loss.value:.3f} at alpha {loss.alpha:.3g}"
             if split in self.accuracies:
@@ -213,6 +219,38 @@ def loss_path(
     check_compatible(a, b)
     check_finite(a, "a")
     check_finite(b, "b")
+    return mixture_path(
+        model,
+        (a, b),
+        lambda alpha: (1.0 - alpha, alpha),
+        data,
+        alphas,
+        repair=repair,
+        statistics_inputs=statistics_inputs,
+        loss=loss,
+        metrics=metrics,
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
+    )
+
+
+def mixture_path(
+    model: nn.Module,
+    controls: Sequence[Weights],
+    shares: Callable[[float], Sequence[float]],
+    data: Any,
+    alphas: int | Sequence[float],
+    *,
+    repair: Literal["auto"] | None,
+    statistics_inputs: Any,
+    loss: Measure | None,
+    metrics: Mapping[str, Measure] | None,
+    batch_size: int | None,
+    device: torch.device | str | None,
+    progress: bool,
+) -> Path:
+    """The path from the first of `controls` to the last on which each has the share `shares(alpha)`; see `loss_path`."""
     grid = _grid(alphas)
     evaluator = Evaluator(
         model,
@@ -220,15 +258,15 @@ def loss_path(
         loss=loss,
         metrics=metrics,
         batch_size=batch_size,
-        device=pick_device(device, a),
+        device=pick_device(device, controls[0]),
         predictions=True,
     )
-    evaluator.network.check(a, "a")
-    a, b = ({name: tensor.to(evaluator.device) for name, tensor in weights.items()} for weights in (a, b))
+    evaluator.network.check(controls[0], "a")
+    moved = [{name: tensor.to(evaluator.device) for name, tensor in weights.items()} for weights in controls]
     prepare = preparation(evaluator, repair, statistics_inputs)
-    own = list(evaluator([a, b])) if prepare is not None else None
+    own = list(evaluator([moved[0], moved[-1]])) if prepare is not None else None
     order = _coarse_to_fine(grid)
-    points = (lerp(a, b, float(grid[i])) for i in order)
+    points = (mean(moved, shares(float(grid[i]))) for i in order)
     states = points if prepare is None else (prepare(state) for state in points)
     scores = run(evaluator, states, order, "path", progress, fewest=2)
     return _assemble(grid, [scores.get(i) for i in range(len(grid))], own, evaluator.splits)

@@ -15,6 +15,7 @@ from lmc.landscape.points import preparation
 from lmc.landscape.scores import Measure
 from lmc.landscape.survey import Survey
 from lmc.network import pick_device
+from lmc.repair import Recalibrator
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
 
 
@@ -69,9 +70,8 @@ def loss_plane(
     states = _states(dict(zip(names, models, strict=True)))
     chosen = pick_device(device, states[0])
     evaluator = Evaluator(model, data, loss=loss, metrics=metrics, batch_size=batch_size, device=chosen)
-    states = _moved(evaluator, states, names)
+    states, prepare = _begin(evaluator, states, names, repair, statistics_inputs)
     triangle = Triangle.of(states, names, _parameters(evaluator))
-    prepare = preparation(evaluator, repair, statistics_inputs)
     x, y = (_through([place[i] for place in triangle.places], margin, resolution) for i in (0, 1))
     survey = Survey(evaluator, prepare, lambda x, y: mean(states, triangle.shares(x, y)), x, y, progress)
     axes = (f"distance from {names[0]} towards {names[2]}", f"distance from this line towards {names[1]}")
@@ -120,8 +120,8 @@ def random_plane(
     states = _states({name: model if weights is None else weights})
     chosen = pick_device(device, states[0])
     evaluator = Evaluator(model, data, loss=loss, metrics=metrics, batch_size=batch_size, device=chosen)
-    (centre,) = states = _moved(evaluator, states, [name])
-    prepare = preparation(evaluator, repair, statistics_inputs)
+    states, prepare = _begin(evaluator, states, [name], repair, statistics_inputs)
+    centre = states[0]
     generator = torch.Generator().manual_seed(seed)
     d, e = (filter_normalised(centre, _parameters(evaluator), generator) for _ in range(2))
 
@@ -145,10 +145,14 @@ def _states(models: Mapping[str, ModelOrWeights]) -> list[Weights]:
     return list(states.values())
 
 
-def _moved(evaluator: Evaluator, states: Sequence[Weights], names: Sequence[str]) -> list[Weights]:
+def _begin(
+    evaluator: Evaluator, states: Sequence[Weights], names: Sequence[str], repair: str | None, statistics_inputs: Any
+) -> tuple[list[Weights], Recalibrator | None]:
+    """The weights where they are evaluated, and what is done to those of every point."""
     for name, state in zip(names, states, strict=True):
         evaluator.network.check(state, name)
-    return [{key: tensor.to(evaluator.device) for key, tensor in state.items()} for state in states]
+    prepare = preparation(evaluator, repair, statistics_inputs)
+    return [{key: tensor.to(evaluator.device) for key, tensor in state.items()} for state in states], prepare
 
 
 def _parameters(evaluator: Evaluator) -> list[str]:

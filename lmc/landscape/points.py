@@ -29,7 +29,7 @@ def preparation(evaluator: Evaluator, repair: str | None, statistics_inputs: Any
         warnings.warn(
             "this model has batch normalisation and repair=None: averaged running statistics fit neither network, and "
             "the barrier mostly looks higher than it is; leave repair='auto' to re-estimate them",
-            stacklevel=3,
+            stacklevel=4,
         )
         return None
     if statistics_inputs is None:
@@ -70,6 +70,6 @@ def run(
             if len(scores) < fewest:
                 raise
             warnings.warn(
-                f"interrupted: {len(scores)} of {len(order)} points were evaluated, the others are NaN", stacklevel=3
+                f"interrupted: {len(scores)} of {len(order)} points were evaluated, the others are NaN", stacklevel=4
             )
     return scores
