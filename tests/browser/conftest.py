@@ -39,8 +39,8 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(scope="session")
-def chromium():
-    """A running headless browser."""
+def chromium(tmp_path_factory):
+    """A running headless browser, with a home of its own."""
     from playwright.sync_api import sync_playwright
 
     program = next(filter(None, map(shutil.which, PROGRAMS)), None)
@@ -48,7 +48,8 @@ def chromium():
         message = f"no browser on the PATH (looked for {', '.join(PROGRAMS)})"
         pytest.fail(message) if os.environ.get("CI") else pytest.skip(message)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=program, args=FLAGS)
+        home = {"HOME": str(tmp_path_factory.mktemp("home"))}
+        browser = playwright.chromium.launch(executable_path=program, args=FLAGS, env=os.environ | home)
         yield browser
         browser.close()
 
