@@ -35,3 +35,7 @@ class DataError(LmcError, ValueError):
 
 class InputError(LmcError, ValueError):
     """An argument outside the values it may take."""
+
+
+class MissingPackageError(LmcError, ImportError):
+    """A package beyond the core's that a function needs and that is not installed."""

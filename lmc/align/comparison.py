@@ -18,6 +18,7 @@ from lmc.align.straight_through import straight_through_matching
 from lmc.align.transport import ot_fusion
 from lmc.align.weight_matching import weight_matching
 from lmc.errors import InputError
+from lmc.extras import require
 from lmc.network import Network, pick_device
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
@@ -91,7 +92,7 @@ class Comparison:
 
     def to_frame(self) -> "pd.DataFrame":
         """A row for each method: objective, distance, cosine, R, barriers and midpoints on `split`, seconds."""
-        import pandas as pd
+        pd = require("pandas")
 
         columns = [name for name in Alignment.__dataclass_fields__ if name not in ("weights", "permutation")]
         rows = {method: [getattr(found, name) for name in columns] for method, found in self.alignments.items()}

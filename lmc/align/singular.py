@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lmc.errors import InputError
+from lmc.extras import require
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class SingularAlignment:
 
     def to_frame(self) -> "pd.DataFrame":
         """A row for each layer: layer, r, kept, and the largest singular value in a and b."""
-        import pandas as pd
+        pd = require("pandas")
 
         rows = [
             (name, layer.r, layer.kept, float(layer.values_a[0]), float(layer.values_b[0]))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from lmc.extras import require
 from lmc.landscape.grid import Values
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Plane:
 
     def to_frame(self) -> "pd.DataFrame":
         """A row for each point and split: x, y, split, loss, accuracy and metrics."""
-        import pandas as pd
+        pd = require("pandas")
 
         x, y = (grid.ravel() for grid in np.meshgrid(self.x, self.y))
         frames = [

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lmc.errors import InputError, LmcError
+from lmc.extras import require
 from lmc.merge.averaging import average
 from lmc.merge.examples import Metric, scorer
 from lmc.merge.method import MergeFunction
@@ -42,7 +43,7 @@ class SearchReport:
 
     def to_frame(self) -> Any:
         """A pandas data frame, one row per trial."""
-        import pandas
+        pandas = require("pandas")
 
         return pandas.DataFrame([{**trial.options, "score": trial.score} for trial in self.trials])
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lmc.batches import take, to_device
 from lmc.errors import DataError, InputError, WeightsError
+from lmc.extras import require
 from lmc.merge.averaging import average
 from lmc.merge.examples import Metric, cross_entropy, finite, gather, scorer
 from lmc.merge.method import linear
@@ -70,7 +71,7 @@ class SoupReport:
 
     def to_frame(self) -> Any:
         """A pandas data frame, one row per ingredient."""
-        import pandas
+        pandas = require("pandas")
 
         return pandas.DataFrame([vars(row) for row in self.ingredients])
 

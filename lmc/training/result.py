@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lmc.extras import require
 from lmc.weights import Weights
 
 if TYPE_CHECKING:
@@ -67,7 +68,7 @@ class Trained(Sequence[Weights]):
 
     def to_frame(self) -> "pandas.DataFrame":
         """The histories as a data frame: one row per seed and epoch, columns seed, epoch, loss, accuracy."""
-        import pandas
+        pandas = require("pandas")
 
         rows = [
             (seed, epoch, loss, accuracy)
