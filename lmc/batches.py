@@ -133,6 +133,14 @@ def tensors(inputs: Any) -> list[Tensor]:
     return list(leaves)
 
 
+def check_numbers(inputs: Any, name: str) -> None:
+    """Raise `DataError` for inputs that hold NaN, and say where; infinity may be meant, as in an additive mask."""
+    for leaf in tensors(inputs):
+        if leaf.is_floating_point() and bool(torch.isnan(leaf).any()):
+            first = tuple(int(i) for i in torch.isnan(leaf).nonzero()[0])
+            raise DataError(f"{name}: inputs of shape {tuple(leaf.shape)} hold NaN, first at {first}")
+
+
 def take(inputs: Any, index: Any) -> Any:
     """`inputs[index]` along the examples, for inputs of any accepted form."""
     return _map(inputs, lambda tensor: tensor[index])

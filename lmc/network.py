@@ -20,6 +20,8 @@ class Network:
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(f"model: expected an nn.Module, which says what to compute, got {type(model).__name__}")
         self.device = device
         self.module = copy_module(model).to(device).eval().requires_grad_(False)
         self._slots = self.module.state_dict(keep_vars=True)
@@ -91,6 +93,8 @@ def pick_device(device: torch.device | str | None, weights: Weights) -> torch.de
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise InputError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if chosen.type == "meta":
+        raise InputError("the meta device holds no values: nothing can be computed there; load the weights elsewhere")
     return chosen
 
 

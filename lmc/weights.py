@@ -68,8 +68,10 @@ def check_compatible(a: Weights, b: Weights, names: tuple[str, str] = ("a", "b")
 
 
 def check_finite(weights: Weights, what: str = "weights") -> None:
-    """Raise `WeightsError` naming the first tensor that holds NaN or infinity, and where."""
+    """Raise `WeightsError` naming the first tensor that holds NaN or infinity, and where, or that holds no values."""
     for name, tensor in weights.items():
+        if tensor.is_meta:
+            raise WeightsError(f"{name} of {what}: on the meta device, which holds no values; load the weights first")
         # One sum tells nearly always; it may overflow, so a suspicious one is looked into.
         if tensor.is_floating_point() and not math.isfinite(tensor.sum()) and not bool(torch.isfinite(tensor).all()):
             bad = ~torch.isfinite(tensor)

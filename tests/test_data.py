@@ -109,6 +109,14 @@ def test_missing_files_say_what_to_do(tmp_path, monkeypatch):
         lmc.data.cifar10()
 
 
+def test_a_cache_that_cannot_be_written_says_what_to_do(tmp_path, monkeypatch):
+    (tmp_path / "lmc").write_text("a file where the cache should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(files.VARIABLE, raising=False)
+    with pytest.raises(DataError, match="(?s)could not write into .*Fetch https://.*LMC_DATA"):
+        lmc.data.mnist()
+
+
 @pytest.mark.parametrize("flaw", ["not gzip", "cut gzip", "magic", "size"])
 def test_malformed_idx_files(tmp_path, flaw):
     good = idx(np.zeros((2, 3), dtype=np.uint8))
@@ -261,9 +269,10 @@ def test_bad_checkpoints_are_named(stored, tmp_path):
     path.unlink()
     with pytest.raises(DataError, match="seed4.safetensors is missing.*python make.py"):
         lmc.data.checkpoint("tiny", stored.parent)
-    (stored / "manifest.json").write_text("{}")
-    with pytest.raises(DataError, match="not a manifest"):
-        lmc.data.checkpoint("tiny", stored.parent)
+    for content in ("{}", "[]", "{"):
+        (stored / "manifest.json").write_text(content)
+        with pytest.raises(DataError, match="not a manifest"):
+            lmc.data.checkpoint("tiny", stored.parent)
 
 
 STORED = sorted(path.parent.name for path in (Path(__file__).parents[1] / "data").glob("*/manifest.json"))

@@ -234,6 +234,9 @@ def test_tied_weights_and_half_precision():
         ((torch.zeros(5, 6), torch.full((5,), -100)), "no target counts"),
         ((torch.zeros(5, 6), torch.zeros(5)), "loss="),
         ((torch.zeros(5, 6, dtype=torch.float64), torch.zeros(5, dtype=torch.long)), "float64"),
+        ((torch.zeros(5, 7), torch.zeros(5, dtype=torch.long)), r"data: the model .* fails on inputs \(5, 7\)"),
+        ((torch.zeros(5, 6, dtype=torch.long), torch.zeros(5, dtype=torch.long)), "fails on inputs .* torch.int64"),
+        ((torch.full((5, 6), math.nan), torch.zeros(5, dtype=torch.long)), r"NaN, first at \(0, 0\)"),
         (torch.zeros(5, 6), "expected a pair"),
         ([(torch.zeros(5, 6),)], "tuple of length 1"),
         (3, "expected a pair"),
@@ -264,6 +267,10 @@ def test_bad_arguments_say_what_is_wrong():
         evaluate(mlp(), None, batch(), batch_size=0)
     with pytest.raises(InputError, match="device"):
         evaluate(mlp(), None, batch(), device="no such device")
+    with pytest.raises(InputError, match="meta device holds no values"):
+        evaluate(mlp(), None, batch(), device="meta")
+    with pytest.raises(InputError, match="expected an nn.Module.* got OrderedDict"):
+        evaluate(mlp().state_dict(), None, batch())
     with pytest.raises(InputError, match="worst returned shape"):
         evaluate(mlp(), None, batch(), metrics={"worst": lambda outputs, targets: outputs[:7]})
     with pytest.raises(InputError, match="tuple"):

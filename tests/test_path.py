@@ -96,6 +96,13 @@ def test_no_barrier_without_both_ends(alphas, values, baseline):
 # ---- paths
 
 
+def test_a_path_between_networks_without_a_loss_prints_and_says_why_there_is_no_barrier(pair):
+    path = loss_path(*pair[:1], *pair, DATA.test, 3, loss=lambda outputs, targets: outputs.sum() * math.nan)
+    assert "loss nan to nan, no barrier" in str(path)
+    with pytest.raises(InputError, match="no barrier between ends of .nan, nan."):
+        _ = path.barrier
+
+
 def test_a_network_and_itself_have_no_barrier(pair):
     path = loss_path(mlp(0), pair[0], pair[0], DATA)
     assert path.barrier == pytest.approx(0.0, abs=1e-6) and path.error_barrier == 0.0

@@ -166,6 +166,34 @@ def test_specs_that_do_not_fit_name_the_tensor():
         PermutationSpec.from_patterns({"nothing.weight": "a ."}, small)
 
 
+def test_patterns_that_are_no_texts_are_refused():
+    for patterns in ({"fc1.weight": 3}, "h ."):
+        with pytest.raises(lmc.SpecError, match="mapping of tensor names to texts"):
+            PermutationSpec.from_patterns(patterns)
+
+
+def test_an_example_without_examples_proves_nothing():
+    model = models.mlp(9, [8, 7], 4)
+    with pytest.raises(lmc.InputError, match=r"example_inputs: shape \(0, 9\) holds nothing"):
+        lmc.permutation_spec(model, torch.zeros(0, 9))
+    wrong = PermutationSpec.from_patterns({"fc1.weight": "h ."}, model)
+    with pytest.raises(lmc.CertificateError, match="outputs are empty"):
+        wrong.certify(model, torch.zeros(0, 9))
+
+
+def test_only_modules_have_symmetries_to_find():
+    with pytest.raises(lmc.InputError, match="expected an nn.Module, got OrderedDict"):
+        lmc.permutation_spec(models.mlp(9, [8], 4).state_dict(), torch.zeros(2, 9))
+
+
+def test_certifying_other_weights_names_what_does_not_fit():
+    model = models.mlp(9, [8, 7], 4)
+    pi = PermutationSpec.from_patterns(mlp(2), model).random(0)
+    assert "one permutation of 2 groups" in str(pi.certify(model, torch.randn(3, 9)))
+    with pytest.raises(lmc.SpecError, match=r"fc1.weight: the spec was made for shape \(8, 9\), got \(6, 9\)"):
+        pi.certify(model, torch.randn(3, 9), weights=models.mlp(9, [6, 7], 4))
+
+
 def test_wildcards_name_many_tensors_and_pass_their_text_on():
     model = models.mlp(9, [8, 7], 4)
     spec = PermutationSpec.from_patterns(

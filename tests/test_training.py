@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import lmc.models
-from lmc.errors import DataError, InputError, MismatchError
+from lmc.errors import DataError, InputError, MismatchError, WeightsError
 from lmc.training import loop as training_loop
 from lmc.training import train
 from lmc.training.init import initialised
@@ -245,6 +245,15 @@ X, Y = DATA["images"]
         (dict(model=NoReset()), InputError, "layer model .NoReset. has parameters and no reset_parameters"),
         (dict(model=nn.Flatten()), InputError, "no parameters"),
         (dict(seeds=()), InputError, "seeds"),
+        (dict(seeds=3), InputError, r"for example range\(3\)"),
+        (dict(model="mlp"), InputError, "expected an nn.Module, got str"),
+        (dict(device="no such device"), InputError, "cannot be used here"),
+        (dict(device="meta"), InputError, "holds no values"),
+        (
+            dict(init={k: v * math.nan for k, v in SMALL["mlp"][0].state_dict().items()}),
+            WeightsError,
+            "fc1.weight of init",
+        ),
         (dict(seeds=(1, 1)), InputError, "same seed twice"),
         (dict(seeds=(-1,)), InputError, "seeds"),
         (dict(optimizer="lbfgs"), InputError, "optimizer='lbfgs': expected one of adam"),

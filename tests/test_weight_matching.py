@@ -351,6 +351,12 @@ class TestWhatIsMatched:
 
 
 class TestBadInput:
+    @pytest.mark.parametrize("spec", [{"fc1.weight": "h1 ."}, None])
+    def test_something_else_than_a_spec(self, spec):
+        a = models.mlp(12, [16, 16], 4)
+        with pytest.raises(lmc.InputError, match="spec: expected a PermutationSpec, got .*from_patterns"):
+            matching(spec, a, a)
+
     def test_another_architecture(self):
         a, b = models.mlp(12, [16, 16], 4), models.mlp(12, [16, 20], 4)
         with pytest.raises(lmc.MismatchError, match=r"fc2\.weight: shape \(16, 16\) in a, \(20, 16\) in b"):

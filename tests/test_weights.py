@@ -65,6 +65,8 @@ def test_mismatches_name_the_tensor_and_both_sides(change, message):
 
 
 def test_not_a_number_is_named_with_its_place():
+    with pytest.raises(lmc.WeightsError, match="w of a: on the meta device, which holds no values"):
+        W.check_finite({"w": torch.empty(2, device="meta")}, "a")
     with pytest.raises(lmc.WeightsError, match=r"w of b: 1 of 4 values .* first at \(1, 0\)"):
         W.check_finite({"w": torch.tensor([[0.0, 1.0], [float("nan"), 2.0]])}, "b")
 

@@ -53,6 +53,11 @@ def weight_matching(
     """
     if restarts < 1 or max_sweeps < 1:
         raise InputError(f"restarts={restarts}, max_sweeps={max_sweeps}: both must be at least 1")
+    if not isinstance(spec, PermutationSpec | UnboundSpec):
+        raise InputError(
+            f"spec: expected a PermutationSpec, got {type(spec).__name__}; make one with lmc.permutation_spec(model, "
+            "inputs), or from patterns with lmc.PermutationSpec.from_patterns({...})"
+        )
     started = time.perf_counter()
     a, b = as_weights(a), as_weights(b)
     check_compatible(a, b)

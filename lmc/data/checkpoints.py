@@ -79,7 +79,7 @@ def checkpoint(name: str, folder: str | Path | None = None) -> Checkpoint:
     try:
         manifest = json.loads((place / MANIFEST).read_text(encoding="utf-8"))
         entries = manifest["files"]
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{place / MANIFEST}: not a manifest: {error!r}") from error
     weights = []
     for entry in entries:

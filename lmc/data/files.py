@@ -82,8 +82,11 @@ def given_roots(root: str | Path | None) -> list[Path]:
 
 def _download(source: Source, path: Path, progress: bool, roots: list[Path]) -> None:
     """Fetch into a temporary file beside `path`, check it, and only then give it its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise DataError(f"could not write into {path.parent}: {error}. {_advice(source, roots)}") from error
     partial = Path(name)
     try:
         with os.fdopen(handle, "wb") as file, urllib.request.urlopen(source.url, timeout=30) as response:

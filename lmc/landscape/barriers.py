@@ -51,6 +51,9 @@ def barrier(
         raise InputError(f"alphas of shape {grid.shape} and values of shape {heights.shape}; expected the same (P,)")
     if baseline not in get_args(Baseline):
         raise InputError(f"baseline={baseline!r}; expected one of {', '.join(get_args(Baseline))}")
+    ends = heights[np.isin(grid, (0.0, 1.0))]
+    if np.isnan(ends).any():
+        raise InputError(f"no barrier between ends of {ends.tolist()}: the values at alpha = 0 and 1 must be numbers")
     inside = (grid >= 0.0) & (grid <= 1.0) & ~np.isnan(heights)
     grid, heights = grid[inside], heights[inside]
     if not {0.0, 1.0} <= set(grid.tolist()):

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmc.batches import HELD_BYTES, Split, as_splits, take, to_device
-from lmc.errors import DataError, InputError
+from lmc.batches import HELD_BYTES, Split, as_splits, check_numbers, take, tensors, to_device
+from lmc.errors import DataError, InputError, LmcError
 from lmc.landscape.scores import IGNORED, Measure, Score, Tally, check_classes, class_last
 from lmc.network import Network, activation_bytes, pick_device
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_finite
@@ -151,11 +151,12 @@ class Evaluator:
             inputs, targets = take(inputs, slice(PROBE)), targets[:PROBE]
             self.network.check_inputs(state, inputs, split.name)
             inputs = to_device(inputs, self.device)
-            each = max(each, activation_bytes(self.network, inputs) / len(targets))
+            each = max(each, self._bytes_of(inputs, split.name) / len(targets))
             if split.held:
                 logits = class_last(self.network(inputs)[None], targets.to(self.device))
-                if logits is not None:
-                    for _inputs, goal in split.batches:
+                for batch, goal in split.batches:
+                    check_numbers(batch, split.name)
+                    if logits is not None:
                         check_classes(goal, logits.shape[-1], split.name)
         budget = _budget(self.device)
         self._batch = self.batch_size or int(min(max(budget.batch / max(each, 1), 32), budget.examples))
@@ -165,6 +166,17 @@ class Evaluator:
             self.weight_sets_together = min(fit, MOST_AT_ONCE) if fit >= budget.fewest else 1
         self._ready = {split.name: list(self._batches(split)) for split in self.splits if split.nbytes <= HELD_BYTES}
         self._checked = True
+
+    def _bytes_of(self, inputs: Any, split: str) -> int:
+        """What the activations of a first few inputs take; `DataError` where the module fails on them."""
+        try:
+            return activation_bytes(self.network, inputs)
+        except (LmcError, torch.cuda.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in tensors(inputs))
+            name = type(self.network.module).__name__
+            raise DataError(f"{split}: the model ({name}) fails on inputs {shapes}: {error}") from error
 
     def _score(self, group: list[Weights]) -> list[dict[str, Score]]:
         """Scores of the weight sets of one group, together if there are several."""

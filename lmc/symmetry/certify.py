@@ -47,8 +47,9 @@ class Certificate:
     dtype: str = "float64"
 
     def __str__(self) -> str:
+        tried = "one permutation" if self.trials == 1 else f"{self.trials} random permutations"
         return (
-            f"certified: {self.trials} random permutations of {self.groups} groups, {self.moved:.0%} of the weights moved, "
+            f"certified: {tried} of {self.groups} groups, {self.moved:.0%} of the weights moved, "
             f"outputs equal to {self.max_error:.1e} ({self.dtype})"
         )
 
@@ -94,6 +95,8 @@ def certify_permutation(
     tolerance: float,
 ) -> Certificate:
     """See `Permutation.certify`: this very permutation, on the weights as they are."""
+    if weights is not None:
+        permutation.spec.check(weights)
     probe = _Probe(model, outputs, seed=0, perturb=False, weights=weights)
     permuted = permutation.apply(probe.weights)
     reference = probe.outputs_of(example_inputs, probe.weights)
@@ -191,6 +194,8 @@ def _wide_dtype(value: Any) -> Any:
 
 def _relative_error(reference: list[Tensor], outputs: list[Tensor]) -> float:
     worst = 0.0
+    if not any(x.numel() for x in reference):
+        raise CertificateError("the model's outputs are empty on this example: nothing can be compared")
     for x, y in zip(reference, outputs, strict=True):
         if x.shape != y.shape:
             return float("inf")

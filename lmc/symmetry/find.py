@@ -4,8 +4,9 @@ from dataclasses import replace
 
 from torch import nn
 
+from lmc.errors import InputError
 from lmc.symmetry.discover import discover
-from lmc.symmetry.outputs import ExampleInputs, OutputSelector
+from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, tensors_in
 from lmc.symmetry.spec import PermutationSpec
 
 
@@ -43,6 +44,7 @@ def permutation_spec(
         CertificateError: a group that was found does not keep the function; says which.
         InputError: example inputs or `outputs` that the module cannot take.
     """
+    _check(model, example_inputs)
     found = discover(model, example_inputs, outputs, progress=progress)
     spec = PermutationSpec(found.groups, found.shapes, found.buffers, found.frozen, found.aliases)
     if not certify or any(tensor.is_meta for tensor in model.state_dict().values()):
@@ -51,3 +53,13 @@ def permutation_spec(
         model, example_inputs, trials=trials, seed=seed, outputs=outputs, also=also, tolerance=tolerance
     )
     return replace(spec, certificate=proof)
+
+
+def _check(model: nn.Module, example_inputs: ExampleInputs) -> None:
+    """Raise `InputError` for what is no module, and for inputs without examples: on them every function is the same."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: expected an nn.Module, got {type(model).__name__}; weights alone have no operators")
+    given = list(tensors_in(as_call(example_inputs)))
+    if given and not any(tensor.numel() for tensor in given):
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
+        raise InputError(f"example_inputs: shape {shapes} holds nothing; pass two examples or more along axis 0")

@@ -75,6 +75,8 @@ class PermutationSpec:
         Raises:
             SpecError: the text cannot be read, or does not fit the shapes.
         """
+        if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) for pattern in patterns.values()):
+            raise SpecError(f"patterns: expected a mapping of tensor names to texts such as 'h (c .)', got {patterns!r}")
         unbound = UnboundSpec(dict(patterns), sizes)
         return unbound if weights is None else unbound.bind(weights)
 

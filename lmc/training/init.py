@@ -5,7 +5,7 @@ from torch import nn
 
 from lmc.errors import InputError
 from lmc.modules import copy_module
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible
+from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite
 
 
 def initialised(model: nn.Module, seed: int) -> Weights:
@@ -34,6 +34,7 @@ def given(model: nn.Module, init: ModelOrWeights) -> Weights:
     start = copy_module(model)
     state = {name: tensor.to(device_of(model)) for name, tensor in as_weights(init).items()}
     check_compatible(as_weights(model), state, ("model", "init"))
+    check_finite(state, "init")
     start.load_state_dict(state)
     return own_tensors(start)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lmc.errors import InputError
 from lmc.modules import copy_module
+from lmc.network import pick_device
 from lmc.progress import tqdm
 from lmc.training.init import aliases, device_of, given, initialised
 from lmc.training.inputs import check_model, epochs_to_keep, training_tensors
@@ -69,7 +70,9 @@ def train(
         optimizer, lr, schedule, epochs, batch_size, weight_decay, momentum, "fresh" if init is None else "given"
     )
     seeds = _checked(recipe, seeds, together)
-    device = device_of(model) if device is None else torch.device(device)
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: expected an nn.Module, got {type(model).__name__}")
+    device = pick_device(device_of(model) if device is None else device, {})
     inputs, targets = training_tensors(data, device)
     blank = copy_module(model).to(device).train()
     check_model(blank, inputs, targets)
@@ -211,6 +214,8 @@ def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def _checked(recipe: Recipe, seeds: Iterable[int], together: int | None) -> list[int]:
+    if not isinstance(seeds, Iterable):
+        raise InputError(f"seeds={seeds!r}: expected the seeds themselves, for example range({seeds!r})")
     chosen = list(seeds)
     if not chosen or not all(isinstance(seed, int) and 0 <= seed < ORDER_STREAM for seed in chosen):
         raise InputError(f"seeds={chosen}: expected at least one, each an integer from 0 on")
