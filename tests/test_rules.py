@@ -57,6 +57,8 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], list[int]]]
     "unbind": (lambda a: a.unbind(1)[0], [A], [4, 5]),
     "slice assigned": (lambda a, b: a.slice_scatter(b, 1, 1, 4), [A, (4, 3)], [4, 3, 3, 3]),
     "select assigned": (lambda a, b: a.select_scatter(b, 1, 2), [A, (4,)], [4, 5]),
+    "patches of a padded image": (lambda a: F.unfold(a, 2, padding=1), [(2, 6, 3, 3)], [2, 6]),
+    "dropout": (lambda a: F.dropout(a, training=False), [A], [4, 6]),
     "diagonal": (lambda a: a.diagonal(), [(5, 5)], [5]),
     # pointwise
     "add": (lambda a, b: a + b, [A, (6,)], [4, 6]),
@@ -178,7 +180,10 @@ def check_moved(coords: tuple[np.ndarray, ...], g: np.ndarray, old: Tensor, new:
         assert there[image] == pytest.approx(value, abs=1e-10)
 
 
-def test_unknown_operator_freezes_everything() -> None:
-    graph = capture(Operator(lambda a: torch.linalg.inv(a), [(3, 3)]), torch.zeros(2))
+@pytest.mark.parametrize(
+    "function", [torch.linalg.inv, F.dropout, torch.bernoulli], ids=["inv", "dropout", "bernoulli"]
+)
+def test_unknown_and_random_operators_freeze_everything(function: Callable[[Tensor], Tensor]) -> None:
+    graph = capture(Operator(function, [(3, 3)]), torch.zeros(2))
     facts, known = interpret_nodes(graph, progress=False)
     assert not solve(facts.units, parameter_units(facts)).fibres

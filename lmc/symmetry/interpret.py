@@ -14,7 +14,7 @@ from lmc.symmetry.rules import core, interpret
 from lmc.symmetry.rules.chosen import settle
 from lmc.symmetry.rules.registry import Op, Parts, is_operand, operands_in
 from lmc.symmetry.tags import Tag, along, make, shrink
-from lmc.symmetry.trace import Graph, Leaf
+from lmc.symmetry.trace import Graph, Leaf, movable
 from lmc.symmetry.units import Ids, Units
 
 LARGEST_CONSTANT = 1 << 24
@@ -68,7 +68,7 @@ def parameter_tags(units: Units, graph: Graph) -> tuple[dict[str, Tag], dict[tup
     axes: dict[tuple[str, int], Ids] = {}
     for name, tensor in graph.tensors.items():
         shape = tuple(tensor.shape)
-        if graph.aliases.get(name) == name and tensor.is_floating_point():
+        if graph.aliases.get(name) == name and movable(tensor):
             coords = parameter_coords(units, shape, grouped.get(name, 0), shape in rows)
             axes.update({(name, d): c for d, c in coords.items()})
             tags[name] = make(units, shape, list(coords.values()))
@@ -247,9 +247,15 @@ def computed_values(node: Node, args: Any, kwargs: Any, shapes: tuple[tuple[int,
     small = all(np.prod(s, dtype=float) <= LARGEST_CONSTANT for s in shapes)
     if not small or any(not isinstance(t, Tag) or t.value is None for t in operands_in((args, kwargs))):
         return [None] * len(shapes)
-    real = pytree.tree_map(lambda t: t.value if isinstance(t, Tag) else t, (args, kwargs), is_leaf=is_operand)
-    on_cpu = {k: torch.device("cpu") if k == "device" and v is not None else v for k, v in real[1].items()}
+    args, kwargs = pytree.tree_map(known_value, (args, kwargs), is_leaf=is_operand)
     target: Any = node.target
     with torch.no_grad():
-        result = target(*real[0], **on_cpu)
+        result = target(*args, **kwargs)
     return [r for r in pytree.tree_leaves(result) if isinstance(r, Tensor)]
+
+
+def known_value(value: Any) -> Any:
+    """An argument for computing constants, here on the CPU."""
+    if isinstance(value, Tag):
+        return value.value
+    return torch.device("cpu") if isinstance(value, torch.device) else value

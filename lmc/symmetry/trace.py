@@ -236,19 +236,18 @@ def is_user_file(file: str) -> bool:
 def graph_of(model: nn.Module, program: Any, names: Mapping[str, str]) -> Graph:
     """The exported program in our terms: nodes that matter for the outputs, leaves with names of the state dict."""
     signature = program.graph_signature
-    tensors = model.state_dict(keep_vars=True)
-    persistent = {name for name, _ in model.named_buffers() if name in tensors}
+    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     held = dict(model.named_buffers(remove_duplicate=False))
     leaves: dict[str, Leaf] = {}
     for spec in signature.input_specs:
         kind, target = spec.kind.name, str(spec.target or "").removeprefix(PREFIX)
         target = names.get(target, target)
-        if kind == "PARAMETER" or (kind == "BUFFER" and target in persistent and tensors[target].is_floating_point()):
+        if kind in ("PARAMETER", "BUFFER") and target in tensors and movable(tensors[target]):
             leaves[spec.arg.name] = Leaf("parameter" if kind == "PARAMETER" else "buffer", target)
         elif kind == "USER_INPUT":
             leaves[spec.arg.name] = Leaf("input", input_name(spec.arg.name))
         else:
-            value = program.constants.get(spec.target) if kind != "BUFFER" else held.get(target)
+            value = held.get(target, tensors.get(target, program.constants.get(spec.target)))
             leaves[spec.arg.name] = Leaf("constant", target, value if isinstance(value, Tensor) else None)
     by_name = {node.name: node for node in program.graph.nodes}
     outputs, mutated = [], []
@@ -258,8 +257,13 @@ def graph_of(model: nn.Module, program: Any, names: Mapping[str, str]) -> Graph:
         elif spec.kind.name == "BUFFER_MUTATION":
             target = str(spec.target).removeprefix(PREFIX)
             mutated.append((by_name[spec.arg.name], names.get(target, target)))
-    buffers = frozenset(persistent)
+    buffers = frozenset(name for name in held if name in tensors)
     return Graph(list(program.graph.nodes), leaves, outputs, mutated, aliases_of(tensors), tensors, buffers)
+
+
+def movable(tensor: Tensor) -> bool:
+    """Weights and statistics move; counters, masks and indices do not."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def input_name(placeholder: str) -> str:
@@ -267,13 +271,11 @@ def input_name(placeholder: str) -> str:
     return re.sub(r"^(args|kwargs)_", "", placeholder)
 
 
-def aliases_of(tensors: Mapping[str, Any]) -> dict[str, str]:
+def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """For each name, the first name under which the same memory is known (tied weights)."""
     first: dict[object, str] = {}
     aliases: dict[str, str] = {}
     for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            continue
         where: object = id(tensor)
         if not tensor.is_meta and tensor.numel():
             where = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())

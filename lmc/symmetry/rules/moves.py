@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from lmc.symmetry.rules import core
-from lmc.symmetry.rules.chosen import Chosen, Operand, pointwise
-from lmc.symmetry.rules.registry import Op, Parts, fixed, named, rule
+from lmc.symmetry.rules.chosen import Chosen, Operand, pointwise, settle
+from lmc.symmetry.rules.registry import Op, Parts, fixed, named, rule, unknown
 from lmc.symmetry.tags import Shape, Tag, make, shrink, spread
 from lmc.symmetry.units import Ids, Units
 
@@ -194,20 +194,26 @@ def roll(op: Op, x: Tag, shifts: Any, dims: Any = ()) -> Tag:
 
 @rule(
     *named(
-        "clone contiguous alias detach lift_fresh_copy _to_copy to type_as lift view_as dropout "
-        "feature_dropout alpha_dropout positive resolve_conj resolve_neg _assert_tensor_metadata"
+        "clone contiguous alias detach lift_fresh_copy _to_copy to type_as lift view_as positive resolve_conj "
+        "resolve_neg _assert_tensor_metadata"
     ),
     choices=True,
     experts=True,
 )
 def same(op: Op, x: Operand, *_: Any, **__: Any) -> Operand:
-    """Copies, casts, and dropout in evaluation mode."""
+    """Copies and casts."""
     return Tag(op.shape, x.coords, points=x.points) if isinstance(x, Tag) and op.shapes else x
+
+
+@rule(*named("dropout feature_dropout alpha_dropout feature_alpha_dropout"), experts=True)
+def dropout(op: Op, x: Operand, probability: float, training: bool) -> Any:
+    """Nothing in evaluation mode; else the result is random."""
+    return x if not training or probability == 0 else unknown(op, [settle(op.units, x)])
 
 
 @rule(
     *named(
-        "repeat unfold diagonal tile pixel_shuffle pixel_unshuffle channel_shuffle im2col tril_indices "
+        "repeat unfold diagonal tile pixel_shuffle pixel_unshuffle channel_shuffle im2col "
         "movedim rot90 reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
         "replication_pad3d repeat_interleave diagonal_copy unfold_copy hsplit vsplit fliplr flipud"
     )
@@ -217,16 +223,20 @@ def run(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Any:
     if any(isinstance(a, Tag) for a in (*args, *kwargs.values())):
         args = tuple(a.value if isinstance(a, Tag) else a for a in args)
         if any(a is None for a in args):
-            return core.still(op.units, op.shape, f"{op.name} by unknown numbers")
+            return unknown(op, [x])
     columns = [_run_one(op, np.broadcast_to(c, x.shape), args, kwargs) for c in x.coords]
+    if "im2col" in op.name:
+        columns.append(_run_one(op, np.broadcast_to(op.units.frozen("inside the image", 1), x.shape), args, kwargs))
     tags = [make(op.units, shape, [c[k] for c in columns], count=True) for k, shape in enumerate(op.shapes)]
     return tags[0] if len(tags) == 1 else tuple(tags)
 
 
 def _run_one(op: Op, coord: Ids, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Ids]:
-    """float64 holds unit ids exactly, and every operator has a kernel for it."""
-    out = op.target(torch.from_numpy(coord.astype(np.float64)), *args, **kwargs)
-    return [o.numpy().astype(np.int64) for o in (out if isinstance(out, (tuple, list)) else [out])]
+    """float64 holds unit ids exactly, and every operator has a kernel for it; zeros that appear are padding."""
+    out = op.target(torch.from_numpy(coord.astype(np.float64) + 1), *args, **kwargs)
+    moved = [o.numpy().astype(np.int64) - 1 for o in (out if isinstance(out, (tuple, list)) else [out])]
+    outside = op.units.frozen("padding", 1)
+    return [np.where(ids < 0, outside, ids) for ids in moved]
 
 
 @rule(*named("as_strided as_strided_copy"))
