@@ -74,7 +74,7 @@ def loss_plane(
     triangle = Triangle.of(states, names, _parameters(evaluator))
     x, y = (_through([place[i] for place in triangle.places], margin, resolution) for i in (0, 1))
     survey = Survey(evaluator, prepare, lambda x, y: mean(states, triangle.shares(x, y)), x, y, progress)
-    axes = (f"distance from {names[0]} towards {names[2]}", f"distance from this line towards {names[1]}")
+    axes = (f"distance from {names[0]} towards {names[2]}", f"off this line, towards {names[1]}")
     return survey.plane(states, dict(zip(names, triangle.places, strict=True)), axes, resume)
 
 

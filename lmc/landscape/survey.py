@@ -40,9 +40,7 @@ class Survey:
         axes: tuple[str, str],
         resume: Plane | None,
     ) -> Plane:
-        start = time.perf_counter()
         own = list(self.evaluator(states))
-        seconds = (time.perf_counter() - start) / len(states)
         blank = self._blank(own, places, axes)
         if resume is not None:
             _take_over(blank, resume)
@@ -51,7 +49,8 @@ class Survey:
                 row, column = int(np.flatnonzero(self.y == y)[0]), int(np.flatnonzero(self.x == x)[0])
                 _note(blank, row, column, score)
         order = [i for i in coarse_to_fine(len(self.y), len(self.x)) if not blank.done.flat[i]]
-        self._tell(len(order), seconds)
+        if self.progress:
+            self._tell(len(order), states[0])
         for i, score in run(self.evaluator, self._states(order), order, "plane", self.progress).items():
             _note(blank, *divmod(i, len(self.x)), score)
         return blank
@@ -76,11 +75,13 @@ class Survey:
         done = np.zeros(shape, dtype=bool)
         return Plane(self.x, self.y, values, places, kept, done, axes, self.prepare is not None)
 
-    def _tell(self, points: int, seconds: float) -> None:
-        """What the plane will cost, judged by the models; with statistics to estimate it is more."""
-        if self.progress and points * seconds > LONG:
-            least = "at least " if self.prepare is not None else ""
-            cost = f"{least}about {points * seconds:.0f} s ({1e3 * seconds:.1f} ms each, on {self.evaluator.device})"
+    def _tell(self, points: int, state: Weights) -> None:
+        """What a long plane will cost, judged by one point; the first ones, with all they prepare, came before."""
+        start = time.perf_counter()
+        next(self.evaluator([state if self.prepare is None else self.prepare(state)]))
+        each = time.perf_counter() - start
+        if points * each > LONG:
+            cost = f"about {points * each:.0f} s ({1e3 * each:.1f} ms each, on {self.evaluator.device})"
             tqdm.write(f"plane: {points} points to evaluate, {cost}; an interrupt keeps those that are done")
 
 
