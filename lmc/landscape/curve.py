@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lmc.batches import as_splits
 from lmc.errors import InputError
-from lmc.landscape.curve_training import Recipe, check_training_data, train_bends
+from lmc.landscape.curve_training import Recipe, train_bends
 from lmc.landscape.grid import Values
+from lmc.landscape.objective import check_training_data
 from lmc.landscape.path import Path, mixture_path
 from lmc.landscape.plane import loss_plane
 from lmc.landscape.plane_result import Plane

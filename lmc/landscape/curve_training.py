@@ -8,18 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmc.batches import Batch, Split, take, to_device
-from lmc.errors import DataError, InputError
+from lmc.errors import InputError
 from lmc.landscape.grid import Values
-from lmc.landscape.scores import IGNORED, check_classes, class_last
+from lmc.landscape.objective import Loss, mean_loss
 from lmc.network import Network
 from lmc.progress import tqdm
 from lmc.weights import Weights, tied_names
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -90,7 +87,7 @@ def train_bends(
                     at = shares(float(torch.rand((), generator=generator)))
                     weights = {name: _sum(c * p[name] for c, p in zip(at, points, strict=True)) for name in names}
                     outputs = network.outputs(weights, to_device(inputs, network.device))
-                    loss = _loss(outputs, targets.to(network.device), recipe.loss)
+                    loss = mean_loss(outputs, targets.to(network.device), recipe.loss)
                     optimiser.zero_grad()
                     (loss + 0.5 * recipe.weight_decay * _sum(w.square().sum() for w in weights.values())).backward()
                     optimiser.step()
@@ -103,24 +100,6 @@ def train_bends(
             warnings.warn(f"interrupted: the curve was trained for {len(losses)} epochs", stacklevel=4)
     bends = [_put(old, new, network.module) for old, new in zip(controls[1:-1], points[1:-1], strict=True)]
     return Bends(tuple(bends), np.array(losses), interrupted)
-
-
-def check_training_data(network: Network, weights: Weights, split: Split, loss: Loss | None) -> None:
-    """Raise `DataError` for inputs or targets that do not fit the network, before a step is made."""
-    network.load(weights)
-    inputs, targets = next(split.iterate(8))
-    network.check_inputs(weights, inputs, split.name)
-    outputs = network(to_device(take(inputs, slice(8)), network.device))
-    if loss is not None:
-        return
-    logits = class_last(outputs[None], targets[:8])
-    if logits is None:
-        raise DataError(
-            f"{split.name}: outputs {tuple(outputs.shape)} and targets {targets.dtype} {tuple(targets.shape)} are no "
-            "classification; pass loss="
-        )
-    for _inputs, goal in split.batches if split.held else []:
-        check_classes(goal, logits.shape[-1], split.name)
 
 
 @contextlib.contextmanager
@@ -151,14 +130,6 @@ def _batches(split: Split, batch_size: int, generator: torch.Generator) -> Itera
 
 def _sum(terms: Iterable[Tensor]) -> Tensor:
     return sum(terms, start=torch.zeros(()))
-
-
-def _loss(outputs: Tensor, targets: Tensor, loss: Loss | None) -> Tensor:
-    if loss is not None:
-        return loss(outputs, targets).mean()
-    logits = class_last(outputs[None], targets)
-    assert logits is not None  # checked on the first batch
-    return F.cross_entropy(logits[0], targets.reshape(-1).long(), ignore_index=IGNORED)
 
 
 def _finite(loss: float, epoch: int, recipe: Recipe) -> float:
