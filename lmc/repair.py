@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lmc.batches import take, tensors, to_device
-from lmc.errors import DataError, InputError
+from lmc.errors import DataError, InputError, LmcError
 from lmc.network import Network, pick_device
 from lmc.weights import ModelOrWeights, Weights, as_weights
 
@@ -87,8 +87,13 @@ class Recalibrator:
                 norm.train()
             for batch in self.batches:
                 self.network(batch)
-        except ValueError as error:
-            raise DataError(f"inputs: batch statistics cannot be estimated: {error}") from error
+        except (LmcError, torch.cuda.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise DataError(
+                f"inputs: batch statistics cannot be estimated, the model fails on these inputs: {error}. "
+                "Pass inputs alone, without targets, at least two examples in each batch"
+            ) from error
         finally:
             for hook, norm, momentum in zip(hooks, self.norms, momenta, strict=True):
                 hook.remove()

@@ -213,6 +213,15 @@ def test_statistics_are_estimated_anew_at_every_point():
     assert stale.losses["test"][0] == pytest.approx(path.own["test"]["loss"][0], rel=1e-5)
 
 
+def test_a_last_batch_of_one_example_is_left_out_of_the_statistics():
+    a, b = normalised(1), normalised(2)
+    inputs, targets = DATA.train[0][:65], DATA.train[1][:65]
+    batches = [(inputs[:64], targets[:64]), (inputs[64:], targets[64:])]
+    path = loss_path(a, a, b, batches, 3)
+    named = loss_path(a, a, b, (inputs, targets), 3, statistics_inputs=inputs[:64])
+    assert path.losses["data"] == pytest.approx(named.losses["data"], rel=1e-5)
+
+
 def test_statistics_come_from_the_inputs_that_are_named():
     a, b = normalised(1), normalised(2)
     other = loss_path(a, a, b, DATA, alphas=3, statistics_inputs=5.0 * DATA.train[0])

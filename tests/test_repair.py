@@ -99,6 +99,10 @@ def test_unusable_inputs_are_refused():
     model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
     with pytest.raises(DataError, match="more than 1 value per channel"):
         recalibrate_batchnorm(model, None, torch.randn(1, 8))
+    with pytest.raises(DataError, match="without targets"):
+        recalibrate_batchnorm(model, None, (torch.randn(5, 8), torch.zeros(5)))
+    with pytest.raises(DataError, match="fails on these inputs.*5x7"):
+        recalibrate_batchnorm(model, None, torch.randn(5, 7))
     with pytest.raises(DataError, match="N > 0"):
         recalibrate_batchnorm(model, None, torch.randn(0, 8))
     with pytest.raises(DataError, match="no examples"):

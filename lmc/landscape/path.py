@@ -148,7 +148,7 @@ class Path:
 
     def __str__(self) -> str:
         missing = int(np.isnan(self.losses[self.split]).sum())
-        points = f"{len(self.alphas)} points" + (f", {missing} not evaluated" if missing else "")
+        points = f"{len(self.alphas)} points" + (f", {missing} without a loss (not evaluated, or not a number)" if missing else "")
         lines = [f"Path of {points}" + (", batch statistics re-estimated at each" if self.recalibrated else "")]
         for split in self.values:
             ends = self.losses[split][np.isin(self.alphas, (0.0, 1.0))]

@@ -44,7 +44,8 @@ def some_inputs(split: Split) -> Any:
         return take(inputs, slice(None, None, -(-len(targets) // STATISTICS_EXAMPLES)))
     found, count = [], 0
     for inputs, targets in split.batches:
-        found.append(inputs)
+        if len(targets) > 1:  # a loader's last batch may be one example, which has no variance
+            found.append(inputs)
         count += len(targets)
         if count >= STATISTICS_EXAMPLES:
             break
