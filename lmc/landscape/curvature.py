@@ -28,7 +28,8 @@ class Curvature:
 
     Attributes:
         eigenvalues: (top,) the largest, in descending order.
-        residuals: (top,) `|H v - lambda v|` for each: an eigenvalue of H lies at most this far from it.
+        residuals: (top,) `|H v - lambda v|` for each, at least the rounding of the weights' dtype: an eigenvalue of H lies
+            about this close to it.
         lowest: the lowest eigenvalue; a negative one says that the network stands on a saddle.
         lowest_residual: the same bound for it.
         trace: the sum of all eigenvalues, estimated.
@@ -123,6 +124,7 @@ def curvature(
 
         values, residuals = lanczos(product, hessian.size, top, min(steps, hessian.size), tolerance, generator)
         samples = hutchinson(product, hessian.size, probes, generator)
+    residuals = np.maximum(residuals, hessian.rounding * np.abs(values).max())
     error = float(samples.std(ddof=1)) / math.sqrt(probes) if probes > 1 else math.nan
     return Curvature(
         values[:-1], residuals[:-1], float(values[-1]), float(residuals[-1]), float(samples.mean()), error, hessian.size
@@ -139,6 +141,7 @@ class Hessian:
         self.point = {name: p.detach().clone().requires_grad_() for name, p in named}
         self.sizes = [p.numel() for p in self.point.values()]
         self.size = sum(self.sizes)
+        self.rounding = max((torch.finfo(p.dtype).eps for p in self.point.values()), default=0.0)
 
     def __call__(self, vector: Tensor) -> Tensor:
         leaves = list(self.point.values())
