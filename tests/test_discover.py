@@ -183,6 +183,29 @@ def test_sparse_experts_computed_densely() -> None:
     assert sorted(found(model, torch.randn(7, 3))) == [4, 5, 5, 5, 5]
 
 
+def picked(m: Net, x: Tensor) -> Tensor:
+    """Two of four experts for each token, only their weights read."""
+    weights, chosen = m.router(x).softmax(-1).topk(2)
+    up, gate = torch.einsum("td,tkdf->tkf", x, m.first[chosen]).chunk(2, -1)
+    hidden = F.silu(gate + m.bias[chosen]) * up
+    return torch.einsum("tk,tkf,tkfd->td", weights, hidden, m.second[chosen])
+
+
+def test_sparse_experts_whose_weights_are_picked() -> None:
+    parts = {"first": parameter(4, 3, 10), "bias": parameter(4, 5), "second": parameter(4, 5, 3)}
+    model = Net(picked, router=nn.Linear(3, 4), **parts)
+    assert sorted(found(model, torch.randn(7, 3))) == [4, 5, 5, 5, 5]
+    result = discover(model, torch.randn(7, 3))
+    assert [g.within for g in result.groups.values() if g.size == 5] == [(("experts", e),) for e in range(4)]
+
+
+def test_choice_used_as_a_number_stays() -> None:
+    model = Net(
+        lambda m, x: m.out(m.router(x).argmax(-1, keepdim=True).float()), router=nn.Linear(3, 4), out=nn.Linear(1, 2)
+    )
+    assert found(model, torch.randn(5, 3)) == []
+
+
 def test_tied_weights_have_one_table_under_both_names() -> None:
     embed, out = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
     out.weight = embed.weight
