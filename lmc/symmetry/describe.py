@@ -128,7 +128,7 @@ def _product_words(units: Mapping[str, Units], length: int) -> list[str]:
         size = int(owner.max()) + 1
         stride = int(np.argmax(owner != owner[0])) or length
         if owner[0] != 0 or not (owner == (np.arange(length) // stride) % size).all():
-            return None
+            return []
         factors.append((stride, size, family))
     factors.sort(key=lambda factor: (-factor[0], -factor[1]))
     words: list[str] = []

@@ -43,7 +43,7 @@ def ordered_families(spec: "PermutationSpec") -> list[str]:
 
 def family_rows(spec: "PermutationSpec") -> list[tuple[str, str, str, str]]:
     """(family, units, inside, tensors with their patterns), families that differ only by a layer number in one row."""
-    merged: dict[tuple[object, ...], list[str]] = {}
+    merged: dict[tuple[str, int, int, tuple[str, ...], tuple[str, ...]], list[str]] = {}
     for family in ordered_families(spec):
         names = spec.families[family]
         first = spec.groups[names[0]]
