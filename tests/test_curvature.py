@@ -162,6 +162,28 @@ def test_a_linear_loss_is_flat():
     assert flat.trace == 0.0 and not flat.eigenvalues.any() and flat.lowest == 0.0
 
 
+class Attention(nn.Module):
+    """One head of attention over six tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Linear(4, 12), nn.Linear(4, 3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        return self.out(nn.functional.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0].mean(1))
+
+
+def test_attention_has_a_curvature():
+    model, random = Attention(), torch.Generator().manual_seed(0)
+    data = (torch.randn(12, 6, 4, generator=random), torch.arange(12) % 3)
+    split = as_splits(data)[0]
+    hessian = Hessian(Network(model, torch.device("cpu")), dict(model.state_dict()), split, None, 12)
+    u, v = torch.randn(2, hessian.size, generator=random).double()
+    assert float(u @ hessian(v)) == pytest.approx(float(v @ hessian(u)), rel=1e-4, abs=1e-5)
+    assert curvature(model, None, data, probes=2).eigenvalues[0] > 0.0
+
+
 def test_float32_agrees_with_float64():
     inputs, targets = examples()
     wide = curvature(network(), None, (inputs, targets), probes=10)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from scipy.linalg import eigh_tridiagonal
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmc.batches import Split, as_splits, to_device
 from lmc.errors import InputError
@@ -149,7 +150,8 @@ class Hessian:
         along = [part.reshape(p.shape).to(p.device, p.dtype) for part, p in zip(parts, leaves, strict=True)]
         total, weight = torch.zeros(self.size, dtype=torch.float64), 0
         for inputs, targets in self.split.iterate(self.batch_size):
-            outputs = self.network.outputs(self.point, to_device(inputs, self.network.device))
+            with sdpa_kernel(SDPBackend.MATH):  # the faster kernels of attention have no second derivative
+                outputs = self.network.outputs(self.point, to_device(inputs, self.network.device))
             loss = mean_loss(outputs, targets.to(self.network.device), self.loss)
             count = len(targets) if self.loss is not None else int((targets != IGNORED).sum())
             if count:
