@@ -29,6 +29,7 @@ from lmc.errors import (
 )
 
 # What it looks like: losses between networks.
+from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
 from lmc.landscape.path import Path, loss_path
 from lmc.landscape.plane import Plane, loss_plane, random_plane
 from lmc.renormalize import repair
@@ -46,6 +47,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Certificate",
     "CertificateError",
+    "Curve",
     "DataError",
     "Group",
     "InputError",
@@ -62,6 +64,7 @@ __all__ = [
     "WeightsError",
     "activation_matching",
     "align",
+    "bezier_curve",
     "data",
     "landscape",
     "loss_path",
@@ -71,6 +74,7 @@ __all__ = [
     "models",
     "ot_fusion",
     "permutation_spec",
+    "polygonal_chain",
     "random_plane",
     "recalibrate_batchnorm",
     "repair",
