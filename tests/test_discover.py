@@ -170,6 +170,22 @@ def test_recurrent(layer: type[nn.Module]) -> None:
     assert found(model, torch.randn(2, 3, 3)) == [5]
 
 
+def test_last_state_of_stacked_layers() -> None:
+    """The states of all layers are stacked, one is read: the layers' units stay apart."""
+    cell = nn.LSTM(3, 5, num_layers=2, batch_first=True)
+    model = Net(lambda m, x: m.out(m.cell(x)[1][0][-1]), cell=cell, out=nn.Linear(5, 2))
+    assert found(model, torch.randn(2, 3, 3)) == [5, 5]
+
+
+def test_pieces_of_a_concatenation() -> None:
+    def forward(m: Net, x: Tensor) -> Tensor:
+        both = torch.cat([m.a(x), m.b(x)], 1)
+        return m.out(both[:, 1:4].relu()) + m.out(both[:, 4:7].sin())
+
+    model = Net(forward, a=nn.Linear(3, 4), b=nn.Linear(3, 5), out=nn.Linear(3, 2))
+    assert found(model, torch.randn(2, 3)) == [3]
+
+
 def routed(m: Net, x: Tensor) -> Tensor:
     """Two of four experts for each token, their outputs gathered."""
     weights, chosen = m.router(x).softmax(-1).topk(2)

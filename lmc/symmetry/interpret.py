@@ -13,6 +13,7 @@ from lmc.progress import tqdm
 from lmc.symmetry.rules import core, interpret
 from lmc.symmetry.rules.chosen import settle
 from lmc.symmetry.rules.registry import Op, Parts, is_operand, operands_in
+from lmc.symmetry.shortcuts import Piece, piece_tag, pieces
 from lmc.symmetry.tags import Tag, along, make, shrink
 from lmc.symmetry.trace import Graph, Leaf, movable
 from lmc.symmetry.units import Ids, Units
@@ -49,11 +50,15 @@ def interpret_nodes(graph: Graph, progress: bool) -> tuple[Facts, dict[Node, Any
     units = Units()
     tags, axes = parameter_tags(units, graph)
     known: dict[Node, Any] = {}
-    wanted = needed(graph)
+    direct = pieces(graph.nodes)
+    wanted = needed(graph, direct)
     for number, node in enumerate(tqdm(graph.nodes, "units", disable=not progress)):
         units.site = number
         if node.op == "placeholder":
             known[node] = leaf_tag(units, graph.leaves[node.name], node, tags, graph)
+        elif node in direct and node in wanted:
+            part = settle(units, known[direct[node].part])
+            known[node] = piece_tag(units, part, direct[node], tuple(node.meta["val"].shape))
         elif node.op == "call_function" and node in wanted:
             known[node] = call(units, node, known)
     return Facts(units, tags, axes), known
@@ -75,7 +80,7 @@ def parameter_tags(units: Units, graph: Graph) -> tuple[dict[str, Tag], dict[tup
     return tags, axes
 
 
-def needed(graph: Graph) -> set[Node]:
+def needed(graph: Graph, direct: dict[Node, Piece]) -> set[Node]:
     """The nodes that outputs and overwritten buffers depend on."""
     stack = [*graph.outputs, *(node for node, _ in graph.mutated)]
     seen: set[Node] = set()
@@ -83,7 +88,8 @@ def needed(graph: Graph) -> set[Node]:
         node = stack.pop()
         if node not in seen:
             seen.add(node)
-            stack += [] if takes_shape_only(node) else node.all_input_nodes
+            sources = [direct[node].part] if node in direct else node.all_input_nodes
+            stack += [] if takes_shape_only(node) else sources
     return seen
 
 
