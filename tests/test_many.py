@@ -7,7 +7,7 @@ import torch
 from alignment_cases import CASES, Case, digits, random_weights
 
 import lmc
-from lmc.align.frank_wolfe import _line_search, _value_and_gradients, start_at
+from lmc.align.frank_wolfe import _line_search, _value_and_gradients, start_near_centre
 from lmc.align.many import Matchings, match_many, objective
 from lmc.align.soft import Mixer, as_matrices, degree
 from lmc.errors import InputError, MismatchError, SpecError, WeightsError
@@ -107,7 +107,7 @@ def test_the_gradient_is_the_slope(name: str):
     case = CASES[name]()
     models, mix = in_float64(case, 3)
     generator = torch.Generator().manual_seed(0)
-    now = start_at(case.spec, 3, next(iter(models[0].values())), generator)
+    now = start_near_centre(case.spec, 3, next(iter(models[0].values())), generator)
     _, gradients = _value_and_gradients(mix, models[0], models[1:], now[1:])
 
     def value(h: float, group: str, direction: torch.Tensor) -> float:
@@ -125,7 +125,7 @@ def test_the_line_search_finds_the_highest_point_of_the_segment(name: str):
     case = CASES[name]()
     models, mix = in_float64(case, 3)
     like = next(iter(models[0].values()))
-    ends = start_at(case.spec, 3, like, torch.Generator().manual_seed(0))
+    ends = start_near_centre(case.spec, 3, like, torch.Generator().manual_seed(0))
     start = [as_matrices(case.spec.random(seed).indices, like) for seed in range(3)]
     nodes = np.linspace(0, 1, degree(case.spec, list(models[0])) + 1)
 

@@ -62,12 +62,8 @@ def frank_wolfe(
     return moves, {"steps": steps, "converged": stalled >= _PATIENCE or steps < max_iterations}
 
 
-def start_at(spec: PermutationSpec, count: int, like: Tensor, generator: torch.Generator | None) -> list[Matrices]:
-    """Starting points for `count` models, the first at the identity: so are the others, or with a generator they are near
-    the centre of the polytope."""
-    identity = as_matrices(spec.identity().indices, like)
-    if generator is None:
-        return [identity] * count
+def start_near_centre(spec: PermutationSpec, count: int, like: Tensor, generator: torch.Generator) -> list[Matrices]:
+    """Starting points for `count` models: the identity for the first, random ones near the centre for the others."""
     centres = [
         {
             name: sinkhorn(_NOISE * torch.randn(group.size, group.size, generator=generator), 100).to(like)
@@ -75,7 +71,7 @@ def start_at(spec: PermutationSpec, count: int, like: Tensor, generator: torch.G
         }
         for _ in range(count - 1)
     ]
-    return [identity, *centres]
+    return [as_matrices(spec.identity().indices, like), *centres]
 
 
 def _value_and_gradients(
