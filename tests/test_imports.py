@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "lmc"
 
 # For each part of the package, the other parts it may import. `lmc/__init__.py` may import all of them.
-LEAVES = {"errors", "extras", "files", "progress", "modules", "weights", "batches", "inputs", "network"}
+LEAVES = {"errors", "extras", "files", "progress", "modules", "weights", "batches", "inputs", "network", "checkpoints"}
 ALLOWED = {
     "errors": set(),
     "extras": {"errors"},
@@ -23,6 +23,7 @@ ALLOWED = {
     "modules": {"errors"},
     "weights": {"errors"},
     "batches": {"errors"},
+    "checkpoints": {"errors", "weights"},
     "inputs": {"errors", "batches"},
     "network": {"errors", "modules", "weights", "batches"},
     "repair": LEAVES,

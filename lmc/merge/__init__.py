@@ -15,6 +15,9 @@ Options of the first two kinds can be given per name pattern: `scale={"*": 1.0, 
 your own is a function of one tensor under `@on_tensors`, `@on_task_vectors`, `@on_merged` or `@linear` (see
 `lmc.merge.method`) and goes wherever these go. BatchNorm statistics are averaged: re-estimate them with
 `lmc.recalibrate_batchnorm`.
+
+Models may be checkpoints on disk (`lmc.open_checkpoint`). Methods of the first two kinds merge them into a new folder
+with little memory: `write(method, models, out, base=..., ...)`; `plan(...)` says beforehand what that takes.
 """
 
 from lmc.merge.adamerging import adamerging
@@ -41,8 +44,10 @@ from lmc.merge.soups import greedy_soup, learned_soup, uniform_soup, wise_ft
 from lmc.merge.sparse import magnitude_masks, sparse_soup
 from lmc.merge.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
 from lmc.merge.ties import pcb, ties
+from lmc.merge.to_disk import Plan, plan, write
 
 __all__ = [
+    "Plan",
     "adamerging",
     "ama",
     "average",
@@ -71,6 +76,7 @@ __all__ = [
     "on_task_vectors",
     "on_tensors",
     "pcb",
+    "plan",
     "regmean",
     "regmean_plus_plus",
     "slerp",
@@ -84,4 +90,5 @@ __all__ = [
     "uniform_soup",
     "variance_corrected",
     "wise_ft",
+    "write",
 ]

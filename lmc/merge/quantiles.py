@@ -24,7 +24,7 @@ def kth_smallest(passes: Callable[[], Iterable[Tensor]], ranks: Sequence[int], s
         `(models,)` on the CPU, values that occur.
     """
     stride = max(1, size // SAMPLE)
-    parts = [values.reshape(len(ranks), -1)[:, ::stride].cpu() for values in passes()]
+    parts = [values.reshape(len(ranks), -1)[:, ::stride].to("cpu", copy=True) for values in passes()]
     samples = torch.cat(parts, dim=1).sort(dim=1).values
     if stride == 1:
         return samples.gather(1, torch.tensor(ranks)[:, None] - 1)[:, 0]

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lmc.checkpoints import Checkpoint
 from lmc.errors import InputError, WeightsError
 from lmc.weights import ModelOrWeights, as_weights, check_compatible
 
@@ -34,6 +35,7 @@ class WeightSets:
         statistics: the names that are averaged.
         ties: second names of a stored tensor, each with its first name.
         dtype: the widest dtype that weights are computed in: float32, or float64 if any weight has it.
+        skip: names that the result is to leave out.
     """
 
     states: tuple[Mapping[str, Tensor], ...]
@@ -42,6 +44,7 @@ class WeightSets:
     statistics: frozenset[str]
     ties: Mapping[str, str]
     dtype: torch.dtype
+    skip: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.states)
@@ -97,8 +100,9 @@ class WeightSets:
         tensor = tensor.to(wide(tensor.dtype))
         if not bool(torch.isfinite(tensor.sum())) and not bool((finite := torch.isfinite(tensor)).all()):
             where = tuple(int(i) for i in (~finite).nonzero()[0])
+            place = f" ({state.entry(name).file})" if isinstance(state, Checkpoint) else ""
             raise WeightsError(
-                f"{name} of {who}: {int((~finite).sum())} of {tensor.numel()} values are NaN or infinite, "
+                f"{name} of {who}{place}: {int((~finite).sum())} of {tensor.numel()} values are NaN or infinite, "
                 f"first at {where}; leave this model out"
             )
         return tensor
@@ -122,12 +126,12 @@ def weight_sets(
     states = tuple(_mapping(model) for model in models)
     if not states:
         raise InputError("models is empty: pass at least one module or state dict")
-    first = states[0]
     reference = None if base is None else _mapping(base)
     others = [(f"models[{i}]", state) for i, state in enumerate(states[1:], start=1)]
     others += [] if reference is None else [("base", reference)]
+    first = outline(states[0])
     for who, other in others:
-        _check_compatible(first, other, ("models[0]", who))
+        _check_compatible(first, outline(other), ("models[0]", who))
 
     module = models[0] if module is None and isinstance(models[0], nn.Module) else module
     buffers = set() if module is None else {name for name, _ in module.named_buffers()}
@@ -141,7 +145,7 @@ def weight_sets(
             raise WeightsError(f"{name}: on the meta device, which holds no values; load the weights first")
         if not tensor.is_floating_point() or name in ties:
             continue
-        if tensor.numel() == 0 or (isinstance(first, dict) and _masking(tensor, [o[name] for _, o in others])):
+        if tensor.numel() == 0 or (isinstance(states[0], dict) and _masking(tensor, [o[name] for _, o in others])):
             continue
         if name in buffers or name.rpartition(".")[2] in STATISTICS:
             statistics.add(name)
@@ -161,9 +165,13 @@ def assemble(
         merged: the merged tensor for the name of a weight; any dtype, cast here.
         shares: for the name of a statistic the share of each model and of the base in its average; they sum to 1.
     """
-    weights, again = frozenset(sets.weights), frozenset(sets.ties.values())
+    weights = frozenset(sets.weights)
+    again = {first for name, first in sets.ties.items() if name not in sets.skip}
     done: dict[str, Tensor] = {}
-    for name, original in sets.states[0].items():
+    first = sets.states[0]
+    for name, original in outline(first).items():
+        if name in sets.skip:
+            continue
         if name in sets.ties:
             yield name, done[sets.ties[name]]
             continue
@@ -172,7 +180,7 @@ def assemble(
         elif name in sets.statistics:
             tensor = sets.combine(name, *shares(name))
         else:
-            tensor = original.detach().clone()
+            tensor = first[name].detach().clone()
         if tensor.shape != original.shape:
             raise InputError(f"{name}: the method gave shape {tuple(tensor.shape)}, expected {tuple(original.shape)}")
         tensor = tensor.to(original.dtype)
@@ -197,6 +205,11 @@ def _mapping(model: ModelOrWeights) -> Mapping[str, Tensor]:
     return model if isinstance(model, Mapping) and not isinstance(model, dict) else as_weights(model)
 
 
+def outline(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The names with tensors of the right shape and dtype; nothing is read from a checkpoint on disk."""
+    return state.outline() if isinstance(state, Checkpoint) else state
+
+
 def _check_compatible(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str]) -> None:
     """`check_compatible`, one tensor at a time where a mapping reads from disk."""
     if isinstance(a, dict) and isinstance(b, dict):
@@ -216,18 +229,25 @@ def _ties(states: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
     """Second names of one storage, with the first name: tied in one weight set, and tied or equal in all others."""
     first_name: dict[str, str] = {}
     for state in states:
-        if not isinstance(state, dict):
-            continue
-        seen: dict[tuple[object, ...], str] = {}
+        seen: dict[object, str] = {}
         for name in states[0]:
-            tensor = state[name]
-            if tensor.is_floating_point() and tensor.numel() > 0 and not tensor.is_meta:
-                storage = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype)
-                first = seen.setdefault(storage, name)
-                if first != name:
-                    first_name.setdefault(name, first)
+            first = seen.setdefault(_storage(state, name), name)
+            if first != name:
+                first_name.setdefault(name, first)
     ties: dict[str, str] = {}
     for name, first in first_name.items():
         if all(torch.equal(state[name], state[first]) for state in states):
             ties[name] = ties.get(first, first)
     return ties
+
+
+def _storage(state: Mapping[str, Tensor], name: str) -> object:
+    """What two names have in common if and only if they are names of one stored tensor."""
+    if isinstance(state, Checkpoint):
+        return state.ties.get(name, name)
+    if not isinstance(state, dict):
+        return name
+    tensor = state[name]
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+        return name
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

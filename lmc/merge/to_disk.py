@@ -1,0 +1,231 @@
+"""Merge checkpoints on disk, tensor by tensor: memory for a few copies of the largest tensor, not for the models.
+
+    plan = lmc.merge.plan(lmc.merge.ties, ["math/", "code/"], "merged/", base="base/", density=0.3)
+    print(plan)                     # sizes, files, memory, what is done already
+    merged = plan.write()           # or all at once: lmc.merge.write(lmc.merge.ties, [...], "merged/", ...)
+
+The files grow in a hidden folder beside the output, which takes its name when all of them are complete. After an
+interrupt the same call goes on with the first unfinished file; the result is the same, bit for bit.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from lmc.checkpoints import INDEX, Checkpoint, checksum, open_checkpoint
+from lmc.errors import InputError
+from lmc.files import write_text
+from lmc.merge.method import MergeFunction, Method
+from lmc.merge.recipe import Recipe, make_recipe, record, recorded
+from lmc.merge.shards import Shard, layout, parse_size, write_shard
+from lmc.merge.tensors import WeightSets, outline, weight_sets, wide
+from lmc.progress import tqdm
+from lmc.weights import ModelOrWeights
+
+Source: TypeAlias = str | Path | ModelOrWeights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge to disk is going to do. `print` it, then `write()`.
+
+    Attributes:
+        out: the folder that the result will be.
+        recipe: method, options and inputs, as stored beside the result.
+        shards: the files, in order.
+        done: the files that an interrupted run has finished, with their SHA-256.
+        ties: second names of stored tensors, which are not stored again.
+        memory: bytes of memory at most, about, besides what the program holds already.
+        one_pass: whether each tensor is read once only; else thresholds of whole models are found first.
+    """
+
+    out: Path
+    recipe: Recipe
+    shards: tuple[Shard, ...]
+    done: Mapping[str, str]
+    ties: Mapping[str, str]
+    memory: int
+    one_pass: bool
+    _stream: Callable[[frozenset[str]], Iterator[tuple[str, Tensor]]] = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the result."""
+        return sum(shard.size for shard in self.shards)
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{key}={_short(value)}" for key, value in self.recipe["options"].items())
+        inputs = f"{len(self.recipe['models'])} models" + (" and their base" if self.recipe["base"] else "")
+        tensors = sum(len(shard.tensors) for shard in self.shards)
+        lines = [
+            f"{self.recipe['method']}({options}) of {inputs} -> {self.out}",
+            f"  result: {_bytes(self.size)}, {tensors} tensors (and {len(self.ties)} second names) "
+            f"in {len(self.shards)} files",
+            f"  memory: about {_bytes(self.memory)}; every tensor is read {'once' if self.one_pass else 'repeatedly'}",
+        ]
+        return "\n".join(lines + ([f"  {len(self.done)} files are complete already"] if self.done else []))
+
+    def write(self, *, progress: bool = True) -> Checkpoint:
+        """Do it, and return the opened result.
+
+        Raises:
+            InputError: too little space on the disk (nothing is written), or `out` exists by now.
+            WeightsError: a tensor with values that are not finite; it, its model and its file are named.
+        """
+        todo = [shard for shard in self.shards if shard.file not in self.done]
+        needed = sum(shard.size for shard in todo)
+        free = shutil.disk_usage(next(folder for folder in self.out.parents if folder.exists())).free
+        if needed > free:
+            raise InputError(f"{self.out}: needs {_bytes(needed)}, its disk has {_bytes(free)} free; make room")
+        partial, files = _partial(self.out), dict(self.done)
+        partial.mkdir(parents=True, exist_ok=True)
+        record(partial, self.recipe, files)
+        merged = self._stream(frozenset(name for s in self.shards if s.file in files for name in s.tensors))
+        with tqdm(total=needed, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
+            for shard in todo:
+                write_shard(partial / shard.file, shard, self.ties, islice(merged, len(shard.tensors)), bar.update)
+                files[shard.file] = checksum(partial / shard.file)
+                record(partial, self.recipe, files)
+        if len(self.shards) > 1:
+            weight_map = {name: shard.file for shard in self.shards for name in shard.tensors}
+            index = {"metadata": {"total_size": self.size}, "weight_map": weight_map}
+            write_text(partial / f"model{INDEX}", json.dumps(index, indent=2) + "\n")
+        _must_not_exist(self.out)
+        os.rename(partial, self.out)
+        return open_checkpoint(self.out)
+
+
+def write(
+    method: MergeFunction,
+    models: Sequence[Source],
+    out: str | Path,
+    /,
+    *,
+    base: Source | None = None,
+    shard_size: int | str = "5GB",
+    progress: bool = True,
+    **options: Any,
+) -> Checkpoint:
+    """Merge into a folder of safetensors files: `plan(...)`, printed, and `Plan.write()`.
+
+    Returns:
+        The opened result, as `lmc.open_checkpoint(out)` gives it.
+
+    Raises: as `plan` and `Plan.write`; after an interrupt or an error, the same call goes on where this one stopped.
+    """
+    planned = plan(method, models, out, base=base, shard_size=shard_size, **options)
+    if progress:
+        print(planned, flush=True)
+    return planned.write(progress=progress)
+
+
+def plan(
+    method: MergeFunction,
+    models: Sequence[Source],
+    out: str | Path,
+    /,
+    *,
+    base: Source | None = None,
+    shard_size: int | str = "5GB",
+    **options: Any,
+) -> Plan:
+    """Check all that can be checked before a merge to disk, and say what it will take.
+
+    Args:
+        method: a function of `lmc.merge` that needs no data, or one of your own made by its decorators.
+        models: paths of checkpoints (see `lmc.open_checkpoint`), opened checkpoints, modules or state dicts.
+        out: the folder to make. Names, their order and dtypes are those of the first model. Beside the weights,
+            `merge.json` keeps the recipe and the SHA-256 of every file (`lmc.open_checkpoint(out).verify()`).
+        base: the weights that the models were fine-tuned from.
+        shard_size: bytes per file at most, as a number or like "5GB"; a larger tensor has a file of its own.
+        options: those of the method.
+
+    Raises:
+        InputError: `out` exists, or an unfinished merge into it had another recipe; a method that holds whole models;
+            a bad option.
+        DataError: a checkpoint that cannot be read; its file is named.
+        MismatchError: names, shapes or dtypes of the models differ.
+    """
+    how = getattr(method, "method", None)
+    if not isinstance(how, Method):
+        raise InputError(
+            f"{getattr(method, '__name__', method)!r} does not merge tensor by tensor; "
+            "merge in memory and store what it gives: lmc.merge.write(lmc.merge.average, [merged], out)"
+        )
+    if isinstance(models, str | Path | nn.Module | Mapping):
+        raise InputError("models: expected a sequence of models, got a single one; write [model]")
+    out, limit = Path(os.path.abspath(out)), parse_size(shard_size)
+    _must_not_exist(out)
+    opened = [open_checkpoint(model) if isinstance(model, str | Path) else model for model in models]
+    reference = open_checkpoint(base) if isinstance(base, str | Path) else base
+    arguments = how.signature.bind(opened, **({} if base is None else {"base": reference}), **options).arguments
+    arguments = {k: v for k, v in arguments.items() if k not in ("models", "base", "options")} | (
+        arguments.get("options", {})  # further options, of methods on top of others
+    )
+    sets = weight_sets(opened, reference)
+    recipe = make_recipe(method, arguments, opened, reference, limit)
+    shards = layout({name: t for name, t in outline(sets.states[0]).items() if name not in sets.ties}, limit)
+
+    def stream(done: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
+        return how.stream(replace(sets, skip=done | frozenset(sets.ties)), **arguments)
+
+    done = _finished(out, recipe, shards)
+    return Plan(out, recipe, shards, done, sets.ties, _memory(how, sets), how.one_pass, stream)
+
+
+def _memory(how: Method, sets: WeightSets) -> int:
+    """Working copies of the largest tensor, and what a survey of the whole models collects.
+
+    The greediest rule (DELLA, which ranks) has eight copies per model. Where tensors are small, the C library's
+    allocator may keep more than is in use.
+    """
+    shells = outline(sets.states[0])
+    largest = max((shells[name].numel() * wide(shells[name].dtype).itemsize for name in sets.names), default=0)
+    if how.kind == "linear":
+        return 5 * largest
+    survey = 0 if how.one_pass else sum(shells[name].numel() for name in sets.weights) * len(sets) // 10
+    return (8 * len(sets) + 2) * largest + survey
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.unfinished")
+
+
+def _must_not_exist(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out}: exists already; remove it or choose another name")
+
+
+def _finished(out: Path, recipe: Recipe, shards: Sequence[Shard]) -> dict[str, str]:
+    """The files that an interrupted merge of the same recipe has completed, checked against their checksums."""
+    partial = _partial(out)
+    if not partial.exists() or not any(partial.iterdir()):
+        return {}
+    before, files = recorded(partial)
+    if before != recipe:
+        old = {} if before is None else before
+        changed = ", ".join(key for key in recipe if recipe[key] != old.get(key))
+        raise InputError(
+            f"{partial}: an unfinished merge that differs in {changed}; finish it by the call that began it, "
+            "or remove that folder"
+        )
+    here = {shard.file for shard in shards if (partial / shard.file).is_file()}
+    return {file: files[file] for file in files if file in here and checksum(partial / file) == files[file]}
+
+
+def _short(value: Any) -> Any:
+    return value["method"] if isinstance(value, dict) and "method" in value else value
+
+
+def _bytes(size: int) -> str:
+    for unit, step in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= step:
+            return f"{size / step:.3g} {unit}"
+    return f"{size} B"

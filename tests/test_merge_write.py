@@ -1,0 +1,274 @@
+"""Merging on disk gives what merging in memory gives, in little memory, and survives interrupts bit for bit."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import lmc.merge as merge
+from lmc.checkpoints import open_checkpoint
+from lmc.errors import DataError, InputError, MismatchError, WeightsError
+from lmc.merge import to_disk
+from lmc.merge.shards import parse_size
+
+METHODS = {
+    "average": {"weights": [1.0, 3.0]},
+    "task_arithmetic": {"scale": {"*": 0.5, "block.1": 0.25}},
+    "ties": {"density": 0.4},
+    "dare": {"density": 0.3, "seed": 5},
+    "pcb": {"density": 0.5},
+    "slerp": {"t": 0.25},
+    "lines": {"method": merge.ties, "density": 0.5},
+}
+
+
+def state(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """One layout with integers, statistics, an odd number of half-precision values, and a tie."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        "embed.weight": torch.randn(7, 5, generator=generator).to(dtype),
+        "norm.weight": torch.randn(5, generator=generator).bfloat16(),
+        **{f"block.{i}.weight": torch.randn(5, 5, generator=generator).to(dtype) for i in range(3)},
+        "norm.running_var": torch.rand(5, generator=generator),
+        "norm.num_batches_tracked": torch.tensor(seed),
+    }
+    return weights | {"head.weight": weights["embed.weight"]}
+
+
+def folder(path: Path, weights: dict[str, Tensor]) -> Path:
+    """A sharded folder, with the tie as `safetensors.torch.save_model` keeps it."""
+    path.mkdir()
+    stored = {name: tensor for name, tensor in weights.items() if name != "head.weight"}
+    files = {name: f"part-{i % 3}.safetensors" for i, name in enumerate(stored)}
+    for file in sorted(set(files.values())):
+        tie = {"head.weight": "embed.weight"} if files["embed.weight"] == file else {}
+        save_file({n: t for n, t in stored.items() if files[n] == file}, path / file, metadata=tie)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return path
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[Path]:
+    return [folder(tmp_path / name, state(seed)) for seed, name in enumerate(("base", "a", "b"))]
+
+
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
+    return set(a) == set(b) and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+
+
+def run(name: str, paths: list[Path], out: Path, **options):
+    options = METHODS[name] | {"base": paths[0], "shard_size": 150, "progress": False} | options
+    return merge.write(getattr(merge, name), paths[1:], out, **options)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", METHODS)
+def test_on_disk_as_in_memory(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    states = [state(seed, dtype) for seed in range(3)]
+    paths = [folder(tmp_path / f"{seed}", weights) for seed, weights in enumerate(states)]
+    merged = run(name, paths, tmp_path / "out")
+    expected = getattr(merge, name)(states[1:], base=states[0], **METHODS[name])
+    assert same(merged, expected) and len(merged.files) > 1
+    assert list(merged) == list(expected)
+    loaded = merged.load()
+    assert merged.ties == {"head.weight": "embed.weight"} and loaded["head.weight"] is loaded["embed.weight"]
+    merged.verify()
+    by_others = {k: v for file in merged.files for k, v in load_file(file).items()}  # the library's own reader
+    assert same(by_others, {k: v for k, v in expected.items() if k != "head.weight"})
+
+
+def test_models_in_memory_and_one_file(tmp_path: Path) -> None:
+    a, b = state(1), state(2)
+    merged = merge.write(merge.average, [a, b], tmp_path / "deep" / "out", progress=False)
+    assert [file.name for file in merged.files] == ["model.safetensors"]
+    assert same(merged, merge.average([a, b])) and merged.ties == {"head.weight": "embed.weight"}
+    again = merge.write(merge.average, [merged], tmp_path / "again", progress=False)
+    assert same(again, merged) and again.ties == merged.ties
+
+
+def test_a_tie_that_one_model_broke_is_not_a_tie(tmp_path: Path, paths: list[Path]) -> None:
+    broken = state(2) | {"head.weight": torch.ones(7, 5)}
+    merged = merge.write(merge.average, [paths[1], broken], tmp_path / "out", progress=False)
+    assert not merged.ties and same(merged, merge.average([state(1), broken]))
+
+
+def test_the_plan_says_what_will_be(tmp_path: Path, paths: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    plan = merge.plan(merge.ties, paths[1:], tmp_path / "out", base=paths[0], shard_size="1kB", density=0.5)
+    assert plan.size == open_checkpoint(paths[1]).size and not plan.one_pass
+    assert plan.memory >= 35 * 4 * 8 and not (tmp_path / "out").exists()
+    text = str(plan)
+    assert "ties(density=0.5) of 2 models and their base" in text and "1 files" in text and "second names" in text
+    merged = merge.write(merge.ties, paths[1:], tmp_path / "out", base=paths[0], shard_size="1kB", density=0.5)
+    assert capsys.readouterr().out.startswith(text)
+    assert merged.size == plan.size and len(merged.files) == len(plan.shards)
+    assert merge.plan(merge.average, paths[1:], tmp_path / "other").one_pass
+    on_top = merge.plan(merge.lines, paths[1:], tmp_path / "other", base=paths[0], method=merge.ties, density=0.5)
+    assert "lines(method=ties, density=0.5)" in str(on_top)
+
+
+class Stop(BaseException):
+    """An interrupt."""
+
+
+@pytest.mark.parametrize("name", ["average", "ties", "dare"])
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_an_interrupted_merge_goes_on(
+    name: str, after: int, tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = contents(run(name, paths, tmp_path / "whole").path)
+    original, calls = to_disk.write_shard, []
+
+    def interrupted(path, shard, ties, tensors, written):
+        calls.append(shard.file)
+        if len(calls) > after:
+            path.write_bytes(b"half a file")
+            raise Stop
+        original(path, shard, ties, tensors, written)
+
+    monkeypatch.setattr(to_disk, "write_shard", interrupted)
+    with pytest.raises(Stop):
+        run(name, paths, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(to_disk, "write_shard", original)
+    with pytest.raises(InputError, match="an unfinished merge that differs in shard_size"):
+        run(name, paths, tmp_path / "out", shard_size=160)
+    plan = merge.plan(getattr(merge, name), paths[1:], tmp_path / "out", base=paths[0], shard_size=150, **METHODS[name])
+    assert len(plan.done) == after and (f"{after} files are complete" in str(plan)) == (after > 0)
+    result = run(name, paths, tmp_path / "out")
+    assert contents(result.path) == whole
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_finished_files_are_not_made_again_and_damaged_ones_are(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    merged: list[str] = []
+
+    @merge.on_tensors
+    def mean(tensors: Tensor, *, name: str) -> Tensor:
+        merged.append(name)
+        if name == "block.2.weight" and merged.count(name) == 1:
+            raise Stop
+        return tensors.mean(0)
+
+    def go():
+        return merge.write(mean, paths[1:], tmp_path / "out", shard_size=150, progress=False)
+
+    with pytest.raises(Stop):
+        go()
+    partial = tmp_path / ".out.unfinished"
+    first = partial / min(json.loads((partial / "merge.json").read_text())["files"])
+    first.write_bytes(first.read_bytes()[:-1] + b"?")  # holds embed.weight alone
+    result = go()
+    assert merged.count("embed.weight") == 2 and merged.count("block.0.weight") == 1
+    assert same(result, mean([state(1), state(2)]))
+
+
+def test_a_resumed_merge_wants_the_same_inputs(tmp_path: Path, paths: list[Path]) -> None:
+    spoiled = {k: v.clone() for k, v in state(2).items()}
+    spoiled["block.1.weight"][2, 3] = float("nan")
+    broken = folder(tmp_path / "broken", spoiled)
+    place = r"block.1.weight of models\[1\] \(.*broken/part-0\.safetensors\): 1 of 25 .* first at \(2, 3\)"
+    with pytest.raises(WeightsError, match=place):
+        run("average", [*paths[:2], broken], tmp_path / "out")
+    with pytest.raises(InputError, match="differs in models"):
+        run("average", paths, tmp_path / "out")
+    shutil.rmtree(tmp_path / ".out.unfinished")
+    assert same(run("average", paths, tmp_path / "out"), merge.average([state(1), state(2)], weights=[1, 3]))
+
+
+def test_bad_input_is_named(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(InputError, match="out: exists already"):
+        run("average", paths, tmp_path / "out")
+    (tmp_path / "out").rmdir()
+    with pytest.raises(InputError, match="'swa' does not merge tensor by tensor"):
+        merge.write(merge.swa, paths, tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"write \[model\]"):
+        merge.write(merge.average, paths[0], tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="desnity"):
+        merge.write(merge.ties, paths[1:], tmp_path / "out", base=paths[0], desnity=0.1)
+    with pytest.raises(TypeError, match="base"):
+        merge.write(merge.ties, paths[1:], tmp_path / "out")
+    with pytest.raises(InputError, match="shard_size: .* got '5 apples'"):
+        run("average", paths, tmp_path / "out", shard_size="5 apples")
+    with pytest.raises(MismatchError, match=r"block.2.weight.*missing in models\[1\]"):
+        fewer = {k: v for k, v in state(2).items() if k != "block.2.weight"}
+        merge.write(merge.average, [paths[1], fewer], tmp_path / "out")
+    (paths[2] / "part-1.safetensors").unlink()
+    with pytest.raises(DataError, match=r"part-1\.safetensors: missing"):
+        run("average", paths, tmp_path / "out")
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(to_disk.shutil, "disk_usage", lambda _: usage(1000, 900, 100))
+    with pytest.raises(InputError, match="needs .* has 100 B free"):
+        run("average", paths[:2], tmp_path / "out", weights=None)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "base"]
+
+
+def test_tampering_is_found(tmp_path: Path, paths: list[Path]) -> None:
+    merged = run("average", paths, tmp_path / "out")
+    file = merged.files[1]
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=f"{file.name}: not as it was written"):
+        open_checkpoint(tmp_path / "out").verify()
+
+
+def test_sizes() -> None:
+    sizes = {"5GB": 5 * 10**9, "1.5 MiB": 3 * 2**19, "200": 200, "2kb": 2000, 7: 7}
+    assert {text: parse_size(text) for text in sizes} == sizes
+    for wrong in ("0GB", "-1", "GB", "inf"):
+        with pytest.raises(InputError, match="shard_size"):
+            parse_size(wrong)
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+import lmc.merge as merge
+
+def memory(what):
+    return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+base, a, b = sys.argv[1:4]
+for i, (name, size) in enumerate([("average", "small"), ("ties", "small"), ("average", "large"), ("ties", "large")]):
+    options = {"base": f"{base}-{size}"} if name == "ties" else {}
+    models, out = [f"{a}-{size}", f"{b}-{size}"], f"{base}-out-{i}"
+    plan = merge.plan(getattr(merge, name), models, out, shard_size="8MB", **options)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
+    before = memory("VmRSS")
+    plan.write(progress=False)
+    print(size, memory("VmHWM") - before, plan.memory, plan.size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process as Linux tells it")
+def test_memory_stays_within_the_plan(tmp_path: Path) -> None:
+    for seed, name in enumerate(("base", "a", "b")):
+        for size, values in (("small", 1000), ("large", 250_000)):
+            (tmp_path / f"{name}-{size}").mkdir()
+            generator = torch.Generator().manual_seed(seed)
+            weights = {f"w{i}": torch.randn(values, generator=generator) for i in range(24)}
+            save_file(weights, tmp_path / f"{name}-{size}" / "model.safetensors")
+    # Freed memory goes back to the system at once, so that the peak is that of what is in use.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", MEASURE, *(str(tmp_path / name) for name in ("base", "a", "b"))]
+    lines = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    measured = [tuple(map(int, line.split()[1:])) for line in lines if line.startswith("large")]
+    assert len(measured) == 2
+    for grown, planned, size in measured:
+        assert 1e6 < grown < planned + 4e6 < size  # one model alone is 24 MB; two and a base are read
