@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -78,6 +79,14 @@ class Coupling:
     b: Group
     plan: Tensor
     inner: dict[tuple[int, int], "list[Coupling]"] = field(default_factory=dict)
+
+    @cached_property
+    def index(self) -> Tensor | None:
+        """(n,) the unit of A for each unit of B, where the plan is a permutation."""
+        used = self.plan > 0
+        if used.shape[0] == used.shape[1] and bool((used.sum(0) == 1).all() and (used.sum(1) == 1).all()):
+            return used.to(torch.uint8).argmax(0)
+        return None
 
     def share(self, producing: bool) -> Tensor:
         """(n_b, n_a): the share of each unit of A in each unit of B.

@@ -261,6 +261,9 @@ class _Problem:
                 left[rows_a.flatten()], right[rows_b.flatten()] = False, False
                 if coupling.inner:
                     continue
+                if coupling.index is not None:
+                    result[rows_b.flatten()] = front[rows_a[coupling.index].flatten()]
+                    continue
                 share = coupling.share(producing).to(front)
                 units = front[rows_a.flatten()].reshape(len(rows_a), -1)
                 result[rows_b.flatten()] = (share @ units).reshape(-1, *front.shape[1:])
