@@ -133,7 +133,7 @@ class Checkpoint(Mapping[str, Tensor]):
         files = len(self.files)
         return (
             f"Checkpoint({str(self.path)!r}: {len(self)} tensors, {len(self.ties)} of them second names; "
-            f"{self.size / 1e9:.3g} GB in {files} file{'s' if files > 1 else ''})"
+            f"{readable(self.size)} in {files} file{'s' if files > 1 else ''})"
         )
 
     @property
@@ -202,6 +202,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def size_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     """Bytes of a tensor."""
     return torch.Size(shape).numel() * dtype.itemsize
+
+
+def readable(size: int) -> str:
+    """A number of bytes as text."""
+    for unit, step in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= step:
+            return f"{size / step:.3g} {unit}"
+    return f"{size} B"
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

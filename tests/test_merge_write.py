@@ -135,6 +135,7 @@ def test_an_interrupted_merge_goes_on(
         calls.append(shard.file)
         if len(calls) > after:
             path.write_bytes(b"half a file")
+            path.with_name(".merge.json.0badcafe").write_text("{")
             raise Stop
         original(path, shard, ties, tensors, written)
 

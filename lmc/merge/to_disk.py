@@ -19,7 +19,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from lmc.checkpoints import INDEX, Checkpoint, checksum, open_checkpoint
+from lmc.checkpoints import INDEX, Checkpoint, checksum, open_checkpoint, readable
 from lmc.errors import InputError
 from lmc.files import write_text
 from lmc.merge.method import MergeFunction, Method
@@ -66,9 +66,9 @@ class Plan:
         tensors = sum(len(shard.tensors) for shard in self.shards)
         lines = [
             f"{self.recipe['method']}({options}) of {inputs} -> {self.out}",
-            f"  result: {_bytes(self.size)}, {tensors} tensors (and {len(self.ties)} second names) "
+            f"  result: {readable(self.size)}, {tensors} tensors (and {len(self.ties)} second names) "
             f"in {len(self.shards)} files",
-            f"  memory: about {_bytes(self.memory)}; every tensor is read {'once' if self.one_pass else 'repeatedly'}",
+            f"  memory: about {readable(self.memory)}; every tensor is read {'once' if self.one_pass else 'repeatedly'}",
         ]
         return "\n".join(lines + ([f"  {len(self.done)} files are complete already"] if self.done else []))
 
@@ -83,7 +83,7 @@ class Plan:
         needed = sum(shard.size for shard in todo)
         free = shutil.disk_usage(next(folder for folder in self.out.parents if folder.exists())).free
         if needed > free:
-            raise InputError(f"{self.out}: needs {_bytes(needed)}, its disk has {_bytes(free)} free; make room")
+            raise InputError(f"{self.out}: needs {readable(needed)}, its disk has {readable(free)} free; make room")
         partial, files = _partial(self.out), dict(self.done)
         partial.mkdir(parents=True, exist_ok=True)
         record(partial, self.recipe, files)
@@ -97,6 +97,8 @@ class Plan:
             weight_map = {name: shard.file for shard in self.shards for name in shard.tensors}
             index = {"metadata": {"total_size": self.size}, "weight_map": weight_map}
             write_text(partial / f"model{INDEX}", json.dumps(index, indent=2) + "\n")
+        for stray in partial.glob(".*"):  # half-written text of a run that was killed
+            stray.unlink()
         _must_not_exist(self.out)
         os.rename(partial, self.out)
         return open_checkpoint(self.out)
@@ -222,10 +224,3 @@ def _finished(out: Path, recipe: Recipe, shards: Sequence[Shard]) -> dict[str, s
 
 def _short(value: Any) -> Any:
     return value["method"] if isinstance(value, dict) and "method" in value else value
-
-
-def _bytes(size: int) -> str:
-    for unit, step in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
-        if size >= step:
-            return f"{size / step:.3g} {unit}"
-    return f"{size} B"
