@@ -222,6 +222,27 @@ def test_choice_used_as_a_number_stays() -> None:
     assert found(model, torch.randn(5, 3)) == []
 
 
+def test_choice_among_values_that_may_tie_stays() -> None:
+    """The six units of a looked-up row among two rows must tie; so do rectified values."""
+
+    def forward(m: Net, x: Tensor) -> Tensor:
+        rows = m.a(x).unsqueeze(1).expand(3, 2, 6).argmax(1)
+        return m.out(m.reader[m.table[rows][..., 0].argmax(1)])
+
+    model = Net(forward, a=nn.Linear(4, 6), table=parameter(2, 1), reader=parameter(6, 3), out=nn.Linear(3, 2))
+    assert 6 not in found(model, torch.randn(3, 4))
+    rectified = Net(lambda m, x: m.table[m.a(x).relu().argmax(-1)], a=nn.Linear(4, 6), table=parameter(6, 2))
+    assert found(rectified, torch.randn(3, 4)) == []
+    differing = Net(lambda m, x: m.table[m.a(x).argmax(-1)], a=nn.Linear(4, 6), table=parameter(6, 2))
+    assert found(differing, torch.randn(3, 4)) == [6]
+
+
+def test_sizes_that_depend_on_data_are_told() -> None:
+    model = Net(lambda m, x: (lambda h: h[h > 0].sum())(m.a(x)), a=nn.Linear(3, 4))
+    with pytest.raises(TraceError, match="test_discover.py:.*depends on the values.*from_patterns"):
+        discover(model, torch.randn(2, 3))
+
+
 def test_tied_weights_have_one_table_under_both_names() -> None:
     embed, out = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
     out.weight = embed.weight

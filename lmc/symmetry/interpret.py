@@ -15,6 +15,7 @@ from lmc.symmetry.rules.chosen import settle
 from lmc.symmetry.rules.registry import Op, Parts, is_operand, operands_in
 from lmc.symmetry.shortcuts import Piece, piece_tag, pieces
 from lmc.symmetry.tags import Tag, along, make, shrink
+from lmc.symmetry.ties import chooses_without_ties
 from lmc.symmetry.trace import Graph, Leaf, movable
 from lmc.symmetry.units import Ids, Units
 
@@ -60,7 +61,7 @@ def interpret_nodes(graph: Graph, progress: bool) -> tuple[Facts, dict[Node, Any
             part = settle(units, known[direct[node].part])
             known[node] = piece_tag(units, part, direct[node], tuple(node.meta["val"].shape))
         elif node.op == "call_function" and node in wanted:
-            known[node] = call(units, node, known)
+            known[node] = call(units, node, known, chooses_without_ties(graph, node))
     return Facts(units, tags, axes), known
 
 
@@ -197,7 +198,7 @@ def slice_classes(value: Tensor, dim: int) -> np.ndarray:
     return np.array([first.setdefault(data[i].tobytes(), i) for i in range(data.shape[0])], np.int64)
 
 
-def call(units: Units, node: Node, known: dict[Node, Any]) -> Any:
+def call(units: Units, node: Node, known: dict[Node, Any], differ: bool) -> Any:
     """The tag (or tuple of tags) of one operator's result."""
     args, kwargs = pytree.tree_map(
         lambda a: known.get(a, a) if isinstance(a, Node) else a,
@@ -217,7 +218,7 @@ def call(units: Units, node: Node, known: dict[Node, Any]) -> Any:
         and not takes_shape_only(node)
     ):
         return evaluated(units, node, args, kwargs, shapes)
-    return interpret(Op(units, node.target, shapes), args, kwargs)
+    return interpret(Op(units, node.target, shapes, differ), args, kwargs)
 
 
 def is_deterministic(target: Any) -> bool:

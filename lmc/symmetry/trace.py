@@ -28,6 +28,10 @@ from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, select
 from lmc.symmetry.rules import is_pointwise, rule_of
 
 PREFIX = "subject."
+BY_HAND = (
+    "If the inputs fit the model, derive the symmetries of its traceable submodules one by one, or write them by hand "
+    "with PermutationSpec.from_patterns, and check the result with its certify method."
+)
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,21 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, outputs: OutputSele
             raise
         except Exception as error:
             raise explained(model, args, kwargs, error) from error
+    refuse_unknown_sizes(model, program)
     names = subject.original if isinstance(subject, Renamed) else {}
     return graph_of(model, program, names)
+
+
+def refuse_unknown_sizes(model: nn.Module, program: Any) -> None:
+    """Raise `TraceError` for results whose shape depends on the values of tensors (boolean masks, `nonzero`)."""
+    for node in program.graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, Tensor) and any(not isinstance(n, int) for n in value.shape):
+                raise TraceError(
+                    f"cannot trace {type(model).__name__}: the shape of the result of {node.target} in "
+                    f"{module_path(node) or 'its forward pass'} {source_line(node)} depends on the values of tensors, so "
+                    f"there is no fixed graph of operators. {BY_HAND}"
+                )
 
 
 def wrapped(model: nn.Module, outputs: OutputSelector) -> nn.Module:
@@ -196,11 +213,7 @@ def explained(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], e
     else:
         what = f"{type(error).__name__}: {first_line(error)}"
     signature = ", ".join([*(describe(a) for a in args), *(f"{k}={describe(v)}" for k, v in kwargs.items())])
-    return TraceError(
-        f"cannot trace {type(model).__name__}({signature}){where}: {what}. If the inputs fit the model, derive the "
-        "symmetries of its traceable submodules one by one, or write them by hand with PermutationSpec.from_patterns, "
-        "and check the result with its certify method."
-    )
+    return TraceError(f"cannot trace {type(model).__name__}({signature}){where}: {what}. {BY_HAND}")
 
 
 def describe(value: Any) -> str:

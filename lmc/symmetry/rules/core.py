@@ -133,11 +133,16 @@ def ranked(units: Units, tag: Tag, dim: int, out: Shape) -> Tag:
     return make(units, out, [*rest.coords, *frozen_along(units, out, [dim], "rank after sorting")])
 
 
-def choice(units: Units, tag: Tag, dim: int, out: Shape) -> Tag:
+def choice(units: Units, tag: Tag, dim: int, out: Shape, no_ties: bool) -> Tag:
     """Where along `dim` something is found (argmax, top-k): the values name the units of `dim`, if those are named by a
-    coordinate of their own; otherwise they are frozen."""
+    coordinate of their own and no two values are equal (ties go by position); otherwise they are frozen."""
     names = [c for c in tag.coords if c.shape[dim] > 1]
-    own = len(names) == 1 and support(names[0]) == (dim,) and units.distinct(names[0].ravel()) == tag.shape[dim]
+    own = (
+        no_ties
+        and len(names) == 1
+        and support(names[0]) == (dim,)
+        and units.distinct(names[0].ravel()) == tag.shape[dim]
+    )
     if not own:
         tag = freeze(units, tag, "position chosen by data", [dim])
     rest = reduce(units, tag, (dim,), keepdim=True)

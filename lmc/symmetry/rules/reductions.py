@@ -33,7 +33,7 @@ def extremum(op: Op, x: Tag, dim: Any = None, *_: Any, **__: Any) -> Any:
     values = core.reduce(op.units, x, core.normal_dims(dim, len(x.shape)), len(op.shape) == len(x.shape))
     if dim is None:
         return values
-    return values, core.choice(op.units, x, dim % len(x.shape), op.shape)
+    return values, core.choice(op.units, x, dim % len(x.shape), op.shape, op.no_ties)
 
 
 @rule(*named("argmax argmin"))
@@ -41,7 +41,7 @@ def argument(op: Op, x: Tag, dim: int | None = None, *_: Any, **__: Any) -> Tag:
     if dim is None:
         core.freeze(op.units, x, op.name)
         return core.still(op.units, op.shape, op.name)
-    return core.choice(op.units, x, dim % len(x.shape), op.shape)
+    return core.choice(op.units, x, dim % len(x.shape), op.shape, op.no_ties)
 
 
 @rule(*named("sort topk"))
@@ -52,7 +52,7 @@ def sort(op: Op, x: Tag, *args: Any, **kwargs: Any) -> tuple[Tag, Tag]:
     dims = [a for a in given if type(a) is int]
     d = kwargs.get("dim", dims[0] if dims else -1) % len(x.shape)
     values = core.ranked(op.units, x, d, op.shape)
-    return values, core.choice(op.units, x, d, op.shape)
+    return values, core.choice(op.units, x, d, op.shape, op.no_ties)
 
 
 @rule(*named("cumsum cumprod logcumsumexp cummax cummin"))

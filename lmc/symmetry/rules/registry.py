@@ -37,11 +37,13 @@ EXPERTS: set[Rule] = set()
 
 @dataclass(frozen=True)
 class Op:
-    """One node being interpreted: the ledger, the operator, and the shapes of its results."""
+    """One node being interpreted: the ledger, the operator, the shapes of its results, and, for an operator that chooses
+    among values, whether these are known to differ from each other."""
 
     units: Units
     target: Any
     shapes: tuple[Shape, ...]
+    no_ties: bool = False
 
     @property
     def shape(self) -> Shape:
