@@ -78,13 +78,25 @@ class Nonzero(Branch):
         return self.b(torch.stack(rows))
 
 
+class Selected(Branch):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return h[h > 0].sum()
+
+
 class Numpy(Branch):
     def forward(self, x: Tensor) -> Tensor:
         return self.b(torch.from_numpy(self.a(x).detach().numpy()))
 
 
 @pytest.mark.parametrize(
-    ("module", "line"), [(Branch, "if h.sum() > 0"), (Nonzero, "row.max().item()"), (Numpy, ".numpy()")]
+    ("module", "line"),
+    [
+        (Branch, "if h.sum() > 0"),
+        (Nonzero, "row.max().item()"),
+        (Selected, "h[h > 0]"),
+        (Numpy, ".numpy()"),
+    ],
 )
 def test_data_dependent_control_flow_names_the_line(module: type[nn.Module], line: str) -> None:
     with pytest.raises(lmc.TraceError) as caught:

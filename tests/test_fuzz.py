@@ -7,6 +7,7 @@ from fuzz.check import outcomes
 from fuzz.generate import random_program
 
 BATCHES, EACH, TOGETHER = 20, 30, 6  # 600 programs, traced 6 at a time
+REGRESSIONS = (1624,)  # the argmax over an axis on which all values are equal
 
 
 @pytest.mark.parametrize("batch", range(BATCHES))
@@ -18,6 +19,12 @@ def test_random_programs_are_sound(batch: int) -> None:
     print(f"{len(results)} programs, {sum(len(o.groups) for o in results)} groups, {len(untraced)} not traced")
     assert not unsound, "\n".join(unsound)
     assert len(untraced) <= EACH // 10, untraced
+
+
+@pytest.mark.parametrize("seed", REGRESSIONS)
+def test_programs_that_once_were_unsound(seed: int) -> None:
+    (result,) = outcomes([random_program(seed)])
+    assert result.sound, str(result)
 
 
 def test_programs_differ_and_cover_the_operators() -> None:

@@ -23,6 +23,21 @@ class TokenRecurrent(nn.Module):
         return self.head(states[:, -1])
 
 
+class LastStates(nn.Module):
+    """The last states of both directions, taken from the stacked states of all layers."""
+
+    def __init__(self, cell: type[nn.RNNBase], layers: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(13, 6)
+        self.net = cell(6, 7, layers, batch_first=True, bidirectional=True)  # type: ignore[call-arg]
+        self.head = nn.Linear(14, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        _, states = self.net(self.embedding(ids))
+        last = states[0] if isinstance(states, tuple) else states
+        return self.head(torch.cat([last[-2], last[-1]], dim=1))
+
+
 class LearnedStart(nn.Module):
     """A GRU cell unrolled by hand from a learned start, its states averaged with learned weights."""
 
@@ -76,6 +91,22 @@ ENTRIES = [
         still=STILL,
     ),
     Entry("rnn", lambda: TokenRecurrent(nn.RNN, 6, 9, 1), tokens(2, 3, 13), S(6) + S(9), larger=LARGER, still=STILL),
+    Entry(
+        "lstm_last_states",
+        lambda: LastStates(nn.LSTM, 1),
+        tokens(2, 3, 13),
+        S(6) + 2 * S(7),
+        larger=LARGER,
+        still=STILL,
+    ),
+    Entry(
+        "gru_last_states_deep",
+        lambda: LastStates(nn.GRU, 2),
+        tokens(2, 3, 13),
+        S(6) + 4 * S(7),
+        larger=LARGER,
+        still=STILL,
+    ),
     Entry("gru_cell_learned_start", LearnedStart, vectors(2, 3, 5), S(8), larger=vectors(3, 4, 5), still=STILL),
     Entry(
         "state_space",
