@@ -14,6 +14,7 @@ from lmc.align import (
     straight_through_matching,
     weight_matching,
 )
+from lmc.checkpoints import Checkpoint, open_checkpoint
 
 # What can go wrong.
 from lmc.errors import (
@@ -47,6 +48,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Certificate",
     "CertificateError",
+    "Checkpoint",
     "Curve",
     "DataError",
     "Group",
@@ -72,6 +74,7 @@ __all__ = [
     "match_many",
     "merge",
     "models",
+    "open_checkpoint",
     "ot_fusion",
     "permutation_spec",
     "polygonal_chain",
