@@ -95,6 +95,8 @@ ENTRIES = [
         # rotate and 5 value units; routed experts, and a shared one of the same width
         S(D) + S(6) + S(8) + heads(H, 5, 4) + S(4) + 4 * S(14) + S(14),
         DEEPSEEK,
+        found=S(D) + S(6) + S(8) + heads(H, 5, 4) + S(14) + S(14),
+        short="the exchange of experts: the router sets scores to zero, so that its choice among them could be a tie",
     ),
     decoder(
         "hf_mamba",
