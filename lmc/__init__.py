@@ -14,6 +14,7 @@ from lmc.align import (
     straight_through_matching,
     weight_matching,
 )
+from lmc.batchnorm import recalibrate_batchnorm
 from lmc.checkpoints import Checkpoint, open_checkpoint
 
 # What can go wrong.
@@ -34,7 +35,6 @@ from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
 from lmc.landscape.path import Path, loss_path
 from lmc.landscape.plane import Plane, loss_plane, random_plane
 from lmc.renormalize import repair
-from lmc.repair import recalibrate_batchnorm
 
 # What may move: the symmetries of a network.
 from lmc.symmetry.certify import Certificate

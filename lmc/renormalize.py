@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from lmc.batchnorm import Recalibrator, has_batchnorm
 from lmc.errors import DataError, InputError
 from lmc.inputs import Call, call_module, first_of, input_batches
 from lmc.network import Network, pick_device
 from lmc.progress import tqdm
-from lmc.repair import Recalibrator, has_batchnorm
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
 
 Method = Literal["passes", "closed_form"]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import nn
 
+from lmc.batchnorm import recalibrate_batchnorm
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
 from lmc.landscape.evaluation import evaluate
 from lmc.landscape.grid import Triangle, axis, coarse_to_fine, filter_normalised
 from lmc.landscape.plane import loss_plane, random_plane
 from lmc.landscape.plane_result import Plane
-from lmc.repair import recalibrate_batchnorm
 from lmc.weights import distance, mean
 
 

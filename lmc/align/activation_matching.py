@@ -13,7 +13,7 @@ from lmc.align.activations import Moments, collect
 from lmc.align.by_weights import match_silent, match_unseen
 from lmc.align.clusters import clusters
 from lmc.align.taps import choose, live_taps
-from lmc.align.weight_matching import _matched
+from lmc.align.weight_matching import matched
 from lmc.errors import InputError
 from lmc.inputs import call_module, first_of, input_batches
 from lmc.network import Network, pick_device
@@ -98,7 +98,7 @@ def activation_matching(
         found, value, stay = cluster.match(spec, scores)
         indices |= found
         objective, naive = objective + value, naive + stay
-    fixed, moving = _matched(spec, a), _matched(spec, b)
+    fixed, moving = matched(spec, a), matched(spec, b)
     indices = match_silent(spec, scores, fixed, moving, indices)
     by_weights = [name for cluster in unseen for name in cluster.groups]
     if by_weights:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, overload
 import torch
 
 from lmc.align.frank_wolfe import frank_wolfe, start_near_centre
-from lmc.align.weight_matching import _matched, weight_matching
+from lmc.align.weight_matching import matched, weight_matching
 from lmc.errors import InputError
 from lmc.progress import tqdm
 from lmc.symmetry.permutation import Permutation
@@ -122,7 +122,7 @@ def match_many(
 def objective(spec: PermutationSpec, states: Sequence[Weights]) -> float:
     """`sum_{i<j} <theta_i, theta_j>` over the parameters that matching looks at, in float64."""
     total = 0.0
-    for name in _matched(spec, states[0]):
+    for name in matched(spec, states[0]):
         stack = torch.stack([state[name].double() for state in states])
         total += float(stack.sum(0).square().sum() - stack.square().sum()) / 2
     return total
@@ -155,7 +155,7 @@ def _cycle_consistent(
     """Frank-Wolfe over all groups of all models at once, then over all groups of one model at a time."""
 
     def relaxed(models: Sequence[Weights]) -> tuple[list[Permutation], dict[str, Any]]:
-        tensors = [_matched(spec, model) for model in models]
+        tensors = [matched(spec, model) for model in models]
         start = start_near_centre(spec, len(models), next(iter(tensors[0].values())), generator)
         moves, how = frank_wolfe(spec, tensors, start, max_iterations, tolerance, bar.update)
         return [Permutation(spec, indices) for indices in moves], how

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lmc.align.assignment import assign
 from lmc.align.soft import Mixer, sinkhorn
 from lmc.align.task_loss import Loss, TaskLoss
-from lmc.align.weight_matching import _matched
+from lmc.align.weight_matching import matched
 from lmc.errors import DataError, InputError
 from lmc.network import pick_device
 from lmc.progress import tqdm
@@ -155,12 +155,12 @@ def _objective(
     generator: torch.Generator,
 ) -> tuple[Callable[[Matrices], Tensor], Callable[[Permutation], float]]:
     """What a training step makes small, as a function of soft matrices, and what is measured, of a permutation."""
-    ours, theirs = _matched(spec, a), _matched(spec, b)
+    ours, theirs = matched(spec, a), matched(spec, b)
     mix = Mixer(spec, theirs, next(iter(b.values())).device)
     if target in ("l2", "l1", "cosine"):
         return (
             lambda matrices: distance(ours, mix(matrices, theirs), target),
-            lambda pi: float(distance(ours, _matched(spec, pi.apply(b)), target)),
+            lambda pi: float(distance(ours, matched(spec, pi.apply(b)), target)),
         )
     task = TaskLoss(model, data, loss, batch_size, next(iter(b.values())).device)
     batches = _forever(task, generator)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lmc.align.blocks import Block, build_blocks
 from lmc.align.descent import Descent
 from lmc.align.task_loss import Loss, TaskLoss
-from lmc.align.weight_matching import _matched, weight_matching
+from lmc.align.weight_matching import matched, weight_matching
 from lmc.errors import InputError
 from lmc.network import pick_device
 from lmc.progress import tqdm
@@ -81,7 +81,7 @@ def straight_through_matching(
     task = TaskLoss(model, data, loss, batch_size, chosen)
     generator = torch.Generator().manual_seed(seed)
 
-    latent = {name: tensor.clone() for name, tensor in _matched(spec, a).items()}
+    latent = {name: tensor.clone() for name, tensor in matched(spec, a).items()}
     blocks = build_blocks(spec, latent)
     optimizer = torch.optim.SGD(list(latent.values()), lr=lr, momentum=momentum)
     pi = weight_matching(spec, a, b, progress=False)
@@ -125,7 +125,7 @@ def _project(
     spec: PermutationSpec, blocks: list[Block], latent: Mapping[str, Tensor], b: Weights, last: Permutation
 ) -> Permutation:
     """The permutation of B that is closest to the latent weights, looked for from the last one."""
-    moving = _matched(spec, last.apply(b))
+    moving = matched(spec, last.apply(b))
     descent = Descent(spec, blocks, latent, moving, last.indices)
     for _ in range(_SWEEPS):
         if not descent.dirty:

@@ -64,7 +64,7 @@ def weight_matching(
     spec = spec.bind(a)
     check_finite(a, "a")
     check_finite(b, "b")
-    fixed, moving = _matched(spec, a), _matched(spec, b)
+    fixed, moving = matched(spec, a), matched(spec, b)
     naive = inner_product(fixed, moving)
     candidates: list[tuple[float, dict[str, Tensor]]] = [(naive, {})]
     runs: list[dict[str, Any]] = []
@@ -103,7 +103,7 @@ def _value(candidate: tuple[float, Any]) -> float:
     return candidate[0]
 
 
-def _matched(spec: PermutationSpec, weights: Weights) -> Weights:
+def matched(spec: PermutationSpec, weights: Weights) -> Weights:
     """What the matching looks at: floating-point parameters (tied ones once), in float32 at least."""
     return {
         name: tensor.to(torch.promote_types(tensor.dtype, torch.float32))

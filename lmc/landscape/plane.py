@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lmc.batchnorm import Recalibrator
 from lmc.errors import InputError
 from lmc.landscape.evaluation import Evaluator
 from lmc.landscape.grid import Triangle, Values, axis, filter_normalised
@@ -15,7 +16,6 @@ from lmc.landscape.points import preparation
 from lmc.landscape.scores import Measure
 from lmc.landscape.survey import Survey
 from lmc.network import pick_device
-from lmc.repair import Recalibrator
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
 
 

@@ -5,11 +5,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lmc.batches import Split, take
+from lmc.batchnorm import Recalibrator, has_batchnorm
 from lmc.errors import InputError
 from lmc.landscape.evaluation import Evaluator
 from lmc.landscape.scores import Score
 from lmc.progress import tqdm
-from lmc.repair import Recalibrator, has_batchnorm
 from lmc.weights import Weights
 
 STATISTICS_EXAMPLES = 2048  # inputs that batch statistics are re-estimated from at every point

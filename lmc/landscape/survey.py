@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lmc.batchnorm import Recalibrator
 from lmc.errors import InputError
 from lmc.landscape.evaluation import Evaluator
 from lmc.landscape.grid import Values, coarse_to_fine
@@ -14,7 +15,6 @@ from lmc.landscape.plane_result import Plane
 from lmc.landscape.points import run
 from lmc.landscape.scores import Score
 from lmc.progress import tqdm
-from lmc.repair import Recalibrator
 from lmc.weights import Weights
 
 LONG = 10.0  # seconds from which on the cost of a plane is told before it starts

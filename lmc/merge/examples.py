@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmc.batches import as_splits, take, tensors
+from lmc.batchnorm import Recalibrator
 from lmc.errors import DataError, InputError, WeightsError
 from lmc.landscape.evaluation import Evaluator
 from lmc.landscape.scores import class_last
 from lmc.merge.tensors import wide
 from lmc.network import Network, pick_device
-from lmc.repair import Recalibrator
 from lmc.weights import Weights, check_finite
 
 Metric = Literal["accuracy", "loss"]
