@@ -61,7 +61,7 @@ def index(op: Op, x: Tag, indices: Sequence[Tag | None]) -> Operand:
         known = [i.value if i is not None else slice(None) for i in indices]
         full = range(len(x.shape))
         return picked(
-            op.units, x, op.shape, full, lambda c: torch.from_numpy(np.ascontiguousarray(c))[tuple(known)].numpy()
+            op.units, x, op.shape, full, lambda c: torch.from_numpy(np.array(c))[tuple(known)].numpy()
         )
     if len(given) == 1:
         return take(op, x, *given[0])
