@@ -12,6 +12,7 @@ KNOWN = {
     9: "a bias that all tokens share cancels in their variance, so its order does not matter",
     52: "x + x.flip() is its own mirror image",
     78: "products of all pairs of units of one group, read by one tensor",
+    115: "the largest values of an axis of numbers that are not known to differ",
     137: "x + x.flip() is its own mirror image",
     146: "x * x.roll(-1) summed: the units may be rotated, but not exchanged one by one",
     239: "x + x.flip() is its own mirror image",
