@@ -132,7 +132,17 @@ def join_cluster(units: Units, shape: Shape, coords: list[Ids]) -> list[Ids]:
     plain = [c for c, dims in zip(coords, private, strict=True) if not dims]
     rest = join(units, shape, [shrink(s) for s in summaries] + plain)
     own = [c for c, dims in zip(coords, private, strict=True) if dims]
+    own = [telling(units, shape, c, s) for c, s in zip(own, summaries, strict=True)]
     return own + [c for c in rest if not any(c is s for s in summaries)]
+
+
+def telling(units: Units, shape: Shape, coord: Ids, summary: Ids) -> Ids:
+    """A coordinate that tells its block: paired with it where a unit lies in several blocks (I1)."""
+    dims = support(coord)
+    wide, blocks = spread(coord, dims, shape), spread(summary, dims, shape)
+    if units.determines(wide.ravel(), blocks.ravel()):
+        return coord
+    return shrink(units.pair(wide, blocks))
 
 
 def drop_determined(units: Units, shape: Shape, coords: list[Ids]) -> list[Ids]:
