@@ -16,11 +16,15 @@ your own is a function of one tensor under `@on_tensors`, `@on_task_vectors`, `@
 `lmc.merge.method`) and goes wherever these go. BatchNorm statistics are averaged: re-estimate them with
 `lmc.recalibrate_batchnorm`.
 
+Networks that were trained independently are brought into one order of units first by `align=spec`, an option of every
+method that takes several models (see `lmc.merge.aligning`).
+
 Models may be checkpoints on disk (`lmc.open_checkpoint`). Methods of the first two kinds merge them into a new folder
 with little memory: `write(method, models, out, base=..., ...)`; `plan(...)` says beforehand what that takes.
 """
 
 from lmc.merge.adamerging import adamerging
+from lmc.merge.aligning import aligned
 from lmc.merge.ama import ama
 from lmc.merge.averaging import (
     average,
@@ -49,6 +53,7 @@ from lmc.merge.to_disk import Plan, plan, write
 __all__ = [
     "Plan",
     "adamerging",
+    "aligned",
     "ama",
     "average",
     "balanced_batch",

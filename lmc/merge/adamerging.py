@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lmc.batches import take, tensors, to_device
 from lmc.errors import InputError
+from lmc.merge.aligning import alignable
 from lmc.merge.examples import check_data, gather
 from lmc.merge.method import Pass
 from lmc.merge.result import Merged
@@ -47,6 +48,7 @@ class AdaMergingReport:
         return "\n".join(lines)
 
 
+@alignable
 def adamerging(
     model: nn.Module,
     models: Sequence[ModelOrWeights],

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lmc.batches import take, to_device
 from lmc.errors import DataError, InputError
+from lmc.merge.aligning import alignable
 from lmc.merge.examples import cross_entropy, gather
 from lmc.merge.on_top import depths
 from lmc.merge.patterns import matches
@@ -31,6 +32,7 @@ class AmaReport:
         return f"share of the base, shallow to deep: {shares}\nloss {self.losses[0]:.4f} -> {self.losses[-1]:.4f}"
 
 
+@alignable
 def ama(
     model: nn.Module,
     models: Sequence[ModelOrWeights],

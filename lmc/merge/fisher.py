@@ -9,6 +9,7 @@ from torch.func import grad, vmap
 
 from lmc.batches import take, tensors, to_device
 from lmc.errors import DataError, InputError, MismatchError
+from lmc.merge.aligning import alignable
 from lmc.merge.examples import batches, check_data
 from lmc.merge.method import coefficients
 from lmc.merge.tensors import WeightSets, assemble, weight_sets, wide
@@ -20,6 +21,7 @@ Labels = Literal["expected", "sampled", "true"]
 GRADIENT_BYTES = 256 << 20  # most memory for the gradients of single examples
 
 
+@alignable
 def fisher(
     model: nn.Module,
     models: Sequence[ModelOrWeights],

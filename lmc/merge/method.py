@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from lmc.errors import InputError
+from lmc.merge.aligning import PARAMETER, aligned
 from lmc.merge.patterns import PerName
 from lmc.merge.tensors import WeightSets, assemble, generator, weight_sets
 from lmc.weights import ModelOrWeights, Weights
@@ -243,14 +244,19 @@ def on_task_vectors(rule: Rule | None = None, *, survey: Survey | None = None) -
 
 
 def lift(method: Method) -> MergeFunction:
-    """The function `method(models, *, base=None, ...) -> weights`, with the rule's name and docstring."""
+    """The function `method(models, *, base=None, ..., align=None) -> weights`, with the rule's name and docstring."""
     name = method.rule.__name__
-    signature = method.signature
+    parameters = list(method.signature.parameters.values())
+    open_ended = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+    signature = inspect.Signature([*parameters[: len(parameters) - len(open_ended)], PARAMETER, *open_ended])
 
     def merge(models: Sequence[ModelOrWeights], **options: Any) -> Weights:
         arguments = signature.bind(models, **options).arguments
         models, base = arguments.pop("models"), arguments.pop("base", None)
+        align = arguments.pop("align", None)
         arguments |= arguments.pop("options", {})  # further options, of methods on top of others
+        if align is not None:
+            models, base = aligned(models, align, base=base)
         return dict(method.stream(weight_sets(models, base), **arguments))
 
     merge.__name__ = merge.__qualname__ = name

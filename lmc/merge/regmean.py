@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lmc.batches import to_device
 from lmc.errors import InputError
+from lmc.merge.aligning import alignable
 from lmc.merge.examples import batches, check_data
 from lmc.merge.result import Merged
 from lmc.merge.tensors import WeightSets, assemble, weight_sets
@@ -29,6 +30,7 @@ class RegMeanReport:
         return f"fitted: {', '.join(self.fitted) or 'none'}\naveraged: {', '.join(self.averaged) or 'none'}"
 
 
+@alignable
 def regmean(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
@@ -76,6 +78,7 @@ def regmean(
     return job.result({name: _fit(job.mean(name), left[name], right[name]) for name in left})
 
 
+@alignable
 def regmean_plus_plus(
     model: nn.Module,
     models: Sequence[ModelOrWeights],

@@ -17,6 +17,7 @@ from torch import nn
 
 from lmc.errors import InputError, LmcError
 from lmc.extras import require
+from lmc.merge.aligning import alignable
 from lmc.merge.averaging import average
 from lmc.merge.examples import Metric, scorer
 from lmc.merge.method import MergeFunction
@@ -52,6 +53,7 @@ class SearchReport:
         return f"best of {len(self.trials)} trials, score {self.score:.4f}\n{chosen}"
 
 
+@alignable
 def evolve(
     method: MergeFunction | Callable[..., Any],
     model: nn.Module,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lmc.batches import take, to_device
 from lmc.errors import DataError, InputError, WeightsError
 from lmc.extras import require
+from lmc.merge.aligning import alignable
 from lmc.merge.averaging import average
 from lmc.merge.examples import Metric, cross_entropy, finite, gather, scorer
 from lmc.merge.method import linear
@@ -83,6 +84,7 @@ class SoupReport:
         return "\n".join([*lines, f"{len(self.taken)} of {len(self.ingredients)} models, score {self.score:.4f}"])
 
 
+@alignable
 def greedy_soup(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
@@ -178,6 +180,7 @@ class LearnedReport:
         return "\n".join(["share of each model", *rows, f"{losses}, temperature {self.temperature:.3f}"])
 
 
+@alignable
 def learned_soup(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
