@@ -34,6 +34,7 @@ from lmc.errors import (
 from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
 from lmc.landscape.path import Path, loss_path
 from lmc.landscape.plane import Plane, loss_plane, random_plane
+from lmc.landscape.triangle import Simplex, Triangle, loss_simplex, loss_triangle
 from lmc.renormalize import repair
 
 # What may move: the symmetries of a network.
@@ -60,9 +61,11 @@ __all__ = [
     "Permutation",
     "PermutationSpec",
     "Plane",
+    "Simplex",
     "SpecError",
     "Table",
     "TraceError",
+    "Triangle",
     "WeightsError",
     "activation_matching",
     "align",
@@ -71,6 +74,8 @@ __all__ = [
     "landscape",
     "loss_path",
     "loss_plane",
+    "loss_simplex",
+    "loss_triangle",
     "match_many",
     "merge",
     "models",

@@ -6,16 +6,20 @@ from lmc.landscape.evaluation import Evaluator, Score, evaluate
 from lmc.landscape.path import Barrier, Path, barrier, loss_path
 from lmc.landscape.plane import Plane, loss_plane, random_plane
 from lmc.landscape.similarity import Similarity, linear_cka, similarity
+from lmc.landscape.triangle import Mixture, Simplex, Triangle, loss_simplex, loss_triangle
 
 __all__ = [
     "Barrier",
     "Curvature",
     "Curve",
     "Evaluator",
+    "Mixture",
     "Path",
     "Plane",
     "Score",
     "Similarity",
+    "Simplex",
+    "Triangle",
     "barrier",
     "bezier_curve",
     "curvature",
@@ -23,6 +27,8 @@ __all__ = [
     "linear_cka",
     "loss_path",
     "loss_plane",
+    "loss_simplex",
+    "loss_triangle",
     "polygonal_chain",
     "random_plane",
     "similarity",
