@@ -151,18 +151,38 @@ def test_a_frame_of_the_digits_is_small_enough_for_a_notebook(naive):
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed; the browser tests run this code too")
-def test_the_arithmetic_of_the_module():
+def test_the_arithmetic_of_the_modules():
     script = """
-    import { nearest, valueAt, wrongExamples } from "MODULE";
+    import { colourScale, format, logTicks, nearest, stepped, ticks, valueAt } from "./common.js";
+    import { wrongExamples } from "./pictures.js";
     const grid = [0, 0.25, 0.5, 1];
     console.log(JSON.stringify([
       nearest(grid, 0.3), nearest(grid, 2), valueAt(grid, [0, 1, 3, 4], 0.375), valueAt(grid, [0, null, 2, 4], 0.25),
       valueAt(grid, [0, 1, 3, 4], 1), valueAt(grid, [null, null, null, null], 0.5),
       wrongExamples({ index: [5, 7, 9], targets: [0, 1, 2], predicted: [9, 9, 9, 0, 2, 255] }, 1,
         { place: new Map([[5, 0], [7, 1], [9, 2]]) }),
+      stepped(grid, 0.3, 1), stepped(grid, 0.25, -1), stepped(grid, 0.3, 9), stepped(grid, 1, 1),
+      ticks(0, 1.9), ticks(-0.3, 0.4, 4), logTicks(0.04, 3), logTicks(2.1, 2.4), logTicks(1e-4, 100),
+      format(null), format(0.1234), format(1e-5), format(12.34), format(1234.5),
+      colourScale([[0, "#000000"], [0.5, "#ff0000"], [1, "#ffffff"]])(0.25), colourScale([[0, "#000000"], [1, "#ffffff"]])(NaN),
     ]));
     """
-    module = "data:text/javascript;base64," + base64.b64encode((WIDGETS / "path_explorer.js").read_bytes()).decode()
-    command = ["node", "--input-type=module", "-e", script.replace("MODULE", module)]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert json.loads(output) == [1, 3, 2, 1, 4, None, [{"example": 7, "target": 1, "guess": 2}]]
+    assert json.loads(run_module(script)) == [
+        *(1, 3, 2, 1, 4, None, [{"example": 7, "target": 1, "guess": 2}], 0.5, 0, 1, 1),
+        *([0, 0.5, 1, 1.5], [-0.2, 0, 0.2, 0.4], [0.05, 0.1, 0.2, 0.5, 1, 2], [2.1, 2.2, 2.3, 2.4]),
+        *([0.0001, 0.001, 0.01, 0.1, 1, 10, 100], "–", "0.123", "1.0e-5", "12.3", "1235", [128, 0, 0], None),
+    ]
+
+
+def run_module(script: str) -> str:
+    """What a module prints that may import the files of the widgets."""
+    command = ["node", "--input-type=module", "-e", script]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=WIDGETS).stdout
+
+
+def test_a_module_holds_what_it_imports_once_and_first():
+    text = page.module("path_explorer.js")
+    assert re.findall(r"^(?:import|export).*", text, re.MULTILINE) == ["export default { render };"]
+    for name in ("stage", "clamp", "pathChart", "predictions"):
+        assert text.count(f"function {name}(") == 1
+    assert text.index("function stage(") < text.index("function pathChart(") < text.index("function render(")

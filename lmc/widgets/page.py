@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ const model = {{ get: (key) => state[key], set: (key, value) => (state[key] = va
 widget.render({{ model, el: document.getElementById("widget") }});
 </script>"""
 
+_IMPORT = re.compile(r'^import \{[^}]*\} from "\./([\w.]+)";\n', re.MULTILINE)
+_EXPORT = re.compile(r"^export (?=(?:const|function)\b)", re.MULTILINE)
+
 _STYLE = """:root { color-scheme: light dark; --lmc-page: #fff; --lmc-ink: #1b1b1b; }
 @media (prefers-color-scheme: dark) { :root { --lmc-page: #16181c; --lmc-ink: #f0f0f0; } }
 body { margin: 0 auto; max-width: 1180px; background: var(--lmc-page); color: var(--lmc-ink);
@@ -31,6 +35,31 @@ th, td { padding: 4px 14px 4px 0; text-align: left; border-bottom: 1px solid col
 def source(name: str) -> str:
     """The text of a file that lies beside this module."""
     return (FOLDER / name).read_text(encoding="utf-8")
+
+
+def module(name: str) -> str:
+    """One ES module: the file `name`, after the files beside it that it imports, without their imports and exports.
+
+    Widgets are given to Jupyter and to pages as one text, so that nothing has to be built or fetched. All files share
+    one scope: their top-level names must differ.
+    """
+    parts: dict[str, str] = {}
+
+    def add(file: str) -> None:
+        text = source(file)
+        for other in _IMPORT.findall(text):
+            if other not in parts:
+                add(other)
+        parts[file] = _IMPORT.sub("", text)
+
+    add(name)
+    last = parts.pop(name)
+    return "".join(_EXPORT.sub("", text) for text in parts.values()) + last
+
+
+def style(*names: str) -> str:
+    """The CSS that all explorers share, then the files `names`."""
+    return "".join(source(name) for name in ("common.css", *names))
 
 
 def page(

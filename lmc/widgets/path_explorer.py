@@ -7,7 +7,6 @@ import anywidget
 import traitlets
 
 from lmc.landscape.path import Path
-from lmc.widgets.page import source
 from lmc.widgets.path_page import MODULE, STYLE, inline_html, state
 
 
@@ -20,8 +19,8 @@ class PathExplorer(anywidget.AnyWidget):
         active: name of the path whose predictions are shown.
     """
 
-    _esm = source(MODULE)
-    _css = source(STYLE)
+    _esm = MODULE
+    _css = STYLE
     data = traitlets.Dict().tag(sync=True)
     alpha = traitlets.Float(0.5).tag(sync=True)
     active = traitlets.Unicode().tag(sync=True)

@@ -14,9 +14,9 @@ from lmc.files import write_text
 from lmc.landscape.path import Path
 from lmc.landscape.predictions import Predictions
 from lmc.plots.style import colours
-from lmc.widgets.page import frame, page, source
+from lmc.widgets.page import frame, module, page, style
 
-MODULE, STYLE = "path_explorer.js", "path_explorer.css"
+MODULE, STYLE = module("path_explorer.js"), style()
 TITLE = "The way between two networks"
 
 
@@ -52,13 +52,13 @@ def save_html(
     rows: Sequence[Mapping[str, str]] = (),
 ) -> None:
     """Write the explorer as one page under a title, paragraphs of `text` and a table of `rows` (column -> cell)."""
-    write_text(file, page(source(MODULE), source(STYLE), state(paths), title=title, text=text, rows=rows))
+    write_text(file, page(MODULE, STYLE, state(paths), title=title, text=text, rows=rows))
 
 
 def inline_html(content: Mapping[str, Any]) -> str:
     """The explorer in a frame, for a notebook that is read without a kernel; `content` is what `state` gives."""
     height = 740 if content["data"]["images"] else 620
-    return frame(source(MODULE), source(STYLE), content, title=TITLE, height=height)
+    return frame(MODULE, STYLE, content, title=TITLE, height=height)
 
 
 def _path(name: str, path: Path, measures: list[str], colour: str) -> dict[str, Any]:

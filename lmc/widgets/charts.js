@@ -1,0 +1,102 @@
+// Curves of a measure between two networks, with a cursor that can be dragged.
+
+import { drag, node, shape, valueAt } from "./common.js";
+
+export const CHART = { width: 520, height: 248, left: 58, right: 26, top: 26, bottom: 34 };
+
+// An empty chart: a title, ticks and grid lines, and the places of values. `panel` has title, range and ticks.
+export function frame({ panel, low, high, marks, names = (value) => String(value) }) {
+  const { width, height, left, right, top, bottom } = CHART;
+  const [from, to] = panel.range;
+  const x = (value) => left + ((width - left - right) * (value - low)) / (high - low);
+  const y = (value) => height - bottom - ((height - top - bottom) * (value - from)) / (to - from);
+  const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, class: "lmc-chart", role: "img", "aria-label": panel.title });
+  svg.append(shape("text", { x: 4, y: 15, class: "lmc-title" }, panel.title));
+  for (const tick of panel.ticks) {
+    svg.append(shape("line", { x1: left, x2: width - right, y1: y(tick), y2: y(tick), class: "lmc-grid" }));
+    svg.append(shape("text", { x: left - 7, y: y(tick) + 4.5, class: "lmc-tick", "text-anchor": "end" }, String(tick)));
+  }
+  for (const mark of marks) {
+    const at = { x: x(mark), y: height - 12, class: "lmc-tick", "text-anchor": "middle" };
+    svg.append(shape("text", at, names(mark)));
+  }
+  const cursor = shape("line", { y1: top - 4, y2: height - bottom, class: "lmc-cursor" });
+  svg.append(cursor);
+  return {
+    node: svg,
+    x,
+    y,
+    at(value) {
+      cursor.setAttribute("x1", x(value));
+      cursor.setAttribute("x2", x(value));
+    },
+    dragged(pick, release) {
+      const move = (share) => pick(low + ((share * width - left) / (width - left - right)) * (high - low));
+      drag(svg, { move, release });
+    },
+  };
+}
+
+// The paths of one measure over alpha; `update` moves the cursor, `redraw` takes other paths of the same names.
+export function pathChart({ panel, paths, low, high, pick, release }) {
+  const chart = frame({ panel, low, high, marks: [0, 0.25, 0.5, 0.75, 1] });
+  const groups = paths.map((path) => drawPath(path, panel, chart));
+  chart.node.append(...groups.map((group) => group.node));
+  chart.dragged(pick, release);
+  return {
+    node: chart.node,
+    redraw: (others) => others.forEach((path, i) => groups[i].redraw(path)),
+    update(alpha, active, exact) {
+      chart.at(alpha);
+      groups.forEach((group, i) => group.update(alpha, i === active, i === active ? exact?.[panel.measure] : undefined));
+    },
+  };
+}
+
+function drawPath(first, panel, { x, y }) {
+  let path = first;
+  const group = shape("g", { style: `--c: ${path.colour}` });
+  const lines = Object.keys(path.series).map((split) => {
+    const line = shape("polyline", { class: split === path.split ? "lmc-line" : "lmc-line lmc-other" });
+    group.append(line);
+    return [split, line];
+  });
+  const arrow = shape("g", { class: "lmc-barrier" });
+  const dot = shape("circle", { r: 5.5, class: "lmc-dot" });
+  group.append(arrow, dot);
+
+  function redraw(next) {
+    path = next;
+    for (const [split, line] of lines) line.setAttribute("points", track(path.alphas, path.series[split][panel.measure], x, y));
+    arrow.replaceChildren(...barrierArrow(path.barriers[panel.measure], x, y));
+  }
+  redraw(first);
+  return {
+    node: group,
+    redraw,
+    update(alpha, chosen, exact) {
+      group.classList.toggle("lmc-faded", !chosen);
+      const value = exact ?? valueAt(path.alphas, path.series[path.split][panel.measure], alpha);
+      dot.setAttribute("visibility", value === null ? "hidden" : "visible");
+      if (value === null) return;
+      dot.setAttribute("cx", x(alpha));
+      dot.setAttribute("cy", y(value));
+    },
+  };
+}
+
+// Points of a polyline; what was not evaluated (null) is left out.
+export function track(grid, values, x, y) {
+  const points = grid.map((at, i) => [at, values[i]]).filter(([, value]) => value !== null);
+  return points.map(([at, value]) => `${x(at).toFixed(1)},${y(value).toFixed(1)}`).join(" ");
+}
+
+function barrierArrow(barrier, x, y) {
+  if (!barrier || Math.abs(y(barrier.top) - y(barrier.base)) <= 8) return [];
+  const at = x(barrier.alpha);
+  const middle = 0.5 * (y(barrier.base) + y(barrier.top)) + 5;
+  return [
+    shape("line", { x1: at, x2: at, y1: y(barrier.base), y2: y(barrier.top) }),
+    shape("text", { x: at + 7, y: middle }, barrier.text),
+  ];
+}

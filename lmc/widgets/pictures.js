@@ -1,0 +1,148 @@
+// What a network confuses, and the inputs that it gets wrong.
+
+import { bytes, node, theme } from "./common.js";
+
+export const TILES = 24;
+
+// Predictions as Python sends them, at one or several points.
+export function unpackShown(shown) {
+  const { classes, count, confusion, predicted, targets, index } = shown;
+  const unpacked = { classes, count, index, targets: bytes(targets), predicted: bytes(predicted) };
+  return { ...unpacked, confusion: new Uint32Array(bytes(confusion).buffer) };
+}
+
+export function unpackImages(images) {
+  if (!images) return null;
+  const { height, width, channels, index } = images;
+  const place = new Map(index.map((example, i) => [example, i]));
+  return { height, width, channels, pixels: bytes(images.pixels), place };
+}
+
+export function wrongCount({ confusion, classes }, point) {
+  let wrong = 0;
+  const start = point * classes * classes;
+  for (let i = 0; i < classes * classes; i++) if (i % (classes + 1)) wrong += confusion[start + i];
+  return wrong;
+}
+
+export function wrongExamples({ index, targets, predicted }, point, images) {
+  const found = [];
+  const start = point * index.length;
+  for (let i = 0; i < index.length && found.length < TILES; i++) {
+    const guess = predicted[start + i];
+    if (guess === targets[i] || guess === 255 || !images.place.has(index[i])) continue;
+    found.push({ example: index[i], target: targets[i], guess });
+  }
+  return found;
+}
+
+// The confusion matrix and, where inputs are pictures, the wrong ones; `update(shown, point, images, where)`, null: hidden.
+export function predictions() {
+  const matrix = confusionFigure();
+  const tiles = galleryFigure();
+  const whole = node("div", { class: "lmc-right" }, matrix.node, tiles.node);
+  return {
+    node: whole,
+    update(shown, point, images, where) {
+      whole.hidden = !shown;
+      if (!shown) return;
+      matrix.update(shown, point, where);
+      tiles.node.hidden = !images;
+      if (images) tiles.update(shown, point, images);
+    },
+  };
+}
+
+function confusionFigure() {
+  const canvas = node("canvas", { class: "lmc-confusion", role: "img" });
+  const caption = node("figcaption", {});
+  return {
+    node: node("figure", { class: "lmc-figure" }, caption, canvas),
+    update(shown, point, where) {
+      caption.textContent = `confusion at ${where}: true class ↓, predicted →`;
+      paintConfusion(canvas, shown, point);
+      canvas.setAttribute("aria-label", `confusion matrix, ${wrongCount(shown, point)} examples off the diagonal`);
+    },
+  };
+}
+
+function paintConfusion(canvas, { confusion, classes }, point) {
+  const side = canvas.clientWidth || 280;
+  const ratio = window.devicePixelRatio || 1;
+  const dots = Math.round(side * ratio);
+  if (canvas.width !== dots || canvas.height !== dots) canvas.width = canvas.height = dots;
+  const [ink, right, wrong] = theme(canvas, "--fg", "--right", "--wrong");
+  const pen = canvas.getContext("2d");
+  pen.setTransform(ratio, 0, 0, ratio, 0, 0);
+  pen.clearRect(0, 0, side, side);
+  const margin = classes <= 20 ? 20 : 4;
+  const cell = (side - margin) / classes;
+  pen.textAlign = "center";
+  pen.textBaseline = "middle";
+  pen.font = `${Math.min(13, 0.52 * cell)}px ${getComputedStyle(canvas).fontFamily}`;
+  for (let row = 0; row < classes; row++) {
+    const start = (point * classes + row) * classes;
+    let total = 0;
+    for (let column = 0; column < classes; column++) total += confusion[start + column];
+    for (let column = 0; column < classes; column++) {
+      const count = confusion[start + column];
+      const [px, py] = [margin + column * cell, margin + row * cell];
+      // The square root keeps a single mistake visible beside a full row.
+      pen.globalAlpha = total ? 0.06 + 0.84 * Math.sqrt(count / total) : 0.06;
+      pen.fillStyle = count === 0 ? ink : row === column ? right : wrong;
+      if (count === 0) pen.globalAlpha = 0.05;
+      pen.fillRect(px + 0.5, py + 0.5, cell - 1, cell - 1);
+      pen.globalAlpha = 1;
+      if (count === 0 || classes > 12) continue;
+      pen.fillStyle = Math.sqrt(count / total) > 0.55 ? "#fff" : ink;
+      pen.fillText(count, px + cell / 2, py + cell / 2 + 0.5);
+    }
+    if (classes > 20) continue;
+    pen.fillStyle = ink;
+    pen.fillText(row, margin / 2, margin + (row + 0.5) * cell);
+    pen.fillText(row, margin + (row + 0.5) * cell, margin / 2);
+  }
+}
+
+function galleryFigure() {
+  const caption = node("figcaption", {});
+  const grid = node("div", { class: "lmc-tiles" });
+  const slots = Array.from({ length: TILES }, () => {
+    const canvas = node("canvas", {});
+    const label = node("span", {});
+    const tile = node("div", { class: "lmc-tile" }, canvas, label);
+    grid.append(tile);
+    return { tile, label, canvas, example: -1 };
+  });
+  let known = null; // whose pictures the slots hold
+  return {
+    node: node("figure", { class: "lmc-figure" }, caption, grid),
+    update(shown, point, images) {
+      const wrong = wrongExamples(shown, point, images);
+      const total = wrongCount(shown, point);
+      const part = wrong.length < total ? ` (${wrong.length} shown)` : "";
+      caption.textContent = `${total} of ${shown.count} wrong${part}: true → predicted`;
+      slots.forEach((slot, i) => {
+        slot.tile.hidden = i >= wrong.length;
+        if (i >= wrong.length) return;
+        const { example, target, guess } = wrong[i];
+        slot.label.textContent = `${target} → ${guess}`;
+        if (known === images && slot.example === example) return;
+        slot.example = example;
+        [slot.canvas.width, slot.canvas.height] = [images.width, images.height];
+        slot.canvas.getContext("2d").putImageData(picture(images, example), 0, 0);
+      });
+      known = images;
+    },
+  };
+}
+
+function picture({ height, width, channels, pixels, place }, example) {
+  const made = new ImageData(width, height);
+  const start = place.get(example) * height * width * channels;
+  for (let i = 0; i < height * width; i++) {
+    for (let c = 0; c < 3; c++) made.data[4 * i + c] = pixels[start + i * channels + (channels === 3 ? c : 0)];
+    made.data[4 * i + 3] = 255;
+  }
+  return made;
+}
