@@ -1,6 +1,5 @@
 """Statistics of averaged networks: an interpolated network has its endpoints' weights, but not their activations."""
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lmc.batches import take, tensors, to_device
 from lmc.errors import DataError, InputError, LmcError
 from lmc.network import Network, pick_device
-from lmc.weights import ModelOrWeights, Weights, as_weights
+from lmc.weights import ModelOrWeights, Weights, as_weights, tied_names
 
 
 def recalibrate_batchnorm(
@@ -26,7 +25,7 @@ def recalibrate_batchnorm(
     After averaging, running means and variances belong to neither network (Jordan et al. 2023, arXiv:2211.08403,
     section 3). They are set to the average of the batch statistics, each batch weighted by its size (the cumulative
     average of SWA, Izmailov et al. 2018, arXiv:1803.05407, section 3.2), in one pass with only the normalisation layers
-    in train mode: dropout stays off. A model without batch normalisation gets an equal copy.
+    in train mode: dropout stays off. A model without batch normalisation gets an equal copy; tied tensors stay tied.
 
     Args:
         model: the architecture; not touched.
@@ -53,21 +52,19 @@ class Recalibrator:
             raise InputError(f"batch_size={batch_size}; a variance needs at least 2 examples")
         self.network = network
         self.norms = _norms(network.module)
-        self.batches = [to_device(batch, network.device) for batch in _batches(inputs, batch_size)]
+        self.batches = [to_device(batch, network.device) for batch in equal_batches(inputs, batch_size)]
         if not self.batches:
             raise DataError("inputs: no examples to estimate batch statistics from")
 
     def __call__(self, weights: Weights) -> Weights:
         """The weights with new statistics, on the device they were on."""
-        if not self.norms:
-            return {name: tensor.clone() for name, tensor in weights.items()}
-        self.network.load(weights)
-        self._estimate()
-        statistics = self.network.buffers()
-        return {
-            name: (statistics[name] if name in statistics else tensor).clone().to(tensor.device)
-            for name, tensor in weights.items()
-        }
+        statistics: Weights = {}
+        if self.norms:
+            self.network.load(weights)
+            self._estimate()
+            statistics = self.network.buffers()
+        found = {name: statistics.get(name, tensor).clone().to(tensor.device) for name, tensor in weights.items()}
+        return found | {alias: found[name] for alias, name in tied_names(weights).items()}
 
     def _estimate(self) -> None:
         """One pass over the batches, the normalisation layers averaging what they see."""
@@ -112,7 +109,7 @@ def _norms(model: nn.Module) -> list[_BatchNorm]:
     return [module for module in found if module.track_running_stats and module.running_mean is not None]
 
 
-def _batches(inputs: Any, batch_size: int) -> Iterable[Any]:
+def equal_batches(inputs: Any, batch_size: int) -> list[Any]:
     """Equal batches of at most `batch_size`, so that no last one is too small for a variance."""
     if isinstance(inputs, list):
         return inputs

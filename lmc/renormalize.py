@@ -6,19 +6,18 @@ deviation, averaged, which its weight and bias can express: the architecture sta
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lmc.batchnorm import Recalibrator, has_batchnorm
 from lmc.errors import DataError, InputError
 from lmc.inputs import Call, call_module, first_of, input_batches
 from lmc.network import Network, pick_device
 from lmc.progress import tqdm
+from lmc.rescalable import Layer, rescalable
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
 
 Method = Literal["passes", "closed_form"]
@@ -41,8 +40,9 @@ def repair(
     """The average of several aligned networks, with the statistics of its layers repaired (REPAIR).
 
     The output of every linear or convolutional layer that has a bias, the last one excepted, gets per channel the mean
-    and the standard deviation of the networks that are averaged, themselves averaged by their shares. Layers without
-    bias stand before a normalisation, which sees to that. Running statistics of batch normalisation are estimated anew.
+    and the standard deviation of the networks that are averaged, themselves averaged by their shares. Where a layer has no
+    bias, the normalisation behind it has one: its output is repaired instead, or, if it is batch normalisation, its
+    running statistics are estimated anew, to the same end.
 
     Args:
         model: the architecture; not touched.
@@ -71,17 +71,13 @@ def repair(
     return renormalizer(equal if shares is None else shares)
 
 
-@dataclass(frozen=True)
-class _Layer:
-    """A layer whose output can be rescaled: its parameters, and the channel axes of its output and of its weight."""
-
-    module: str
-    channel: int
-    axis: int
-
-
 class Renormalizer:
     """`repair` for many averages of the same networks: their statistics are collected once.
+
+    Args:
+        network: the architecture, where to compute.
+        models, inputs, method, progress: as for `repair`.
+        batch_size: examples at a time; None where `inputs` is a list of calls of the module, to be used as they are.
 
     Attributes:
         layers: names of the modules that are repaired.
@@ -93,7 +89,7 @@ class Renormalizer:
         models: Sequence[Weights],
         inputs: Any,
         method: Method = "passes",
-        batch_size: int = 256,
+        batch_size: int | None = 256,
         progress: bool = False,
     ) -> None:
         for k, state in enumerate(models):
@@ -101,9 +97,9 @@ class Renormalizer:
             check_compatible(models[0], state, ("models[0]", f"models[{k}]"))
             check_finite(state, f"models[{k}]")
         self.network, self.models, self.method = network, list(models), method
-        self.batches = list(input_batches(network.module, inputs, batch_size))
+        self.batches = list(inputs if batch_size is None else input_batches(network.module, inputs, batch_size))
         network.load(self.models[0])
-        self._layers = _find_layers(network, first_of(self.batches[0], 1))
+        self._layers = rescalable(network, first_of(self.batches[0], 1))
         self.layers = [layer.module for layer in self._layers]
         self._endpoints = self._measure_endpoints(progress)
 
@@ -187,7 +183,7 @@ class Renormalizer:
             for hook in hooks:
                 hook.remove()
 
-    def _rescale(self, weights: Weights, layer: _Layer, scale: Tensor, before: Tensor, after: Tensor) -> None:
+    def _rescale(self, weights: Weights, layer: Layer, scale: Tensor, before: Tensor, after: Tensor) -> None:
         """Make the layer give `(output - before) scale + after`."""
         weight, bias = weights[f"{layer.module}.weight"], weights[f"{layer.module}.bias"]
         scale, before, after = (x.to(bias.device) for x in (scale, before, after))
@@ -244,34 +240,3 @@ def _scale(center: Tensor, deviation: Tensor, wanted: Tensor, spread: Tensor) ->
     alive = (deviation > _DEAD) & (spread > _DEAD)
     scale = torch.where(alive, spread / deviation.clamp_min(_DEAD), 1.0)
     return scale, torch.where(alive, center, 0.0), torch.where(alive, wanted, 0.0)
-
-
-def _find_layers(network: Network, probe: Call) -> list[_Layer]:
-    """The layers with a bias that are called once in a forward pass, all but the last that is called of any kind."""
-    order: list[str] = []
-
-    def note(name: str):
-        return lambda _module, _args, _output: order.append(name)
-
-    kinds = {name: m for name, m in network.module.named_modules() if isinstance(m, nn.Linear | _ConvNd)}
-    hooks = [module.register_forward_hook(note(name)) for name, module in kinds.items()]
-    try:
-        with torch.no_grad():
-            call_module(network.module, probe, network.device)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    uses: dict[int, int] = {}
-    for tensor in network.module.state_dict(keep_vars=True).values():
-        uses[id(tensor)] = uses.get(id(tensor), 0) + 1
-    found = []
-    for name in order[:-1]:
-        module = kinds[name]
-        own = (module.weight, module.bias)
-        if order.count(name) > 1 or any(not isinstance(p, nn.Parameter) or uses[id(p)] > 1 for p in own):
-            continue
-        if isinstance(module, _ConvTransposeNd) and module.groups > 1:
-            continue
-        channel = -1 if isinstance(module, nn.Linear) else -1 - len(module.kernel_size)
-        found.append(_Layer(name, channel, 1 if isinstance(module, _ConvTransposeNd) else 0))
-    return found

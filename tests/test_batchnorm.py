@@ -89,6 +89,25 @@ def test_a_model_without_batch_normalisation_gets_an_equal_copy():
     assert state["0.weight"].data_ptr() != model[0].weight.data_ptr()
 
 
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.LayerNorm])
+def test_tied_tensors_stay_tied(norm):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding, self.norm, self.head = nn.Embedding(7, 4), norm(4), nn.Linear(4, 7, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, tokens):
+            return self.head(self.norm(self.embedding(tokens)))
+
+    model = Tied()
+    state = recalibrate_batchnorm(model, None, torch.arange(21) % 7)
+    assert state["head.weight"].data_ptr() == state["embedding.weight"].data_ptr() != model.head.weight.data_ptr()
+    assert torch.equal(state["head.weight"], model.head.weight)
+    apart = recalibrate_batchnorm(model, {k: v.clone() for k, v in model.state_dict().items()}, torch.arange(21) % 7)
+    assert apart["head.weight"].data_ptr() != apart["embedding.weight"].data_ptr()
+
+
 def test_a_short_remainder_makes_no_batch_of_one():
     model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
     state = recalibrate_batchnorm(model, None, torch.randn(33, 8), batch_size=32)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+import lmc
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
 from lmc.landscape import Path, barrier, evaluate, loss_path
 
@@ -234,6 +235,53 @@ def test_no_warning_without_batch_normalisation(pair):
         loss_path(mlp(0), *pair, DATA, alphas=3, repair=None)
 
 
+# ---- REPAIR along the path
+
+
+@pytest.mark.parametrize(("repair", "method"), [("repair", "passes"), ("closed_form", "closed_form")])
+def test_a_repaired_path_is_the_repaired_average_at_every_point_and_ends_at_the_networks(pair, repair, method):
+    path = loss_path(mlp(0), *pair, DATA, 5, repair=repair, statistics_inputs=DATA.train[0])
+    plain = loss_path(mlp(0), *pair, DATA, 5)
+    for k, alpha in enumerate(path.alphas):
+        point = lmc.repair(mlp(0), pair, DATA.train[0], (1 - alpha, alpha), method=method, progress=False)
+        assert path.losses["test"][k] == pytest.approx(evaluate(mlp(0), point, DATA)["test"].loss, rel=1e-5)
+    assert path.losses["test"][[0, -1]].tolist() == plain.losses["test"][[0, -1]].tolist()
+    assert path.barrier < plain.barrier and path.repaired == repair and plain.repaired is None
+    assert f"repaired between the ends ({repair!r})" in str(path)
+
+
+def test_repair_leaves_the_ends_of_a_normalised_network_alone_and_mends_the_middle():
+    a, b = normalised(1), normalised(2)
+    found, auto = (loss_path(a, a, b, DATA, 3, repair=how) for how in ("repair", "auto"))
+    assert found.losses["test"][[0, 2]] == pytest.approx(auto.own["test"]["loss"], rel=1e-5)
+    assert found.own["test"]["loss"] == pytest.approx(auto.own["test"]["loss"], rel=1e-5)
+    with pytest.warns(UserWarning, match="batch normalisation"):
+        stale = loss_path(a, a, b, DATA, 3, repair=None)
+    assert found.losses["test"][1] < stale.losses["test"][1]
+
+
+def test_repairing_the_way_between_equal_networks_changes_nothing(pair):
+    path = loss_path(mlp(0), pair[0], pair[0], DATA, 5, repair="repair")
+    assert np.ptp(path.losses["test"]) < 1e-4
+
+
+def test_positional_inputs_reach_a_network_of_optional_arguments_whole():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = mlp(3)
+
+        def forward(self, x, scale=None):
+            return self.net(x if scale is None else x * scale)
+
+    inputs, targets = DATA.train
+    data = ((inputs, torch.full((len(inputs), 1), 3.0)), targets)
+    models = [{f"net.{k}": v for k, v in mlp(seed).state_dict().items()} for seed in (1, 2)]
+    path = loss_path(Scaled(), *models, data, 3, repair="repair")
+    tripled = loss_path(mlp(0), mlp(1), mlp(2), (3.0 * inputs, targets), 3, repair="repair")
+    assert path.losses["data"] == pytest.approx(tripled.losses["data"], rel=1e-4)
+
+
 # ---- paths that break off
 
 
@@ -272,11 +320,11 @@ def test_an_interrupt_before_both_ends_is_passed_on(monkeypatch):
 
 
 def test_a_saved_path_comes_back(pair, tmp_path):
-    path = loss_path(mlp(0), pair[0], permuted(pair[0]), DATA, alphas=5)
+    path = loss_path(mlp(0), pair[0], permuted(pair[0]), DATA, alphas=5, repair="repair")
     path.values["test"]["loss"][1] = math.nan
     path.save(tmp_path / "path.json")
     again = Path.load(tmp_path / "path.json")
-    assert str(again) == str(path) and again.own == path.own
+    assert str(again) == str(path) and again.own == path.own and again.repaired == "repair"
     for split, measures in path.values.items():
         for measure, values in measures.items():
             np.testing.assert_array_equal(again.values[split][measure], values)

@@ -186,6 +186,44 @@ def test_layers_that_are_shared_or_called_twice_are_left_out():
     assert Renormalizer(Network(model, torch.device("cpu")), [state, state], torch.randn(9, 4)).layers == ["first"]
 
 
+def test_without_biases_the_normalisation_behind_is_repaired():
+    case = CASES["resnet-ln"]()
+    a, b = case.other(1), case.other(2)
+    renormalizer = Renormalizer(Network(case.model, torch.device("cpu")), [a, b], case.inputs)
+    assert len(renormalizer.layers) == 21 and all("norm" in name for name in renormalizer.layers)
+    found = renormalizer((0.5, 0.5))
+    name = renormalizer.layers[-1]
+    seen = []
+    for weights in (found, a, b):
+        module = case.model.get_submodule(name)
+        hook = module.register_forward_hook(lambda _m, _a, output: seen.append(output.transpose(0, 1).flatten(1)))
+        outputs(case, weights)
+        hook.remove()
+    torch.testing.assert_close(seen[0].std(1), 0.5 * (seen[1].std(1) + seen[2].std(1)), rtol=1e-3, atol=0)
+    torch.testing.assert_close(seen[0].mean(1), 0.5 * (seen[1].mean(1) + seen[2].mean(1)), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.InstanceNorm1d(6, affine=True), nn.BatchNorm1d(6)]
+)
+def test_only_normalisations_that_scale_and_shift_each_channel_count(norm: nn.Module):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.norm, self.last = nn.Conv1d(2, 6, 3, bias=False), norm, nn.Linear(6, 3)
+            self.rest = nn.LayerNorm(6, elementwise_affine=False)
+
+        def forward(self, x):
+            x = self.layer(x)
+            x = self.norm(x.mT).mT if isinstance(self.norm, nn.LayerNorm) else self.norm(x)
+            return self.last(self.rest(x.mean(2)))
+
+    model = Net()
+    state = model.state_dict()
+    layers = Renormalizer(Network(model, torch.device("cpu")), [state, state], torch.randn(9, 2, 7)).layers
+    assert layers == ([] if isinstance(norm, nn.BatchNorm1d) else ["norm"])
+
+
 def test_in_place_layers_and_float64():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(16, 3)).double()
     images = torch.randn(40, 1, 4, 4, dtype=torch.float64)

@@ -19,7 +19,7 @@ from lmc.align.transport import ot_fusion
 from lmc.align.weight_matching import weight_matching
 from lmc.errors import InputError
 from lmc.extras import require
-from lmc.network import Network, pick_device
+from lmc.network import pick_device
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, distance, dot
@@ -56,7 +56,8 @@ class Alignment:
         permutation: the move, where it is one.
         objective: `<A, pi(B)>` over all tensors. distance: `|A - pi(B)|`. cosine: of the two.
         r: agreement of singular vectors (see `singular_alignment`).
-        barrier, barrier_repaired: of the loss on the way from A, plain and with REPAIR at every point between.
+        barrier, barrier_repaired: of the loss on the way from A, plain (batch statistics re-estimated) and with
+            `repair="repair"`; see `loss_path`.
         midpoint, midpoint_repaired: the loss half way.
         seconds: taken by the method.
     """
@@ -163,7 +164,7 @@ def compare(
         moved = result.apply(b) if isinstance(result, Permutation) else as_weights(result)
         path = loss_path(model, a, moved, data, alphas, progress=False)
         split = path.split
-        repaired = _repaired_losses(Network(model, chosen), a, moved, data, path.alphas, path.losses[split])
+        repaired = loss_path(model, a, moved, data, alphas, repair="repair", progress=False)
         middle = int(np.argmin(np.abs(path.alphas - 0.5)))
         norms = (dot(a, a) * dot(moved, moved)) ** 0.5
         found[name] = Alignment(
@@ -174,9 +175,9 @@ def compare(
             cosine=dot(a, moved) / norms if norms else 0.0,
             r=singular_alignment(a, moved, gamma).r,
             barrier=path.barrier,
-            barrier_repaired=_barrier(path.alphas, repaired),
+            barrier_repaired=repaired.barrier,
             midpoint=float(path.losses[split][middle]),
-            midpoint_repaired=float(repaired[middle]),
+            midpoint_repaired=float(repaired.losses[split][middle]),
             seconds=seconds,
         )
     return Comparison(found, split)
@@ -190,26 +191,3 @@ def _chosen(methods: Iterable[str] | Mapping[str, Aligner] | None) -> Mapping[st
         if name not in METHODS:
             raise InputError(f"methods: {name!r} is none of {', '.join(map(repr, METHODS))}")
     return {name: METHODS[name] for name in names}
-
-
-def _repaired_losses(
-    network: Network, a: Weights, b: Weights, data: Any, alphas: np.ndarray, plain: np.ndarray
-) -> np.ndarray:
-    """The losses with REPAIR at every point but the ends, which it does not change."""
-    from lmc.landscape.evaluation import evaluate
-    from lmc.renormalize import Renormalizer
-
-    renormalizer = Renormalizer(network, [a, b], data)
-    split = getattr(data, "test", data)
-    losses = plain.copy()
-    for k, alpha in enumerate(alphas):
-        if 0.0 < alpha < 1.0:
-            score = evaluate(network.module, renormalizer((1.0 - alpha, alpha)), split, device=network.device)
-            losses[k] = score["data"].loss
-    return losses
-
-
-def _barrier(alphas: np.ndarray, losses: np.ndarray) -> float:
-    from lmc.landscape.barriers import barrier
-
-    return barrier(alphas, losses).value

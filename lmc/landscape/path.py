@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,7 @@ from lmc.errors import InputError
 from lmc.extras import require
 from lmc.landscape.barriers import Barrier, Baseline, barrier
 from lmc.landscape.evaluation import Evaluator
-from lmc.landscape.points import preparation, run
+from lmc.landscape.points import REPAIRS, preparation, renormalizer, run
 from lmc.landscape.predictions import Predictions, collect
 from lmc.landscape.scores import Measure, Score
 from lmc.network import pick_device
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lmc.widgets.path_explorer import PathExplorer
 
 Values = npt.NDArray[np.float64]
+Repair: TypeAlias = Literal["auto", "repair", "closed_form"] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,7 @@ class Path:
             differ from the ends of the curve, where the statistics are re-estimated as everywhere; otherwise they agree.
         recalibrated: batch statistics were re-estimated at every point.
         predictions: what the networks predict, for `explore`; None for anything but a classification.
+        repaired: "repair" or "closed_form" where the statistics of all layers were repaired between the ends.
     """
 
     alphas: Values
@@ -50,6 +53,7 @@ class Path:
     own: dict[str, dict[str, tuple[float, float]]]
     recalibrated: bool = False
     predictions: Predictions | None = field(default=None, repr=False)
+    repaired: str | None = None
 
     @property
     def split(self) -> str:
@@ -149,7 +153,9 @@ class Path:
     def __str__(self) -> str:
         missing = int(np.isnan(self.losses[self.split]).sum())
         points = f"{len(self.alphas)} points" + (f", {missing} without a loss (not evaluated, or not a number)" if missing else "")
-        lines = [f"Path of {points}" + (", batch statistics re-estimated at each" if self.recalibrated else "")]
+        how = ", batch statistics re-estimated at each" if self.recalibrated else ""
+        how += f", repaired between the ends ({self.repaired!r})" if self.repaired else ""
+        lines = [f"Path of {points}{how}"]
         for split in self.values:
             ends = self.losses[split][np.isin(self.alphas, (0.0, 1.0))]
             if np.isnan(ends).any():
@@ -184,7 +190,7 @@ def loss_path(
     data: Any,
     alphas: int | Sequence[float] = 25,
     *,
-    repair: Literal["auto"] | None = "auto",
+    repair: Repair = "auto",
     statistics_inputs: Any = None,
     loss: Measure | None = None,
     metrics: Mapping[str, Measure] | None = None,
@@ -205,9 +211,11 @@ def loss_path(
             in which case 0 and 1 are added where missing. Points outside [0, 1] are evaluated but make no barrier.
         repair: "auto" re-estimates the running statistics of batch normalisation at every point, ends included, so that
             the curve has no jump; what a and b score with their own statistics is kept in `Path.own`. None leaves
-            averaged statistics, with a warning.
-        statistics_inputs: inputs to estimate them from (default: 2048 evenly spaced inputs of the train split, or of
-            the only one; labels are not used).
+            averaged statistics, with a warning. "repair" gives every layer between the ends the mean and spread that it
+            has in a and b, averaged, whatever the network is normalised by (see `lmc.repair`), "closed_form" does so in
+            closed form; both leave the ends as they are.
+        statistics_inputs: inputs to estimate all these from (default: 2048 evenly spaced inputs of the train split, or
+            of the only one; labels are not used).
         loss, metrics, batch_size, device: as for `evaluate`.
         progress: show a bar when it takes more than about two seconds.
 
@@ -242,7 +250,7 @@ def mixture_path(
     data: Any,
     alphas: int | Sequence[float],
     *,
-    repair: Literal["auto"] | None,
+    repair: Repair,
     statistics_inputs: Any,
     loss: Measure | None,
     metrics: Mapping[str, Measure] | None,
@@ -263,13 +271,21 @@ def mixture_path(
     )
     evaluator.network.check(controls[0], "a")
     moved = [{name: tensor.to(evaluator.device) for name, tensor in weights.items()} for weights in controls]
-    prepare = preparation(evaluator, repair, statistics_inputs)
+    if repair is not None and repair != "auto" and repair not in REPAIRS:
+        raise InputError(f'repair={repair!r}; expected "auto", "repair", "closed_form" or None')
+    average: Callable[[Sequence[float]], Weights] = partial(mean, moved)
+    prepare = None
+    if repair in REPAIRS:
+        average = renormalizer(evaluator, moved, repair, statistics_inputs, progress)
+    else:
+        prepare = preparation(evaluator, repair, statistics_inputs)
     own = list(evaluator([moved[0], moved[-1]])) if prepare is not None else None
     order = _coarse_to_fine(grid)
-    points = (mean(moved, shares(float(grid[i]))) for i in order)
+    points = (average(shares(float(grid[i]))) for i in order)
     states = points if prepare is None else (prepare(state) for state in points)
     scores = run(evaluator, states, order, "path", progress, fewest=2)
-    return _assemble(grid, [scores.get(i) for i in range(len(grid))], own, evaluator.splits)
+    path = _assemble(grid, [scores.get(i) for i in range(len(grid))], own, evaluator.splits)
+    return replace(path, repaired=repair) if repair in REPAIRS else path
 
 
 def _assemble(

@@ -23,6 +23,7 @@ def save(path: Path, file: str | FilePath) -> None:
         "values": {s: {m: _optional(v) for m, v in measures.items()} for s, measures in path.values.items()},
         "own": path.own,
         "recalibrated": path.recalibrated,
+        "repaired": path.repaired,
         "predictions": None if shown is None else {name: _plain(value) for name, value in vars(shown).items()},
     }
     write_text(file, json.dumps(content))
@@ -41,6 +42,7 @@ def load(file: str | FilePath) -> Path:
             {s: {m: (v[0], v[1]) for m, v in ms.items()} for s, ms in content["own"].items()},
             content["recalibrated"],
             None if shown is None else Predictions(**{name: _array(name, value) for name, value in shown.items()}),
+            content.get("repaired"),
         )
     except (ValueError, KeyError, TypeError, IndexError) as error:
         if isinstance(error, DataError):

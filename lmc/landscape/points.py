@@ -5,14 +5,18 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from lmc.batches import Split, take
-from lmc.batchnorm import Recalibrator, has_batchnorm
+from lmc.batchnorm import Recalibrator, equal_batches, has_batchnorm
 from lmc.errors import InputError
 from lmc.landscape.evaluation import Evaluator
 from lmc.landscape.scores import Score
 from lmc.progress import tqdm
+from lmc.renormalize import Method, Renormalizer
 from lmc.weights import Weights
 
-STATISTICS_EXAMPLES = 2048  # inputs that batch statistics are re-estimated from at every point
+STATISTICS_EXAMPLES = 2048  # inputs that statistics are estimated from at every point
+STATISTICS_BATCH = 256
+
+REPAIRS: dict[str, Method] = {"repair": "passes", "closed_form": "closed_form"}
 
 
 def preparation(evaluator: Evaluator, repair: str | None, statistics_inputs: Any) -> Recalibrator | None:
@@ -32,9 +36,19 @@ def preparation(evaluator: Evaluator, repair: str | None, statistics_inputs: Any
             stacklevel=4,
         )
         return None
-    if statistics_inputs is None:
-        statistics_inputs = some_inputs(evaluator.splits[0])
-    return Recalibrator(evaluator.network, statistics_inputs)
+    return Recalibrator(evaluator.network, _statistics_inputs(evaluator, statistics_inputs), STATISTICS_BATCH)
+
+
+def renormalizer(
+    evaluator: Evaluator, controls: Sequence[Weights], repair: str, statistics_inputs: Any, progress: bool
+) -> Renormalizer:
+    """Averages of `controls` with the statistics of all their layers repaired, for `repair` one of `REPAIRS`."""
+    calls = equal_batches(_statistics_inputs(evaluator, statistics_inputs), STATISTICS_BATCH)
+    return Renormalizer(evaluator.network, controls, calls, REPAIRS[repair], batch_size=None, progress=progress)
+
+
+def _statistics_inputs(evaluator: Evaluator, given: Any) -> Any:
+    return some_inputs(evaluator.splits[0]) if given is None else given
 
 
 def some_inputs(split: Split) -> Any:
