@@ -1,5 +1,6 @@
 """What a plane in weight space holds."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
@@ -9,10 +10,13 @@ import numpy.typing as npt
 
 from lmc.extras import require
 from lmc.landscape.grid import Values
+from lmc.landscape.live import Live
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
+
+    from lmc.widgets.plane_explorer import PlaneExplorer
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +34,8 @@ class Plane:
         axes: what x and y are.
         recalibrated: batch statistics were re-estimated at every point.
         tracks: name -> (K, 2), curves to be drawn in the plane.
+        exact: evaluates any other point, `exact(x, y)[split].loss`; it keeps the networks and data alive. None for a plane
+            that was read from a file.
     """
 
     x: Values
@@ -41,6 +47,7 @@ class Plane:
     axes: tuple[str, str]
     recalibrated: bool = False
     tracks: dict[str, Values] = field(default_factory=dict, repr=False)
+    exact: Live | None = field(default=None, repr=False)
 
     @property
     def split(self) -> str:
@@ -89,6 +96,23 @@ class Plane:
         from lmc.plots.plane import plot_plane
 
         return plot_plane(self, self.split if split is None else split)
+
+    def explore(self, paths: Mapping[str, npt.ArrayLike] | None = None) -> "PlaneExplorer":
+        """A widget with a point to be dragged over the plane, as a map and as a surface.
+
+        Args:
+            paths: further curves to be drawn, name -> (K, 2).
+        """
+        require("anywidget")
+        from lmc.widgets.plane_explorer import PlaneExplorer
+
+        return PlaneExplorer(self, paths or {})
+
+    def save_html(self, file: str | FilePath, paths: Mapping[str, npt.ArrayLike] | None = None) -> None:
+        """Write the explorer as one page that needs neither a kernel nor a network."""
+        from lmc.widgets.plane_page import save_html
+
+        save_html(file, self, paths or {})
 
     def save(self, file: str | FilePath) -> None:
         """Write the plane as JSON; `Plane.load` reads it back."""

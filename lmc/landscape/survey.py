@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,6 +11,7 @@ from lmc.batchnorm import Recalibrator
 from lmc.errors import InputError
 from lmc.landscape.evaluation import Evaluator
 from lmc.landscape.grid import Values, coarse_to_fine
+from lmc.landscape.live import Live
 from lmc.landscape.plane_result import Plane
 from lmc.landscape.points import run
 from lmc.landscape.scores import Score
@@ -53,7 +54,7 @@ class Survey:
             self._tell(len(order), states[0])
         for i, score in run(self.evaluator, self._states(order), order, "plane", self.progress).items():
             _note(blank, *divmod(i, len(self.x)), score)
-        return blank
+        return replace(blank, exact=Live(lambda: (self.evaluator, self.prepare, self.state_at), states))
 
     def _states(self, order: Sequence[int]) -> Iterator[Weights]:
         for i in order:
