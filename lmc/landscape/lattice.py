@@ -1,6 +1,5 @@
 """Mixtures of K models on a regular lattice of shares, and linear interpolation between its points."""
 
-from collections.abc import Sequence
 from itertools import combinations
 from math import comb
 
@@ -40,25 +39,33 @@ def coarse_to_fine(counts: Counts) -> list[int]:
     return np.lexsort((-power, ~corner)).tolist()
 
 
-def interpolation(shares: Sequence[float], resolution: int) -> list[tuple[tuple[int, ...], float]]:
-    """Lattice points `(counts, weight)` around a mixture: at most K of them, weights that sum to 1.
+def around(shares: Values, resolution: int) -> tuple[Counts, Values]:
+    """For mixtures (M, K) the lattice points around each, (M, K, K), and their weights (M, K), which sum to 1.
 
     In the partial sums u_j = resolution * (s_j + ... + s_K), j = 2..K, the lattice is a part of the integer grid, and its
     cubes are cut into simplices by the order of the fractional parts (Freudenthal 1942): the corners of the simplex of u
-    are floor(u) and what comes of raising the coordinates one by one, largest fraction first.
+    are floor(u) and what comes of raising the coordinates one by one, largest fraction first. Where a weight is 0 the
+    corner may lie outside the lattice.
     """
-    sums = resolution * np.cumsum(np.asarray(shares, dtype=np.float64)[:0:-1])[::-1]
+    sums = resolution * np.cumsum(shares[:, :0:-1], axis=1)[:, ::-1]
     sums = np.where(np.abs(sums - np.round(sums)) < 1e-9, np.round(sums), sums)
-    base = np.floor(sums).astype(np.int64)
+    base = np.floor(sums)
     fraction = sums - base
-    order = np.argsort(-fraction, kind="stable")
-    levels = [1.0, *fraction[order].tolist(), 0.0]
-    found = []
-    for k in range(len(order) + 1):
-        if k:
-            base[order[k - 1]] += 1
-        weight = levels[k] - levels[k + 1]
-        if weight > 0.0:
-            edges = [resolution, *base.tolist(), 0]
-            found.append((tuple(edges[j] - edges[j + 1] for j in range(len(edges) - 1)), weight))
-    return found
+    rank = np.argsort(np.argsort(-fraction, axis=1, kind="stable"), axis=1)
+    raised = rank[:, None, :] < np.arange(shares.shape[1])[None, :, None]  # (M, K, K - 1)
+    edge = np.full((len(shares), shares.shape[1], 1), float(resolution))
+    levels = np.concatenate([edge, base[:, None, :] + raised, np.zeros_like(edge)], axis=2)
+    one = np.ones((len(shares), 1))
+    heights = np.concatenate([one, -np.sort(-fraction, axis=1), 0 * one], axis=1)
+    return -np.diff(levels, axis=2).astype(np.int64), -np.diff(heights, axis=1)
+
+
+def interpolate(counts: Counts, values: Values, shares: Values) -> Values:
+    """(M,) values at mixtures (M, K), linear between the points of a lattice with `values` (P,)."""
+    resolution = int(counts[0].sum())
+    corners, weights = around(shares, resolution)
+    digits = (resolution + 1) ** np.arange(counts.shape[1])
+    codes = counts @ digits
+    order = np.argsort(codes)
+    rows = order[np.searchsorted(codes, (corners * (weights > 0)[..., None]) @ digits, sorter=order) % len(counts)]
+    return np.where(weights > 0, weights * values[rows], 0.0).sum(1)

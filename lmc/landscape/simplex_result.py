@@ -3,14 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from lmc.errors import InputError
 from lmc.extras import require
-from lmc.landscape.lattice import Counts, Values, interpolation
+from lmc.landscape.lattice import Counts, Values, interpolate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -134,18 +134,21 @@ class Simplex:
         shares = dict(zip(self.names, (self.counts[point] / self.resolution).tolist(), strict=True))
         return Mixture(shares, {s: {m: float(v[point]) for m, v in ms.items()} for s, ms in self.values.items()})
 
-    def interpolate(self, shares: Sequence[float], measure: str = "loss", split: str | None = None) -> float:
-        """A measure at any mixture, linear between the points around it; exact at the points. `exact` evaluates instead.
+    def interpolate(self, shares: npt.ArrayLike, measure: str = "loss", split: str | None = None) -> Any:
+        """A measure at a mixture (K,), or at many (M, K), linear between the points around it; exact at the points.
+
+        `exact` evaluates instead.
 
         Raises:
             InputError: not one share of at least 0 for each model, or shares that do not sum to 1.
         """
-        given = [float(share) for share in shares]
-        if len(given) != len(self.names) or min(given) < -1e-9 or abs(sum(given) - 1.0) > 1e-6:
-            raise InputError(f"shares={given}: expected {len(self.names)} numbers, at least 0, that sum to 1")
-        values = self.values[self.split if split is None else split][measure]
-        rows = {tuple(count): row for row, count in enumerate(self.counts.tolist())}
-        return sum(weight * float(values[rows[counts]]) for counts, weight in interpolation(given, self.resolution))
+        given = np.asarray(shares, dtype=np.float64)
+        rows = np.atleast_2d(given)
+        fits = given.ndim in (1, 2) and rows.shape[1] == len(self.names)
+        if not fits or not (rows >= -1e-9).all() or not (np.abs(rows.sum(1) - 1.0) < 1e-6).all():
+            raise InputError(f"shares: expected {len(self.names)} numbers, at least 0, that sum to 1, got {shares}")
+        found = interpolate(self.counts, self.values[self.split if split is None else split][measure], rows)
+        return found if given.ndim == 2 else float(found[0])
 
     def to_frame(self) -> "pd.DataFrame":
         """A row for each point and split: the share of each model, split, loss, accuracy and metrics."""
