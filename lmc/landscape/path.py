@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -17,6 +16,7 @@ from lmc.errors import InputError
 from lmc.extras import require
 from lmc.landscape.barriers import Barrier, Baseline, barrier
 from lmc.landscape.evaluation import Evaluator
+from lmc.landscape.live import Bench, Live
 from lmc.landscape.points import REPAIRS, preparation, renormalizer, run
 from lmc.landscape.predictions import Predictions, collect
 from lmc.landscape.scores import Measure, Score
@@ -46,6 +46,8 @@ class Path:
         recalibrated: batch statistics were re-estimated at every point.
         predictions: what the networks predict, for `explore`; None for anything but a classification.
         repaired: "repair" or "closed_form" where the statistics of all layers were repaired between the ends.
+        exact: evaluates any other point, `exact(alpha)[split].loss`; it keeps the networks and data alive. None for a
+            path that was read from a file.
     """
 
     alphas: Values
@@ -54,6 +56,7 @@ class Path:
     recalibrated: bool = False
     predictions: Predictions | None = field(default=None, repr=False)
     repaired: str | None = None
+    exact: Live | None = field(default=None, repr=False)
 
     @property
     def split(self) -> str:
@@ -260,32 +263,35 @@ def mixture_path(
 ) -> Path:
     """The path from the first of `controls` to the last on which each has the share `shares(alpha)`; see `loss_path`."""
     grid = _grid(alphas)
-    evaluator = Evaluator(
-        model,
-        data,
-        loss=loss,
-        metrics=metrics,
-        batch_size=batch_size,
-        device=pick_device(device, controls[0]),
-        predictions=True,
-    )
-    evaluator.network.check(controls[0], "a")
-    moved = [{name: tensor.to(evaluator.device) for name, tensor in weights.items()} for weights in controls]
     if repair is not None and repair != "auto" and repair not in REPAIRS:
         raise InputError(f'repair={repair!r}; expected "auto", "repair", "closed_form" or None')
-    average: Callable[[Sequence[float]], Weights] = partial(mean, moved)
-    prepare = None
-    if repair in REPAIRS:
-        average = renormalizer(evaluator, moved, repair, statistics_inputs, progress)
-    else:
-        prepare = preparation(evaluator, repair, statistics_inputs)
-    own = list(evaluator([moved[0], moved[-1]])) if prepare is not None else None
+
+    def bench() -> Bench:
+        evaluator = Evaluator(
+            model,
+            data,
+            loss=loss,
+            metrics=metrics,
+            batch_size=batch_size,
+            device=pick_device(device, controls[0]),
+            predictions=True,
+        )
+        evaluator.network.check(controls[0], "a")
+        moved = [{name: tensor.to(evaluator.device) for name, tensor in weights.items()} for weights in controls]
+        if repair in REPAIRS:
+            average = renormalizer(evaluator, moved, repair, statistics_inputs, progress)
+            return evaluator, None, lambda alpha: average(shares(alpha))
+        prepare = preparation(evaluator, repair, statistics_inputs, stacklevel=5)
+        return evaluator, prepare, lambda alpha: mean(moved, shares(alpha))
+
+    evaluator, prepare, state_at = bench()
+    own = list(evaluator([controls[0], controls[-1]])) if prepare is not None else None
     order = _coarse_to_fine(grid)
-    points = (average(shares(float(grid[i]))) for i in order)
+    points = (state_at(float(grid[i])) for i in order)
     states = points if prepare is None else (prepare(state) for state in points)
     scores = run(evaluator, states, order, "path", progress, fewest=2)
     path = _assemble(grid, [scores.get(i) for i in range(len(grid))], own, evaluator.splits)
-    return replace(path, repaired=repair) if repair in REPAIRS else path
+    return replace(path, repaired=repair if repair in REPAIRS else None, exact=Live(bench, controls))
 
 
 def _assemble(

@@ -19,8 +19,10 @@ STATISTICS_BATCH = 256
 REPAIRS: dict[str, Method] = {"repair": "passes", "closed_form": "closed_form"}
 
 
-def preparation(evaluator: Evaluator, repair: str | None, statistics_inputs: Any) -> Recalibrator | None:
-    """What is done to averaged weights before they are evaluated.
+def preparation(
+    evaluator: Evaluator, repair: str | None, statistics_inputs: Any, stacklevel: int = 4
+) -> Recalibrator | None:
+    """What is done to averaged weights before they are evaluated; a warning names the caller `stacklevel` calls up.
 
     Raises:
         InputError: `repair` is neither "auto" nor None.
@@ -33,7 +35,7 @@ def preparation(evaluator: Evaluator, repair: str | None, statistics_inputs: Any
         warnings.warn(
             "this model has batch normalisation and repair=None: averaged running statistics fit neither network, and "
             "the barrier mostly looks higher than it is; leave repair='auto' to re-estimate them",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
         return None
     return Recalibrator(evaluator.network, _statistics_inputs(evaluator, statistics_inputs), STATISTICS_BATCH)
