@@ -3,16 +3,18 @@
 from collections.abc import Mapping
 from typing import Any
 
-import anywidget
 import traitlets
 
 from lmc.landscape.path import Path
+from lmc.widgets.explorer import Explorer
 from lmc.widgets.path_page import MODULE, STYLE, inline_html, state
+from lmc.widgets.pictures import answer
 
 
-class PathExplorer(anywidget.AnyWidget):
+class PathExplorer(Explorer):
     """A slider along one or several paths: loss and accuracy, the confusion of the network at this point, and the
-    inputs that it gets wrong (at the nearest point that was evaluated). Drawn in the browser from what the paths hold.
+    inputs that it gets wrong. Drawn in the browser from what the paths hold, at the nearest point that was evaluated;
+    where the slider is let go of, the kernel evaluates the network itself. Explorers of one path stay in step.
 
     Attributes:
         alpha: where the slider stands; follows it, and moves it.
@@ -21,13 +23,13 @@ class PathExplorer(anywidget.AnyWidget):
 
     _esm = MODULE
     _css = STYLE
-    data = traitlets.Dict().tag(sync=True)
+    shared = ("alpha", "active")
     alpha = traitlets.Float(0.5).tag(sync=True)
     active = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, paths: Mapping[str, Path]) -> None:
         self.paths = dict(paths)
-        super().__init__(**state(paths))
+        super().__init__(list(paths.values()), state(paths))
 
     @traitlets.validate("active")
     def _known(self, proposal: Any) -> str:
@@ -35,14 +37,14 @@ class PathExplorer(anywidget.AnyWidget):
             raise traitlets.TraitError(f"active={proposal['value']!r}; expected one of {', '.join(self.paths)}")
         return proposal["value"]
 
+    def answer(self, place: Any) -> dict[str, Any]:
+        name, alpha = place
+        path = self.paths[name]
+        return answer(path.exact, [float(alpha)], path.split)
+
+    def page(self, state: Mapping[str, Any]) -> str:
+        return inline_html(state)
+
     def __repr__(self) -> str:
         points = len(next(iter(self.paths.values())).alphas)
         return f"PathExplorer({', '.join(self.paths)}; {points} points)"
-
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        """The live view, and the same figure as a page of its own for where no kernel runs."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data = bundle[0] if isinstance(bundle, tuple) else bundle
-        if data is not None:
-            data["text/html"] = inline_html({"data": self.data, "alpha": self.alpha, "active": self.active})
-        return bundle

@@ -1,6 +1,5 @@
 """What the path explorer shows, as plain data, and the page that shows it without a kernel."""
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
@@ -12,9 +11,9 @@ import numpy.typing as npt
 from lmc.errors import InputError
 from lmc.files import write_text
 from lmc.landscape.path import Path
-from lmc.landscape.predictions import Predictions
 from lmc.plots.style import colours
 from lmc.widgets.page import frame, module, page, style
+from lmc.widgets.pictures import images_state, shown_state
 
 MODULE, STYLE = module("path_explorer.js"), style()
 TITLE = "The way between two networks"
@@ -38,7 +37,7 @@ def state(paths: Mapping[str, Path]) -> dict[str, Any]:
     data = {
         "paths": [_path(name, path, measures, tints[name]) for name, path in paths.items()],
         "panels": [_panel(measure, paths) for measure in measures],
-        "images": _images([path.predictions for path in paths.values() if path.predictions is not None]),
+        "images": images_state([path.predictions for path in paths.values() if path.predictions is not None]),
     }
     return {"data": data, "alpha": 0.5, "active": list(paths)[-1]}
 
@@ -72,7 +71,7 @@ def _path(name: str, path: Path, measures: list[str], colour: str) -> dict[str, 
             for split, values in path.values.items()
         },
         "barriers": {measure: _barrier(path, measure) for measure in measures},
-        "shown": None if path.predictions is None else _shown(path.predictions),
+        "shown": None if path.predictions is None else shown_state(path.predictions),
     }
 
 
@@ -112,43 +111,3 @@ def _step(span: float) -> float:
     rough = span / 4.0
     power = 10.0 ** math.floor(math.log10(rough))
     return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= rough * (1.0 - 1e-9))
-
-
-def _shown(shown: Predictions) -> dict[str, Any]:
-    classes = shown.confusion.shape[1]
-    known = shown.confusion.sum(axis=(1, 2))
-    return {
-        "classes": classes,
-        "count": int(known.max()),
-        "confusion": _encode(shown.confusion.astype("<u4")),
-        "index": shown.index.tolist(),
-        "targets": _encode(shown.targets.astype(np.uint8)),
-        "predicted": _encode(np.where(shown.predicted < 0, 255, shown.predicted).astype(np.uint8)),
-    }
-
-
-def _images(shown: Sequence[Predictions]) -> dict[str, Any] | None:
-    """The pictures of all paths, each example once."""
-    pictures: dict[int, tuple[int, npt.NDArray[np.uint8]]] = {}
-    for each in shown:
-        if each.images is None:
-            continue
-        for example, target, image in zip(each.index.tolist(), each.targets.tolist(), each.images, strict=True):
-            known = pictures.setdefault(example, (target, image))
-            if known[0] != target or known[1].shape != image.shape:
-                raise InputError(f"example {example} differs between the paths; show paths over the same data together")
-    if not pictures:
-        return None
-    index = sorted(pictures)
-    pixels = np.stack([pictures[example][1] for example in index])
-    return {
-        "height": pixels.shape[1],
-        "width": pixels.shape[2],
-        "channels": 3 if pixels.ndim == 4 else 1,
-        "index": index,
-        "pixels": _encode(pixels),
-    }
-
-
-def _encode(array: npt.NDArray[Any]) -> str:
-    return base64.b64encode(np.ascontiguousarray(array).tobytes()).decode()
