@@ -16,6 +16,9 @@ your own is a function of one tensor under `@on_tensors`, `@on_task_vectors`, `@
 `lmc.merge.method`) and goes wherever these go. BatchNorm statistics are averaged: re-estimate them with
 `lmc.recalibrate_batchnorm`.
 
+Before: `inspect(models, base)` says whether they fit, how they differ and which method suits them. With validation data
+at hand: `compare(model, models, validation, base=...)` tries them all and ranks them by scores on other data.
+
 Networks that were trained independently are brought into one order of units first by `align=spec`, an option of every
 method that takes several models (see `lmc.merge.aligning`).
 
@@ -38,8 +41,10 @@ from lmc.merge.averaging import (
     variance_corrected,
 )
 from lmc.merge.bang import balanced_batch
+from lmc.merge.comparison import Comparison, compare
 from lmc.merge.experts import mix_experts
 from lmc.merge.fisher import fisher, fisher_information, fisher_weighted
+from lmc.merge.inspection import Inspection, inspect
 from lmc.merge.method import linear, on_task_vectors, on_tensors
 from lmc.merge.on_top import consensus, lines, on_merged, tall_mask, tall_masks
 from lmc.merge.regmean import regmean, regmean_plus_plus
@@ -51,6 +56,8 @@ from lmc.merge.ties import pcb, ties
 from lmc.merge.to_disk import Plan, plan, write
 
 __all__ = [
+    "Comparison",
+    "Inspection",
     "Plan",
     "adamerging",
     "aligned",
@@ -58,6 +65,7 @@ __all__ = [
     "average",
     "balanced_batch",
     "breadcrumbs",
+    "compare",
     "consensus",
     "dare",
     "della",
@@ -67,6 +75,7 @@ __all__ = [
     "fisher_information",
     "fisher_weighted",
     "greedy_soup",
+    "inspect",
     "karcher_mean",
     "lawa",
     "lcsc",
