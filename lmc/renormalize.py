@@ -14,10 +14,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lmc.batchnorm import Recalibrator, has_batchnorm
 from lmc.errors import DataError, InputError
-from lmc.inputs import Call, call_module, first_of, input_batches
+from lmc.inputs import first_of, input_batches
 from lmc.network import Network, pick_device
 from lmc.progress import tqdm
-from lmc.rescalable import Layer, rescalable
+from lmc.rescalable import Layer, rescalable, run_seen
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
 
 Method = Literal["passes", "closed_form"]
@@ -118,9 +118,10 @@ class Renormalizer:
             average = Recalibrator(self.network, self.batches)(average)
         return average
 
-    def _measure_endpoints(self, progress: bool) -> "list[_Moments]":
+    def _measure_endpoints(self, progress: bool) -> "list[ChannelMoments]":
         """The statistics of every layer in every network, and between networks."""
-        moments = [_Moments(len(self.models)) for _ in self._layers]
+        moments = [ChannelMoments(len(self.models)) for _ in self._layers]
+        places = [(layer.module, layer.channel) for layer in self._layers]
         for call in tqdm(self.batches, desc="repair", unit=" batches", disable=not progress):
             seen: list[list[Tensor]] = [[] for _ in self._layers]
 
@@ -129,19 +130,20 @@ class Renormalizer:
 
             for state in self.models:
                 self.network.load(state)
-                self._run(call, note)
+                run_seen(self.network, call, places, note)
             for found, values in zip(moments, seen, strict=True):
                 found.update(torch.stack(values))
         return moments
 
     def _measure_average(self, average: Weights, shares: Sequence[float]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """One pass over the average in which each layer passes on what it will give once repaired."""
-        moments = [_Moments(1) for _ in self._layers]
+        moments = [ChannelMoments(1) for _ in self._layers]
+        places = [(layer.module, layer.channel) for layer in self._layers]
         targets = [found.target(shares) for found in self._endpoints]
 
         def correct(at: int, values: Tensor) -> Tensor:
             moments[at].update(values[None])
-            batch = _Moments(1)
+            batch = ChannelMoments(1)
             batch.update(values[None])
             scale, before, after = batch.towards(*targets[at])
             return (values - before[:, None]) * scale[:, None] + after[:, None]
@@ -152,36 +154,13 @@ class Renormalizer:
             for norm in norms:
                 norm.train()
             for call in self.batches:
-                self._run(call, correct)
+                run_seen(self.network, call, places, correct)
         except ValueError as error:
             raise DataError(f"inputs: batch statistics cannot be estimated: {error}") from error
         finally:
             for norm in norms:
                 norm.eval()
         return [found.towards(*target) for found, target in zip(moments, targets, strict=True)]
-
-    @torch.no_grad()
-    def _run(self, call: Call, see: Any) -> None:
-        """A forward pass in which `see(layer, values (n, samples) in float64)` may replace the output of each layer."""
-        modules = dict(self.network.module.named_modules())
-
-        def hook_for(at: int, channel: int):
-            def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
-                front = output.movedim(channel, 0)
-                replaced = see(at, front.reshape(len(front), -1).to(torch.float64, copy=True))
-                return None if replaced is None else replaced.to(output).reshape(front.shape).movedim(0, channel)
-
-            return hook
-
-        hooks = [
-            modules[layer.module].register_forward_hook(hook_for(at, layer.channel))
-            for at, layer in enumerate(self._layers)
-        ]
-        try:
-            call_module(self.network.module, call, self.network.device)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def _rescale(self, weights: Weights, layer: Layer, scale: Tensor, before: Tensor, after: Tensor) -> None:
         """Make the layer give `(output - before) scale + after`."""
@@ -192,7 +171,7 @@ class Renormalizer:
         weights[f"{layer.module}.bias"] = ((bias.double() - before) * scale + after).to(bias.dtype)
 
 
-class _Moments:
+class ChannelMoments:
     """Means (K, n) and covariances (K, K, n) of the channels of one layer in K networks, streamed over batches."""
 
     def __init__(self, count: int) -> None:

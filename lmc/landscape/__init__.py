@@ -7,6 +7,7 @@ from lmc.landscape.path import Barrier, Path, barrier, loss_path
 from lmc.landscape.plane import Plane, loss_plane, random_plane
 from lmc.landscape.similarity import Similarity, linear_cka, similarity
 from lmc.landscape.triangle import Mixture, Simplex, Triangle, loss_simplex, loss_triangle
+from lmc.landscape.variance import VarianceRatios, variance_ratios
 
 __all__ = [
     "Barrier",
@@ -20,6 +21,7 @@ __all__ = [
     "Similarity",
     "Simplex",
     "Triangle",
+    "VarianceRatios",
     "barrier",
     "bezier_curve",
     "curvature",
@@ -32,4 +34,5 @@ __all__ = [
     "polygonal_chain",
     "random_plane",
     "similarity",
+    "variance_ratios",
 ]
