@@ -51,7 +51,9 @@ class Stored(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def shape(self) -> tuple[int, ...]: ...
-    def read(self) -> Tensor: ...
+    @property
+    def size(self) -> int: ...
+    def read(self, part: slice | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -63,14 +65,20 @@ class Span:
     shape: tuple[int, ...]
     start: int
 
-    def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        tensor = torch.empty(self.shape, dtype=self.dtype)
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return torch.Size(self.shape).numel()
+
+    def read(self, part: slice | None = None) -> Tensor:
+        """The tensor, or this part of it flattened, in memory of its own."""
+        first, shape = (0, self.shape) if part is None else (part.start, (part.stop - part.start,))
+        tensor = torch.empty(shape, dtype=self.dtype)
         if tensor.numel() == 0:
             return tensor
         target = as_bytes(tensor)
         with open(self.file, "rb") as file:
-            file.seek(self.start)
+            file.seek(self.start + first * self.dtype.itemsize)
             if file.readinto(target) != target.nbytes:
                 raise DataError(f"{self.file}: cut short since it was opened")
         return tensor
@@ -91,9 +99,14 @@ class Mapped:
     def shape(self) -> tuple[int, ...]:
         return tuple(self.tensor.shape)
 
-    def read(self) -> Tensor:
-        """The tensor, in memory of its own."""
-        return self.tensor.detach().clone()
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return self.tensor.numel()
+
+    def read(self, part: slice | None = None) -> Tensor:
+        """The tensor, or this part of it flattened, in memory of its own."""
+        return self.tensor.detach().clone() if part is None else flat(self.tensor.detach(), part).clone()
 
 
 class Checkpoint(Mapping[str, Tensor]):
@@ -116,8 +129,12 @@ class Checkpoint(Mapping[str, Tensor]):
         """Where the tensor `name` is, under this or another name."""
         return self.stored[self.ties.get(name, name)]
 
+    def read(self, name: str, part: slice | None = None) -> Tensor:
+        """The tensor `name`, or of the flattened tensor the values from `part.start` to `part.stop`."""
+        return self.entry(name).read(part)
+
     def __getitem__(self, name: str) -> Tensor:
-        return self.entry(name).read()
+        return self.read(name)
 
     def __iter__(self) -> Iterator[str]:
         yield from self.stored
@@ -210,6 +227,14 @@ def readable(size: int) -> str:
         if size >= step:
             return f"{size / step:.3g} {unit}"
     return f"{size} B"
+
+
+def flat(tensor: Tensor, part: slice) -> Tensor:
+    """The values from `part.start` to `part.stop` of a flattened tensor, without copying the others."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)[part]
+    places = torch.arange(part.start, part.stop, device=tensor.device)
+    return tensor[torch.unravel_index(places, tensor.shape)]
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

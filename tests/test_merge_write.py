@@ -131,13 +131,13 @@ def test_an_interrupted_merge_goes_on(
     whole = contents(run(name, paths, tmp_path / "whole").path)
     original, calls = to_disk.write_shard, []
 
-    def interrupted(path, shard, ties, tensors, written):
+    def interrupted(path, shard, ties, parts, written):
         calls.append(shard.file)
         if len(calls) > after:
             path.write_bytes(b"half a file")
             path.with_name(".merge.json.0badcafe").write_text("{")
             raise Stop
-        original(path, shard, ties, tensors, written)
+        return original(path, shard, ties, parts, written)
 
     monkeypatch.setattr(to_disk, "write_shard", interrupted)
     with pytest.raises(Stop):
@@ -260,10 +260,10 @@ for i, (name, size) in enumerate([("average", "small"), ("ties", "small"), ("ave
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process as Linux tells it")
 def test_memory_stays_within_the_plan(tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "a", "b")):
-        for size, values in (("small", 1000), ("large", 250_000)):
+        for size, values in (("small", 1000), ("large", 8_000_000)):
             (tmp_path / f"{name}-{size}").mkdir()
             generator = torch.Generator().manual_seed(seed)
-            weights = {f"w{i}": torch.randn(values, generator=generator) for i in range(24)}
+            weights = {f"w{i}": torch.randn(values // (4 * i + 1), generator=generator) for i in range(8)}
             save_file(weights, tmp_path / f"{name}-{size}" / "model.safetensors")
     # Freed memory goes back to the system at once, so that the peak is that of what is in use.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
@@ -272,4 +272,5 @@ def test_memory_stays_within_the_plan(tmp_path: Path) -> None:
     measured = [tuple(map(int, line.split()[1:])) for line in lines if line.startswith("large")]
     assert len(measured) == 2
     for grown, planned, size in measured:
-        assert 1e6 < grown < planned + 4e6 < size  # one model alone is 24 MB; two and a base are read
+        assert 1e6 < grown < planned + 4e6 < size  # of one model alone; two and a base are read
+        assert planned < 3 * 4 * 8_000_000  # copies of the largest tensor

@@ -135,7 +135,7 @@ def adamerging(
 def _deltas(sets: WeightSets, density: float) -> Weights:
     if density == 1.0:
         return {name: sets.deltas(name) for name in sets.weights}
-    deltas = Pass(sets, lambda name: (sets.deltas(name),))
+    deltas = Pass(sets, lambda name, part: (sets.deltas(name, part),), cut=True)
     limits = thresholds(deltas, density, len(sets), deltas.size)
     return {name: trim(sets.deltas(name), limits) for name in sets.weights}
 

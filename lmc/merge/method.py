@@ -18,12 +18,14 @@ parameters receives it:
 - `generator`: a CPU random generator that depends on the option `seed` and on the name alone;
 - `survey`: what the method's survey found in a first pass over all tensors (thresholds of whole models).
 
-Every method reads one tensor of all models at a time; one with a survey reads them all more than once.
+Every method reads one tensor of all models at a time; one with a survey reads them all more than once. A rule on task
+vectors that treats every entry alike says so, `@on_task_vectors(elementwise=True)`, and is given large tensors in parts,
+flattened; linear rules always are.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Protocol
 
@@ -32,15 +34,18 @@ from torch import Tensor
 
 from lmc.errors import InputError
 from lmc.merge.aligning import PARAMETER, aligned
+from lmc.merge.parts import Part, blocks
 from lmc.merge.patterns import PerName
-from lmc.merge.tensors import WeightSets, assemble, generator, weight_sets
+from lmc.merge.tensors import WeightSets, assemble_parts, generator, joined, weight_sets
 from lmc.weights import ModelOrWeights, Weights
 
 Rule = Callable[..., Any]
 Survey = Callable[..., Any]
-Read = Callable[[str], tuple[Any, ...]]
+Read = Callable[[str, Part], tuple[Any, ...]]
+Delta = Callable[..., Tensor]  # the merged task vector of a name, or of a part of it
 Kind = Literal["linear", "tensors", "task vectors"]
 GIVEN = ("base", "name", "generator", "survey")
+BLOCKS, BLOCK = 2048, 256  # how many short slices are a sample of a model at least, and their length
 
 
 class MergeFunction(Protocol):
@@ -58,21 +63,36 @@ class MergeFunction(Protocol):
 class Pass:
     """What a rule is given for every weight, one at a time: a survey iterates over it as often as it likes.
 
-    Iterating gives `(models, *shape)` tensors, or a tuple of tensors if the rule takes several; all of one dtype.
+    Iterating gives `(models, *shape)` tensors, or a tuple of tensors if the rule takes several; all of one dtype. Of
+    rules that treat every entry alike, large tensors come in parts (`cut`).
     """
 
     sets: WeightSets
-    read: Callable[[str], tuple[Any, ...]]
+    read: Read
+    cut: bool = False
 
     @property
     def size(self) -> int:
         """The number of values of each model."""
-        return sum(self.sets.states[0][name].numel() for name in self.sets.weights)
+        return sum(self.sets.shells[name].numel() for name in self.sets.weights)
 
     def __iter__(self) -> Iterator[Any]:
-        for name in self.sets.weights:
-            first, *rest = (value.to(self.sets.dtype) for value in self.read(name))
-            yield (first, *rest) if rest else first
+        for name, part in self.sets.walk(self.sets.weights, self.cut):
+            yield self._values(name, part)
+
+    def sample(self) -> Iterator[Any]:
+        """The same for a few thousand short slices, spread evenly over the model; nothing else is read."""
+        sizes = {name: self.sets.shells[name].numel() for name in self.sets.weights}
+        for name, part in blocks(sizes, max(BLOCKS, self.size >> 18), BLOCK):
+            yield self._values(name, part)
+
+    def of(self, name: str) -> "Pass":
+        """The same for one tensor alone."""
+        return replace(self, sets=replace(self.sets, weights=(name,)))
+
+    def _values(self, name: str, part: Part) -> Any:
+        first, *rest = (value.to(self.sets.dtype) for value in self.read(name, part))
+        return (first, *rest) if rest else first
 
 
 @dataclass(frozen=True)
@@ -85,12 +105,14 @@ class Method:
         survey: a function of a `Pass` and the options, called once before the rule; None if one tensor at a time
             suffices.
         shares: for rules on tensors, from the options to the share of each model in averaged statistics.
+        elementwise: whether the rule treats every entry alike, whatever the shape; linear rules do.
     """
 
     rule: Rule
     kind: Kind
     survey: Survey | None = None
     shares: Callable[..., Sequence[float]] | None = None
+    elementwise: bool = False
 
     @cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -121,37 +143,49 @@ class Method:
         models = inspect.Parameter("models", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return inspect.Signature([models, base, *own, *extra])
 
+    def cuts(self, options: Mapping[str, Any]) -> bool:
+        """Whether large tensors are worked on in parts."""
+        return self.elementwise or self.kind == "linear"
+
     def stream(self, sets: WeightSets, **options: Any) -> Iterator[tuple[str, Tensor]]:
         """The merged weights, `(name, tensor)` one at a time in the order of the first model."""
+        return joined(sets, self.parts(sets, **options))
+
+    def parts(self, sets: WeightSets, **options: Any) -> Iterator[tuple[str, Part, Tensor]]:
+        """The same in parts of tensors, `(name, part, values)`; second names of ties are left out."""
+        cut = self.cuts(options)
         if self.kind == "task vectors":
             shares = self._shares(sets, options)
-            return _add_deltas(sets, self.deltas(sets, **options), shares)
+            return _add_deltas(sets, self.deltas(sets, **options), shares, cut)
         if self.kind == "linear":
-            run = self._prepare(sets, options, lambda name: (len(sets),))
+            run = self._prepare(sets, options, lambda name, part: (len(sets),), cut)
 
             def chosen(name: str) -> tuple[list[float], float]:
-                return _affine(self._rule(run, name))
+                return _affine(self._rule(run, name, None))
 
-            return assemble(sets, lambda name: sets.combine(name, *chosen(name)), lambda name: _convex(chosen(name)))
-        run = self._prepare(sets, options, lambda name: (sets.stack(name),))
+            def combined(name: str, part: Part) -> Tensor:
+                return sets.combine(name, *chosen(name), part=part)
 
-        def merged(name: str) -> Tensor:  # an average of one model is that model, bit for bit
-            return sets.combine(name, [1.0]) if len(sets) == 1 else self._rule(run, name)
+            return assemble_parts(sets, combined, lambda name: _convex(chosen(name)), cut)
+        run = self._prepare(sets, options, lambda name, part: (sets.stack(name, part),), cut)
 
-        return assemble(sets, merged, lambda name: self._average(run, name))
+        def merged(name: str, part: Part) -> Tensor:  # an average of one model is that model, bit for bit
+            return sets.combine(name, [1.0], part=part) if len(sets) == 1 else self._rule(run, name, part)
 
-    def deltas(self, sets: WeightSets, **options: Any) -> Callable[[str], Tensor]:
+        return assemble_parts(sets, merged, lambda name: self._average(run, name), cut)
+
+    def deltas(self, sets: WeightSets, **options: Any) -> Delta:
         """For methods on task vectors: the merged task vector of a name, `scale` included, in float32 or wider."""
         if self.kind != "task vectors":
             raise InputError(f"{self.rule.__name__} is not a method on task vectors: it has no merged task vector")
-        return self._scaled(sets, options, lambda name: (sets.deltas(name),))
+        return self._scaled(sets, options, lambda name, part: (sets.deltas(name, part),), self.cuts(options))
 
-    def _scaled(self, sets: WeightSets, options: dict[str, Any], read: Read) -> Callable[[str], Tensor]:
+    def _scaled(self, sets: WeightSets, options: dict[str, Any], read: Read, cut: bool) -> Delta:
         scales = PerName({"scale": options.pop("scale", 1.0)}, {"scale": 1.0}, sets.names)
-        run = self._prepare(sets, options, read)
-        return lambda name: self._rule(run, name) * scales(name)["scale"]
+        run = self._prepare(sets, options, read, cut)
+        return lambda name, part=None: self._rule(run, name, part) * scales(name)["scale"]
 
-    def _prepare(self, sets: WeightSets, options: dict[str, Any], read: Read) -> "_Run":
+    def _prepare(self, sets: WeightSets, options: dict[str, Any], read: Read, cut: bool) -> "_Run":
         if self.needs_base and sets.base is None:
             raise InputError(f"{self.rule.__name__} needs the weights that the models were fine-tuned from: pass base=")
         seed = int(options.pop("seed", 0))
@@ -160,20 +194,20 @@ class Method:
             p.name: p.default for p in self.parameters.values() if p.default is not empty and p.name not in GIVEN
         }
         options = defaults | options
-        found = self.survey(Pass(sets, read), **options) if self.survey else None
+        found = self.survey(Pass(sets, read, cut), **options) if self.survey else None
         return _Run(sets, PerName(options, defaults, sets.names), read, seed, found)
 
-    def _rule(self, run: "_Run", name: str) -> Any:
+    def _rule(self, run: "_Run", name: str, part: Part) -> Any:
         given: dict[str, Any] = {}
         if "base" in self.parameters:
-            given["base"] = None if run.sets.base is None else run.sets.base_tensor(name)
+            given["base"] = None if run.sets.base is None else run.sets.base_tensor(name, part)
         if "name" in self.parameters:
             given["name"] = name
         if "generator" in self.parameters:
             given["generator"] = generator(run.seed, name)
         if "survey" in self.parameters:
             given["survey"] = run.survey
-        return self.rule(*run.read(name), **given, **run.options(name))
+        return self.rule(*run.read(name, part), **given, **run.options(name))
 
     def _average(self, run: "_Run", name: str) -> tuple[list[float], float]:
         """Shares of the models in a statistic: the rule's own if it says so, in proportion to `weights`, or equal."""
@@ -207,18 +241,18 @@ class _Run:
 
 
 def _add_deltas(
-    sets: WeightSets, delta: Callable[[str], Tensor], shares: Callable[[str], tuple[Sequence[float], float]]
-) -> Iterator[tuple[str, Tensor]]:
+    sets: WeightSets, delta: Delta, shares: Callable[[str], tuple[Sequence[float], float]], cut: bool
+) -> Iterator[tuple[str, Part, Tensor]]:
     """`base + delta` for every weight; where the delta is that of a lone model, that model's own bits."""
 
-    def merged(name: str) -> Tensor:
-        move = delta(name)
-        result = sets.base_tensor(name) + move
+    def merged(name: str, part: Part) -> Tensor:
+        move = delta(name, part)
+        result = sets.base_tensor(name, part) + move
         if len(sets) == 1:  # base + (model - base) differs from the model in the last bit
-            result = torch.where(move == sets.deltas(name)[0], sets.stack(name)[0], result)
+            result = torch.where(move == sets.deltas(name, part)[0], sets.stack(name, part)[0], result)
         return result
 
-    return assemble(sets, merged, shares)
+    return assemble_parts(sets, merged, shares, cut)
 
 
 def linear(rule: Rule) -> MergeFunction:
@@ -236,11 +270,14 @@ def on_tensors(rule: Rule | None = None, *, shares: Callable[..., Sequence[float
     return lift(Method(rule, "tensors", shares=shares))
 
 
-def on_task_vectors(rule: Rule | None = None, *, survey: Survey | None = None) -> Any:
-    """Lift `rule(deltas, *, ...) -> delta`: task vectors `(models, *shape)` into one; `scale` of it is added."""
+def on_task_vectors(rule: Rule | None = None, *, survey: Survey | None = None, elementwise: bool = False) -> Any:
+    """Lift `rule(deltas, *, ...) -> delta`: task vectors `(models, *shape)` into one; `scale` of it is added.
+
+    `elementwise`: the rule treats every entry alike, so that it may be given parts of flattened tensors.
+    """
     if rule is None:
-        return lambda rule: lift(Method(rule, "task vectors", survey))
-    return lift(Method(rule, "task vectors", survey))
+        return lambda rule: lift(Method(rule, "task vectors", survey, elementwise=elementwise))
+    return lift(Method(rule, "task vectors", survey, elementwise=elementwise))
 
 
 def lift(method: Method) -> MergeFunction:

@@ -12,14 +12,14 @@ it), and the task vectors it was made of:
 
 import inspect
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from lmc.errors import InputError
-from lmc.merge.method import MergeFunction, Method, Pass, Rule, Survey, coefficients, lift
+from lmc.merge.method import Delta, MergeFunction, Method, Pass, Rule, Survey, coefficients, lift
 from lmc.merge.patterns import matches
 from lmc.merge.task_vectors import per_model, task_arithmetic
 from lmc.merge.tensors import WeightSets, weight_sets
@@ -36,18 +36,25 @@ class OnMerged(Method):
         method = inspect.Parameter("method", inspect.Parameter.KEYWORD_ONLY, default=task_arithmetic)
         return inspect.Signature([*own, method, inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)])
 
-    def deltas(self, sets: WeightSets, **options: Any) -> Callable[[str], Tensor]:
+    def cuts(self, options: Mapping[str, Any]) -> bool:
+        return self.elementwise and _method(options.get("method", task_arithmetic)).cuts(options)
+
+    def deltas(self, sets: WeightSets, **options: Any) -> Delta:
+        cut = self.cuts(options)
         inner = _method(options.pop("method", task_arithmetic))
         own = {key: options.pop(key) for key in [*self.parameters, "scale"] if key in options}
         merged = inner.deltas(sets, **options)
-        return self._scaled(sets, own, lambda name: (merged(name), sets.deltas(name)))
+        return self._scaled(sets, own, lambda name, part: (merged(name, part), sets.deltas(name, part)), cut)
 
 
-def on_merged(rule: Rule | None = None, *, survey: Survey | None = None) -> Any:
-    """Lift `rule(merged, deltas, *, ...) -> delta`: from `(*shape)` and `(models, *shape)` to `(*shape)`."""
+def on_merged(rule: Rule | None = None, *, survey: Survey | None = None, elementwise: bool = False) -> Any:
+    """Lift `rule(merged, deltas, *, ...) -> delta`: from `(*shape)` and `(models, *shape)` to `(*shape)`.
+
+    `elementwise`: the rule treats every entry alike, so that it may be given parts of flattened tensors.
+    """
     if rule is None:
-        return lambda rule: lift(OnMerged(rule, "task vectors", survey))
-    return lift(OnMerged(rule, "task vectors", survey))
+        return lambda rule: lift(OnMerged(rule, "task vectors", survey, elementwise=elementwise))
+    return lift(OnMerged(rule, "task vectors", survey, elementwise=elementwise))
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ def _survey_lines(tensors: Pass, *, alpha: float | None, blocks: Sequence[str] |
     return Depths(found, alpha)
 
 
-@on_merged(survey=_survey_lines)
+@on_merged(survey=_survey_lines, elementwise=True)
 def lines(
     merged: Tensor,
     deltas: Tensor,
@@ -95,7 +102,7 @@ def lines(
     return merged * (survey.alpha + beta * survey.blocks.get(name, 0.0))
 
 
-@on_merged
+@on_merged(elementwise=True)
 def consensus(merged: Tensor, deltas: Tensor, *, threshold: float | Sequence[float] = 0.4, agree: int = 2) -> Tensor:
     """Consensus merging (Wang et al. 2024, 2405.07813): keep the entries that at least `agree` tasks use.
 
@@ -105,7 +112,7 @@ def consensus(merged: Tensor, deltas: Tensor, *, threshold: float | Sequence[flo
     return merged * (_tall_masks(merged, deltas, threshold).sum(0) >= agree)
 
 
-@on_merged
+@on_merged(elementwise=True)
 def tall_mask(merged: Tensor, deltas: Tensor, *, task: int, threshold: float = 0.4) -> Tensor:
     """The merged task vector under the TALL-mask of one task: nearly that task's own model (2405.07813, section 4).
 

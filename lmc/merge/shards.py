@@ -1,17 +1,23 @@
-"""Which tensor of a merged checkpoint goes into which file, and writing such a file tensor by tensor."""
+"""Which tensor of a merged checkpoint goes into which file, and writing such a file part by part."""
 
+import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from lmc.checkpoints import DTYPES, as_bytes, size_of
+from lmc.checkpoints import DTYPES, as_bytes, checksum, size_of
 from lmc.errors import InputError
+from lmc.merge.parts import VALUES, Part
 
+QUEUE = 4  # parts that wait to be written
 LABELS = {dtype: label for label, dtype in DTYPES.items()}
 
 
@@ -70,19 +76,52 @@ def write_shard(
     path: Path,
     shard: Shard,
     ties: Mapping[str, str],
-    tensors: Iterable[tuple[str, Tensor]],
+    parts: Iterator[tuple[str, Part, Tensor]],
     written: Callable[[int], object],
-) -> None:
-    """Write each tensor to its place as it comes, and say how many bytes it had; on return all is on the disk."""
+) -> str:
+    """Write each part of each tensor to its place as it comes, and say how many bytes it had.
+
+    A thread writes while the next parts are made. On return all is on the disk.
+
+    Returns:
+        The SHA-256 of the file.
+    """
     header, places = shard.header(ties)
-    with open(path, "wb") as file:
-        file.write(header)
-        for name, tensor in tensors:
-            file.seek(places[name])
-            if tensor.numel():
-                written(file.write(as_bytes(tensor.cpu().contiguous())))
-        file.flush()
-        os.fsync(file.fileno())
+    with open(path, "wb") as opened, ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+        file = _Hashed(opened)
+        pending = deque([pool.submit(file.write, 0, header)])
+        left = len(shard.tensors)
+        while left:
+            name, part, tensor = next(parts)
+            start, stop = (0, tensor.numel()) if part is None else (part.start, part.stop)
+            values = as_bytes(tensor.cpu().contiguous()) if tensor.numel() else b""
+            pending.append(pool.submit(file.write, places[name] + start * tensor.element_size(), values))
+            written(len(values))
+            left -= stop == torch.Size(shard.tensors[name][1]).numel()
+            while len(pending) > (QUEUE if tensor.numel() <= VALUES else 0):
+                pending.popleft().result()
+        for write in pending:
+            write.result()
+        opened.flush()
+        os.fsync(opened.fileno())
+    return checksum(path) if file.digest is None else file.digest.hexdigest()
+
+
+class _Hashed:
+    """A file with the SHA-256 of what was written, as long as that goes on from where it ended."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest: Any = hashlib.sha256()
+        self.end = 0
+
+    def write(self, place: int, values: bytes | memoryview) -> None:
+        if place != self.end:  # tensors of several widths are not stored in the order of the model
+            self.digest = None
+            self.file.seek(place)
+        if self.digest is not None:
+            self.digest.update(values)
+        self.end = place + self.file.write(values)
 
 
 def parse_size(size: int | str) -> int:

@@ -30,7 +30,7 @@ def task_vector(model: ModelOrWeights, base: ModelOrWeights) -> Weights:
     return {name: sets.deltas(name)[0] for name in sets.weights}
 
 
-@on_task_vectors
+@on_task_vectors(elementwise=True)
 def task_arithmetic(deltas: Tensor, *, weights: Sequence[float] | None = None) -> Tensor:
     """`theta_0 + scale * sum_t w_t tau_t` (Ilharco et al. 2023, 2212.04089).
 
@@ -150,10 +150,11 @@ def elect(deltas: Tensor, undecided: float = 0.0) -> Tensor:
         deltas: `(models, *shape)`, already trimmed and weighted.
         undecided: the sign (-1, 0 or 1) for positions whose sum is exactly zero; with 0 they stay zero.
     """
-    sign = deltas.sum(0).sign()
-    sign = sign.where(sign != 0, undecided)
-    agreeing = (deltas.sign() == sign) & (deltas != 0)
-    return (deltas * agreeing).sum(0) / agreeing.sum(0).clamp_min(1)
+    sign = deltas.sum(0).sign_()
+    if undecided:
+        sign = sign.where(sign != 0, undecided)
+    agreeing = (deltas * sign).relu_()  # magnitudes
+    return agreeing.sum(0).mul_(sign) / agreeing.sign().sum(0).clamp_min_(1)
 
 
 def _rescale(kept: Tensor, deltas: Tensor, chance: float | Tensor, how: Rescale) -> Tensor:

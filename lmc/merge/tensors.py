@@ -7,18 +7,22 @@ Each name of a state dict is one of four things, and each is treated once, here,
   takes no part in norms, cosines, masks or quantiles; re-estimate it afterwards (`lmc.recalibrate_batchnorm`);
 - a tie: a second name of the same storage (embedding and output head). It is merged under its first name and tied
   again;
-- anything else (integers, booleans): copied from the first model.
+- anything else (integers, booleans, masks with infinities that are the same everywhere): copied from the first model.
+
+A method that treats every entry alike is given large tensors in parts, so that memory does not depend on their size.
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
-from lmc.checkpoints import Checkpoint
+from lmc.checkpoints import Checkpoint, flat
 from lmc.errors import InputError, WeightsError
+from lmc.merge.parts import Ahead, Part, parts
 from lmc.weights import ModelOrWeights, as_weights, check_compatible
 
 STATISTICS = ("running_mean", "running_var")
@@ -36,6 +40,8 @@ class WeightSets:
         ties: second names of a stored tensor, each with its first name.
         dtype: the widest dtype that weights are computed in: float32, or float64 if any weight has it.
         skip: names that the result is to leave out.
+
+    Wherever a `part` is given, only that part of the flattened tensor is read, and `(*shape)` is its length.
     """
 
     states: tuple[Mapping[str, Tensor], ...]
@@ -45,34 +51,57 @@ class WeightSets:
     ties: Mapping[str, str]
     dtype: torch.dtype
     skip: frozenset[str] = frozenset()
+    _ahead: Ahead = field(default_factory=Ahead, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.states)
+
+    @cached_property
+    def shells(self) -> Mapping[str, Tensor]:
+        """The names with tensors of the right shape and dtype, whose values are not to be read."""
+        return outline(self.states[0])
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names of weights and statistics: those that options per name pattern can speak of."""
         return (*self.weights, *sorted(self.statistics))
 
-    def stack(self, name: str) -> Tensor:
+    def walk(self, names: Iterable[str], cut: bool) -> Iterator[tuple[str, Part]]:
+        """Every name with each part of its tensor (with None, the whole, unless `cut`), in order.
+
+        What comes next is read from disk meanwhile, where it is small.
+        """
+        steps = ((name, part) for name in names for part in (parts(self.shells[name]) if cut else [None]))
+        sources = [(s, f"models[{i}]") for i, s in enumerate(self.states)] + [(self.base, "base")]
+        lazy = [(state, who) for state, who in sources if isinstance(state, Checkpoint)]
+        return self._ahead.walk(steps, self.shells, lazy, self._load)
+
+    def stack(self, name: str, part: Part = None) -> Tensor:
         """`(models, *shape)`: the tensor `name` of every model, in float32 or wider."""
-        return torch.stack([self.tensor(name, i) for i in range(len(self.states))])
+        first = self.tensor(name, 0, part)
+        together = first.new_empty((len(self.states), *first.shape))
+        together[0] = first
+        for i in range(1, len(self.states)):
+            together[i] = self.tensor(name, i, part)
+        return together
 
-    def tensor(self, name: str, model: int) -> Tensor:
+    def tensor(self, name: str, model: int, part: Part = None) -> Tensor:
         """`(*shape)`: the tensor `name` of one model, in float32 or wider."""
-        return self._read(self.states[model], name, f"models[{model}]")
+        return self._read(self.states[model], name, f"models[{model}]", part)
 
-    def base_tensor(self, name: str) -> Tensor:
+    def base_tensor(self, name: str, part: Part = None) -> Tensor:
         """`(*shape)`: the tensor `name` of the base, in float32 or wider."""
         if self.base is None:
             raise InputError("this method needs the weights that the models were fine-tuned from: pass base=")
-        return self._read(self.base, name, "base")
+        return self._read(self.base, name, "base", part)
 
-    def deltas(self, name: str) -> Tensor:
+    def deltas(self, name: str, part: Part = None) -> Tensor:
         """`(models, *shape)`: the task vectors, model minus base."""
-        return self.stack(name).sub_(self.base_tensor(name))
+        return self.stack(name, part).sub_(self.base_tensor(name, part))
 
-    def combine(self, name: str, coefficients: Sequence[float], base_coefficient: float = 0.0) -> Tensor:
+    def combine(
+        self, name: str, coefficients: Sequence[float], base_coefficient: float = 0.0, part: Part = None
+    ) -> Tensor:
         """`base_coefficient * base + sum_i coefficients[i] * model_i`, one model at a time; all coefficients sum to 1.
 
         Summed as steps from the first model used, so that equal models give that model bit for bit, as a lone
@@ -88,22 +117,31 @@ class WeightSets:
         for i, (state, coefficient, who) in enumerate(used):
             if state is None:
                 raise InputError(f"coefficients that do not sum to 1 leave {coefficient:g} to the base: pass base=")
-            tensor = self._read(state, name, who)
+            tensor = self._read(state, name, who, part)
             if i == 0:
                 origin, total = tensor, tensor.clone()
             else:
                 total.add_(tensor - origin, alpha=coefficient)
         return total
 
-    def _read(self, state: Mapping[str, Tensor], name: str, who: str) -> Tensor:
-        tensor = state[name].detach()
+    def _read(self, state: Mapping[str, Tensor], name: str, who: str, part: Part) -> Tensor:
+        found = self._ahead.take(state, name, part)
+        return self._load(state, name, who, part) if found is None else found
+
+    def _load(self, state: Mapping[str, Tensor], name: str, who: str, part: Part) -> Tensor:
+        if isinstance(state, Checkpoint):
+            tensor = state.read(name, part)
+        else:
+            tensor = state[name].detach() if part is None else flat(state[name].detach(), part)
         tensor = tensor.to(wide(tensor.dtype))
         if not bool(torch.isfinite(tensor.sum())) and not bool((finite := torch.isfinite(tensor)).all()):
-            where = tuple(int(i) for i in (~finite).nonzero()[0])
+            first = int((~finite).flatten().nonzero()[0]) + (0 if part is None else part.start)
+            shape = tuple(outline(state)[name].shape)
+            where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), shape)) if shape else ()
             place = f" ({state.entry(name).file})" if isinstance(state, Checkpoint) else ""
+            bad = f"{int((~finite).sum())} of {tensor.numel()} values" + (" read" if part else "")
             raise WeightsError(
-                f"{name} of {who}{place}: {int((~finite).sum())} of {tensor.numel()} values are NaN or infinite, "
-                f"first at {where}; leave this model out"
+                f"{name} of {who}{place}: {bad} are NaN or infinite, first at {where}; leave this model out"
             )
         return tensor
 
@@ -145,8 +183,8 @@ def weight_sets(
             raise WeightsError(f"{name}: on the meta device, which holds no values; load the weights first")
         if not tensor.is_floating_point() or name in ties:
             continue
-        if tensor.numel() == 0 or (isinstance(states[0], dict) and _masking(tensor, [o[name] for _, o in others])):
-            continue
+        if tensor.numel() == 0 or (_infinite(states[0], name) and all(_equal(states[0], o, name) for _, o in others)):
+            continue  # an attention mask with infinities, the same everywhere
         if name in buffers or name.rpartition(".")[2] in STATISTICS:
             statistics.add(name)
         else:
@@ -165,28 +203,61 @@ def assemble(
         merged: the merged tensor for the name of a weight; any dtype, cast here.
         shares: for the name of a statistic the share of each model and of the base in its average; they sum to 1.
     """
+    return joined(sets, assemble_parts(sets, lambda name, part: merged(name), shares, cut=False))
+
+
+def assemble_parts(
+    sets: WeightSets,
+    merged: Callable[[str, Part], Tensor],
+    shares: Callable[[str], tuple[Sequence[float], float]],
+    cut: bool,
+) -> Iterator[tuple[str, Part, Tensor]]:
+    """As `assemble`, large tensors in parts if `cut`; second names of ties are left out."""
     weights = frozenset(sets.weights)
-    again = {first for name, first in sets.ties.items() if name not in sets.skip}
-    done: dict[str, Tensor] = {}
-    first = sets.states[0]
-    for name, original in outline(first).items():
-        if name in sets.skip:
-            continue
-        if name in sets.ties:
-            yield name, done[sets.ties[name]]
-            continue
+    first = sets.shells
+    names = [name for name in first if name not in sets.skip and name not in sets.ties]
+    for name, part in sets.walk(names, cut):
+        original = first[name]
         if name in weights:
-            tensor = merged(name)
+            tensor = merged(name, part)
         elif name in sets.statistics:
-            tensor = sets.combine(name, *shares(name))
+            tensor = sets.combine(name, *shares(name), part=part)
         else:
-            tensor = first[name].detach().clone()
-        if tensor.shape != original.shape:
-            raise InputError(f"{name}: the method gave shape {tuple(tensor.shape)}, expected {tuple(original.shape)}")
-        tensor = tensor.to(original.dtype)
+            whole = sets.states[0][name].detach()
+            tensor = whole.clone() if part is None else flat(whole, part).clone()
+        shape = tuple(original.shape) if part is None else (part.stop - part.start,)
+        if tensor.shape != shape:
+            raise InputError(f"{name}: the method gave shape {tuple(tensor.shape)}, expected {shape}")
+        yield name, part, tensor.to(original.dtype)
+
+
+def joined(sets: WeightSets, found: Iterable[tuple[str, Part, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors from `assemble_parts`, and the second names of ties, in the order of the first model."""
+    first = sets.shells
+    names = iter([name for name in first if name not in sets.skip])
+    again = {sets.ties[name] for name in first if name in sets.ties and name not in sets.skip}
+    done: dict[str, Tensor] = {}
+
+    def ties_before(stop: str | None) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            if name == stop:
+                return
+            yield name, done[sets.ties[name]]
+
+    whole = torch.empty(0)
+    for name, part, tensor in found:
+        if part is not None:
+            if part.start == 0:
+                whole = torch.empty(first[name].shape, dtype=tensor.dtype, device=tensor.device)
+            whole.view(-1)[part] = tensor
+            if part.stop < whole.numel():
+                continue
+            tensor = whole
+        yield from ties_before(name)
         if name in again:
             done[name] = tensor
         yield name, tensor
+    yield from ties_before(None)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -220,9 +291,30 @@ def _check_compatible(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: t
         check_compatible(left, right, names)
 
 
-def _masking(tensor: Tensor, others: Sequence[Tensor]) -> bool:
-    """An attention mask with infinities, the same everywhere: not a weight; copied, as integers are."""
-    return bool(tensor.detach().to(wide(tensor.dtype)).isinf().any()) and all(torch.equal(tensor, o) for o in others)
+def _infinite(state: Mapping[str, Tensor], name: str) -> bool:
+    """Whether the tensor holds an infinity and no NaN.
+
+    On disk, reading all tensors for this would take as long as the merge: those called "weight" and "bias" are looked
+    into at both ends only, where a causal mask has some.
+    """
+    if not isinstance(state, Checkpoint):
+        return _holds_infinity(state[name].detach())
+    size, edge = state.entry(name).size, 256
+    if name.rpartition(".")[2] not in ("weight", "bias") or size <= 2 * edge:
+        return _holds_infinity(state.read(name))
+    ends = (state.read(name, slice(0, edge)), state.read(name, slice(size - edge, size)))
+    return any(_holds_infinity(end) for end in ends) and _holds_infinity(state.read(name))
+
+
+def _holds_infinity(tensor: Tensor) -> bool:
+    tensor = tensor.to(wide(tensor.dtype))
+    if bool(torch.isfinite(tensor.sum())):
+        return False
+    return bool(tensor.isinf().any()) and not bool(tensor.isnan().any())
+
+
+def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor], name: str) -> bool:
+    return torch.equal(a[name].detach(), b[name].detach())
 
 
 def _ties(states: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:

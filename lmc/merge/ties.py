@@ -4,12 +4,12 @@ Both look at all tensors before they merge the first one, so they read the model
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from lmc.errors import InputError
 from lmc.merge.method import Pass, on_task_vectors
@@ -19,37 +19,54 @@ from lmc.merge.task_vectors import elect, per_model, weigh
 Scope = Literal["model", "tensor"]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trim:
-    """TIES' first pass: each model's threshold `(models,)`, and, once a sum is exactly zero, the majority sign."""
+    """TIES' first pass: each model's threshold, and, once a sum is exactly zero, the majority sign.
+
+    For the whole model (`thresholds`), or, where that is None, for one tensor after the other.
+    """
 
     deltas: Pass
-    thresholds: Tensor
-    weights: Sequence[float] | None
+    thresholds: Tensor | None
+    _limits: dict[str, Tensor] = field(default_factory=dict)
+    _majorities: dict[str, float] = field(default_factory=dict)
 
-    @cached_property
-    def majority(self) -> float:
-        """The sign that most entries of the whole model elect; -1 when there are as many of both."""
-        return _majority(sum(float(_votes(weigh(trim(d, self.thresholds), self.weights))) for d in self.deltas))
+    def limits(self, name: str, density: float) -> Tensor:
+        """`(models,)`: the thresholds for the tensor `name`."""
+        if self.thresholds is not None:
+            return self.thresholds
+        if name not in self._limits:
+            own = self.deltas.of(name)
+            self._limits = {name: thresholds(own, density, len(own.sets), own.size)}  # parts of a tensor come together
+        return self._limits[name]
+
+    def majority(self, name: str, limits: Tensor, weights: Sequence[float] | None) -> float:
+        """The sign that most entries elect, of the whole model or of the tensor; -1 when there are as many of both."""
+        scope, own = ("", self.deltas) if self.thresholds is not None else (name, self.deltas.of(name))
+        if scope not in self._majorities:
+            votes = sum(float(weigh(trim(d, limits), weights).sum(0).sign_().sum()) for d in own)
+            self._majorities = {scope: 1.0 if votes > 0 else -1.0}
+        return self._majorities[scope]
 
 
-def _survey_ties(deltas: Pass, *, density: Any, weights: Any, scope: Scope, **_: Any) -> Trim | None:
+def _survey_ties(deltas: Pass, *, density: Any, weights: Any, scope: Scope, **_: Any) -> Trim:
     if scope not in ("model", "tensor"):
         raise InputError(f"scope must be 'model' or 'tensor', got {scope!r}")
     if scope == "tensor":
-        return None
+        return Trim(deltas, None)
     if isinstance(density, Mapping) or isinstance(weights, Mapping):
         raise InputError(
             "density and weights per name pattern need scope='tensor': scope='model' ranks all tensors at once"
         )
-    return Trim(deltas, thresholds(deltas, density, len(deltas.sets), deltas.size), weights)
+    return Trim(deltas, thresholds(deltas, density, len(deltas.sets), deltas.size))
 
 
-@on_task_vectors(survey=_survey_ties)
+@on_task_vectors(survey=_survey_ties, elementwise=True)
 def ties(
     deltas: Tensor,
     *,
-    survey: Trim | None,
+    survey: Trim,
+    name: str,
     density: float = 0.2,
     weights: Sequence[float] | None = None,
     scope: Scope = "model",
@@ -66,36 +83,30 @@ def ties(
     majority sign of the whole model (negative if there is none); in the paper's formula it is dropped
     (`undecided="drop"`), other tools take it as positive. `scope="tensor"` trims each tensor on its own, as those do.
     """
-    limits = survey.thresholds if survey else thresholds([deltas], density, len(deltas), deltas[0].numel())
-    trimmed = weigh(trim(deltas, limits), weights)
-    contested = (trimmed.sum(0) == 0) & (trimmed != 0).any(0)
     if undecided not in ("majority", "positive", "drop"):
         raise InputError(f"undecided must be 'majority', 'positive' or 'drop', got {undecided!r}")
-    if undecided == "drop" or not bool(contested.any()):
+    limits = survey.limits(name, density)
+    trimmed = weigh(trim(deltas, limits), weights)
+    if undecided == "drop":
         return elect(trimmed)
     if undecided == "positive":
         return elect(trimmed, 1.0)
-    return elect(trimmed, survey.majority if survey else _majority(float(_votes(trimmed))))
+    contested = ((trimmed.sum(0) == 0) & (trimmed.abs().sum(0) > 0)).any()
+    return elect(trimmed, survey.majority(name, limits, weights) if contested else 0.0)
 
 
 def trim(deltas: Tensor, limits: Tensor) -> Tensor:
     """Zero all entries of `(models, *shape)` whose magnitude is below the limit of their model."""
-    return deltas * (deltas.abs() >= per_model(limits, deltas))
+    below = torch.nextafter(limits.to(deltas.dtype), torch.zeros((), dtype=deltas.dtype)).tolist()  # hardshrink keeps what is above its bound
+    return torch.stack([hardshrink(d, low) if low > 0 else d for d, low in zip(deltas, below, strict=True)])
 
 
 def thresholds(deltas: Iterable[Tensor], density: float, models: int, size: int) -> Tensor:
     """`(models,)`: the magnitude of rank `size - floor(density size)` from below among all entries of a model."""
     if not 0.0 < density <= 1.0:
         raise InputError(f"density, the share of entries kept, must be in (0, 1], got {density}")
-    return kth_smallest(lambda: (d.abs() for d in deltas), [max(1, size - int(density * size))] * models, size)
-
-
-def _votes(deltas: Tensor) -> Tensor:
-    return deltas.sum(0).sign().sum()
-
-
-def _majority(votes: float) -> float:
-    return 1.0 if votes > 0 else -1.0
+    sample = (lambda: (d.abs() for d in deltas.sample())) if isinstance(deltas, Pass) else None
+    return kth_smallest(lambda: (d.abs() for d in deltas), [max(1, size - int(density * size))] * models, size, sample)
 
 
 @dataclass(frozen=True)
@@ -111,23 +122,26 @@ class Competition:
 def _survey_pcb(deltas: Pass, *, density: Any, **_: Any) -> Competition:
     if isinstance(density, Mapping) or not 0.0 < density <= 1.0:
         raise InputError(f"density must be one number in (0, 1]: PCB ranks the whole model; got {density!r}")
-    count = len(deltas.sets)
+    count, highest = len(deltas.sets), list[Tensor]()
 
     def quantiles(values: Callable[[Tensor], Tensor], *shares: float) -> list[Tensor]:
-        """`(models,)` for each share; one pass finds several."""
+        """`(models,)` for each share, all in one pass."""
         ranks = [1 + int(share * (deltas.size - 1)) for share in shares for _ in range(count)]
-        found = kth_smallest(
-            lambda: (values(d).repeat(len(shares), *[1] * (d.ndim - 1)) for d in deltas), ranks, deltas.size
-        )
-        return list(found.split(count))
+        passes, sample = (lambda: map(values, deltas)), (lambda: map(values, deltas.sample()))
+        return list(kth_smallest(passes, ranks, deltas.size, sample).split(count))
 
     low, high = quantiles(torch.abs, 1e-4, 1 - 1e-4)
-    (least,) = quantiles(lambda d: _balance(d, low, high), 1.0 - density)
-    most = torch.stack([_balance(d, low, high).reshape(count, -1).amax(1).cpu() for d in deltas]).amax(0)
-    return Competition(low, high, least, most)
+
+    def balance(deltas: Tensor) -> Tensor:
+        found = _balance(deltas, low, high)
+        highest.append(found.reshape(count, -1).amax(1).cpu())  # on the way; of a sample it does no harm
+        return found
+
+    (least,) = quantiles(balance, 1.0 - density)
+    return Competition(low, high, least, torch.stack(highest).amax(0))
 
 
-@on_task_vectors(survey=_survey_pcb)
+@on_task_vectors(survey=_survey_pcb, elementwise=True)
 def pcb(deltas: Tensor, *, survey: Competition, density: float = 0.1, weights: Sequence[float] | None = None) -> Tensor:
     """PCB-Merging (Du et al. 2024, 2410.02396): entries compete within their task and with those of the other tasks.
 

@@ -1,5 +1,8 @@
 """Merge checkpoints on disk, tensor by tensor: memory for a few copies of the largest tensor, not for the models.
 
+Methods that treat every entry alike (averages, task arithmetic, TIES, PCB, ...) work on parts of large tensors and need
+some 100 MB whatever the models' size. Threads read what comes next and write what is done meanwhile.
+
     plan = lmc.merge.plan(lmc.merge.ties, ["math/", "code/"], "merged/", base="base/", density=0.3)
     print(plan)                     # sizes, files, memory, what is done already
     merged = plan.write()           # or all at once: lmc.merge.write(lmc.merge.ties, [...], "merged/", ...)
@@ -13,23 +16,25 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from lmc.checkpoints import INDEX, Checkpoint, checksum, open_checkpoint, readable
+from lmc.checkpoints import INDEX, RECIPE, Checkpoint, checksum, open_checkpoint, readable
 from lmc.errors import InputError
 from lmc.files import write_text
 from lmc.merge.method import MergeFunction, Method
+from lmc.merge.parts import DEPTH, VALUES, Part
 from lmc.merge.recipe import Recipe, make_recipe, record, recorded
-from lmc.merge.shards import Shard, layout, parse_size, write_shard
-from lmc.merge.tensors import WeightSets, outline, weight_sets, wide
+from lmc.merge.shards import QUEUE, Shard, layout, parse_size, write_shard
+from lmc.merge.tensors import WeightSets, weight_sets, wide
 from lmc.progress import tqdm
 from lmc.weights import ModelOrWeights
 
 Source: TypeAlias = str | Path | ModelOrWeights
+BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+TRAINING = ("trainer_state.json", "optimizer.json")  # of the run, not of the model
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class Plan:
         ties: second names of stored tensors, which are not stored again.
         memory: bytes of memory at most, about, besides what the program holds already.
         one_pass: whether each tensor is read once only; else thresholds of whole models are found first.
+        beside: the files that are copied: configuration and tokenizer, of the base or else the first model in a folder.
     """
 
     out: Path
@@ -53,7 +59,8 @@ class Plan:
     ties: Mapping[str, str]
     memory: int
     one_pass: bool
-    _stream: Callable[[frozenset[str]], Iterator[tuple[str, Tensor]]] = field(repr=False)
+    beside: tuple[Path, ...]
+    _stream: Callable[[frozenset[str]], Iterator[tuple[str, Part, Tensor]]] = field(repr=False)
 
     @property
     def size(self) -> int:
@@ -70,6 +77,8 @@ class Plan:
             f"in {len(self.shards)} files",
             f"  memory: about {readable(self.memory)}; every tensor is read {'once' if self.one_pass else 'repeatedly'}",
         ]
+        if self.beside:
+            lines.append(f"  copied from {self.beside[0].parent}: {', '.join(file.name for file in self.beside)}")
         return "\n".join(lines + ([f"  {len(self.done)} files are complete already"] if self.done else []))
 
     def write(self, *, progress: bool = True) -> Checkpoint:
@@ -80,19 +89,20 @@ class Plan:
             WeightsError: a tensor with values that are not finite; it, its model and its file are named.
         """
         todo = [shard for shard in self.shards if shard.file not in self.done]
-        needed = sum(shard.size for shard in todo)
+        needed = sum(shard.size for shard in todo) + sum(file.stat().st_size for file in self.beside)
         free = shutil.disk_usage(next(folder for folder in self.out.parents if folder.exists())).free
         if needed > free:
             raise InputError(f"{self.out}: needs {readable(needed)}, its disk has {readable(free)} free; make room")
         partial, files = _partial(self.out), dict(self.done)
         partial.mkdir(parents=True, exist_ok=True)
         record(partial, self.recipe, files)
-        merged = self._stream(frozenset(name for s in self.shards if s.file in files for name in s.tensors))
+        parts = self._stream(frozenset(name for s in self.shards if s.file in files for name in s.tensors))
         with tqdm(total=needed, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
             for shard in todo:
-                write_shard(partial / shard.file, shard, self.ties, islice(merged, len(shard.tensors)), bar.update)
-                files[shard.file] = checksum(partial / shard.file)
+                files[shard.file] = write_shard(partial / shard.file, shard, self.ties, parts, bar.update)
                 record(partial, self.recipe, files)
+        for file in self.beside:
+            shutil.copyfile(file, partial / file.name)
         if len(self.shards) > 1:
             weight_map = {name: shard.file for shard in self.shards for name in shard.tensors}
             index = {"metadata": {"total_size": self.size}, "weight_map": weight_map}
@@ -155,6 +165,8 @@ def plan(
         DataError: a checkpoint that cannot be read; its file is named.
         MismatchError: names, shapes or dtypes of the models differ.
     """
+    if options.pop("align", None) is not None:
+        raise InputError("align: moving units needs whole models; align first, store the moved models, and merge those")
     how = getattr(method, "method", None)
     if not isinstance(how, Method):
         raise InputError(
@@ -173,27 +185,44 @@ def plan(
     )
     sets = weight_sets(opened, reference)
     recipe = make_recipe(method, arguments, opened, reference, limit)
-    shards = layout({name: t for name, t in outline(sets.states[0]).items() if name not in sets.ties}, limit)
+    shards = layout({name: t for name, t in sets.shells.items() if name not in sets.ties}, limit)
 
-    def stream(done: frozenset[str]) -> Iterator[tuple[str, Tensor]]:
-        return how.stream(replace(sets, skip=done | frozenset(sets.ties)), **arguments)
+    def stream(done: frozenset[str]) -> Iterator[tuple[str, Part, Tensor]]:
+        return how.parts(replace(sets, skip=done | frozenset(sets.ties)), **arguments)
 
     done = _finished(out, recipe, shards)
-    return Plan(out, recipe, shards, done, sets.ties, _memory(how, sets), how.one_pass, stream)
+    memory, beside = _memory(how, sets, arguments), _beside([reference, *opened])
+    return Plan(out, recipe, shards, done, sets.ties, memory, how.one_pass, beside, stream)
 
 
-def _memory(how: Method, sets: WeightSets) -> int:
-    """Working copies of the largest tensor, and what a survey of the whole models collects.
+def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:
+    """Working copies of a part or of the largest tensor, and what a survey of the whole models collects.
 
     The greediest rule (DELLA, which ranks) has eight copies per model. Where tensors are small, the C library's
     allocator may keep more than is in use.
     """
-    shells = outline(sets.states[0])
-    largest = max((shells[name].numel() * wide(shells[name].dtype).itemsize for name in sets.names), default=0)
-    if how.kind == "linear":
-        return 5 * largest
-    survey = 0 if how.one_pass else sum(shells[name].numel() for name in sets.weights) * len(sets) // 10
-    return (8 * len(sets) + 2) * largest + survey
+    sizes = {name: sets.shells[name].numel() for name in sets.names}
+    widest = max((wide(sets.shells[name].dtype).itemsize for name in sets.names), default=0)
+    largest = max(sizes.values(), default=0)
+    survey = 0
+    if not how.one_pass:  # a sample, sorted, and the values near thresholds
+        total = sum(sizes[name] for name in sets.weights)
+        survey = len(sets) * (4 * max(min(total, 1 << 19), total >> 10) + total // 50)
+    if how.cuts(options):
+        ahead = (DEPTH + 1) * (len(sets) + 1)
+        return ((8 * len(sets) + 2 + QUEUE + ahead) * min(largest, VALUES) + survey) * widest
+    return ((8 * len(sets) + 2) * largest + survey) * widest
+
+
+def _beside(sources: Sequence[ModelOrWeights | None]) -> tuple[Path, ...]:
+    """Configuration and tokenizer of the first folder that has any: small texts, without indices and old recipes."""
+    for source in sources:
+        if isinstance(source, Checkpoint) and source.path.is_dir():
+            found = sorted(file for file in source.path.iterdir() if file.suffix in BESIDE and file.is_file())
+            found = [f for f in found if not f.name.endswith(".index.json") and f.name not in (RECIPE, *TRAINING)]
+            if found:
+                return tuple(found)
+    return ()
 
 
 def _partial(out: Path) -> Path:
