@@ -1,8 +1,8 @@
 """Second moments between the units of two networks on the same inputs, streamed over batches in one pass.
 
 Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983), on centred values: products in the dtype of
-the activations, sums in float64. So a mean that is large beside the spread costs no digits. What is kept is one matrix
-per group, on the device that runs the networks.
+the activations, sums in float64, where a few batches at a time are added. So a mean that is large beside the spread
+costs no digits. What is kept is one matrix per group, on the device that runs the networks.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +20,8 @@ from lmc.weights import Weights
 
 # A unit whose spread is below this share of its mean square has no variance beyond rounding: it is constant.
 _ROUNDING = 1e-12
+# So many samples are summed up in the dtype of the activations before the sum goes over into float64.
+_SAMPLES_AT_A_TIME = 8192
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,13 +44,14 @@ class Moments:
     """Centred second moments of `n_a` units of one network and `n_b` of another, over all sites of a target.
 
     Attributes:
-        product: `(n_a, n_b)` float64, `sum (z_a - mean) (z_b - mean)`; means are those of each site.
         square_a, square_b: `(n_a,)`, `(n_b,)`, `sum (z - mean)²`.
         samples: examples times positions over which the sums run.
     """
 
     def __init__(self, n_a: int, n_b: int, device: torch.device) -> None:
-        self.product = torch.zeros(n_a, n_b, dtype=torch.float64, device=device)
+        self._product = torch.zeros(n_a, n_b, dtype=torch.float64, device=device)
+        self._recent: Tensor | None = None  # what the last batches add to it, in their dtype
+        self._recent_samples = 0
         self.square_a = torch.zeros(n_a, dtype=torch.float64, device=device)
         self.square_b = torch.zeros(n_b, dtype=torch.float64, device=device)
         self.samples = 0
@@ -61,13 +64,31 @@ class Moments:
         before, old_a, old_b = self._means.get(site, (0, torch.zeros_like(mean_a), torch.zeros_like(mean_b)))
         shift_a, shift_b = mean_a - old_a, mean_b - old_b
         weight = before * new / (before + new)
-        self.product += values_a @ values_b.T
-        self.product.addr_(shift_a, shift_b, alpha=weight)
+        if self._recent is None:
+            self._recent = values_a @ values_b.T
+        else:
+            self._recent.addmm_(values_a, values_b.T)
+        self._recent_samples += new
+        if self._recent_samples >= _SAMPLES_AT_A_TIME:
+            self._fold()
+        if before:
+            self._product.addr_(shift_a, shift_b, alpha=weight)
         self.square_a += values_a.square().sum(1) + weight * shift_a.square()
         self.square_b += values_b.square().sum(1) + weight * shift_b.square()
         share = new / (before + new)
         self._means[site] = (before + new, old_a + share * shift_a, old_b + share * shift_b)
         self.samples += new
+
+    def _fold(self) -> None:
+        if self._recent is not None:
+            self._product += self._recent
+            self._recent, self._recent_samples = None, 0
+
+    @property
+    def product(self) -> Tensor:
+        """`(n_a, n_b)` float64: `sum (z_a - mean) (z_b - mean)`; means are those of each site."""
+        self._fold()
+        return self._product
 
     def cross_product(self) -> Tensor:
         """`(n_a, n_b)`: the uncentred `sum z_a z_b`."""
@@ -152,9 +173,15 @@ def _run(
 
 
 def unit_values(activation: Tensor, channel: int, rows: Tensor) -> Tensor:
-    """`(n, samples)`: the values of each unit, all its channels and all other axes being samples; float32 at least."""
-    values = activation.movedim(channel, 0)
-    values = values.reshape(len(values), -1).to(torch.promote_types(activation.dtype, torch.float32))
+    """`(n, samples)`: the values of each unit, all its channels and all other axes being samples; float32 at least.
+
+    In the order of memory that the activation has, where that is possible.
+    """
+    if channel in (-1, activation.ndim - 1):
+        values = activation.reshape(-1, activation.shape[-1]).T
+    else:
+        values = activation.movedim(channel, 0).flatten(1)
+    values = values.to(torch.promote_types(activation.dtype, torch.float32))
     if not _is_arange(rows, len(values)):
         values = values.index_select(0, rows.flatten().to(values.device))
     return values.reshape(len(rows), -1)

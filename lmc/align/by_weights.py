@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lmc.align.assignment import assign
+from lmc.align.assignment import assign, opening_prices
 from lmc.align.blocks import Block, build_blocks
 from lmc.align.descent import Descent
 from lmc.symmetry.actions import permute_tensor
@@ -55,8 +55,9 @@ def match_silent(
     for block in build_blocks(spec, fixed):
         if block.name in todo:
             units = todo[block.name]
+            gain = _gain(block, fixed, state, units)
             step = torch.arange(block.size)
-            step[units] = units[assign(_gain(block, fixed, state, units))[0]]
+            step[units] = units[assign(gain, opening_prices(gain))[0]]
             for name, tables in spec.groups[block.name].tables.items():
                 if name in state:
                     pairs = [(block.name, table) for table in tables]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lmc.align.activations import Site
-from lmc.align.assignment import assign
+from lmc.align.assignment import assign, opening_prices
 from lmc.align.blocks import build_blocks
 from lmc.align.descent import Descent, inner_product
 from lmc.align.taps import Tap, groups_at
@@ -53,9 +53,11 @@ class Cluster:
         if len(self.groups) > 1:
             return self._match_together(spec, scores)
         score = scores[self.name]
-        index, improvement = assign(score + _STAY * score.abs().max() * torch.eye(len(score), device=score.device))
+        favoured = score.clone()
+        favoured.diagonal().add_(_STAY * max(map(abs, score.aminmax())))
+        index, _ = assign(favoured, opening_prices(favoured))
         stay = float(score.diagonal().sum())
-        value = float(score.cpu()[torch.arange(len(index)), index].sum())
+        value = float(score.gather(1, index[:, None].to(score.device)).sum())
         return {self.name: index}, value, stay
 
     def _match_together(

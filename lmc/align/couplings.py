@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lmc.align.assignment import assign
+from lmc.align.assignment import assign, opening_prices
 from lmc.errors import InputError, SpecError
 from lmc.symmetry.group import Group, Table
 from lmc.symmetry.spec import PermutationSpec
@@ -31,8 +31,9 @@ def plan(cost: Tensor, regularization: float, name: str) -> Tensor:
     """
     n_a, n_b = cost.shape
     if regularization == 0.0 and n_a == n_b:
+        gain = -cost
         coupling = torch.zeros(n_a, n_b, dtype=torch.float64)
-        coupling[torch.arange(n_a), assign(-cost)[0]] = 1.0 / n_a
+        coupling[torch.arange(n_a), assign(gain, opening_prices(gain))[0]] = 1.0 / n_a
         return coupling
     ot = _pot()
     matrix = cost.detach().to("cpu", torch.float64)
@@ -176,7 +177,12 @@ def _tensor(table: Table) -> Tensor:
 def _by_unit(square: Tensor, rows_a: Tensor, rows_b: Tensor) -> Tensor:
     if rows_a.shape[1] != rows_b.shape[1]:
         raise SpecError(f"units of {rows_a.shape[1]} channels in a and {rows_b.shape[1]} in b cannot be compared")
-    return sum(square[x][:, y] for x, y in zip(rows_a.T, rows_b.T, strict=True))  # type: ignore[return-value]
+    columns = iter(zip(rows_a.T.to(square.device), rows_b.T.to(square.device), strict=True))
+    x, y = next(columns)
+    total = square[x].index_select(1, y)
+    for x, y in columns:
+        total += square[x].index_select(1, y)
+    return total
 
 
 def _uncovered(row_a: Tensor, row_b: Tensor, inner: list[Coupling], view: View) -> tuple[Tensor, Tensor]:

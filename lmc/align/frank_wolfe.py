@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmc.align.assignment import assign
+from lmc.align.assignment import assign, opening_prices
 from lmc.align.soft import Mixer, as_matrices, degree, sinkhorn
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
@@ -58,7 +58,7 @@ def frank_wolfe(
         if step == 0.0:
             break
     now = [start[0], *now]
-    moves = [{name: assign(matrix)[0] for name, matrix in part.items()} for part in now]
+    moves = [{name: _best(matrix) for name, matrix in part.items()} for part in now]
     return moves, {"steps": steps, "converged": stalled >= _PATIENCE or steps < max_iterations}
 
 
@@ -130,9 +130,13 @@ def _pairs(tensors: Tensor) -> np.ndarray:
 def _vertex(gradients: Mapping[str, Tensor]) -> Matrices:
     """The permutation matrices whose inner product with the gradients is largest."""
     return {
-        name: torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device)[assign(gradient)[0]]
+        name: torch.eye(len(gradient), dtype=gradient.dtype, device=gradient.device)[_best(gradient)]
         for name, gradient in gradients.items()
     }
+
+
+def _best(gain: Tensor) -> Tensor:
+    return assign(gain, opening_prices(gain))[0]
 
 
 def _between(start: Mapping[str, Tensor], end: Mapping[str, Tensor], step: float) -> Matrices:

@@ -197,8 +197,8 @@ class _Problem:
         ours = self._move(tensor, self.a[tensor], skip=axis).movedim(axis, 0).double()
         theirs = self.b[tensor].movedim(axis, 0).double()
         ours, theirs = ours.reshape(len(ours), -1), theirs.reshape(len(theirs), -1)
-        square = ours.square().sum(1)[:, None] + theirs.square().sum(1) - 2.0 * ours @ theirs.T
-        return square.clamp_min_(0.0)
+        square = torch.addmm(theirs.square().sum(1), ours, theirs.T, alpha=-2.0)
+        return square.add_(ours.square().sum(1)[:, None]).clamp_min_(0.0)
 
     def distances(self, inputs: Any, standardize: bool, batch_size: int, progress: bool) -> dict[View, Tensor]:
         """Mean squared distances (K_a, K_b) between channels before the nonlinearity, at every view that shows them."""
