@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lmc.batchnorm import Recalibrator
 from lmc.errors import InputError
 from lmc.landscape.evaluation import Evaluator
+from lmc.landscape.lattice import Values
 from lmc.landscape.points import run
 from lmc.landscape.scores import Score
 from lmc.progress import tqdm
@@ -46,13 +47,11 @@ class Mixer:
         """The scores of the models as they are."""
         return list(self.evaluator(self.states))
 
-    def survey(
-        self, points: Sequence[Sequence[float]], order: Sequence[int], note: Note, name: str, progress: bool
-    ) -> None:
+    def survey(self, points: Values, order: Sequence[int], note: Note, name: str, progress: bool) -> None:
         """Evaluate `points[i]` for i in `order` and hand each score to `note`; an interrupt ends it with a warning."""
         if progress and order:
-            self._tell(points[order[0]], len(order), name)
-        states: Iterator[Weights] = (self._state(points[i]) for i in order)
+            self._tell(points[order[0]].tolist(), len(order), name)
+        states: Iterator[Weights] = (self._state(points[i].tolist()) for i in order)
         for i, score in run(self.evaluator, states, order, name, progress).items():
             note(i, score)
 

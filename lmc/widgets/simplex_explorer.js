@@ -1,0 +1,369 @@
+// The soup triangle, and its sisters for more models: a polygon of mixtures in which a point is dragged, and a slider for
+// each model's share. While it moves, values come from the lattice of evaluated mixtures; at rest a kernel evaluates it.
+
+import { bytes, clamp, colourScale, drag, exactly, fit, floats, format, logTicks, node, rgb, SETTLE_AFTER, stage, tabs, tell, theme, ticks } from "./common.js";
+import { coordinates, corners, inside, interpolator, isolines, withShare } from "./simplex_geometry.js";
+
+const LEVELS = 13;
+const PAD = { side: 38, end: 46 };
+const PROFILE = 41; // points of the curve above a slider
+
+function render({ model, el }) {
+  const data = unpackMixtures(model.get("data"));
+  const count = data.names.length;
+  let shares = [...model.get("shares")];
+  let [measure, split] = [model.get("measure"), model.get("split")];
+  let exact = null;
+
+  const scene = stage({ model, el, name: "lmc-mix", draw });
+  const reading = node("div", { class: "lmc-reading" });
+  const note = node("span", { class: "lmc-note" });
+  const measures = tabs("what is shown", data.measures.map(({ title }) => ({ name: title })), (i) => view(data.measures[i].name, split));
+  const splits = tabs("data", data.splits.map((name) => ({ name })), (i) => view(measure, data.splits[i]));
+  splits.node.hidden = data.splits.length < 2;
+  const values = exactly({
+    ask: scene.ask,
+    note,
+    at: () => shares,
+    show: (answer) => ((exact = answer), scene.redraw()),
+    without: `interpolated between ${data.points} mixtures`,
+  });
+  const map = mixtureMap(data, (next) => move(next), values.settle);
+  const panel = mixturePanel(data, (next) => move(next), values.settle);
+  const places = node("div", { class: "lmc-mix-places" });
+  for (const [text, to, title] of landmarks(data)) {
+    const button = node("button", { type: "button", title }, text);
+    button.addEventListener("click", () => (move(to(split)), values.settle()));
+    places.append(button);
+  }
+  scene.root.append(node("div", { class: "lmc-head" }, measures.node, splits.node, reading, note));
+  scene.root.append(node("div", { class: "lmc-mix-body" }, map.node, node("div", {}, panel.node, places)));
+
+  function move(next) {
+    shares = next.map((share) => Number(clamp(share, 0, 1).toFixed(6)));
+    values.moved();
+    scene.redraw();
+    tell(model, { shares });
+  }
+
+  function view(nextMeasure, nextSplit) {
+    [measure, split] = [nextMeasure, nextSplit];
+    scene.redraw();
+    tell(model, { measure, split });
+  }
+
+  function valueOf(name) {
+    return exact?.values[split][name] ?? data.at(data.series[split][name], shares);
+  }
+
+  function draw() {
+    const shown = data.measures.find(({ name }) => name === measure);
+    const lines = data.measures.map(({ name, unit, digits }) => `${name} ${format(valueOf(name), digits)}${unit}`);
+    reading.replaceChildren(node("b", {}, `${split}: ${lines.join(" · ")}`));
+    measures.update(data.measures.indexOf(shown));
+    splits.update(data.splits.indexOf(split));
+    map.update({ shares, shown, split });
+    panel.update({ shares, shown, split, value: valueOf(measure), text: lines.join(", ") });
+    scene.speak(`${data.names.map((name, i) => `${Math.round(100 * shares[i])} % ${name}`).join(", ")}: ${lines.join(", ")}`);
+  }
+
+  function heard() {
+    const told = model.get("shares");
+    const moved = JSON.stringify(told) !== JSON.stringify(shares);
+    [measure, split] = [model.get("measure"), model.get("split")];
+    if (moved) {
+      shares = [...told];
+      values.moved();
+      values.settle(SETTLE_AFTER);
+    }
+    scene.redraw();
+  }
+
+  for (const trait of ["shares", "measure", "split"]) scene.listen(trait, heard);
+  if (count > 3) note.title = "the polygon shows one surface through all models; the sliders reach every mixture";
+  draw();
+  values.settle(SETTLE_AFTER);
+  return () => {
+    values.stop();
+    scene.close();
+  };
+}
+
+function unpackMixtures(data) {
+  const counts = bytes(data.counts);
+  const series = {};
+  for (const [split, found] of Object.entries(data.series)) {
+    series[split] = Object.fromEntries(Object.entries(found).map(([name, text]) => [name, floats(text)]));
+  }
+  const paint = colourScale(data.scale);
+  const measures = data.measures.map((each) => {
+    const [low, high] = each.log ? [Math.log(each.low), Math.log(each.high)] : [each.low, each.high];
+    const place = (value) => ((each.log ? Math.log(value) : value) - low) / (high - low || 1);
+    return { ...each, place, colour: (value) => paint(each.high_is_good ? 1 - place(value) : place(value)) };
+  });
+  const at = interpolator(counts, data.names.length, data.resolution);
+  return { ...data, measures, series, at, splits: Object.keys(series), points: counts.length / data.names.length };
+}
+
+// Text of a button, the mixture it goes to, what it says when pointed at.
+function landmarks(data) {
+  const count = data.names.length;
+  const only = (i) => data.names.map((_, j) => (i === j ? 1 : 0));
+  return [
+    ...data.names.map((name, i) => [name, () => only(i), `all ${name}`]),
+    ["◆ uniform soup", () => data.names.map(() => 1 / count), "equal shares"],
+    ["★ lowest loss", (split) => data.best[split], "the evaluated mixture of lowest loss on the data shown"],
+  ];
+}
+
+// ---- the polygon
+
+function mixtureMap(data, move, release) {
+  const canvas = node("canvas", {
+    class: "lmc-mix-map",
+    tabindex: 0,
+    role: "img",
+    "aria-label": "map of the mixtures; arrow keys move the point, digits go to a model, Home to the uniform soup",
+  });
+  const caption = node("p", { class: "lmc-mix-caption" });
+  const count = data.names.length;
+  const centre = data.names.map(() => 1 / count);
+  let polygon = [];
+  let [cache, here] = [{ key: "" }, centre];
+  const spot = (shares) => [0, 1].map((axis) => shares.reduce((sum, share, i) => sum + share * polygon[i][axis], 0));
+  const go = (x, y) => {
+    const [, px, py] = inside(polygon, x, y);
+    move([...coordinates(polygon, px, py)]);
+  };
+  drag(canvas, { move: (x, y) => go(x * canvas.clientWidth, y * canvas.clientHeight), release: () => release() });
+  canvas.addEventListener("keydown", (event) => {
+    const [dx, dy] = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key] ?? [0, 0];
+    const digit = Number(event.key);
+    if (dx || dy) {
+      const [x, y] = spot(here);
+      const step = (event.shiftKey ? 5 : 1) * Math.max(2, canvas.clientWidth / 60);
+      go(x + step * dx, y + step * dy);
+    } else if (event.key === "Home") move(centre);
+    else if (digit >= 1 && digit <= count) move(data.names.map((_, i) => (i === digit - 1 ? 1 : 0)));
+    else return;
+    event.preventDefault();
+    release(SETTLE_AFTER);
+  });
+
+  function update({ shares, shown, split }) {
+    here = shares;
+    const { pen, width, height } = fit(canvas);
+    if (!width) return;
+    const [ink, paper, soft] = theme(canvas, "--fg", "--bg", "--soft");
+    const box = { left: PAD.side, top: PAD.end, width: width - 2 * PAD.side - 78, height: height - 2 * PAD.end };
+    polygon = corners(count, box);
+    const values = data.series[split][shown.name];
+    const key = [width, height, shown.name, split].join();
+    if (cache.key !== key) cache = { key, ...paintMap(data, values, shown, polygon, width, height) };
+    outline(pen, polygon);
+    pen.save();
+    pen.clip();
+    pen.imageSmoothingEnabled = true;
+    pen.drawImage(cache.picture, 0, 0, width, height);
+    pen.lineWidth = 0.8;
+    pen.strokeStyle = "rgba(255, 255, 255, 0.65)";
+    pen.stroke(cache.lines);
+    pen.restore();
+    outline(pen, polygon);
+    [pen.lineWidth, pen.strokeStyle, pen.lineJoin] = [2, ink, "round"];
+    pen.stroke();
+    legend(pen, shown, { x: width - 62, y: box.top, height: box.height, ink, soft });
+    mark(pen, ...spot(centre), "◆", ink, paper);
+    polygon.forEach(([x, y], i) => corner(pen, x, y, i, { data, shown, split, middle: spot(centre), ink, paper, soft }));
+    mark(pen, ...spot(data.best[split]), "★", ink, paper);
+    const [x, y] = spot(shares);
+    const off = count > 3 ? Math.max(...coordinates(polygon, x, y).map((share, i) => Math.abs(share - shares[i]))) : 0;
+    point(pen, x, y, off > 0.02);
+    caption.textContent = off > 0.02 ? "the point lies off the surface drawn here: the sliders reach every mixture" : "";
+    caption.hidden = count < 4;
+  }
+  return { node: node("div", {}, canvas, caption), update };
+}
+
+function paintMap(data, values, shown, polygon, width, height) {
+  const grain = 1.5;
+  const [columns, rows] = [Math.ceil(width / grain), Math.ceil(height / grain)];
+  const picture = node("canvas", { width: columns, height: rows });
+  const pen = picture.getContext("2d");
+  const image = pen.createImageData(columns, rows);
+  const grid = new Float64Array(columns * rows).fill(NaN);
+  const shares = new Float64Array(polygon.length);
+  const [left, right] = [Math.min(...polygon.map(([x]) => x)) - 4, Math.max(...polygon.map(([x]) => x)) + 4];
+  for (let row = 0; row < rows; row++) {
+    for (let column = 0; column < columns; column++) {
+      const [x, y] = [(column + 0.5) * grain, (row + 0.5) * grain];
+      if (x < left || x > right) continue;
+      const [far, px, py] = inside(polygon, x, y);
+      if (far > 3) continue;
+      const value = data.at(values, coordinates(polygon, px, py, shares));
+      if (Number.isNaN(value)) continue;
+      const at = row * columns + column;
+      grid[at] = shown.place(value);
+      const [r, g, b] = shown.colour(value);
+      image.data.set([r, g, b, 255], 4 * at);
+    }
+  }
+  pen.putImageData(image, 0, 0);
+  const lines = new Path2D();
+  const levels = Array.from({ length: LEVELS - 1 }, (_, i) => (i + 1) / LEVELS);
+  isolines(grid, columns, rows, levels, ([ax, ay], [bx, by]) => {
+    lines.moveTo((ax + 0.5) * grain, (ay + 0.5) * grain);
+    lines.lineTo((bx + 0.5) * grain, (by + 0.5) * grain);
+  });
+  return { picture, lines };
+}
+
+function outline(pen, polygon) {
+  pen.beginPath();
+  if (polygon.length > 2) polygon.forEach(([x, y], i) => (i ? pen.lineTo(x, y) : pen.moveTo(x, y)));
+  else pen.rect(polygon[0][0], polygon[0][1] - 12, polygon[1][0] - polygon[0][0], 24);
+  pen.closePath();
+}
+
+// A model's corner: its name and its own value outside of it.
+function corner(pen, x, y, i, { data, shown, split, middle, ink, paper, soft }) {
+  [pen.fillStyle, pen.strokeStyle, pen.lineWidth] = [paper, data.colours[i], 4];
+  pen.beginPath();
+  pen.arc(x, y, 7, 0, 2 * Math.PI);
+  pen.fill();
+  pen.stroke();
+  const above = y <= middle[1];
+  const value = `${format(data.own[split][shown.name][i], shown.digits)}${shown.unit}`;
+  const family = getComputedStyle(pen.canvas).fontFamily;
+  pen.textAlign = "center";
+  pen.textBaseline = "alphabetic";
+  const [top, bottom] = above ? [y - 30, y - 14] : [y + 24, y + 40];
+  [pen.font, pen.fillStyle] = [`600 16px ${family}`, ink];
+  const half = pen.measureText(data.names[i]).width / 2;
+  const at = clamp(x, half + 2, pen.canvas.clientWidth - half - 2);
+  pen.fillText(data.names[i], at, top);
+  [pen.font, pen.fillStyle] = [`13.5px ${family}`, soft];
+  pen.fillText(value, at, bottom);
+}
+
+function mark(pen, x, y, sign, ink, paper) {
+  pen.textAlign = "center";
+  pen.textBaseline = "middle";
+  pen.font = "19px system-ui, sans-serif";
+  [pen.strokeStyle, pen.lineWidth, pen.fillStyle] = [paper, 4, ink];
+  pen.strokeText(sign, x, y + 1);
+  pen.fillText(sign, x, y + 1);
+}
+
+function point(pen, x, y, hollow) {
+  pen.beginPath();
+  pen.arc(x, y, 9, 0, 2 * Math.PI);
+  pen.fillStyle = hollow ? "rgba(213, 94, 0, 0.25)" : "#d55e00";
+  pen.fill();
+  [pen.lineWidth, pen.strokeStyle] = [3, hollow ? "#d55e00" : "#fff"];
+  pen.stroke();
+  if (hollow) return;
+  pen.beginPath();
+  pen.arc(x, y, 11, 0, 2 * Math.PI);
+  [pen.lineWidth, pen.strokeStyle] = [1.5, "#222"];
+  pen.stroke();
+}
+
+// The colours and what they stand for.
+function legend(pen, shown, { x, y, height, ink, soft }) {
+  const steps = 60;
+  for (let i = 0; i < steps; i++) {
+    const t = (i + 0.5) / steps;
+    const value = shown.log ? shown.low * (shown.high / shown.low) ** t : shown.low + t * (shown.high - shown.low);
+    pen.fillStyle = rgb(shown.colour(value));
+    pen.fillRect(x, y + height * (1 - (i + 1) / steps), 13, height / steps + 0.6);
+  }
+  [pen.lineWidth, pen.strokeStyle, pen.fillStyle] = [1, soft, ink];
+  pen.strokeRect(x + 0.5, y + 0.5, 12, height - 1);
+  pen.font = `13px ${getComputedStyle(pen.canvas).fontFamily}`;
+  pen.textAlign = "left";
+  pen.textBaseline = "middle";
+  for (const tick of shown.log ? logTicks(shown.low, shown.high) : ticks(shown.low, shown.high)) {
+    const at = y + height * (1 - shown.place(tick));
+    pen.fillRect(x + 13, at - 0.5, 4, 1);
+    pen.fillText(String(Number(tick.toPrecision(3))), x + 20, at);
+  }
+  pen.textAlign = "right";
+  pen.textBaseline = "alphabetic";
+  pen.fillText(shown.title, x + 60, y - 12);
+}
+
+// ---- the sliders
+
+function mixturePanel(data, move, release) {
+  const bar = node("div", { class: "lmc-mix-bar", "aria-hidden": true });
+  const pieces = data.names.map((_, i) => node("span", { style: `background: ${data.colours[i]}` }));
+  bar.append(...pieces);
+  const excess = node("p", { class: "lmc-mix-excess" });
+  let now = data.names.map(() => 0);
+  const rows = data.names.map((name, i) => {
+    const canvas = node("canvas", { class: "lmc-mix-profile", "aria-hidden": true });
+    const input = node("input", { type: "range", min: 0, max: 1, step: "any", "aria-label": `share of ${name}` });
+    const share = node("output", {});
+    input.addEventListener("input", () => move(withShare(now, i, input.valueAsNumber)));
+    input.addEventListener("change", () => release());
+    input.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 5, PageDown: -5 }[event.key];
+      const end = { Home: 0, End: 1 }[event.key];
+      if (!step && end === undefined) return;
+      event.preventDefault();
+      move(withShare(now, i, end ?? now[i] + 0.02 * step));
+      release(SETTLE_AFTER);
+    });
+    const label = node("span", { class: "lmc-mix-name", style: `--c: ${data.colours[i]}` }, name);
+    return { canvas, input, share, node: node("label", { class: "lmc-mix-row" }, label, node("div", {}, canvas, input), share) };
+  });
+  return {
+    node: node("div", { style: `--longest: ${Math.max(...data.names.map((name) => name.length)) + 3}ch` }, bar, excess, ...rows.map((row) => row.node)),
+    update({ shares, shown, split, value, text }) {
+      now = shares;
+      const own = data.own[split][shown.name];
+      const mean = shares.reduce((sum, share, i) => sum + share * own[i], 0);
+      const gap = value - mean;
+      const digits = shown.digits;
+      excess.textContent =
+        `the models' mean is ${format(mean, digits)}${shown.unit}, ` +
+        `this soup ${format(Math.abs(gap), digits)} ${gap >= 0 ? "above" : "below"}`;
+      rows.forEach((row, i) => {
+        pieces[i].style.flexGrow = shares[i];
+        row.share.textContent = shares[i].toFixed(2);
+        if (row.input.valueAsNumber !== shares[i]) row.input.value = shares[i];
+        row.input.setAttribute("aria-valuetext", `${Math.round(100 * shares[i])} percent; ${text}`);
+        drawProfile(row.canvas, data, shown, split, shares, i);
+      });
+    },
+  };
+}
+
+// What the measure does as this share goes from 0 to 1, the others in proportion.
+function drawProfile(canvas, data, shown, split, shares, model) {
+  const { pen, width, height } = fit(canvas);
+  if (!width) return;
+  const [rule] = theme(canvas, "--rule");
+  const values = data.series[split][shown.name];
+  const x = (share) => 8 + (width - 16) * share;
+  const y = (value) => height - 4 - (height - 9) * clamp(shown.place(value), 0, 1);
+  pen.fillStyle = rule;
+  pen.fillRect(8, height - 1, width - 16, 1);
+  pen.beginPath();
+  for (let i = 0; i < PROFILE; i++) {
+    const share = i / (PROFILE - 1);
+    const value = data.at(values, withShare(shares, model, share));
+    if (Number.isFinite(value)) pen.lineTo(x(share), y(value));
+  }
+  [pen.strokeStyle, pen.lineWidth, pen.lineJoin] = [data.colours[model], 2.5, "round"];
+  pen.stroke();
+  const here = data.at(values, shares);
+  if (!Number.isFinite(here)) return;
+  pen.beginPath();
+  pen.arc(x(shares[model]), y(here), 4.5, 0, 2 * Math.PI);
+  pen.fillStyle = "#d55e00";
+  pen.fill();
+}
+
+export default { render };
