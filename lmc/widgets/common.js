@@ -107,7 +107,7 @@ export function exactly({ ask, note, at, show, without }) {
         say("exact", "exact, from the kernel");
         show(answer);
       },
-      () => same(place) && say("static", without),
+      () => same(place) && say("static", `no kernel: ${without}`),
     );
   }
   say("between", without);

@@ -1,0 +1,383 @@
+// The plane explorer: a point to be dragged over a plane in weight space, drawn as a map and as a surface. All of the plane
+// was computed beforehand; values between its grid points are interpolated, and where the point is let go of, a kernel
+// evaluates the network that is there.
+
+import {
+  clamp, colourScale, drag, exactly, fit, floats, format, logTicks, node, rgb, SETTLE_AFTER, stage, stepped, tabs, tell, theme, ticks,
+} from "./common.js";
+import { contour, heatMap, rangeOf, valueIn } from "./grid.js";
+import { predictions, unpackImages, unpackShown } from "./pictures.js";
+import { hidden, paintSurface, view } from "./surface.js";
+
+const MAP = { left: 50, right: 74, top: 10, bottom: 44 };
+const LEVELS = 12; // contours
+const TURN = 0.1; // radians for a key
+
+function render({ model, el }) {
+  const data = unpack(model.get("data"));
+  const { x, y } = data;
+  let [point, split, measure] = ["point", "split", "measure"].map((name) => model.get(name));
+  let [exact, eye] = [null, { yaw: 0.5, pitch: 0.62 }];
+  let painted = {}; // what the two pictures show that do not change while the point moves
+
+  const scene = stage({ model, el, name: "lmc-plane", draw });
+  const reading = node("div", { class: "lmc-reading" });
+  const note = node("span", { class: "lmc-note" });
+  const splits = tabs("split", data.splits.map((name) => ({ name })), (i) => show(data.splits[i], measure));
+  const measures = tabs("measure", data.measures, (i) => show(split, data.measures[i].name));
+  const places = node("div", { class: "lmc-places" }, "go to ");
+  for (const { name, place } of [...data.models, { name: "middle", place: middle(data.models) }]) {
+    const button = node("button", { type: "button" }, name);
+    button.addEventListener("click", () => (move(...place), values.settle()));
+    places.append(button);
+  }
+  const map = node("canvas", { class: "lmc-map", tabindex: 0, role: "application", "aria-roledescription": "map" });
+  const surface = node("canvas", { class: "lmc-surface", tabindex: 0, role: "img", "aria-label": "surface; arrow keys turn it" });
+  const shown = predictions();
+  const values = exactly({
+    ask: scene.ask,
+    note,
+    at: () => [split, ...point],
+    show(answer) {
+      exact = answer;
+      if (answer) {
+        const where = `(${point.map((value) => format(value, 2)).join(", ")})`;
+        shown.update(answer.shown && unpackShown(answer.shown), 0, unpackImages(answer.images), where);
+      }
+      scene.redraw();
+    },
+    without: "interpolated between grid points",
+  });
+
+  shown.node.hidden = true;
+  scene.root.append(node("div", { class: "lmc-head" }, splits.node, measures.node, places));
+  scene.root.append(node("div", { class: "lmc-head" }, reading, note));
+  scene.root.append(node("div", { class: "lmc-pair" }, map, surface), foot(data), shown.node);
+
+  function show(toSplit, toMeasure) {
+    [split, measure] = [toSplit, toMeasure];
+    values.moved();
+    values.settle(SETTLE_AFTER);
+    tell(model, { split, measure });
+  }
+
+  function move(px, py) {
+    point = [clamp(px, x[0], x.at(-1)), clamp(py, y[0], y.at(-1))];
+    values.moved();
+    tell(model, { point });
+  }
+
+  drag(map, {
+    move(across, down) {
+      const { px, py } = painted.chart.inverse(across * map.clientWidth, down * map.clientHeight);
+      move(px, py);
+    },
+    release: () => values.settle(),
+  });
+  map.addEventListener("keydown", (event) => {
+    const [dx, dy] = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] ?? [0, 0];
+    if (!dx && !dy) return;
+    event.preventDefault();
+    if (event.shiftKey) move(point[0] + (dx * (x.at(-1) - x[0])) / 200, point[1] + (dy * (y.at(-1) - y[0])) / 200);
+    else move(dx ? stepped(x, point[0], dx) : point[0], dy ? stepped(y, point[1], dy) : point[1]);
+    values.settle(SETTLE_AFTER);
+  });
+
+  function turn(yaw, pitch) {
+    eye = { yaw, pitch: clamp(pitch, 0.1, 1.45) };
+    scene.redraw();
+  }
+  let grip = null;
+  drag(surface, {
+    begin: (across, down) => (grip = { across, down, ...eye }),
+    move: (across, down) => turn(grip.yaw - 3.2 * (across - grip.across), grip.pitch + 2.4 * (down - grip.down)),
+  });
+  surface.addEventListener("keydown", (event) => {
+    const [dx, dy] = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] ?? [0, 0];
+    if (!dx && !dy) return;
+    event.preventDefault();
+    turn(eye.yaw + TURN * dx, eye.pitch + TURN * dy);
+  });
+
+  function draw() {
+    const field = data.fields[split][measure];
+    level(map, surface, data);
+    const look = theme(scene.root, "--fg", "--bg", "--soft", "--rule");
+    painted = paint(painted, { map, surface, field, data, split, measure, eye, look });
+    const here = (name) => exact?.values[name] ?? valueIn({ x, y, values: data.fields[split][name].raw }, ...point);
+    const lines = [`x = ${format(point[0], 2)}, y = ${format(point[1], 2)}`];
+    for (const { name, unit } of data.measures) lines.push(`${name} ${format(here(name), name === "accuracy" ? 1 : 3)} ${unit}`.trim());
+    reading.textContent = lines.join(" · ");
+    splits.update(data.splits.indexOf(split));
+    measures.update(data.measures.findIndex(({ name }) => name === measure));
+    drawMap(map, painted, data, point, look);
+    drawSurface(surface, painted, data, field, point, look);
+    shown.node.classList.toggle("lmc-faded", !exact);
+    map.setAttribute("aria-label", `${split} ${measure} over the plane; arrow keys move the point: ${lines.join(", ")}`);
+    scene.speak(lines.join(", "));
+  }
+
+  function heard() {
+    const told = ["point", "split", "measure"].map((name) => model.get(name));
+    if (JSON.stringify(told) === JSON.stringify([point, split, measure])) return; // what was just set here comes back
+    [point, split, measure] = told;
+    values.moved();
+    values.settle(SETTLE_AFTER);
+  }
+  for (const trait of ["point", "split", "measure"]) scene.listen(trait, heard);
+  draw();
+  values.settle(SETTLE_AFTER);
+  return () => {
+    values.stop();
+    scene.close();
+  };
+}
+
+// ---- data
+
+// Adds to each split and measure a field: the values as they are (`raw`), and as heights from 0 to 1.
+function unpack(data) {
+  const fields = Object.fromEntries(data.splits.map((split) => [split, {}]));
+  for (const { name, reversed } of data.measures) {
+    for (const split of data.splits) fields[split][name] = shaded(data, name, reversed, floats(data.values[split][name]));
+  }
+  return { ...data, fields };
+}
+
+function shaded(data, name, reversed, raw) {
+  const [low, high] = rangeOf(raw);
+  const logarithmic = name === "loss" && low > 0;
+  const bend = logarithmic ? Math.log : (value) => value;
+  const [from, span] = [bend(low), bend(high) - bend(low) || 1];
+  const height = (value) => (bend(value) - from) / span;
+  const scale = colourScale(data.scale);
+  const colour = (h) => (Number.isNaN(h) ? null : scale(reversed ? 1 - h : h));
+  const marks = logarithmic ? logTicks(low, high) : ticks(low, high, 6);
+  return { x: data.x, y: data.y, raw, values: raw.map(height), height, colour, marks };
+}
+
+function middle(models) {
+  return [0, 1].map((i) => models.reduce((sum, { place }) => sum + place[i], 0) / models.length);
+}
+
+// What the lines are, and what is missing.
+function foot({ tracks, missing, gaps }) {
+  const lines = [];
+  if (missing) lines.push(`${missing} points were not evaluated`);
+  for (const [name, count] of Object.entries(gaps)) if (count) lines.push(`${name} is not a number at ${count} points`);
+  const names = tracks.map(({ name, colour }) => node("span", { class: "lmc-key", style: `--c: ${colour}` }, name));
+  return node("div", { class: "lmc-foot" }, ...names, lines.length ? `Gaps: ${lines.join("; ")}.` : "");
+}
+
+// ---- the two pictures
+
+// Paints what stays while the point moves: map and surface, each on a canvas of its own, again where something changed.
+function paint(before, { map, surface, field, data, split, measure, eye, look }) {
+  const flat = [split, measure, ...look, map.clientWidth, map.clientHeight, window.devicePixelRatio].join();
+  const deep = [flat, eye.yaw, eye.pitch, surface.clientWidth, surface.clientHeight].join();
+  const next = { ...before, flat, deep };
+  if (before.flat !== flat) {
+    next.chart = place(data, map.clientWidth, map.clientHeight);
+    next.map = behind(map, (pen) => paintMap(pen, next.chart, field, data, measure, look));
+  }
+  if (before.deep !== deep) {
+    next.eye = view(field, eye, surface.clientWidth, surface.clientHeight);
+    next.surface = behind(surface, (pen) => paintSurface(pen, field, next.eye, field.colour, look[3]));
+  }
+  return next;
+}
+
+// Both pictures as high as the map needs.
+function level(map, surface, { x, y }) {
+  const wanted = ((map.clientWidth - MAP.left - MAP.right) * (y.at(-1) - y[0])) / (x.at(-1) - x[0]) + MAP.top + MAP.bottom;
+  const height = `${Math.round(clamp(wanted, 320, 480))}px`;
+  if (map.style.height !== height) map.style.height = surface.style.height = height;
+}
+
+// A canvas as large as the one shown, to be copied onto it.
+function behind(canvas, act) {
+  const ratio = window.devicePixelRatio || 1;
+  const made = node("canvas", { width: Math.round(canvas.clientWidth * ratio), height: Math.round(canvas.clientHeight * ratio) });
+  const pen = made.getContext("2d");
+  pen.scale(ratio, ratio);
+  pen.font = `13px ${getComputedStyle(canvas).fontFamily}`;
+  act(pen);
+  return made;
+}
+
+// Where the plane lies on the map: one scale for both axes, so that distances are what they look like.
+function place({ x, y }, width, height) {
+  const [wide, tall] = [x.at(-1) - x[0], y.at(-1) - y[0]];
+  const scale = Math.min((width - MAP.left - MAP.right) / wide, (height - MAP.top - MAP.bottom) / tall);
+  const left = MAP.left + Math.max(0, (width - MAP.left - MAP.right - scale * wide) / 2);
+  const top = MAP.top;
+  return {
+    left,
+    top,
+    width: scale * wide,
+    height: scale * tall,
+    at: (px, py) => [left + scale * (px - x[0]), top + scale * (y.at(-1) - py)],
+    inverse: (across, down) => ({ px: x[0] + (across - left) / scale, py: y.at(-1) - (down - top) / scale }),
+  };
+}
+
+function paintMap(pen, chart, field, data, measure, [ink, paper, soft, rule]) {
+  const { left, top, width, height } = chart;
+  pen.fillStyle = rule;
+  pen.fillRect(left, top, width, height);
+  const image = heatMap(field, Math.round(width), Math.round(height), field.colour);
+  const sheet = node("canvas", { width: image.width, height: image.height });
+  sheet.getContext("2d").putImageData(image, 0, 0);
+  pen.drawImage(sheet, left, top, width, height);
+  pen.lineWidth = 0.9;
+  for (let step = 1; step < LEVELS; step++) {
+    const dark = field.colour(step / LEVELS)[0] < 128;
+    pen.strokeStyle = dark ? "rgba(255, 255, 255, 0.5)" : "rgba(8, 48, 107, 0.3)";
+    pen.beginPath();
+    for (const [x1, y1, x2, y2] of contour(field, step / LEVELS)) {
+      pen.moveTo(...chart.at(x1, y1));
+      pen.lineTo(...chart.at(x2, y2));
+    }
+    pen.stroke();
+  }
+  axes(pen, chart, data, [ink, soft]);
+  bar(pen, chart, field, data, measure, [ink, soft]);
+}
+
+function axes(pen, chart, { x, y, axes: [across, up] }, [ink, soft]) {
+  const { left, top, width, height } = chart;
+  pen.fillStyle = soft;
+  pen.textAlign = "center";
+  for (const tick of ticks(x[0], x.at(-1), 6)) pen.fillText(String(tick), chart.at(tick, 0)[0], top + height + 16);
+  pen.textAlign = "right";
+  for (const tick of ticks(y[0], y.at(-1), 6)) pen.fillText(String(tick), left - 6, chart.at(0, tick)[1] + 4.5);
+  pen.fillStyle = ink;
+  pen.textAlign = "center";
+  pen.fillText(across, left + width / 2, top + height + 36, width + MAP.right);
+  pen.save();
+  pen.translate(left - 36, top + height / 2);
+  pen.rotate(-Math.PI / 2);
+  pen.fillText(up, 0, 0, height + 30);
+  pen.restore();
+}
+
+function bar(pen, { left, top, width, height }, field, { measures }, measure, [ink, soft]) {
+  const at = left + width + 14;
+  for (let i = 0; i < height; i++) {
+    pen.fillStyle = rgb(field.colour(1 - (i + 0.5) / height));
+    pen.fillRect(at, top + i, 13, 1.5);
+  }
+  pen.textAlign = "left";
+  pen.fillStyle = soft;
+  for (const mark of field.marks) pen.fillText(String(mark), at + 18, top + (1 - field.height(mark)) * height + 4.5);
+  const { name, unit } = measures.find((each) => each.name === measure);
+  pen.save();
+  pen.translate(at + 58, top + height / 2);
+  pen.rotate(-Math.PI / 2);
+  pen.textAlign = "center";
+  pen.fillStyle = ink;
+  pen.fillText(unit ? `${name} (${unit})` : name, 0, 0);
+  pen.restore();
+}
+
+function drawMap(canvas, { map, chart }, data, point, [ink, paper]) {
+  const { pen, width, height } = fit(canvas);
+  pen.drawImage(map, 0, 0, width, height);
+  const font = getComputedStyle(canvas).fontFamily;
+  for (const { points, colour } of data.tracks) line(pen, points.map(([px, py]) => chart.at(px, py)), colour);
+  for (const { name, place: at } of data.models) label(pen, ...chart.at(...at), name, font);
+  marker(pen, ...chart.at(...point));
+}
+
+function drawSurface(canvas, { surface, eye }, data, field, point, [ink]) {
+  const { pen, width, height } = fit(canvas);
+  pen.drawImage(surface, 0, 0, width, height);
+  const font = getComputedStyle(canvas).fontFamily;
+  const up = ([px, py]) => {
+    const h = valueIn(field, px, py);
+    return { h, at: eye.place(px, py, Number.isNaN(h) ? 0 : h), seen: !Number.isNaN(h) && !hidden(field, eye, px, py, h) };
+  };
+  for (const { points, colour } of data.tracks) {
+    const lifted = fine(points).map(up);
+    for (const { seen, points: run } of runs(lifted)) {
+      pen.globalAlpha = seen ? 1 : 0.25;
+      line(pen, run, colour);
+    }
+  }
+  for (const { name, place: at } of data.models) {
+    const lifted = up(at);
+    pen.globalAlpha = lifted.seen ? 1 : 0.35;
+    label(pen, ...lifted.at, name, font);
+  }
+  const lifted = up(point);
+  pen.globalAlpha = lifted.seen ? 1 : 0.5;
+  pen.strokeStyle = ink;
+  pen.lineWidth = 1.2;
+  pen.beginPath();
+  pen.moveTo(...lifted.at);
+  pen.lineTo(...eye.place(...point, 1.08)); // seen from anywhere, even where the point lies behind a hill
+  pen.stroke();
+  marker(pen, ...lifted.at);
+  pen.globalAlpha = 1;
+}
+
+// A curve in steps so short that they follow the surface.
+function fine(points) {
+  const steps = Math.ceil(80 / (points.length - 1));
+  const between = points.slice(1).flatMap((to, i) =>
+    Array.from({ length: steps }, (_, k) => [0, 1].map((c) => points[i][c] + ((to[c] - points[i][c]) * (k + 1)) / steps)),
+  );
+  return [points[0], ...between];
+}
+
+// The stretches of a curve on the surface that are seen, or that are not; gaps in the surface part them.
+function runs(lifted) {
+  const found = [];
+  lifted.forEach(({ h, at, seen }, i) => {
+    if (Number.isNaN(h)) return;
+    const last = i && !Number.isNaN(lifted[i - 1].h) ? found.at(-1) : null;
+    if (last) last.points.push(at);
+    if (last?.seen !== seen) found.push({ seen, points: [at] });
+  });
+  return found;
+}
+
+function line(pen, points, colour) {
+  for (const [width, tint] of [[5, "rgba(255, 255, 255, 0.75)"], [3, colour]]) {
+    pen.lineWidth = width;
+    pen.strokeStyle = tint;
+    pen.lineCap = pen.lineJoin = "round";
+    pen.beginPath();
+    for (const at of points) pen.lineTo(...at);
+    pen.stroke();
+  }
+}
+
+function label(pen, px, py, name, font) {
+  disc(pen, px, py, 6, "#fff", "#222", 2);
+  pen.font = `bold 15px ${font}`;
+  pen.textAlign = "center";
+  pen.lineWidth = 4;
+  pen.lineJoin = "round";
+  pen.strokeStyle = "rgba(255, 255, 255, 0.9)";
+  pen.fillStyle = "#222";
+  pen.strokeText(name, px, py - 12);
+  pen.fillText(name, px, py - 12);
+}
+
+function marker(pen, px, py) {
+  disc(pen, px, py, 9, "rgba(213, 94, 0, 0.9)", "#fff", 3);
+  disc(pen, px, py, 10.5, "transparent", "#222", 1);
+}
+
+function disc(pen, px, py, radius, fill, edge, width) {
+  pen.beginPath();
+  pen.arc(px, py, radius, 0, 2 * Math.PI);
+  pen.fillStyle = fill;
+  pen.strokeStyle = edge;
+  pen.lineWidth = width;
+  pen.fill();
+  pen.stroke();
+}
+
+export default { render };
