@@ -189,8 +189,8 @@ def unit_values(activation: Tensor, channel: int, rows: Tensor) -> Tensor:
 
 def centred(values: Tensor) -> tuple[Tensor, Tensor]:
     """A fresh copy of the values without their mean, and the mean: layers that work in place cannot spoil it."""
-    mean = values.mean(1, dtype=torch.float64)
-    return values - mean[:, None].to(values.dtype), mean
+    mean = values.mean(1)
+    return values - mean[:, None], mean.double()
 
 
 def _is_arange(rows: Tensor, length: int) -> bool:
