@@ -30,7 +30,7 @@ ALLOWED = {
     "rescalable": LEAVES,
     "renormalize": LEAVES | {"batchnorm", "rescalable"},
     "symmetry": LEAVES,
-    "align": LEAVES | {"symmetry"},
+    "align": LEAVES | {"symmetry", "batchnorm"},
     "landscape": LEAVES | {"batchnorm", "renormalize", "rescalable"},
     "merge": LEAVES | {"symmetry", "align", "batchnorm", "landscape"},
     "data": LEAVES,

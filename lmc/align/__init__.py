@@ -8,6 +8,8 @@ from lmc.align.sinkhorn import sinkhorn_matching
 from lmc.align.straight_through import straight_through_matching
 from lmc.align.transport import Fusion, ot_fusion
 from lmc.align.weight_matching import weight_matching
+from lmc.align.widening import Zipped
+from lmc.align.zip import zipit
 
 __all__ = [
     "METHODS",
@@ -15,6 +17,7 @@ __all__ = [
     "Fusion",
     "Matchings",
     "SingularAlignment",
+    "Zipped",
     "activation_matching",
     "compare",
     "match_many",
@@ -23,4 +26,5 @@ __all__ = [
     "sinkhorn_matching",
     "straight_through_matching",
     "weight_matching",
+    "zipit",
 ]
