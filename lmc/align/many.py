@@ -98,7 +98,8 @@ def match_many(
         check_compatible(states[0], state, ("models[0]", f"models[{i}]"))
         check_finite(state, f"models[{i}]")
     spec = spec.bind(states[0])
-    run = _merge_many if method == "merge_many" else _cycle_consistent
+    # Where nothing may move, there is nothing to relax.
+    run = _merge_many if method == "merge_many" or not spec.groups else _cycle_consistent
     best, value = [spec.identity()] * len(states), objective(spec, states)
     info: dict[str, Any] = {"method": method, "seed": seed, "objective_at_identity": value, "runs": []}
     bar = tqdm(desc=method, unit=" steps", disable=not progress)

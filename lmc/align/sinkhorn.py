@@ -13,7 +13,7 @@ from lmc.align.soft import Mixer, sinkhorn
 from lmc.align.task_loss import Loss, TaskLoss
 from lmc.align.weight_matching import matched
 from lmc.errors import DataError, InputError
-from lmc.network import pick_device
+from lmc.network import Network, pick_device
 from lmc.progress import tqdm
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
@@ -90,9 +90,13 @@ def sinkhorn_matching(
     check_finite(a, "a")
     check_finite(b, "b")
     chosen = pick_device(device, a)
-    a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
+    Network(model, chosen).check(a, "a")
+    # One order of the tensors, whatever the caller's: sums in another order round differently, and training amplifies it.
+    a, b = ({name: weights[name].to(chosen) for name in sorted(weights)} for weights in (a, b))
     generator = torch.Generator().manual_seed(seed)
     step_loss, measure = _objective(spec, model, a, b, data, target, loss, batch_size, generator)
+    if not spec.groups:  # nothing may move
+        return Permutation(spec, {}, -measure(spec.identity()), {"method": "sinkhorn_matching", "target": target})
 
     scores = {
         name: (torch.eye(g.size) + _NOISE * torch.randn(g.size, g.size, generator=generator)).to(chosen)

@@ -13,7 +13,7 @@ from lmc.align.descent import Descent
 from lmc.align.task_loss import Loss, TaskLoss
 from lmc.align.weight_matching import matched, weight_matching
 from lmc.errors import InputError
-from lmc.network import pick_device
+from lmc.network import Network, pick_device
 from lmc.progress import tqdm
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
@@ -77,6 +77,7 @@ def straight_through_matching(
     check_finite(a, "a")
     check_finite(b, "b")
     chosen = pick_device(device, a)
+    Network(model, chosen).check(a, "a")
     a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
     task = TaskLoss(model, data, loss, batch_size, chosen)
     generator = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lmc.batches import Batch, as_splits, take, to_device
+from lmc.batches import Batch, as_splits, check_numbers, take, to_device
 from lmc.symmetry.outputs import as_call, select
 from lmc.weights import Weights
 
@@ -26,6 +26,9 @@ class TaskLoss:
     Args:
         data: `(inputs, targets)`, an iterable of such batches, or an object with `.train`.
         loss: of outputs and targets; default: cross-entropy of outputs (N, C), or (N, ..., C) for targets (N, ...).
+
+    Raises:
+        DataError: data that are empty, malformed or hold NaN.
     """
 
     def __init__(self, model: nn.Module, data: Any, loss: Loss | None, batch_size: int, device: torch.device) -> None:
@@ -37,6 +40,9 @@ class TaskLoss:
                 module.num_batches_tracked = None
         self.device, self.batch_size = device, batch_size
         self._split = as_splits(data)[0]
+        if self._split.held:
+            for inputs, _ in self._split.batches:
+                check_numbers(inputs, self._split.name)
         self._loss = loss or cross_entropy
         slots = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
         self._names = set(slots)
