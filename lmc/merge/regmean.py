@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lmc.batches import to_device
 from lmc.errors import InputError
 from lmc.merge.aligning import alignable
 from lmc.merge.examples import batches, check_data
+from lmc.merge.linear_layers import as_matrix, as_weight, fits, rows
 from lmc.merge.result import Merged
 from lmc.merge.tensors import WeightSets, assemble, weight_sets
 from lmc.network import Network, pick_device
@@ -126,7 +126,7 @@ class _Job:
 
     def matrix(self, name: str, model: int) -> Tensor:
         """`(inputs, outputs)` float64 on the CPU."""
-        return _as_matrix(self.layers[name], self.sets.tensor(name, model).double().cpu())
+        return as_matrix(self.layers[name], self.sets.tensor(name, model).double().cpu())
 
     def mean(self, name: str) -> Tensor:
         first = self.matrix(name, 0)
@@ -142,15 +142,15 @@ class _Job:
         With `stop_after` each forward pass ends at that call of the (one) layer.
         """
         total: dict[str, Tensor] = {}
-        rows = dict.fromkeys(names, 0)
+        counts = dict.fromkeys(names, 0)
         calls = 0
 
         def record(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 nonlocal calls
-                x = _rows(module, args[0])
+                x = rows(module, args[0])
                 total[name] = total.get(name, 0.0) + (x.T @ x).double().cpu()
-                rows[name] += len(x)
+                counts[name] += len(x)
                 calls += 1
                 if calls == stop_after:
                     raise _EnoughError
@@ -168,7 +168,7 @@ class _Job:
         finally:
             for hook in hooks:
                 hook.remove()
-        return {name: _shrink(gram / max(rows[name], 1), self.shrink) for name, gram in total.items()}
+        return {name: _shrink(gram / max(counts[name], 1), self.shrink) for name, gram in total.items()}
 
     def order(self) -> dict[str, int]:
         """The layers in the order in which they first run, each with its number of calls in one forward pass."""
@@ -195,7 +195,7 @@ class _Job:
         if name not in merged:
             return self.plain(name)
         like = self.sets.states[0][name]
-        return _as_weight(self.layers[name], merged[name], like.shape).to(like.device)
+        return as_weight(self.layers[name], merged[name], like.shape).to(like.device)
 
     def result(self, merged: Mapping[str, Tensor]) -> Merged[RegMeanReport]:
         weights: Weights = dict(assemble(self.sets, lambda name: self.tensor(name, merged), self.shares))
@@ -219,7 +219,7 @@ def _prepare(
     network.check(as_weights(models[0]), "models[0]")
     tied = set(sets.ties.values())
     found = {f"{path}.weight".removeprefix("."): module for path, module in network.module.named_modules()}
-    layers = {n: m for n, m in found.items() if n in sets.weights and n not in tied and _fits(m)}
+    layers = {n: m for n, m in found.items() if n in sets.weights and n not in tied and fits(m)}
     return _Job(sets, network, layers, check_data(data, len(sets)), shrink, samples, batch_size)
 
 
@@ -237,28 +237,3 @@ def _fit(mean: Tensor, gram: Tensor, pull: Tensor) -> Tensor:
 
 def _shrink(gram: Tensor, shrink: float) -> Tensor:
     return shrink * gram + (1.0 - shrink) * torch.diag(gram.diagonal())
-
-
-def _fits(module: nn.Module) -> bool:
-    if isinstance(module, nn.Conv2d):
-        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-
-
-def _rows(module: nn.Module, inputs: Tensor) -> Tensor:
-    """`(rows, inputs)`: what the weight matrix is multiplied with, float32 or wider."""
-    x = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
-    if isinstance(module, nn.Conv2d):
-        assert not isinstance(module.padding, str)
-        x = x if x.ndim == 4 else x[None]
-        patches = F.unfold(x, module.kernel_size, module.dilation, module.padding, module.stride)
-        return patches.mT.flatten(0, 1)  # from (N, in * kh * kw, positions)
-    return x.reshape(-1, x.shape[-1])
-
-
-def _as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
-    return weight.flatten(1).T if isinstance(module, (nn.Linear, nn.Conv2d)) else weight
-
-
-def _as_weight(module: nn.Module, matrix: Tensor, shape: torch.Size) -> Tensor:
-    return (matrix.T if isinstance(module, (nn.Linear, nn.Conv2d)) else matrix).reshape(shape)
