@@ -22,7 +22,7 @@ class Explorer(anywidget.AnyWidget):
     data = traitlets.Dict().tag(sync=True)
 
     def __init__(self, results: Sequence[Any], state: Mapping[str, Any]) -> None:
-        self._results = list(results)
+        self._results, self._kind = list(results), type(self)  # anywidget will make a class of its own of it
         super().__init__(**state)
         others = self._peers()
         if others:
@@ -43,7 +43,7 @@ class Explorer(anywidget.AnyWidget):
 
     def _peers(self) -> list["Explorer"]:
         found = {id(each): each for result in self._results for each in _OPEN.get(result, ())}
-        return [each for each in found.values() if each is not self and type(each) is type(self)]
+        return [each for each in found.values() if each is not self and each._kind is self._kind]
 
     def _lead(self, change: Any) -> None:
         for peer in self._peers():
