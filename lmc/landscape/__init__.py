@@ -2,9 +2,10 @@
 
 from lmc.landscape.curvature import Curvature, curvature
 from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
+from lmc.landscape.epochs import Epochs, barrier_over_time
 from lmc.landscape.evaluation import Evaluator, Score, evaluate
 from lmc.landscape.path import Barrier, Path, barrier, loss_path
-from lmc.landscape.plane import Plane, loss_plane, random_plane
+from lmc.landscape.plane import Plane, loss_plane, random_plane, trajectory_plane
 from lmc.landscape.similarity import Similarity, linear_cka, similarity
 from lmc.landscape.triangle import Mixture, Simplex, Triangle, loss_simplex, loss_triangle
 from lmc.landscape.variance import VarianceRatios, variance_ratios
@@ -13,6 +14,7 @@ __all__ = [
     "Barrier",
     "Curvature",
     "Curve",
+    "Epochs",
     "Evaluator",
     "Mixture",
     "Path",
@@ -23,6 +25,7 @@ __all__ = [
     "Triangle",
     "VarianceRatios",
     "barrier",
+    "barrier_over_time",
     "bezier_curve",
     "curvature",
     "evaluate",
@@ -34,5 +37,6 @@ __all__ = [
     "polygonal_chain",
     "random_plane",
     "similarity",
+    "trajectory_plane",
     "variance_ratios",
 ]

@@ -24,6 +24,7 @@ export function frame({ panel, low, high, marks, names = (value) => String(value
   svg.append(cursor);
   return {
     node: svg,
+    cursor,
     x,
     y,
     at(value) {
@@ -41,11 +42,18 @@ export function frame({ panel, low, high, marks, names = (value) => String(value
 export function pathChart({ panel, paths, low, high, pick, release }) {
   const chart = frame({ panel, low, high, marks: [0, 0.25, 0.5, 0.75, 1] });
   const groups = paths.map((path) => drawPath(path, panel, chart));
-  chart.node.append(...groups.map((group) => group.node));
+  const behind = shape("g", {});
+  chart.node.append(behind, ...groups.map((group) => group.node));
   chart.dragged(pick, release);
   return {
     node: chart.node,
     redraw: (others) => others.forEach((path, i) => groups[i].redraw(path)),
+    // Further paths, thin and behind the others.
+    trail(others) {
+      const points = ({ alphas, series, split }) => track(alphas, series[split][panel.measure], chart.x, chart.y);
+      const look = (path) => ({ class: "lmc-trail", style: `--c: ${path.colour}`, points: points(path) });
+      behind.replaceChildren(...others.map((path) => shape("polyline", look(path))));
+    },
     update(alpha, active, exact) {
       chart.at(alpha);
       groups.forEach((group, i) => group.update(alpha, i === active, i === active ? exact?.[panel.measure] : undefined));

@@ -13,7 +13,7 @@ export const PATIENCE = 5000; // milliseconds without an answer after which the 
 
 // `draw()` draws everything; `redraw` asks for it. `speak(text)` tells a screen reader once things are at rest.
 // `listen(name, act)` hears a trait change that was not made here. `ask(content, reply, silence)` sends `content` to the
-// kernel: `reply(answer)` when it answers, `silence()` when it does not (at once where there is no kernel).
+// kernel: `reply(answer)` when it answers, `silence(why)` when it does not (at once where there is no kernel).
 // `el.replaceChildren(stage.root)` is done here; return `stage.close` from `render`.
 export function stage({ model, el, name, draw }) {
   const spoken = node("div", { class: "lmc-spoken", "aria-live": "polite" });
@@ -45,16 +45,16 @@ export function stage({ model, el, name, draw }) {
     if (reply) reply(message);
   });
   function ask(content, reply, silence) {
-    if (!model.send) return silence();
+    if (!model.send) return silence("static, no kernel");
     const ticket = String(Math.random()); // another view of the same widget counts for itself
-    const late = setTimeout(silence, PATIENCE);
+    const late = setTimeout(() => silence("static, the kernel does not answer"), PATIENCE);
     waiting.set(ticket, (answer) => (clearTimeout(late), reply(answer)));
     undo.push(() => clearTimeout(late));
     try {
       model.send({ ...content, ticket });
     } catch {
       clearTimeout(late);
-      silence();
+      silence("static, the kernel is gone");
     }
   }
 
@@ -88,33 +88,34 @@ export function tell(model, traits) {
   if (changed) model.save_changes();
 }
 
-// Values of a place, exact on release: `note` is a small element that says where the values come from, `at()` the
-// place as the kernel knows it, `show(answer)` is given the kernel's answer, or null as soon as the place is left.
+// Values of a place, exact on release. `note` is a small element that says where the values come from, `at()` the place as
+// the kernel knows it, `without()` what the values are without a kernel; `show(answer)` is given the kernel's answer, and
+// null as soon as the place is left. Call `moved()` at every move, `settle(delay)` when a place is let go of.
 export function exactly({ ask, note, at, show, without }) {
   let timer = 0;
-  const same = (place) => JSON.stringify(place) === JSON.stringify(at());
+  let reason = ""; // why the kernel is not heard
+  const here = () => JSON.stringify(at());
   const say = (state, text) => {
     note.dataset.state = state;
     note.textContent = text;
   };
+  const estimate = () => (reason ? say("static", `${reason}: ${without()}`) : say("between", without()));
   function request() {
-    const place = at();
-    ask(
-      { place },
-      (answer) => {
-        if (!same(place)) return;
-        if (answer.error) return say("static", `${without} (${answer.error})`);
-        say("exact", "exact, from the kernel");
-        show(answer);
-      },
-      () => same(place) && say("static", `no kernel: ${without}`),
-    );
+    const place = here();
+    const hear = (why, answer) => {
+      if (place !== here()) return;
+      reason = why;
+      if (!answer) return estimate();
+      say("exact", "exact, from the kernel");
+      show(answer);
+    };
+    const reply = (answer) => (answer.error ? hear(answer.error) : hear("", answer));
+    ask({ place: at() }, reply, (why) => hear(why));
   }
-  say("between", without);
   return {
     moved() {
       clearTimeout(timer);
-      if (note.dataset.state === "exact") say("between", without);
+      estimate();
       show(null);
     },
     settle(delay = 0) {

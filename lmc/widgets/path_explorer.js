@@ -26,7 +26,7 @@ function render({ model, el }) {
       exact = answer && { ...answer, shown: answer.shown && unpackShown(answer.shown), images: unpackImages(answer.images) };
       scene.redraw();
     },
-    without: "interpolated between evaluated points",
+    without: () => (paths[active].alphas.includes(alpha) ? "evaluated beforehand" : "interpolated between evaluated points"),
   });
   const step = (count) => stepped(paths[active].alphas, alpha, count);
   const handle = slider({ low, high, label: "position on the path", ends: ["A", "B"], step, pick, release: values.settle });

@@ -35,8 +35,8 @@ def state(paths: Mapping[str, Path]) -> dict[str, Any]:
     tints = colours(list(paths))
     measures = ["loss", *(["accuracy"] if all(path.accuracies for path in paths.values()) else [])]
     data = {
-        "paths": [_path(name, path, measures, tints[name]) for name, path in paths.items()],
-        "panels": [_panel(measure, paths) for measure in measures],
+        "paths": [path_state(name, path, measures, tints[name]) for name, path in paths.items()],
+        "panels": [panel_state(measure, paths) for measure in measures],
         "images": images_state([path.predictions for path in paths.values() if path.predictions is not None]),
     }
     return {"data": data, "alpha": 0.5, "active": list(paths)[-1]}
@@ -60,7 +60,8 @@ def inline_html(content: Mapping[str, Any]) -> str:
     return frame(MODULE, STYLE, content, title=TITLE, height=height)
 
 
-def _path(name: str, path: Path, measures: list[str], colour: str) -> dict[str, Any]:
+def path_state(name: str, path: Path, measures: list[str], colour: str, shown: bool = True) -> dict[str, Any]:
+    """One path as the charts draw it; `shown`: with what is predicted on it."""
     return {
         "name": name,
         "colour": colour,
@@ -71,7 +72,7 @@ def _path(name: str, path: Path, measures: list[str], colour: str) -> dict[str, 
             for split, values in path.values.items()
         },
         "barriers": {measure: _barrier(path, measure) for measure in measures},
-        "shown": None if path.predictions is None else shown_state(path.predictions),
+        "shown": shown_state(path.predictions) if shown and path.predictions is not None else None,
     }
 
 
@@ -80,8 +81,11 @@ def _numbers(values: npt.NDArray[np.float64], measure: str) -> list[float | None
     return [round(scale * float(value), 5) if math.isfinite(value) else None for value in values]
 
 
-def _barrier(path: Path, measure: str) -> dict[str, Any]:
-    found = path.barrier_of("loss" if measure == "loss" else "error")
+def _barrier(path: Path, measure: str) -> dict[str, Any] | None:
+    try:
+        found = path.barrier_of("loss" if measure == "loss" else "error")
+    except InputError:  # an end that is not a number
+        return None
     base = (1.0 - found.alpha) * found.start + found.alpha * found.end
     ends, text = (base, base + found.value), f"barrier {found.value:.2f} nats"
     if measure == "accuracy":
@@ -89,21 +93,26 @@ def _barrier(path: Path, measure: str) -> dict[str, Any]:
     return {"alpha": found.alpha, "base": ends[0], "top": ends[1], "text": text}
 
 
-def _panel(measure: str, paths: Mapping[str, Path]) -> dict[str, Any]:
+def panel_state(measure: str, paths: Mapping[str, Path]) -> dict[str, Any]:
     """Title, range and ticks of a chart; one range for all paths, so that they can be compared."""
     series = [_numbers(values[measure], measure) for path in paths.values() for values in path.values.values()]
     known = [value for numbers in series for value in numbers if value is not None]
     if measure == "loss":
-        low = min(0.0, *known)
-        high = max(low + 1e-3, *known)
+        low = min([0.0, *known])
+        high = max([low + 1e-3, *known])
         split = next(iter(paths.values())).split
         title = "loss (nats)" + (f" – {split} solid, train dotted" if len(series) > len(paths) else "")
     else:
-        low, high, title = min(99.0, *known), 100.0, "accuracy (%)"
+        low, high, title = min([99.0, *known]), 100.0, "accuracy (%)"
+    return {"measure": measure, "title": title, **axis_state(low, high)}
+
+
+def axis_state(low: float, high: float) -> dict[str, Any]:
+    """Range and ticks of an axis that holds low and high."""
     step = _step(high - low)
     low, high = math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step
     ticks = [round(low + i * step, 6) for i in range(round((high - low) / step) + 1)]
-    return {"measure": measure, "title": title, "range": [low, high], "ticks": ticks}
+    return {"range": [low, high], "ticks": ticks}
 
 
 def _step(span: float) -> float:

@@ -46,7 +46,7 @@ function render({ model, el }) {
       }
       scene.redraw();
     },
-    without: "interpolated between grid points",
+    without: () => (x.includes(point[0]) && y.includes(point[1]) ? "evaluated beforehand" : "interpolated between grid points"),
   });
 
   shown.node.hidden = true;
