@@ -17,13 +17,15 @@ your own is a function of one tensor under `@on_tensors`, `@on_task_vectors`, `@
 `lmc.recalibrate_batchnorm`.
 
 Before: `inspect(models, base)` says whether they fit, how they differ and which method suits them. With validation data
-at hand: `compare(model, models, validation, base=...)` tries them all and ranks them by scores on other data.
+at hand: `compare(model, models, validation, base=...)` tries them all and ranks them by scores on other data,
+and `mixer(model, models, tasks, base=...).explore()` puts task vectors under sliders.
 
 Networks that were trained independently are brought into one order of units first by `align=spec`, an option of every
 method that takes several models (see `lmc.merge.aligning`).
 
 Models may be checkpoints on disk (`lmc.open_checkpoint`). Methods of the first two kinds merge them into a new folder
-with little memory: `write(method, models, out, base=..., ...)`; `plan(...)` says beforehand what that takes.
+with little memory: `write(method, models, out, base=..., ...)`; `plan(...)` says beforehand what that takes, and
+`replay(recipe, out)` does one again. The command `lmc merge` does the same.
 """
 
 from lmc.merge.adamerging import adamerging
@@ -46,8 +48,10 @@ from lmc.merge.experts import mix_experts
 from lmc.merge.fisher import fisher, fisher_information, fisher_weighted
 from lmc.merge.inspection import Inspection, inspect
 from lmc.merge.method import linear, on_task_vectors, on_tensors
+from lmc.merge.mixing import Mixer, mixer
 from lmc.merge.on_top import consensus, lines, on_merged, tall_mask, tall_masks
 from lmc.merge.regmean import regmean, regmean_plus_plus
+from lmc.merge.replaying import replay
 from lmc.merge.search import evolve, lcsc
 from lmc.merge.soups import greedy_soup, learned_soup, uniform_soup, wise_ft
 from lmc.merge.sparse import magnitude_masks, sparse_soup
@@ -58,6 +62,7 @@ from lmc.merge.to_disk import Plan, plan, write
 __all__ = [
     "Comparison",
     "Inspection",
+    "Mixer",
     "Plan",
     "adamerging",
     "aligned",
@@ -85,6 +90,7 @@ __all__ = [
     "magnitude_masks",
     "metrics_weighted",
     "mix_experts",
+    "mixer",
     "model_stock",
     "on_merged",
     "on_task_vectors",
@@ -93,6 +99,7 @@ __all__ = [
     "plan",
     "regmean",
     "regmean_plus_plus",
+    "replay",
     "slerp",
     "sparse_soup",
     "swa",

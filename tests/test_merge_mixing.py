@@ -1,0 +1,79 @@
+"""The merge mixer's numbers: sums of task vectors by hand, exact on its grid."""
+
+import pytest
+import torch
+
+import lmc
+from lmc.merge.mixing import LEVELS, _thirds
+
+
+@pytest.fixture(scope="module")
+def case():
+    draw = torch.Generator().manual_seed(0)
+    model = lmc.models.mlp(16, [8, 6], 3)
+    base, a, b = ({k: torch.randn(v.shape, generator=draw) for k, v in model.state_dict().items()} for _ in range(3))
+    tasks = {n: (torch.randn(60, 16, generator=draw), torch.randint(3, (60,), generator=draw)) for n in ("x", "y")}
+    return model, base, [a, b], tasks, lmc.merge.mixer(model, [a, b], tasks, base=base, progress=False)
+
+
+def test_weights_are_sums_of_task_vectors_by_group(case) -> None:
+    _, base, (a, b), _, mixer = case
+    assert list(mixer.groups) == ["fc1", "fc2", "head"] and mixer.names == ("x", "y")
+    rows = [[0.5, 0.0], [0.0, 1.2], [0.3, 0.7]]
+    merged = mixer.weights(rows)
+    for name, tensor in merged.items():
+        ca, cb = rows[["fc1", "fc2", "head"].index(name.split(".")[0])]
+        assert torch.allclose(tensor, base[name] + ca * (a[name] - base[name]) + cb * (b[name] - base[name]), atol=1e-6)
+    same = lmc.merge.task_arithmetic([a, b], base=base, **mixer.options(rows))
+    assert all(torch.equal(same[name], merged[name]) for name in merged)
+
+
+def test_the_grid_holds_scores_of_whole_models(case) -> None:
+    model, base, models, tasks, mixer = case
+    assert mixer.grid.shape == (LEVELS[2], LEVELS[2], 2)
+    for i, j in ((0, 0), (3, 7), (10, 10)):
+        assert mixer.grid[i, j].tolist() == list(mixer.scores([mixer.levels[i], mixer.levels[j]]).values())
+    expected = [
+        [lmc.landscape.evaluate(model, w, part)["data"].accuracy for part in tasks.values()] for w in [*models, base]
+    ]
+    assert mixer.own.tolist() == expected
+    best = sum(mixer.scores(mixer.best).values()) / 2
+    assert best == pytest.approx(mixer.grid.mean(-1).max())
+
+
+def test_stretches_of_layers() -> None:
+    names = [f"blocks.{i}.{kind}" for i in range(7) for kind in ("weight", "bias")]
+    groups = _thirds(names)
+    assert [len(part) for part in groups.values()] == [2, 3, 2]
+    assert [module for part in groups.values() for module in part] == [f"blocks.{i}" for i in range(7)]
+
+
+def test_the_widget_starts_at_the_average_and_refuses_other_shapes(case) -> None:
+    import traitlets
+
+    mixer = case[-1]
+    widget = mixer.explore()
+    assert widget.coefficients == [[0.5, 0.5]] * 3
+    other = mixer.explore()
+    widget.coefficients = [[0.1, 0.2], [0.3, 0.4], [0.5, 0.6]]
+    assert other.coefficients == widget.coefficients
+    told = widget.answer(widget.coefficients)["values"]
+    assert told == [100 * value for value in mixer.scores(widget.coefficients).values()]
+    with pytest.raises(traitlets.TraitError, match="3 rows of 2"):
+        widget.coefficients = [[0.1, 0.2]]
+
+
+def test_groups_of_ones_own_and_bad_input(case) -> None:
+    model, base, models, tasks, _ = case
+    made = lmc.merge.mixer(
+        model, models, tasks, base=base, groups={"hidden": ["fc1", "fc2"], "head": "head"}, progress=False
+    )
+    assert made.options([[1.0, 0.0], [0.0, 1.0]])["weights"] == {"fc1": [1, 0], "fc2": [1, 0], "head": [0, 1]}
+    with pytest.raises(lmc.InputError, match="fc2.weight is in none"):
+        lmc.merge.mixer(model, models, tasks, base=base, groups={"a": "fc1", "b": "head"}, progress=False)
+    with pytest.raises(lmc.InputError, match="a and b"):
+        lmc.merge.mixer(model, models, tasks, base=base, groups={"a": "*", "b": "head"}, progress=False)
+    with pytest.raises(lmc.InputError, match="coefficients of shape"):
+        made.weights([[1.0, 2.0, 3.0]])
+    with pytest.raises(lmc.InputError, match="a mapping of names"):
+        lmc.merge.mixer(model, models, tasks["x"], base=base)
