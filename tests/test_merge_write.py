@@ -272,5 +272,5 @@ def test_memory_stays_within_the_plan(tmp_path: Path) -> None:
     measured = [tuple(map(int, line.split()[1:])) for line in lines if line.startswith("large")]
     assert len(measured) == 2
     for grown, planned, size in measured:
-        assert 1e6 < grown < planned + 4e6 < size  # of one model alone; two and a base are read
+        assert 1e6 < grown < planned + 4e6 and grown < 1.2 * size  # of one model; two and a base are read
         assert planned < 3 * 4 * 8_000_000  # copies of the largest tensor

@@ -45,7 +45,6 @@ Read = Callable[[str, Part], tuple[Any, ...]]
 Delta = Callable[..., Tensor]  # the merged task vector of a name, or of a part of it
 Kind = Literal["linear", "tensors", "task vectors"]
 GIVEN = ("base", "name", "generator", "survey")
-BLOCKS, BLOCK = 2048, 256  # how many short slices are a sample of a model at least, and their length
 
 
 class MergeFunction(Protocol):
@@ -81,9 +80,10 @@ class Pass:
             yield self._values(name, part)
 
     def sample(self) -> Iterator[Any]:
-        """The same for a few thousand short slices, spread evenly over the model; nothing else is read."""
+        """The same for up to 2048 short slices, spread evenly over the model; nothing else is read."""
         sizes = {name: self.sets.shells[name].numel() for name in self.sets.weights}
-        for name, part in blocks(sizes, max(BLOCKS, self.size >> 18), BLOCK):
+        count = min(2048, max(32, self.size >> 16))
+        for name, part in blocks(sizes, count, sample_size(self.size) // count):
             yield self._values(name, part)
 
     def of(self, name: str) -> "Pass":
@@ -238,6 +238,11 @@ class _Run:
     read: Read
     seed: int
     survey: Any
+
+
+def sample_size(size: int) -> int:
+    """How many values are a fair sample of so many: a sixteenth of few, a million of most, a five hundredth of very many."""
+    return max(size >> 9, min(size >> 4, 1 << 20))
 
 
 def _add_deltas(

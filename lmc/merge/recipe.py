@@ -29,7 +29,7 @@ def make_recipe(
     """All that the result depends on, as JSON holds it."""
     recipe = {
         "method": method.__name__,
-        "rule": _source(method),
+        "rule": source(method),
         "options": {key: _plain(value, key) for key, value in options.items()},
         "models": [_fingerprint(model) for model in models],
         "base": None if base is None else _fingerprint(base),
@@ -52,7 +52,7 @@ def recorded(folder: Path) -> tuple[Recipe | None, dict[str, str]]:
     return recipe, recipe.pop("files", {})
 
 
-def _source(method: MergeFunction) -> str:
+def source(method: MergeFunction) -> str:
     """The SHA-256 of the rule's source: a method changed between an interrupt and now is another method."""
     try:
         text = inspect.getsource(method.method.rule)
@@ -88,5 +88,5 @@ def _plain(value: Any, key: str) -> Any:
     if isinstance(value, Sequence):
         return [_plain(v, key) for v in value]
     if hasattr(value, "method"):
-        return {"method": value.__name__, "rule": _source(value)}
+        return {"method": value.__name__, "rule": source(value)}
     raise InputError(f"{key}: {type(value).__name__} cannot be stored in the recipe; use numbers, texts and lists")

@@ -152,7 +152,7 @@ def elect(deltas: Tensor, undecided: float = 0.0) -> Tensor:
     """
     sign = deltas.sum(0).sign_()
     if undecided:
-        sign = sign.where(sign != 0, undecided)
+        sign.add_(1.0 - sign.abs(), alpha=undecided)
     agreeing = (deltas * sign).relu_()  # magnitudes
     return agreeing.sum(0).mul_(sign) / agreeing.sign().sum(0).clamp_min_(1)
 

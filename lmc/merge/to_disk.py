@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from lmc.checkpoints import INDEX, RECIPE, Checkpoint, checksum, open_checkpoint, readable
 from lmc.errors import InputError
 from lmc.files import write_text
-from lmc.merge.method import MergeFunction, Method
+from lmc.merge.method import MergeFunction, Method, sample_size
 from lmc.merge.parts import DEPTH, VALUES, Part
+from lmc.merge.quantiles import SAMPLE
 from lmc.merge.recipe import Recipe, make_recipe, record, recorded
 from lmc.merge.shards import QUEUE, Shard, layout, parse_size, write_shard
 from lmc.merge.tensors import WeightSets, weight_sets, wide
@@ -207,7 +208,7 @@ def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:
     survey = 0
     if not how.one_pass:  # a sample, sorted, and the values near thresholds
         total = sum(sizes[name] for name in sets.weights)
-        survey = len(sets) * (4 * max(min(total, 1 << 19), total >> 10) + total // 50)
+        survey = len(sets) * (4 * max(min(total, SAMPLE), sample_size(total)) + total // 50)
     if how.cuts(options):
         ahead = (DEPTH + 1) * (len(sets) + 1)
         return ((8 * len(sets) + 2 + QUEUE + ahead) * min(largest, VALUES) + survey) * widest

@@ -1,0 +1,143 @@
+"""The arguments of each command, and `main`."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from lmc.cli import actions
+from lmc.errors import InputError, LmcError
+
+ABOUT = """Find what may move, choose the move, look at the landscape, combine the weights.
+
+Models are folders of safetensors shards (as Hugging Face lays them out), single .safetensors files, or .pt files without
+code in them. Every command is a thin skin on the Python call of the same name."""
+
+INSPECT = """Compare models before merging: do they fit, are they relatives, do they agree, and what to do then.
+
+examples:
+  lmc inspect math/ code/ --base base/
+  lmc inspect math/ code/ --base base/ --layers          one line per layer
+  lmc inspect a.safetensors b.safetensors --model "mlp(64, [64, 64, 64], 10)" --data digits
+
+In Python: lmc.merge.inspect(models, base, model=..., data=...)"""
+
+MERGE = """Merge models into a new folder, tensor by tensor, with little memory.
+
+An interrupted merge goes on where it stopped when the same command is given again; the result is the same, bit for bit.
+Beside the weights lie merge.json (the recipe, and the SHA-256 of every file) and the configuration and tokenizer of the
+base, or else of the first model.
+
+examples:
+  lmc merge average a/ b/ c/ --out soup/
+  lmc merge ties math/ code/ --base base/ --out merged/ --set density=0.2 --set scale=1.0
+  lmc merge task_arithmetic math/ code/ --base base/ --out merged/ --set 'scale={"*": 0.5, "model.layers.3": 0.2}'
+  lmc merge lines math/ code/ --base base/ --out merged/ --set method=ties --set density=0.3
+  lmc merge ties math/ code/ --base base/ --out merged/ --dry-run      say what it takes, and stop
+  lmc merge --explain ties                                             what a method does, and its options
+  lmc merge --recipe merged/merge.json --out again/                    the same again, bit for bit
+  lmc merge my_methods:median a/ b/ c/ --out merged/                   a function of your own, @lmc.merge.on_tensors
+
+In Python: lmc.merge.write(method, models, out, base=..., **options), lmc.merge.replay(recipe, out)
+
+"""
+
+ALIGN = """Bring the units of B into the order of A's: what B computes stays the same, and the two can be merged.
+
+examples:
+  lmc align a.safetensors b.safetensors --model "mlp(64, [64, 64, 64], 10)" --data digits --out b-aligned/
+  lmc align a/ b/ --model my_package.models:net(width=64) --example 2,3,32,32 --out b-aligned/
+  lmc align a/ b/ --spec spec.json --out b-aligned/ --set restarts=4
+  lmc align a/ b/ --model "mlp(64, [64], 10)" --data digits --method activation_matching --out b-aligned/
+
+--model imports and runs code that you name. In Python: lmc.permutation_spec(model, example_inputs),
+lmc.weight_matching(spec, a, b), pi.apply(b)"""
+
+BARRIER = """Loss and accuracy on the straight line between two networks.
+
+examples:
+  lmc barrier a.safetensors b.safetensors --model "mlp(64, [64, 64, 64], 10)" --data digits
+  lmc barrier a/ b-aligned/ --model my_package.models:net(width=64) --data images.npz --html path.html
+
+Arrays in a file of data are called inputs and targets, or train_inputs, train_targets, test_inputs and test_targets.
+--model imports and runs code that you name. In Python: lmc.loss_path(model, a, b, data)"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit status: 0, 1 where something failed, 2 where the command was wrong."""
+    arguments = parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except InputError as error:
+        return _failed(error, 2)
+    except (LmcError, OSError) as error:
+        return _failed(error, 1)
+    except KeyboardInterrupt:
+        return _failed("interrupted; the same command goes on where this one stopped", 130)
+    return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="lmc", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _inspect(_command(commands, "inspect", INSPECT, actions.inspect))
+    _merge(_command(commands, "merge", MERGE + actions.catalogue(), actions.merge))
+    _align(_command(commands, "align", ALIGN, actions.align))
+    _barrier(_command(commands, "barrier", BARRIER, actions.barrier))
+    return top
+
+
+def _command(commands, name: str, text: str, run) -> argparse.ArgumentParser:
+    about, _, examples = text.partition("\n\n")
+    style = argparse.RawDescriptionHelpFormatter
+    command = commands.add_parser(name, help=about, description=about, epilog=examples, formatter_class=style)
+    command.set_defaults(run=run)
+    command.add_argument("--quiet", action="store_true", help="no progress bars")
+    return command
+
+
+def _inspect(command: argparse.ArgumentParser) -> None:
+    command.add_argument("models", nargs="+", metavar="MODEL")
+    command.add_argument("--base", help="what the models were fine-tuned from")
+    command.add_argument("--layers", action="store_true", help="print a line for each layer")
+    command.add_argument("--model", help="the architecture, module:factory(arguments), for barriers on --data")
+    command.add_argument("--data", help="a data set of lmc.data, or a file .npz or .safetensors")
+
+
+def _merge(command: argparse.ArgumentParser) -> None:
+    command.add_argument("method", nargs="?", metavar="METHOD", help="one of the methods below, or module:function")
+    command.add_argument("models", nargs="*", metavar="MODEL")
+    command.add_argument("--base", help="what the models were fine-tuned from")
+    command.add_argument("--out", help="the folder to make; it must not exist")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the method")
+    command.add_argument("--shard-size", default="5GB", help="bytes per file at most (default 5GB)")
+    command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
+    command.add_argument("--recipe", metavar="FILE", help="do again what this recipe says, with --out only")
+    command.add_argument("--save-recipe", metavar="FILE", help="write a copy of the recipe there")
+    command.add_argument("--explain", metavar="METHOD", help="print what a method does and its options")
+
+
+def _align(command: argparse.ArgumentParser) -> None:
+    command.add_argument("a", metavar="A", help="the model that stays")
+    command.add_argument("b", metavar="B", help="the model whose units are moved")
+    command.add_argument("--out", required=True, help="the folder to make, with B as moved")
+    command.add_argument("--method", default="weight_matching", choices=sorted(actions.ALIGNERS))
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the method")
+    command.add_argument("--model", help="the architecture, module:factory(arguments)")
+    command.add_argument("--data", help="a data set of lmc.data, or a file .npz or .safetensors")
+    command.add_argument("--example", metavar="SIZES", help="shape of example inputs such as 2,3,32,32, without --data")
+    command.add_argument("--spec", metavar="FILE", help="a PermutationSpec saved as JSON, instead of --model")
+    command.add_argument("--save-permutation", metavar="FILE", help="write the permutation as JSON")
+
+
+def _barrier(command: argparse.ArgumentParser) -> None:
+    command.add_argument("a", metavar="A")
+    command.add_argument("b", metavar="B")
+    command.add_argument("--model", required=True, help="the architecture, module:factory(arguments)")
+    command.add_argument("--data", required=True, help="a data set of lmc.data, or a file .npz or .safetensors")
+    command.add_argument("--points", type=int, default=25, help="points on the line (default 25)")
+    command.add_argument("--html", metavar="FILE", help="save the explorer of the path as a page")
+
+
+def _failed(error: object, status: int) -> int:
+    print("lmc: " + " ".join(str(error).split()), file=sys.stderr)
+    return status
