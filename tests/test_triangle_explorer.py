@@ -56,7 +56,7 @@ def asked(widget, place):
     """What the kernel sends back to a browser that came to rest at `place`."""
     sent = []
     widget.send = sent.append
-    widget._answer(widget, {"place": place, "ticket": "7"}, [])
+    widget._asked(widget, {"place": place, "ticket": "7"}, [])
     return sent[0]
 
 

@@ -1,23 +1,20 @@
 """The explorer of mixtures in Jupyter: a soup triangle for three models, a polygon and sliders for more."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
-import anywidget
 import traitlets
 
 from lmc.landscape.simplex_result import Simplex
-from lmc.widgets.in_step import keep_in_step
+from lmc.widgets.explorer import Explorer
 from lmc.widgets.simplex_page import MODULE, STYLE, answer, inline_html, state
 
-TRAITS = ("shares", "measure", "split")
 
-
-class SimplexExplorer(anywidget.AnyWidget):
+class SimplexExplorer(Explorer):
     """A map of mixtures with a point that can be dragged, and a slider for the share of each model. While it moves, values
-    are interpolated in the browser; when it is let go of, the kernel evaluates the mixture.
-
-    Widgets of one result move together.
+    are interpolated in the browser; when it is let go of, the kernel evaluates the mixture. Explorers of one result stay
+    in step.
 
     Attributes:
         shares: what each model has in the mixture shown; follows the point, and moves it.
@@ -27,17 +24,15 @@ class SimplexExplorer(anywidget.AnyWidget):
 
     _esm = MODULE
     _css = STYLE
-    data = traitlets.Dict().tag(sync=True)
+    shared = ("shares", "measure", "split")
     shares = traitlets.List(traitlets.Float()).tag(sync=True)
     measure = traitlets.Unicode().tag(sync=True)
     split = traitlets.Unicode().tag(sync=True)
 
     def __init__(self, mixtures: Simplex) -> None:
         self.mixtures = mixtures
-        self.exact: dict[str, dict[str, float]] = {}
-        super().__init__(**state(mixtures))
-        keep_in_step(self, mixtures, TRAITS)
-        self.on_msg(self._answer)
+        self.exact: dict[str, dict[str, float | None]] = {}
+        super().__init__([mixtures], state(mixtures))
 
     @traitlets.validate("shares")
     def _mixture(self, proposal: Any) -> list[float]:
@@ -55,20 +50,13 @@ class SimplexExplorer(anywidget.AnyWidget):
             raise traitlets.TraitError(f"{name}={value!r}; expected one of {', '.join(known)}")
         return value
 
-    def _answer(self, widget: Any, content: Any, buffers: Any) -> None:
-        """Evaluate the mixture at which the browser came to rest."""
-        found = answer(self.mixtures, content["place"])
-        self.exact = found.get("values", {})
-        self.send({**found, "ticket": content["ticket"]})
+    def answer(self, place: Any) -> dict[str, Any]:
+        told = answer(self.mixtures, place)
+        self.exact = told.get("values", {})
+        return told
+
+    def page(self, state: Mapping[str, Any]) -> str:
+        return inline_html(state)
 
     def __repr__(self) -> str:
         return f"SimplexExplorer({', '.join(self.mixtures.names)}; {len(self.mixtures.counts)} mixtures)"
-
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        """The live view, and the same figure as a page of its own for where no kernel runs."""
-        bundle = super()._repr_mimebundle_(**kwargs)
-        data = bundle[0] if isinstance(bundle, tuple) else bundle
-        if data is not None:
-            shown = {name: getattr(self, name) for name in TRAITS}
-            data["text/html"] = inline_html({"data": self.data, **shown})
-        return bundle
