@@ -76,7 +76,7 @@ def zipit(
     for name, size in pair.growth.sizes.items():
         separate = round(apart[name] * size)
         if name in seen:
-            units[name] = greedy(_likeness(seen[name]), size - separate, alpha, beta)
+            units[name] = greedy(likeness(seen[name]), size - separate, alpha, beta)
         else:
             warnings.warn(f"{name}: its units pass no module that we know; they are paired as matched", stacklevel=2)
             units[name] = paired(size, range(size - separate, size))
@@ -84,7 +84,7 @@ def zipit(
     return pair.finish(units, pair.zipped(units), info | {"seconds": time.perf_counter() - started})
 
 
-def _likeness(moments: Moments) -> Tensor:
+def likeness(moments: Moments) -> Tensor:
     """(2n, 2n) correlations; where matched units are both constant, as dead ones are, nothing is lost by merging them."""
     found, still = moments.correlation().cpu(), moments.constant()[0].cpu()
     n = len(found) // 2

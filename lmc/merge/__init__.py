@@ -50,6 +50,7 @@ from lmc.merge.inspection import Inspection, inspect
 from lmc.merge.method import linear, on_task_vectors, on_tensors
 from lmc.merge.mixing import Mixer, mixer
 from lmc.merge.on_top import consensus, lines, on_merged, tall_mask, tall_masks
+from lmc.merge.pleas import pleas
 from lmc.merge.regmean import regmean, regmean_plus_plus
 from lmc.merge.replaying import replay
 from lmc.merge.search import evolve, lcsc
@@ -97,6 +98,7 @@ __all__ = [
     "on_tensors",
     "pcb",
     "plan",
+    "pleas",
     "regmean",
     "regmean_plus_plus",
     "replay",
