@@ -3,6 +3,7 @@
 from lmc.align.activation_matching import activation_matching
 from lmc.align.comparison import METHODS, Comparison, compare
 from lmc.align.many import Matchings, match_many
+from lmc.align.matching import Matching, inspect_matching
 from lmc.align.singular import SingularAlignment, singular_alignment
 from lmc.align.sinkhorn import sinkhorn_matching
 from lmc.align.straight_through import straight_through_matching
@@ -15,11 +16,13 @@ __all__ = [
     "METHODS",
     "Comparison",
     "Fusion",
+    "Matching",
     "Matchings",
     "SingularAlignment",
     "Zipped",
     "activation_matching",
     "compare",
+    "inspect_matching",
     "match_many",
     "ot_fusion",
     "singular_alignment",
