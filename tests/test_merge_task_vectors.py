@@ -8,6 +8,7 @@ from torch import Tensor
 
 import lmc.merge as merge
 from lmc.errors import InputError
+from lmc.merge.on_top import depths
 
 SHAPES = {
     "layers.0.w": (9, 6),
@@ -361,3 +362,8 @@ def test_task_arithmetic_is_exact_for_a_linear_model_with_tasks_on_disjoint_feat
     for x, model in zip(inputs, models, strict=True):
         assert torch.allclose(x @ merged.T, x @ model["w"].T, atol=1e-12)
         assert not torch.allclose(x @ merge.average(models)["w"].T, x @ model["w"].T, atol=0.1)
+
+
+def test_lines_takes_modules_in_order_where_none_is_numbered() -> None:
+    names = ["fc1.weight", "fc1.bias", "fc2.weight", "head.weight"]
+    assert list(depths(names, None).values()) == [0.0, 0.0, 0.5, 1.0]

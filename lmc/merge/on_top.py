@@ -94,7 +94,7 @@ def lines(
 
     Args (besides those of `method=`):
         blocks: name patterns of the blocks, shallow to deep; by default the numbered modules (`layers.0`, `layers.1`,
-            ...).
+            ...), or all modules in their order where none is numbered.
 
     Raises:
         InputError: blocks that cannot be told from the names, or a pattern that fits nothing.
@@ -166,13 +166,19 @@ def depths(names: Sequence[str], blocks: Sequence[str] | None) -> dict[str, floa
 
 
 def _numbered(names: Sequence[str]) -> dict[str, float]:
-    """Depths from the first number in dotted names; stacks of different lengths (ResNet stages) are refused."""
+    """Depths from the first number in dotted names; stacks of different lengths (ResNet stages) are refused.
+
+    Without any numbers (`fc1`, `fc2`, `head`), each module that holds weights is a block, in their order.
+    """
     found = {name: re.match(r"(|.*?\.)(\d+)(?:\.|$)", name) for name in names}
     stacks: dict[str, set[int]] = {}
     for match in found.values():
         if match:
             stacks.setdefault(match[1], set()).add(int(match[2]))
     stacks = {prefix: numbers for prefix, numbers in stacks.items() if len(numbers) > 1}
+    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
+    if not stacks and len(modules) > 1:
+        return {name: modules.index(name.rpartition(".")[0]) / (len(modules) - 1) for name in names}
     if len({len(numbers) for numbers in stacks.values()}) != 1:
         lengths = {prefix + "*": len(numbers) for prefix, numbers in stacks.items()}
         raise InputError(
