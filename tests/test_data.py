@@ -281,17 +281,19 @@ STORED = sorted(path.parent.name for path in (Path(__file__).parents[1] / "data"
 @pytest.mark.parametrize("name", STORED)
 def test_stored_networks_are_what_their_manifests_say(name):
     pair = lmc.data.checkpoint(name)
-    data = lmc.data.digits(**pair.manifest["data"]["options"])
-    inputs, targets = data.test
+    source = pair.manifest["data"]
+    inputs, targets = getattr(lmc.data, source["function"])(**source["options"]).test
     model = pair.model()
     for weights, entry in zip(pair, pair.manifest["files"], strict=True):
         model.load_state_dict(weights)
         with torch.no_grad():
-            logits = model(inputs)
+            logits = model(inputs).flatten(0, -2)
+        targets = targets.flatten()
         assert abs(float(F.cross_entropy(logits, targets)) - entry["test"]["loss"]) < 1e-4
         assert abs(float((logits.argmax(1) == targets).float().mean()) - entry["test"]["accuracy"]) < 0.003
     last = [entry for entry in pair.manifest["files"] if entry["epoch"] == max(pair.epochs)]
-    assert len(last) == 2 and min(entry["test"]["accuracy"] for entry in last) > 0.9
+    good = 0.9 if source["function"] == "digits" else 0.8  # much of a text is chance
+    assert len(last) == 2 and min(entry["test"]["accuracy"] for entry in last) > good
 
 
 def test_stored_networks_stay_small():

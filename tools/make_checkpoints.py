@@ -39,6 +39,7 @@ class Job:
     arguments: tuple[Any, ...] = ()
     options: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
+    data: str = "digits"
     seeds: tuple[int, ...] = (0, 1)
     keep: tuple[int, ...] | None = None
 
@@ -92,13 +93,22 @@ JOBS = (
         {"dim": 32, "depth": 2, "heads": 4},
         dict(optimizer="adam", lr=3e-3, epochs=30),
     ),
+    Job(
+        "toy-text-gpt",
+        "two character-level GPTs of width 32 with two blocks of four heads on toy sentences",
+        "gpt",
+        (28, 32),
+        {"dim": 32, "depth": 2, "heads": 4},
+        dict(optimizer="adam", lr=3e-3, epochs=20),
+        data="toy_text",
+    ),
 )
 
 
 def make(job: Job) -> None:
     """Train, store, and write the manifest last, so that it only ever names files that are there."""
-    flat = job.function == "mlp"
-    data = lmc.data.digits(flat=flat)
+    options = {"seed": 0} | ({"flat": job.function == "mlp"} if job.data == "digits" else {})
+    data = getattr(lmc.data, job.data)(**options)
     model = getattr(lmc.models, job.function)(*job.arguments, **job.options)
     trained = lmc.training.train(model, data, seeds=job.seeds, keep=job.keep, **job.recipe)
     folder = DATA / job.name
@@ -118,7 +128,7 @@ def make(job: Job) -> None:
     manifest = {
         "description": job.description,
         "model": {"function": job.function, "arguments": job.arguments, "options": job.options},
-        "data": {"function": "digits", "options": {"seed": 0, "flat": flat}, "provenance": data.provenance},
+        "data": {"function": job.data, "options": options, "provenance": data.provenance},
         "recipe": asdict(trained.recipe),
         "storage": "parameters with two or more axes in float16, everything else as it was",
         "command": f"python tools/make_checkpoints.py {job.name}",
@@ -136,6 +146,7 @@ def score(model: nn.Module, weights: lmc.weights.Weights, inputs: torch.Tensor, 
     """Mean cross-entropy (nats) and accuracy in eval mode."""
     with torch.no_grad():
         logits = torch.func.functional_call(model.eval(), weights, (inputs,))
+    logits, targets = logits.flatten(0, -2), targets.flatten()
     accuracy = (logits.argmax(dim=1) == targets).float().mean()
     return {"loss": round(float(F.cross_entropy(logits, targets)), 6), "accuracy": round(float(accuracy), 6)}
 
@@ -161,7 +172,7 @@ def table() -> None:
         a, b = (stored.at(seed, last) for seed in job.seeds)
         size = sum(entry["bytes"] for entry in stored.manifest["files"]) / 1e6
         tests = [e["test"]["accuracy"] for e in stored.manifest["files"] if e["epoch"] == last]
-        data = lmc.data.digits(**stored.manifest["data"]["options"])
+        data = getattr(lmc.data, job.data)(**stored.manifest["data"]["options"])
         model = stored.model()
         spec = lmc.permutation_spec(model, data.train[0][:2])
         moved = lmc.weight_matching(spec, a, b, seed=0, restarts=3).apply(b)

@@ -19,13 +19,15 @@ VERBS = ("see", "hear", "follow", "greet")
 class Text:
     """Windows of running text; `train` and `test` are pairs `(inputs, targets)`, both `(N, context)` int64.
 
-    Numbers count characters of `alphabet`; the target at each position is the next character.
+    Numbers count characters of `alphabet`; the target at each position is the next character. `provenance` says how the
+    text came about.
     """
 
     name: str
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     alphabet: str
+    provenance: str
 
     def to(self, device: torch.device | str) -> "Text":
         """The same data on another device."""
@@ -66,7 +68,8 @@ def toy_text(seed: int = 0, *, context: int = 32, train: int = 2000, test: int =
         text += _sum(random) if random.randint(2) else _statement(random)
     tokens = torch.tensor([ALPHABET.index(character) for character in text])
     inputs, targets = (tokens[i : i + (train + test) * context].reshape(-1, context) for i in (0, 1))
-    return Text("toy text", (inputs[:train], targets[:train]), (inputs[train:], targets[train:]), ALPHABET)
+    splits = (inputs[:train], targets[:train]), (inputs[train:], targets[train:])
+    return Text("toy text", *splits, ALPHABET, f"sentences of a toy grammar drawn with seed {seed}")
 
 
 def _sum(random: np.random.RandomState) -> str:
