@@ -8,14 +8,15 @@ from alignment_cases import CASES, HEADS, digits, random_weights, transformer_pa
 import lmc
 from lmc.align.activation_matching import activation_matching
 from lmc.align.assignment import assign
-from lmc.align.couplings import plan
+from lmc.align.couplings import Coupling, plan
 from lmc.align.transport import Fusion, ot_fusion
 from lmc.align.widths import check_alone, guess_inputs
-from lmc.errors import DataError, InputError, MismatchError, SpecError, WeightsError
+from lmc.errors import DataError, InputError, MismatchError, MissingPackageError, SpecError, WeightsError
 from lmc.models.cnn import cnn
 from lmc.models.gpt import gpt
 from lmc.models.mlp import mlp
 from lmc.models.vit import vit
+from lmc.symmetry.group import Group
 from lmc.symmetry.spec import PermutationSpec
 
 METRICS = ("weights", "activations")
@@ -62,6 +63,19 @@ def test_marginals_are_uniform(n_a: int, n_b: int, regularization: float):
     torch.testing.assert_close(coupling.sum(0), torch.full((n_b,), 1 / n_b, dtype=torch.float64), atol=1e-7, rtol=0)
 
 
+@pytest.mark.parametrize(("n_b", "regularization"), [(6, 0.0), (4, 0.0), (4, 0.1)])
+def test_marginals_are_the_masses(n_b: int, regularization: float):
+    masses = tuple(torch.arange(1.0, n + 1, dtype=torch.float64) / (n * (n + 1) / 2) for n in (6, n_b))
+    coupling = plan(costs(6, n_b), regularization, "h", masses)
+    torch.testing.assert_close(coupling.sum(1), masses[0], atol=1e-7, rtol=0)
+    torch.testing.assert_close(coupling.sum(0), masses[1], atol=1e-7, rtol=0)
+    group = Group("h", 6, {})
+    for producing in (True, False):
+        shares = Coupling(group, group, coupling).share(producing)
+        sums = shares.sum(1 if producing else 0)
+        torch.testing.assert_close(sums, torch.ones_like(sums))
+
+
 def test_a_constant_in_the_cost_changes_no_coupling():
     cost = costs(6, 4)
     torch.testing.assert_close(plan(cost, 0.0, "h"), plan(cost + 3.0, 0.0, "h"))
@@ -83,6 +97,39 @@ def test_a_planted_permutation_is_undone(name: str, metric: str):
     fused = fuse(case, case.spec.random(3).apply(b), b, metric)
     assert all(torch.allclose(fused[k], v, atol=1e-6) for k, v in b.items())
     assert all(torch.allclose(fused.transported[0][k], v, atol=1e-6) for k, v in b.items())
+
+
+@pytest.mark.parametrize("importance", ["l1", "l2"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "resnet-bn", "gpt"])
+def test_a_planted_permutation_is_undone_where_units_have_masses(name: str, importance: str):
+    case = CASES[name]()
+    b = case.model.state_dict()
+    fused = fuse(case, case.spec.random(3).apply(b), b, importance=importance)
+    assert all(torch.allclose(fused[k], v, atol=1e-5) for k, v in b.items())
+
+
+@pytest.mark.parametrize(("importance", "order"), [("l1", 1), ("l2", 2)])
+def test_masses_are_norms_of_incoming_weights(importance: str, order: int):
+    case = CASES["mlp"]()
+    a, b = case.other(1), case.other(2)
+    coupling = fuse(case, a, b, importance=importance).couplings[0]["h1"]
+    for weights, axis in ((a, 1), (b, 0)):
+        incoming = torch.cat([weights["fc1.weight"], weights["fc1.bias"][:, None]], 1).double()
+        norms = torch.linalg.vector_norm(incoming, order, dim=1)
+        torch.testing.assert_close(coupling.sum(axis), norms / norms.sum(), atol=1e-7, rtol=0)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("regularization", [0.0, 0.05])
+def test_the_order_of_units_that_either_network_has_does_not_matter(metric: str, regularization: float):
+    case = CASES["cnn"]()
+    a, b, pi = case.other(4), case.other(5), case.spec.random(6)
+    plain = fuse(case, a, b, metric, regularization=regularization)
+    of_a = fuse(case, pi.apply(a), b, metric, regularization=regularization)
+    of_b = fuse(case, a, pi.apply(b), metric, regularization=regularization)
+    for name, moved in pi.apply(plain).items():
+        torch.testing.assert_close(of_a[name], plain[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(of_b[name], moved, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -252,8 +299,10 @@ def test_without_pot_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
     case = CASES["mlp"]()
     fuse(case, case.other(1), case.other(2))
-    with pytest.raises(InputError, match="lmc-lab\\[ot\\]"):
+    with pytest.raises(MissingPackageError, match="lmc-lab\\[ot\\]"):
         fuse(case, case.other(1), case.other(2), regularization=0.1)
+    with pytest.raises(MissingPackageError, match="needs the package ot"):
+        fuse(case, case.other(1), case.other(2), importance="l1")
 
 
 def test_entropic_couplings_that_do_not_converge_are_said(monkeypatch):
@@ -273,6 +322,8 @@ def test_bad_input():
         fuse(case, {k: v.double() for k, v in a.items()}, b)
     with pytest.raises(InputError, match="need it as a module"):
         fuse(case, mlp(12, [20, 10], 5).state_dict(), b, "activations")
+    with pytest.raises(InputError, match="importance='max': expected 'l1'"):
+        fuse(case, a, b, importance="max")
     with pytest.raises(InputError, match="share=2"):
         fuse(case, a, b, share=2.0)
     with pytest.raises(InputError, match="0 models"):
@@ -288,5 +339,7 @@ def test_groups_that_transport_cannot_follow_are_named():
     with pytest.raises(SpecError, match="up: group 'f\\[0\\]' lies over axes \\(0, 1\\); leave it out"):
         check_alone(experts)
     same_in_all = PermutationSpec.from_patterns({"q": "(head /v) ."}, {"q": torch.zeros(6, 5)}, head=2)
-    with pytest.raises(SpecError, match="groups 'head' and 'v' share channels"):
+    with pytest.raises(
+        SpecError, match=r"groups 'head' and 'v' share channels.*without\('head'\) or spec.without\('v'\)"
+    ):
         check_alone(same_in_all)

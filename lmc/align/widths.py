@@ -46,7 +46,8 @@ def check_alone(spec: PermutationSpec) -> None:
                 other = owner.get((axis, position))
                 if other is not None and not _within(spec, name, other):
                     raise SpecError(
-                        f"{tensor}: groups {other!r} and {name!r} share channels; leave one out: spec.without()"
+                        f"{tensor}: groups {other!r} and {name!r} share channels; leave one of them as it is: "
+                        f"spec.without({spec.groups[other].family!r}) or spec.without({spec.groups[name].family!r})"
                     )
                 owner[axis, position] = name
 
