@@ -33,7 +33,7 @@ from lmc.errors import (
 # What it looks like: losses between networks.
 from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
 from lmc.landscape.path import Path, loss_path
-from lmc.landscape.plane import Plane, loss_plane, random_plane
+from lmc.landscape.plane import Plane, loss_plane, random_plane, trajectory_plane
 from lmc.landscape.triangle import Simplex, Triangle, loss_simplex, loss_triangle
 from lmc.renormalize import repair
 
@@ -89,6 +89,7 @@ __all__ = [
     "sinkhorn_matching",
     "straight_through_matching",
     "training",
+    "trajectory_plane",
     "weight_matching",
     "weights",
 ]

@@ -1,5 +1,6 @@
 """Statistics of averaged networks: an interpolated network has its endpoints' weights, but not their activations."""
 
+import copy
 from typing import Any
 
 import torch
@@ -55,6 +56,12 @@ class Recalibrator:
         self.batches = [to_device(batch, network.device) for batch in equal_batches(inputs, batch_size)]
         if not self.batches:
             raise DataError("inputs: no examples to estimate batch statistics from")
+
+    def on(self, network: Network) -> "Recalibrator":
+        """The same batches for another copy of the network, for another thread."""
+        twin = copy.copy(self)
+        twin.network, twin.norms = network, _norms(network.module)
+        return twin
 
     def __call__(self, weights: Weights) -> Weights:
         """The weights with new statistics, on the device they were on."""

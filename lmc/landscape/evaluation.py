@@ -5,6 +5,7 @@ time to start a kernel, as many as the memory budget admits. On a CPU, where eva
 activations out of the cache, one after the other, unless the network and its batch are tiny (benchmarks/evaluation.py).
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -137,10 +138,22 @@ class Evaluator:
             self.network.check(first, "weights")
             if not self._checked:
                 self._prepare(first)
-            group = [first, *islice(states, (self.weight_sets_together or 1) - 1)]
-            for state in group:
+            others = list(islice(states, (self.weight_sets_together or 1) - 1))
+            for state in others:
                 self.network.check(state, "weights")
-            yield from self._score(group)
+            yield from self._score([first, *others])
+
+    def twin(self) -> "Evaluator":
+        """An evaluator of the same data with a network of its own, for another thread; this one has scored before."""
+        twin = copy.copy(self)
+        twin.network = Network(self.network.module, self.device)
+        return twin
+
+    def held_inputs(self) -> list[Any]:
+        """The inputs of every batch, where they all stay in memory from one weight set to the next; else none."""
+        if len(self._ready) < len(self.splits):
+            return []
+        return [inputs for batches in self._ready.values() for inputs, _targets, _counted in batches]
 
     def _prepare(self, state: Weights) -> None:
         """Check the data, set the batch size and how many weight sets go through together, all from a few examples."""

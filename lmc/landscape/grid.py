@@ -1,4 +1,4 @@
-"""Where the points of a plane lie: grids through given places, and the geometry of three models."""
+"""Where the points of a plane lie: grids through given places, three models, directions around one."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lmc.errors import InputError
+from lmc.landscape.span import difference
 from lmc.weights import Weights
 
 Values = npt.NDArray[np.float64]
@@ -87,6 +88,49 @@ class Triangle:
         return cls(side, foot, height)
 
 
+@dataclass(frozen=True)
+class Principal:
+    """The two directions along which a trajectory moves most, seen from its end (Li et al. 2018, arXiv:1712.09913,
+    section 7.2).
+
+    Attributes:
+        directions: two orthogonal weight sets of length 1 over the parameters; buffers go along.
+        track: (K, 2) the trajectory, projected; its end is at (0, 0), its start in the first quadrant.
+        explained: the share of the squared distances to the end that lies along each direction.
+    """
+
+    directions: tuple[Weights, Weights]
+    track: Values
+    explained: tuple[float, float]
+
+    @classmethod
+    def of(cls, states: Sequence[Weights], parameters: Iterable[str]) -> "Principal":
+        """Of K weight sets, from start to end; their differences to the last one are not centred, since the plane goes
+        through it.
+
+        Raises:
+            InputError: weight sets that are equal or lie on a line.
+        """
+        *earlier, end = states
+        gram = np.zeros((len(earlier), len(earlier)))
+        for name in parameters:
+            moved = torch.stack([_difference(state[name], end[name]) for state in earlier])
+            gram += (moved @ moved.T).cpu().numpy()
+        squares, mixtures = np.linalg.eigh(gram)  # ascending; the directions are mixtures of the differences
+        squares, mixtures = squares[::-1].clip(0.0), mixtures[:, ::-1]
+        if squares[0] == 0.0 or squares[1] <= FLATTEST**2 * squares[0]:
+            raise InputError(
+                "trajectory: its points are collinear, or nearly, so that they span no plane; draw the line with loss_path"
+            )
+        mixtures = mixtures * np.where(mixtures[0] < 0.0, -1.0, 1.0)
+        lengths = np.sqrt(squares[:2])
+        differences = [difference(state, end) for state in earlier]
+        one, two = (_mixed(differences, mixtures[:, k] / lengths[k]) for k in (0, 1))
+        track = np.vstack([mixtures[:, :2] * lengths, np.zeros((1, 2))])
+        shares = squares[:2] / squares.sum()
+        return cls((one, two), track, (float(shares[0]), float(shares[1])))
+
+
 def filter_normalised(weights: Weights, parameters: Iterable[str], generator: torch.Generator) -> Weights:
     """A Gaussian direction, each filter of it as long as the filter of the weights (Li et al. 2018, arXiv:1712.09913,
     section 4): a filter is all that feeds one output unit, `tensor[j]`. Vectors and scalars (biases, scales of
@@ -100,6 +144,13 @@ def filter_normalised(weights: Weights, parameters: Iterable[str], generator: to
         lengths = tensor.float().flatten(1).norm(dim=1) / random.flatten(1).norm(dim=1).clamp_min(1e-10)
         direction[name] = random * lengths.reshape(-1, *[1] * (tensor.ndim - 1))
     return direction
+
+
+def _mixed(differences: Sequence[Weights], shares: Values) -> Weights:
+    return {
+        name: sum((part[name] * float(share) for part, share in zip(differences, shares, strict=True)), start=0 * tensor)
+        for name, tensor in differences[0].items()
+    }
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:

@@ -1,32 +1,33 @@
-"""Loss and accuracy on planes in weight space: through three networks, or around one."""
+"""Loss and accuracy on planes in weight space: through three networks, around one, along a trajectory."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from lmc.batchnorm import Recalibrator
 from lmc.errors import InputError
-from lmc.landscape.evaluation import Evaluator
-from lmc.landscape.grid import Triangle, Values, axis, filter_normalised
+from lmc.landscape.grid import Principal, Triangle, Values, axis, filter_normalised
 from lmc.landscape.plane_result import Plane
-from lmc.landscape.points import preparation
 from lmc.landscape.scores import Measure
-from lmc.landscape.survey import Survey
-from lmc.network import pick_device
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
+from lmc.landscape.span import Span
+from lmc.landscape.survey import Layout, Options, Survey
+from lmc.weights import ModelOrWeights
+
+Resolution = int | tuple[int, int]
 
 
 def loss_plane(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
     data: Any,
-    resolution: int = 41,
+    resolution: Resolution = 41,
     *,
     names: Sequence[str] = ("A", "B", "C"),
     margin: float = 0.2,
+    tolerance: float | None = None,
     resume: Plane | None = None,
     repair: Literal["auto"] | None = "auto",
     statistics_inputs: Any = None,
@@ -43,13 +44,19 @@ def loss_plane(
     are. Nothing of the caller's is touched. Points are evaluated from coarse to fine; an interrupt returns what is done
     (the rest NaN, with a warning), and `resume` goes on from there.
 
+    On a CPU, as many threads as torch is set to use take points; what the first layer makes of the data is computed once
+    and mixed at every point, which is the same up to rounding.
+
     Args:
         model: the architecture.
         models: three weight sets of it; modules or state dicts.
         data: as for `loss_path`.
-        resolution: points along each axis, at least 5.
+        resolution: points along each axis, or along x and along y; at least 5.
         names: what the three are called in print and in plots.
         margin: how far the grid reaches beyond the models, as a share of their extent along the axis.
+        tolerance: None evaluates every point. 0.01 evaluates only as many as it takes to know the losses within 1 % of
+            their range, as far as points that are held out can tell, and interpolates the others: of 51 x 51 points,
+            most often a tenth. `plane.evaluated` says which, `plane.error` how far off.
         resume: an unfinished plane of the same arguments, whose points are taken over.
         repair, statistics_inputs, loss, metrics, batch_size, device: as for `loss_path`.
         progress: show a bar, and tell the cost of a long plane before it starts.
@@ -63,30 +70,35 @@ def loss_plane(
         raise InputError(f"models: expected three networks, got {len(models)}")
     if len(names) != 3 or len(set(names)) != 3:
         raise InputError(f"names={names!r}; expected three different names")
-    if not (isinstance(resolution, int) and resolution >= 5):
-        raise InputError(f"resolution={resolution!r}; expected a whole number, at least 5")
-    if not (math.isfinite(margin) and margin >= 0.0):
-        raise InputError(f"margin={margin}; expected a number, at least 0")
-    states = _states(dict(zip(names, models, strict=True)))
-    chosen = pick_device(device, states[0])
-    evaluator = Evaluator(model, data, loss=loss, metrics=metrics, batch_size=batch_size, device=chosen)
-    states, prepare = _begin(evaluator, states, names, repair, statistics_inputs)
-    triangle = Triangle.of(states, names, _parameters(evaluator))
-    x, y = (_through([place[i] for place in triangle.places], margin, resolution) for i in (0, 1))
-    survey = Survey(evaluator, prepare, lambda x, y: mean(states, triangle.shares(x, y)), x, y, progress)
-    axes = (f"distance from {names[0]} towards {names[2]}", f"off this line, towards {names[1]}")
-    return survey.plane(states, dict(zip(names, triangle.places, strict=True)), axes, resume)
+    counts = _counts(resolution)
+    _check_margin(margin)
+    options = Options(tolerance, resume, repair, statistics_inputs, loss, metrics, batch_size, device, progress)
+    survey = Survey(model, dict(zip(names, models, strict=True)), data, options)
+    first, second, third = survey.states.values()
+    triangle = Triangle.of((first, second, third), names, survey.parameters)
+    x, y = (_through([place[i] for place in triangle.places], margin, counts[i]) for i in (0, 1))
+    return survey.plane(
+        Layout(
+            Span.through(first, second, third),
+            lambda x, y: triangle.shares(x, y)[1:],
+            x,
+            y,
+            dict(zip(names, triangle.places, strict=True)),
+            (f"distance from {names[0]} towards {names[2]}", f"off this line, towards {names[1]}"),
+        )
+    )
 
 
 def random_plane(
     model: nn.Module,
     weights: ModelOrWeights | None,
     data: Any,
-    resolution: int = 41,
+    resolution: Resolution = 41,
     *,
     radius: float = 1.0,
     seed: int = 0,
     name: str = "A",
+    tolerance: float | None = None,
     resume: Plane | None = None,
     repair: Literal["auto"] | None = "auto",
     statistics_inputs: Any = None,
@@ -104,63 +116,96 @@ def random_plane(
     Args:
         model: the architecture.
         weights: the network in the middle; a module or state dict (None: the module's own).
-        resolution: points along each axis, odd, at least 5.
+        resolution: points along each axis, or along x and along y; odd, at least 5.
         radius: x and y run from -radius to radius, in lengths of the filters.
         seed: of both directions.
         name: what the network is called.
-        data, resume, repair, statistics_inputs, loss, metrics, batch_size, device, progress: as for `loss_plane`.
+        data, and all that follows `name`: as for `loss_plane`.
 
     Raises:
         As `loss_plane`, but for models on one line.
     """
-    if not (isinstance(resolution, int) and resolution >= 5 and resolution % 2):
-        raise InputError(f"resolution={resolution!r}; expected an odd number, at least 5, so that the network is on it")
+    counts = _counts(resolution)
+    if not all(count % 2 for count in counts):
+        raise InputError(f"resolution={resolution!r}; expected odd numbers, at least 5, so that the network is on a node")
     if not (math.isfinite(radius) and radius > 0.0):
         raise InputError(f"radius={radius}; expected a positive number")
-    states = _states({name: model if weights is None else weights})
-    chosen = pick_device(device, states[0])
-    evaluator = Evaluator(model, data, loss=loss, metrics=metrics, batch_size=batch_size, device=chosen)
-    states, prepare = _begin(evaluator, states, [name], repair, statistics_inputs)
-    centre = states[0]
-    generator = torch.Generator().manual_seed(seed)
-    d, e = (filter_normalised(centre, _parameters(evaluator), generator) for _ in range(2))
-
-    def state_at(x: float, y: float) -> Weights:
-        moved = {key: (centre[key] + x * d[key] + y * e[key]).to(centre[key].dtype) for key in d}
-        return {**centre, **moved}
-
-    x = axis(-radius, radius, resolution, [0.0])
-    survey = Survey(evaluator, prepare, state_at, x, x.copy(), progress)
+    options = Options(tolerance, resume, repair, statistics_inputs, loss, metrics, batch_size, device, progress)
+    survey = Survey(model, {name: model if weights is None else weights}, data, options)
+    centre, generator = survey.states[name], torch.Generator().manual_seed(seed)
+    directions = [filter_normalised(centre, survey.parameters, generator) for _ in range(2)]
+    x, y = (axis(-radius, radius, count, [0.0]) for count in counts)
     axes = ("first random direction (filter norms)", "second random direction (filter norms)")
-    return survey.plane(states, {name: (0.0, 0.0)}, axes, resume)
+    return survey.plane(Layout(Span(centre, directions), lambda x, y: (x, y), x, y, {name: (0.0, 0.0)}, axes))
 
 
-def _states(models: Mapping[str, ModelOrWeights]) -> list[Weights]:
-    """The weights of each model, compatible and finite."""
-    states = {name: as_weights(model) for name, model in models.items()}
-    first = next(iter(states))
-    for name, state in states.items():
-        check_compatible(states[first], state, (first, name))
-        check_finite(state, name)
-    return list(states.values())
+def trajectory_plane(
+    model: nn.Module,
+    trajectory: Sequence[ModelOrWeights],
+    data: Any,
+    resolution: Resolution = 41,
+    *,
+    margin: float = 0.2,
+    name: str = "end",
+    tolerance: float | None = None,
+    resume: Plane | None = None,
+    repair: Literal["auto"] | None = "auto",
+    statistics_inputs: Any = None,
+    loss: Measure | None = None,
+    metrics: Mapping[str, Measure] | None = None,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Plane:
+    """Evaluate the plane in which a training run moves most (Li et al. 2018, arXiv:1712.09913, section 7.2).
+
+    It goes through the last weights, along the two principal components of the differences to them; x and y are Euclidean
+    distances over parameters. `plane.tracks["trajectory"]` is the run, projected onto it, and `plane.explained` the share
+    of its squared distances to the end that lies in the plane: where that is small, the losses under the track are not
+    those of the run.
+
+    Args:
+        model: the architecture.
+        trajectory: at least three weight sets, from start to end; modules or state dicts.
+        resolution: points along each axis, or along x and along y; at least 5.
+        margin: how far the grid reaches beyond the run, as a share of its extent along the axis.
+        name: what the last weights are called.
+        data, and all that follows `name`: as for `loss_plane`.
+
+    Raises:
+        As `loss_plane`.
+    """
+    if isinstance(trajectory, Mapping) or len(trajectory) < 3:
+        raise InputError(f"trajectory: expected at least three weight sets, got {len(trajectory)}")
+    counts = _counts(resolution)
+    _check_margin(margin)
+    options = Options(tolerance, resume, repair, statistics_inputs, loss, metrics, batch_size, device, progress)
+    names = [*(f"trajectory[{i}]" for i in range(len(trajectory) - 1)), name]
+    survey = Survey(model, dict(zip(names, trajectory, strict=True)), data, options)
+    found = Principal.of(list(survey.states.values()), survey.parameters)
+    x, y = (_through(found.track[:, i], margin, counts[i], [0.0]) for i in (0, 1))
+    axes = ("first principal component", "second principal component")
+    span = Span(survey.states[name], found.directions)
+    plane = survey.plane(Layout(span, lambda x, y: (x, y), x, y, {name: (0.0, 0.0)}, axes))
+    return replace(plane, tracks={"trajectory": found.track}, explained=found.explained)
 
 
-def _begin(
-    evaluator: Evaluator, states: Sequence[Weights], names: Sequence[str], repair: str | None, statistics_inputs: Any
-) -> tuple[list[Weights], Recalibrator | None]:
-    """The weights where they are evaluated, and what is done to those of every point."""
-    for name, state in zip(names, states, strict=True):
-        evaluator.network.check(state, name)
-    prepare = preparation(evaluator, repair, statistics_inputs)
-    return [{key: tensor.to(evaluator.device) for key, tensor in state.items()} for state in states], prepare
+def _counts(resolution: Resolution) -> tuple[int, int]:
+    """Points along x and along y."""
+    counts = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if not (isinstance(counts, tuple) and len(counts) == 2 and all(isinstance(n, int) and n >= 5 for n in counts)):
+        raise InputError(f"resolution={resolution!r}; expected a whole number, at least 5, or two of them")
+    return counts
 
 
-def _parameters(evaluator: Evaluator) -> list[str]:
-    """What distances are measured over: each parameter once, no buffers."""
-    return [name for name, _ in evaluator.network.module.named_parameters()]
+def _check_margin(margin: float) -> None:
+    if not (math.isfinite(margin) and margin >= 0.0):
+        raise InputError(f"margin={margin}; expected a number, at least 0")
 
 
-def _through(places: Sequence[float], margin: float, count: int) -> Values:
+def _through(places: Iterable[float], margin: float, count: int, nodes: Iterable[float] | None = None) -> Values:
+    """An axis that reaches beyond all places, with nodes on them, or on `nodes`."""
+    places = [float(place) for place in places]
     low, high = min(places), max(places)
     reach = margin * (high - low)
-    return axis(low - reach, high + reach, count, places)
+    return axis(low - reach, high + reach, count, places if nodes is None else nodes)

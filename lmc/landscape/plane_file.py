@@ -29,6 +29,9 @@ def save(plane: Plane, file: str | FilePath) -> None:
         "axes": plane.axes,
         "recalibrated": plane.recalibrated,
         "tracks": {name: track.tolist() for name, track in plane.tracks.items()},
+        "interpolated": plane.interpolated.tolist(),
+        "error": plane.error,
+        "explained": plane.explained,
     }
     write_text(file, json.dumps(content))
 
@@ -49,6 +52,9 @@ def load(file: str | FilePath) -> Plane:
             (content["axes"][0], content["axes"][1]),
             content["recalibrated"],
             {name: _array(track) for name, track in content["tracks"].items()},
+            np.array(content.get("interpolated", False), dtype=bool),
+            content.get("error", {}),
+            None if content.get("explained") is None else (content["explained"][0], content["explained"][1]),
         )
     except (ValueError, KeyError, TypeError, IndexError) as error:
         if isinstance(error, DataError):

@@ -30,10 +30,14 @@ class Plane:
         places: name of a model -> its (x, y).
         own: split -> measure -> the value of each model, in the order of `places`, as it was given. With batch
             statistics re-estimated they may differ from the plane at its place, otherwise they agree.
-        done: (Y, X) which points were evaluated; all, unless an interrupt came first.
+        done: (Y, X) which points are known; all, unless an interrupt came first.
         axes: what x and y are.
         recalibrated: batch statistics were re-estimated at every point.
         tracks: name -> (K, 2), curves to be drawn in the plane.
+        interpolated: (Y, X) which points were not evaluated but interpolated (see `tolerance` of `loss_plane`); none
+            where this is a single False.
+        error: split -> measure -> the largest error of interpolation at points that were held out to tell it.
+        explained: of the plane of a trajectory, the share of the squared distances to its end along each axis.
         exact: evaluates any other point, `exact(x, y)[split].loss`; it keeps the networks and data alive. None for a plane
             that was read from a file.
     """
@@ -47,6 +51,9 @@ class Plane:
     axes: tuple[str, str]
     recalibrated: bool = False
     tracks: dict[str, Values] = field(default_factory=dict, repr=False)
+    interpolated: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros((), dtype=bool))
+    error: dict[str, dict[str, float]] = field(default_factory=dict)
+    explained: tuple[float, float] | None = None
     exact: Live | None = field(default=None, repr=False)
 
     @property
@@ -70,11 +77,21 @@ class Plane:
         return bool(self.done.all())
 
     @property
+    def evaluated(self) -> npt.NDArray[np.bool_]:
+        """(Y, X) which points were evaluated as they are."""
+        return self.done & ~self.interpolated
+
+    @property
     def gaps(self) -> dict[str, int]:
-        """measure -> number of points that were evaluated and gave NaN, in any split."""
+        """measure -> number of points that are known to be NaN, in any split."""
         measures = self.values[self.split]
         nans = {m: np.any([values[m] != values[m] for values in self.values.values()], axis=0) for m in measures}
         return {measure: int((nan & self.done).sum()) for measure, nan in nans.items()}
+
+    def _off(self, split: str, measure: str) -> float:
+        """The error of interpolation as a share of the range."""
+        known = self.values[split][measure][np.isfinite(self.values[split][measure])]
+        return self.error[split][measure] / max(float(np.ptp(known)), 1e-30) if len(known) else 0.0
 
     def to_frame(self) -> "pd.DataFrame":
         """A row for each point and split: x, y, split, loss, accuracy and metrics."""
@@ -133,6 +150,13 @@ class Plane:
             head += f", {int((~self.done).sum())} not evaluated"
         head += "".join(f", {count} where {measure} is NaN" for measure, count in self.gaps.items() if count)
         lines = [head + (", batch statistics re-estimated at each" if self.recalibrated else "")]
+        if self.explained is not None:
+            lines.append(f"  axes explain {self.explained[0]:.1%} and {self.explained[1]:.1%} of the trajectory")
+        if self.interpolated.any():
+            worst = {m: max(self._off(split, m) for split in self.values) for m in self.values[self.split]}
+            told = ", ".join(f"{measure} {share:.2%}" for measure, share in worst.items())
+            count = f"{int(self.evaluated.sum())} evaluated, the others interpolated"
+            lines.append(f"  {count}; largest error where it was checked, as a share of the range: {told}")
         for split, loss in self.losses.items():
             known = loss[~np.isnan(loss)]
             models = ", ".join(f"{v:.3f} at {n}" for n, v in zip(self.places, self.own[split]["loss"], strict=True))

@@ -89,8 +89,9 @@ class Tally:
         means = {}
         for name in sorted(self._sums, key=["loss", "accuracy", *self.measures].index):
             parts = self._sums[name]
-            total = (parts[0] if len(parts) == 1 else torch.stack(parts)).cpu().double().reshape(len(parts), -1).sum(0)
-            means[name] = (total / (self._examples if name in self.measures else self._targets)).tolist()
+            batches = [parts[0].tolist()] if len(parts) == 1 else torch.stack(parts).tolist()
+            count = self._examples if name in self.measures else self._targets
+            means[name] = [math.fsum(sums) / count for sums in zip(*batches, strict=True)]
         predictions = torch.cat(self._predicted, dim=1).cpu() if self._predicted else None
         return [
             Score(
