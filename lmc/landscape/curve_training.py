@@ -76,14 +76,14 @@ def train_bends(
     network.load(controls[0])
     network.module.train()
     with (
-        _forked(network.device, recipe.seed),
+        forked(network.device, recipe.seed),
         tqdm(total=recipe.epochs, desc="curve", unit="epoch", disable=not recipe.progress) as bar,
     ):
         try:
             for epoch in range(recipe.epochs):
                 optimiser.param_groups[0]["lr"] = recipe.rate(epoch)
                 seen = []
-                for inputs, targets in _batches(split, recipe.batch_size, generator):
+                for inputs, targets in shuffled(split, recipe.batch_size, generator):
                     at = shares(float(torch.rand((), generator=generator)))
                     weights = {name: _sum(c * p[name] for c, p in zip(at, points, strict=True)) for name in names}
                     outputs = network.outputs(weights, to_device(inputs, network.device))
@@ -92,18 +92,18 @@ def train_bends(
                     (loss + 0.5 * recipe.weight_decay * _sum(w.square().sum() for w in weights.values())).backward()
                     optimiser.step()
                     seen.append(loss.detach())
-                losses.append(_finite(torch.stack(seen).mean().item(), epoch, recipe))
+                losses.append(finite_loss(torch.stack(seen).mean().item(), epoch, recipe))
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 bar.update()
         except KeyboardInterrupt:
             interrupted = True
             warnings.warn(f"interrupted: the curve was trained for {len(losses)} epochs", stacklevel=4)
-    bends = [_put(old, new, network.module) for old, new in zip(controls[1:-1], points[1:-1], strict=True)]
+    bends = [with_parameters(old, new, network.module) for old, new in zip(controls[1:-1], points[1:-1], strict=True)]
     return Bends(tuple(bends), np.array(losses), interrupted)
 
 
 @contextlib.contextmanager
-def _forked(device: torch.device, seed: int) -> Iterator[None]:
+def forked(device: torch.device, seed: int) -> Iterator[None]:
     """The global random state, which dropout draws from, starts at `seed` inside and is as it was afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
@@ -113,7 +113,7 @@ def _forked(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def _batches(split: Split, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
+def shuffled(split: Split, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
     """The batches of one epoch in random order; an iterable that is not held comes in its own."""
     if split.whole:
         inputs, targets = next(iter(split.batches))
@@ -132,13 +132,14 @@ def _sum(terms: Iterable[Tensor]) -> Tensor:
     return sum(terms, start=torch.zeros(()))
 
 
-def _finite(loss: float, epoch: int, recipe: Recipe) -> float:
+def finite_loss(loss: float, epoch: int, recipe: Recipe) -> float:
+    """The loss, or `InputError` if it is no number."""
     if not math.isfinite(loss):
-        raise InputError(f"the loss on the curve became {loss} in epoch {epoch}; try a lower rate than lr={recipe.lr}")
+        raise InputError(f"the loss became {loss} in epoch {epoch}; try a lower rate than lr={recipe.lr}")
     return loss
 
 
-def _put(old: Weights, new: Weights, module: nn.Module) -> Weights:
+def with_parameters(old: Weights, new: Weights, module: nn.Module) -> Weights:
     """`old` with its parameters replaced, second names of tied ones included, on the device that it was on."""
     state = {name: (new[name].detach() if name in new else old[name]).to(old[name].device) for name in old}
     return state | {alias: state[name] for alias, name in tied_names(module).items()}

@@ -56,6 +56,7 @@ from lmc.merge.replaying import replay
 from lmc.merge.search import evolve, lcsc
 from lmc.merge.soups import greedy_soup, learned_soup, uniform_soup, wise_ft
 from lmc.merge.sparse import magnitude_masks, sparse_soup
+from lmc.merge.starlight import Star, StarPaths, star_model
 from lmc.merge.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
 from lmc.merge.ties import pcb, ties
 from lmc.merge.to_disk import Plan, plan, write
@@ -65,6 +66,8 @@ __all__ = [
     "Inspection",
     "Mixer",
     "Plan",
+    "Star",
+    "StarPaths",
     "adamerging",
     "aligned",
     "ama",
@@ -104,6 +107,7 @@ __all__ = [
     "replay",
     "slerp",
     "sparse_soup",
+    "star_model",
     "swa",
     "tall_mask",
     "tall_masks",
