@@ -19,6 +19,7 @@ from lmc.errors import InputError
 from lmc.landscape.path import loss_path
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import PermutationSpec
+from lmc.weights import Weights
 
 ALIGNERS = {
     "weight_matching": (),
@@ -95,7 +96,7 @@ def align(arguments: Namespace) -> None:
         raise InputError(f"--method {arguments.method} looks at what the networks do: give --model and --data")
     a, b = (open_checkpoint(path).load() for path in (arguments.a, arguments.b))
     spec = _spec(arguments, model, loaded)
-    given: list[Any] = [model, a, b, loaded] if "model" in needs else [a, b]
+    given: list[Any] = [model, _cast(a, model), _cast(b, model), loaded] if "model" in needs else [a, b]
     pi = aligner(spec, *given, progress=not arguments.quiet, **settings)
     moved = lmc.merge.write(lmc.merge.average, [pi.apply(b)], arguments.out, progress=False)
     if arguments.save_permutation:
@@ -108,7 +109,7 @@ def barrier(arguments: Namespace) -> None:
     if arguments.points < 3 or arguments.points % 2 == 0:
         raise InputError(f"--points {arguments.points}: expected an odd number, so that the middle is among them")
     model, loaded = architecture(arguments.model), data(arguments.data)
-    a, b = (open_checkpoint(path).load() for path in (arguments.a, arguments.b))
+    a, b = (_cast(open_checkpoint(path).load(), model) for path in (arguments.a, arguments.b))
     path = loss_path(model, a, b, loaded, arguments.points, progress=not arguments.quiet)
     middle = int(np.argmin(np.abs(path.alphas - 0.5)))
     ends = [int(np.argmin(np.abs(path.alphas - alpha))) for alpha in (0.0, 1.0)]
@@ -141,6 +142,12 @@ def catalogue() -> str:
         base = "  needs --base" if function.method.needs_base else ""
         lines.append(f"  {name:20} {shown}{base}")
     return "\n".join(lines)
+
+
+def _cast(weights: Weights, model: torch.nn.Module | None) -> Weights:
+    """The weights in the architecture's precision, in which they are run; they may be stored in half."""
+    own = {} if model is None else model.state_dict()
+    return {name: t.to(own[name].dtype) if name in own else t for name, t in weights.items()}
 
 
 def _spec(arguments: Namespace, model: torch.nn.Module | None, loaded: Any) -> PermutationSpec:

@@ -80,7 +80,8 @@ class _Search:
         self.high = sample[place + margin] if place + margin < count else sample.dtype.type(np.inf)
         self.rank = rank
         self.counts = np.zeros(4, dtype=np.int64)
-        self.between: list[np.ndarray] = []
+        # One array that grows: many small ones, made between large ones that come and go, would tear the heap.
+        self.between, self.collected = np.empty(1 << 16, dtype=sample.dtype), 0
 
     def see(self, values: np.ndarray) -> None:
         upto_low, below_high = values <= self.low, values < self.high
@@ -88,7 +89,16 @@ class _Search:
         counts = [np.count_nonzero(bound) for bound in bounds]
         self.counts += counts
         if counts[2] > counts[1]:
-            self.between.append(values[np.flatnonzero(upto_low ^ below_high)])
+            self._collect(values[np.flatnonzero(upto_low ^ below_high)])
+
+    def _collect(self, values: np.ndarray) -> None:
+        end = self.collected + len(values)
+        if end > len(self.between):
+            grown = np.empty(max(end, 2 * len(self.between)), dtype=values.dtype)
+            grown[: self.collected] = self.between[: self.collected]
+            self.between = grown
+        self.between[self.collected : end] = values
+        self.collected = end
 
     def result(self) -> float | None:
         """The value of the wanted rank, or None if it lies outside the bounds."""
@@ -99,6 +109,5 @@ class _Search:
             return self.low
         if self.rank > below_high:
             return self.high
-        between = np.concatenate(self.between)
         place = int(self.rank - upto_low) - 1
-        return np.partition(between, place)[place]
+        return np.partition(self.between[: self.collected], place)[place]

@@ -3,6 +3,7 @@
 Both look at all tensors before they merge the first one, so they read the models more than once.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -122,7 +123,8 @@ class Competition:
 def _survey_pcb(deltas: Pass, *, density: Any, **_: Any) -> Competition:
     if isinstance(density, Mapping) or not 0.0 < density <= 1.0:
         raise InputError(f"density must be one number in (0, 1]: PCB ranks the whole model; got {density!r}")
-    count, highest = len(deltas.sets), list[Tensor]()
+    count = len(deltas.sets)
+    highest = torch.full((count,), -math.inf, dtype=deltas.sets.dtype)
 
     def quantiles(values: Callable[[Tensor], Tensor], *shares: float) -> list[Tensor]:
         """`(models,)` for each share, all in one pass."""
@@ -134,11 +136,11 @@ def _survey_pcb(deltas: Pass, *, density: Any, **_: Any) -> Competition:
 
     def balance(deltas: Tensor) -> Tensor:
         found = _balance(deltas, low, high)
-        highest.append(found.reshape(count, -1).amax(1).cpu())  # on the way; of a sample it does no harm
+        torch.maximum(highest, found.reshape(count, -1).amax(1).cpu(), out=highest)  # on the way
         return found
 
     (least,) = quantiles(balance, 1.0 - density)
-    return Competition(low, high, least, torch.stack(highest).amax(0))
+    return Competition(low, high, least, highest)
 
 
 @on_task_vectors(survey=_survey_pcb, elementwise=True)

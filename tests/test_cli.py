@@ -1,0 +1,218 @@
+"""The command `lmc`: what it does is what Python does; what goes wrong is one line and an exit status."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import lmc
+from lmc import merge
+from lmc.cli import main
+
+REPOSITORY = Path(__file__).parents[1]
+SEEDS = [str(REPOSITORY / "data" / "digits-mlp64" / f"seed{seed}.safetensors") for seed in (0, 1)]
+MODEL = json.loads((REPOSITORY / "data" / "digits-mlp64" / "manifest.json").read_text())["model"]
+FACTORY = f"{MODEL['function']}({', '.join(map(repr, MODEL['arguments']))})"
+
+
+def state(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {f"layers.{i}.weight": torch.randn(6, 5, generator=generator) for i in range(3)}
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[str]:
+    """A base and two models, each in a folder with a configuration."""
+    found = []
+    for seed, name in enumerate(("base", "a", "b")):
+        (tmp_path / name).mkdir()
+        save_file(state(seed), tmp_path / name / "model.safetensors")
+        (tmp_path / name / "config.json").write_text(json.dumps({"of": name}))
+        found.append(str(tmp_path / name))
+    return found
+
+
+def same(a, b) -> bool:
+    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def failing(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
+    capsys.readouterr()
+    status = main(argv)
+    error = capsys.readouterr().err
+    assert error.startswith("lmc: ") and error.count("\n") == 1
+    return status, error
+
+
+def test_merge_is_the_call_in_python(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, *models = folders
+    out, recipe = str(tmp_path / "out"), str(tmp_path / "r.json")
+    settings = ["--set", "density=0.4", "--set", 'scale={"*": 0.5, "layers.1": 0.25}']
+    assert main(["merge", "ties", *models, "--base", base, "--out", out, *settings, "--save-recipe", recipe]) == 0
+    printed = capsys.readouterr().out
+    assert "ties(density=0.4, scale=" in printed and "copied from" in printed and "Checkpoint(" in printed
+    expected = merge.ties([state(1), state(2)], base=state(0), density=0.4, scale={"*": 0.5, "layers.1": 0.25})
+    assert same(lmc.open_checkpoint(out), expected)
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {"of": "base"}
+    assert main(["merge", "--recipe", recipe, "--out", str(tmp_path / "again"), "--quiet"]) == 0
+    files = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in ("out", "again")]
+    assert files[0] == files[1] and "merge.json" in files[0]
+
+
+def test_methods_on_top_and_of_one_s_own(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, *models = folders
+    top = ["--set", "method=ties", "--set", "density=0.4"]
+    assert main(["merge", "lines", *models, "--base", base, "--out", str(tmp_path / "lines"), *top]) == 0
+    expected = merge.lines([state(1), state(2)], base=state(0), method=merge.ties, density=0.4)
+    assert same(lmc.open_checkpoint(tmp_path / "lines"), expected)
+    assert same(merge.replay(tmp_path / "lines", tmp_path / "lines-again", progress=False), expected)
+    (tmp_path / "my_methods_for_lmc.py").write_text(
+        "import lmc\n@lmc.merge.on_tensors\ndef largest(tensors, *, power=1):\n    return tensors.amax(0) ** power\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["merge", "my_methods_for_lmc:largest", *models, "--out", "own", "--set", "power=2"]) == 0
+    merged = lmc.open_checkpoint("own")
+    assert all(torch.equal(merged[k], torch.maximum(state(1)[k], state(2)[k]) ** 2) for k in merged)
+    status, error = failing(capsys, "merge", "--recipe", "own/merge.json", "--out", "own-again")
+    assert status == 2 and "'largest' is not a method of lmc.merge" in error
+    again = ["merge", "my_methods_for_lmc:largest", "--recipe", "own/merge.json", "--out", "own-again"]
+    assert main(again) == 0 and same(lmc.open_checkpoint("own-again"), merged)
+
+
+def test_a_dry_run_writes_nothing(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["merge", "average", *folders, "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "average() of 3 models" in printed and "memory" in printed
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "base"]
+
+
+def test_inspect(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, *models = folders
+    assert main(["inspect", *models, "--base", base, "--layers"]) == 0
+    printed = capsys.readouterr().out
+    found = merge.inspect(models, base, progress=False)
+    assert str(found) in printed and "layers.2" in printed
+    save_file(state(1) | {"head.weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    assert main(["inspect", models[0], str(tmp_path / "other.safetensors")]) == 0
+    assert "head.weight: missing" in capsys.readouterr().out
+
+
+def test_align_and_barrier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, kept = str(tmp_path / "aligned"), str(tmp_path / "pi.json")
+    common = ["--model", FACTORY, "--data", "digits", "--quiet"]
+    assert main(["align", *SEEDS, "--out", out, *common, "--save-permutation", kept]) == 0
+    a, b = (lmc.open_checkpoint(seed).load() for seed in SEEDS)
+    digits = lmc.data.digits()
+    spec = lmc.permutation_spec(lmc.models.mlp(*MODEL["arguments"]), digits.train[0][:2])
+    pi = lmc.weight_matching(spec, a, b, progress=False)
+    aligned = lmc.open_checkpoint(out)
+    assert same(aligned, pi.apply(b)) and same(lmc.Permutation.load(kept).apply(b), pi.apply(b))
+    capsys.readouterr()
+    assert main(["barrier", SEEDS[0], out, *common, "--points", "5", "--html", str(tmp_path / "path.html")]) == 0
+    printed = capsys.readouterr().out
+    ends = [{name: t.float() for name, t in weights.items()} for weights in (a, pi.apply(b))]  # stored in half
+    path = lmc.loss_path(lmc.models.mlp(*MODEL["arguments"]), *ends, digits, 5, progress=False)
+    line = next(line for line in printed.splitlines() if line.split()[:2] == ["test", "loss"])
+    assert float(line.split()[-1]) == pytest.approx(path.barrier, abs=1e-3)
+    assert "<html" in (tmp_path / "path.html").read_text().lower()
+    spec.save(tmp_path / "spec.json")
+    assert main(["align", *SEEDS, "--out", str(tmp_path / "by-spec"), "--spec", str(tmp_path / "spec.json")]) == 0
+    assert same(lmc.open_checkpoint(tmp_path / "by-spec"), aligned)
+    by_activations = ["--method", "activation_matching", "--out", str(tmp_path / "by-activations")]
+    assert main(["align", *SEEDS, *by_activations, *common]) == 0
+    assert not same(lmc.open_checkpoint(tmp_path / "by-activations"), b)
+
+
+def test_data_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    inputs, targets = lmc.data.digits().test
+    np.savez(tmp_path / "one.npz", inputs=inputs.numpy(), targets=targets.numpy())
+    both = {"train_inputs": inputs, "train_targets": targets, "test_inputs": inputs[:50], "test_targets": targets[:50]}
+    save_file({name: tensor.clone() for name, tensor in both.items()}, tmp_path / "two.safetensors")
+    for file, splits in (("one.npz", {"data"}), ("two.safetensors", {"train", "test"})):
+        arguments = ["barrier", *SEEDS, "--model", FACTORY, "--data", str(tmp_path / file), "--points", "3"]
+        assert main(arguments) == 0
+        assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == splits
+    np.savez(tmp_path / "wrong.npz", pictures=inputs.numpy())
+    wrong = ["barrier", *SEEDS, "--model", FACTORY, "--data", str(tmp_path / "wrong.npz")]
+    status, error = failing(capsys, *wrong)
+    assert status == 1 and "found pictures" in error
+
+
+@pytest.mark.parametrize(
+    ("argv", "status", "message"),
+    [
+        (["merge", "ties", "A", "B", "--out", "OUT"], 2, "ties needs .* --base"),
+        (["merge", "ties", "A", "--base", "BASE", "--out", "OUT", "--set", "desnity=1"], 2, "no option 'desnity'"),
+        (["merge", "ties", "A", "--base", "BASE", "--out", "OUT", "--set", "density"], 2, "KEY=VALUE"),
+        (["merge", "ties", "A", "--base", "BASE", "--out", "OUT", "--set", "density=2"], 2, "density"),
+        (["merge", "fisher", "A", "B", "--out", "OUT"], 2, "call it in Python"),
+        (["merge", "avrage", "A", "B", "--out", "OUT"], 2, "choose from average"),
+        (["merge", "average", "A", "B"], 2, "--out FOLDER"),
+        (["merge", "average", "A", "B", "--out", "BASE"], 2, "exists already"),
+        (["merge", "average", "A", "NOWHERE", "--out", "OUT"], 1, "no such file or folder"),
+        (["merge", "nowhere:method", "A", "--out", "OUT"], 2, "cannot import"),
+        (["merge", "--recipe", "A/config.json", "--out", "OUT"], 1, "it lacks method"),
+        (["align", "A", "B", "--out", "OUT"], 2, "--model"),
+        (["align", "A", "B", "--out", "OUT", "--model", "mlp(5, [6], 6)"], 2, "--data"),
+        (["align", "A", "B", "--out", "OUT", "--model", "mlp(__import__('os'))"], 2, "expected module:name"),
+        (["barrier", "A", "B", "--model", "mlp(64, [3], 10)", "--data", "digits", "--points", "4"], 2, "odd"),
+        (["barrier", "A", "B", "--model", "mlp(64, [3], 10)", "--data", "digits"], 1, "different architectures"),
+    ],
+)
+def test_what_goes_wrong_is_one_line(
+    argv: list[str], status: int, message: str, folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"BASE": folders[0], "A": folders[1], "B": folders[2], "OUT": str(tmp_path / "out"), "NOWHERE": "nowhere"}
+    places["A/config.json"] = folders[1] + "/config.json"
+    found, error = failing(capsys, *[places.get(word, word) for word in argv])
+    assert found == status
+
+    assert re.search(message, error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupt_is_told_and_gone_on_from(
+    folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lmc.merge import to_disk
+
+    argv = ["merge", "average", *folders, "--out", str(tmp_path / "out"), "--shard-size", "130"]
+    original, calls = to_disk.write_shard, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(to_disk, "write_shard", interrupted)
+    status, error = failing(capsys, *argv)
+    assert status == 130 and "the same command goes on" in error
+    assert main(argv) == 0 and "1 files are complete already" in capsys.readouterr().out
+    assert same(lmc.open_checkpoint(tmp_path / "out"), merge.average([state(0), state(1), state(2)]))
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("inspect", "merge", "align", "barrier"):
+        with pytest.raises(SystemExit) as left:
+            main([command, "--help"])
+        printed = capsys.readouterr().out
+        assert left.value.code == 0 and "examples:" in printed and "In Python:" in printed
+    assert main(["merge", "--explain", "ties"]) == 0
+    assert "Yadav" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as left:
+        main(["merge", "--nonsense"])
+    assert left.value.code == 2
+    module = subprocess.run(
+        [sys.executable, "-m", "lmc", "merge", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "density=0.2, weights=None, scope='model'" in module.stdout
