@@ -114,13 +114,48 @@ def test_the_widget_follows_and_leads(naive, aligned):
     assert widget.active == "naive"
 
 
-def test_the_widget_carries_a_page_for_readers_without_a_kernel(naive, aligned):
-    bundle = aligned.explore(naive=naive)._repr_mimebundle_()
+def test_the_widget_carries_a_page_for_readers_without_a_kernel():
+    bundle = random_path(2).explore(naive=random_path(1))._repr_mimebundle_()
     data = bundle[0] if isinstance(bundle, tuple) else bundle
     assert "application/vnd.jupyter.widget-view+json" in data
     assert data["text/html"].startswith("<iframe") and data["text/plain"].startswith("PathExplorer(")
     inner = html.unescape(re.search(r'srcdoc="([^"]*)"', data["text/html"]).group(1))
     assert "<!doctype html>" in inner and embedded(inner)["active"] == "aligned"
+
+
+def test_explorers_of_one_path_stay_in_step():
+    path, naive = random_path(1), random_path(2)
+    first, second, other = path.explore(naive=naive), path.explore(), naive.explore(label="naive")
+    assert (second.active, other.active) == ("path", "naive")  # each keeps what the others do not show
+    first.alpha = 0.3
+    assert (second.alpha, other.alpha) == (0.3, 0.3)
+    second.alpha = 0.9
+    assert (first.alpha, random_path(1).explore().alpha, path.explore().alpha) == (0.9, 0.5, 0.9)
+
+
+def test_the_kernel_answers_for_places_in_between():
+    path = random_path(1)
+    widget, sent = path.explore(label="p"), []
+    widget.send = sent.append
+    widget._asked(widget, {"place": ["p", 0.25], "ticket": "1"}, [])
+    widget._asked(widget, {"place": ["p", 0.3], "ticket": "2"}, [])
+    at_point, between = sent
+    assert at_point["values"]["loss"] == pytest.approx(path.losses["data"][1])
+    assert at_point["values"]["accuracy"] == pytest.approx(100 * path.accuracies["data"][1])
+    assert (between["ticket"], between["place"]) == ("2", ["p", 0.3])
+    assert between["values"]["loss"] == path.exact(0.3)["data"].loss != at_point["values"]["loss"]
+    confusion = decoded(between["shown"]["confusion"], "<u4").reshape(3, 3)
+    np.testing.assert_array_equal(confusion, path.exact.predictions(0.3).confusion[0])
+    assert len(between["images"]["index"]) == 24
+    json.dumps(sent, allow_nan=False)
+
+
+def test_why_the_kernel_has_no_answer_is_said(tmp_path):
+    random_path(1).save(tmp_path / "path.json")
+    widget, sent = Path.load(tmp_path / "path.json").explore(label="p"), []
+    widget.send = sent.append
+    widget._asked(widget, {"place": ["p", 0.3], "ticket": "1"}, [])
+    assert sent == [{"error": "made without networks at hand", "place": ["p", 0.3], "ticket": "1"}]
 
 
 def embedded(document: str) -> dict:

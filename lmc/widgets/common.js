@@ -11,7 +11,7 @@ export const PATIENCE = 5000; // milliseconds without an answer after which the 
 
 // ---- the stage: an element in the page, redrawn at most once a frame, that may have a kernel behind it
 
-// `draw()` draws everything; `redraw` asks for it. `speak(text)` tells a screen reader once things are at rest.
+// `draw()` draws everything; `redraw` asks for it, and is first called here. `speak(text)` tells a screen reader once things are at rest.
 // `listen(name, act)` hears a trait change that was not made here. `ask(content, reply, silence)` sends `content` to the
 // kernel: `reply(answer)` when it answers, `silence(why)` when it does not (at once where there is no kernel).
 // `el.replaceChildren(stage.root)` is done here; return `stage.close` from `render`.
@@ -21,7 +21,11 @@ export function stage({ model, el, name, draw }) {
   el.replaceChildren(root);
   const undo = [];
   let [frame, speaking] = [0, 0];
-  const redraw = () => (frame ||= requestAnimationFrame(() => ((frame = 0), draw())));
+  const redraw = () => (frame ||= requestAnimationFrame(paint));
+  function paint() {
+    frame = 0;
+    if (root.clientWidth) draw(); // else not in the page yet, or in a hidden tab: its size will change
+  }
   const on = (target, event, act) => {
     target.addEventListener(event, act);
     undo.push(() => target.removeEventListener(event, act));
@@ -33,7 +37,7 @@ export function stage({ model, el, name, draw }) {
   on(root, "keydown", (event) => event.stopPropagation()); // Jupyter would take the keys for its own commands
 
   const resize = new ResizeObserver(redraw);
-  resize.observe(root);
+  resize.observe(root); // draws for the first time, too
   const theme = new MutationObserver(redraw);
   theme.observe(document.body, { attributes: true, attributeFilter: ["data-jp-theme-light", "class"] });
   on(matchMedia("(prefers-color-scheme: dark)"), "change", redraw);

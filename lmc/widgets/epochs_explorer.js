@@ -113,7 +113,6 @@ function render({ model, el }) {
   }
   for (const trait of ["epoch", "alpha", "active"]) scene.listen(trait, heard);
   [epoch, alpha, active] = read();
-  draw();
   values.settle(SETTLE_AFTER);
   return () => {
     pause();

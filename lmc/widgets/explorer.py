@@ -7,6 +7,8 @@ from weakref import WeakKeyDictionary, WeakSet
 import anywidget
 import traitlets
 
+from lmc.errors import LmcError
+
 _OPEN: WeakKeyDictionary[Any, WeakSet["Explorer"]] = WeakKeyDictionary()  # result -> its explorers
 
 
@@ -60,7 +62,9 @@ class Explorer(anywidget.AnyWidget):
             return
         try:
             told = self.answer(content["place"])
-        except Exception as error:  # the reader sees it where the value would stand
+        except LmcError as error:  # the reader sees it where the value would stand
+            told = {"error": str(error)}
+        except Exception as error:
             told = {"error": f"{type(error).__name__}: {error}"}
         self.send({**told, "ticket": content["ticket"], "place": content["place"]})
 

@@ -70,7 +70,6 @@ function render({ model, el }) {
   scene.listen("active", heard);
   alpha = clamp(model.get("alpha"), low, high);
   active = Math.max(0, paths.findIndex((path) => path.name === model.get("active")));
-  draw();
   values.settle(SETTLE_AFTER);
   return () => {
     values.stop();

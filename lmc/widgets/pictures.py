@@ -22,7 +22,7 @@ def answer(exact: Live | None, place: Sequence[float], split: str) -> dict[str, 
         InputError: a result that was read from a file. WeightsError, DataError: see `Live`.
     """
     if exact is None:
-        raise InputError("read from a file, without the networks")
+        raise InputError("made without networks at hand")
     values = exact(*place)[split].values
     known = {m: (100.0 if m == "accuracy" else 1.0) * v if math.isfinite(v) else None for m, v in values.items()}
     shown = exact.predictions(*place)

@@ -46,7 +46,7 @@ function render({ model, el }) {
       }
       scene.redraw();
     },
-    without: () => (x.includes(point[0]) && y.includes(point[1]) ? "evaluated beforehand" : "interpolated between grid points"),
+    without: () => (known(data, point) ? "evaluated beforehand" : "interpolated between grid points"),
   });
 
   shown.node.hidden = true;
@@ -125,7 +125,6 @@ function render({ model, el }) {
     values.settle(SETTLE_AFTER);
   }
   for (const trait of ["point", "split", "measure"]) scene.listen(trait, heard);
-  draw();
   values.settle(SETTLE_AFTER);
   return () => {
     values.stop();
@@ -156,17 +155,25 @@ function shaded(data, name, reversed, raw) {
   return { x: data.x, y: data.y, raw, values: raw.map(height), height, colour, marks };
 }
 
+// Whether a place is a point of the grid that was evaluated.
+function known({ x, y, interpolated }, [px, py]) {
+  const [column, row] = [x.indexOf(px), y.indexOf(py)];
+  return column >= 0 && row >= 0 && !interpolated.includes(row * x.length + column);
+}
+
 function middle(models) {
   return [0, 1].map((i) => models.reduce((sum, { place }) => sum + place[i], 0) / models.length);
 }
 
 // What the lines are, and what is missing.
-function foot({ tracks, missing, gaps }) {
+function foot({ x, y, tracks, missing, interpolated, gaps }) {
   const lines = [];
   if (missing) lines.push(`${missing} points were not evaluated`);
   for (const [name, count] of Object.entries(gaps)) if (count) lines.push(`${name} is not a number at ${count} points`);
   const names = tracks.map(({ name, colour }) => node("span", { class: "lmc-key", style: `--c: ${colour}` }, name));
-  return node("div", { class: "lmc-foot" }, ...names, lines.length ? `Gaps: ${lines.join("; ")}.` : "");
+  const parts = [lines.length ? `Gaps: ${lines.join("; ")}.` : ""];
+  if (interpolated.length) parts.push(`Of ${x.length * y.length} grid points ${interpolated.length} were interpolated.`);
+  return node("div", { class: "lmc-foot" }, ...names, ...parts.map((text) => node("span", {}, text)));
 }
 
 // ---- the two pictures

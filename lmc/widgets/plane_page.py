@@ -38,6 +38,7 @@ def state(plane: Plane, paths: Mapping[str, npt.ArrayLike]) -> dict[str, Any]:
         "tracks": [{"name": n, "colour": tints[n], "points": track.tolist()} for n, track in tracks.items()],
         "scale": [list(stop) for stop in SCALE],
         "missing": int((~plane.done).sum()),
+        "interpolated": np.flatnonzero(plane.interpolated).tolist() if plane.interpolated.any() else [],
         "gaps": plane.gaps,
     }
     centre = np.mean(list(plane.places.values()), axis=0)

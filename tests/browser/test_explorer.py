@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from acts import NETWORKS, drag, until, write
 
 from lmc.landscape.path import loss_path
 from lmc.models import mlp
@@ -36,3 +37,25 @@ def test_the_saved_page_shows_the_path_that_is_chosen(window, explorer):
     aligned = reading.inner_text()
     page.locator(".lmc-head").get_by_text("naive").click()
     page.wait_for_function("before => document.querySelector('.lmc-reading').textContent !== before", arg=aligned)
+
+
+def test_two_widgets_of_a_path_stay_in_step_and_the_kernel_gives_exact_values(server, open_notebook):
+    make = "path, naive = lmc.loss_path(model, a, b, data, 9), lmc.loss_path(model, a, c, data, 9)"
+    cells = NETWORKS + make, "w = path.explore(naive=naive)\nw", "v = path.explore()\nv"
+    lab = open_notebook(write(server, "path.ipynb", *cells))
+    lab.run_all()
+    assert lab.errors == []
+    first, second = (lab.page.locator(".lmc-path").nth(i) for i in (0, 1))
+    drag(lab.page, first.get_by_role("slider"), (0.5, 0.5), (0.3, 0.5))
+    told = first.get_by_role("slider").evaluate("slider => slider.valueAsNumber")
+    assert 0.25 < told < 0.35
+    until(lab, "(w.alpha, v.alpha)", lambda both: both == (told, told))
+    for each in (first, second):
+        each.locator(".lmc-note[data-state=exact]").wait_for()
+        each.locator(".lmc-reading").filter(has_text=f"α = {told:.3f}").wait_for()
+    exact = until(lab, "path.exact(w.alpha)['data'].loss", lambda loss: loss > 0)
+    first.get_by_role("radio", name="aligned").click()
+    first.locator(".lmc-reading").filter(has_text=f"loss {exact:.3f}").wait_for()
+    second.get_by_role("slider").press("ArrowRight")
+    until(lab, "(w.alpha, v.alpha)", lambda both: both == (0.375, 0.375))
+    first.locator(".lmc-reading").filter(has_text="α = 0.375").wait_for()
