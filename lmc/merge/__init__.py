@@ -9,7 +9,10 @@ method needs besides the models:
   `della`, `breadcrumbs`, `pcb`; on top of one of these six `lines`, `consensus`, `tall_mask`;
 - unlabelled inputs, `method(model, models, data)`: `fisher`, `regmean`, `regmean_plus_plus`, `adamerging`;
 - labelled validation data, `method(model, models, validation)`: `greedy_soup`, `learned_soup`, `ama`, `lcsc`, `evolve`;
-- training: `sparse_soup`, `mix_experts`, `balanced_batch`.
+- training: `sparse_soup`, `mix_experts`, `balanced_batch`, `diwa`, `ratatouille`.
+
+Soups side by side: `taste_soups`; averages along a run: `trajectory_averages`; base to fine-tuned on shifted data:
+`wise_ft_line`.
 
 Options of the first two kinds can be given per name pattern: `scale={"*": 1.0, "layers.*.attn": 0.3}`. A method of
 your own is a function of one tensor under `@on_tensors`, `@on_task_vectors`, `@on_merged` or `@linear` (see
@@ -53,21 +56,28 @@ from lmc.merge.on_top import consensus, lines, on_merged, tall_mask, tall_masks
 from lmc.merge.pleas import pleas
 from lmc.merge.regmean import regmean, regmean_plus_plus
 from lmc.merge.replaying import replay
+from lmc.merge.robust_line import WiseLine, wise_ft_line
+from lmc.merge.runs import diwa, ratatouille
 from lmc.merge.search import evolve, lcsc
 from lmc.merge.soups import greedy_soup, learned_soup, uniform_soup, wise_ft
 from lmc.merge.sparse import magnitude_masks, sparse_soup
 from lmc.merge.starlight import Star, StarPaths, star_model
 from lmc.merge.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
+from lmc.merge.tasting import Soups, taste_soups
 from lmc.merge.ties import pcb, ties
 from lmc.merge.to_disk import Plan, plan, write
+from lmc.merge.trajectory import TrajectoryAverages, trajectory_averages
 
 __all__ = [
     "Comparison",
     "Inspection",
     "Mixer",
     "Plan",
+    "Soups",
     "Star",
     "StarPaths",
+    "TrajectoryAverages",
+    "WiseLine",
     "adamerging",
     "aligned",
     "ama",
@@ -78,6 +88,7 @@ __all__ = [
     "consensus",
     "dare",
     "della",
+    "diwa",
     "ema",
     "evolve",
     "fisher",
@@ -102,6 +113,7 @@ __all__ = [
     "pcb",
     "plan",
     "pleas",
+    "ratatouille",
     "regmean",
     "regmean_plus_plus",
     "replay",
@@ -113,9 +125,12 @@ __all__ = [
     "tall_masks",
     "task_arithmetic",
     "task_vector",
+    "taste_soups",
     "ties",
+    "trajectory_averages",
     "uniform_soup",
     "variance_corrected",
     "wise_ft",
+    "wise_ft_line",
     "write",
 ]

@@ -1,8 +1,7 @@
 """Soups: averages of models fine-tuned from one base with one head initialisation (Wortsman et al. 2022, 2203.05482).
 
-The uniform soup is `average`. Also the way of DiWA (Rame et al. 2022, 2205.09739): independent runs from one
-initialisation, averaged all, or greedily; and of model ratatouille (Rame et al. 2023, 2212.10445), whose runs start
-from models fine-tuned on other tasks: what differs is how the ingredients are trained.
+The uniform soup is `average`. `tasting.py` makes all soups of the same models and compares them; recipes that train their
+ingredients (DiWA, model ratatouille) are in `runs.py`.
 """
 
 import math
@@ -172,6 +171,12 @@ class LearnedReport:
     coefficients: dict[str, tuple[float, ...]]
     losses: tuple[float, ...]
     temperature: float
+
+    def to_frame(self) -> Any:
+        """A pandas data frame: a row for each group of tensors, a column for each model."""
+        pandas = require("pandas")
+
+        return pandas.DataFrame.from_dict(self.coefficients, orient="index").add_prefix("model ")
 
     def __str__(self) -> str:
         width = max(map(len, self.coefficients))
