@@ -18,9 +18,9 @@ def plot_matching(matching: "Matching", group: str) -> go.Figure:
     shown = matching.groups[group]
     titles = [f"{group}: before", f"{group}: after", "barrier (nats)" if matching.paths else "mean cosine"]
     fig = styled(make_subplots(1, 3, subplot_titles=titles, horizontal_spacing=0.09), height=390)
-    low, high = min(0.0, float(shown.similarity.min())), float(np.quantile(shown.similarity[-1].diagonal(), 0.9))
+    high = max(0.1, float(np.quantile(shown.similarity[-1].diagonal(), 0.9)))
     for column, step in ((1, 0), (2, -1)):
-        heat = go.Heatmap(z=shown.similarity[step], colorscale=SCALE, zmin=max(low, -0.3), zmax=max(high, 0.1))
+        heat = go.Heatmap(z=shown.similarity[step], colorscale=SCALE, zmin=0.0, zmax=high)
         heat.update(hovertemplate="A %{y}, B %{x}: cosine %{z:.2f}<extra></extra>", showscale=False)
         fig.add_trace(heat, row=1, col=column)
         fig.update_xaxes(title_text="place of B's unit", showgrid=False, constrain="domain", row=1, col=column)

@@ -23,13 +23,16 @@ def plot_soups(soups: "Soups") -> go.Figure:
     heat = go.Heatmap(x=kinds, y=names, z=shares, colorscale=SCALE, zmin=0.0, text=shares, texttemplate="%{text:.2f}")
     heat.update(showscale=False, xgap=2, ygap=2, hovertemplate="%{y} in the %{x} soup: %{z:.3f}<extra></extra>")
     fig.add_trace(heat, row=1, col=1)
-    fig.update_yaxes(autorange="reversed", showgrid=False, col=1).update_xaxes(showgrid=False, col=1)
+    fig.update_yaxes(autorange="reversed", showgrid=False, col=1)
+    fig.update_xaxes(showgrid=False, ticktext=[soup.replace(" ", "<br>", 1) for soup in kinds], tickvals=kinds, col=1)
     order = list(soups.scores)
-    for split, colour in (("validation", ORANGE), ("test", BLUE)):
+    for split, colour in (("test", BLUE), ("validation", ORANGE)):
         if split not in soups.scores[order[0]]:
             continue
         losses = [soups.scores[soup][split]["loss"] for soup in order]
-        dots = go.Scatter(x=losses, y=order, mode="markers", name=split, marker={"size": 12, "color": colour})
+        symbol = "circle" if split == "test" else "diamond-open"
+        marker = {"size": 13, "color": colour, "symbol": symbol, "line": {"width": 2.5}}
+        dots = go.Scatter(x=losses, y=order, mode="markers", name=split, marker=marker)
         fig.add_trace(dots.update(hovertemplate="%{y}: %{x:.4f}"), row=1, col=2)
     fig.update_yaxes(autorange="reversed", col=2).update_xaxes(title_text="loss (nats)", col=2)
     return fig.update_layout(hovermode="closest")

@@ -131,7 +131,7 @@ function span(numbers) {
 // The line from A to B now, in front of the first and the last.
 function lineChart({ alphas, paths, split }) {
   const numbers = paths.flat().filter((value) => value !== null);
-  const chart = frame({ panel: { title: `${split} loss on the way from A to B (nats)`, ...span(numbers) }, low: 0, high: 1, marks: [0, 0.25, 0.5, 0.75, 1] });
+  const chart = frame({ panel: { title: `${split === "data" ? "" : `${split} `}loss on the way from A to B (nats)`, ...span(numbers) }, low: 0, high: 1, marks: [0, 0.25, 0.5, 0.75, 1] });
   const draw = (kind) => {
     const made = shape("polyline", { class: `lmc-line ${kind}` });
     chart.node.append(made);
