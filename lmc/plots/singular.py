@@ -16,8 +16,8 @@ def plot_singular(
 ) -> go.Figure:
     """Panels for one layer: the singular values of both networks, and the size of `u_i . u'_j`, perhaps before as well."""
     found = alignment.layers[layer]
-    maps = [("before", before.layers[layer]), ("after", found)] if before else [("", found)]
-    titles = [f"singular values of {layer}", *(f"left vectors met {when}: R = {each.r:.2f}" for when, each in maps)]
+    maps = [("before:", before.layers[layer]), ("after:", found)] if before else [("", found)]
+    titles = [f"values of {layer}", *(f"{when} R = {each.r:.2f}".strip() for when, each in maps)]
     fig = styled(make_subplots(1, 1 + len(maps), subplot_titles=titles, horizontal_spacing=0.09), height=400)
     for name, values, colour in (("A", found.values_a, BLUE), ("B", found.values_b, ORANGE)):
         ranks = list(range(1, len(values) + 1))
@@ -28,7 +28,7 @@ def plot_singular(
         fig.update_xaxes(title_text="vector of B, by size", showgrid=False, col=column)
         anchor = "x" if column == 1 else f"x{column}"
         fig.update_yaxes(autorange="reversed", showgrid=False, scaleanchor=anchor, constrain="domain", col=column)
-    fig.update_xaxes(title_text="rank", type="log", col=1)
+    fig.update_xaxes(title_text="rank", type="log", dtick=1, col=1)
     fig.update_yaxes(title_text="vector of A, by size", col=2)
     return fig.update_layout(hovermode="closest")
 
