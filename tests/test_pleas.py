@@ -224,3 +224,15 @@ def test_digits_networks_come_close_to_their_ensemble(name: str):
         found.append(accuracy(outputs(made.module, made.weights, inputs)))
     assert found[0] + 0.02 < found[1] < ensemble + 0.015
     assert ensemble - 0.03 < found[2] < ensemble + 0.015
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet-bn"])
+def test_with_heads_of_their_own_unmerged_networks_answer_as_before(name: str):
+    case = CASES[name]()
+    a, b, inputs = double(case.other(3)), double(case.other(4)), case.inputs.double()
+    model = case.model.double()
+    found = merged(case, a, b, inputs, budget=2.0, heads=["head.*"])
+    for network, weights in enumerate((a, b)):
+        answer = found.answering(network)
+        with torch.no_grad():
+            assert float((answer(inputs) - outputs(model, weights, inputs)).abs().max()) < 1e-9

@@ -377,3 +377,39 @@ def test_digits_networks_improve_with_width(name: str):
         found = lmc.align.zipit(spec, model, a, b, data.train, ratio=ratio, progress=False)
         losses.append(loss(outputs(found.module, found.weights, inputs)))
     assert ensemble < losses[1] < losses[0] < 0.6 * naive
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet-bn"])
+def test_with_heads_of_their_own_unmerged_networks_answer_as_before(name: str):
+    case = CASES[name]()
+    a, b, inputs = double(case.other(3)), double(case.other(4)), case.inputs.double()
+    model = case.model.double()
+    found = lmc.align.zipit(case.spec, model, a, b, inputs, ratio=1.0, heads=["head.*"], progress=False)
+    for network, weights in enumerate((a, b)):
+        answer = found.answering(network)
+        with torch.no_grad():
+            assert float((answer(inputs) - outputs(model, weights, inputs)).abs().max()) < 1e-9
+
+
+def test_heads_read_the_merged_body():
+    """Copies of one body with two heads: merged in full, each answers as its network did."""
+    case = CASES["mlp"]()
+    a = case.other(3)
+    b = a | {name: x for name, x in case.other(4).items() if name.startswith("head")}
+    found = zipit(case, a, case.spec.random(seed=1).apply(b), heads=["head.*"])
+    for network, weights in enumerate((a, b)):
+        answer = found.answering(network)
+        torch.testing.assert_close(
+            outputs(answer, answer.state_dict(), case.inputs),
+            outputs(case.model, weights, case.inputs),
+            rtol=0,
+            atol=1e-5,
+        )
+    with pytest.raises(InputError, match="fc1.weight computes units"):
+        zipit(case, a, b, heads=["fc1.*"])
+    with pytest.raises(InputError, match="no tensor is called so"):
+        zipit(case, a, b, heads=["top.*"])
+    with pytest.raises(InputError, match="expected 0 or 1"):
+        found.answering(2)
+    with pytest.raises(InputError, match="heads=.* named"):
+        zipit(case, a, b).answering(0)

@@ -93,7 +93,35 @@ class Pair:
             found.check_finite(name)
         return moments
 
-    def finish(self, units: dict[str, Units], weights: Weights, info: dict[str, Any]) -> Zipped:
+    def head_tensors(self, patterns: Sequence[str]) -> list[str]:
+        """The tensors that patterns name. Raises `InputError` for none, and for tensors that compute merged units."""
+        found = []
+        for pattern in patterns:
+            matches = fnmatch.filter(self.a, pattern)
+            computing = [name for name in matches if any(not axis.reads for axis in self.growth.axes.get(name, ()))]
+            if not matches or computing:
+                what = f"{computing[0]} computes units that are merged" if computing else "no tensor is called so"
+                raise InputError(f"heads: {pattern!r}: {what}; expected tensors of the last layer, such as 'head.*'")
+            found += matches
+        return list(dict.fromkeys(found))
+
+    def heads(self, units: Mapping[str, Units], names: Sequence[str]) -> tuple[Weights, Weights]:
+        """Tensors of either network alone, reading the merged units."""
+
+        def of(network: int) -> Weights:
+            # Tensors that only read are halves of both networks': twice the one and nothing of the other.
+            twice = [
+                {name: (2.0 * (k == network)) * state[name] for name in names}
+                for k, state in enumerate((self.a, self.b))
+            ]
+            found = zipped_weights(self.growth.axes, units, twice[0], twice[1])
+            return {name: tensor.to(self.home) for name, tensor in found.items()}
+
+        return of(0), of(1)
+
+    def finish(
+        self, units: dict[str, Units], weights: Weights, info: dict[str, Any], heads: Sequence[str] = ()
+    ) -> Zipped:
         """The merged module; running statistics are estimated anew where any units were merged and inputs are there."""
         module = widened(self.network.module, weights)
         merged = bool(self.growth.kept) or any(bool((found.owner == BOTH).any()) for found in units.values())
@@ -105,7 +133,7 @@ class Pair:
         names = [name for name, _ in self.network.module.named_parameters()]
         whole = sum(self.a[name].numel() for name in names)
         stored, used = numbers(self.growth.axes, units, self.a, names)
-        return Zipped(module, units, self.growth.kept, (stored / whole, used / whole), info)
+        return Zipped(module, units, self.growth.kept, (stored / whole, used / whole), self.heads(units, heads), info)
 
     def zipped(self, units: Mapping[str, Units]) -> Weights:
         return zipped_weights(self.growth.axes, units, self.a, self.b)

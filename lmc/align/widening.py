@@ -9,6 +9,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lmc.align.units import Units
+from lmc.errors import InputError
 from lmc.modules import copy_module
 from lmc.weights import Weights
 
@@ -75,6 +76,7 @@ class Zipped:
         module: computes; in eval mode, on the device and in the dtype of the networks.
         units: for each group that may change its size, which units of A and of B (in A's order) each new unit stands for.
         kept: the other groups, whose units were averaged one to one -> why.
+        heads: tensors that either network answers with alone, where that was asked for; see `answering`.
         parameters: (stored, used): the parameters of `module` relative to those of one network, and without the zeros
             between what is A's alone and what is B's alone.
         info: how it was made.
@@ -84,12 +86,23 @@ class Zipped:
     units: dict[str, Units]
     kept: dict[str, str]
     parameters: tuple[float, float]
+    heads: tuple[Weights, Weights] = field(default=({}, {}), repr=False)
     info: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def weights(self) -> Weights:
         """The state dict of the module."""
         return {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
+
+    def answering(self, network: int) -> nn.Module:
+        """A copy of the module with the heads of A (0) or of B (1) on the merged body.
+
+        Raises:
+            InputError: another number, or no heads were named when the networks were merged.
+        """
+        if network not in (0, 1) or not self.heads[0]:
+            raise InputError(f"network={network!r}: expected 0 or 1, and heads=[...] named when merging")
+        return widened(self.module, self.weights | self.heads[network]).eval()
 
     def __str__(self) -> str:
         stored, used = self.parameters

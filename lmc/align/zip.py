@@ -3,7 +3,7 @@
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ def zipit(
     ratio: float | Mapping[str, float] = 0.0,
     alpha: float = 0.1,
     beta: float = 0.125,
+    heads: Sequence[str] = (),
     permutation: Permutation | None = None,
     batch_size: int = 256,
     device: torch.device | str | None = None,
@@ -58,6 +59,8 @@ def zipit(
             wildcards; groups not named are merged in full).
         alpha: from 0 (no unit is merged twice) to 1. The paper has 0.1.
         beta: the share of a network's merges that may join units of its own. The paper's code has 0.125.
+        heads: tensors, such as ["head.*"], of which networks for different tasks keep their own: `Zipped.answering(0)` is the
+            merged body with A's head, `answering(1)` with B's.
         permutation: how B's units are matched to A's beforehand (default: by activations); decides for the groups that
             are kept, and between units that are equally alike, such as dead ones.
         batch_size, device, progress: as in `activation_matching`.
@@ -70,6 +73,7 @@ def zipit(
     check_share("alpha", alpha)
     check_share("beta", beta)
     pair = prepare(spec, model, a, b, inputs, permutation, batch_size, device, progress)
+    own = pair.head_tensors(heads)
     apart = per_group(ratio, pair.growth)
     seen = pair.observe(progress)
     units = {}
@@ -81,7 +85,7 @@ def zipit(
             warnings.warn(f"{name}: its units pass no module that we know; they are paired as matched", stacklevel=2)
             units[name] = paired(size, range(size - separate, size))
     info = {"method": "zipit", "ratio": apart, "alpha": alpha, "beta": beta, "permutation": pair.permutation}
-    return pair.finish(units, pair.zipped(units), info | {"seconds": time.perf_counter() - started})
+    return pair.finish(units, pair.zipped(units), info | {"seconds": time.perf_counter() - started}, own)
 
 
 def likeness(moments: Moments) -> Tensor:

@@ -39,6 +39,7 @@ def pleas(
     ratio: float | Mapping[str, float] | None = None,
     fit: bool = True,
     ridge: float = 1e-3,
+    heads: Sequence[str] = (),
     permutation: Permutation | None = None,
     batch_size: int = 256,
     device: torch.device | str | None = None,
@@ -66,6 +67,7 @@ def pleas(
         ratio: instead of a budget, the ratio of all groups, or of each (names, which may hold wildcards; 0 for others).
         fit: whether to fit layers to activations.
         ridge: how much a fitted layer is held back, relative to the mean square of its inputs.
+        heads: as in `lmc.align.zipit`; they are not fitted.
         permutation: how B's units are matched, if that is known.
         batch_size, device, progress: as in `lmc.activation_matching`.
 
@@ -83,6 +85,7 @@ def pleas(
         raise InputError(f"budget={budget}, ridge={ridge}: expected a budget from 1 to 2 and a ridge of at least 0")
     a, b = models
     pair = prepare(spec, model, a, b, data, permutation, batch_size, device, progress)
+    own = pair.head_tensors(heads)
     alike = _alike(pair, progress)
     worth = {}
     if ratio is not None:
@@ -100,7 +103,7 @@ def pleas(
         weights, errors = fit_layers(pair, units, weights, ridge, progress)
     info = {"method": "pleas", "ratio": ratios, "worth": worth, "least_squares": errors}
     info |= {"permutation": pair.permutation, "seconds": time.perf_counter() - started}
-    return pair.finish(units, weights, info)
+    return pair.finish(units, weights, info, own)
 
 
 def _units(alike: Mapping[str, Tensor], ratios: Mapping[str, float]) -> dict[str, Units]:
