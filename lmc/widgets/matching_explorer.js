@@ -86,7 +86,6 @@ function render({ model, el }) {
   scene.listen("placed", heard);
   scene.listen("group", heard);
   heard();
-  draw();
   return () => {
     cancelAnimationFrame(playing);
     scene.close();

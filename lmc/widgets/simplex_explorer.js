@@ -26,7 +26,7 @@ function render({ model, el }) {
     note,
     at: () => shares,
     show: (answer) => ((exact = answer), scene.redraw()),
-    without: `interpolated between ${data.points} mixtures`,
+    without: () => (onLattice(data, shares) ? "evaluated beforehand" : `interpolated between ${data.points} mixtures`),
   });
   const map = mixtureMap(data, (next) => move(next), values.settle);
   const panel = mixturePanel(data, (next) => move(next), values.settle);
@@ -81,7 +81,6 @@ function render({ model, el }) {
 
   for (const trait of ["shares", "measure", "split"]) scene.listen(trait, heard);
   if (count > 3) note.title = "the polygon shows one surface through all models; the sliders reach every mixture";
-  draw();
   values.settle(SETTLE_AFTER);
   return () => {
     values.stop();
@@ -103,6 +102,10 @@ function unpackMixtures(data) {
   });
   const at = interpolator(counts, data.names.length, data.resolution);
   return { ...data, measures, series, at, splits: Object.keys(series), points: counts.length / data.names.length };
+}
+
+function onLattice({ resolution }, shares) {
+  return shares.every((share) => Math.abs(share * resolution - Math.round(share * resolution)) < 1e-4);
 }
 
 // Text of a button, the mixture it goes to, what it says when pointed at.

@@ -116,12 +116,14 @@ def test_the_saved_triangle_moves_without_a_kernel(window, tmp_path):
     page.locator(".lmc-mix-row output").nth(1).filter(has_text="1.00").wait_for()
     own = triangle.own["data"]["accuracy"][1]
     assert f"accuracy {100 * own:.1f} %" in reading.inner_text()
-    assert page.locator(".lmc-note").inner_text().endswith("interpolated between 91 mixtures")
+    page.locator(".lmc-note", has_text="no kernel: evaluated beforehand").wait_for()
     loss = page.evaluate(PIXEL)
     page.get_by_text("accuracy (%)").click()
     page.wait_for_function(f"before => ({PIXEL})().join() !== before", arg=",".join(map(str, loss)))
     page.get_by_text("uniform soup").click()
     page.locator(".lmc-mix-row output").nth(0).filter(has_text="0.33").wait_for()
+    drag(page, map_, (0.4, 0.6), (0.42, 0.613))
+    page.locator(".lmc-note", has_text="no kernel: interpolated between 91 mixtures").wait_for()
 
 
 def test_the_saved_page_of_five_models_moves_by_sliders(window, tmp_path):
