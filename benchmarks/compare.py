@@ -98,7 +98,7 @@ def medians(name: str, pairs: int, methods: list[str], alphas: int) -> None:
     """Barriers over several pairs."""
     stored, data, model, spec = opened(name)
     recipe = {key: value for key, value in stored.manifest["recipe"].items() if key != "init"}
-    weights = lmc.training.train(model, data, seeds=range(10, 10 + 2 * pairs), progress=False, **recipe)
+    weights = lmc.training.train(model, data, seeds=range(2 * pairs), progress=False, **recipe)
     barriers = {method: [] for method in methods}
     for k in range(pairs):
         a, b = weights[2 * k], weights[2 * k + 1]
