@@ -29,7 +29,9 @@ def plot_comparison(comparison: "Comparison") -> go.Figure:
     fig.add_trace(
         time.update(marker={"color": "black", "size": 9}, hovertemplate="%{x:.2g} s<extra></extra>"), row=1, col=3
     )
-    fig.update_xaxes(title_text=f"barrier of the {comparison.split} loss (nats)", rangemode="tozero", col=1)
-    fig.update_xaxes(title_text="similarity of A and moved B", col=2)
-    fig.update_xaxes(title_text="seconds", type="log", col=3)
-    return styled(fig, height=120 + 48 * len(methods)).update_layout(hovermode="closest", barmode="group")
+    fig.update_xaxes(title_text=f"{comparison.split} loss barrier (nats)", rangemode="tozero", col=1)
+    fig.update_xaxes(title_text="similarity to A", nticks=4, col=2)
+    fig.update_xaxes(title_text="seconds", type="log", nticks=4, tickangle=0, col=3)
+    return styled(fig, height=120 + 48 * len(methods)).update_layout(
+        hovermode="closest", barmode="group", legend={"y": 1.02, "yanchor": "bottom"}
+    )
