@@ -101,7 +101,7 @@ export function exactly({ ask, note, at, show, without }) {
   const here = () => JSON.stringify(at());
   const say = (state, text) => {
     note.dataset.state = state;
-    note.textContent = text;
+    note.textContent = note.title = text;
   };
   const estimate = () => (reason ? say("static", `${reason}: ${without()}`) : say("between", without()));
   function request() {

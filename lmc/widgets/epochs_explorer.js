@@ -48,7 +48,7 @@ function render({ model, el }) {
   const shown = predictions();
 
   shown.node.hidden = true;
-  scene.root.append(node("div", { class: "lmc-head" }, names.node, play, reading, note));
+  scene.root.append(node("div", { class: "lmc-head" }, names.node, play), node("div", { class: "lmc-head" }, reading, note));
   const left = node("div", {}, ...charts.map((chart) => chart.node), along.node);
   scene.root.append(node("div", { class: "lmc-pair" }, left, node("div", {}, over.node, time.node, land.node)), shown.node);
 

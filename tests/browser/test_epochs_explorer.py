@@ -51,10 +51,10 @@ def test_a_drag_in_jupyterlab_reaches_page_kernel_and_the_other_widget(server, o
     first.get_by_role("slider", name="position on the path").press("ArrowRight")
     until(lab, "v.alpha", lambda alpha: alpha == 0.625)
     drag(lab.page, first.locator(".lmc-chart").first, (0.5, 0.5), (0.3, 0.5))
+    first.locator(".lmc-note[data-state=exact]").wait_for()
     told = first.get_by_role("slider", name="position on the path").evaluate("slider => slider.valueAsNumber")
     assert told < 0.4
     until(lab, "(w.alpha, v.alpha)", lambda both: both == (told, told))
-    first.locator(".lmc-note[data-state=exact]").wait_for()
     exact = until(lab, "result[1]['aligned'].exact(w.alpha)['data'].loss", lambda loss: loss > 0)
     first.locator(".lmc-reading").filter(has_text=f"α = {told:.3f} · loss {exact:.3f}").wait_for()
     assert "confusion at epoch 1" in first.locator("figcaption").first.inner_text()
