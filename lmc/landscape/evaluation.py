@@ -45,7 +45,7 @@ def _budget(device: torch.device) -> _Budget:
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         return _Budget(batch=free // 16, examples=8192, together=free // 4, fewest=2)
-    return _Budget(batch=256 << 20, examples=2048, together=4 << 20, fewest=8)
+    return _Budget(batch=256 << 20, examples=2048, together=4 << 20, fewest=24)
 
 
 def evaluate(

@@ -1,6 +1,7 @@
 """What a plane in weight space holds."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
@@ -94,7 +95,8 @@ class Plane:
         return self.error[split][measure] / max(float(np.ptp(known)), 1e-30) if len(known) else 0.0
 
     def to_frame(self) -> "pd.DataFrame":
-        """A row for each point and split: x, y, split, loss, accuracy and metrics."""
+        """A row for each point and split: x, y, split, loss, accuracy and metrics; where points were interpolated, also
+        which were evaluated."""
         pd = require("pandas")
 
         x, y = (grid.ravel() for grid in np.meshgrid(self.x, self.y))
@@ -102,17 +104,18 @@ class Plane:
             pd.DataFrame({"x": x, "y": y, "split": split, **{name: grid.ravel() for name, grid in measures.items()}})
             for split, measures in self.values.items()
         ]
-        return pd.concat(frames, ignore_index=True)
+        told = {"evaluated": self.evaluated.ravel()} if self.interpolated.any() else {}
+        return pd.concat([frame.assign(**told) for frame in frames], ignore_index=True)
 
-    def plot(self, split: str | None = None) -> "go.Figure":
-        """Contours of loss (colours in logarithmic steps) and of accuracy, with the models in their places.
+    def plot(self, split: str | None = None, measures: Sequence[str] | None = None) -> "go.Figure":
+        """Contours of some measures (default: loss, in logarithmic steps, and accuracy), with the models in their places.
 
         Raises:
-            InputError: a split that the plane lacks.
+            InputError: a split or a measure that the plane lacks.
         """
         from lmc.plots.plane import plot_plane
 
-        return plot_plane(self, self.split if split is None else split)
+        return plot_plane(self, self.split if split is None else split, measures)
 
     def explore(self, paths: Mapping[str, npt.ArrayLike] | None = None) -> "PlaneExplorer":
         """A widget with a point to be dragged over the plane, as a map and as a surface.

@@ -25,9 +25,9 @@ Guess = dict[str, dict[str, Values]]
 COARSEST = 6  # intervals along an axis of the coarsest mesh, at least
 ORDER = 6  # points of the polynomials that interpolate losses
 HELD_OUT = 64
-# Thresholds for one attempt after the other, in units of the tolerance. The first is above 1 because an error is seen on
-# one mesh and made on the next, where a polynomial of this order is many times better; -1 evaluates everything.
-THRESHOLDS = (2.0, 0.5, 0.125, -1.0)
+SAFETY = 0.5  # share of the tolerance that the worst of so few points may take: among all there are worse ones
+THRESHOLDS = (1.0, 0.25, 0.0625, -1.0)  # in units of the tolerance, one attempt after the other; -1: every point
+REACH = 2  # nodes of the next mesh, around one where a prediction was off, that are evaluated
 
 
 def refine(plane: Plane, evaluate: Callable[[Mask], bool], tolerance: float) -> Plane:
@@ -51,7 +51,7 @@ def refine(plane: Plane, evaluate: Callable[[Mask], bool], tolerance: float) -> 
             return plane
         off = {s: {m: np.abs(guess[s][m] - grid)[held_out] for m, grid in ms.items()} for s, ms in plane.values.items()}
         error = {s: {m: float(np.nanmax(d, initial=0.0)) for m, d in ms.items()} for s, ms in off.items()}
-        bounds = {split: tolerance * _span(loss) for split, loss in plane.losses.items()}
+        bounds = {split: SAFETY * tolerance * _span(loss) for split, loss in plane.losses.items()}
         if all((off[split]["loss"] <= bound).all() for split, bound in bounds.items()):  # NaN, a gap missed, is not
             break
     values = {
@@ -76,7 +76,7 @@ def _sweep(plane: Plane, evaluate: Callable[[Mask], bool], threshold: float) -> 
             for split, ms in guess.items()
         }
         wanted = np.zeros_like(plane.done)
-        wanted[fine] = binary_dilation(flagged[fine], np.ones((3, 3)))
+        wanted[fine] = binary_dilation(flagged[fine], np.ones((3, 3)), iterations=REACH)
         for grids in predicted.values():
             for grid in grids.values():
                 wanted[fine] |= np.isnan(grid)

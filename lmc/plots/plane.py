@@ -1,5 +1,6 @@
 """Contours of loss and accuracy over planes in weight space."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,26 +14,39 @@ if TYPE_CHECKING:
     from lmc.landscape.plane_result import Plane
 
 LEVELS = 14  # contours
+SPACING = 0.4  # between panels, as a share of the figure, divided by their number
+FEW = 40  # points of a track that are marked one by one
 
 
-def plot_plane(plane: "Plane", split: str) -> go.Figure:
-    """Two panels over the plane, loss and (for classifications) accuracy in percent; dark is bad.
+def plot_plane(plane: "Plane", split: str, measures: Sequence[str] | None = None) -> go.Figure:
+    """A panel for each measure over the plane: loss and (for classifications) accuracy in percent unless named; dark is bad.
 
-    Losses span orders of magnitude, so their colours go by the logarithm where all are positive. What is not known stays
-    grey. The models are drawn in their places, lines of the plane's tracks between them.
+    Losses span orders of magnitude, so their colours go by the logarithm where all are positive. What is not known, and
+    what is NaN, stays grey; gaps are counted above the panel. The models are drawn in their places, lines of the plane's
+    tracks between them.
     """
     if split not in plane.values:
         raise InputError(f"split={split!r}; this plane has {', '.join(plane.values)}")
-    panels = ["loss", *(["accuracy"] if split in plane.accuracies else [])]
-    titles = [f"{split} {'loss (nats)' if panel == 'loss' else 'accuracy (%)'}" for panel in panels]
-    fig = styled(make_subplots(1, len(panels), horizontal_spacing=0.2, subplot_titles=titles), height=460)
+    known = plane.values[split]
+    panels = [m for m in ("loss", "accuracy") if m in known] if measures is None else list(measures)
+    if not panels or not set(panels) <= set(known):
+        raise InputError(f"measures={measures!r}; this plane has {', '.join(known)}")
+    titles = [_title(plane, split, panel) for panel in panels]
+    fig = styled(make_subplots(1, len(panels), horizontal_spacing=SPACING / len(panels), subplot_titles=titles), height=460)
     for column, panel in enumerate(panels, start=1):
-        fig.add_trace(_contours(plane, split, panel, 0.4 if column < len(panels) else 1.0), row=1, col=column)
+        right = fig.get_subplot(1, column).xaxis.domain[1]
+        fig.add_trace(_contours(plane, split, panel, right), row=1, col=column)
         _draw(fig, plane, column)
         fig.update_xaxes(title_text=plane.axes[0], showgrid=False, constrain="domain", col=column)
         anchor = "x" if column == 1 else f"x{column}"
         fig.update_yaxes(title_text=plane.axes[1], showgrid=False, scaleanchor=anchor, constrain="domain", col=column)
     return fig.update_layout(hovermode="closest", plot_bgcolor=GRID)
+
+
+def _title(plane: "Plane", split: str, panel: str) -> str:
+    unit = {"loss": " (nats)", "accuracy": " (%)"}.get(panel, "")
+    gaps = int((np.isnan(plane.values[split][panel]) & plane.done).sum())
+    return f"{split} {panel}{unit}" + (f", NaN at {gaps} point{'s' * (gaps > 1)}" if gaps else "")
 
 
 def _contours(plane: "Plane", split: str, panel: str, right: float) -> go.Contour:
@@ -49,13 +63,14 @@ def _contours(plane: "Plane", split: str, panel: str, right: float) -> go.Contou
         y=plane.y,
         z=shown,
         customdata=heights,
+        text=np.where(plane.done & plane.interpolated, " (interpolated)", ""),
         colorscale=SCALE,
         reversescale=panel == "accuracy",
         contours={"start": low, "end": high, "size": max(high - low, 1e-9) / LEVELS},
         line={"width": 0.5, "color": "rgba(255, 255, 255, 0.6)"},
         connectgaps=False,
         colorbar={"x": right, "xanchor": "left", "thickness": 12, "outlinewidth": 0, "tickformat": ".3g", **bar},
-        hovertemplate=f"(%{{x:.3g}}, %{{y:.3g}}): {panel} %{{customdata:.4g}}{unit}<extra></extra>",
+        hovertemplate=f"(%{{x:.3g}}, %{{y:.3g}}): {panel} %{{customdata:.4g}}{unit}%{{text}}<extra></extra>",
     )
 
 
@@ -75,7 +90,8 @@ def _draw(fig: go.Figure, plane: "Plane", column: int) -> None:
     tints = colours(list(plane.tracks))
     for name, track in plane.tracks.items():
         line = {"color": tints[name], "width": 3}
-        trace = go.Scatter(x=track[:, 0], y=track[:, 1], mode="lines", name=name, line=line, legendgroup=name)
+        mode = "lines+markers" if len(track) <= FEW else "lines"
+        trace = go.Scatter(x=track[:, 0], y=track[:, 1], mode=mode, name=name, line=line, legendgroup=name)
         fig.add_trace(trace.update(showlegend=column == 1, hoverinfo="name"), row=1, col=column)
     x, y = zip(*plane.places.values(), strict=True)
     marker = {"size": 12, "color": "white", "line": {"color": BLACK, "width": 2}}
