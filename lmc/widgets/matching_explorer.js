@@ -60,7 +60,8 @@ function render({ model, el }) {
   function draw() {
     const group = groups[active];
     const step = nearest(data.shares, placed);
-    const barrier = data.paths.length ? `barrier ${format(data.barriers[step])} nats` : null;
+    const near = Math.abs(data.shares[step] - placed) < 0.006 ? "" : ` (at ${Math.round(100 * data.shares[step])} %)`;
+    const barrier = data.paths.length ? `barrier ${format(data.barriers[step])} nats${near}` : null;
     const agreement = `mean similarity ${format(group.agreement[step], 2)}`;
     const lines = [`${Math.round(100 * placed)} % of B's units in place`, ...(barrier ? [barrier] : []), agreement];
     reading.textContent = lines.join(" · ");
