@@ -159,7 +159,9 @@ def main() -> None:
             verdict = ""
             if who == "mergekit" and agree:
                 verdict = compare(folder / "out-lmc", folder / "out-peer", folder / "base")
-            numbers = " | ".join([f"{m['wall']:.1f}", f"{m['process']:.1f}", f"{m['resident']:.0f}", f"{m['private']:.0f}"])
+            numbers = " | ".join(
+                [f"{m['wall']:.1f}", f"{m['process']:.1f}", f"{m['resident']:.0f}", f"{m['private']:.0f}"]
+            )
             print(f"| {label} | {who} | {numbers} | {verdict} |", flush=True)
 
 

@@ -15,9 +15,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lmc.merge as merge
-from lmc.checkpoints import open_checkpoint
+from lmc.checkpoints import Span, open_checkpoint
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
-from lmc.merge import to_disk
+from lmc.merge import parts, quantiles, to_disk
 from lmc.merge.shards import parse_size
 
 METHODS = {
@@ -274,3 +274,172 @@ def test_memory_stays_within_the_plan(tmp_path: Path) -> None:
     for grown, planned, size in measured:
         assert 1e6 < grown < planned + 4e6 and grown < 1.2 * size  # of one model; two and a base are read
         assert planned < 3 * 4 * 8_000_000  # copies of the largest tensor
+
+
+def test_large_tensors_are_worked_on_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the length of a part, results are those of whole tensors."""
+    states = [state(seed) for seed in range(3)]
+    sources = [folder(tmp_path / f"{seed}", weights) for seed, weights in enumerate(states)]
+    whole = {name: getattr(merge, name)(states[1:], base=states[0], **METHODS[name]) for name in METHODS}
+    monkeypatch.setattr(parts, "VALUES", 7)
+    for name, expected in whole.items():
+        assert same(run(name, sources, tmp_path / name), expected)
+        assert same(getattr(merge, name)(states[1:], base=states[0], **METHODS[name]), expected)
+    turned = [{k: v.t().contiguous().t() if v.ndim == 2 else v for k, v in weights.items()} for weights in states]
+    tied = [weights | {"head.weight": weights["embed.weight"]} for weights in turned]
+    assert not tied[1]["block.0.weight"].is_contiguous()
+    assert same(merge.ties(tied[1:], base=tied[0], density=0.4), whole["ties"])
+
+
+def test_only_what_a_part_needs_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors in memory at any time, counted: a few parts, not copies of the largest tensor."""
+    generator = torch.Generator().manual_seed(0)
+    size = 3_000_000
+    for name in ("a", "b"):
+        save_file({"w": torch.randn(size, generator=generator)}, tmp_path / f"{name}.safetensors")
+    lengths: list[int] = []
+    original = Span.read
+
+    def read(self: Span, part: slice | None = None) -> Tensor:
+        found = original(self, part)
+        lengths.append(found.numel())
+        return found
+
+    monkeypatch.setattr(Span, "read", read)
+    sources = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    plan = merge.plan(merge.average, sources, tmp_path / "out")
+    plan.write(progress=False)
+    assert max(lengths) <= parts.VALUES and sum(lengths) >= 2 * size
+    assert plan.memory < 3 * size * 4
+
+
+def test_the_same_mask_everywhere_is_kept(tmp_path: Path) -> None:
+    """Infinities that are meant: an attention mask that all models share. Anywhere else they are a fault."""
+    mask = torch.full((40, 40), float("-inf")).triu(1)
+    states = [state(seed) | {"attn.bias": mask.clone(), "attn.mask": mask.t().contiguous()} for seed in range(3)]
+    for i, weights in enumerate(states):
+        save_file({k: v for k, v in weights.items() if k != "head.weight"}, tmp_path / f"{i}.safetensors")
+    sources = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for method in (merge.average, merge.ties, merge.slerp):
+        merged = merge.write(method, sources[1:], tmp_path / method.__name__, base=sources[0], progress=False)
+        assert torch.equal(merged["attn.bias"], mask) and torch.equal(merged["attn.mask"], mask.t())
+        expected = method([weights for weights in states[1:]], base=states[0])
+        assert all(torch.equal(merged[name], expected[name]) for name in merged)
+    states[2]["attn.bias"] = mask.clone().fill_diagonal_(1.0)
+    save_file({k: v for k, v in states[2].items() if k != "head.weight"}, sources[2])
+    with pytest.raises(WeightsError, match=r"attn.bias of models\[0\].*infinite, first at \(0, 1\)"):
+        merge.write(merge.average, sources[1:], tmp_path / "out", progress=False)
+
+
+def test_nan_deep_in_one_shard_is_named(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "VALUES", 7)
+    spoiled = {k: v.clone() for k, v in state(2).items()}
+    spoiled["block.2.weight"][4, 3] = float("nan")
+    broken = folder(tmp_path / "broken", spoiled)
+    place = r"block.2.weight of models\[1\] \(.*broken/part-1\.safetensors\): .* first at \(4, 3\)"
+    for name in ("average", "ties"):
+        with pytest.raises(WeightsError, match=place):
+            run(name, [*paths[:2], broken], tmp_path / name, **({"weights": None} if name == "average" else {}))
+
+
+def test_configuration_and_tokenizer_come_along(tmp_path: Path, paths: list[Path]) -> None:
+    texts = {"config.json": "{}", "tokenizer.json": '{"a": 1}', "merges.txt": "a b", "chat_template.jinja": "{{ x }}"}
+    for path in paths:
+        for name, text in texts.items():
+            (path / name).write_text(text if path == paths[0] else text + " ")
+        (path / "merge.json").write_text("old")
+        (path / "trainer_state.json").write_text("{}")
+        (path / "code.py").write_text("print()")
+    merged = run("average", paths, tmp_path / "out")
+    found = {file.name: file.read_text() for file in merged.path.iterdir() if file.suffix != ".safetensors"}
+    assert {name: found[name] for name in texts} == texts
+    assert set(found) == {*texts, "merge.json", "model.safetensors.index.json"} and found["merge.json"] != "old"
+    without = merge.write(merge.average, paths[1:], tmp_path / "other", progress=False)
+    assert (without.path / "config.json").read_text() == "{} "
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_recipe_is_replayed(name: str, tmp_path: Path, paths: list[Path]) -> None:
+    first = run(name, paths, tmp_path / "out")
+    again = merge.replay(first.path, tmp_path / "again", progress=False)
+    assert contents(again.path) == contents(first.path)
+
+
+def test_a_recipe_that_no_longer_holds_is_refused(tmp_path: Path, paths: list[Path]) -> None:
+    merged = run("average", paths, tmp_path / "out")
+    recipe = json.loads((merged.path / "merge.json").read_text())
+    with pytest.raises(InputError, match="'average' is not the function .* its source differs"):
+        merge.replay(recipe | {"rule": "0"}, tmp_path / "x")
+    with pytest.raises(InputError, match=r"'nothing' is not a method of lmc\.merge"):
+        merge.replay(recipe | {"method": "nothing"}, tmp_path / "x")
+    with pytest.raises(DataError, match="it lacks rule"):
+        merge.replay({k: v for k, v in recipe.items() if k != "rule"}, tmp_path / "x")
+    in_memory = merge.write(merge.average, [state(1)], tmp_path / "memory", progress=False)
+    with pytest.raises(InputError, match=r"models\[0\] was in memory"):
+        merge.replay(in_memory.path, tmp_path / "x")
+    weights = state(1)
+    weights["block.0.weight"][0, 0] += 1.0
+    shutil.rmtree(paths[1])
+    folder(paths[1], weights)  # of the same sizes
+    with pytest.raises(DataError, match=r"model-0000\d-of-.*: differs from the file of the recipe"):
+        merge.replay(merged.path, tmp_path / "y", progress=False)
+    shutil.rmtree(paths[1])
+    paths[1].mkdir()
+    save_file({"w": torch.zeros(2)}, paths[1] / "model.safetensors")
+    with pytest.raises(DataError, match=r"models\[0\] is not what it was"):
+        merge.replay(merged.path, tmp_path / "z", progress=False)
+    with pytest.raises(InputError, match="align first"):
+        merge.write(merge.average, paths[1:], tmp_path / "d", align=lambda w: w)
+
+
+def test_a_killed_process_leaves_what_can_be_gone_on_from(tmp_path: Path, paths: list[Path]) -> None:
+    """A process that is killed in the middle of a write: the same call finishes, with the result of a quiet run."""
+    whole = contents(run("ties", paths, tmp_path / "whole").path)
+    script = KILLED.format(paths=[str(p) for p in paths], out=str(tmp_path / "out"), after=7)
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 9
+    assert not (tmp_path / "out").exists() and list((tmp_path / ".out.unfinished").glob("*.safetensors"))
+    assert contents(run("ties", paths, tmp_path / "out").path) == whole
+    assert not list(tmp_path.glob(".*"))
+
+
+KILLED = """
+import os
+import lmc.merge as merge
+from lmc.merge import shards
+
+original, count = shards._Hashed.write, 0
+
+def write(self, place, values):
+    global count
+    count += 1
+    if count > {after}:
+        self.file.write(b"half"); self.file.flush()
+        os._exit(9)
+    original(self, place, values)
+
+shards._Hashed.write = write
+base, *models = {paths}
+merge.write(merge.ties, models, {out!r}, base=base, shard_size=150, density=0.4, progress=False)
+"""
+
+
+def test_quantiles_are_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against sorting, for values that repeat, that lie in layers of different scale, and for a sample that misleads."""
+    monkeypatch.setattr(quantiles, "SAMPLE", 1000)
+    generator = torch.Generator().manual_seed(0)
+    normal = [torch.randn(2, 5000, generator=generator) * 10.0**i for i in range(-2, 3)]
+    whole = torch.cat(normal, 1).sort(1).values
+    ranks = [1, 12_500, 20_000, 25_000]
+    expected = torch.stack([whole[t % 2, rank - 1] for t, rank in enumerate(ranks)])
+    samples = {
+        "by strides": None,
+        "short slices": lambda: (x[:, i : i + 50] for x in normal for i in range(0, 5000, 500)),
+        "misleading": lambda: (x[:, i : i + 50] for x in normal[:2] for i in range(0, 5000, 500)),
+    }
+    for sample in samples.values():
+        assert torch.equal(quantiles.kth_smallest(lambda: iter(normal), ranks, 25_000, sample), expected)
+    coarse = [(x / 3).round() for x in normal]
+    whole = torch.cat(coarse, 1).sort(1).values
+    for rank in (1, 9_000, 12_500, 24_999):
+        found = quantiles.kth_smallest(lambda: iter(coarse), [rank, rank], 25_000, lambda: iter(coarse))
+        assert torch.equal(found, whole[:, rank - 1])

@@ -298,22 +298,29 @@ def _infinite(state: Mapping[str, Tensor], name: str) -> bool:
     into at both ends only, where a causal mask has some.
     """
     if not isinstance(state, Checkpoint):
-        return _holds_infinity(state[name].detach())
-    size, edge = state.entry(name).size, 256
-    if name.rpartition(".")[2] not in ("weight", "bias") or size <= 2 * edge:
-        return _holds_infinity(state.read(name))
-    ends = (state.read(name, slice(0, edge)), state.read(name, slice(size - edge, size)))
-    return any(_holds_infinity(end) for end in ends) and _holds_infinity(state.read(name))
+        return _holds_infinity([state[name].detach()])
+    shell, edge = outline(state)[name], 256
+    if name.rpartition(".")[2] in ("weight", "bias") and shell.numel() > 2 * edge:
+        ends = (slice(0, edge), slice(shell.numel() - edge, shell.numel()))
+        if not any(_holds_infinity([state.read(name, end)]) for end in ends):
+            return False
+    return _holds_infinity(state.read(name, part) for part in parts(shell))
 
 
-def _holds_infinity(tensor: Tensor) -> bool:
-    tensor = tensor.to(wide(tensor.dtype))
-    if bool(torch.isfinite(tensor.sum())):
-        return False
-    return bool(tensor.isinf().any()) and not bool(tensor.isnan().any())
+def _holds_infinity(pieces: Iterable[Tensor]) -> bool:
+    found = False
+    for piece in pieces:
+        piece = piece.to(wide(piece.dtype))
+        if not bool(torch.isfinite(piece.sum())):
+            if bool(piece.isnan().any()):
+                return False
+            found = found or bool(piece.isinf().any())
+    return found
 
 
 def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor], name: str) -> bool:
+    if isinstance(a, Checkpoint) and isinstance(b, Checkpoint):
+        return all(torch.equal(a.read(name, part), b.read(name, part)) for part in parts(outline(a)[name]))
     return torch.equal(a[name].detach(), b[name].detach())
 
 
@@ -328,7 +335,10 @@ def _ties(states: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
                 first_name.setdefault(name, first)
     ties: dict[str, str] = {}
     for name, first in first_name.items():
-        if all(torch.equal(state[name], state[first]) for state in states):
+        if all(
+            _storage(state, name) == _storage(state, first) or torch.equal(state[name], state[first])
+            for state in states
+        ):
             ties[name] = ties.get(first, first)
     return ties
 

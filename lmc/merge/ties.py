@@ -98,7 +98,8 @@ def ties(
 
 def trim(deltas: Tensor, limits: Tensor) -> Tensor:
     """Zero all entries of `(models, *shape)` whose magnitude is below the limit of their model."""
-    below = torch.nextafter(limits.to(deltas.dtype), torch.zeros((), dtype=deltas.dtype)).tolist()  # hardshrink keeps what is above its bound
+    limits = limits.to(deltas.dtype)
+    below = torch.nextafter(limits, torch.zeros_like(limits)).tolist()  # hardshrink keeps what is above its bound
     return torch.stack([hardshrink(d, low) if low > 0 else d for d, low in zip(deltas, below, strict=True)])
 
 
