@@ -75,7 +75,7 @@ export function contour({ x, y, values }, level) {
       }
       if (crossed.length === 4) {
         const middle = 0.25 * (corners[0] + corners[1] + corners[2] + corners[3]);
-        if (middle < level === corners[0] < level) crossed.push(crossed.shift());
+        if (middle < level !== corners[0] < level) crossed.push(crossed.shift());
       }
       for (let k = 0; k + 1 < crossed.length; k += 2) found.push([...crossed[k], ...crossed[k + 1]]);
     }
