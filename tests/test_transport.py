@@ -7,7 +7,7 @@ from alignment_cases import CASES, HEADS, digits, random_weights, transformer_pa
 
 import lmc
 from lmc.align.activation_matching import activation_matching
-from lmc.align.assignment import assign
+from lmc.align.assignment import assign, opening_prices
 from lmc.align.couplings import Coupling, plan
 from lmc.align.transport import Fusion, ot_fusion
 from lmc.align.widths import check_alone, guess_inputs
@@ -54,6 +54,23 @@ def test_exact_couplings_of_equally_many_units_are_assignments(seed: int):
     assert torch.equal(plan(cost, 0.0, "h"), expected)
     uniform = torch.full((9,), 1 / 9).double().numpy()
     torch.testing.assert_close(torch.from_numpy(ot.emd(uniform, uniform, cost.numpy())), expected)
+
+
+@pytest.mark.parametrize("spread", [1e-6, 1.0, 1e6])
+def test_opening_prices_change_no_assignment(spread: float):
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = (torch.randn(150, 40, generator=generator, dtype=torch.float64).relu() for _ in range(2))
+    gain = spread * ours @ theirs.T  # low rank and positive, as cross-products of activations are
+    prices = opening_prices(gain)
+    assert prices is not None and torch.isfinite(prices).all()
+    index, value = assign(gain, prices)
+    expected, best = assign(gain)
+    assert value == pytest.approx(best, rel=1e-12) and torch.equal(index, expected)
+
+
+def test_there_are_no_prices_where_they_do_not_help():
+    assert opening_prices(torch.rand(10, 10)) is None
+    assert opening_prices(torch.ones(200, 200)) is None
 
 
 @pytest.mark.parametrize(("n_a", "n_b", "regularization"), [(6, 4, 0.0), (4, 6, 0.0), (5, 5, 0.1), (7, 3, 0.05)])
