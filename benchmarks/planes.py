@@ -62,7 +62,9 @@ def mnist() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor], str]:
         data = lmc.data.mnist(download=False)
     except lmc.DataError:
         random = torch.Generator().manual_seed(0)
-        made = [(torch.randn(n, 784, generator=random), torch.randint(10, (n,), generator=random)) for n in (6000, 10_000)]
+        made = [
+            (torch.randn(n, 784, generator=random), torch.randint(10, (n,), generator=random)) for n in (6000, 10_000)
+        ]
         return made[0], made[1], "random numbers of the shape of MNIST (LMC_DATA holds none)"
     return (data.train[0][:6000], data.train[1][:6000]), data.test, "MNIST"
 
@@ -136,7 +138,7 @@ def row(name: str, make: Callable, train: tuple, test: tuple, epochs: int, args:
     best = min((loops[label] for label in loops), key=lambda pair: pair[0])
     reference = cells.get("loss-landscapes", best)
     ratios = [best[0] / cells["ours, exact"][0], *(reference[i] / cells["ours, within 1 %"][i] for i in (0, 1))]
-    times = [f"{c:.1f} / {w:.1f}" for c, w in cells.values()]
+    times = [f"{c:.2f} / {w:.2f}" for c, w in cells.values()]
     if not args.peer:
         times.insert(2, "")
     print(

@@ -18,7 +18,7 @@ from lmc.network import Network
 from lmc.weights import Weights
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-FEWEST_INPUTS = 16  # to one output; with fewer, mixing three products takes as long as making one (benchmarks/planes.py)
+FEWEST_INPUTS = 16  # to one output; with fewer, mixing three products takes as long as making one
 PRODUCT_BYTES = 512 << 20
 
 
@@ -38,6 +38,7 @@ class Span:
         self._dtype = torch.float32
         for name in moving:
             self._dtype = torch.promote_types(self._dtype, origin[name].dtype)
+        self._one_dtype = all(origin[name].dtype == self._dtype for name in moving)
         # One vector for all that moves: a point is then two operations, however many tensors there are.
         self._base, self._u, self._v = (self._flat(part) for part in (origin, *directions))
 
@@ -60,7 +61,8 @@ class Span:
 
     def _cut(self, flat: Tensor) -> Weights:
         pieces = zip(self._shapes.items(), flat.split(self._sizes), strict=True) if self._sizes else ()
-        return {name: piece.view(shape).to(self.origin[name].dtype) for (name, shape), piece in pieces}
+        views = {name: piece.view(shape) for (name, shape), piece in pieces}
+        return views if self._one_dtype else {name: view.to(self.origin[name].dtype) for name, view in views.items()}
 
 
 def difference(a: Weights, b: Weights) -> Weights:
