@@ -22,13 +22,12 @@ from safetensors.torch import save_file
 
 import lmc
 
-LAYERS, WIDTH, HIDDEN, WORDS = 12, 1536, 4096, 32000
+WIDTH, HIDDEN, WORDS = 1536, 4096, 32000
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "hidden_size": WIDTH,
     "intermediate_size": HIDDEN,
-    "num_hidden_layers": LAYERS,
     "num_attention_heads": 16,
     "num_key_value_heads": 16,
     "vocab_size": WORDS,
@@ -53,10 +52,10 @@ MERGES = {
 }
 
 
-def make(folder: Path, dtype: torch.dtype) -> None:
+def make(folder: Path, dtype: torch.dtype, layers: int) -> None:
     def shapes() -> dict[str, tuple[int, ...]]:
         found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (WORDS, WIDTH)}
-        for i in range(LAYERS):
+        for i in range(layers):
             block = f"model.layers.{i}."
             found |= {f"{block}self_attn.{k}_proj.weight": (WIDTH, WIDTH) for k in "qkvo"}
             found |= {f"{block}mlp.{k}_proj.weight": (HIDDEN, WIDTH) for k in ("gate", "up")}
@@ -74,7 +73,9 @@ def make(folder: Path, dtype: torch.dtype) -> None:
         base = state if name == "base" else base
         (folder / name).mkdir(parents=True)
         save_file(state, folder / name / "model.safetensors", metadata={"format": "pt"})
-        (folder / name / "config.json").write_text(json.dumps(CONFIG | {"torch_dtype": str(dtype)[6:]}))
+        (folder / name / "config.json").write_text(
+            json.dumps(CONFIG | {"num_hidden_layers": layers, "torch_dtype": str(dtype)[6:]})
+        )
 
 
 def measure(command: list[str], folder: Path) -> dict[str, float]:
@@ -137,11 +138,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--mergekit", help="the command mergekit-yaml of another environment")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--layers", type=int, default=12, help="12 make 0.44 billion values (default)")
     parser.add_argument("--only", action="append", choices=MERGES)
     arguments = parser.parse_args()
-    folder = arguments.folder / arguments.dtype
+    folder = arguments.folder / f"{arguments.dtype}-{arguments.layers}"
     if not folder.exists():
-        make(folder, DTYPES[arguments.dtype])
+        make(folder, DTYPES[arguments.dtype], arguments.layers)
     size = lmc.open_checkpoint(folder / "a").size / 1e9
     print(f"two models and their base, {size:.2f} GB each, {arguments.dtype}; torch {torch.__version__}\n")
     print("| merge | by | wall, s | process, s | resident, MB | private, MB | result |")

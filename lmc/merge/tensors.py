@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lmc.checkpoints import Checkpoint, flat
 from lmc.errors import InputError, WeightsError
 from lmc.merge.parts import Ahead, Part, parts
+from lmc.merge.roles import equal, infinite, outline, tied, wide
 from lmc.weights import ModelOrWeights, as_weights, check_compatible
 
 STATISTICS = ("running_mean", "running_var")
@@ -173,7 +174,7 @@ def weight_sets(
 
     module = models[0] if module is None and isinstance(models[0], nn.Module) else module
     buffers = set() if module is None else {name for name, _ in module.named_buffers()}
-    ties = _ties([*states, *([] if reference is None else [reference])])
+    ties = tied([*states, *([] if reference is None else [reference])])
     weights, statistics, dtype = [], set(), torch.float32
     for name in first:
         tensor = first[name]
@@ -183,7 +184,7 @@ def weight_sets(
             raise WeightsError(f"{name}: on the meta device, which holds no values; load the weights first")
         if not tensor.is_floating_point() or name in ties:
             continue
-        if tensor.numel() == 0 or (_infinite(states[0], name) and all(_equal(states[0], o, name) for _, o in others)):
+        if tensor.numel() == 0 or (infinite(states[0], name) and all(equal(states[0], o, name) for _, o in others)):
             continue  # an attention mask with infinities, the same everywhere
         if name in buffers or name.rpartition(".")[2] in STATISTICS:
             statistics.add(name)
@@ -260,11 +261,6 @@ def joined(sets: WeightSets, found: Iterable[tuple[str, Part, Tensor]]) -> Itera
     yield from ties_before(None)
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are made in: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def generator(seed: int, name: str) -> torch.Generator:
     """A CPU random generator for one tensor: the same for the same seed and name, whatever the order of names."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
@@ -276,11 +272,6 @@ def _mapping(model: ModelOrWeights) -> Mapping[str, Tensor]:
     return model if isinstance(model, Mapping) and not isinstance(model, dict) else as_weights(model)
 
 
-def outline(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The names with tensors of the right shape and dtype; nothing is read from a checkpoint on disk."""
-    return state.outline() if isinstance(state, Checkpoint) else state
-
-
 def _check_compatible(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str]) -> None:
     """`check_compatible`, one tensor at a time where a mapping reads from disk."""
     if isinstance(a, dict) and isinstance(b, dict):
@@ -289,67 +280,3 @@ def _check_compatible(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: t
     for name in [*a, *(name for name in b if name not in a)]:
         left, right = ({name: state[name]} if name in state else {} for state in (a, b))
         check_compatible(left, right, names)
-
-
-def _infinite(state: Mapping[str, Tensor], name: str) -> bool:
-    """Whether the tensor holds an infinity and no NaN.
-
-    On disk, reading all tensors for this would take as long as the merge: those called "weight" and "bias" are looked
-    into at both ends only, where a causal mask has some.
-    """
-    if not isinstance(state, Checkpoint):
-        return _holds_infinity([state[name].detach()])
-    shell, edge = outline(state)[name], 256
-    if name.rpartition(".")[2] in ("weight", "bias") and shell.numel() > 2 * edge:
-        ends = (slice(0, edge), slice(shell.numel() - edge, shell.numel()))
-        if not any(_holds_infinity([state.read(name, end)]) for end in ends):
-            return False
-    return _holds_infinity(state.read(name, part) for part in parts(shell))
-
-
-def _holds_infinity(pieces: Iterable[Tensor]) -> bool:
-    found = False
-    for piece in pieces:
-        piece = piece.to(wide(piece.dtype))
-        if not bool(torch.isfinite(piece.sum())):
-            if bool(piece.isnan().any()):
-                return False
-            found = found or bool(piece.isinf().any())
-    return found
-
-
-def _equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor], name: str) -> bool:
-    if isinstance(a, Checkpoint) and isinstance(b, Checkpoint):
-        return all(torch.equal(a.read(name, part), b.read(name, part)) for part in parts(outline(a)[name]))
-    return torch.equal(a[name].detach(), b[name].detach())
-
-
-def _ties(states: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
-    """Second names of one storage, with the first name: tied in one weight set, and tied or equal in all others."""
-    first_name: dict[str, str] = {}
-    for state in states:
-        seen: dict[object, str] = {}
-        for name in states[0]:
-            first = seen.setdefault(_storage(state, name), name)
-            if first != name:
-                first_name.setdefault(name, first)
-    ties: dict[str, str] = {}
-    for name, first in first_name.items():
-        if all(
-            _storage(state, name) == _storage(state, first) or torch.equal(state[name], state[first])
-            for state in states
-        ):
-            ties[name] = ties.get(first, first)
-    return ties
-
-
-def _storage(state: Mapping[str, Tensor], name: str) -> object:
-    """What two names have in common if and only if they are names of one stored tensor."""
-    if isinstance(state, Checkpoint):
-        return state.ties.get(name, name)
-    if not isinstance(state, dict):
-        return name
-    tensor = state[name]
-    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
-        return name
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
