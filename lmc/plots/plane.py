@@ -32,9 +32,10 @@ def plot_plane(plane: "Plane", split: str, measures: Sequence[str] | None = None
     if not panels or not set(panels) <= set(known):
         raise InputError(f"measures={measures!r}; this plane has {', '.join(known)}")
     titles = [_title(plane, split, panel) for panel in panels]
-    fig = styled(make_subplots(1, len(panels), horizontal_spacing=SPACING / len(panels), subplot_titles=titles), height=460)
+    spacing = SPACING / len(panels)
+    fig = styled(make_subplots(1, len(panels), horizontal_spacing=spacing, subplot_titles=titles), height=460)
     for column, panel in enumerate(panels, start=1):
-        right = fig.layout["xaxis" if column == 1 else f"xaxis{column}"].domain[1]
+        right = column * (1.0 + spacing) / len(panels) - spacing  # where this panel ends
         fig.add_trace(_contours(plane, split, panel, right), row=1, col=column)
         _draw(fig, plane, column)
         fig.update_xaxes(title_text=plane.axes[0], showgrid=False, constrain="domain", col=column)
