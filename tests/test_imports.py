@@ -38,6 +38,8 @@ ALLOWED = {
     "training": LEAVES,
     "plots": LEAVES | {"symmetry", "align", "landscape", "merge"},
     "widgets": LEAVES | {"symmetry", "align", "landscape", "merge", "plots"},
+    "cli": LEAVES | {"symmetry", "align", "landscape", "merge", "data"},
+    "__main__": {"cli"},
 }
 CORE_NEEDS = {"torch", "numpy", "scipy", "safetensors", "tqdm"}
 DRAWING = {"plotly", "anywidget", "ipywidgets", "traitlets", "IPython", "pandas"}
