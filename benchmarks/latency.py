@@ -2,8 +2,9 @@
 
     python benchmarks/latency.py
 
-Client side, on the page: `move` is from a pointer event to the end of the frame that draws it, `work` the time that the
-page's own code takes in between (the rest is waiting for the screen, 16.7 ms at 60 Hz). With the kernel: `twin` is from a key to the redrawn
+Client side, on a saved page: `move` is from a pointer event to the end of the frame that draws it, `work` the time that the
+page's own code takes in between (the rest is waiting for the screen, 16.7 ms at 60 Hz). `CPU a move` is the
+processor time of the page's thread for all of it, which other programs on the machine do not disturb. With the kernel: `twin` is from a key to the redrawn
 second widget of the same result, which hears of it from the kernel; `exact` from letting go to the values of the network
 that is there, evaluated by the kernel on the whole data.
 """
@@ -32,6 +33,7 @@ plane = lmc.loss_plane(model, (a, c, b), data, 41, names=("A", "B moved", "B"), 
 runs = lmc.data.checkpoint("digits-mlp64-trajectory")
 epochs = sorted(set(runs.epochs))
 over = lmc.landscape.barrier_over_time(model, *({e: runs.at(s, e) for e in epochs} for s in (0, 1)), data, progress=False)
+path.save_html("path.html", naive=naive), plane.save_html("plane.html"), over.save_html("epochs.html")
 """, "path.explore(naive=naive)", "path.explore(naive=naive)", "plane.explore()", "plane.explore()", "over.explore()", "over.explore()"
 
 # Moves a pointer over an element, one event a frame, and measures each frame.
@@ -111,7 +113,8 @@ class Folders:
 
 
 def row(name: str, *columns: list[float]) -> str:
-    cells = [f"{statistics.median(c):.1f} ({sorted(c)[int(0.95 * len(c))]:.1f})" if c else "" for c in columns]
+    spread = [f" ({sorted(c)[int(0.95 * len(c))]:.1f})" if len(c) > 1 else "" for c in columns]
+    cells = [f"{statistics.median(c):.1f}{more}" if c else "" for c, more in zip(columns, spread, strict=True)]
     return f"| {name} | " + " | ".join(cells) + " |"
 
 
@@ -132,21 +135,34 @@ def main() -> None:
             notebook = module.Notebook(page)
             notebook.run_all()
             assert notebook.errors == [], notebook.errors
-            measure(page, args)
+            measure(page, window, server.notebooks, args)
 
 
-def measure(page, args) -> None:
-    print("| median (95th percentile), ms | move | work | twin | exact |")
-    print("|---|---|---|---|---|")
+def cpu(session) -> float:
+    """Milliseconds of processor time that the page's main thread has taken for its tasks."""
+    metrics = session.send("Performance.getMetrics")["metrics"]
+    return 1e3 * next(entry["value"] for entry in metrics if entry["name"] == "TaskDuration")
+
+
+def measure(page, window, folder: Path, args) -> None:
+    print("| median (95th percentile), ms | move | work | CPU a move | twin | exact |")
+    print("|---|---|---|---|---|---|")
     for name, kind, target, keyed in WIDGETS:
-        page.locator(kind).first.scroll_into_view_if_needed()
-        page.wait_for_timeout(1000)
-        drag = page.evaluate(DRAG, {"kind": kind, "target": target, "moves": args.moves})
-        columns = [drag["moved"], drag["work"], [], []]
+        alone = window.open((folder / f"{kind.removeprefix('.lmc-')}.html").as_uri())
+        alone.locator(kind).wait_for()
+        session = alone.context.new_cdp_session(alone)
+        session.send("Performance.enable", {"timeDomain": "threadTicks"})
+        alone.wait_for_timeout(1000)
+        before = cpu(session)
+        drag = alone.evaluate(DRAG, {"kind": kind, "target": target, "moves": args.moves})
+        columns = [drag["moved"], drag["work"], [(cpu(session) - before) / args.moves], [], []]
+        alone.close()
         if keyed:
+            page.bring_to_front()
+            page.locator(kind).first.scroll_into_view_if_needed()
             page.wait_for_timeout(1000)
             keys = page.evaluate(KEY.replace("SETTLE", str(SETTLE)), {"kind": kind, "target": keyed, "keys": args.keys})
-            columns[2:] = keys["peer"], keys["exact"]
+            columns[3:] = keys["peer"], keys["exact"]
         print(row(name, *columns), flush=True)
 
 
