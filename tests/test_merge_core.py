@@ -318,3 +318,20 @@ def test_kth_smallest_survives_a_misleading_sample(monkeypatch: pytest.MonkeyPat
     for rank in (1, 1000, 1001, 5000, 10_000):
         found = quantiles.kth_smallest(lambda: iter([values[None]]), [rank], 10_000)
         assert float(found) == float(values.sort().values[rank - 1])
+
+
+def test_paths_of_checkpoints_are_models_too(tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    states = [{"w": torch.randn(3, 2), "n": torch.tensor(i)} for i in range(3)]
+    for i, state in enumerate(states):
+        save_file(state, tmp_path / f"m{i}.safetensors")
+    paths = [tmp_path / "m0.safetensors", str(tmp_path / "m1.safetensors")]
+    base = tmp_path / "m2.safetensors"
+    for found, expected in (
+        (merge.average(paths), merge.average(states[:2])),
+        (merge.ties(paths, base=base), merge.ties(states[:2], base=states[2])),
+    ):
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+    with pytest.raises(InputError, match=r"write \[model\]"):
+        merge.average(paths[1])

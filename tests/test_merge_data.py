@@ -229,21 +229,22 @@ def test_equal_grams_give_the_average(nets) -> None:
     assert found.report.fitted == ("conv.weight", "fc1.weight", "fc2.weight") and "ln.weight" in found.report.averaged
 
 
-def test_a_convolution_is_fitted_over_its_patches() -> None:
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_convolution_is_fitted_over_its_patches(dims: int) -> None:
     torch.manual_seed(0)
-    model = nn.Conv2d(2, 3, 3, padding=1, stride=2, dilation=2, bias=False).double()
+    kind, apply = [(nn.Conv1d, nn.functional.conv1d), (nn.Conv2d, nn.functional.conv2d)][dims - 1]
+    model = kind(2, 3, 3, padding=1, stride=2, dilation=2, bias=False).double()
     models = [copy.deepcopy(model) for _ in range(2)]
     for m in models:
         nn.init.normal_(m.weight)
-    data = [
-        torch.randn(30, 2, 8, 8, dtype=torch.float64) * torch.rand(30, 2, 8, 8, dtype=torch.float64) for _ in range(2)
-    ]
+    shape = (30, 2, *[8] * dims)
+    data = [torch.randn(shape, dtype=torch.float64) * torch.rand(shape, dtype=torch.float64) for _ in range(2)]
     found = merge.regmean(model, models, data, shrink=1.0)["weight"]
 
     def mismatch(weight: Tensor) -> Tensor:
         parts = []
         for m, x in zip(models, data, strict=True):
-            outputs = nn.functional.conv2d(x, weight, padding=1, stride=2, dilation=2)
+            outputs = apply(x, weight, padding=1, stride=2, dilation=2)
             parts.append((outputs - m(x).detach()).square().sum())
         return torch.stack(parts).sum()
 

@@ -48,7 +48,7 @@ def regmean(
     `G_t = X_t^T X_t / N` are the Gram matrices of the layer's inputs in model t on its own task, their off-diagonal
     entries times `shrink` (alpha in the paper, where it is 0.9). With `shrink=1` the result minimises
     `sum_t |X_t W - X_t W_t|^2`; where the inputs leave it open (features that are always zero), it is the average.
-    Linear layers, two-dimensional convolutions without groups (over their patches; an addition to the paper) and the
+    Linear layers, one- and two-dimensional convolutions without groups (over their patches; an addition to the paper) and the
     Conv1D of GPT-2 are fitted; biases, norms, embeddings, tied weights and layers that are not run as modules (such as
     the projections inside `nn.MultiheadAttention`) are averaged.
 

@@ -16,11 +16,12 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from lmc.checkpoints import Checkpoint, flat
+from lmc.checkpoints import Checkpoint, flat, open_checkpoint
 from lmc.errors import InputError, WeightsError
 from lmc.merge.parts import Ahead, Part, parts
 from lmc.merge.roles import equal, infinite, outline, tied, wide
@@ -148,7 +149,9 @@ class WeightSets:
 
 
 def weight_sets(
-    models: Sequence[ModelOrWeights], base: ModelOrWeights | None = None, module: nn.Module | None = None
+    models: Sequence[ModelOrWeights | str | Path],
+    base: ModelOrWeights | str | Path | None = None,
+    module: nn.Module | None = None,
 ) -> WeightSets:
     """Check that all models (and the base) have one architecture, and sort their names by role.
 
@@ -160,7 +163,7 @@ def weight_sets(
         MismatchError: names, shapes, dtypes or devices differ.
         WeightsError: complex tensors, which no method here is defined for, or tensors without values.
     """
-    if isinstance(models, (nn.Module, Mapping)):
+    if isinstance(models, (nn.Module, Mapping, str, Path)):
         raise InputError("models: expected a sequence of modules or state dicts, got a single one; write [model]")
     states = tuple(_mapping(model) for model in models)
     if not states:
@@ -267,8 +270,10 @@ def generator(seed: int, name: str) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
-def _mapping(model: ModelOrWeights) -> Mapping[str, Tensor]:
-    """A state dict is taken as it is; a mapping that is not a dict may read from disk and stays lazy."""
+def _mapping(model: ModelOrWeights | str | Path) -> Mapping[str, Tensor]:
+    """A state dict is taken as it is; a path, or a mapping that is not a dict, is read from disk as it is needed."""
+    if isinstance(model, str | Path):
+        return open_checkpoint(model)
     return model if isinstance(model, Mapping) and not isinstance(model, dict) else as_weights(model)
 
 
