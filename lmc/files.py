@@ -6,12 +6,17 @@ from pathlib import Path
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write `text` beside `path` and rename: an interrupt or a full disk leaves the old file as it was."""
+    """As `write_bytes`, in UTF-8."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | Path, content: bytes) -> None:
+    """Write `content` beside `path` and rename: an interrupt or a full disk leaves the old file as it was."""
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # with the permissions of any new file
     try:
-        with open(temporary, "x", encoding="utf-8") as file:
-            file.write(text)
+        with open(temporary, "xb") as file:
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

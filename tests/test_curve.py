@@ -283,3 +283,29 @@ def test_mismatches_and_unusable_data_are_named(pair):
 def test_unusable_arguments_are_refused(pair, options):
     with pytest.raises(InputError, match=next(iter(options))):
         bezier_curve(network(0), *pair, DATA, **options)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_saved_curves_come_back_bit_by_bit(tmp_path, norm):
+    made = bezier_curve(network(0, norm), network(0, norm), network(1, norm), DATA, epochs=2, progress=False)
+    made.save(tmp_path / "curve.safetensors")
+    back = type(made).load(tmp_path / "curve.safetensors", network(5, norm))
+    for one, two in zip(made.controls, back.controls, strict=True):
+        assert list(one) == list(two) and all(torch.equal(one[name], two[name]) for name in one)
+    assert (back.kind, back.interrupted) == (made.kind, made.interrupted) and (back.losses == made.losses).all()
+    assert (back.path(DATA, 5).losses["test"] == made.path(DATA, 5).losses["test"]).all()
+    with pytest.raises(MismatchError):
+        type(made).load(tmp_path / "curve.safetensors", nn.Linear(8, 4))
+
+
+def test_other_files_hold_no_curve(tmp_path, curve):
+    from safetensors.torch import save_file
+
+    curve.save(tmp_path / "good")
+    content = (tmp_path / "good").read_bytes()
+    (tmp_path / "cut").write_bytes(content[: len(content) // 2])
+    (tmp_path / "text").write_text("no curve")
+    save_file({"0/w": torch.zeros(2)}, tmp_path / "other")
+    for name in ("cut", "text", "other", "missing"):
+        with pytest.raises(DataError):
+            type(curve).load(tmp_path / name, curve.model)

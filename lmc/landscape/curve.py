@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path as FilePath
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -115,6 +116,19 @@ class Curve:
         corners = np.array(list(plane.places.values()))
         track = np.array([self.shares(t) for t in np.linspace(0.0, 1.0, 101)]) @ corners
         return replace(plane, tracks={"curve": track, "naive": corners[[0, 2]]})
+
+    def save(self, file: str | FilePath) -> None:
+        """Write the curve as a safetensors file; `Curve.load(file, model)` reads it back."""
+        from lmc.landscape.curve_file import save
+
+        save(self, file)
+
+    @classmethod
+    def load(cls, file: str | FilePath, model: nn.Module) -> "Curve":
+        """Read a curve of the architecture `model` that `save` wrote."""
+        from lmc.landscape.curve_file import load
+
+        return load(file, model)
 
     def __str__(self) -> str:
         kind, bends = {"bezier": "Bezier curve", "chain": "Polygonal chain"}[self.kind], len(self.controls) - 2
