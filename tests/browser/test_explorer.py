@@ -47,7 +47,7 @@ def test_two_widgets_of_a_path_stay_in_step_and_the_kernel_gives_exact_values(se
     assert lab.errors == []
     first, second = (lab.page.locator(".lmc-path").nth(i) for i in (0, 1))
     drag(lab.page, first.get_by_role("slider"), (0.5, 0.5), (0.3, 0.5))
-    told = first.get_by_role("slider").evaluate("slider => slider.valueAsNumber")
+    told = first.get_by_role("slider").evaluate("slider => slider.valueAsNumber")  # the slider itself was dragged
     assert 0.25 < told < 0.35
     until(lab, "(w.alpha, v.alpha)", lambda both: both == (told, told))
     for each in (first, second):
