@@ -17,6 +17,7 @@ from lmc.extras import require
 from lmc.landscape.barriers import Barrier, Baseline, barrier
 from lmc.landscape.evaluation import Evaluator
 from lmc.landscape.live import Bench, Live
+from lmc.landscape.measured import Measured
 from lmc.landscape.points import REPAIRS, preparation, renormalizer, run
 from lmc.landscape.predictions import Predictions, collect
 from lmc.landscape.scores import Measure, Score
@@ -34,7 +35,7 @@ Repair: TypeAlias = Literal["auto", "repair", "closed_form"] | None
 
 
 @dataclass(frozen=True, eq=False)
-class Path:
+class Path(Measured):
     """Losses and accuracies on the way from a (alpha = 0) to b (alpha = 1).
 
     Attributes:
@@ -57,21 +58,6 @@ class Path:
     predictions: Predictions | None = field(default=None, repr=False)
     repaired: str | None = None
     exact: Live | None = field(default=None, repr=False)
-
-    @property
-    def split(self) -> str:
-        """The split that barriers are taken on unless another is named: "test" where there is one."""
-        return "test" if "test" in self.values else next(iter(self.values))
-
-    @property
-    def losses(self) -> dict[str, Values]:
-        """split -> (P,) mean loss."""
-        return {split: measures["loss"] for split, measures in self.values.items()}
-
-    @property
-    def accuracies(self) -> dict[str, Values]:
-        """split -> (P,) fraction classified correctly; empty where targets are no classes."""
-        return {split: measures["accuracy"] for split, measures in self.values.items() if "accuracy" in measures}
 
     @property
     def complete(self) -> bool:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from lmc.extras import require
 from lmc.landscape.grid import Values
 from lmc.landscape.live import Live
+from lmc.landscape.measured import Measured
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Plane:
+class Plane(Measured):
     """Losses and accuracies over a plane in weight space.
 
     Attributes:
@@ -55,21 +56,6 @@ class Plane:
     error: dict[str, dict[str, float]] = field(default_factory=dict)
     explained: tuple[float, float] | None = None
     exact: Live | None = field(default=None, repr=False)
-
-    @property
-    def split(self) -> str:
-        """The split that is shown unless another is named: "test" where there is one."""
-        return "test" if "test" in self.values else next(iter(self.values))
-
-    @property
-    def losses(self) -> dict[str, Values]:
-        """split -> (Y, X) mean loss."""
-        return {split: measures["loss"] for split, measures in self.values.items()}
-
-    @property
-    def accuracies(self) -> dict[str, Values]:
-        """split -> (Y, X) fraction classified correctly; empty where targets are no classes."""
-        return {split: measures["accuracy"] for split, measures in self.values.items() if "accuracy" in measures}
 
     @property
     def complete(self) -> bool:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from lmc.errors import InputError
 from lmc.extras import require
 from lmc.landscape.lattice import Counts, Values, interpolate
+from lmc.landscape.measured import Measured
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,7 +48,7 @@ class Mixture:
 
 
 @dataclass(frozen=True, eq=False)
-class Simplex:
+class Simplex(Measured):
     """Losses and accuracies of mixtures `sum_i s_i theta_i` of K models, s on a lattice.
 
     Attributes:
@@ -82,21 +83,6 @@ class Simplex:
     def shares(self) -> Values:
         """(P, K) the share of each model at each point; rows sum to 1."""
         return self.counts / self.resolution
-
-    @property
-    def split(self) -> str:
-        """The split that is shown unless another is named: "test" where there is one."""
-        return "test" if "test" in self.values else next(iter(self.values))
-
-    @property
-    def losses(self) -> dict[str, Values]:
-        """split -> (P,) mean loss."""
-        return {split: measures["loss"] for split, measures in self.values.items()}
-
-    @property
-    def accuracies(self) -> dict[str, Values]:
-        """split -> (P,) fraction classified correctly; empty where targets are no classes."""
-        return {split: measures["accuracy"] for split, measures in self.values.items() if "accuracy" in measures}
 
     @property
     def complete(self) -> bool:
