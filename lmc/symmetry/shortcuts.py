@@ -40,7 +40,10 @@ def pieces(nodes: Sequence[Node]) -> dict[Node, Piece]:
         for part in parts:
             if not isinstance(part, Node) or not isinstance(part.meta.get("val"), Tensor):
                 break
-            size = 1 if stacked else part.meta["val"].shape[dim]
+            shape = part.meta["val"].shape
+            if not stacked and len(shape) != ndim:
+                continue  # torch lets an empty vector stand beside tensors of any shape: a key-value cache at its start
+            size = 1 if stacked else shape[dim]
             for user, (first, length) in picks.items():
                 if start <= first and first + length <= start + size:
                     found[user] = Piece(part, dim, first - start, length, stacked)
