@@ -140,6 +140,93 @@ def test_batch_statistics_see_the_mixed_layer_too(monkeypatch):
     np.testing.assert_allclose(planes[0].losses["data"], planes[1].losses["data"], rtol=1e-6)
 
 
+# ---- weights that stay where they are, outputs added up together
+
+
+def states_of(*seeds):
+    return [mlp(seed).state_dict() for seed in seeds]
+
+
+def one_by_one(model, split, **options):
+    evaluator = Evaluator(model, split, **options)
+    list(evaluator(states_of(0)))
+    assert evaluator.one_by_one
+    return evaluator
+
+
+def test_a_traveller_is_written_where_it_is():
+    span = Span.through(*states_of(1, 2, 3))
+    weights, go = span.traveller()
+    places = {name: tensor.data_ptr() for name, tensor in weights.items()}
+    for u, v in ((0.3, 0.6), (-0.4, 1.2), (0.0, 0.0)):
+        go(u, v)
+        for name, tensor in span(u, v).items():
+            torch.testing.assert_close(weights[name], tensor, rtol=0, atol=0)
+    assert {name: tensor.data_ptr() for name, tensor in weights.items()} == places
+    mixed = states_of(1)[0] | {"3.bias": torch.zeros(3, dtype=torch.bfloat16)}
+    assert Span(mixed, [states_of(2)[0], {}]).traveller() is None
+
+
+@pytest.mark.parametrize("tallied", [1, 3, 100])
+def test_scores_added_up_together_are_those_of_each(monkeypatch, tallied):
+    monkeypatch.setattr("lmc.landscape.evaluation.MOST_AT_ONCE", 1)
+    split = SimpleNamespace(train=data(20), test=data(20, count=17))
+    monkeypatch.setattr("lmc.landscape.evaluation.TALLIED_BYTES", tallied * 57 * 3 * 4)
+    evaluator, asked = one_by_one(mlp(0), split, batch_size=11, predictions=True), []
+    states = states_of(*range(1, 9))
+    for k, score in enumerate(evaluator(asked.append(state) or state for state in states)):
+        assert len(asked) == min((k // tallied + 1) * tallied, 8)
+        for name in ("train", "test"):
+            alone = evaluate(mlp(0), states[k], getattr(split, name))["data"]
+            assert score[name].loss == pytest.approx(alone.loss, rel=1e-6) and score[name].count == alone.count
+            assert score[name].accuracy == alone.accuracy
+            assert score[name].predictions.shape == (alone.count,)
+    assert len(asked) == 8
+
+
+def test_an_interrupt_leaves_the_scores_of_what_went_through(monkeypatch):
+    monkeypatch.setattr("lmc.landscape.evaluation.MOST_AT_ONCE", 1)
+    evaluator, found = one_by_one(mlp(0), data(20)), []
+
+    def broken_off():
+        yield from states_of(1, 2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        for score in evaluator(broken_off()):
+            found.append(score["data"].loss)
+    assert found == pytest.approx([evaluate(mlp(0), state, data(20))["data"].loss for state in states_of(1, 2)])
+
+
+def test_measures_of_the_caller_are_asked_before_the_next_point(monkeypatch):
+    monkeypatch.setattr("lmc.landscape.evaluation.MOST_AT_ONCE", 1)
+    calls = []
+    measure = {"mine": lambda outputs, targets: calls.append(1) or outputs.mean()}
+    evaluator = one_by_one(mlp(0), data(20), metrics=measure)
+    before, seen = len(calls), []
+    list(evaluator(seen.append(len(calls)) or state for state in states_of(1, 2, 3)))
+    assert [count - before for count in seen] == [0, 1, 2]
+
+
+def test_outputs_that_are_the_weights_themselves_are_kept_apart(monkeypatch):
+    monkeypatch.setattr("lmc.landscape.evaluation.MOST_AT_ONCE", 1)
+
+    class Constant(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.logits = nn.Parameter(torch.tensor([0.5, -0.2, 0.1]))
+
+        def forward(self, x):
+            return self.logits.expand(len(x), 3)
+
+    states = [{"logits": torch.tensor(logits)} for logits in ([0.5, 0.0, 0.1], [0.0, 3.0, 0.0], [-2.0, 0.0, 1.0])]
+    evaluator, span = Evaluator(Constant(), data(4)), Span.through(*states)
+    list(evaluator(states))
+    for i, score in Workers(evaluator, None, span, lambda i: (i / 7, -i / 5))(range(9)):
+        direct = evaluate(Constant(), span(i / 7, -i / 5), data(4))["data"]
+        assert score["data"].loss == pytest.approx(direct.loss, rel=1e-6)
+
+
 # ---- threads
 
 
@@ -204,9 +291,9 @@ def test_a_crew_that_is_left_early_stops(three_threads):
     evaluator = Evaluator(mlp(0), data(20))
     list(evaluator([mlp(0).state_dict()]))
     span = Span.through(*(mlp(seed).state_dict() for seed in (1, 2, 3)))
-    points = Workers(evaluator, None, span, lambda i: (i / 1000, 0.0))(range(1000))
+    points = Workers(evaluator, None, span, lambda i: (i / 1e6, 0.0))(range(10**6))
     i, score = next(points)
-    direct = evaluate(mlp(0), span(i / 1000, 0.0), data(20))["data"]
+    direct = evaluate(mlp(0), span(i / 1e6, 0.0), data(20))["data"]
     assert score["data"].loss == pytest.approx(direct.loss, rel=1e-5)
     before = threading.active_count()
     points.close()

@@ -2,13 +2,14 @@
 
 How many weight sets go through the module at once is decided here. On a GPU, where small networks are bound by the
 time to start a kernel, as many as the memory budget admits. On a CPU, where evaluating points together only pushes
-activations out of the cache, one after the other, unless the network and its batch are tiny (benchmarks/evaluation.py).
+activations out of the cache, one after the other, unless the network and its batch are tiny (benchmarks/evaluation.py);
+what Python does around the outputs of a small network is then shared by several weight sets all the same.
 """
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from lmc.weights import ModelOrWeights, Weights, as_weights, check_finite
 
 PROBE = 8  # examples that are sent through once to see how much memory one takes
 MOST_AT_ONCE = 64
+TALLIED_BYTES = 128 << 10  # of outputs that are added up in one go: they stay in the cache
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class Evaluator:
         self.batch_size = batch_size
         self.at_once = at_once
         self.weight_sets_together, self._batch = at_once, batch_size or PROBE
+        self._fit = 1  # weight sets whose outputs may be kept to be added up together
         self.memory = memory
         self.predictions = predictions
         # Batches that stay on the device, by split: on a CPU views of the data, on a GPU a copy of data that are small.
@@ -138,10 +141,38 @@ class Evaluator:
             self.network.check(first, "weights")
             if not self._checked:
                 self._prepare(first)
+            if self.one_by_one:
+                yield from self.in_turn(self._taken_on(chain([first], states)))
+                return
             others = list(islice(states, (self.weight_sets_together or 1) - 1))
             for state in others:
                 self.network.check(state, "weights")
             yield from self._score([first, *others])
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether one weight set at a time goes through data that all stay in memory."""
+        return self.weight_sets_together == 1 and len(self._ready) == len(self.splits)
+
+    def in_turn(self, steps: Iterable[object]) -> Iterator[dict[str, Score]]:
+        """One `{split: Score}` for each of `steps`, which has given the network new weights when it comes; the scores of
+        a few come together. After an interrupt, the steps that were made are still scored. Only where `one_by_one`."""
+        pending: list[list[Tensor]] = []
+        together = 0
+        try:
+            for _ in steps:
+                outputs = [self.network(inputs) for batches in self._ready.values() for inputs, _targets, _n in batches]
+                size = max(sum(output.nbytes for output in outputs), 1)
+                together = together or max(min(self._fit, TALLIED_BYTES // size), 1)
+                # A module may put out a view of its weights, which the next step changes.
+                pending.append([output.clone() for output in outputs] if together > 1 else outputs)
+                if len(pending) == together:
+                    scores, pending = self._tally(pending), []
+                    yield from scores
+        except KeyboardInterrupt:
+            yield from self._tally(pending)
+            raise
+        yield from self._tally(pending)
 
     def twin(self) -> "Evaluator":
         """An evaluator of the same data with a network of its own, for another thread; this one has scored before."""
@@ -177,8 +208,15 @@ class Evaluator:
             one = each * max(split.largest(self._batch) for split in self.splits) + sum(t.nbytes for t in state.values())
             fit = int((self.memory or budget.together) / max(one, 1))
             self.weight_sets_together = min(fit, MOST_AT_ONCE) if fit >= budget.fewest else 1
+            self._fit = 1 if self.measures else fit  # a measure of the caller's own is asked point by point
         self._ready = {split.name: list(self._batches(split)) for split in self.splits if split.nbytes <= HELD_BYTES}
         self._checked = True
+
+    def _taken_on(self, states: Iterable[Weights]) -> Iterator[None]:
+        for state in states:
+            self.network.check(state, "weights")
+            self.network.load(state)
+            yield
 
     def _bytes_of(self, inputs: Any, split: str) -> int:
         """What the activations of a first few inputs take; `DataError` where the module fails on them."""
@@ -203,6 +241,20 @@ class Evaluator:
             parts = [group[start : start + size] for start in range(0, len(group), size)]
             return [score for part in parts for score in self._score(part)]
         return [{name: scores[k] for name, scores in columns.items()} for k in range(len(group))]
+
+    def _tally(self, pending: list[list[Tensor]]) -> list[dict[str, Score]]:
+        """Scores of some weight sets from the outputs (N, ...) that each has for every batch of every split."""
+        if not pending:
+            return []
+        columns, batch = {}, 0
+        for split in self.splits:
+            tally = Tally(split.name, self.measures, self.predictions)
+            for _inputs, targets, counted in self._ready[split.name]:
+                outputs = [one[batch] for one in pending]
+                tally.add(torch.stack(outputs) if len(outputs) > 1 else outputs[0][None], targets, counted)
+                batch += 1
+            columns[split.name] = tally.scores()
+        return [{name: scores[k] for name, scores in columns.items()} for k in range(len(pending))]
 
     def _columns(self, group: list[Weights]) -> dict[str, list[Score]]:
         if len(group) == 1:

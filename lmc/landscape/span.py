@@ -6,7 +6,8 @@ U and V are made once and mixed at every further point. The result is the same u
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,7 +50,17 @@ class Span:
 
     def __call__(self, u: float, v: float) -> Weights:
         """The weights at (u, v), in the dtypes of the origin."""
-        return self.origin | self._cut(torch.add(self._base, self._u, alpha=u).add_(self._v, alpha=v))
+        return self.origin | self._cut(self._mix(u, v))
+
+    def traveller(self) -> tuple[Weights, Callable[[float, float], object]] | None:
+        """Weights that stay where they are in memory, and what takes them to (u, v); None where dtypes differ."""
+        if not self._one_dtype:
+            return None
+        flat = self._base.clone()
+        return self.origin | self._cut(flat), partial(self._mix, out=flat)
+
+    def _mix(self, u: float, v: float, out: Tensor | None = None) -> Tensor:
+        return torch.add(self._base, self._u, alpha=u, out=out).add_(self._v, alpha=v)
 
     def parts(self) -> list[Weights]:
         """The origin, U and V, for every tensor that moves."""

@@ -7,7 +7,7 @@ networks are too short to be shared. Data and products of the first layer are sh
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -82,15 +82,15 @@ class Workers:
     ) -> Iterator[tuple[int, dict[str, Score]]]:
         taken: list[int] = []
 
-        def states() -> Iterator[Weights]:
+        def places() -> Iterator[tuple[float, float]]:
             for i in pending:
                 if stop is not None and stop.is_set():
                     return
                 taken.append(i)
-                yield worker.state(self.span, *self.place(i))
+                yield self.place(i)
 
         try:
-            for i, score in enumerate(worker.evaluator(states())):
+            for i, score in enumerate(worker.scores(self.span, places())):
                 yield taken[i], score
         finally:
             worker.leave()
@@ -104,12 +104,28 @@ class _Worker:
         self.prepare = prepare
         self.first = None if products is None else FirstLayer(evaluator.network, products)
 
-    def state(self, span: Span, u: float, v: float) -> Weights:
+    def scores(self, span: Span, places: Iterable[tuple[float, float]]) -> Iterator[dict[str, Score]]:
+        network = self.evaluator.network
+        plain = self.evaluator.one_by_one and self.prepare is None and not network.buffers()
+        traveller = span.traveller() if plain else None
+        if traveller is None:
+            return self.evaluator(self._state(span, u, v) for u, v in places)
+        weights, go = traveller
+        network.load(weights)  # once: all further points are written where these are
+        return self.evaluator.in_turn(self._go(go, u, v) for u, v in places)
+
+    def _state(self, span: Span, u: float, v: float) -> Weights:
         """The weights at (u, v), to be scored before the next are asked for."""
         if self.first is not None:
             self.first.place = (u, v)
         weights = span(u, v)
         return weights if self.prepare is None else self.prepare(weights)
+
+    def _go(self, go: Callable[[float, float], object], u: float, v: float) -> None:
+        """Take the network's own weights to (u, v)."""
+        if self.first is not None:
+            self.first.place = (u, v)
+        go(u, v)
 
     def leave(self) -> None:
         """What comes next is no point of the span."""
