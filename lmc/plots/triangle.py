@@ -67,8 +67,10 @@ def plot_simplex(mixtures: "Simplex", split: str) -> go.Figure:
         marker = {"size": 15, "color": ORANGE, "symbol": symbol, "line": {"color": "white", "width": 1.5}}
         mark = go.Scatter(x=[x], y=[mixture.values[split]["loss"]], mode="markers", name=name, marker=marker)
         fig.add_trace(mark.update(hovertemplate=f"{name}: loss %{{y:.4g}}<extra></extra>"), row=1, col=2)
-    kind = "log" if np.nanmin(mixtures.losses[split]) > 0 else "linear"
-    fig.update_yaxes(title_text=f"{split} loss (nats)", type=kind, dtick="D2" if kind == "log" else None, col=2)
+    low, high = np.nanmin(mixtures.losses[split]), np.nanmax(mixtures.losses[split])
+    wide = high > 5.0 * low > 0.0  # wide enough to hold two of 1, 2, 5, 10, ...
+    kind = "log" if low > 0 else "linear"
+    fig.update_yaxes(title_text=f"{split} loss (nats)", type=kind, dtick="D2" if wide else None, col=2)
     fig.update_xaxes(title_text="models that have a say, 1 / Σ s²", col=2)
     return fig.update_layout(hovermode="closest")
 
