@@ -65,3 +65,17 @@ def test_bad_input():
     case = CASES["mlp"]()
     with pytest.raises(InputError, match="'magic' is none of 'naive', 'weight matching'"):
         compare(case.spec, case.model, case.model, case.model, (case.inputs, case.targets), ["magic"])
+
+
+def test_running_statistics_count_for_nothing():
+    stored = lmc.data.checkpoint("digits-resnet20")
+    model, (a, b) = stored.model(), stored
+    data = lmc.data.digits(flat=False)
+    spec = lmc.permutation_spec(model, data.test[0][:2])
+    loud = {name: 100.0 * t if "running" in name else t for name, t in b.items()}
+    rows = [
+        lmc.align.compare(spec, model, a, other, data.test, ["naive"], alphas=3, progress=False)["naive"]
+        for other in (b, loud)
+    ]
+    assert rows[0].objective == rows[1].objective and rows[0].distance == rows[1].distance
+    assert rows[0].objective == pytest.approx(lmc.weight_matching(spec, a, b).info["objective_at_identity"], rel=1e-5)

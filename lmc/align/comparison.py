@@ -16,7 +16,7 @@ from lmc.align.singular import singular_alignment
 from lmc.align.sinkhorn import sinkhorn_matching
 from lmc.align.straight_through import straight_through_matching
 from lmc.align.transport import ot_fusion
-from lmc.align.weight_matching import weight_matching
+from lmc.align.weight_matching import matched, weight_matching
 from lmc.errors import InputError
 from lmc.extras import require
 from lmc.network import pick_device
@@ -54,7 +54,7 @@ class Alignment:
     Attributes:
         weights: B moved onto A.
         permutation: the move, where it is one.
-        objective: `<A, pi(B)>` over all tensors. distance: `|A - pi(B)|`. cosine: of the two.
+        objective: `<A, pi(B)>` over all parameters, each once. distance: `|A - pi(B)|`. cosine: of the two.
         r: agreement of singular vectors (see `singular_alignment`).
         barrier, barrier_repaired: of the loss on the way from A, plain (batch statistics re-estimated) and with
             `repair="repair"`; see `loss_path`.
@@ -166,13 +166,14 @@ def compare(
         split = path.split
         repaired = loss_path(model, a, moved, data, alphas, repair="repair", progress=False)
         middle = int(np.argmin(np.abs(path.alphas - 0.5)))
-        norms = (dot(a, a) * dot(moved, moved)) ** 0.5
+        one, two = matched(spec, a), matched(spec, moved)  # statistics are no weights
+        norms = (dot(one, one) * dot(two, two)) ** 0.5
         found[name] = Alignment(
             weights=moved,
             permutation=result if isinstance(result, Permutation) else None,
-            objective=dot(a, moved),
-            distance=distance(a, moved),
-            cosine=dot(a, moved) / norms if norms else 0.0,
+            objective=dot(one, two),
+            distance=distance(one, two),
+            cosine=dot(one, two) / norms if norms else 0.0,
             r=singular_alignment(a, moved, gamma).r,
             barrier=path.barrier,
             barrier_repaired=repaired.barrier,
