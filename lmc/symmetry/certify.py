@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from lmc.errors import CertificateError, InputError
 from lmc.modules import copy_module
+from lmc.symmetry.failures import not_computed, quiet
 from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, select, tensors_in
 from lmc.symmetry.permutation import Permutation
 from lmc.weights import ModelOrWeights, Weights, as_weights
@@ -141,9 +142,12 @@ class _Probe:
         device = next((t.device for t in weights.values()), torch.device("cpu"))
         args, kwargs = tree_map(lambda x: _input(x, device), as_call(example))
         devices = [device] if device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), _float64():
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), quiet(), _float64():
             torch.manual_seed(self.seed)
-            result = self.module(*args, **kwargs)
+            try:
+                result = self.module(*args, **kwargs)
+            except Exception as error:
+                raise not_computed(self.module, args, kwargs, error) from error
         return [tensor.detach().clone() for tensor in select(result, self.select)]
 
 
@@ -184,8 +188,24 @@ class _float64(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         widened = {k: torch.float64 if k == "dtype" and v in LOW else v for k, v in (kwargs or {}).items()}
-        result = func(*tree_map(_wide_dtype, args), **widened)
-        return result
+        args = tree_map(_wide_dtype, args)
+        if str(func).startswith("aten._grouped_mm"):
+            return _grouped_product(*args, **widened)
+        return func(*args, **widened)
+
+
+def _grouped_product(
+    x: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, **_: Any
+) -> Tensor:
+    """What torch computes in single precision only: rows of x (t, i) up to `offs[e]` times weight[e] (i, o), one after
+    the other, for weights (e, i, o)."""
+    if x.ndim != 2 or weight.ndim != 3 or offs is None or bias is not None:
+        raise NotImplementedError("a grouped product of other than sorted rows (t, i) and matrices (e, i, o)")
+    result = x.new_zeros(len(x), weight.shape[2])
+    ends = offs.tolist()
+    for start, end, matrix in zip([0, *ends], ends, weight, strict=False):
+        result[start:end] = x[start:end] @ matrix
+    return result
 
 
 def _wide_dtype(value: Any) -> Any:

@@ -9,14 +9,16 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from lmc.errors import TraceError
 from lmc.progress import tqdm
+from lmc.symmetry.failures import BY_HAND, first_line
 from lmc.symmetry.rules import core, interpret
 from lmc.symmetry.rules.chosen import settle
 from lmc.symmetry.rules.registry import Op, Parts, is_operand, operands_in
 from lmc.symmetry.shortcuts import Piece, piece_tag, pieces
 from lmc.symmetry.tags import Tag, along, make, shrink
 from lmc.symmetry.ties import chooses_without_ties
-from lmc.symmetry.trace import Graph, Leaf, movable
+from lmc.symmetry.trace import Graph, Leaf, module_path, movable, source_line
 from lmc.symmetry.units import Ids, Units
 
 LARGEST_CONSTANT = 1 << 24
@@ -55,13 +57,21 @@ def interpret_nodes(graph: Graph, progress: bool) -> tuple[Facts, dict[Node, Any
     wanted = needed(graph, direct)
     for number, node in enumerate(tqdm(graph.nodes, "units", disable=not progress)):
         units.site = number
-        if node.op == "placeholder":
-            known[node] = leaf_tag(units, graph.leaves[node.name], node, tags, graph)
-        elif node in direct and node in wanted:
-            part = settle(units, known[direct[node].part])
-            known[node] = piece_tag(units, part, direct[node], tuple(node.meta["val"].shape))
-        elif node.op == "call_function" and node in wanted:
-            known[node] = call(units, node, known, chooses_without_ties(graph, node))
+        if node.op != "placeholder" and (node.op != "call_function" or node not in wanted):
+            continue
+        try:
+            if node.op == "placeholder":
+                known[node] = leaf_tag(units, graph.leaves[node.name], node, tags, graph)
+            elif node in direct:
+                part = settle(units, known[direct[node].part])
+                known[node] = piece_tag(units, part, direct[node], tuple(node.meta["val"].shape))
+            else:
+                known[node] = call(units, node, known, chooses_without_ties(graph, node))
+        except Exception as error:
+            raise TraceError(
+                f"cannot follow units through {node.target} in {module_path(node) or 'the forward pass'} "
+                f"{source_line(node)}: {type(error).__name__}: {first_line(error)}. {BY_HAND}"
+            ) from error
     return Facts(units, tags, axes), known
 
 

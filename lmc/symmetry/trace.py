@@ -5,12 +5,9 @@ only; in-place operators become ordinary ones, and operators for which we have n
 how. A module on a GPU, in half precision or on the meta device is captured as it is.
 """
 
-import inspect
 import keyword
-import logging
 import operator
 import re
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,14 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from lmc.errors import InputError, TraceError
+from lmc.symmetry.failures import BY_HAND, Stopped, explained, is_user_file, named_lines, quiet, stopping
 from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, select
 from lmc.symmetry.rules import is_pointwise, rule_of
 
 PREFIX = "subject."
-BY_HAND = (
-    "If the inputs fit the model, derive the symmetries of its traceable submodules one by one, or write them by hand "
-    "with PermutationSpec.from_patterns, and check the result with its certify method."
-)
 
 
 @dataclass(frozen=True)
@@ -76,7 +70,8 @@ class Selected(nn.Module):
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        return tuple(select(self.subject(*args, **kwargs), self.outputs))
+        with stopping():
+            return tuple(select(self.subject(*args, **kwargs), self.outputs))
 
 
 class Renamed(nn.Module):
@@ -98,7 +93,8 @@ class Renamed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         tensors = {name: getattr(self, alias) for alias, name in self.original.items()}
-        return tuple(select(functional_call(self.hidden[0], tensors, args, kwargs), self.outputs))
+        with stopping():
+            return tuple(select(functional_call(self.hidden[0], tensors, args, kwargs), self.outputs))
 
 
 @contextmanager
@@ -133,10 +129,11 @@ def capture(model: nn.Module, example_inputs: ExampleInputs, outputs: OutputSele
             program = torch.export.export(subject, args, kwargs, strict=False)
             if not all(is_understood(node) for node in program.graph.nodes):
                 program = program.run_decompositions(decompositions())
-        except InputError:
-            raise
         except Exception as error:
-            raise explained(model, args, kwargs, error) from error
+            cause = error.__cause__ if isinstance(error, Stopped) and error.__cause__ else error
+            if isinstance(cause, InputError):
+                raise cause from None
+            raise explained(model, args, kwargs, cause) from cause
     refuse_unknown_sizes(model, program)
     names = subject.original if isinstance(subject, Renamed) else {}
     return graph_of(model, program, names)
@@ -180,22 +177,6 @@ def on_device_of(
     return pytree.tree_map(lambda a: a.to("meta") if isinstance(a, Tensor) else a, (args, kwargs))
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Export warns about things that do not concern a graph that is only looked at."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.fx", "torch._export", "torch._dynamo")]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
 def decompositions() -> dict[Any, Any]:
     """Decompose only what has no rule: fewer, larger operators are faster to interpret and easier to explain."""
     table = torch.export.default_decompositions()
@@ -203,47 +184,6 @@ def decompositions() -> dict[Any, Any]:
         if rule_of(op) is not None:
             del table[op]
     return table
-
-
-def explained(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: Exception) -> TraceError:
-    """What went wrong, in the model's own words: inputs that do not fit, or a graph that depends on data."""
-    where = last_user_line(error)
-    if "GuardOnDataDependent" in type(error).__name__ or "data-dependent" in str(error).lower():
-        what = "its control flow or a shape depends on the values of tensors, so there is no fixed graph of operators"
-    else:
-        what = f"{type(error).__name__}: {first_line(error)}"
-    signature = ", ".join([*(describe(a) for a in args), *(f"{k}={describe(v)}" for k, v in kwargs.items())])
-    return TraceError(f"cannot trace {type(model).__name__}({signature}){where}: {what}. {BY_HAND}")
-
-
-def describe(value: Any) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
-
-
-def first_line(error: Exception) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "no message")[:300]
-
-
-def last_user_line(error: BaseException) -> str:
-    """` at file:line` of the deepest frame outside torch."""
-    found = ""
-    trace = error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if is_user_file(code.co_filename):
-            found = f" at {code.co_filename}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    text = re.findall(r'File "([^"]+)", line (\d+)', str(error))
-    inner = [f" at {file}:{line}" for file, line in text if is_user_file(file)]
-    return inner[-1] if inner else found
-
-
-TORCH_HOME = str(inspect.getsourcefile(torch)).rsplit("/", 1)[0]
-OUR_HOME = __file__.rsplit("/", 1)[0]
-
-
-def is_user_file(file: str) -> bool:
-    return not file.startswith((TORCH_HOME, OUR_HOME, "<"))
 
 
 def graph_of(model: nn.Module, program: Any, names: Mapping[str, str]) -> Graph:
@@ -306,6 +246,5 @@ def module_path(node: Node) -> str:
 
 def source_line(node: Node) -> str:
     """`file.py:line` of the user's code that issued a node, empty if unknown."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    frames = [f for f in frames if is_user_file(f[0])]
+    frames = [f for f in named_lines(node.meta.get("stack_trace") or "") if is_user_file(f[0])]
     return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
