@@ -28,6 +28,12 @@ METHODS = {
     "pcb": {"density": 0.5},
     "slerp": {"t": 0.25},
     "lines": {"method": merge.ties, "density": 0.5},
+    "della": {"density": 0.6, "epsilon": 0.3},
+    "breadcrumbs": {"density": 0.6, "outliers": 0.2},
+    "karcher_mean": {"weights": [1.0, 3.0]},
+    "model_stock": {"filter_wise": True},
+    "variance_corrected": {},
+    "tall_mask": {"method": merge.della, "task": 1},
 }
 
 

@@ -11,7 +11,7 @@ from lmc.batches import take, tensors, to_device
 from lmc.errors import InputError
 from lmc.merge.aligning import alignable
 from lmc.merge.examples import check_data, gather
-from lmc.merge.method import Pass
+from lmc.merge.passes import Pass
 from lmc.merge.result import Merged
 from lmc.merge.tensors import WeightSets, assemble, weight_sets, wide
 from lmc.merge.ties import thresholds, trim
@@ -135,7 +135,7 @@ def adamerging(
 def _deltas(sets: WeightSets, density: float) -> Weights:
     if density == 1.0:
         return {name: sets.deltas(name) for name in sets.weights}
-    deltas = Pass(sets, lambda name, part: (sets.deltas(name, part),), cut=True)
+    deltas = Pass(sets, lambda name, part: (sets.deltas(name, part),), "entries")
     limits = thresholds(deltas, density, len(sets), deltas.size)
     return {name: trim(sets.deltas(name), limits) for name in sets.weights}
 

@@ -3,6 +3,7 @@
 None needs data. After any of them, BatchNorm statistics want a re-estimation (`lmc.recalibrate_batchnorm`).
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -10,7 +11,10 @@ import torch
 from torch import Tensor
 
 from lmc.errors import InputError
-from lmc.merge.method import coefficients, linear, on_tensors
+from lmc.merge.coefficients import coefficients
+from lmc.merge.method import linear, on_tensors
+from lmc.merge.moments import Moments, precise
+from lmc.merge.parts import Cut
 from lmc.merge.tensors import weight_sets, wide
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible
 
@@ -111,8 +115,15 @@ def _running(checkpoints: Iterable[ModelOrWeights], step: Callable[[int], float]
     return result
 
 
-@on_tensors(shares=lambda t, **_: [1.0 - t, t])
-def slerp(tensors: Tensor, *, t: float = 0.5, lerp_above: float = 0.9995, base: Tensor | None = None) -> Tensor:
+@on_tensors(shares=lambda t, **_: [1.0 - t, t], elementwise=True)
+def slerp(
+    tensors: Tensor,
+    *,
+    moments: Callable[[], Moments],
+    t: float = 0.5,
+    lerp_above: float = 0.9995,
+    base: Tensor | None = None,
+) -> Tensor:
     """Spherical interpolation of two models: at `t=0` the first, at `t=1` the second, tensor by tensor.
 
     `sin((1-t) W)/sin(W) u + sin(t W)/sin(W) v` with the angle W between the flattened tensors (Shoemake 1985). Tensors
@@ -128,19 +139,31 @@ def slerp(tensors: Tensor, *, t: float = 0.5, lerp_above: float = 0.9995, base: 
     if t in (0.0, 1.0):
         return tensors[int(t)]
     u, v = tensors if base is None else tensors - base
-    origin = torch.zeros_like(u) if base is None else base
-    norms = u.norm(), v.norm()
-    if min(norms) == 0.0:
-        return origin + (1 - t) * u + t * v
-    angle = _angle(u / norms[0], v / norms[1])
-    if angle.cos().abs() > lerp_above or angle.sin() < 1e-6:
-        return origin + (1 - t) * u + t * v
-    return origin + (((1 - t) * angle).sin() * u + (t * angle).sin() * v) / angle.sin()
+    first, second = _on_the_arc(moments().gram, t, lerp_above)
+    move = first * u + second * v
+    return move if base is None else base + move
 
 
-@on_tensors
+def _on_the_arc(gram: Tensor, t: float, lerp_above: float) -> tuple[float, float]:
+    """SLERP's coefficients from the `(2, 2)` inner products of two tensors."""
+    norms = math.sqrt(gram[0, 0] * gram[1, 1])
+    if norms > 0.0:
+        cosine = float(gram[0, 1]) / norms
+        sine = math.sqrt(max(0.0, 1.0 - cosine * cosine))
+        if abs(cosine) <= lerp_above and sine >= 1e-6:
+            angle = math.atan2(sine, cosine)
+            return math.sin((1 - t) * angle) / sine, math.sin(t * angle) / sine
+    return 1 - t, t
+
+
+@on_tensors(elementwise=True)
 def karcher_mean(
-    tensors: Tensor, *, weights: Sequence[float] | None = None, iterations: int = 10, tolerance: float = 1e-5
+    tensors: Tensor,
+    *,
+    moments: Callable[[], Moments],
+    weights: Sequence[float] | None = None,
+    iterations: int = 10,
+    tolerance: float = 1e-5,
 ) -> Tensor:
     """The Karcher (Frechet) mean on the sphere, tensor by tensor: SLERP for any number of models.
 
@@ -148,30 +171,52 @@ def karcher_mean(
     is shorter than `tolerance`; the result has the weighted mean of their norms. Two models of equal norm give
     `slerp(t=w_2)`. Tensors that are all zero have no direction and count only in the norm.
     """
-    share = torch.tensor(average.method.rule(len(tensors), weights=weights), dtype=tensors.dtype, device=tensors.device)
-    flat = tensors.flatten(1) if tensors.ndim > 1 else tensors[:, None]
-    norms = flat.norm(dim=1)
+    share = torch.tensor(average.method.rule(len(tensors), weights=weights), dtype=torch.float64)
+    gram = moments().gram
+    norms = gram.diagonal().sqrt()
     alive = norms > 0
     if not bool(alive.any()):
         return torch.zeros_like(tensors[0])
-    points, pull = flat[alive] / norms[alive, None], share[alive] / share[alive].sum()
-    mean = pull @ points
-    mean = mean / mean.norm() if mean.norm() > 1e-6 else points[pull.argmax()]  # opposite points: stay at the heaviest
+    pull = share[alive] / share[alive].sum()
+    mean = _on_the_sphere(gram[alive][:, alive] / torch.outer(norms[alive], norms[alive]), pull, iterations, tolerance)
+    factors = torch.zeros_like(share)
+    factors[alive] = mean / norms[alive] * (share @ norms)
+    return torch.einsum("m,m...->...", factors.to(tensors), tensors)
+
+
+def _on_the_sphere(cosines: Tensor, pull: Tensor, iterations: int, tolerance: float) -> Tensor:
+    """`(models,)`: coefficients of the Karcher mean in unit vectors with these `(models, models)` inner products.
+
+    It lies in their span, as do all steps towards it, so that no vector is needed.
+    """
+
+    def length(vector: Tensor) -> Tensor:
+        return (vector @ cosines @ vector).clamp_min(0.0).sqrt()
+
+    mean = pull / length(pull)
+    if length(pull) <= 1e-6:  # opposite points: stay at the heaviest
+        mean = torch.zeros_like(pull)
+        mean[pull.argmax()] = 1.0
     for _ in range(iterations):
-        cosine = points @ mean
-        across = points - cosine[:, None] * mean
-        sine = across.norm(dim=1).clamp_min(1e-30)
-        step = (pull * torch.atan2(sine, cosine) / sine) @ across
-        length = step.norm()
-        if length < tolerance:
+        cosine = (cosines @ mean).clamp(-1.0, 1.0)
+        sine = (1.0 - cosine.square()).sqrt()
+        turn = (torch.atan2(sine, cosine) / sine).where(sine > 1e-7, (cosine > 0).to(sine))  # opposite: no direction
+        towards = pull * turn
+        step = towards - (towards @ cosine) * mean
+        size = length(step)
+        if size < tolerance or size == 0.0:
             break
-        mean = length.cos() * mean + length.sin() * step / length
-        mean = mean / mean.norm()
-    return (mean * (share @ norms)).reshape(tensors.shape[1:])
+        mean = size.cos() * mean + size.sin() * step / size
+        mean = mean / length(mean)
+    return mean
 
 
-@on_tensors
-def model_stock(tensors: Tensor, *, base: Tensor, filter_wise: bool = False) -> Tensor:
+def _stock_parts(*, filter_wise: bool = False, **_: object) -> Cut:
+    return "filters" if filter_wise else "entries"
+
+
+@on_tensors(cut=_stock_parts)
+def model_stock(tensors: Tensor, *, moments: Callable[[], Moments], base: Tensor, filter_wise: bool = False) -> Tensor:
     """Model Stock (Jang, Yun, Han 2024, 2403.19522): between the mean of N fine-tuned models and their base.
 
     `t mean_i theta_i + (1-t) base` with `t = N cos / (1 + (N-1) cos)` (equation 6), cos the mean cosine between two
@@ -181,17 +226,24 @@ def model_stock(tensors: Tensor, *, base: Tensor, filter_wise: bool = False) -> 
     deltas = tensors - base
     count = len(deltas)
     rows = deltas.reshape(count, deltas.shape[1] if filter_wise and deltas.ndim > 1 else 1, -1)
-    norms = rows.norm(dim=2)
-    units = rows / norms.clamp_min(1e-30)[..., None]
-    cosine = (units.sum(0).square().sum(-1) - count) / (count * (count - 1))
+    if filter_wise:
+        filters = precise(rows)
+        gram = torch.einsum("irn,krn->rik", filters, filters)
+    else:
+        gram = moments().gram[None]
+    norms = gram.diagonal(dim1=1, dim2=2).sqrt()
+    cosines = gram / (norms[:, :, None] * norms[:, None, :]).clamp_min(1e-60)
+    cosine = (cosines.sum((1, 2)) - count) / (count * (count - 1))
     t = (count * cosine / (1 + (count - 1) * cosine)).clamp(0, 1).where(cosine > 0, 0.0)
-    t = t.where((norms > 0).all(0), 1.0)
+    t = t.where((norms > 0).all(1), 1.0).to(rows)
     move = (rows.mean(0) * t[:, None]).reshape(base.shape)
     return base + move
 
 
-@on_tensors
-def variance_corrected(tensors: Tensor, *, weights: Sequence[float] | None = None) -> Tensor:
+@on_tensors(cut="rows")  # which tells vectors, that are never cut, from the rest
+def variance_corrected(
+    tensors: Tensor, *, moments: Callable[[], Moments], weights: Sequence[float] | None = None
+) -> Tensor:
     """The mean of unrelated models, with the variance that averaging took away given back.
 
     `(W - m) sqrt(v / Var(W)) + m` for matrices and kernels, where W is the mean of the N tensors, m its mean value and
@@ -199,17 +251,13 @@ def variance_corrected(tensors: Tensor, *, weights: Sequence[float] | None = Non
     variance by N. Not for models of one basin, where a smaller variance is noise removed. Vectors (biases, norms) are
     averaged plainly.
     """
-    share = torch.tensor(average.method.rule(len(tensors), weights=weights), dtype=tensors.dtype, device=tensors.device)
-    mean = torch.einsum("m,m...->...", share, tensors)
-    if mean.ndim < 2 or mean.numel() < 2:
+    share = torch.tensor(average.method.rule(len(tensors), weights=weights), dtype=torch.float64)
+    mean = torch.einsum("m,m...->...", share.to(tensors), tensors)
+    if mean.ndim < 2:
         return mean
-    spread = tensors.flatten(1).var(1, correction=0).mean()
-    remaining = mean.var(correction=0)
-    if remaining == 0.0:
+    found = moments()
+    remaining = float(share @ found.covariances @ share)
+    if remaining <= 0.0:
         return mean
-    return (mean - mean.mean()) * (spread / remaining).sqrt() + mean.mean()
-
-
-def _angle(u: Tensor, v: Tensor) -> Tensor:
-    """The angle between two unit tensors, precise near 0 and pi too (Kahan's formula)."""
-    return 2.0 * torch.atan2((u - v).norm(), (u + v).norm())
+    centre = float(share @ found.means)
+    return (mean - centre) * math.sqrt(float(found.covariances.diagonal().mean()) / remaining) + centre

@@ -10,8 +10,8 @@ from torch.func import grad, vmap
 from lmc.batches import take, tensors, to_device
 from lmc.errors import DataError, InputError, MismatchError
 from lmc.merge.aligning import alignable
+from lmc.merge.coefficients import coefficients
 from lmc.merge.examples import batches, check_data
-from lmc.merge.method import coefficients
 from lmc.merge.tensors import WeightSets, assemble, weight_sets, wide
 from lmc.network import Network, pick_device
 from lmc.progress import tqdm

@@ -16,17 +16,23 @@ parameters receives it:
 - `base`: the base's tensor `(*shape)`;
 - `name`: the name of the tensor;
 - `generator`: a CPU random generator that depends on the option `seed` and on the name alone;
+- `uniform`: a function of a `(models, *shape)` tensor that gives random numbers from [0, 1) for its entries, which
+  depend on the option `seed`, the name and the entry's place alone;
+- `moments`: a function without arguments that gives the means and inner products of whole tensors (`moments.Moments`),
+  of tensors minus base if the rule names `base` and there is one; it reads the tensor once more;
 - `survey`: what the method's survey found in a first pass over all tensors (thresholds of whole models).
 
-Every method reads one tensor of all models at a time; one with a survey reads them all more than once. A rule on task
-vectors that treats every entry alike says so, `@on_task_vectors(elementwise=True)`, and is given large tensors in parts,
-flattened; linear rules always are.
+Every method reads one tensor of all models at a time; one with a survey reads them all more than once. A rule that
+treats every entry alike says so, `elementwise=True`, and is given large tensors in parts, flattened to
+`(models, entries)`; linear rules always are. One that treats every row alike, `cut="rows"`, is given some rows,
+`(models, rows, last axis)`, and a vector, which is one row, whole; `cut="filters"` keeps together what is at one place
+of the first axis, `(models, filters, rest)`. With parts, memory does not depend on the size of tensors.
 """
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -34,17 +40,20 @@ from torch import Tensor
 
 from lmc.errors import InputError
 from lmc.merge.aligning import PARAMETER, aligned
-from lmc.merge.parts import Part, blocks
+from lmc.merge.coefficients import affine, coefficients, convex
+from lmc.merge.moments import moments
+from lmc.merge.parts import Cut, Part
+from lmc.merge.passes import Pass, Read
 from lmc.merge.patterns import PerName
-from lmc.merge.tensors import WeightSets, assemble_parts, generator, joined, weight_sets
+from lmc.merge.run import GIVEN, Run
+from lmc.merge.tensors import WeightSets, assemble_parts, joined, weight_sets
 from lmc.weights import ModelOrWeights, Weights
 
 Rule = Callable[..., Any]
 Survey = Callable[..., Any]
-Read = Callable[[str, Part], tuple[Any, ...]]
 Delta = Callable[..., Tensor]  # the merged task vector of a name, or of a part of it
 Kind = Literal["linear", "tensors", "task vectors"]
-GIVEN = ("base", "name", "generator", "survey")
+Cutting = Cut | Callable[..., Cut]  # which parts a rule may be given, or a function that tells from its options
 
 
 class MergeFunction(Protocol):
@@ -59,43 +68,6 @@ class MergeFunction(Protocol):
 
 
 @dataclass(frozen=True)
-class Pass:
-    """What a rule is given for every weight, one at a time: a survey iterates over it as often as it likes.
-
-    Iterating gives `(models, *shape)` tensors, or a tuple of tensors if the rule takes several; all of one dtype. Of
-    rules that treat every entry alike, large tensors come in parts (`cut`).
-    """
-
-    sets: WeightSets
-    read: Read
-    cut: bool = False
-
-    @property
-    def size(self) -> int:
-        """The number of values of each model."""
-        return sum(self.sets.shells[name].numel() for name in self.sets.weights)
-
-    def __iter__(self) -> Iterator[Any]:
-        for name, part in self.sets.walk(self.sets.weights, self.cut):
-            yield self._values(name, part)
-
-    def sample(self) -> Iterator[Any]:
-        """The same for up to 2048 short slices, spread evenly over the model; nothing else is read."""
-        sizes = {name: self.sets.shells[name].numel() for name in self.sets.weights}
-        count = min(2048, max(32, self.size >> 16))
-        for name, part in blocks(sizes, count, sample_size(self.size) // count):
-            yield self._values(name, part)
-
-    def of(self, name: str) -> "Pass":
-        """The same for one tensor alone."""
-        return replace(self, sets=replace(self.sets, weights=(name,)))
-
-    def _values(self, name: str, part: Part) -> Any:
-        first, *rest = (value.to(self.sets.dtype) for value in self.read(name, part))
-        return (first, *rest) if rest else first
-
-
-@dataclass(frozen=True)
 class Method:
     """A rule for one tensor and how it is lifted.
 
@@ -105,14 +77,14 @@ class Method:
         survey: a function of a `Pass` and the options, called once before the rule; None if one tensor at a time
             suffices.
         shares: for rules on tensors, from the options to the share of each model in averaged statistics.
-        elementwise: whether the rule treats every entry alike, whatever the shape; linear rules do.
+        cut: which parts of large tensors the rule may be given; of linear rules, any.
     """
 
     rule: Rule
     kind: Kind
     survey: Survey | None = None
     shares: Callable[..., Sequence[float]] | None = None
-    elementwise: bool = False
+    cut: Cutting = "whole"
 
     @cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -123,7 +95,7 @@ class Method:
     @property
     def one_pass(self) -> bool:
         """Whether each tensor is read once only."""
-        return self.survey is None
+        return self.survey is None and "moments" not in self.parameters
 
     @property
     def needs_base(self) -> bool:
@@ -137,22 +109,24 @@ class Method:
         keyword = inspect.Parameter.KEYWORD_ONLY
         base = inspect.Parameter("base", keyword, default=inspect.Parameter.empty if self.needs_base else None)
         extra = [inspect.Parameter("scale", keyword, default=1.0)] if self.kind == "task vectors" else []
-        if "generator" in self.parameters:
+        if "generator" in self.parameters or "uniform" in self.parameters:
             extra.append(inspect.Parameter("seed", keyword, default=0))
         own = [p for p in self.parameters.values() if p.name not in GIVEN]
         models = inspect.Parameter("models", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return inspect.Signature([models, base, *own, *extra])
 
-    def cuts(self, options: Mapping[str, Any]) -> bool:
-        """Whether large tensors are worked on in parts."""
-        return self.elementwise or self.kind == "linear"
+    def cuts(self, options: Mapping[str, Any]) -> Cut:
+        """Which parts of large tensors are worked on at a time."""
+        if self.kind == "linear":
+            return "entries"
+        return self.cut(**options) if callable(self.cut) else self.cut
 
     def stream(self, sets: WeightSets, **options: Any) -> Iterator[tuple[str, Tensor]]:
         """The merged weights, `(name, tensor)` one at a time in the order of the first model."""
         return joined(sets, self.parts(sets, **options))
 
     def parts(self, sets: WeightSets, **options: Any) -> Iterator[tuple[str, Part, Tensor]]:
-        """The same in parts of tensors, `(name, part, values)`; second names of ties are left out."""
+        """The same in parts of tensors, `(name, part, values)`, without second names of ties."""
         cut = self.cuts(options)
         if self.kind == "task vectors":
             shares = self._shares(sets, options)
@@ -161,12 +135,12 @@ class Method:
             run = self._prepare(sets, options, lambda name, part: (len(sets),), cut)
 
             def chosen(name: str) -> tuple[list[float], float]:
-                return _affine(self._rule(run, name, None))
+                return affine(self._rule(run, name, None))
 
             def combined(name: str, part: Part) -> Tensor:
                 return sets.combine(name, *chosen(name), part=part)
 
-            return assemble_parts(sets, combined, lambda name: _convex(chosen(name)), cut)
+            return assemble_parts(sets, combined, lambda name: convex(chosen(name)), cut)
         run = self._prepare(sets, options, lambda name, part: (sets.stack(name, part),), cut)
 
         def merged(name: str, part: Part) -> Tensor:  # an average of one model is that model, bit for bit
@@ -180,12 +154,12 @@ class Method:
             raise InputError(f"{self.rule.__name__} is not a method on task vectors: it has no merged task vector")
         return self._scaled(sets, options, lambda name, part: (sets.deltas(name, part),), self.cuts(options))
 
-    def _scaled(self, sets: WeightSets, options: dict[str, Any], read: Read, cut: bool) -> Delta:
+    def _scaled(self, sets: WeightSets, options: dict[str, Any], read: Read, cut: Cut) -> Delta:
         scales = PerName({"scale": options.pop("scale", 1.0)}, {"scale": 1.0}, sets.names)
         run = self._prepare(sets, options, read, cut)
         return lambda name, part=None: self._rule(run, name, part) * scales(name)["scale"]
 
-    def _prepare(self, sets: WeightSets, options: dict[str, Any], read: Read, cut: bool) -> "_Run":
+    def _prepare(self, sets: WeightSets, options: dict[str, Any], read: Read, cut: Cut) -> Run:
         if self.needs_base and sets.base is None:
             raise InputError(f"{self.rule.__name__} needs the weights that the models were fine-tuned from: pass base=")
         seed = int(options.pop("seed", 0))
@@ -195,25 +169,19 @@ class Method:
         }
         options = defaults | options
         found = self.survey(Pass(sets, read, cut), **options) if self.survey else None
-        return _Run(sets, PerName(options, defaults, sets.names), read, seed, found)
+        from_base = "base" in self.parameters and sets.base is not None
+        apart = Pass(sets, (lambda name, part: (sets.deltas(name, part),)) if from_base else read, cut)
+        latest = lru_cache(maxsize=1)(lambda name: moments(apart.of(name)))  # parts of a tensor come together
+        return Run(sets, PerName(options, defaults, sets.names), read, cut, seed, found, latest)
 
-    def _rule(self, run: "_Run", name: str, part: Part) -> Any:
-        given: dict[str, Any] = {}
-        if "base" in self.parameters:
-            given["base"] = None if run.sets.base is None else run.sets.base_tensor(name, part)
-        if "name" in self.parameters:
-            given["name"] = name
-        if "generator" in self.parameters:
-            given["generator"] = generator(run.seed, name)
-        if "survey" in self.parameters:
-            given["survey"] = run.survey
-        return self.rule(*run.read(name, part), **given, **run.options(name))
+    def _rule(self, run: Run, name: str, part: Part) -> Any:
+        return run.apply(self.rule, self.parameters, name, part)
 
-    def _average(self, run: "_Run", name: str) -> tuple[list[float], float]:
+    def _average(self, run: Run, name: str) -> tuple[list[float], float]:
         """Shares of the models in a statistic: the rule's own if it says so, in proportion to `weights`, or equal."""
         options = run.options(name)
         values = self.shares(**options) if self.shares else coefficients(options.get("weights"), len(run.sets))
-        return _convex(([value / sum(values) for value in values], 0.0))
+        return convex(([value / sum(values) for value in values], 0.0))
 
     def _shares(self, sets: WeightSets, options: dict[str, Any]) -> Callable[[str], tuple[list[float], float]]:
         """Statistics follow the sum `base + scale * sum_t w_t tau_t`, but never leave the range of the inputs."""
@@ -229,24 +197,8 @@ class Method:
         return shares
 
 
-@dataclass(frozen=True)
-class _Run:
-    """What one call has fixed before the first tensor."""
-
-    sets: WeightSets
-    options: PerName
-    read: Read
-    seed: int
-    survey: Any
-
-
-def sample_size(size: int) -> int:
-    """How many values are a fair sample of so many: a sixteenth of few, a million of most, a five hundredth of very many."""
-    return max(size >> 9, min(size >> 4, 1 << 20))
-
-
 def _add_deltas(
-    sets: WeightSets, delta: Delta, shares: Callable[[str], tuple[Sequence[float], float]], cut: bool
+    sets: WeightSets, delta: Delta, shares: Callable[[str], tuple[Sequence[float], float]], cut: Cut
 ) -> Iterator[tuple[str, Part, Tensor]]:
     """`base + delta` for every weight; where the delta is that of a lone model, that model's own bits."""
 
@@ -265,29 +217,41 @@ def linear(rule: Rule) -> MergeFunction:
     return lift(Method(rule, "linear"))
 
 
-def on_tensors(rule: Rule | None = None, *, shares: Callable[..., Sequence[float]] | None = None) -> Any:
+def on_tensors(
+    rule: Rule | None = None,
+    *,
+    shares: Callable[..., Sequence[float]] | None = None,
+    elementwise: bool = False,
+    cut: Cutting = "whole",
+) -> Any:
     """Lift `rule(tensors, *, ...) -> tensor`: from `(models, *shape)` to `(*shape)`; a lone model is given back.
 
     `shares(**options)` says how much of each model goes into averaged statistics (default: `weights`, or equal).
+    `elementwise` and `cut` say which parts of large tensors the rule may be given.
     """
     if rule is None:
-        return lambda rule: lift(Method(rule, "tensors", shares=shares))
-    return lift(Method(rule, "tensors", shares=shares))
+        return partial(on_tensors, shares=shares, elementwise=elementwise, cut=cut)
+    return lift(Method(rule, "tensors", shares=shares, cut="entries" if elementwise else cut))
 
 
-def on_task_vectors(rule: Rule | None = None, *, survey: Survey | None = None, elementwise: bool = False) -> Any:
+def on_task_vectors(
+    rule: Rule | None = None, *, survey: Survey | None = None, elementwise: bool = False, cut: Cutting = "whole"
+) -> Any:
     """Lift `rule(deltas, *, ...) -> delta`: task vectors `(models, *shape)` into one; `scale` of it is added.
 
-    `elementwise`: the rule treats every entry alike, so that it may be given parts of flattened tensors.
+    `elementwise`: the rule treats every entry alike, so that it may be given parts of flattened tensors; `cut` says
+    which other parts it may be given.
     """
     if rule is None:
-        return lambda rule: lift(Method(rule, "task vectors", survey, elementwise=elementwise))
-    return lift(Method(rule, "task vectors", survey, elementwise=elementwise))
+        return partial(on_task_vectors, survey=survey, elementwise=elementwise, cut=cut)
+    return lift(Method(rule, "task vectors", survey, cut="entries" if elementwise else cut))
 
 
 def lift(method: Method) -> MergeFunction:
     """The function `method(models, *, base=None, ..., align=None) -> weights`, with the rule's name and docstring."""
     name = method.rule.__name__
+    if "generator" in method.parameters and method.cut != "whole":
+        raise InputError(f"{name}: a generator would begin anew in every part; name `uniform` instead of `generator`")
     parameters = list(method.signature.parameters.values())
     open_ended = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     signature = inspect.Signature([*parameters[: len(parameters) - len(open_ended)], PARAMETER, *open_ended])
@@ -307,28 +271,3 @@ def lift(method: Method) -> MergeFunction:
     merge.__signature__ = signature  # type: ignore[attr-defined]
     merge.method = method  # type: ignore[attr-defined]
     return merge  # type: ignore[return-value]
-
-
-def coefficients(weights: Iterable[float] | None, count: int, what: str = "weights") -> list[float]:
-    """`weights` as floats, one per model (default: 1 each), checked."""
-    values = [1.0] * count if weights is None else [float(w) for w in weights]
-    if len(values) != count:
-        raise InputError(f"{what}: {len(values)} values for {count} models; give one per model")
-    if not all(abs(v) < float("inf") for v in values):
-        raise InputError(f"{what}: {values} are not all finite")
-    return values
-
-
-def _affine(values: Sequence[float]) -> tuple[list[float], float]:
-    """Coefficients of the models and of the base, which takes what they lack to 1 (rounding aside)."""
-    rest = 1.0 - sum(values)
-    return list(values), rest if abs(rest) > 1e-9 else 0.0
-
-
-def _convex(affine: tuple[list[float], float]) -> tuple[list[float], float]:
-    """Shares in an average of statistics: the coefficients where they are an average, else their sizes over the sum."""
-    values, rest = affine
-    if min(*values, rest) >= 0.0:
-        return affine
-    sizes = [abs(v) for v in (*values, rest)]
-    return [size / sum(sizes) for size in sizes[:-1]], sizes[-1] / sum(sizes)

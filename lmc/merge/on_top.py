@@ -14,12 +14,16 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from lmc.errors import InputError
-from lmc.merge.method import Delta, MergeFunction, Method, Pass, Rule, Survey, coefficients, lift
+from lmc.merge.coefficients import coefficients
+from lmc.merge.method import Delta, MergeFunction, Method, Rule, Survey, lift
+from lmc.merge.parts import Cut
+from lmc.merge.passes import Pass
 from lmc.merge.patterns import matches
 from lmc.merge.task_vectors import per_model, task_arithmetic
 from lmc.merge.tensors import WeightSets, weight_sets
@@ -36,8 +40,10 @@ class OnMerged(Method):
         method = inspect.Parameter("method", inspect.Parameter.KEYWORD_ONLY, default=task_arithmetic)
         return inspect.Signature([*own, method, inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD)])
 
-    def cuts(self, options: Mapping[str, Any]) -> bool:
-        return self.elementwise and _method(options.get("method", task_arithmetic)).cuts(options)
+    def cuts(self, options: Mapping[str, Any]) -> Cut:
+        if super().cuts(options) != "entries":
+            return "whole"
+        return _method(options.get("method", task_arithmetic)).cuts(options)
 
     def deltas(self, sets: WeightSets, **options: Any) -> Delta:
         cut = self.cuts(options)
@@ -53,8 +59,8 @@ def on_merged(rule: Rule | None = None, *, survey: Survey | None = None, element
     `elementwise`: the rule treats every entry alike, so that it may be given parts of flattened tensors.
     """
     if rule is None:
-        return lambda rule: lift(OnMerged(rule, "task vectors", survey, elementwise=elementwise))
-    return lift(OnMerged(rule, "task vectors", survey, elementwise=elementwise))
+        return partial(on_merged, survey=survey, elementwise=elementwise)
+    return lift(OnMerged(rule, "task vectors", survey, cut="entries" if elementwise else "whole"))
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
@@ -11,18 +11,35 @@ from lmc.checkpoints import Checkpoint
 
 Part: TypeAlias = slice | None  # of the flattened tensor, from start to stop; None is the whole tensor in its shape
 Step = tuple[str, Part]
+Cut = Literal["whole", "filters", "rows", "entries"]
 Load = Callable[[Checkpoint, str, str, Part], Tensor]
 
 VALUES = 1 << 18  # of a part: a few parts fit into the cache of a processor core
 DEPTH = 3  # steps that are read ahead
 
 
-def parts(tensor: Tensor) -> list[Part]:
+def grain(tensor: Tensor, cut: Cut) -> int:
+    """How many values in sequence no cut may part.
+
+    Those of an entry, of a row (last axis; a vector is one row), of a filter (everything at one place of the first
+    axis), or all.
+    """
+    size = tensor.numel()
+    if cut == "entries":
+        return 1
+    if cut == "filters" and tensor.ndim > 0:
+        return size // max(1, tensor.shape[0])
+    return tensor.shape[-1] if cut == "rows" and tensor.ndim > 1 else size
+
+
+def parts(tensor: Tensor, cut: Cut = "entries") -> list[Part]:
     """The parts of a tensor: of one on an accelerator, whose memory this does not spare, the whole."""
     size = tensor.numel()
     if size <= VALUES or tensor.device.type not in ("cpu", "meta"):
         return [None]
-    return [slice(start, min(start + VALUES, size)) for start in range(0, size, VALUES)]
+    together = grain(tensor, cut)
+    step = max(1, VALUES // together) * together
+    return [None] if step >= size else [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
 def blocks(sizes: Mapping[str, int], count: int, length: int) -> Iterator[tuple[str, slice]]:

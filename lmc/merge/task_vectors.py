@@ -6,19 +6,22 @@ entries kept. Scaling is the common trap: a *sum* over T tasks wants a scale nea
 2 to 4), the *mean* over agreeing tasks of TIES wants about 1.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lmc.errors import InputError
-from lmc.merge.method import coefficients, on_task_vectors
+from lmc.merge.coefficients import coefficients
+from lmc.merge.method import on_task_vectors
+from lmc.merge.parts import Cut
 from lmc.merge.tensors import weight_sets
 from lmc.weights import ModelOrWeights, Weights
 
 Combine = Literal["sum", "mean", "ties"]
 Rescale = Literal["keep", "l1", "l2", "none"]
+Uniform = Callable[[Tensor], Tensor]
 
 
 def task_vector(model: ModelOrWeights, base: ModelOrWeights) -> Weights:
@@ -41,11 +44,20 @@ def task_arithmetic(deltas: Tensor, *, weights: Sequence[float] | None = None) -
     return combine(deltas, "sum", weights)
 
 
-@on_task_vectors
+def _parts(parts: Cut) -> Callable[..., Cut]:
+    """Whole tensors where `rescale` asks for their norms."""
+
+    def cut(*, rescale: Rescale = "keep", **_: object) -> Cut:
+        return parts if rescale in ("keep", "none") else "whole"
+
+    return cut
+
+
+@on_task_vectors(cut=_parts("entries"))
 def dare(
     deltas: Tensor,
     *,
-    generator: torch.Generator,
+    uniform: Uniform,
     density: float = 0.5,
     rescale: Rescale = "keep",
     combine_by: Combine = "sum",
@@ -56,18 +68,19 @@ def dare(
     Each entry of each task vector is kept with probability `density = 1 - p`. It works while task vectors are small
     (about 0.005). Each model's mask depends on `seed`, the tensor's name and its place in the list. To leave tensors
     whole, as the authors do with classifier heads: `density={"*": 0.1, "head": 1.0}`. `combine_by="ties"` is DARE-TIES.
-    Where another tool rescales to the old L1 norm of each tensor, that is `rescale="l1"`.
+    Where another tool rescales to the old L1 norm of each tensor, that is `rescale="l1"`, which holds whole tensors in
+    memory.
     """
     _check_density(density)
-    keep = _uniform(deltas, generator) < density
+    keep = uniform(deltas) < density
     return combine(_rescale(deltas * keep, deltas, density, rescale), combine_by, weights)
 
 
-@on_task_vectors
+@on_task_vectors(cut=_parts("rows"))
 def della(
     deltas: Tensor,
     *,
-    generator: torch.Generator,
+    uniform: Uniform,
     density: float = 0.7,
     epsilon: float = 0.07,
     rescale: Rescale = "keep",
@@ -79,7 +92,7 @@ def della(
     MagPrune: within each row (last axis; a vector is one row) the chance to survive rises linearly with the rank of
     `|tau|`, from `density - epsilon` to `density + epsilon`; survivors are divided by their own chance. `epsilon` is
     half the paper's window (0.14). Rows of one entry have chance `density`. `epsilon=0` is DARE; `rescale="l1"`
-    restores the L1 norm of each tensor instead, which is biased entry by entry.
+    restores the L1 norm of each tensor instead, which is biased entry by entry and holds whole tensors in memory.
 
     Raises:
         InputError: chances that leave (0, 1].
@@ -90,11 +103,11 @@ def della(
     length = deltas.shape[-1] if deltas.ndim > 1 else 1
     rank = _ranks(deltas.abs())
     chance = density + epsilon * (2.0 * rank / (length - 1) - 1.0) if length > 1 else torch.full_like(deltas, density)
-    keep = _uniform(deltas, generator) < chance
+    keep = uniform(deltas) < chance
     return combine(_rescale(deltas * keep, deltas, chance, rescale), combine_by, weights)
 
 
-@on_task_vectors
+@on_task_vectors(cut="rows")
 def breadcrumbs(
     deltas: Tensor,
     *,
@@ -176,10 +189,6 @@ def _ranks(values: Tensor) -> Tensor:
     order = values.argsort(dim=-1, stable=True)
     places = torch.arange(values.shape[-1], dtype=values.dtype, device=values.device).expand_as(values)
     return torch.empty_like(values).scatter_(-1, order, places)
-
-
-def _uniform(like: Tensor, generator: torch.Generator) -> Tensor:
-    return torch.rand(like.shape, generator=generator, dtype=like.dtype).to(like.device)
 
 
 def _check_density(density: float) -> None:

@@ -9,10 +9,10 @@ Each name of a state dict is one of four things, and each is treated once, here,
   again;
 - anything else (integers, booleans, masks with infinities that are the same everywhere): copied from the first model.
 
-A method that treats every entry alike is given large tensors in parts, so that memory does not depend on their size.
+A method that treats every entry, or every row, alike is given large tensors in parts, so that memory does not depend on
+their size.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lmc.checkpoints import Checkpoint, flat, open_checkpoint
 from lmc.errors import InputError, WeightsError
-from lmc.merge.parts import Ahead, Part, parts
+from lmc.merge.parts import Ahead, Cut, Part, parts
 from lmc.merge.roles import equal, infinite, outline, tied, wide
 from lmc.weights import ModelOrWeights, as_weights, check_compatible
 
@@ -68,12 +68,12 @@ class WeightSets:
         """The names of weights and statistics: those that options per name pattern can speak of."""
         return (*self.weights, *sorted(self.statistics))
 
-    def walk(self, names: Iterable[str], cut: bool) -> Iterator[tuple[str, Part]]:
-        """Every name with each part of its tensor (with None, the whole, unless `cut`), in order.
+    def walk(self, names: Iterable[str], cut: Cut) -> Iterator[tuple[str, Part]]:
+        """Every name with each part of its tensor (None is the whole), in order.
 
         What comes next is read from disk meanwhile, where it is small.
         """
-        steps = ((name, part) for name in names for part in (parts(self.shells[name]) if cut else [None]))
+        steps = ((name, part) for name in names for part in parts(self.shells[name], cut))
         sources = [(s, f"models[{i}]") for i, s in enumerate(self.states)] + [(self.base, "base")]
         lazy = [(state, who) for state, who in sources if isinstance(state, Checkpoint)]
         return self._ahead.walk(steps, self.shells, lazy, self._load)
@@ -207,16 +207,16 @@ def assemble(
         merged: the merged tensor for the name of a weight; any dtype, cast here.
         shares: for the name of a statistic the share of each model and of the base in its average; they sum to 1.
     """
-    return joined(sets, assemble_parts(sets, lambda name, part: merged(name), shares, cut=False))
+    return joined(sets, assemble_parts(sets, lambda name, part: merged(name), shares, "whole"))
 
 
 def assemble_parts(
     sets: WeightSets,
     merged: Callable[[str, Part], Tensor],
     shares: Callable[[str], tuple[Sequence[float], float]],
-    cut: bool,
+    cut: Cut,
 ) -> Iterator[tuple[str, Part, Tensor]]:
-    """As `assemble`, large tensors in parts if `cut`; second names of ties are left out."""
+    """As `assemble`, large tensors in parts that `cut` allows; second names of ties are left out."""
     weights = frozenset(sets.weights)
     first = sets.shells
     names = [name for name in first if name not in sets.skip and name not in sets.ties]
@@ -262,12 +262,6 @@ def joined(sets: WeightSets, found: Iterable[tuple[str, Part, Tensor]]) -> Itera
             done[name] = tensor
         yield name, tensor
     yield from ties_before(None)
-
-
-def generator(seed: int, name: str) -> torch.Generator:
-    """A CPU random generator for one tensor: the same for the same seed and name, whatever the order of names."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def _mapping(model: ModelOrWeights | str | Path) -> Mapping[str, Tensor]:

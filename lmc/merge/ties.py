@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from lmc.errors import InputError
-from lmc.merge.method import Pass, on_task_vectors
+from lmc.merge.method import on_task_vectors
+from lmc.merge.passes import Pass
 from lmc.merge.quantiles import kth_smallest
 from lmc.merge.task_vectors import elect, per_model, weigh
 

@@ -1,7 +1,8 @@
 """Merge checkpoints on disk, tensor by tensor: memory for a few copies of the largest tensor, not for the models.
 
-Methods that treat every entry alike (averages, task arithmetic, TIES, PCB, ...) work on parts of large tensors and need
-some 100 MB whatever the models' size. Threads read what comes next and write what is done meanwhile.
+The methods of `lmc.merge` work on parts of large tensors and need some 100 MB whatever the models' size; DARE and DELLA
+that restore norms (`rescale="l1"`), and rules of your own that do not say that they may be given parts, hold whole
+tensors of all models. Threads read what comes next and write what is done meanwhile.
 
     plan = lmc.merge.plan(lmc.merge.ties, ["math/", "code/"], "merged/", base="base/", density=0.3)
     print(plan)                     # sizes, files, memory, what is done already
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 from lmc.checkpoints import INDEX, RECIPE, Checkpoint, checksum, open_checkpoint, readable
 from lmc.errors import InputError
 from lmc.files import write_text
-from lmc.merge.method import MergeFunction, Method, sample_size
-from lmc.merge.parts import DEPTH, VALUES, Part
+from lmc.merge.method import MergeFunction, Method
+from lmc.merge.parts import DEPTH, VALUES, Part, grain
+from lmc.merge.passes import sample_size
 from lmc.merge.quantiles import SAMPLE
 from lmc.merge.recipe import Recipe, make_recipe, record, recorded
 from lmc.merge.shards import QUEUE, Shard, layout, parse_size, write_shard
@@ -49,7 +51,8 @@ class Plan:
         done: the files that an interrupted run has finished, with their SHA-256.
         ties: second names of stored tensors, which are not stored again.
         memory: bytes of memory at most, about, besides what the program holds already.
-        one_pass: whether each tensor is read once only; else thresholds of whole models are found first.
+        whole: whether tensors are held whole, so that the largest decides about memory; else in parts.
+        one_pass: whether each tensor is read once only; else thresholds of whole models or angles are found first.
         beside: the files that are copied: configuration and tokenizer, of the base or else the first model in a folder.
     """
 
@@ -59,6 +62,7 @@ class Plan:
     done: Mapping[str, str]
     ties: Mapping[str, str]
     memory: int
+    whole: bool
     one_pass: bool
     beside: tuple[Path, ...]
     _stream: Callable[[frozenset[str]], Iterator[tuple[str, Part, Tensor]]] = field(repr=False)
@@ -76,7 +80,7 @@ class Plan:
             f"{self.recipe['method']}({options}) of {inputs} -> {self.out}",
             f"  result: {readable(self.size)}, {tensors} tensors (and {len(self.ties)} second names) "
             f"in {len(self.shards)} files",
-            f"  memory: about {readable(self.memory)}; every tensor is read {'once' if self.one_pass else 'repeatedly'}",
+            f"  memory: about {readable(self.memory)}{' for whole tensors' if self.whole else ''}; every tensor is read {'once' if self.one_pass else 'repeatedly'}",
         ]
         if self.beside:
             lines.append(f"  copied from {self.beside[0].parent}: {', '.join(file.name for file in self.beside)}")
@@ -193,26 +197,26 @@ def plan(
 
     done = _finished(out, recipe, shards)
     memory, beside = _memory(how, sets, arguments), _beside([reference, *opened])
-    return Plan(out, recipe, shards, done, sets.ties, memory, how.one_pass, beside, stream)
+    whole = how.cuts(arguments) == "whole"
+    return Plan(out, recipe, shards, done, sets.ties, memory, whole, how.one_pass, beside, stream)
 
 
 def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:
     """Working copies of a part or of the largest tensor, and what a survey of the whole models collects.
 
-    The greediest rule (DELLA, which ranks) has eight copies per model. Where tensors are small, the C library's
-    allocator may keep more than is in use.
+    The greediest rule (DELLA, which ranks) has eight copies per model; parts that were read ahead or wait to be written
+    come on top. Where tensors are small, the C library's allocator may keep more than is in use.
     """
+    cut = how.cuts(options)
     sizes = {name: sets.shells[name].numel() for name in sets.names}
     widest = max((wide(sets.shells[name].dtype).itemsize for name in sets.names), default=0)
-    largest = max(sizes.values(), default=0)
+    at_once = max((min(sizes[name], max(VALUES, grain(sets.shells[name], cut))) for name in sizes), default=0)
     survey = 0
-    if not how.one_pass:  # a sample, sorted, and the values near thresholds
+    if how.survey is not None:  # a sample, sorted, and the values near thresholds
         total = sum(sizes[name] for name in sets.weights)
         survey = len(sets) * (4 * max(min(total, SAMPLE), sample_size(total)) + total // 50)
-    if how.cuts(options):
-        ahead = (DEPTH + 1) * (len(sets) + 1)
-        return ((8 * len(sets) + 2 + QUEUE + ahead) * min(largest, VALUES) + survey) * widest
-    return ((8 * len(sets) + 2) * largest + survey) * widest
+    waiting = QUEUE + (DEPTH + 1) * (len(sets) + 1)
+    return ((8 * len(sets) + 2) * at_once + waiting * min(at_once, VALUES) + survey) * widest
 
 
 def _beside(sources: Sequence[ModelOrWeights | None]) -> tuple[Path, ...]:
