@@ -36,6 +36,8 @@ CONFIG = {
 }
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
+WITHOUT_BASE = ("average", "slerp", "karcher_mean", "variance_corrected")
+
 # name -> options here, mergekit's method and parameters, whether the definitions agree
 MERGES = {
     "average": ("average", {}, "linear", {"weight": 1.0}, True),
@@ -49,6 +51,13 @@ MERGES = {
     ),
     "TIES 0.2 by model": ("ties", {"density": 0.2}, None, {}, False),
     "PCB 0.1": ("pcb", {"density": 0.1, "scale": 1.2}, None, {}, False),
+    "SLERP": ("slerp", {}, None, {}, False),
+    "Karcher mean": ("karcher_mean", {}, None, {}, False),
+    "model stock": ("model_stock", {}, None, {}, False),
+    "variance corrected": ("variance_corrected", {}, None, {}, False),
+    "DARE 0.5": ("dare", {"scale": 0.5}, None, {}, False),
+    "DELLA 0.7": ("della", {}, None, {}, False),
+    "breadcrumbs 0.15": ("breadcrumbs", {"scale": 0.5}, None, {}, False),
 }
 
 
@@ -101,7 +110,7 @@ def measure(command: list[str], folder: Path) -> dict[str, float]:
 
 
 def ours(folder: Path, out: Path, method: str, options: dict) -> list[str]:
-    based = "" if method == "average" else f", base={str(folder / 'base')!r}"
+    based = "" if method in WITHOUT_BASE else f", base={str(folder / 'base')!r}"
     code = (
         "import torch; torch.set_num_threads(1); import lmc.merge as m; "
         f"m.write(m.{method}, [{str(folder / 'a')!r}, {str(folder / 'b')!r}], {str(out)!r}{based}, **{options!r})"

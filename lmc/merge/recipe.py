@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmc.checkpoints import RECIPE, Checkpoint, as_bytes, read_json
+from lmc.checkpoints import RECIPE, Checkpoint, read_json
 from lmc.errors import InputError
 from lmc.files import write_text
 from lmc.merge.method import MergeFunction
+from lmc.stored import as_bytes
 from lmc.weights import ModelOrWeights, as_weights
 
 Recipe = dict[str, Any]

@@ -13,9 +13,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from lmc.checkpoints import DTYPES, as_bytes, checksum, size_of
+from lmc.checkpoints import checksum
 from lmc.errors import InputError
 from lmc.merge.parts import VALUES, Part
+from lmc.stored import DTYPES, as_bytes, size_of
 
 QUEUE = 4  # parts that wait to be written
 LABELS = {dtype: label for label, dtype in DTYPES.items()}

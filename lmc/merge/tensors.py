@@ -21,10 +21,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lmc.checkpoints import Checkpoint, flat, open_checkpoint
+from lmc.checkpoints import Checkpoint, open_checkpoint
 from lmc.errors import InputError, WeightsError
 from lmc.merge.parts import Ahead, Cut, Part, parts
 from lmc.merge.roles import equal, infinite, outline, tied, wide
+from lmc.stored import flat
 from lmc.weights import ModelOrWeights, as_weights, check_compatible
 
 STATISTICS = ("running_mean", "running_var")

@@ -1,0 +1,111 @@
+"""One tensor in a file: what is known of it without reading it, and reading it or a part of it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lmc.errors import DataError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "C64": torch.complex64,
+}
+
+
+class Stored(Protocol):
+    """One tensor in a file: what is known without reading it, and how to read it."""
+
+    @property
+    def file(self) -> Path: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def size(self) -> int: ...
+    def read(self, part: slice | None = None) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Span:
+    """A tensor in a safetensors file, from byte `start` on."""
+
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return torch.Size(self.shape).numel()
+
+    def read(self, part: slice | None = None) -> Tensor:
+        """The tensor, or this part of it flattened, in memory of its own."""
+        first, shape = (0, self.shape) if part is None else (part.start, (part.stop - part.start,))
+        tensor = torch.empty(shape, dtype=self.dtype)
+        if tensor.numel() == 0:
+            return tensor
+        target = as_bytes(tensor)
+        with open(self.file, "rb") as file:
+            file.seek(self.start + first * self.dtype.itemsize)
+            if file.readinto(target) != target.nbytes:
+                raise DataError(f"{self.file}: cut short since it was opened")
+        return tensor
+
+
+@dataclass(frozen=True)
+class Mapped:
+    """A tensor of a `.pt` file that is mapped into memory."""
+
+    file: Path
+    tensor: Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return self.tensor.numel()
+
+    def read(self, part: slice | None = None) -> Tensor:
+        """The tensor, or this part of it flattened, in memory of its own."""
+        return self.tensor.detach().clone() if part is None else flat(self.tensor.detach(), part).clone()
+
+
+def size_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor."""
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def flat(tensor: Tensor, part: slice) -> Tensor:
+    """The values from `part.start` to `part.stop` of a flattened tensor, without copying the others."""
+    if tensor.is_contiguous():
+        return tensor.view(-1)[part]
+    places = torch.arange(part.start, part.stop, device=tensor.device)
+    return tensor[torch.unravel_index(places, tensor.shape)]
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The values of a tensor that is not empty, contiguous and on the CPU; writing to them changes it."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
