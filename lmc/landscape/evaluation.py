@@ -43,11 +43,14 @@ class _Budget:
     fewest: int
 
 
-def _budget(device: torch.device) -> _Budget:
+def _budget(device: torch.device, weights: int) -> _Budget:
+    """For weights of so many bytes."""
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
         return _Budget(batch=free // 16, examples=8192, together=free // 4, fewest=2)
-    return _Budget(batch=256 << 20, examples=2048, together=4 << 20, fewest=24)
+    # Activations of short batches stay in the cache; weights are read once a batch, so the larger they are, the longer it.
+    batch = min(max(16 << 20, 4 * weights), 256 << 20)
+    return _Budget(batch=batch, examples=2048, together=4 << 20, fewest=24)
 
 
 def evaluate(
@@ -202,10 +205,11 @@ class Evaluator:
                     check_numbers(batch, split.name)
                     if logits is not None:
                         check_classes(goal, logits.shape[-1], split.name)
-        budget = _budget(self.device)
-        self._batch = self.batch_size or int(min(max(budget.batch / max(each, 1), 32), budget.examples))
+        weights = sum(tensor.nbytes for tensor in state.values())
+        budget = _budget(self.device, weights)
+        self._batch = self.batch_size or int(min(max(budget.batch / max(each, 1), 8), budget.examples))
         if self.weight_sets_together is None:
-            one = each * max(split.largest(self._batch) for split in self.splits) + sum(t.nbytes for t in state.values())
+            one = each * max(split.largest(self._batch) for split in self.splits) + weights
             fit = int((self.memory or budget.together) / max(one, 1))
             self.weight_sets_together = min(fit, MOST_AT_ONCE) if fit >= budget.fewest else 1
             self._fit = 1 if self.measures else fit  # a measure of the caller's own is asked point by point
