@@ -1,8 +1,8 @@
 """The merge mixer in JupyterLab, with a kernel, and as a page of its own, without one."""
 
-import nbformat
 import pytest
 import torch
+from acts import until, write
 
 import lmc
 
@@ -29,10 +29,7 @@ def mixer() -> lmc.merge.Mixer:
 
 
 def test_sliders_move_the_bars_and_the_kernel(open_notebook, server):
-    cells = [SOURCE, "widget = mixer.explore()\nwidget", "other = mixer.explore()\nother"]
-    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    notebook.metadata.kernelspec = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(notebook, server.notebooks / "mixer.ipynb")
+    write(server, "mixer.ipynb", SOURCE, "widget = mixer.explore()\nwidget", "other = mixer.explore()\nother")
     lab = open_notebook("mixer.ipynb")
     lab.run_all()
     assert not lab.errors
@@ -46,15 +43,15 @@ def test_sliders_move_the_bars_and_the_kernel(open_notebook, server):
     lab.page.mouse.move(box["x"] + box["width"] - 1, box["y"] + box["height"] / 2, steps=8)
     lab.page.mouse.up()
     lab.page.wait_for_function("document.querySelector('.lmc-mixer-all, .lmc-mixer output').textContent === '1.50'")
-    assert lab.ask("[row[0] for row in widget.coefficients]") == "[1.5, 1.5]"
+    until(lab, "[row[0] for row in widget.coefficients]", lambda column: column == [1.5, 1.5])
     head = widget.get_by_label("coefficient of right, head")
     head.press("ArrowRight")
     widget.get_by_text("mixed", exact=True).wait_for()
+    rows = until(lab, "widget.coefficients", lambda rows: rows[0][1] != rows[1][1])
+    until(lab, "other.coefficients", lambda told: told == rows)  # widgets of one result stay in step
+    values = until(lab, "list(mixer.scores(widget.coefficients).values())", bool)
     note.filter(has_text="exact, from the kernel").wait_for()
-    values = lab.ask("list(mixer.scores(widget.coefficients).values())")
-    mean = 100 * sum(float(v) for v in values.strip("[]").split(",")) / 2
-    assert reading.inner_text() == f"mean accuracy {mean:.1f} %"
-    assert lab.ask("other.coefficients == widget.coefficients") == "True"  # widgets of one result stay in step
+    reading.filter(has_text=f"mean accuracy {50 * sum(values):.1f} %").wait_for()
     lab.page.locator(".lmc-mixer").nth(1).get_by_text("mixed", exact=True).wait_for()
 
 
