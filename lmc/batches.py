@@ -103,6 +103,12 @@ def _nbytes(batch: Batch) -> int:
 
 
 def _check_batch(batch: Any, name: str) -> Batch:
+    if isinstance(batch, Mapping):
+        raise DataError(
+            f"{name}: expected batches (inputs, targets), got a mapping with {', '.join(map(str, batch))}: split the labels "
+            "off, `(inputs, labels)`; the targets of a language model that predicts the next token are the tokens moved "
+            'on by one, `({"input_ids": ids[:, :-1]}, ids[:, 1:])`'
+        )
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise DataError(f"{name}: expected batches (inputs, targets), got {_describe(batch)}")
     inputs, targets = batch

@@ -1,11 +1,13 @@
 """A private copy of a module that takes on weight sets, so that the caller's module is never touched."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmc.batches import tensors
 from lmc.errors import DataError, InputError
@@ -59,7 +61,9 @@ class Network:
         def outputs(weights: Weights) -> Tensor:
             return _tensor_of(functional_call(self.module, weights, args, kwargs))
 
-        return torch.vmap(outputs)(stacked)
+        # On a CPU, torch has no fused attention for a stack of networks, but the plain one.
+        with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
+            return torch.vmap(outputs)(stacked)
 
     def outputs(self, weights: Weights, inputs: Any) -> Tensor:
         """The outputs (N, ...) as a differentiable function of `weights`; a tensor not given keeps what was loaded."""
