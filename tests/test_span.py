@@ -42,7 +42,7 @@ def test_a_span_gives_the_mean_of_its_three_weight_sets():
     span = Span.through(*states)
     for u, v in ((0.0, 0.0), (0.3, 0.6), (-0.4, 1.2)):
         for name, tensor in mean(states, [1 - u - v, u, v]).items():
-            torch.testing.assert_close(span(u, v)[name], tensor, rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(span(u, v)[name], tensor, rtol=1e-5, atol=1e-6)
     assert all(torch.equal(tensor, states[0][name]) for name, tensor in span(0.0, 0.0).items())
 
 
@@ -93,9 +93,9 @@ def test_mixed_products_are_what_the_layer_puts_out(make):
         first.place = (u, v)
         for other in (plain, network):
             other.load(span(u, v))
-        torch.testing.assert_close(network(inputs), plain(inputs), rtol=1e-10, atol=1e-10)
+        np.testing.assert_allclose(network(inputs), plain(inputs), rtol=1e-10, atol=1e-10)
         other_inputs = inputs + 1.0  # no view of the data: computed as always
-        torch.testing.assert_close(network(other_inputs), plain(other_inputs), rtol=0, atol=0)
+        np.testing.assert_allclose(network(other_inputs), plain(other_inputs), rtol=0, atol=0)
 
 
 def test_products_are_made_once_and_within_the_memory(monkeypatch):
@@ -161,7 +161,7 @@ def test_a_traveller_is_written_where_it_is():
     for u, v in ((0.3, 0.6), (-0.4, 1.2), (0.0, 0.0)):
         go(u, v)
         for name, tensor in span(u, v).items():
-            torch.testing.assert_close(weights[name], tensor, rtol=0, atol=0)
+            np.testing.assert_allclose(weights[name], tensor, rtol=0, atol=0)
     assert {name: tensor.data_ptr() for name, tensor in weights.items()} == places
     mixed = states_of(1)[0] | {"3.bias": torch.zeros(3, dtype=torch.bfloat16)}
     assert Span(mixed, [states_of(2)[0], {}]).traveller() is None
