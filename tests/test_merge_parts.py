@@ -82,6 +82,8 @@ def test_sums_over_whole_tensors_count_in_every_part(part: int, monkeypatch: pyt
 def test_karcher_mean_with_points_opposite_to_it_and_nearly_equal_ones() -> None:
     v = random(6, 5)
     assert torch.allclose(merge.karcher_mean([{"w": t} for t in (v, v, -v)])["w"], v, atol=1e-12)
+    turned = [{"w": factor * v} for factor in (0.3, 1.7, 0.9, -0.6)]
+    assert torch.allclose(merge.karcher_mean(turned)["w"], 0.875 * v, atol=1e-7)
     near = [{"w": v + 1e-9 * random(6, 5, seed=s)} for s in range(1, 4)]
     assert torch.allclose(merge.karcher_mean(near)["w"], merge.average(near)["w"], atol=1e-14)
 
