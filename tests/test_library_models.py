@@ -95,7 +95,7 @@ LIBRARY = {
 @pytest.mark.parametrize("name", LIBRARY)
 def test_models_as_the_library_builds_them(name: str) -> None:
     model, config, options, inputs, expected = LIBRARY[name]
-    spec = lmc.permutation_spec(library(model, config, options), inputs)
+    spec = lmc.permutation_spec(library(model, config, options), inputs, trials=1)
     assert sizes(spec) == sorted(expected), spec
     assert proven(spec)
 
@@ -260,7 +260,7 @@ def test_modules_of_torch(name: str) -> None:
     training = [module.training for module in model.modules()]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        spec = lmc.permutation_spec(model, inputs)
+        spec = lmc.permutation_spec(model, inputs, trials=1)
     assert sizes(spec) == sorted(expected), spec
     assert proven(spec)
     assert training == [module.training for module in model.modules()]
@@ -278,6 +278,16 @@ def test_modules_that_are_no_networks_yet_or_any_more() -> None:
     lazy = nn.Sequential(nn.LazyLinear(10), nn.ReLU(), nn.Linear(10, 3))
     with pytest.raises(lmc.TraceError, match="call the model once"):
         lmc.permutation_spec(lazy, noise(4, 5))
+
+
+def test_weights_under_other_names_say_why() -> None:
+    wrapped = lmc.permutation_spec(torch.compile(perceptron()), noise(4, 5))
+    with pytest.raises(lmc.SpecError, match="_orig_mod"):
+        wrapped.random().apply(perceptron())
+    tied = lmc.permutation_spec(Tied(), torch.tensor([[0, 3, 6], [1, 2, 5]]))
+    stored = {name: tensor for name, tensor in Tied().state_dict().items() if name != "out.weight"}
+    with pytest.raises(lmc.SpecError, match=r"out\.weight.*but as embed\.weight"):
+        tied.random().apply(stored)
 
 
 def test_a_language_model_from_spec_to_path() -> None:

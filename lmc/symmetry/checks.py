@@ -43,6 +43,21 @@ def check_groups(groups: Mapping[str, Group], shapes: Mapping[str, Shape]) -> No
             _check_carried(parent, first, member, unit, shapes)
 
 
+def absence(name: str, aliases: Mapping[str, str], weights: Mapping[str, object]) -> str:
+    """Why weights may lack a tensor that a spec knows, and what to do: files keep tied tensors once, wrappers of modules
+    put a word before every name."""
+    first = aliases.get(name, name)
+    tied = [other for other in (first, *(n for n, f in aliases.items() if f == first)) if other in weights]
+    if tied:
+        return f" but as {tied[0]}, to which it is tied: load them into the module, and pass the module"
+    if any(other.endswith(f".{name}") or name.endswith(f".{other}") for other in weights):
+        return (
+            ": their names differ by the prefix of a wrapper (torch.compile, DataParallel); make the spec of the module "
+            "inside, model._orig_mod or model.module, and take the weights from it too"
+        )
+    return ""
+
+
 def _check_table(group: Group, tensor: str, table: Table, shape: Shape) -> None:
     where = f"group {group.name!r}, {tensor}{shape}, axes {table.dims}"
     if not table.dims or list(table.dims) != sorted(set(table.dims)) or table.dims[-1] >= len(shape):

@@ -30,7 +30,7 @@ def permutation_spec(
         example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; small shapes with at
             least two examples (and two tokens) are best.
         outputs: which output must stay the same: an attribute or key, a position, or a function of the result; by default
-            the tensor itself, the `.logits`, or every tensor of the result.
+            the tensor itself, the `.logits`, or every tensor of the result but a cache for the next tokens.
         certify: prove the result in float64: `trials` random elements of the whole group on perturbed weights.
         also: a second, larger input to certify on as well.
         tolerance: allowed difference of outputs, relative to their largest value.
@@ -41,7 +41,8 @@ def permutation_spec(
 
     Raises:
         TraceError: the forward pass cannot be captured as a graph of operators; says where.
-        CertificateError: a group that was found does not keep the function; says which.
+        CertificateError: a group that was found does not keep the function; says which. Or the module cannot be computed
+            in float64; says where.
         InputError: example inputs or `outputs` that the module cannot take.
     """
     _check(model, example_inputs)

@@ -16,7 +16,7 @@ from torch import nn
 from lmc.errors import InputError, SpecError
 from lmc.files import write_text
 from lmc.symmetry.actions import outermost_first
-from lmc.symmetry.checks import check_groups
+from lmc.symmetry.checks import absence, check_groups
 from lmc.symmetry.describe import describe
 from lmc.symmetry.group import Group, Table
 from lmc.symmetry.layout import groups_from_axes
@@ -90,7 +90,8 @@ class PermutationSpec:
         weights = as_weights(weights)
         for name in self.tables_by_tensor:
             if name not in weights:
-                raise SpecError(f"the spec moves {name} {self.shapes[name]}, which the weights do not have")
+                why = absence(name, self.aliases, weights)
+                raise SpecError(f"the spec moves {name} {self.shapes[name]}, which the weights do not have{why}")
         for name, tensor in weights.items():
             if name in self.shapes and tuple(tensor.shape) != self.shapes[name]:
                 raise SpecError(f"{name}: the spec was made for shape {self.shapes[name]}, got {tuple(tensor.shape)}")
