@@ -298,10 +298,11 @@ def test_a_language_model_from_spec_to_path() -> None:
     spec = lmc.permutation_spec(a, {"input_ids": text[:2]})
     planted = spec.random(seed=5)
     pi = lmc.weight_matching(spec, planted.apply(b), b, seed=0)
+    few = ({"input_ids": text[:6, :-1]}, text[:6, 1:])  # so few that all points are evaluated together
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        path = lmc.loss_path(a, planted.apply(b), pi.apply(b), data, alphas=3)
-        naive = lmc.loss_path(a, planted.apply(b), b, data, alphas=3)
+        path = lmc.loss_path(a, planted.apply(b), pi.apply(b), few, alphas=3)
+        naive = lmc.loss_path(a, planted.apply(b), b, few, alphas=3)
     assert path.losses["data"] == pytest.approx(naive.losses["data"][[0, 0, 0]], rel=1e-5)  # one network all the way
     assert naive.losses["data"][0] == pytest.approx(naive.losses["data"][2], rel=1e-5)  # the same function at both ends
     assert abs(naive.losses["data"][1] - naive.losses["data"][0]) > 1e-3  # which another one lies between
