@@ -1,7 +1,8 @@
 """Points of a plane scored by several threads, each with a network of its own.
 
-On a CPU, threads that each take points beat threads inside each operator (benchmarks/planes.py): the operators of small
-networks are too short to be shared. Data and products of the first layer are shared, activations are not.
+On a CPU, threads that each take points gained on one thread where threads inside each operator lost: the operators of
+small networks are too short to be shared (measured for one small MLP on a busy machine, benchmarks/RESULTS.md). Data and
+products of the first layer are shared, activations are not.
 """
 
 import queue
