@@ -79,3 +79,20 @@ def test_running_statistics_count_for_nothing():
     ]
     assert rows[0].objective == rows[1].objective and rows[0].distance == rows[1].distance
     assert rows[0].objective == pytest.approx(lmc.weight_matching(spec, a, b).info["objective_at_identity"], rel=1e-5)
+
+
+def test_a_method_that_refuses_the_architecture_is_skipped_unless_it_is_named(monkeypatch):
+    stored = lmc.data.checkpoint("digits-mlp32")
+    model, (a, b), data = stored.model(), stored, lmc.data.digits()
+    spec = lmc.permutation_spec(model, data.test[0][:2])
+
+    def refuse(*_):
+        raise lmc.SpecError("shared channels")
+
+    few = {"naive": lmc.align.METHODS["naive"], "OT, weights": refuse}
+    monkeypatch.setattr("lmc.align.comparison.METHODS", few)
+    found = lmc.align.compare(spec, model, a, b, data, alphas=3, progress=False)
+    assert list(found) == ["naive"] and found.skipped == {"OT, weights": "shared channels"}
+    assert "without OT, weights: shared channels" in repr(found)
+    with pytest.raises(lmc.SpecError, match="shared channels"):
+        lmc.align.compare(spec, model, a, b, data, ["OT, weights"], alphas=3, progress=False)

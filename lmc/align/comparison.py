@@ -1,7 +1,7 @@
 """Every way to align one pair of networks, side by side."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,7 +17,7 @@ from lmc.align.sinkhorn import sinkhorn_matching
 from lmc.align.straight_through import straight_through_matching
 from lmc.align.transport import ot_fusion
 from lmc.align.weight_matching import matched, weight_matching
-from lmc.errors import InputError
+from lmc.errors import InputError, SpecError
 from lmc.extras import require
 from lmc.network import pick_device
 from lmc.symmetry.permutation import Permutation
@@ -77,10 +77,14 @@ class Alignment:
 
 @dataclass(frozen=True, eq=False)
 class Comparison:
-    """The alignments of one pair by method, as a mapping, a data frame (`to_frame`) and a figure (`plot`)."""
+    """The alignments of one pair by method, as a mapping, a data frame (`to_frame`) and a figure (`plot`).
+
+    `skipped` holds the methods that do not go with this architecture, each with its reason.
+    """
 
     alignments: dict[str, Alignment]
     split: str
+    skipped: dict[str, str] = field(default_factory=dict)
 
     def __getitem__(self, method: str) -> Alignment:
         return self.alignments[method]
@@ -112,7 +116,7 @@ class Comparison:
         best = min(self.alignments, key=lambda method: self.alignments[method].barrier)
         return (
             f"Comparison({len(self)} methods; lowest barrier {self[best].barrier:.4g} on {self.split} by {best!r}; "
-            "to_frame() shows them all)"
+            "to_frame() shows them all)" + "".join(f"\n  without {name}: {why}" for name, why in self.skipped.items())
         )
 
 
@@ -144,7 +148,8 @@ def compare(
         progress: show a bar when it takes longer than two seconds.
 
     Raises:
-        InputError: a name that is not in `METHODS`. What the methods raise.
+        InputError: a name that is not in `METHODS`. What the methods raise; but a method that refuses the architecture is
+            skipped unless `methods` names it.
     """
     from lmc.landscape.path import loss_path
 
@@ -155,11 +160,17 @@ def compare(
     a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
     spec = spec.bind(a)
     data = list(data) if isinstance(data, Iterator) else data  # every method reads it again
-    found = {}
+    found, skipped = {}, {}
     split = "data"
     for name in tqdm(aligners, desc="compare", unit=" methods", delay=2, disable=not progress, leave=False):
         started = perf_counter()
-        result = aligners[name](spec, model, a, b, data)
+        try:
+            result = aligners[name](spec, model, a, b, data)
+        except SpecError as error:
+            if methods is not None:
+                raise
+            skipped[name] = str(error)  # not asked for by name: the others are still worth having
+            continue
         seconds = perf_counter() - started
         moved = result.apply(b) if isinstance(result, Permutation) else as_weights(result)
         path = loss_path(model, a, moved, data, alphas, progress=False)
@@ -181,7 +192,7 @@ def compare(
             midpoint_repaired=float(repaired.losses[split][middle]),
             seconds=seconds,
         )
-    return Comparison(found, split)
+    return Comparison(found, split, skipped)
 
 
 def _chosen(methods: Iterable[str] | Mapping[str, Aligner] | None) -> Mapping[str, Aligner]:
