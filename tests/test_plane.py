@@ -11,7 +11,7 @@ from torch import nn
 from lmc.batchnorm import recalibrate_batchnorm
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
 from lmc.landscape.evaluation import evaluate
-from lmc.landscape.grid import Triangle, axis, coarse_to_fine, filter_normalised
+from lmc.landscape.grid import ThroughThree, axis, coarse_to_fine, filter_normalised
 from lmc.landscape.plane import loss_plane, random_plane
 from lmc.landscape.plane_result import Plane
 from lmc.weights import distance, mean
@@ -63,7 +63,7 @@ def node(plane, name):
 
 
 def test_the_triangle_keeps_all_distances(three):
-    triangle = Triangle.of(three, "ABC", three[0])
+    triangle = ThroughThree.of(three, "ABC", three[0])
     for i, j in ((0, 1), (0, 2), (1, 2)):
         flat = math.dist(triangle.places[i], triangle.places[j])
         assert flat == pytest.approx(distance(three[i], three[j]), rel=1e-9)
@@ -71,7 +71,7 @@ def test_the_triangle_keeps_all_distances(three):
 
 
 def test_shares_are_exact_at_the_models_and_sum_to_one(three):
-    triangle = Triangle.of(three, "ABC", three[0])
+    triangle = ThroughThree.of(three, "ABC", three[0])
     assert [triangle.shares(*place) for place in triangle.places] == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
     for x, y in ((-3.0, 1.5), (2.0, -0.7)):
         shares = triangle.shares(x, y)
@@ -81,7 +81,7 @@ def test_shares_are_exact_at_the_models_and_sum_to_one(three):
 
 
 def test_points_of_the_plane_are_as_far_apart_as_they_are_drawn(three):
-    triangle = Triangle.of(three, "ABC", three[0])
+    triangle = ThroughThree.of(three, "ABC", three[0])
     p, q = (-0.3, 0.9), (1.7, 2.2)
     states = [mean(three, triangle.shares(*point)) for point in (p, q)]
     assert distance(*states) == pytest.approx(math.dist(p, q), rel=1e-5)

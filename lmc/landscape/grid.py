@@ -41,7 +41,7 @@ def _mesh(index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 @dataclass(frozen=True)
-class Triangle:
+class ThroughThree:
     """Three models in the plane through them (Garipov et al. 2018, arXiv:1802.10026, section 3.2).
 
     The x axis runs from the first model to the third, the y axis at right angles towards the second: they lie at (0, 0),
@@ -64,7 +64,7 @@ class Triangle:
         return 1.0 - second - third, second, third
 
     @classmethod
-    def of(cls, models: Sequence[Weights], names: Sequence[str], parameters: Iterable[str]) -> "Triangle":
+    def of(cls, models: Sequence[Weights], names: Sequence[str], parameters: Iterable[str]) -> "ThroughThree":
         """The triangle of three weight sets, measured over the tensors named in `parameters`.
 
         Raises:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lmc.errors import InputError
-from lmc.landscape.grid import Principal, Triangle, Values, axis, filter_normalised
+from lmc.landscape.grid import Principal, ThroughThree, Values, axis, filter_normalised
 from lmc.landscape.plane_result import Plane
 from lmc.landscape.scores import Measure
 from lmc.landscape.span import Span
@@ -75,15 +75,15 @@ def loss_plane(
     options = Options(tolerance, resume, repair, statistics_inputs, loss, metrics, batch_size, device, progress)
     survey = Survey(model, dict(zip(names, models, strict=True)), data, options)
     first, second, third = survey.states.values()
-    triangle = Triangle.of((first, second, third), names, survey.parameters)
-    x, y = (_through([place[i] for place in triangle.places], margin, counts[i]) for i in (0, 1))
+    frame = ThroughThree.of((first, second, third), names, survey.parameters)
+    x, y = (_through([place[i] for place in frame.places], margin, counts[i]) for i in (0, 1))
     return survey.plane(
         Layout(
             Span.through(first, second, third),
-            lambda x, y: triangle.shares(x, y)[1:],
+            lambda x, y: frame.shares(x, y)[1:],
             x,
             y,
-            dict(zip(names, triangle.places, strict=True)),
+            dict(zip(names, frame.places, strict=True)),
             (f"distance from {names[0]} towards {names[2]}", f"off this line, towards {names[1]}"),
         )
     )
