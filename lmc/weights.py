@@ -81,6 +81,15 @@ def check_finite(weights: Weights, what: str = "weights") -> None:
             )
 
 
+def finite_pair(a: ModelOrWeights, b: ModelOrWeights) -> tuple[Weights, Weights]:
+    """Both as weights: `MismatchError` unless of one architecture, `WeightsError` unless finite."""
+    a, b = as_weights(a), as_weights(b)
+    check_compatible(a, b)
+    check_finite(a, "a")
+    check_finite(b, "b")
+    return a, b
+
+
 def lerp(a: ModelOrWeights, b: ModelOrWeights, alpha: float) -> Weights:
     """`(1 - alpha) a + alpha b`; exactly `a` at 0 and exactly `b` at 1 (integers come from `a`)."""
     a, b = as_weights(a), as_weights(b)

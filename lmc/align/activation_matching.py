@@ -19,7 +19,7 @@ from lmc.inputs import call_module, first_of, input_batches
 from lmc.network import Network, pick_device
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, as_weights, check_compatible, check_finite
+from lmc.weights import ModelOrWeights, finite_pair
 
 Method = Literal["correlation", "cross-product"]
 
@@ -72,11 +72,8 @@ def activation_matching(
     if method not in get_args(Method):
         raise InputError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(Method)))}")
     started = time.perf_counter()
-    a, b = as_weights(a), as_weights(b)
-    check_compatible(a, b)
+    a, b = finite_pair(a, b)
     spec = spec.bind(a)
-    check_finite(a, "a")
-    check_finite(b, "b")
     network = Network(model, pick_device(device, a))
     network.check(a, "a")
     a, b = ({name: tensor.to(network.device) for name, tensor in weights.items()} for weights in (a, b))

@@ -20,7 +20,7 @@ from lmc.errors import InputError, SpecError
 from lmc.extras import require
 from lmc.progress import tqdm
 from lmc.symmetry.permutation import Permutation
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite
+from lmc.weights import ModelOrWeights, Weights, finite_pair
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,10 +173,7 @@ def inspect_matching(
         raise InputError(f"steps={steps}; expected at least 1")
     if (model is None) != (data is None):
         raise InputError("model and data: pass both, so that the lines can be evaluated, or neither")
-    a, b = as_weights(a), as_weights(b)
-    check_compatible(a, b)
-    check_finite(a, "a")
-    check_finite(b, "b")
+    a, b = finite_pair(a, b)
     spec = permutation.spec
     spec.check(a)
     ours = matched(spec, a)

@@ -20,7 +20,7 @@ from lmc.align.task_loss import Loss, TaskLoss
 from lmc.align.weight_matching import matched
 from lmc.errors import InputError
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite
+from lmc.weights import ModelOrWeights, Weights, as_weights, finite_pair
 
 _CONVERGED = 1e-12
 
@@ -135,11 +135,8 @@ def rotation_matching(
     if steps < 0 or lr <= 0 or batch_size < 2 or max_sweeps < 1:
         raise InputError(f"{steps=}, {lr=}, {batch_size=}, {max_sweeps=}: expected at least 0, above 0, 2 and 1")
     started = time.perf_counter()
-    a, b = as_weights(a), as_weights(b)
-    check_compatible(a, b)
+    a, b = finite_pair(a, b)
     spec = spec.bind(a)
-    check_finite(a, "a")
-    check_finite(b, "b")
     a, b = (fold_norms(spec, model, weights, data) for weights in (a, b))
     rotated = rotatable_groups(spec, model, b, data, seed=seed)
     ours, theirs = ({name: tensor.double() for name, tensor in matched(spec, w).items()} for w in (a, b))

@@ -24,7 +24,7 @@ from lmc.network import Network, pick_device
 from lmc.progress import tqdm
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite
+from lmc.weights import ModelOrWeights, Weights, finite_pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,11 +151,8 @@ def prepare(
     progress: bool,
 ) -> Pair:
     """Check everything, match B's units to A's unless a permutation is given, and try which groups may grow."""
-    a, b = as_weights(a), as_weights(b)
-    check_compatible(a, b)
+    a, b = finite_pair(a, b)
     spec = spec.bind(a)
-    check_finite(a, "a")
-    check_finite(b, "b")
     network = Network(model, pick_device(device, a))
     network.check(a, "a")
     home = next((tensor.device for tensor in a.values()), network.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmc.errors import InputError
 from lmc.extras import require
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite
+from lmc.weights import ModelOrWeights, Weights, finite_pair
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,10 +113,7 @@ def singular_alignment(a: ModelOrWeights, b: ModelOrWeights, gamma: float = 0.3)
     """
     if not 0.0 <= gamma <= 1.0:
         raise InputError(f"gamma={gamma}: expected a share between 0 and 1")
-    a, b = as_weights(a), as_weights(b)
-    check_compatible(a, b)
-    check_finite(a, "a")
-    check_finite(b, "b")
+    a, b = finite_pair(a, b)
     theirs = matrices(b)
     return SingularAlignment({name: _layer(x, theirs[name], gamma) for name, x in matrices(a).items()}, gamma)
 

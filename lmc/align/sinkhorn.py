@@ -17,7 +17,7 @@ from lmc.network import Network, pick_device
 from lmc.progress import tqdm
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, lerp
+from lmc.weights import ModelOrWeights, Weights, finite_pair, lerp
 
 Target = Literal["l2", "l1", "cosine", "midpoint", "random"]
 Matrices = dict[str, Tensor]
@@ -84,11 +84,8 @@ def sinkhorn_matching(
     target = target or ("l2" if data is None else "midpoint")
     _check(target, data, tau, iterations, lr, steps, measure_every, patience)
     started = time.perf_counter()
-    a, b = as_weights(a), as_weights(b)
-    check_compatible(a, b)
+    a, b = finite_pair(a, b)
     spec = spec.bind(a)
-    check_finite(a, "a")
-    check_finite(b, "b")
     chosen = pick_device(device, a)
     Network(model, chosen).check(a, "a")
     # One order of the tensors, whatever the caller's: sums in another order round differently, and training amplifies it.

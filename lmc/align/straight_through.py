@@ -17,7 +17,7 @@ from lmc.network import Network, pick_device
 from lmc.progress import tqdm
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, lerp
+from lmc.weights import ModelOrWeights, Weights, finite_pair, lerp
 
 _SWEEPS = 20
 
@@ -71,11 +71,8 @@ def straight_through_matching(
     if epochs < 1 or patience < 1 or batch_size < 2 or lr <= 0:
         raise InputError(f"{epochs=}, {patience=}, {batch_size=}, {lr=}: expected at least 1, 1, 2, and lr above 0")
     started = time.perf_counter()
-    a, b = as_weights(a), as_weights(b)
-    check_compatible(a, b)
+    a, b = finite_pair(a, b)
     spec = spec.bind(a)
-    check_finite(a, "a")
-    check_finite(b, "b")
     chosen = pick_device(device, a)
     Network(model, chosen).check(a, "a")
     a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))

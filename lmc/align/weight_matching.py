@@ -14,7 +14,7 @@ from lmc.progress import tqdm
 from lmc.symmetry.actions import permute_tensor
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite
+from lmc.weights import ModelOrWeights, Weights, finite_pair
 
 
 def weight_matching(
@@ -59,11 +59,8 @@ def weight_matching(
             "inputs), or from patterns with lmc.PermutationSpec.from_patterns({...})"
         )
     started = time.perf_counter()
-    a, b = as_weights(a), as_weights(b)
-    check_compatible(a, b)
+    a, b = finite_pair(a, b)
     spec = spec.bind(a)
-    check_finite(a, "a")
-    check_finite(b, "b")
     fixed, moving = matched(spec, a), matched(spec, b)
     naive = inner_product(fixed, moving)
     candidates: list[tuple[float, dict[str, Tensor]]] = [(naive, {})]

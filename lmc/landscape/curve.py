@@ -21,7 +21,7 @@ from lmc.landscape.plane_result import Plane
 from lmc.landscape.scores import Measure
 from lmc.modules import copy_module
 from lmc.network import Network, pick_device
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, distance, lerp, mean
+from lmc.weights import ModelOrWeights, Weights, distance, finite_pair, lerp, mean
 
 Kind: TypeAlias = Literal["bezier", "chain"]
 
@@ -221,10 +221,7 @@ def _curve(
     recipe: Recipe,
     device: torch.device | str | None,
 ) -> Curve:
-    a, b = as_weights(a), as_weights(b)
-    check_compatible(a, b)
-    check_finite(a, "a")
-    check_finite(b, "b")
+    a, b = finite_pair(a, b)
     if not (isinstance(bends, int) and bends >= 1):
         raise InputError(f"bends={bends!r}; expected a whole number, at least 1")
     network = Network(model, pick_device(device, a))

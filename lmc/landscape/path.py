@@ -22,7 +22,7 @@ from lmc.landscape.points import REPAIRS, preparation, renormalizer, run
 from lmc.landscape.predictions import Predictions, collect
 from lmc.landscape.scores import Measure, Score
 from lmc.network import pick_device
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
+from lmc.weights import ModelOrWeights, Weights, finite_pair, mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -212,10 +212,7 @@ def loss_path(
         MismatchError: a, b and the model are not of one architecture, dtype and device.
         WeightsError: weights that are not finite. DataError: unusable data. InputError: an unusable argument.
     """
-    a, b = as_weights(a), as_weights(b)
-    check_compatible(a, b)
-    check_finite(a, "a")
-    check_finite(b, "b")
+    a, b = finite_pair(a, b)
     return mixture_path(
         model,
         (a, b),

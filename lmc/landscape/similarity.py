@@ -11,7 +11,7 @@ from lmc.errors import DataError, InputError
 from lmc.landscape.evaluation import Evaluator
 from lmc.landscape.scores import IGNORED
 from lmc.network import Network, pick_device
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite
+from lmc.weights import ModelOrWeights, Weights, finite_pair
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +83,7 @@ def similarity(
     """
     if not (isinstance(examples, int) and examples >= 2):
         raise InputError(f"examples={examples!r}; expected a whole number, at least 2")
-    a, b = as_weights(a), as_weights(b)
-    check_compatible(a, b)
-    check_finite(a, "a")
-    check_finite(b, "b")
+    a, b = finite_pair(a, b)
     evaluator = Evaluator(model, data, batch_size=batch_size, device=pick_device(device, a), predictions=True)
     scores = list(evaluator([a, b]))
     split = evaluator.splits[-1]
