@@ -182,7 +182,7 @@ def spend(pair: Pair, worth: Mapping[str, float], budget: float) -> dict[str, fl
     price = cost(pair, names)
     constraint = {"type": "ineq", "fun": lambda r: budget - price(r)}
     best, value = np.zeros(len(names)), 0.0
-    for start in (np.zeros(len(names)), np.full(len(names), 0.5), gain / gain.max()):
+    for start in (np.zeros(len(names)), np.full(len(names), 0.5), gain / max(gain.max(), 1e-30)):
         found = np.clip(
             minimize(lambda r: -gain @ r, start, bounds=[(0, 1)] * len(names), constraints=[constraint]).x, 0, 1
         )
