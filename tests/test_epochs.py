@@ -8,7 +8,7 @@ import pytest
 import traitlets
 
 import lmc
-from lmc.errors import InputError
+from lmc.errors import DataError, InputError
 from lmc.landscape.epochs import Epochs, barrier_over_time
 from lmc.landscape.path import loss_path
 from lmc.symmetry.find import permutation_spec
@@ -139,3 +139,25 @@ def test_weights_may_be_modules(bench):
     module.load_state_dict(run_b[5])
     found = barrier_over_time(model, {5: run_a[5]}, {5: module}, data, alphas=3)
     assert found.barriers["naive"][0] == pytest.approx(loss_path(model, run_a[5], run_b[5], data, 3).barrier)
+
+
+def test_saved_epochs_come_back(result, tmp_path):
+    result.save(tmp_path / "epochs.json")
+    back = Epochs.load(tmp_path / "epochs.json")
+    assert back.epochs == result.epochs and list(back.paths) == list(result.paths)
+    for name, found in result.barriers.items():
+        np.testing.assert_array_equal(back.barriers[name], found)
+    assert back[back.epochs[1]]["naive"].own == result[result.epochs[1]]["naive"].own
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["no json", "[]", '{"format": "lmc path 1"}', '{"format": "lmc epochs 1", "epochs": [0]}',
+     '{"format": "lmc epochs 1", "epochs": [], "paths": {}}',
+     '{"format": "lmc epochs 1", "epochs": [0], "paths": {"naive": []}}',
+     '{"format": "lmc epochs 1", "epochs": [0], "paths": {"naive": [{}]}}'],
+)  # fmt: skip
+def test_other_files_hold_no_epochs(text, tmp_path):
+    (tmp_path / "file").write_text(text)
+    with pytest.raises(DataError, match="file"):
+        Epochs.load(tmp_path / "file")

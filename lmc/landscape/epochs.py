@@ -88,6 +88,19 @@ class Epochs:
 
         save_html(file, self)
 
+    def save(self, file: str | FilePath) -> None:
+        """Write all paths as JSON; `Epochs.load` reads them back."""
+        from lmc.landscape.epochs_file import save
+
+        save(self, file)
+
+    @classmethod
+    def load(cls, file: str | FilePath) -> "Epochs":
+        """Read what `save` wrote."""
+        from lmc.landscape.epochs_file import load
+
+        return load(file)
+
     def __str__(self) -> str:
         lines = [f"Epochs {self.epochs[0]} to {self.epochs[-1]} ({len(self.epochs)}) of two runs"]
         for name, found in self.barriers.items():

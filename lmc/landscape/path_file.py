@@ -16,9 +16,18 @@ FORMAT = "lmc path 1"
 
 def save(path: Path, file: str | FilePath) -> None:
     """Write all that `path` holds; numbers are written exactly, NaN as null."""
+    write_text(file, json.dumps({"format": FORMAT, **content(path)}))
+
+
+def load(file: str | FilePath) -> Path:
+    """Read what `save` wrote; `DataError` for any other file."""
+    return path_of(read(file, FORMAT, "path"), file)
+
+
+def content(path: Path) -> dict[str, Any]:
+    """What a path holds, as JSON takes it."""
     shown = path.predictions
-    content = {
-        "format": FORMAT,
+    return {
         "alphas": path.alphas.tolist(),
         "values": {s: {m: _optional(v) for m, v in measures.items()} for s, measures in path.values.items()},
         "own": path.own,
@@ -26,15 +35,11 @@ def save(path: Path, file: str | FilePath) -> None:
         "repaired": path.repaired,
         "predictions": None if shown is None else {name: _plain(value) for name, value in vars(shown).items()},
     }
-    write_text(file, json.dumps(content))
 
 
-def load(file: str | FilePath) -> Path:
-    """Read what `save` wrote; `DataError` for any other file."""
+def path_of(content: Any, file: str | FilePath) -> Path:
+    """The path that `content` was made of; `DataError`, naming the file, for anything else."""
     try:
-        content = json.loads(FilePath(file).read_text(encoding="utf-8"))
-        if content["format"] != FORMAT:
-            raise DataError(f"{file}: format {content['format']!r}, expected {FORMAT!r}")
         shown = content["predictions"]
         return Path(
             np.array(content["alphas"], dtype=np.float64),
@@ -44,10 +49,20 @@ def load(file: str | FilePath) -> Path:
             None if shown is None else Predictions(**{name: _array(name, value) for name, value in shown.items()}),
             content.get("repaired"),
         )
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        if isinstance(error, DataError):
-            raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise DataError(f"{file} holds no path: {error!r}") from error
+
+
+def read(file: str | FilePath, expected: str, what: str) -> dict[str, Any]:
+    """A JSON file of one format; `DataError` for any other file."""
+    try:
+        found = json.loads(FilePath(file).read_text(encoding="utf-8"))
+        form = found["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} holds no {what}: {error!r}") from error
+    if form != expected:
+        raise DataError(f"{file}: format {form!r}, expected {expected!r}")
+    return found
 
 
 def _optional(values: Any) -> list[float | None]:
