@@ -204,8 +204,8 @@ def plan(
 def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:
     """Working copies of a part or of the largest tensor, and what a survey of the whole models collects.
 
-    The greediest rule (DELLA, which ranks) has eight copies per model; parts that were read ahead or wait to be written
-    come on top. Where tensors are small, the C library's allocator may keep more than is in use.
+    The greediest rule (DELLA, which ranks) has eight copies per model, and moments are taken of two more in float64; parts
+    that were read ahead or wait to be written come on top. Where tensors are small, the C library's allocator may keep more than is in use.
     """
     cut = how.cuts(options)
     sizes = {name: sets.shells[name].numel() for name in sets.names}
@@ -216,7 +216,8 @@ def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:
         total = sum(sizes[name] for name in sets.weights)
         survey = len(sets) * (4 * max(min(total, SAMPLE), sample_size(total)) + total // 50)
     waiting = QUEUE + (DEPTH + 1) * (len(sets) + 1)
-    return ((8 * len(sets) + 2) * at_once + waiting * min(at_once, VALUES) + survey) * widest
+    each = 12 if "moments" in how.parameters else 8
+    return ((each * len(sets) + 2) * at_once + waiting * min(at_once, VALUES) + survey) * widest
 
 
 def _beside(sources: Sequence[ModelOrWeights | None]) -> tuple[Path, ...]:
