@@ -20,7 +20,7 @@ your own is a function of one tensor under `@on_tensors`, `@on_task_vectors`, `@
 `lmc.recalibrate_batchnorm`.
 
 Before: `inspect(models, base)` says whether they fit, how they differ and which method suits them. With validation data
-at hand: `compare(model, models, validation, base=...)` tries them all and ranks them by scores on other data,
+at hand: `compare(model, models, validation, base=...)` tries them all, ranks them and reports scores on other data,
 and `mixer(model, models, tasks, base=...).explore()` puts task vectors under sliders.
 
 Networks that were trained independently are brought into one order of units first by `align=spec`, an option of every
