@@ -53,7 +53,7 @@ MODELS: dict[str, tuple[str, Callable[[], Any], Callable[[], Any]]] = {
 
 def measure(key: str) -> dict[str, Any]:
     """One model in this process. Memory is the peak of the process, weights and libraries included."""
-    from lmc.symmetry.discover import discover
+    from lmc.symmetry.discovery.discover import discover
 
     warnings.filterwarnings("ignore")
     _, build, inputs = MODELS[key]

@@ -92,7 +92,7 @@ WIDGETS = [
     ("plane explorer, surface turned", ".lmc-plane", ".lmc-surface", None),
     ("training-time explorer", ".lmc-epochs", ".lmc-land", "input[type=range]"),
 ]
-SETTLE = 150  # milliseconds of rest that a key waits before the kernel is asked (SETTLE_AFTER in lmc/widgets/common.js)
+SETTLE = 150  # milliseconds of rest that a key waits before the kernel is asked (SETTLE_AFTER in lmc/views/widgets/common.js)
 
 
 def bench():

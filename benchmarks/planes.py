@@ -34,8 +34,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import lmc
-from lmc.landscape import workers
-from lmc.weights import Weights
+from lmc.landscape.planes import workers
+from lmc.weights.arithmetic import Weights
 
 Seconds = tuple[float, float]
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from zoo import ENTRIES, Entry  # noqa: E402
 
 import lmc  # noqa: E402
-from lmc.symmetry.discover import discover  # noqa: E402
+from lmc.symmetry.discovery.discover import discover  # noqa: E402
 
 
 def row(entry: Entry) -> str:

@@ -14,8 +14,6 @@ from lmc.align import (
     straight_through_matching,
     weight_matching,
 )
-from lmc.batchnorm import recalibrate_batchnorm
-from lmc.checkpoints import Checkpoint, open_checkpoint
 
 # What can go wrong.
 from lmc.errors import (
@@ -31,11 +29,12 @@ from lmc.errors import (
 )
 
 # What it looks like: losses between networks.
-from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
-from lmc.landscape.path import Path, loss_path
-from lmc.landscape.plane import Plane, loss_plane, random_plane, trajectory_plane
-from lmc.landscape.triangle import Simplex, Triangle, loss_simplex, loss_triangle
-from lmc.renormalize import repair
+from lmc.landscape.curves.curve import Curve, bezier_curve, polygonal_chain
+from lmc.landscape.paths.path import Path, loss_path
+from lmc.landscape.planes.plane import Plane, loss_plane, random_plane, trajectory_plane
+from lmc.landscape.simplices.triangle import Simplex, Triangle, loss_simplex, loss_triangle
+from lmc.network.batchnorm import recalibrate_batchnorm
+from lmc.network.repair import repair
 
 # What may move: the symmetries of a network.
 from lmc.symmetry.certify import Certificate
@@ -43,6 +42,7 @@ from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.group import Group, Table
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec
+from lmc.weights.checkpoints.opening import Checkpoint, open_checkpoint
 
 __version__ = "0.1.0"
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lmc
 from lmc.data import Dataset
-from lmc.landscape.path import loss_path
+from lmc.landscape.paths.path import loss_path
 from lmc.models.cnn import cnn
 from lmc.models.gpt import gpt
 from lmc.models.mlp import mlp
@@ -18,7 +18,7 @@ from lmc.models.resnet import resnet20
 from lmc.models.vgg import vgg
 from lmc.models.vit import vit
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights import Weights
+from lmc.weights.arithmetic import Weights
 
 HEADS = 2
 CNN = {

@@ -15,7 +15,7 @@ from lmc.models.mlp import mlp
 from lmc.symmetry.group import Table
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights import Weights
+from lmc.weights.arithmetic import Weights
 
 Align = Callable[..., Permutation]
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lmc.batchnorm import recalibrate_batchnorm
 from lmc.errors import DataError, InputError, MismatchError
+from lmc.network.batchnorm import recalibrate_batchnorm
 
 
 def net():

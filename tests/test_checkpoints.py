@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import save_file, save_model
 from torch import Tensor, nn
 
-from lmc.checkpoints import open_checkpoint
 from lmc.errors import DataError, InputError
 from lmc.merge import average
-from lmc.weights import as_weights, lerp
+from lmc.weights.arithmetic import as_weights, lerp
+from lmc.weights.checkpoints.opening import open_checkpoint
 
 
 def tensors(seed: int = 0) -> dict[str, Tensor]:

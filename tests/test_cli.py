@@ -183,7 +183,7 @@ def test_what_goes_wrong_is_one_line(
 def test_an_interrupt_is_told_and_gone_on_from(
     folders: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from lmc.merge import to_disk
+    from lmc.merge.disk import write as to_disk
 
     argv = ["merge", "average", *folders, "--out", str(tmp_path / "out"), "--shard-size", "130"]
     original, calls = to_disk.write_shard, []

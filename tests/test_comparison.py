@@ -4,7 +4,7 @@ import torch
 from alignment_cases import CASES, digits
 
 import lmc
-from lmc.align.comparison import METHODS, compare
+from lmc.align.study.compare import METHODS, compare
 from lmc.errors import InputError
 
 
@@ -90,7 +90,7 @@ def test_a_method_that_refuses_the_architecture_is_skipped_unless_it_is_named(mo
         raise lmc.SpecError("shared channels")
 
     few = {"naive": lmc.align.METHODS["naive"], "OT, weights": refuse}
-    monkeypatch.setattr("lmc.align.comparison.METHODS", few)
+    monkeypatch.setattr("lmc.align.study.compare.METHODS", few)
     found = lmc.align.compare(spec, model, a, b, data, alphas=3, progress=False)
     assert list(found) == ["naive"] and found.skipped == {"OT, weights": "shared channels"}
     assert "without OT, weights: shared channels" in repr(found)

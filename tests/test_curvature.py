@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from lmc.batches import as_splits
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
 from lmc.landscape.curvature import Hessian, curvature, hutchinson, lanczos
-from lmc.network import Network
+from lmc.network.batches import as_splits
+from lmc.network.network import Network
 
 
 def network(seed=0, norm=False):

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
-from lmc.landscape.curve import bezier_curve, polygonal_chain
-from lmc.landscape.evaluation import evaluate
-from lmc.landscape.path import Path, loss_path
-from lmc.weights import distance, lerp
+from lmc.landscape.curves.curve import bezier_curve, polygonal_chain
+from lmc.landscape.evaluation.evaluator import evaluate
+from lmc.landscape.paths.path import Path, loss_path
+from lmc.weights.arithmetic import distance, lerp
 
 
 def blobs(count, seed):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lmc
 from lmc.errors import InputError, LmcError, TraceError
-from lmc.symmetry.discover import Discovery, discover
+from lmc.symmetry.discovery.discover import Discovery, discover
 
 
 class Net(nn.Module):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
-from lmc.landscape.evaluation import Evaluator, evaluate
+from lmc.landscape.evaluation.evaluator import Evaluator, evaluate
 
 
 def mlp(seed=0, width=16):
@@ -147,7 +147,7 @@ def test_batches_of_an_iterable_weigh_by_their_size():
 
 
 def test_long_iterables_are_read_anew(monkeypatch):
-    monkeypatch.setattr("lmc.batches.HELD_BYTES", 100)
+    monkeypatch.setattr("lmc.network.batches.HELD_BYTES", 100)
     inputs, targets = batch(50)
 
     class Loader:

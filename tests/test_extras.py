@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import lmc
-from lmc.extras import require
+from lmc.core.extras import require
 
 WITHOUT = """
 import sys

@@ -14,13 +14,13 @@ import traitlets
 from torch import nn
 
 import lmc
-from lmc.align.matching import inspect_matching
-from lmc.align.placing import partial, placed, receptive_fields
+from lmc.align.study.inspect import inspect_matching
+from lmc.align.study.placing import partial, placed, receptive_fields
 from lmc.errors import InputError
-from lmc.landscape.evaluation import Evaluator
-from lmc.landscape.path import loss_path
-from lmc.widgets import page
-from lmc.widgets.matching_page import state
+from lmc.landscape.evaluation.evaluator import Evaluator
+from lmc.landscape.paths.path import loss_path
+from lmc.views.widgets import page
+from lmc.views.widgets.matching_page import state
 
 SIZE = 10
 

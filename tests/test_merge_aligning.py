@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import lmc
-from lmc.merge.aligning import aligned
-from lmc.weights import distance
+from lmc.merge.engine.aligning import aligned
+from lmc.weights.arithmetic import distance
 
 
 @pytest.fixture(scope="module")

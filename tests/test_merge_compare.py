@@ -9,8 +9,8 @@ import torch
 from test_merge_digits import Bench
 
 import lmc
-from lmc.merge.candidates import CANDIDATES, Candidate
-from lmc.weights import distance
+from lmc.merge.study.candidates import CANDIDATES, Candidate
+from lmc.weights.arithmetic import distance
 
 TASKS = ("012", "345", "67", "89")
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import lmc.merge as merge
 from lmc.errors import InputError, MismatchError, WeightsError
-from lmc.merge import quantiles
-from lmc.merge.tensors import weight_sets
+from lmc.merge.engine import quantiles
+from lmc.merge.engine.tensors import weight_sets
 
 # every method of one shape, with the options under which a lone model is given back
 WHOLE = {

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 import lmc
-from lmc.merge.inspection import COLUMNS_AT_ONCE, mean_cosine
+from lmc.merge.study.inspect import COLUMNS_AT_ONCE, mean_cosine
 
 
 def state(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:

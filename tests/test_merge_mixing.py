@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lmc
-from lmc.merge.mixing import LEVELS, _thirds
+from lmc.merge.study.mixer import LEVELS, _thirds
 
 
 @pytest.fixture(scope="module")

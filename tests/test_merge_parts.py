@@ -9,9 +9,10 @@ from torch import Tensor
 
 import lmc.merge as merge
 from lmc.errors import InputError
-from lmc.merge import chance, parts
-from lmc.merge.chance import Uniform
-from lmc.merge.moments import moments
+from lmc.merge.engine import chunks as parts
+from lmc.merge.engine import random_numbers as chance
+from lmc.merge.engine.moments import moments
+from lmc.merge.engine.random_numbers import Uniform
 
 SIZE = 6_000_000
 METHODS = {

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import lmc.merge as merge
 from lmc.errors import InputError
-from lmc.merge.on_top import depths
+from lmc.merge.rules.postprocess import depths
 
 SHAPES = {
     "layers.0.w": (9, 6),

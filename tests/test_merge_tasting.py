@@ -11,7 +11,7 @@ from torch import nn
 import lmc
 import lmc.merge as merge
 from lmc.errors import InputError, MismatchError
-from lmc.landscape.evaluation import evaluate
+from lmc.landscape.evaluation.evaluator import evaluate
 
 
 def blobs(count, seed, shift=0.0):

@@ -15,10 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lmc.merge as merge
-from lmc.checkpoints import Span, open_checkpoint
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
-from lmc.merge import parts, quantiles, to_disk
-from lmc.merge.shards import parse_size
+from lmc.merge.disk import write as to_disk
+from lmc.merge.disk.shards import parse_size
+from lmc.merge.engine import chunks as parts
+from lmc.merge.engine import quantiles
+from lmc.weights.checkpoints.opening import Span, open_checkpoint
 
 METHODS = {
     "average": {"weights": [1.0, 3.0]},
@@ -412,7 +414,7 @@ def test_a_killed_process_leaves_what_can_be_gone_on_from(tmp_path: Path, paths:
 KILLED = """
 import os
 import lmc.merge as merge
-from lmc.merge import shards
+from lmc.merge.disk import shards
 
 original, count = shards._Hashed.write, 0
 

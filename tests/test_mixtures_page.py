@@ -12,13 +12,13 @@ import pytest
 import torch
 import traitlets
 
-from lmc.landscape.evaluation import evaluate
-from lmc.landscape.simplex_result import Simplex
-from lmc.landscape.triangle import loss_simplex, loss_triangle
+from lmc.landscape.evaluation.evaluator import evaluate
+from lmc.landscape.simplices.simplex_result import Simplex
+from lmc.landscape.simplices.triangle import loss_simplex, loss_triangle
 from lmc.models import mlp
-from lmc.weights import mean
-from lmc.widgets import page
-from lmc.widgets.simplex_page import state
+from lmc.views.widgets import page
+from lmc.views.widgets.simplex_page import state
+from lmc.weights.arithmetic import mean
 
 MODEL = mlp(4, [8], 3)
 GENERATOR = torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from lmc.modules import copy_module
+from lmc.network.copies import copy_module
 
 
 def test_a_copy_computes_the_same_and_shares_nothing():

@@ -2,9 +2,9 @@ import numpy as np
 import pytest
 
 from lmc.errors import SpecError
-from lmc.symmetry.describe import describe
-from lmc.symmetry.layout import groups_from_axes
-from lmc.symmetry.notation import Fixed, Name, Product, Sum, ancestors, parse
+from lmc.symmetry.notation.describe import describe
+from lmc.symmetry.notation.grammar import Fixed, Name, Product, Sum, ancestors, parse
+from lmc.symmetry.notation.layout import groups_from_axes
 
 
 def groups_of(patterns, shapes, **sizes):

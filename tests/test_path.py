@@ -301,7 +301,7 @@ class Stopping(nn.Module):
 
 
 def test_an_interrupt_keeps_the_points_that_are_done(monkeypatch):
-    monkeypatch.setattr("lmc.landscape.evaluation.MOST_AT_ONCE", 1)
+    monkeypatch.setattr("lmc.landscape.evaluation.evaluator.MOST_AT_ONCE", 1)
     model = Stopping(14)
     with pytest.warns(UserWarning, match="interrupted: .* of 25 points"):
         path = loss_path(model, nn.Module.state_dict(model), model.state_dict(), DATA.test)
@@ -313,7 +313,7 @@ def test_an_interrupt_keeps_the_points_that_are_done(monkeypatch):
 
 
 def test_an_interrupt_before_both_ends_is_passed_on(monkeypatch):
-    monkeypatch.setattr("lmc.landscape.evaluation.MOST_AT_ONCE", 1)
+    monkeypatch.setattr("lmc.landscape.evaluation.evaluator.MOST_AT_ONCE", 1)
     model = Stopping(4)
     with pytest.raises(KeyboardInterrupt):
         loss_path(model, model, model, DATA.test)

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from lmc.batchnorm import recalibrate_batchnorm
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
-from lmc.landscape.evaluation import evaluate
-from lmc.landscape.grid import ThroughThree, axis, coarse_to_fine, filter_normalised
-from lmc.landscape.plane import loss_plane, random_plane
-from lmc.landscape.plane_result import Plane
-from lmc.weights import distance, mean
+from lmc.landscape.evaluation.evaluator import evaluate
+from lmc.landscape.planes.grid import ThroughThree, axis, coarse_to_fine, filter_normalised
+from lmc.landscape.planes.plane import loss_plane, random_plane
+from lmc.landscape.planes.plane_result import Plane
+from lmc.network.batchnorm import recalibrate_batchnorm
+from lmc.weights.arithmetic import distance, mean
 
 
 def blobs(count, seed):
@@ -249,7 +249,7 @@ class Stopping(nn.Module):
 
 
 def test_an_interrupt_keeps_what_is_done_and_the_plane_is_resumed(monkeypatch):
-    monkeypatch.setattr("lmc.landscape.evaluation.MOST_AT_ONCE", 1)
+    monkeypatch.setattr("lmc.landscape.evaluation.evaluator.MOST_AT_ONCE", 1)
     models = [Stopping(seed).state_dict() for seed in (1, 2, 3)]
     with pytest.warns(UserWarning, match="interrupted: .* of 22 points"):
         part = loss_plane(Stopping(0, 16), models, DATA.test, resolution=5)
@@ -312,7 +312,7 @@ def test_the_plot_shows_losses_and_the_models_in_their_places(plane):
 
 
 def test_the_cost_of_a_long_plane_is_told(three, monkeypatch, capsys):
-    monkeypatch.setattr("lmc.landscape.survey.LONG", 0.0)
+    monkeypatch.setattr("lmc.landscape.planes.survey.LONG", 0.0)
     loss_plane(network(0), three, DATA, resolution=5)
     assert "plane: 22 points to evaluate, about" in capsys.readouterr().out
     loss_plane(network(0), three, DATA, resolution=5, progress=False)

@@ -12,9 +12,9 @@ import pytest
 import traitlets
 
 from lmc.errors import InputError
-from lmc.landscape.plane_result import Plane
-from lmc.widgets import page
-from lmc.widgets.plane_page import MODULE, state
+from lmc.landscape.planes.plane_result import Plane
+from lmc.views.widgets import page
+from lmc.views.widgets.plane_page import MODULE, state
 
 WIDGETS = Path(page.__file__).parent
 

@@ -8,11 +8,11 @@ from alignment_cases import CASES, Case
 from torch import Tensor
 
 import lmc
-from lmc.align.pair import prepare
 from lmc.errors import InputError, MismatchError
-from lmc.merge.pleas import pleas, spend
+from lmc.merge.partial.pair import prepare
+from lmc.merge.partial.pleas import pleas, spend
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights import Weights
+from lmc.weights.arithmetic import Weights
 
 WIDENABLE = ("mlp", "cnn", "vgg-bn", "resnet-bn")
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from lmc.errors import InputError
-from lmc.landscape.path import Path
-from lmc.plots.style import BLUE, ORANGE, colours
+from lmc.landscape.paths.path import Path
+from lmc.views.plots.style import BLUE, ORANGE, colours
 
 
 def made_path(height: float, accuracy: bool = True) -> Path:

@@ -1,6 +1,6 @@
 import pytest
 
-from lmc.progress import tqdm
+from lmc.core.progress import tqdm
 
 
 @pytest.mark.parametrize(("value", "disabled"), [("1", True), ("0", False), ("", False)])

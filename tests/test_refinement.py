@@ -10,9 +10,9 @@ from torch import nn
 
 import lmc
 from lmc.errors import InputError
-from lmc.landscape.plane import loss_plane, random_plane, trajectory_plane
-from lmc.landscape.plane_result import Plane
-from lmc.landscape.refinement import _interpolation, _meshes, refine
+from lmc.landscape.planes.plane import loss_plane, random_plane, trajectory_plane
+from lmc.landscape.planes.plane_result import Plane
+from lmc.landscape.planes.refinement import _interpolation, _meshes, refine
 
 
 class Surface:

@@ -5,11 +5,11 @@ from alignment_cases import CASES, digits
 from torch import nn
 
 import lmc
-from lmc.batchnorm import recalibrate_batchnorm
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
 from lmc.models.mlp import mlp
-from lmc.network import Network
-from lmc.renormalize import Renormalizer, repair
+from lmc.network.batchnorm import recalibrate_batchnorm
+from lmc.network.network import Network
+from lmc.network.repair import Renormalizer, repair
 
 METHODS = ("passes", "closed_form")
 

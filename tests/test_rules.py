@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmc.symmetry.discover import parameter_units
-from lmc.symmetry.interpret import interpret_nodes
-from lmc.symmetry.solve import solve
-from lmc.symmetry.tables import Places
-from lmc.symmetry.trace import capture
+from lmc.symmetry.discovery.discover import parameter_units
+from lmc.symmetry.discovery.interpret import interpret_nodes
+from lmc.symmetry.discovery.solve import solve
+from lmc.symmetry.discovery.tables import Places
+from lmc.symmetry.discovery.trace import capture
 
 
 class Operator(nn.Module):

@@ -3,7 +3,7 @@ import torch
 from alignment_cases import CASES, digits
 
 import lmc
-from lmc.align.singular import matrices, singular_alignment
+from lmc.align.study.singular import matrices, singular_alignment
 from lmc.errors import InputError, MismatchError
 
 

@@ -3,9 +3,9 @@ import torch
 from alignment_cases import CASES, digits
 
 import lmc
-from lmc.align.assignment import assign
-from lmc.align.sinkhorn import distance, sinkhorn_matching
-from lmc.align.soft import sinkhorn
+from lmc.align.relaxed.sinkhorn import distance, sinkhorn_matching
+from lmc.align.relaxed.soft import sinkhorn
+from lmc.align.weight_matching.assignment import assign
 from lmc.errors import DataError, InputError, MismatchError
 
 

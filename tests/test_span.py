@@ -9,12 +9,12 @@ import torch
 from torch import nn
 
 import lmc
-from lmc.landscape.evaluation import Evaluator, evaluate
-from lmc.landscape.plane import loss_plane, random_plane
-from lmc.landscape.span import FirstLayer, Products, Span, find_first_layer
-from lmc.landscape.workers import Workers
-from lmc.network import Network
-from lmc.weights import mean
+from lmc.landscape.evaluation.evaluator import Evaluator, evaluate
+from lmc.landscape.planes.plane import loss_plane, random_plane
+from lmc.landscape.planes.span import FirstLayer, Products, Span, find_first_layer
+from lmc.landscape.planes.workers import Workers
+from lmc.network.network import Network
+from lmc.weights.arithmetic import mean
 
 CPU = torch.device("cpu")
 
@@ -105,7 +105,7 @@ def test_products_are_made_once_and_within_the_memory(monkeypatch):
     found = products.of(inputs[:8])
     assert len(found) == 3 and products.of(inputs[:8]) is found
     assert products.of(inputs.clone()) is None
-    monkeypatch.setattr("lmc.landscape.span.PRODUCT_BYTES", 0)
+    monkeypatch.setattr("lmc.landscape.planes.span.PRODUCT_BYTES", 0)
     assert Products(span, "1", layer, [inputs]).of(inputs) is None
 
 
@@ -115,14 +115,14 @@ def random_points(model, split, **options):
 
 @pytest.mark.parametrize("batch_size", [None, 7])
 def test_planes_with_mixed_layers_equal_direct_evaluations(monkeypatch, batch_size):
-    monkeypatch.setattr("lmc.landscape.evaluation.MOST_AT_ONCE", 1)
+    monkeypatch.setattr("lmc.landscape.evaluation.evaluator.MOST_AT_ONCE", 1)
     used = []
     of = Products.of
     monkeypatch.setattr(Products, "of", lambda self, inputs: used.append(of(self, inputs)) or used[-1])
     model, split = mlp(0).double(), data(20, dtype=torch.float64)
     plane = random_points(model, split, batch_size=batch_size)
     assert len(used) >= 24 and all(found is not None for found in used)
-    monkeypatch.setattr("lmc.landscape.span.FEWEST_INPUTS", 10**6)
+    monkeypatch.setattr("lmc.landscape.planes.span.FEWEST_INPUTS", 10**6)
     made = len(used)
     plain = random_points(model, split, batch_size=batch_size)
     assert len(used) == made
@@ -130,11 +130,11 @@ def test_planes_with_mixed_layers_equal_direct_evaluations(monkeypatch, batch_si
 
 
 def test_batch_statistics_see_the_mixed_layer_too(monkeypatch):
-    monkeypatch.setattr("lmc.landscape.evaluation.MOST_AT_ONCE", 1)
+    monkeypatch.setattr("lmc.landscape.evaluation.evaluator.MOST_AT_ONCE", 1)
     models, split = [cnn(seed).double() for seed in (1, 2, 3)], data(4, 5, 5, dtype=torch.float64)
     planes = []
     for fewest in (16, 10**6):
-        monkeypatch.setattr("lmc.landscape.span.FEWEST_INPUTS", fewest)
+        monkeypatch.setattr("lmc.landscape.planes.span.FEWEST_INPUTS", fewest)
         planes.append(loss_plane(cnn(0).double(), models, split, 5, progress=False))
     assert planes[0].recalibrated
     np.testing.assert_allclose(planes[0].losses["data"], planes[1].losses["data"], rtol=1e-6)
@@ -169,9 +169,9 @@ def test_a_traveller_is_written_where_it_is():
 
 @pytest.mark.parametrize("tallied", [1, 3, 100])
 def test_scores_added_up_together_are_those_of_each(monkeypatch, tallied):
-    monkeypatch.setattr("lmc.landscape.evaluation.MOST_AT_ONCE", 1)
+    monkeypatch.setattr("lmc.landscape.evaluation.evaluator.MOST_AT_ONCE", 1)
     split = SimpleNamespace(train=data(20), test=data(20, count=17))
-    monkeypatch.setattr("lmc.landscape.evaluation.TALLIED_BYTES", tallied * 57 * 3 * 4)
+    monkeypatch.setattr("lmc.landscape.evaluation.evaluator.TALLIED_BYTES", tallied * 57 * 3 * 4)
     evaluator, asked = one_by_one(mlp(0), split, batch_size=11, predictions=True), []
     states = states_of(*range(1, 9))
     for k, score in enumerate(evaluator(asked.append(state) or state for state in states)):
@@ -185,7 +185,7 @@ def test_scores_added_up_together_are_those_of_each(monkeypatch, tallied):
 
 
 def test_an_interrupt_leaves_the_scores_of_what_went_through(monkeypatch):
-    monkeypatch.setattr("lmc.landscape.evaluation.MOST_AT_ONCE", 1)
+    monkeypatch.setattr("lmc.landscape.evaluation.evaluator.MOST_AT_ONCE", 1)
     evaluator, found = one_by_one(mlp(0), data(20)), []
 
     def broken_off():
@@ -199,7 +199,7 @@ def test_an_interrupt_leaves_the_scores_of_what_went_through(monkeypatch):
 
 
 def test_measures_of_the_caller_are_asked_before_the_next_point(monkeypatch):
-    monkeypatch.setattr("lmc.landscape.evaluation.MOST_AT_ONCE", 1)
+    monkeypatch.setattr("lmc.landscape.evaluation.evaluator.MOST_AT_ONCE", 1)
     calls = []
     measure = {"mine": lambda outputs, targets: calls.append(1) or outputs.mean()}
     evaluator = one_by_one(mlp(0), data(20), metrics=measure)
@@ -209,7 +209,7 @@ def test_measures_of_the_caller_are_asked_before_the_next_point(monkeypatch):
 
 
 def test_outputs_that_are_the_weights_themselves_are_kept_apart(monkeypatch):
-    monkeypatch.setattr("lmc.landscape.evaluation.MOST_AT_ONCE", 1)
+    monkeypatch.setattr("lmc.landscape.evaluation.evaluator.MOST_AT_ONCE", 1)
 
     class Constant(nn.Module):
         def __init__(self):
@@ -233,7 +233,7 @@ def test_outputs_that_are_the_weights_themselves_are_kept_apart(monkeypatch):
 @pytest.fixture
 def three_threads(monkeypatch):
     before = torch.get_num_threads()
-    monkeypatch.setattr("lmc.landscape.evaluation.MOST_AT_ONCE", 1)
+    monkeypatch.setattr("lmc.landscape.evaluation.evaluator.MOST_AT_ONCE", 1)
     torch.set_num_threads(3)
     yield
     torch.set_num_threads(before)

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import lmc
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
-from lmc.merge.starlight import Star, star_model
-from lmc.weights import Weights
+from lmc.merge.with_training.star import Star, star_model
+from lmc.weights.arithmetic import Weights
 
 
 def close(a: Weights, b: Weights, atol: float = 0.0) -> None:

@@ -4,8 +4,8 @@ from alignment_cases import CASES, digits, random_weights
 from torch import nn
 
 import lmc
-from lmc.align.straight_through import straight_through_matching
-from lmc.align.task_loss import TaskLoss, cross_entropy
+from lmc.align.relaxed.straight_through import straight_through_matching
+from lmc.align.relaxed.task_loss import TaskLoss, cross_entropy
 from lmc.errors import DataError, InputError, MismatchError
 from lmc.models.mlp import mlp
 from lmc.symmetry.spec import PermutationSpec

@@ -7,10 +7,10 @@ from torch import nn
 
 import lmc
 from lmc.errors import InputError, MismatchError
-from lmc.landscape.evaluation import evaluate
-from lmc.landscape.grid import Principal
-from lmc.landscape.plane import loss_plane, random_plane, trajectory_plane
-from lmc.landscape.plane_result import Plane
+from lmc.landscape.evaluation.evaluator import evaluate
+from lmc.landscape.planes.grid import Principal
+from lmc.landscape.planes.plane import loss_plane, random_plane, trajectory_plane
+from lmc.landscape.planes.plane_result import Plane
 
 RUN = lmc.data.checkpoint("digits-mlp64-trajectory")
 EPOCHS = (0, 1, 2, 5, 20)

@@ -8,14 +8,14 @@ from alignment_cases import CASES, Case, random_weights
 from torch import nn
 
 import lmc
-from lmc.align.folding import Probe
-from lmc.align.procrustes import Ascent, nearest_rotation
-from lmc.align.soft import Mixer
+from lmc.align.relaxed.soft import Mixer
+from lmc.align.rotations.folding import Probe
+from lmc.align.rotations.procrustes import Ascent, nearest_rotation
 from lmc.errors import InputError, SpecError
 from lmc.models.gpt import gpt
 from lmc.models.mlp import mlp
 from lmc.models.vit import vit
-from lmc.weights import Weights
+from lmc.weights.arithmetic import Weights
 
 TRANSFORMERS = ("vit", "gpt")
 STREAM = "d"

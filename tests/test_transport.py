@@ -6,11 +6,11 @@ import torch
 from alignment_cases import CASES, HEADS, digits, random_weights, transformer_patterns
 
 import lmc
-from lmc.align.activation_matching import activation_matching
-from lmc.align.assignment import assign, opening_prices
-from lmc.align.couplings import Coupling, plan
-from lmc.align.transport import Fusion, ot_fusion
-from lmc.align.widths import check_alone, guess_inputs
+from lmc.align.activations.matching import activation_matching
+from lmc.align.transport.couplings import Coupling, plan
+from lmc.align.transport.fusion import Fusion, ot_fusion
+from lmc.align.transport.widths import check_alone, guess_inputs
+from lmc.align.weight_matching.assignment import assign, opening_prices
 from lmc.errors import DataError, InputError, MismatchError, MissingPackageError, SpecError, WeightsError
 from lmc.models.cnn import cnn
 from lmc.models.gpt import gpt
@@ -323,7 +323,7 @@ def test_without_pot_the_message_says_what_to_install(monkeypatch):
 
 
 def test_entropic_couplings_that_do_not_converge_are_said(monkeypatch):
-    monkeypatch.setattr("lmc.align.couplings._SCALINGS", 3)
+    monkeypatch.setattr("lmc.align.transport.couplings._SCALINGS", 3)
     with pytest.warns(UserWarning, match="h1: Sinkhorn has not converged in 3 iterations.*raise regularization"):
         plan(costs(8, 6), 1e-3, "h1")
 

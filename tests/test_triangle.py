@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 import lmc
-from lmc.batchnorm import recalibrate_batchnorm
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
-from lmc.landscape.evaluation import Evaluator, evaluate
-from lmc.landscape.lattice import coarse_to_fine, interpolate, lattice, lattice_size
-from lmc.landscape.simplex_result import Simplex, Triangle
-from lmc.landscape.triangle import loss_simplex, loss_triangle
-from lmc.weights import mean
+from lmc.landscape.evaluation.evaluator import Evaluator, evaluate
+from lmc.landscape.simplices.lattice import coarse_to_fine, interpolate, lattice, lattice_size
+from lmc.landscape.simplices.simplex_result import Simplex, Triangle
+from lmc.landscape.simplices.triangle import loss_simplex, loss_triangle
+from lmc.network.batchnorm import recalibrate_batchnorm
+from lmc.weights.arithmetic import mean
 
 
 def blobs(count, seed):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 import lmc
-import lmc.align.descent
 from lmc import models
-from lmc.align.assignment import assign, prices_of
-from lmc.align.blocks import build_blocks
+from lmc.align.weight_matching import descent as descent_module
+from lmc.align.weight_matching.assignment import assign, prices_of
+from lmc.align.weight_matching.blocks import build_blocks
 
 # By name: the package has a function that is called like this module.
-MODULE = importlib.import_module("lmc.align.weight_matching")
+MODULE = importlib.import_module("lmc.align.weight_matching.algorithm")
 
 CASES = {
     "mlp": (lambda: models.mlp(12, [16, 24, 16], 4), handwritten.mlp(3), {}),
@@ -122,13 +122,13 @@ class TestObjective:
         visit, checked = lmc.align.descent.Descent.visit, []
 
         def watched(self, i, only=None):
-            before = lmc.align.descent.inner_product(self.fixed, self.state)
+            before = descent_module.inner_product(self.fixed, self.state)
             visit(self, i, only)
             if only is None:
                 checked.append(i)
-                assert lmc.align.descent.inner_product(self.fixed, self.state) >= before - 1e-6 * abs(before)
+                assert descent_module.inner_product(self.fixed, self.state) >= before - 1e-6 * abs(before)
 
-        monkeypatch.setattr(lmc.align.descent.Descent, "visit", watched)
+        monkeypatch.setattr(descent_module.Descent, "visit", watched)
         matching(spec, a, b, restarts=3)
         assert checked
 
@@ -417,7 +417,7 @@ class TestInterrupt:
         def stop(self, i, only=None):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(lmc.align.descent.Descent, "visit", stop)
+        monkeypatch.setattr(descent_module.Descent, "visit", stop)
         with pytest.warns(UserWarning, match="0 finished runs"):
             pi = matching(spec, a, b)
         assert pi.is_identity() and pi.objective == pi.info["objective_at_identity"]

@@ -14,10 +14,10 @@ import torch
 import traitlets
 
 from lmc.errors import InputError
-from lmc.landscape.path import Path, loss_path
+from lmc.landscape.paths.path import Path, loss_path
 from lmc.models import mlp
-from lmc.widgets import page
-from lmc.widgets.path_page import inline_html, save_html, state
+from lmc.views.widgets import page
+from lmc.views.widgets.path_page import inline_html, save_html, state
 
 WIDGETS = FilePath(page.__file__).parent
 

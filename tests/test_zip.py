@@ -9,13 +9,13 @@ from alignment_cases import CASES, Case, random_weights
 from torch import Tensor, nn
 
 import lmc
-from lmc.align.growth import blocks, growth
-from lmc.align.units import Units, paired, zipped_weights
-from lmc.align.zip import greedy
 from lmc.errors import DataError, InputError, MismatchError
+from lmc.merge.partial.growth import blocks, growth
+from lmc.merge.partial.units import Units, paired, zipped_weights
+from lmc.merge.partial.zipit import greedy
 from lmc.symmetry.group import Table
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights import Weights
+from lmc.weights.arithmetic import Weights
 
 WIDENABLE = ("mlp", "cnn", "vgg-bn", "resnet-bn")
 

@@ -15,7 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads; networks
 import torch  # noqa: E402
 
 import lmc  # noqa: E402
-from lmc.widgets.path_page import save_html  # noqa: E402
+from lmc.views.widgets.path_page import save_html  # noqa: E402
 
 WIDTHS = [512, 512, 512]
 TITLE = "Two networks, one basin"

@@ -24,7 +24,7 @@ from safetensors.torch import save
 from torch import nn
 
 import lmc
-from lmc.files import write_text
+from lmc.core.files import write_text
 
 DATA = Path(__file__).parents[1] / "data"
 

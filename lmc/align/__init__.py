@@ -1,18 +1,18 @@
 """Which move: permutations and couplings that bring one network onto another."""
 
-from lmc.align.activation_matching import activation_matching
-from lmc.align.comparison import METHODS, Comparison, compare
-from lmc.align.folding import fold_norms
+from lmc.align.activations.matching import activation_matching
 from lmc.align.many import Matchings, match_many
-from lmc.align.matching import Matching, inspect_matching
-from lmc.align.orthogonal import RotationMatching, rotatable_groups, rotation_matching
-from lmc.align.singular import SingularAlignment, singular_alignment
-from lmc.align.sinkhorn import sinkhorn_matching
-from lmc.align.straight_through import straight_through_matching
-from lmc.align.transport import Fusion, ot_fusion
-from lmc.align.weight_matching import weight_matching
-from lmc.align.widening import Zipped
-from lmc.align.zip import zipit
+from lmc.align.relaxed.sinkhorn import sinkhorn_matching
+from lmc.align.relaxed.straight_through import straight_through_matching
+from lmc.align.rotations.folding import fold_norms
+from lmc.align.rotations.matching import RotationMatching, rotatable_groups, rotation_matching
+from lmc.align.study.compare import METHODS, Comparison, compare
+from lmc.align.study.inspect import Matching, inspect_matching
+from lmc.align.study.singular import SingularAlignment, singular_alignment
+from lmc.align.transport.fusion import Fusion, ot_fusion
+from lmc.align.weight_matching.algorithm import weight_matching
+from lmc.merge.partial.widening import Zipped
+from lmc.merge.partial.zipit import zipit
 
 __all__ = [
     "METHODS",

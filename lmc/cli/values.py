@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import lmc.data
 import lmc.merge
-from lmc.checkpoints import open_checkpoint
 from lmc.errors import DataError, InputError
+from lmc.weights.checkpoints.opening import open_checkpoint
 
 NOT_OPTIONS = ("models", "base", "align", "options")
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from lmc.data.files import verify
 from lmc.errors import DataError, InputError
-from lmc.weights import Weights
+from lmc.weights.arithmetic import Weights
 
 MANIFEST = "manifest.json"
 REMEDY = "Stored checkpoints are part of the repository, not of the installed package: clone it, or pass folder="

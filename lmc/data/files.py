@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from lmc.core.progress import tqdm
 from lmc.errors import DataError
-from lmc.progress import tqdm
 
 VARIABLE = "LMC_DATA"
 

@@ -11,14 +11,14 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lmc.batches import Split, as_splits, to_device
+from lmc.core.progress import tqdm
 from lmc.errors import InputError
-from lmc.landscape.grid import Values
-from lmc.landscape.objective import Loss, check_training_data, mean_loss
-from lmc.landscape.scores import IGNORED
-from lmc.network import Network, pick_device
-from lmc.progress import tqdm
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_finite
+from lmc.landscape.evaluation.objective import Loss, check_training_data, mean_loss
+from lmc.landscape.evaluation.scores import IGNORED
+from lmc.landscape.planes.grid import Values
+from lmc.network.batches import Split, as_splits, to_device
+from lmc.network.network import Network, pick_device
+from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_finite
 
 Product = Callable[[Tensor], Tensor]
 

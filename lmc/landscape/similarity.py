@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmc.batches import Split, take, to_device
 from lmc.errors import DataError, InputError
-from lmc.landscape.evaluation import Evaluator
-from lmc.landscape.scores import IGNORED
-from lmc.network import Network, pick_device
-from lmc.weights import ModelOrWeights, Weights, finite_pair
+from lmc.landscape.evaluation.evaluator import Evaluator
+from lmc.landscape.evaluation.scores import IGNORED
+from lmc.network.batches import Split, take, to_device
+from lmc.network.network import Network, pick_device
+from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair
 
 
 @dataclass(frozen=True, eq=False)

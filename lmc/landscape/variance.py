@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import nn
 
+from lmc.core.extras import require
+from lmc.core.progress import tqdm
 from lmc.errors import InputError
-from lmc.extras import require
-from lmc.inputs import first_of, input_batches
-from lmc.landscape.path import Values
-from lmc.network import Network, pick_device
-from lmc.progress import tqdm
-from lmc.renormalize import ChannelMoments
-from lmc.rescalable import preactivations, run_seen
-from lmc.weights import ModelOrWeights, as_weights, check_compatible, check_finite
+from lmc.landscape.paths.path import Values
+from lmc.network.inputs import first_of, input_batches
+from lmc.network.layers import preactivations, run_seen
+from lmc.network.network import Network, pick_device
+from lmc.network.repair import ChannelMoments
+from lmc.weights.arithmetic import ModelOrWeights, as_weights, check_compatible, check_finite
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,7 +57,7 @@ class VarianceRatios:
 
     def plot(self, label: str = "merged", **others: "VarianceRatios") -> "go.Figure":
         """The ratio in each layer: `repaired.plot("repaired", naive=naive)` draws both networks."""
-        from lmc.plots.variance import plot_ratios
+        from lmc.views.plots.variance import plot_ratios
 
         for name, other in others.items():
             if not isinstance(other, VarianceRatios) or other.ends.keys() != self.ends.keys():

@@ -31,10 +31,12 @@ with little memory: `write(method, models, out, base=..., ...)`; `plan(...)` say
 `replay(recipe, out)` does one again. The command `lmc merge` does the same.
 """
 
-from lmc.merge.adamerging import adamerging
-from lmc.merge.aligning import aligned
-from lmc.merge.ama import ama
-from lmc.merge.averaging import (
+from lmc.merge.disk.replay import replay
+from lmc.merge.disk.write import Plan, plan, write
+from lmc.merge.engine.aligning import aligned
+from lmc.merge.engine.method import linear, on_task_vectors, on_tensors
+from lmc.merge.partial.pleas import pleas
+from lmc.merge.rules.averaging import (
     average,
     ema,
     karcher_mean,
@@ -45,28 +47,26 @@ from lmc.merge.averaging import (
     swa,
     variance_corrected,
 )
-from lmc.merge.bang import balanced_batch
-from lmc.merge.comparison import Comparison, compare
-from lmc.merge.experts import mix_experts
-from lmc.merge.fisher import fisher, fisher_information, fisher_weighted
-from lmc.merge.inspection import Inspection, inspect
-from lmc.merge.method import linear, on_task_vectors, on_tensors
-from lmc.merge.mixing import Mixer, mixer
-from lmc.merge.on_top import consensus, lines, on_merged, tall_mask, tall_masks
-from lmc.merge.pleas import pleas
-from lmc.merge.regmean import regmean, regmean_plus_plus
-from lmc.merge.replaying import replay
-from lmc.merge.robust_line import WiseLine, wise_ft_line
-from lmc.merge.runs import diwa, ratatouille
-from lmc.merge.search import evolve, lcsc
-from lmc.merge.soups import greedy_soup, learned_soup, uniform_soup, wise_ft
-from lmc.merge.sparse import magnitude_masks, sparse_soup
-from lmc.merge.starlight import Star, StarPaths, star_model
-from lmc.merge.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
-from lmc.merge.tasting import Soups, taste_soups
-from lmc.merge.ties import pcb, ties
-from lmc.merge.to_disk import Plan, plan, write
-from lmc.merge.trajectory import TrajectoryAverages, trajectory_averages
+from lmc.merge.rules.balanced_batch import balanced_batch
+from lmc.merge.rules.experts import mix_experts
+from lmc.merge.rules.postprocess import consensus, lines, on_merged, tall_mask, tall_masks
+from lmc.merge.rules.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
+from lmc.merge.rules.ties import pcb, ties
+from lmc.merge.study.compare import Comparison, compare
+from lmc.merge.study.inspect import Inspection, inspect
+from lmc.merge.study.mixer import Mixer, mixer
+from lmc.merge.study.trajectory import TrajectoryAverages, trajectory_averages
+from lmc.merge.with_data.adamerging import adamerging
+from lmc.merge.with_data.ama import ama
+from lmc.merge.with_data.compare_soups import Soups, taste_soups
+from lmc.merge.with_data.fisher import fisher, fisher_information, fisher_weighted
+from lmc.merge.with_data.regmean import regmean, regmean_plus_plus
+from lmc.merge.with_data.search import evolve, lcsc
+from lmc.merge.with_data.soups import greedy_soup, learned_soup, uniform_soup, wise_ft
+from lmc.merge.with_training.robust_line import WiseLine, wise_ft_line
+from lmc.merge.with_training.sparse import magnitude_masks, sparse_soup
+from lmc.merge.with_training.star import Star, StarPaths, star_model
+from lmc.merge.with_training.trained_soups import diwa, ratatouille
 
 __all__ = [
     "Comparison",

@@ -13,11 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from lmc.errors import CertificateError, InputError
-from lmc.modules import copy_module
-from lmc.symmetry.failures import not_computed, quiet
+from lmc.network.copies import copy_module
+from lmc.symmetry.discovery.failures import not_computed, quiet
 from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, select, tensors_in
 from lmc.symmetry.permutation import Permutation
-from lmc.weights import ModelOrWeights, Weights, as_weights
+from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights
 
 if TYPE_CHECKING:
     from lmc.symmetry.spec import PermutationSpec

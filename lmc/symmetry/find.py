@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import nn
 
 from lmc.errors import InputError
-from lmc.symmetry.discover import discover
+from lmc.symmetry.discovery.discover import discover
 from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, tensors_in
 from lmc.symmetry.spec import PermutationSpec
 

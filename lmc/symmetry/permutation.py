@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lmc.core.files import write_text
 from lmc.errors import InputError, SpecError
-from lmc.files import write_text
 from lmc.symmetry.actions import permute_tensor, sources
 from lmc.symmetry.outputs import ExampleInputs, OutputSelector
-from lmc.weights import ModelOrWeights, Weights, as_weights
+from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights
 
 if TYPE_CHECKING:
     from lmc.symmetry.certify import Certificate

@@ -13,17 +13,17 @@ import numpy as np
 import torch
 from torch import nn
 
+from lmc.core.files import write_text
 from lmc.errors import InputError, SpecError
-from lmc.files import write_text
 from lmc.symmetry.actions import outermost_first
 from lmc.symmetry.checks import absence, check_groups
-from lmc.symmetry.describe import describe
 from lmc.symmetry.group import Group, Table
-from lmc.symmetry.layout import groups_from_axes
-from lmc.symmetry.notation import parse
+from lmc.symmetry.notation.describe import describe
+from lmc.symmetry.notation.grammar import parse
+from lmc.symmetry.notation.layout import groups_from_axes
 from lmc.symmetry.outputs import ExampleInputs, OutputSelector
 from lmc.symmetry.permutation import Permutation
-from lmc.weights import ModelOrWeights, as_weights, tied_names
+from lmc.weights.arithmetic import ModelOrWeights, as_weights, tied_names
 
 if TYPE_CHECKING:
     from lmc.symmetry.certify import Certificate
@@ -230,7 +230,7 @@ class PermutationSpec:
 
     def __or__(self, edits: Mapping[str, str]) -> "PermutationSpec":
         """The spec with the patterns of some tensors replaced (wildcards as in `from_patterns`)."""
-        from lmc.symmetry.edit import edit
+        from lmc.symmetry.notation.edit import edit
 
         return edit(self, edits)
 
@@ -255,13 +255,13 @@ class PermutationSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: patterns where they say everything, else the tables themselves."""
-        from lmc.symmetry.store import to_dict
+        from lmc.symmetry.notation.store import to_dict
 
         return to_dict(self)
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "PermutationSpec":
-        from lmc.symmetry.store import from_dict
+        from lmc.symmetry.notation.store import from_dict
 
         return from_dict(content)
 
@@ -289,7 +289,7 @@ class PermutationSpec:
 
     def plot(self):
         """A picture of the layers and the groups that tie them (plotly figure)."""
-        from lmc.plots.symmetry import plot_spec
+        from lmc.views.plots.symmetry import plot_spec
 
         return plot_spec(self)
 

@@ -4,8 +4,8 @@ import torch
 from torch import nn
 
 from lmc.errors import InputError
-from lmc.modules import copy_module
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible, check_finite
+from lmc.network.copies import copy_module
+from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible, check_finite
 
 
 def initialised(model: nn.Module, seed: int) -> Weights:

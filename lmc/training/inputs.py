@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from lmc.batches import as_splits
 from lmc.errors import DataError, InputError
+from lmc.network.batches import as_splits
 
 
 def training_tensors(data: object, device: torch.device) -> tuple[Tensor, Tensor]:

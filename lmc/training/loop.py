@@ -10,15 +10,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from lmc.core.progress import tqdm
 from lmc.errors import InputError
-from lmc.modules import copy_module
-from lmc.network import pick_device
-from lmc.progress import tqdm
+from lmc.network.copies import copy_module
+from lmc.network.network import pick_device
 from lmc.training.init import aliases, device_of, given, initialised
 from lmc.training.inputs import check_model, epochs_to_keep, training_tensors
 from lmc.training.result import History, Recipe, Trained
 from lmc.training.step import Stack, Step, one_by_one, record
-from lmc.weights import ModelOrWeights, Weights
+from lmc.weights.arithmetic import ModelOrWeights, Weights
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("cosine", "constant")

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lmc.extras import require
-from lmc.weights import Weights
+from lmc.core.extras import require
+from lmc.weights.arithmetic import Weights
 
 if TYPE_CHECKING:
     import pandas

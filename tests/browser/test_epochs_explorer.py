@@ -4,7 +4,7 @@ import pytest
 import torch
 from acts import NETWORKS, drag, until, write
 
-from lmc.landscape.epochs import barrier_over_time
+from lmc.align.study.epochs import barrier_over_time
 from lmc.models import mlp
 
 MAKE = """

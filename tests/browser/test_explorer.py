@@ -4,7 +4,7 @@ import pytest
 import torch
 from acts import NETWORKS, drag, until, write
 
-from lmc.landscape.path import loss_path
+from lmc.landscape.paths.path import loss_path
 from lmc.models import mlp
 
 

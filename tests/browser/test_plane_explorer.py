@@ -7,8 +7,8 @@ import pytest
 import torch
 from acts import NETWORKS, changes, drag, pixels, until, write
 
-from lmc.landscape.plane import loss_plane
-from lmc.landscape.plane_result import Plane
+from lmc.landscape.planes.plane import loss_plane
+from lmc.landscape.planes.plane_result import Plane
 from lmc.models import mlp
 
 MAKE = "plane = lmc.loss_plane(model, (a, b, c), data, resolution=9, progress=False)"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from zoo.certificate import check_tables, error, state_of
 
 from lmc.errors import TraceError
-from lmc.symmetry.discover import discover
+from lmc.symmetry.discovery.discover import discover
 from lmc.symmetry.group import Group
 
 from .program import Program

@@ -1,0 +1,197 @@
+"""Second moments between the units of two networks on the same inputs, streamed over batches in one pass.
+
+Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983), on centred values: products in the dtype of
+the activations, sums in float64, where a few batches at a time are added. So a mean that is large beside the spread
+costs no digits. What is kept is one matrix per group, on the device that runs the networks.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lmc.align.activations.taps import Tap, Watch
+from lmc.core.progress import tqdm
+from lmc.errors import DataError
+from lmc.network.inputs import Call, call_module
+from lmc.network.network import Network
+from lmc.weights.arithmetic import Weights
+
+# A unit whose spread is below this share of its mean square has no variance beyond rounding: it is constant.
+_ROUNDING = 1e-12
+# So many samples are summed up in the dtype of the activations before the sum goes over into float64.
+_SAMPLES_AT_A_TIME = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class Site:
+    """Channels of a tap that belong to the units of one target.
+
+    Attributes:
+        tap: where to look.
+        target: the name under which statistics are summed (a group, or the tap itself).
+        rows_a, rows_b: `(n_a, m)` and `(n_b, m)` channels of each unit in either network; each column is a sample more.
+    """
+
+    tap: Tap
+    target: str
+    rows_a: Tensor
+    rows_b: Tensor
+
+
+class Moments:
+    """Centred second moments of `n_a` units of one network and `n_b` of another, over all sites of a target.
+
+    Attributes:
+        square_a, square_b: `(n_a,)`, `(n_b,)`, `sum (z - mean)²`.
+        samples: examples times positions over which the sums run.
+    """
+
+    def __init__(self, n_a: int, n_b: int, device: torch.device) -> None:
+        self._product = torch.zeros(n_a, n_b, dtype=torch.float64, device=device)
+        self._recent: Tensor | None = None  # what the last batches add to it, in their dtype
+        self._recent_samples = 0
+        self.square_a = torch.zeros(n_a, dtype=torch.float64, device=device)
+        self.square_b = torch.zeros(n_b, dtype=torch.float64, device=device)
+        self.samples = 0
+        self._means: dict[Site, tuple[int, Tensor, Tensor]] = {}
+
+    def update(self, site: Site, a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> None:
+        """Take in one batch: for either network the centred values `(n, samples)` and the mean `(n,)` in float64."""
+        (values_a, mean_a), (values_b, mean_b) = a, b
+        new = values_a.shape[1]
+        before, old_a, old_b = self._means.get(site, (0, torch.zeros_like(mean_a), torch.zeros_like(mean_b)))
+        shift_a, shift_b = mean_a - old_a, mean_b - old_b
+        weight = before * new / (before + new)
+        if self._recent is None:
+            self._recent = values_a @ values_b.T
+        else:
+            self._recent.addmm_(values_a, values_b.T)
+        self._recent_samples += new
+        if self._recent_samples >= _SAMPLES_AT_A_TIME:
+            self._fold()
+        if before:
+            self._product.addr_(shift_a, shift_b, alpha=weight)
+        self.square_a += values_a.square().sum(1) + weight * shift_a.square()
+        self.square_b += values_b.square().sum(1) + weight * shift_b.square()
+        share = new / (before + new)
+        self._means[site] = (before + new, old_a + share * shift_a, old_b + share * shift_b)
+        self.samples += new
+
+    def _fold(self) -> None:
+        if self._recent is not None:
+            self._product += self._recent
+            self._recent, self._recent_samples = None, 0
+
+    @property
+    def product(self) -> Tensor:
+        """`(n_a, n_b)` float64: `sum (z_a - mean) (z_b - mean)`; means are those of each site."""
+        self._fold()
+        return self._product
+
+    def cross_product(self) -> Tensor:
+        """`(n_a, n_b)`: the uncentred `sum z_a z_b`."""
+        total = self.product.clone()
+        for count, mean_a, mean_b in self._means.values():
+            total.addr_(mean_a, mean_b, alpha=count)
+        return total
+
+    def uncentred_squares(self) -> tuple[Tensor, Tensor]:
+        """`(n_a,)` and `(n_b,)`: the uncentred `sum z²`."""
+        square_a, square_b = self.square_a.clone(), self.square_b.clone()
+        for count, mean_a, mean_b in self._means.values():
+            square_a += count * mean_a.square()
+            square_b += count * mean_b.square()
+        return square_a, square_b
+
+    def constant(self) -> tuple[Tensor, Tensor]:
+        """`(n_a,)` and `(n_b,)` bool: units that have one value on all inputs."""
+        whole_a, whole_b = self.uncentred_squares()
+        return self.square_a <= _ROUNDING * whole_a, self.square_b <= _ROUNDING * whole_b
+
+    def correlation(self) -> Tensor:
+        """`(n_a, n_b)`: Pearson correlations; 0 for constant units."""
+        still_a, still_b = self.constant()
+        scale_a = torch.where(still_a, 0.0, self.square_a.clamp_min(torch.finfo(torch.float64).tiny).rsqrt())
+        scale_b = torch.where(still_b, 0.0, self.square_b.clamp_min(torch.finfo(torch.float64).tiny).rsqrt())
+        return scale_a[:, None] * self.product * scale_b
+
+    def check_finite(self, target: str) -> None:
+        """Raise `DataError` if the activations held NaN or infinity."""
+        if not bool(torch.isfinite(self.square_a.sum() + self.square_b.sum())):
+            which = "a" if not bool(torch.isfinite(self.square_a.sum())) else "b"
+            where = ", ".join(sorted({site.tap.name for site in self._means}))
+            raise DataError(
+                f"{target}: activations of {which} hold NaN or infinity (seen at {where}); check the inputs"
+            )
+
+
+def collect(
+    networks: tuple[Network, Network],
+    weights: tuple[Weights, Weights],
+    sites: Sequence[Site],
+    batches: Iterable[Call],
+    progress: bool,
+) -> dict[str, Moments]:
+    """Run both networks over the batches and sum up what the sites show; the networks may be one and the same object."""
+    device = networks[0].device
+    moments: dict[str, Moments] = {}
+    for site in sites:
+        if site.target not in moments:
+            moments[site.target] = Moments(len(site.rows_a), len(site.rows_b), device)
+    bar = tqdm(batches, desc="activations", unit=" batches", disable=not progress)
+    for call in bar:
+        seen_a = _run(networks[0], weights[0], [(site, site.rows_a) for site in sites], call)
+        seen_b = _run(networks[1], weights[1], [(site, site.rows_b) for site in sites], call)
+        for site in sites:
+            for a, b in zip(seen_a[site], seen_b[site], strict=True):
+                moments[site.target].update(site, a, b)
+    for target, found in moments.items():
+        found.check_finite(target)
+    return moments
+
+
+@torch.no_grad()
+def _run(
+    network: Network, weights: Weights, sites: Sequence[tuple[Site, Tensor]], call: Call
+) -> Mapping[Site, list[tuple[Tensor, Tensor]]]:
+    """For each site the centred values and the mean, once for every time its module is called in the forward pass."""
+    at: dict[Tap, list[tuple[Site, Tensor]]] = {}
+    for site, rows in sites:
+        at.setdefault(site.tap, []).append((site, rows))
+    seen: dict[Site, list[tuple[Tensor, Tensor]]] = {site: [] for site, _ in sites}
+
+    def see(tap: Tap, activation: Tensor) -> None:
+        for site, rows in at[tap]:
+            seen[site].append(centred(unit_values(activation, tap.channel, rows)))
+
+    network.load(weights)
+    with Watch(network.module, list(at), see):
+        call_module(network.module, call, network.device)
+    return seen
+
+
+def unit_values(activation: Tensor, channel: int, rows: Tensor) -> Tensor:
+    """`(n, samples)`: the values of each unit, all its channels and all other axes being samples; float32 at least.
+
+    In the order of memory that the activation has, where that is possible.
+    """
+    if channel in (-1, activation.ndim - 1):
+        values = activation.reshape(-1, activation.shape[-1]).T
+    else:
+        values = activation.movedim(channel, 0).flatten(1)
+    values = values.to(torch.promote_types(activation.dtype, torch.float32))
+    if not _is_arange(rows, len(values)):
+        values = values.index_select(0, rows.flatten().to(values.device))
+    return values.reshape(len(rows), -1)
+
+
+def centred(values: Tensor) -> tuple[Tensor, Tensor]:
+    """A fresh copy of the values without their mean, and the mean: layers that work in place cannot spoil it."""
+    mean = values.mean(1)
+    return values - mean[:, None], mean.double()
+
+
+def _is_arange(rows: Tensor, length: int) -> bool:
+    return rows.numel() == length and bool((rows.flatten() == torch.arange(length)).all())

@@ -1,0 +1,125 @@
+"""Activation matching: units that do the same on the same inputs (Li et al. 2015; Ainsworth et al. 2023, section 3.1)."""
+
+import time
+import warnings
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from lmc.align.activations.by_weights import match_silent, match_unseen
+from lmc.align.activations.clusters import clusters
+from lmc.align.activations.collect import Moments, collect
+from lmc.align.activations.taps import choose, live_taps
+from lmc.align.weight_matching.algorithm import matched
+from lmc.errors import InputError
+from lmc.network.inputs import call_module, first_of, input_batches
+from lmc.network.network import Network, pick_device
+from lmc.symmetry.permutation import Permutation
+from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.weights.arithmetic import ModelOrWeights, finite_pair
+
+Method = Literal["correlation", "cross-product"]
+
+
+def activation_matching(
+    spec: PermutationSpec | UnboundSpec,
+    model: nn.Module,
+    a: ModelOrWeights,
+    b: ModelOrWeights,
+    inputs: Any,
+    *,
+    method: Method = "correlation",
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Permutation:
+    """The permutation under which B's units act most like A's on the same inputs, group by group.
+
+    For each group, `p` maximises `sum_i G[i, p[i]]`. With "cross-product", `G = Z_A^T Z_B`, which makes `|Z_A - Z_B[p]|`
+    smallest (Ainsworth et al. 2023, eq. 1); with "correlation", G holds the Pearson correlations (Li et al. 2015, used by
+    REPAIR, Jordan et al. 2023), which do not see the scale of a unit. Positions of a convolution, or of a sequence, are
+    samples. One pass over the inputs, both networks in eval mode; groups do not depend on each other.
+
+    A group is looked at where its units enter the modules that consume them (after the nonlinearity), at all such places
+    of a residual stream; where there is none, as for queries and keys, where they leave the modules that produce them.
+    Units nested in others (within heads) are matched for every pair of these. Units that are constant in both networks,
+    dead or saturated, are matched by their weights, and so are, with a warning, groups whose units pass no module that we
+    know (parameters used by functions alone). Where positions themselves may be permuted (an array of latents), samples
+    of the two networks do not correspond, and weight matching is the better choice.
+
+    Args:
+        spec: the symmetries of the architecture.
+        model: the architecture; neither changed nor read for weights.
+        a, b: modules or state dicts on one device; neither is changed.
+        inputs: a tensor `(N, ...)`, a mapping of keyword tensors, a tuple of tensors, an object with `.train`, or an
+            iterable of such batches. A pair is `(inputs, targets)`; targets are not used.
+        method: what to maximise.
+        batch_size: examples at a time, where `inputs` is not cut into batches already.
+        device: where to run (default: where the weights are).
+        progress: show a bar when it takes longer than two seconds.
+
+    Returns:
+        The permutation, with `.objective` (the sum over the groups that were seen) and, in `.info`, the taps, samples and
+        constant units of each group and the groups that were matched by weights.
+
+    Raises:
+        MismatchError: `a` and `b` differ in keys, shapes, dtype or device. SpecError: the spec does not fit them.
+        DataError: no inputs, or activations that are not finite. WeightsError: weights that are not finite.
+    """
+    if method not in get_args(Method):
+        raise InputError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(Method)))}")
+    started = time.perf_counter()
+    a, b = finite_pair(a, b)
+    spec = spec.bind(a)
+    network = Network(model, pick_device(device, a))
+    network.check(a, "a")
+    a, b = ({name: tensor.to(network.device) for name, tensor in weights.items()} for weights in (a, b))
+
+    network.load(a)
+    batches = input_batches(model, inputs, batch_size)
+    first = next(batches)
+    probe = first_of(first, 1)
+    taps = choose(spec, live_taps(spec, network.module, lambda: call_module(network.module, probe, network.device)))
+    seen, unseen = clusters(spec, taps)
+    sites = [site for cluster in seen for site in cluster.sites(spec)]
+    moments = collect((network, network), (a, b), sites, chain([first], batches), progress)
+    _warn_if_few(moments)
+    scores = {name: m.correlation() if method == "correlation" else m.cross_product() for name, m in moments.items()}
+
+    indices = spec.identity().indices
+    objective = naive = 0.0
+    for cluster in seen:
+        found, value, stay = cluster.match(spec, scores)
+        indices |= found
+        objective, naive = objective + value, naive + stay
+    fixed, moving = matched(spec, a), matched(spec, b)
+    indices = match_silent(spec, scores, fixed, moving, indices)
+    by_weights = [name for cluster in unseen for name in cluster.groups]
+    if by_weights:
+        indices = match_unseen(spec, by_weights, fixed, moving, indices)
+    info = {
+        "method": "activation_matching",
+        "statistic": method,
+        "objective_at_identity": naive,
+        "samples": {name: m.samples for name, m in moments.items()},
+        "constant_units": {name: [int(c.sum()) for c in m.constant()] for name, m in moments.items()},
+        "taps": {name: [site.tap.name for site in sites if site.target == name] for name in moments},
+        "by_weights": by_weights,
+        "seconds": time.perf_counter() - started,
+    }
+    return Permutation(spec, indices, objective, info)
+
+
+def _warn_if_few(moments: Mapping[str, Moments]) -> None:
+    few = [name for name, m in moments.items() if m.samples < len(m.product)]
+    if few:
+        m = moments[few[0]]
+        warnings.warn(
+            f"{few[0]}: {m.samples} samples for {len(m.product)} units leave the matching open"
+            + (f" (and {len(few) - 1} more groups)" if len(few) > 1 else "")
+            + "; pass more inputs",
+            stacklevel=3,
+        )

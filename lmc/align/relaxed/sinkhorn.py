@@ -1,0 +1,195 @@
+"""Sinkhorn re-basin: permutations learned as doubly stochastic matrices (Peña et al. 2023, arXiv:2212.12042)."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lmc.align.relaxed.soft import Mixer, sinkhorn
+from lmc.align.relaxed.task_loss import Loss, TaskLoss
+from lmc.align.weight_matching.algorithm import matched
+from lmc.align.weight_matching.assignment import assign
+from lmc.core.progress import tqdm
+from lmc.errors import DataError, InputError
+from lmc.network.network import Network, pick_device
+from lmc.symmetry.permutation import Permutation
+from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair, lerp
+
+Target = Literal["l2", "l1", "cosine", "midpoint", "random"]
+Matrices = dict[str, Tensor]
+
+_NOISE = 0.1
+_UNEVEN = 0.25
+
+
+def sinkhorn_matching(
+    spec: PermutationSpec | UnboundSpec,
+    model: nn.Module,
+    a: ModelOrWeights,
+    b: ModelOrWeights,
+    data: Any = None,
+    *,
+    target: Target | None = None,
+    tau: float = 1.0,
+    iterations: int = 20,
+    lr: float = 0.1,
+    steps: int = 300,
+    measure_every: int = 10,
+    patience: int = 10,
+    batch_size: int = 256,
+    loss: Loss | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Permutation:
+    """Learn all permutations of B at once by gradient descent, each relaxed to `S = Sinkhorn(exp(X / tau))`.
+
+    Training is soft, what is kept is hard: every few steps the assignment that is best for X is measured, and the best
+    one is returned, the identity being the first. X starts at the identity plus noise and is trained by AdamW.
+
+    Args:
+        spec: the symmetries of the architecture.
+        model: the architecture; not touched.
+        a, b: modules or state dicts on one device; neither is changed.
+        data: labelled, for "midpoint" and "random": `(inputs, targets)`, an iterable of such batches, or an object with
+            `.train`.
+        target: what is made small. "l2", "l1", "cosine": a distance between A and pi(B), without data. "midpoint": the
+            loss at `(A + pi(B)) / 2`; "random": the loss at a random point between them. Default: "midpoint" with data,
+            "l2" without.
+        tau: temperature; the smaller, the nearer to permutations, and the fainter the gradients.
+        iterations: scalings of rows and columns.
+        lr: of AdamW on X.
+        steps: at most.
+        measure_every: steps between two measurements.
+        patience: end after this many measurements without a better permutation.
+        batch_size, loss: examples in a step; of outputs and targets (default: cross-entropy).
+        seed: decides the noise, the order of the data and the random points.
+        device: where to run (default: where the weights are).
+        progress: show a bar when it takes longer than two seconds.
+
+    Returns:
+        The permutation. `.objective` is minus the best value measured; `.info["values"]` has them all. An interrupt ends
+        the search with a warning and returns the best so far.
+
+    Warns when the matrices at the end are not doubly stochastic, which makes training soft on something else.
+
+    Raises:
+        MismatchError: `a` and `b` differ in keys, shapes, dtype or device. SpecError: the spec does not fit them.
+        DataError: no data for a target that needs them. WeightsError: weights that are not finite.
+    """
+    target = target or ("l2" if data is None else "midpoint")
+    _check(target, data, tau, iterations, lr, steps, measure_every, patience)
+    started = time.perf_counter()
+    a, b = finite_pair(a, b)
+    spec = spec.bind(a)
+    chosen = pick_device(device, a)
+    Network(model, chosen).check(a, "a")
+    # One order of the tensors, whatever the caller's: sums in another order round differently, and training amplifies it.
+    a, b = ({name: weights[name].to(chosen) for name in sorted(weights)} for weights in (a, b))
+    generator = torch.Generator().manual_seed(seed)
+    step_loss, measure = _objective(spec, model, a, b, data, target, loss, batch_size, generator)
+    if not spec.groups:  # nothing may move
+        return Permutation(spec, {}, -measure(spec.identity()), {"method": "sinkhorn_matching", "target": target})
+
+    scores = {
+        name: (torch.eye(g.size) + _NOISE * torch.randn(g.size, g.size, generator=generator)).to(chosen)
+        for name, g in spec.groups.items()
+    }
+    optimizer = torch.optim.AdamW([x.requires_grad_() for x in scores.values()], lr=lr)
+    best = spec.identity()
+    values, stale, taken = [measure(best)], 0, 0
+    try:
+        for taken in tqdm(range(1, steps + 1), desc="sinkhorn", disable=not progress):
+            optimizer.zero_grad()
+            step_loss({name: sinkhorn(x / tau, iterations) for name, x in scores.items()}).backward()
+            optimizer.step()
+            if taken % measure_every == 0 or taken == steps:
+                pi = Permutation(spec, {name: assign(x)[0] for name, x in scores.items()})
+                values.append(measure(pi))
+                stale = 0 if values[-1] < min(values[:-1]) else stale + 1
+                best = pi if stale == 0 else best
+                if stale >= patience:
+                    break
+    except KeyboardInterrupt:
+        warnings.warn(f"interrupted: the best of {len(values)} permutations is returned", stacklevel=2)
+    uneven = max(_unevenness(x.detach() / tau, iterations) for x in scores.values())
+    if uneven > _UNEVEN:
+        warnings.warn(
+            f"Sinkhorn has not converged: after {iterations} iterations at tau={tau:g} a column sums to 1 only within "
+            f"{uneven:.2g}; raise iterations or tau, or lower lr",
+            stacklevel=2,
+        )
+    info = {
+        "method": "sinkhorn_matching",
+        "target": target,
+        "seed": seed,
+        "steps": taken,
+        "values": values,
+        "unevenness": uneven,
+        "seconds": time.perf_counter() - started,
+    }
+    return Permutation(spec, best.indices, -min(values), info)
+
+
+def _check(target: str, data: Any, tau: float, iterations: int, lr: float, *counts: int) -> None:
+    if target not in get_args(Target):
+        raise InputError(f"target={target!r}: expected one of {', '.join(map(repr, get_args(Target)))}")
+    if target in ("midpoint", "random") and data is None:
+        raise DataError(f"target={target!r} needs labelled data; without data choose 'l2', 'l1' or 'cosine'")
+    if tau <= 0 or lr <= 0 or iterations < 1 or min(counts) < 1:
+        raise InputError(f"{tau=}, {lr=}, {iterations=}, steps, measure_every or patience: expected positive numbers")
+
+
+def _objective(
+    spec: PermutationSpec,
+    model: nn.Module,
+    a: Weights,
+    b: Weights,
+    data: Any,
+    target: Target,
+    loss: Loss | None,
+    batch_size: int,
+    generator: torch.Generator,
+) -> tuple[Callable[[Matrices], Tensor], Callable[[Permutation], float]]:
+    """What a training step makes small, as a function of soft matrices, and what is measured, of a permutation."""
+    ours, theirs = matched(spec, a), matched(spec, b)
+    mix = Mixer(spec, theirs, next(iter(b.values())).device)
+    if target in ("l2", "l1", "cosine"):
+        return (
+            lambda matrices: distance(ours, mix(matrices, theirs), target),
+            lambda pi: float(distance(ours, matched(spec, pi.apply(b)), target)),
+        )
+    task = TaskLoss(model, data, loss, batch_size, next(iter(b.values())).device)
+    batches = _forever(task, generator)
+
+    def step_loss(matrices: Matrices) -> Tensor:
+        alpha = 0.5 if target == "midpoint" else float(torch.rand((), generator=generator))
+        mixed = mix(matrices, theirs)
+        between = {name: torch.lerp(x, mixed[name], alpha).to(a[name].dtype) for name, x in ours.items()}
+        return task(a | between, next(batches))
+
+    return step_loss, lambda pi: task.mean(lerp(a, pi.apply(b), 0.5))
+
+
+def _forever(task: TaskLoss, generator: torch.Generator) -> Iterator[Any]:
+    while True:
+        yield from task.shuffled(generator)
+
+
+def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], target: Target) -> Tensor:
+    """Between all tensors as one vector each: squared "l2" or "l1", as a share of that norm of A, or 1 - cosine."""
+    left = torch.cat([tensor.flatten() for tensor in a.values()])
+    right = torch.cat([b[name].flatten() for name in a])
+    if target == "cosine":
+        return 1.0 - torch.nn.functional.cosine_similarity(left, right, dim=0)
+    if target == "l1":
+        return (left - right).abs().sum() / left.abs().sum().clamp_min(torch.finfo(left.dtype).tiny)
+    return (left - right).square().sum() / left.square().sum().clamp_min(torch.finfo(left.dtype).tiny)
+
+
+def _unevenness(log_scores: Tensor, iterations: int) -> float:
+    return float((sinkhorn(log_scores, iterations).sum(0) - 1.0).abs().max())

@@ -1,0 +1,132 @@
+"""Straight-through matching: the permutation whose midpoint has the lowest loss (Ainsworth et al. 2023, section 3.3)."""
+
+import time
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmc.align.relaxed.task_loss import Loss, TaskLoss
+from lmc.align.weight_matching.algorithm import matched, weight_matching
+from lmc.align.weight_matching.blocks import Block, build_blocks
+from lmc.align.weight_matching.descent import Descent
+from lmc.core.progress import tqdm
+from lmc.errors import InputError
+from lmc.network.network import Network, pick_device
+from lmc.symmetry.permutation import Permutation
+from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair, lerp
+
+_SWEEPS = 20
+
+
+def straight_through_matching(
+    spec: PermutationSpec | UnboundSpec,
+    model: nn.Module,
+    a: ModelOrWeights,
+    b: ModelOrWeights,
+    data: Any,
+    *,
+    epochs: int = 40,
+    lr: float = 0.3,
+    momentum: float = 0.9,
+    batch_size: int = 256,
+    patience: int = 10,
+    loss: Loss | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Permutation:
+    """Learn a permutation of B by gradient descent on the loss of the midpoint `(A + pi(B)) / 2`.
+
+    Latent weights start at A. In each step, pi is the projection of the latent weights onto the permutations of B (weight
+    matching, from the last pi); the gradient of the midpoint's loss passes straight through to the latent weights, as if
+    they were pi(B). What counts is the loss over all the data, measured after each epoch; the best pi is returned. The
+    first one measured is weight matching's, so the result is never worse than it on these data.
+
+    Args:
+        spec: the symmetries of the architecture.
+        model: the architecture; not touched.
+        a, b: modules or state dicts on one device; neither is changed.
+        data: labelled: `(inputs, targets)`, an iterable of such batches, or an object with `.train`.
+        epochs: passes over the data, at most.
+        lr, momentum: of SGD on the latent weights (the authors: 0.01 for 250 epochs of MNIST).
+        batch_size: examples in a step, where the data are given whole.
+        patience: end after this many epochs without a better permutation.
+        loss: of outputs and targets (default: cross-entropy).
+        seed: decides the order of the data.
+        device: where to run (default: where the weights are).
+        progress: show a bar when it takes longer than two seconds.
+
+    Returns:
+        The permutation. `.objective` is minus the loss at the midpoint; `.info["losses"]` has it for every epoch, from
+        weight matching on. An interrupt ends the search with a warning and returns the best so far.
+
+    Raises:
+        MismatchError: `a` and `b` differ in keys, shapes, dtype or device. SpecError: the spec does not fit them.
+        DataError: no labelled data. WeightsError: weights that are not finite.
+    """
+    if epochs < 1 or patience < 1 or batch_size < 2 or lr <= 0:
+        raise InputError(f"{epochs=}, {patience=}, {batch_size=}, {lr=}: expected at least 1, 1, 2, and lr above 0")
+    started = time.perf_counter()
+    a, b = finite_pair(a, b)
+    spec = spec.bind(a)
+    chosen = pick_device(device, a)
+    Network(model, chosen).check(a, "a")
+    a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
+    task = TaskLoss(model, data, loss, batch_size, chosen)
+    generator = torch.Generator().manual_seed(seed)
+
+    latent = {name: tensor.clone() for name, tensor in matched(spec, a).items()}
+    blocks = build_blocks(spec, latent)
+    optimizer = torch.optim.SGD(list(latent.values()), lr=lr, momentum=momentum)
+    pi = weight_matching(spec, a, b, progress=False)
+    best, losses, stale = pi, [task.mean(lerp(a, pi.apply(b), 0.5))], 0
+    try:
+        for _ in tqdm(range(epochs), desc="straight-through", disable=not progress):
+            for batch in task.shuffled(generator):
+                _step(task, batch, a, pi.apply(b), latent, optimizer)
+                pi = _project(spec, blocks, latent, b, pi)
+            losses.append(task.mean(lerp(a, pi.apply(b), 0.5)))
+            stale = 0 if losses[-1] < min(losses[:-1]) else stale + 1
+            best = pi if stale == 0 else best
+            if stale >= patience:
+                break
+    except KeyboardInterrupt:
+        warnings.warn(f"interrupted: the best of {len(losses)} permutations is returned", stacklevel=2)
+    info = {
+        "method": "straight_through_matching",
+        "seed": seed,
+        "losses": losses,
+        "seconds": time.perf_counter() - started,
+    }
+    return Permutation(spec, best.indices, -min(losses), info)
+
+
+def _step(
+    task: TaskLoss, batch: Any, a: Weights, moved: Weights, latent: Weights, optimizer: torch.optim.Optimizer
+) -> None:
+    """One step of the latent weights along the gradient of the midpoint's loss by `pi(B)`."""
+    middle = lerp(a, moved, 0.5)
+    leaves = {name: middle[name].requires_grad_() for name in latent}
+    gradients = torch.autograd.grad(
+        task(middle, batch), list(leaves.values()), allow_unused=True, materialize_grads=True
+    )
+    for tensor, gradient in zip(latent.values(), gradients, strict=True):
+        tensor.grad = (0.5 * gradient).to(tensor.dtype)
+    optimizer.step()
+
+
+def _project(
+    spec: PermutationSpec, blocks: list[Block], latent: Mapping[str, Tensor], b: Weights, last: Permutation
+) -> Permutation:
+    """The permutation of B that is closest to the latent weights, looked for from the last one."""
+    moving = matched(spec, last.apply(b))
+    descent = Descent(spec, blocks, latent, moving, last.indices)
+    for _ in range(_SWEEPS):
+        if not descent.dirty:
+            break
+        descent.sweep(range(len(blocks)))
+    return Permutation(spec, spec.identity().indices | descent.pi)

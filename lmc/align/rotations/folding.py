@@ -1,0 +1,155 @@
+"""Normalisations folded into the layers that read them, so that a residual stream may be rotated.
+
+    LN(z) = sqrt(D) M z / |M z| * alpha + beta,   M = I - 11^T / D
+
+With alpha and beta taken over by the linear maps behind it, what is left of a layer normalisation commutes with every
+orthogonal matrix that leaves the vector of ones alone (Theus et al. 2025, arXiv:2506.22712, who write it as an RMS
+normalisation of M z): the rotated network is one of the same architecture.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmc.errors import SpecError
+from lmc.network.inputs import call_module, first_of, input_batches
+from lmc.network.network import Network, pick_device
+from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_finite
+
+TOLERANCE = 1e-9
+NORMS = (nn.LayerNorm, nn.RMSNorm)
+
+
+def fold_norms(spec: PermutationSpec | UnboundSpec, model: nn.Module, weights: ModelOrWeights, inputs: Any) -> Weights:
+    """The weights of the same function in which the normalisations of residual streams have scale 1 and, mostly, no shift.
+
+    The linear layers that read a norm take its scale into their columns and its shift into their biases; where one of
+    them has no bias, the shift stays, divided by the scale. What is written to a stream loses its mean over the units if
+    that changes nothing, as where layer normalisations alone read the stream. Proved on `inputs` in float64.
+
+    Args:
+        spec: the symmetries of the architecture.
+        model: the architecture; not touched.
+        weights: a module or state dict; not changed. The result has its dtypes.
+        inputs: labelled or not; the first two examples are used.
+
+    Raises:
+        SpecError: the spec does not fit; a scale is 0 whose shift no bias can take; weights are tied (an embedding that is
+            the output layer as well); or something other than linear layers reads a norm.
+        WeightsError: weights that are not finite.
+    """
+    weights = as_weights(weights)
+    spec = spec.bind(weights)
+    check_finite(weights)
+    probe = Probe(model, weights, inputs)
+    folded = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+    readers = probe.readers(spec)
+    for norm, behind in readers.items():
+        for name in (f"{layer}.weight" for layer in (norm, *behind)):
+            if name in spec.aliases or name in spec.aliases.values():
+                raise SpecError(f"{name} is tied to another tensor, so {norm} cannot be folded; use an untied copy")
+        _fold(folded, norm, behind)
+    if (error := probe.error(folded)) > TOLERANCE:
+        raise SpecError(
+            f"folding {', '.join(readers)} changes the outputs by {error:.1e} of their size: something other than the "
+            "linear layers that were seen reads one of them"
+        )
+    for stream in {group for norm in readers for group, _ in spec.tables_by_tensor[f"{norm}.weight"]}:
+        centred = folded | _centred(spec, folded, stream, readers)
+        folded = centred if probe.error(centred) <= TOLERANCE else folded
+    return {name: tensor.to(weights[name].dtype) for name, tensor in folded.items()}
+
+
+class Probe:
+    """An architecture in float64, two examples to run it on, and the outputs of some weights as a reference."""
+
+    def __init__(self, model: nn.Module, weights: Weights, inputs: Any) -> None:
+        self.network = Network(model, pick_device(None, weights))
+        self.network.module.double()
+        self._call = _double(first_of(next(input_batches(model, inputs, 2)), 2))
+        self._reference = self(weights)
+
+    @torch.no_grad()
+    def __call__(self, weights: Mapping[str, Tensor]) -> Tensor:
+        """The outputs in float64."""
+        wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
+        return self.network.outputs(wide, self._call)
+
+    def error(self, weights: Mapping[str, Tensor]) -> float:
+        """The largest difference to the reference, as a share of its largest value."""
+        scale = self._reference.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+        return float((self(weights) - self._reference).abs().max() / scale)
+
+    @torch.no_grad()
+    def readers(self, spec: PermutationSpec) -> dict[str, list[str]]:
+        """For each norm over a group the linear layers that read its output, or a part of it."""
+        outputs: dict[int, tuple[str, Tensor]] = {}  # by storage; the tensors are held, so that none is used twice
+        found: dict[str, list[str]] = defaultdict(list)
+        handles = []
+
+        def written(name: str):
+            def hook(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
+                outputs[output.untyped_storage().data_ptr()] = (name, output)
+
+            return hook
+
+        def read(name: str):
+            def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+                source = outputs.get(inputs[0].untyped_storage().data_ptr()) if inputs else None
+                if source is not None and name not in found[source[0]]:
+                    found[source[0]].append(name)
+
+            return hook
+
+        for name, module in self.network.module.named_modules():
+            if isinstance(module, NORMS) and f"{name}.weight" in spec.tables_by_tensor:
+                handles.append(module.register_forward_hook(written(name)))
+            elif isinstance(module, nn.Linear):
+                handles.append(module.register_forward_pre_hook(read(name)))
+        try:
+            call_module(self.network.module, self._call, self.network.device)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return dict(found)
+
+
+def _fold(weights: Weights, norm: str, readers: list[str]) -> None:
+    """Take scale and shift of a norm into the linear layers behind it."""
+    scale, shift = weights[f"{norm}.weight"], weights.get(f"{norm}.bias")
+    biased = all(f"{reader}.bias" in weights for reader in readers)
+    if shift is not None and not biased and not bool(scale.all()):
+        raise SpecError(f"{norm}.weight is 0 at unit {int((scale == 0).nonzero()[0])}, and its shift has nowhere to go")
+    for reader in readers:
+        if shift is not None and biased:
+            weights[f"{reader}.bias"] = weights[f"{reader}.bias"] + weights[f"{reader}.weight"] @ shift
+        weights[f"{reader}.weight"] = weights[f"{reader}.weight"] * scale
+    weights[f"{norm}.weight"] = torch.ones_like(scale)
+    if shift is not None:
+        weights[f"{norm}.bias"] = torch.zeros_like(shift) if biased else shift / scale
+
+
+def _centred(spec: PermutationSpec, weights: Weights, stream: str, readers: Mapping[str, list[str]]) -> Weights:
+    """The tensors on a stream without their mean over its units; norms and readers of shifts that stayed are left out."""
+    shifted = {norm for norm in readers if bool(weights.get(f"{norm}.bias", torch.zeros(1)).any())}
+    left = {f"{norm}.{own}" for norm in readers for own in ("weight", "bias")}
+    left |= {f"{reader}.weight" for norm in shifted for reader in readers[norm]}
+    found = {}
+    for name, tables in spec.groups[stream].tables.items():
+        if name in weights and name not in left:
+            found[name] = weights[name]
+            for table in tables:
+                found[name] = found[name] - found[name].mean(table.dims, keepdim=True)
+    return found
+
+
+def _double(call: Any) -> Any:
+    if isinstance(call, Mapping):
+        return {name: _double(value) for name, value in call.items()}
+    if isinstance(call, tuple):
+        return tuple(_double(value) for value in call)
+    return call.double() if isinstance(call, Tensor) and call.is_floating_point() else call

@@ -1,0 +1,161 @@
+"""Matching with rotations, where a group admits more than permutations (Theus et al. 2025, arXiv:2506.22712).
+
+No elementwise function acts on a residual stream, or on the queries, keys and values inside a head, so every orthogonal
+matrix mixes their units without changing what the network computes; a stream's once its normalisations are folded
+(`fold_norms`). Hidden units and heads are permuted as ever.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmc.align.relaxed.soft import Mixer
+from lmc.align.relaxed.task_loss import Loss, TaskLoss
+from lmc.align.rotations.folding import TOLERANCE, Probe, fold_norms
+from lmc.align.rotations.learning import learn_rotations
+from lmc.align.rotations.procrustes import Ascent, nearest_rotation, unmoved
+from lmc.align.weight_matching.algorithm import matched
+from lmc.errors import InputError
+from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, finite_pair
+
+_CONVERGED = 1e-12
+
+
+@dataclass(frozen=True, eq=False)
+class RotationMatching:
+    """B moved onto A by permutations and rotations.
+
+    Attributes:
+        a: A with its normalisations folded; computes what A computes.
+        b: B folded and moved; computes what B computes. Interpolate between these two.
+        matrices: for each group the orthogonal `(n, n)` float64 by which B's units were mixed: new unit i is
+            `sum_j M[i, j]` old unit j; a permutation matrix for groups that are not in `rotated`.
+        rotated: the groups that were rotated.
+        objective: `sum <a, b>` over the parameters.
+        info: sweeps, steps, and with learning the midpoint's loss along the way ("losses").
+    """
+
+    a: Weights
+    b: Weights
+    matrices: dict[str, Tensor]
+    rotated: frozenset[str]
+    objective: float
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        learned = f", {self.info['steps']} steps of learning" if self.info["steps"] else ""
+        return (
+            f"RotationMatching({len(self.rotated)} groups rotated, {len(self.matrices) - len(self.rotated)} permuted"
+            f"{learned}, objective {self.objective:.6g})"
+        )
+
+
+def rotatable_groups(
+    spec: PermutationSpec | UnboundSpec, model: nn.Module, weights: ModelOrWeights, inputs: Any, *, seed: int = 0
+) -> dict[str, bool]:
+    """The groups whose units any orthogonal matrix may mix, found by trying a random one in float64.
+
+    Args:
+        spec: the symmetries of the architecture.
+        model: the architecture; not touched.
+        weights: with folded norms (see `fold_norms`), if residual streams are to be found; not changed.
+        inputs: the first two examples are used.
+        seed: decides the matrices.
+
+    Returns:
+        group -> whether the matrix must leave the vector of ones alone, as behind layer normalisations.
+    """
+    weights = as_weights(weights)
+    spec = spec.bind(weights)
+    probe = Probe(model, weights, inputs)
+    wide = {name: t.double() if t.is_floating_point() else t for name, t in weights.items()}
+    still = unmoved(spec, next(t for t in wide.values() if t.is_floating_point()))
+    mix = Mixer(spec, wide, probe.network.device)
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, bool] = {}
+    for names in spec.families.values():
+        noise = {name: torch.randn(still[name].shape, generator=generator).to(still[name]) for name in names}
+        largest = max(spec.groups[name].size for name in names)
+        for ones in (False, True) if largest > 2 else (False,):  # two units and their sum: only an exchange is left
+            turned = {name: nearest_rotation(x, ones) for name, x in noise.items()}
+            if probe.error(mix(still | turned, wide)) <= TOLERANCE:
+                found |= dict.fromkeys(names, ones)
+                break
+    return found
+
+
+def rotation_matching(
+    spec: PermutationSpec | UnboundSpec,
+    model: nn.Module,
+    a: ModelOrWeights,
+    b: ModelOrWeights,
+    data: Any,
+    *,
+    steps: int = 300,
+    lr: float = 0.02,
+    batch_size: int = 128,
+    max_sweeps: int = 100,
+    loss: Loss | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> RotationMatching:
+    """Match B with A by permutations and, where the network allows them, rotations; then learn the rotations on data.
+
+    Normalisations are folded in both, `rotatable_groups` says what may be rotated, and coordinate ascent maximises
+    `sum <A, g(B)>`: assignments for hidden units, Procrustes problems for streams, assignments of Procrustes problems for
+    heads (Theus et al. 2025, weight matching). From there the rotations are learned (`learn_rotations`): the loss at points
+    near the middle is made small. With `steps=0` that is left out, and labels are not needed.
+
+    Args:
+        spec: the symmetries of the architecture.
+        model: the architecture; not touched.
+        a, b: modules or state dicts on one device, where all is computed; neither is changed.
+        data: labelled: `(inputs, targets)`, an iterable of such batches, or an object with `.train`. Two inputs show what
+            may be folded and rotated.
+        steps: of learning.
+        lr: of Adam on the generators of the rotations.
+        batch_size: examples in a step, where the data are given whole.
+        max_sweeps: bound on the passes over all groups.
+        loss: of outputs and targets (default: cross-entropy).
+        seed: decides the trial of rotations, the order of the data and the random points.
+        progress: show a bar when it takes longer than two seconds.
+
+    Returns:
+        Both networks in their new form: `lmc.loss_path(model, found.a, found.b, data)`. An interrupt ends learning with a
+        warning and returns the best so far.
+
+    Raises:
+        MismatchError: `a` and `b` differ in keys, shapes, dtype or device. SpecError: the spec does not fit them, or the
+        norms cannot be folded. DataError: no labels to learn from. WeightsError: weights that are not finite.
+    """
+    if steps < 0 or lr <= 0 or batch_size < 2 or max_sweeps < 1:
+        raise InputError(f"{steps=}, {lr=}, {batch_size=}, {max_sweeps=}: expected at least 0, above 0, 2 and 1")
+    started = time.perf_counter()
+    a, b = finite_pair(a, b)
+    spec = spec.bind(a)
+    a, b = (fold_norms(spec, model, weights, data) for weights in (a, b))
+    rotated = rotatable_groups(spec, model, b, data, seed=seed)
+    ours, theirs = ({name: tensor.double() for name, tensor in matched(spec, w).items()} for w in (a, b))
+    ascent = Ascent(spec, rotated, ours, theirs)
+    sweeps, before = 0, float("-inf")
+    while sweeps < max_sweeps and ascent.value - before > _CONVERGED * abs(ascent.value):
+        before = ascent.value
+        ascent.sweep()
+        sweeps += 1
+    matrices, losses = ascent.matrices, []
+    if steps:
+        task = TaskLoss(model, data, loss, batch_size, next(iter(a.values())).device)
+        matrices, losses = learn_rotations(
+            spec, task, a, b, matrices, rotated, steps=steps, lr=lr, seed=seed, progress=progress
+        )
+    mixed = Mixer(spec, theirs, next(iter(a.values())).device)(matrices, theirs)
+    moved = b | {name: tensor.to(b[name].dtype) for name, tensor in mixed.items()}
+    moved |= {second: moved[first] for second, first in spec.aliases.items()}
+    info = {"method": "rotation_matching", "sweeps": sweeps, "steps": steps, "losses": losses, "seed": seed}
+    info["seconds"] = time.perf_counter() - started
+    objective = sum(float((x.double() * moved[name].double()).sum()) for name, x in ours.items())
+    return RotationMatching(a, moved, matrices, frozenset(rotated), objective, info)

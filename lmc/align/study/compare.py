@@ -1,0 +1,205 @@
+"""Every way to align one pair of networks, side by side."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from lmc.align.activations.matching import activation_matching
+from lmc.align.many import match_many
+from lmc.align.relaxed.sinkhorn import sinkhorn_matching
+from lmc.align.relaxed.straight_through import straight_through_matching
+from lmc.align.study.singular import singular_alignment
+from lmc.align.transport.fusion import ot_fusion
+from lmc.align.weight_matching.algorithm import matched, weight_matching
+from lmc.core.extras import require
+from lmc.errors import InputError, SpecError
+from lmc.network.network import pick_device
+from lmc.symmetry.permutation import Permutation
+from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible, distance, dot
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+Aligner: TypeAlias = Callable[[PermutationSpec, nn.Module, Weights, Weights, Any], Permutation | Weights]
+
+METHODS: dict[str, Aligner] = {
+    "naive": lambda spec, model, a, b, data: b,
+    "weight matching": lambda spec, model, a, b, data: weight_matching(spec, a, b, progress=False),
+    "Frank-Wolfe": lambda spec, model, a, b, data: match_many(spec, [a, b], progress=False)[1],
+    "activation matching": lambda spec, model, a, b, data: activation_matching(spec, model, a, b, data, progress=False),
+    "straight-through": lambda spec, model, a, b, data: straight_through_matching(
+        spec, model, a, b, data, progress=False
+    ),
+    "Sinkhorn, l2": lambda spec, model, a, b, data: sinkhorn_matching(spec, model, a, b, target="l2", progress=False),
+    "Sinkhorn, midpoint": lambda spec, model, a, b, data: sinkhorn_matching(spec, model, a, b, data, progress=False),
+    "OT, weights": lambda spec, model, a, b, data: ot_fusion(model, b, a, spec=spec, progress=False).transported[0],
+    "OT, activations": lambda spec, model, a, b, data: ot_fusion(
+        model, b, a, data, spec=spec, progress=False
+    ).transported[0],
+}
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """What one method made of B.
+
+    Attributes:
+        weights: B moved onto A.
+        permutation: the move, where it is one.
+        objective: `<A, pi(B)>` over all parameters, each once. distance: `|A - pi(B)|`. cosine: of the two.
+        r: agreement of singular vectors (see `singular_alignment`).
+        barrier, barrier_repaired: of the loss on the way from A, plain (batch statistics re-estimated) and with
+            `repair="repair"`; see `loss_path`.
+        midpoint, midpoint_repaired: the loss half way.
+        seconds: taken by the method.
+    """
+
+    weights: Weights
+    permutation: Permutation | None
+    objective: float
+    distance: float
+    cosine: float
+    r: float
+    barrier: float
+    barrier_repaired: float
+    midpoint: float
+    midpoint_repaired: float
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The alignments of one pair by method, as a mapping, a data frame (`to_frame`) and a figure (`plot`).
+
+    `skipped` holds the methods that do not go with this architecture, each with its reason.
+    """
+
+    alignments: dict[str, Alignment]
+    split: str
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __getitem__(self, method: str) -> Alignment:
+        return self.alignments[method]
+
+    def __iter__(self):
+        return iter(self.alignments)
+
+    def __len__(self) -> int:
+        return len(self.alignments)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each method: objective, distance, cosine, R, barriers and midpoints on `split`, seconds."""
+        pd = require("pandas")
+
+        columns = [name for name in Alignment.__dataclass_fields__ if name not in ("weights", "permutation")]
+        rows = {method: [getattr(found, name) for name in columns] for method, found in self.alignments.items()}
+        return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
+
+    def plot(self) -> "go.Figure":
+        """Barriers by method, plain and repaired."""
+        from lmc.views.plots.alignment import plot_comparison
+
+        return plot_comparison(self)
+
+    def _repr_html_(self) -> str:
+        return self.to_frame().to_html(float_format="{:.4g}".format)
+
+    def __repr__(self) -> str:
+        best = min(self.alignments, key=lambda method: self.alignments[method].barrier)
+        return (
+            f"Comparison({len(self)} methods; lowest barrier {self[best].barrier:.4g} on {self.split} by {best!r}; "
+            "to_frame() shows them all)" + "".join(f"\n  without {name}: {why}" for name, why in self.skipped.items())
+        )
+
+
+def compare(
+    spec: PermutationSpec | UnboundSpec,
+    model: nn.Module,
+    a: ModelOrWeights,
+    b: ModelOrWeights,
+    data: Any,
+    methods: Iterable[str] | Mapping[str, Aligner] | None = None,
+    *,
+    alphas: int = 11,
+    gamma: float = 0.3,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Align B with A by several methods and measure each in the same way.
+
+    Args:
+        spec: the symmetries of the architecture.
+        model: the architecture; not touched.
+        a, b: modules or state dicts; neither is changed.
+        data: labelled; methods and REPAIR learn from its training split, barriers are of its test split where it has one.
+        methods: names from `lmc.align.METHODS`, or a mapping of names to functions `(spec, model, a, b, data)` that give
+            a permutation or the moved weights of B. Default: all in `METHODS`. "naive" leaves B as it is.
+        alphas: points on each way.
+        gamma: share of the largest singular value from which vectors count for R.
+        device: where to run (default: where the weights are).
+        progress: show a bar when it takes longer than two seconds.
+
+    Raises:
+        InputError: a name that is not in `METHODS`. What the methods raise; but a method that refuses the architecture is
+            skipped unless `methods` names it.
+    """
+    from lmc.landscape.paths.path import loss_path
+
+    aligners = _chosen(methods)
+    a, b = as_weights(a), as_weights(b)
+    check_compatible(a, b)
+    chosen = pick_device(device, a)
+    a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
+    spec = spec.bind(a)
+    data = list(data) if isinstance(data, Iterator) else data  # every method reads it again
+    found, skipped = {}, {}
+    split = "data"
+    for name in tqdm(aligners, desc="compare", unit=" methods", delay=2, disable=not progress, leave=False):
+        started = perf_counter()
+        try:
+            result = aligners[name](spec, model, a, b, data)
+        except SpecError as error:
+            if methods is not None:
+                raise
+            skipped[name] = str(error)  # not asked for by name: the others are still worth having
+            continue
+        seconds = perf_counter() - started
+        moved = result.apply(b) if isinstance(result, Permutation) else as_weights(result)
+        path = loss_path(model, a, moved, data, alphas, progress=False)
+        split = path.split
+        repaired = loss_path(model, a, moved, data, alphas, repair="repair", progress=False)
+        middle = int(np.argmin(np.abs(path.alphas - 0.5)))
+        one, two = matched(spec, a), matched(spec, moved)  # statistics are no weights
+        norms = (dot(one, one) * dot(two, two)) ** 0.5
+        found[name] = Alignment(
+            weights=moved,
+            permutation=result if isinstance(result, Permutation) else None,
+            objective=dot(one, two),
+            distance=distance(one, two),
+            cosine=dot(one, two) / norms if norms else 0.0,
+            r=singular_alignment(a, moved, gamma).r,
+            barrier=path.barrier,
+            barrier_repaired=repaired.barrier,
+            midpoint=float(path.losses[split][middle]),
+            midpoint_repaired=float(repaired.losses[split][middle]),
+            seconds=seconds,
+        )
+    return Comparison(found, split, skipped)
+
+
+def _chosen(methods: Iterable[str] | Mapping[str, Aligner] | None) -> Mapping[str, Aligner]:
+    if isinstance(methods, Mapping):
+        return methods
+    names = list(METHODS) if methods is None else list(methods)
+    for name in names:
+        if name not in METHODS:
+            raise InputError(f"methods: {name!r} is none of {', '.join(map(repr, METHODS))}")
+    return {name: METHODS[name] for name in names}

@@ -1,0 +1,200 @@
+"""Barriers between two training runs, epoch by epoch."""
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import nn
+
+from lmc.core.extras import require
+from lmc.core.progress import tqdm
+from lmc.errors import InputError
+from lmc.landscape.paths.path import Path, Repair, Values, loss_path
+from lmc.weights.arithmetic import ModelOrWeights, as_weights
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from lmc.symmetry.spec import PermutationSpec
+    from lmc.views.widgets.epochs_explorer import EpochsExplorer
+
+
+@dataclass(frozen=True, eq=False)
+class Epochs:
+    """Paths between two runs at several epochs of their training.
+
+    Attributes:
+        epochs: (E,) ascending; 0 is before the first step.
+        paths: "naive", and "aligned" where the second run was moved onto the first -> the path at each epoch.
+    """
+
+    epochs: tuple[int, ...]
+    paths: dict[str, tuple[Path, ...]]
+
+    def __getitem__(self, epoch: int) -> dict[str, Path]:
+        """The paths at one epoch.
+
+        Raises:
+            InputError: an epoch that is not among them.
+        """
+        if epoch not in self.epochs:
+            raise InputError(f"epoch {epoch} was not evaluated; there are {', '.join(map(str, self.epochs))}")
+        return {name: paths[self.epochs.index(epoch)] for name, paths in self.paths.items()}
+
+    @property
+    def barriers(self) -> dict[str, Values]:
+        """name -> (E,) loss barrier, in the loss's unit; NaN where an end has no loss."""
+        return {name: np.array([_barrier(path, "loss") for path in paths]) for name, paths in self.paths.items()}
+
+    @property
+    def error_barriers(self) -> dict[str, Values]:
+        """name -> (E,) barrier of the classification error in percentage points; NaN where targets are no classes."""
+        return {name: np.array([_barrier(path, "error") for path in paths]) for name, paths in self.paths.items()}
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each epoch and path: epoch, path, barrier, error_barrier, and the loss of both ends."""
+        pd = require("pandas")
+
+        loss, error = self.barriers, self.error_barriers
+        rows = [
+            {"epoch": epoch, "path": name, "barrier": loss[name][i], "error_barrier": error[name][i]}
+            | dict(zip(("loss_a", "loss_b"), paths[i].own[paths[i].split]["loss"], strict=True))
+            for i, epoch in enumerate(self.epochs)
+            for name, paths in self.paths.items()
+        ]
+        return pd.DataFrame(rows)
+
+    def plot(self) -> "go.Figure":
+        """The barriers over the epochs, and the losses between the runs as they change."""
+        from lmc.views.plots.epochs import plot_epochs
+
+        return plot_epochs(self)
+
+    def explore(self) -> "EpochsExplorer":
+        """A widget with a slider over the epochs, linked to the path at this epoch."""
+        require("anywidget")
+        from lmc.views.widgets.epochs_explorer import EpochsExplorer
+
+        return EpochsExplorer(self)
+
+    def save_html(self, file: str | FilePath) -> None:
+        """Write the explorer as one page that needs neither a kernel nor a network."""
+        from lmc.views.widgets.epochs_page import save_html
+
+        save_html(file, self)
+
+    def save(self, file: str | FilePath) -> None:
+        """Write all paths as JSON; `Epochs.load` reads them back."""
+        from lmc.align.study.epochs_file import save
+
+        save(self, file)
+
+    @classmethod
+    def load(cls, file: str | FilePath) -> "Epochs":
+        """Read what `save` wrote."""
+        from lmc.align.study.epochs_file import load
+
+        return load(file)
+
+    def __str__(self) -> str:
+        lines = [f"Epochs {self.epochs[0]} to {self.epochs[-1]} ({len(self.epochs)}) of two runs"]
+        for name, found in self.barriers.items():
+            top = "no barrier known" if np.isnan(found).all() else f"highest {np.nanmax(found):.3f} at epoch "
+            top += "" if np.isnan(found).all() else str(self.epochs[int(np.nanargmax(found))])
+            lines.append(f"  {name}: barrier {found[0]:.3f} at first, {found[-1]:.3f} at last, {top}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def barrier_over_time(
+    model: nn.Module,
+    run_a: Mapping[int, ModelOrWeights],
+    run_b: Mapping[int, ModelOrWeights],
+    data: Any,
+    spec: "PermutationSpec | None" = None,
+    *,
+    epochs: Sequence[int] | None = None,
+    alphas: int | Sequence[float] = 25,
+    seed: int = 0,
+    repair: Repair = "auto",
+    statistics_inputs: Any = None,
+    batch_size: int | None = None,
+    progress: bool = True,
+) -> Epochs:
+    """The paths between two runs at each epoch, as they are and, given `spec`, with the units of run b in the order that
+    fits those of run a at this epoch best.
+
+    Barriers between runs from different seeds appear within the first epochs and stay; alignment removes more of them the
+    longer the networks have trained (Ainsworth et al. 2023, arXiv:2209.04836, section 5 and figure 3). For runs that
+    share their first epochs this is the instability analysis of Frankle et al. (2020, arXiv:1912.05671).
+
+    Args:
+        model: the architecture.
+        run_a, run_b: epoch -> weights, for example `trained.trajectory[0]` of training with `keep=1`.
+        data: as for `loss_path`.
+        spec: the symmetries of the model; runs are then aligned by `weight_matching`.
+        epochs: which to evaluate (default: all that both runs have).
+        alphas, repair, statistics_inputs, batch_size: as for `loss_path`.
+        seed: of `weight_matching`.
+        progress: show a bar when it takes more than about two seconds.
+
+    An interrupt returns the epochs that are done, with a warning, once there is one.
+
+    Raises:
+        InputError: runs without a common epoch, an epoch that one of them lacks, or what `loss_path` raises.
+    """
+    chosen = _common(run_a, run_b, epochs)
+    paths: dict[str, list[Path]] = {"naive": [], **({"aligned": []} if spec is not None else {})}
+    options: dict[str, Any] = {"repair": repair, "statistics_inputs": statistics_inputs, "batch_size": batch_size}
+    try:
+        for epoch in tqdm(chosen, desc="epochs", unit="epoch", disable=not progress):
+            a, b = as_weights(run_a[epoch]), as_weights(run_b[epoch])
+            found = {"naive": b} if spec is None else {"naive": b, "aligned": _aligned(spec, a, b, seed)}
+            done = {n: loss_path(model, a, end, data, alphas, progress=False, **options) for n, end in found.items()}
+            for name, path in done.items():
+                paths[name].append(path)
+    except KeyboardInterrupt:
+        if not paths["naive"]:
+            raise
+        warnings.warn(f"interrupted: {len(paths['naive'])} of {len(chosen)} epochs were evaluated", stacklevel=2)
+    kept = tuple(chosen[: len(paths["naive"])])
+    return Epochs(kept, {name: tuple(found) for name, found in paths.items()})
+
+
+def _aligned(spec: "PermutationSpec", a: Any, b: Any, seed: int) -> Any:
+    from lmc.align.weight_matching.algorithm import weight_matching  # only runs that are aligned need it
+
+    return weight_matching(spec, a, b, seed=seed).apply(b)
+
+
+def _common(run_a: Any, run_b: Any, epochs: Sequence[int] | None) -> list[int]:
+    """The epochs to evaluate, ascending."""
+    for name, run in (("run_a", run_a), ("run_b", run_b)):
+        if not isinstance(run, Mapping) or not all(isinstance(epoch, int) for epoch in run):
+            raise InputError(
+                f"{name}: expected a mapping epoch -> weights, got {type(run).__name__}; training with keep= leaves one "
+                "for each seed in `.trajectory`"
+            )
+    common = sorted(run_a.keys() & run_b.keys())
+    if not common:
+        raise InputError(f"the runs share no epoch: run_a has {sorted(run_a)}, run_b {sorted(run_b)}")
+    if epochs is None:
+        return common
+    wanted = sorted(set(epochs))
+    missing = [epoch for epoch in wanted if epoch not in common]
+    if missing or not wanted:
+        raise InputError(f"epochs={list(epochs)}; the runs share {common}")
+    return wanted
+
+
+def _barrier(path: Path, measure: str) -> float:
+    try:
+        return path.barrier_of(measure).value
+    except InputError:  # an end that is not a number, or targets that are no classes
+        return math.nan

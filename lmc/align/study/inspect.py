@@ -1,0 +1,244 @@
+"""What a matching does, step by step: which unit goes where, how alike the units become, how the barrier shrinks."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from lmc.align.study.placing import alikeness, placed, receptive_fields
+from lmc.align.weight_matching.algorithm import matched
+from lmc.align.weight_matching.blocks import Block, build_blocks
+from lmc.align.weight_matching.descent import inner_product
+from lmc.core.extras import require
+from lmc.core.progress import tqdm
+from lmc.errors import InputError, SpecError
+from lmc.symmetry.permutation import Permutation
+from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from lmc.landscape.paths.path import Path
+    from lmc.views.widgets.matching_explorer import MatchingExplorer
+
+MOST_UNITS = 64  # of a group whose similarities are kept
+MOST_GROUPS = 8  # that are shown unless others are named
+
+Values = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class MatchedGroup:
+    """One group of units on the way from B's own order to A's.
+
+    Attributes:
+        index: (n,) B's unit for each unit of A.
+        order: (n,) the places in the order in which they are filled: the most alike pairs first.
+        similarity: (T, m, m) cosine of all that A's unit i and the unit in B's place j own, at each step, for the first m
+            places (at most 64).
+        agreement: (T,) mean cosine of the units that stand in the same place, over all n.
+        fields: what feeds the units of A and of B (in B's own order), (n, height, width) each; None where it is no picture.
+    """
+
+    name: str
+    index: npt.NDArray[np.int64]
+    order: npt.NDArray[np.int64]
+    similarity: npt.NDArray[np.float32] = field(repr=False)
+    agreement: Values
+    fields: tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None = field(default=None, repr=False)
+
+    @property
+    def size(self) -> int:
+        return len(self.index)
+
+
+@dataclass(frozen=True, eq=False)
+class Matching:
+    """A permutation carried out in T steps. At every step B is the same function; only its way to A changes.
+
+    Attributes:
+        shares: (T,) share of the places that are filled rightly in every group, from 0 (B as it is) to 1.
+        groups: name -> what happens in the group.
+        objective: (T,) `sum <A, B_t>` over the parameters.
+        paths: the line from A to B at each step; empty without a model and data.
+    """
+
+    shares: Values
+    groups: dict[str, MatchedGroup]
+    objective: Values
+    paths: "tuple[Path, ...]" = ()
+
+    @property
+    def barriers(self) -> Values:
+        """(T,) the loss barrier at each step; NaN without a model and data."""
+        return np.array([path.barrier for path in self.paths] or [math.nan] * len(self.shares))
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each step: share placed, objective, mean agreement of each group, barrier."""
+        pd = require("pandas")
+
+        agreement = {f"agreement of {name}": group.agreement for name, group in self.groups.items()}
+        columns = {"placed": self.shares, "objective": self.objective, **agreement, "barrier": self.barriers}
+        return pd.DataFrame(columns)
+
+    def plot(self, group: str | None = None) -> "go.Figure":
+        """The similarities of a group's units before and after, and how objective and barrier change on the way.
+
+        Raises:
+            InputError: a group that is not shown.
+        """
+        from lmc.views.plots.matching import plot_matching
+
+        return plot_matching(self, self.known(group))
+
+    def explore(self, group: str | None = None) -> "MatchingExplorer":
+        """A widget whose slider carries out the permutation: units find their places, the barrier shrinks."""
+        require("anywidget")
+        from lmc.views.widgets.matching_explorer import MatchingExplorer
+
+        return MatchingExplorer(self, self.known(group))
+
+    def save_html(self, file: str | FilePath, group: str | None = None) -> None:
+        """Write the explorer as one page that needs neither a kernel nor a network."""
+        from lmc.views.widgets.matching_page import save_html
+
+        save_html(file, self, self.known(group))
+
+    def known(self, group: str | None) -> str:
+        """`group`, or the first one for None; `InputError` for one that is not here."""
+        if group is not None and group not in self.groups:
+            raise InputError(f"group={group!r}; expected one of {', '.join(self.groups)}")
+        return next(iter(self.groups)) if group is None else group
+
+    def __str__(self) -> str:
+        lines = [f"Matching of {len(self.groups)} groups in {len(self.shares)} steps"]
+        for name, group in self.groups.items():
+            moved = int((group.index != np.arange(group.size)).sum())
+            similar = f"mean cosine {group.agreement[0]:.3f} to {group.agreement[-1]:.3f}"
+            lines.append(f"  {name}: {moved} of {group.size} units move, {similar}")
+        if self.paths:
+            lines.append(f"  barrier {self.barriers[0]:.3f} to {self.barriers[-1]:.3f} ({self.paths[0].split} loss)")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def inspect_matching(
+    permutation: Permutation,
+    a: ModelOrWeights,
+    b: ModelOrWeights,
+    *,
+    model: nn.Module | None = None,
+    data: Any = None,
+    groups: Sequence[str] | None = None,
+    steps: int = 12,
+    alphas: int = 13,
+    image_shape: Sequence[int] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Matching:
+    """Carry out the permutation that brings B onto A in steps, and look at each one.
+
+    At step t a share t / steps of the places of every group is filled with the right unit of B, the most alike pairs
+    first, by swaps; the units that had these places wait in those that came free. So each step is a permutation of its
+    own, and B stays the same function. With a model and data the straight line from A to B is evaluated at every step.
+
+    Args:
+        permutation: what a matching of b to a returned.
+        a, b: the two networks, modules or state dicts; b as it was before the matching.
+        model, data: the architecture, and data as for `loss_path`; both or neither.
+        groups: which to show (default: the first eight that are not nested in others).
+        steps: how many after the start.
+        alphas: points of each line, as for `loss_path`.
+        image_shape: (channels, height, width) of flattened inputs, for the receptive fields of a first linear layer
+            (default: square pictures of one channel where the size allows it).
+        device: where the lines are evaluated (default: where the weights are).
+        progress: show a bar.
+
+    An interrupt keeps the steps that are done, with a warning; the first and the last come first.
+
+    Raises:
+        MismatchError, WeightsError: weights that do not fit together or are not finite.
+        SpecError: a permutation that does not fit them. InputError: an unusable argument.
+    """
+    if steps < 1:
+        raise InputError(f"steps={steps}; expected at least 1")
+    if (model is None) != (data is None):
+        raise InputError("model and data: pass both, so that the lines can be evaluated, or neither")
+    a, b = finite_pair(a, b)
+    spec = permutation.spec
+    spec.check(a)
+    ours = matched(spec, a)
+    blocks = {block.name: block for block in build_blocks(spec, ours)}
+    chosen = _chosen(blocks, groups)
+    last = matched(spec, permutation.apply(b))
+    cosines = {name: alikeness(block, ours, last).diagonal() for name, block in blocks.items()}
+    orders = {name: torch.argsort(cosine, descending=True, stable=True) for name, cosine in cosines.items()}
+
+    shares = np.linspace(0.0, 1.0, steps + 1)
+    done: dict[int, tuple[float, dict[str, Tensor], Path | None]] = {}
+    try:
+        for t in tqdm([0, steps, *range(1, steps)], desc="steps of the matching", disable=not progress):
+            moved = placed(permutation, orders, float(shares[t])).apply(b)
+            theirs = matched(spec, moved)
+            similar = {name: alikeness(blocks[name], ours, theirs) for name in chosen}
+            done[t] = inner_product(ours, theirs), similar, _line(model, a, moved, data, alphas, device)
+    except KeyboardInterrupt:
+        if len(done) < 2:
+            raise
+        warnings.warn(f"interrupted: {len(done)} of {steps + 1} steps were made", stacklevel=2)
+    seen = [done[t] for t in sorted(done)]
+    return Matching(
+        shares[sorted(done)],
+        {
+            name: MatchedGroup(
+                name,
+                permutation[name].numpy(),
+                orders[name].numpy(),
+                np.stack([similar[name][:MOST_UNITS, :MOST_UNITS].numpy() for _, similar, _ in seen]).astype(
+                    np.float32
+                ),
+                np.array([float(similar[name].diagonal().mean()) for _, similar, _ in seen]),
+                _fields(permutation, name, a, b, image_shape),
+            )
+            for name in chosen
+        },
+        np.array([objective for objective, _, _ in seen]),
+        tuple(path for _, _, path in seen if path is not None),
+    )
+
+
+def _chosen(blocks: dict[str, Block], groups: Sequence[str] | None) -> list[str]:
+    if groups is None:
+        if not blocks:
+            raise SpecError("this permutation has no groups: there is nothing to see")
+        return list(blocks)[:MOST_GROUPS]
+    for name in groups:
+        if name not in blocks:
+            raise InputError(f"groups: no group {name!r} that stands by itself; there are {', '.join(blocks)}")
+    if not groups:
+        raise InputError(f"groups: name at least one of {', '.join(blocks)}")
+    return list(groups)
+
+
+def _fields(
+    permutation: Permutation, name: str, a: Weights, b: Weights, image_shape: Sequence[int] | None
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]] | None:
+    ours, theirs = (receptive_fields(permutation.spec, name, weights, image_shape) for weights in (a, b))
+    return None if ours is None or theirs is None else (ours, theirs)
+
+
+def _line(
+    model: nn.Module | None, a: Weights, b: Weights, data: Any, alphas: int, device: torch.device | str | None
+) -> "Path | None":
+    from lmc.landscape.paths.path import loss_path
+
+    return None if model is None else loss_path(model, a, b, data, alphas, device=device, progress=False)

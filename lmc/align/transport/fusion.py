@@ -1,0 +1,130 @@
+"""Optimal-transport fusion: A's units spread over B's, then averaged (Singh and Jaggi 2020, arXiv:1910.05653)."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lmc.align.transport.layerwise import Problem
+from lmc.align.transport.widths import check_alone, guess_inputs
+from lmc.errors import InputError
+from lmc.network.inputs import first_of, input_batches
+from lmc.network.network import Network, pick_device
+from lmc.symmetry.find import permutation_spec
+from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_finite, mean
+
+
+@dataclass(frozen=True, eq=False)
+class Fusion(Mapping[str, Tensor]):
+    """Fused weights in the widths of B: a mapping, to be used wherever weights are.
+
+    Attributes:
+        weights: the average of B and the transported models.
+        transported: each A in the units of B, before averaging.
+        couplings: for each A the plans (n_a, n_b) by group; `family[i->j]` between what lies within two units.
+        info: how they were made.
+    """
+
+    weights: Weights
+    transported: tuple[Weights, ...]
+    couplings: tuple[dict[str, Tensor], ...]
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __repr__(self) -> str:
+        return f"Fusion({len(self.transported) + 1} models, by {self.info.get('metric')}, {len(self)} tensors)"
+
+
+def ot_fusion(
+    model_b: nn.Module,
+    a: ModelOrWeights | Sequence[ModelOrWeights],
+    b: ModelOrWeights,
+    inputs: Any = None,
+    *,
+    spec: PermutationSpec | UnboundSpec | None = None,
+    share: float | None = None,
+    regularization: float = 0.0,
+    squared: bool = False,
+    standardize: bool = True,
+    importance: Literal["l1", "l2"] | None = None,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Fusion:
+    """Fuse A into the units of B, the anchor: same depth, widths may differ.
+
+    For each group of units a coupling T, by default of uniform marginals, makes the transport cost least. With `inputs`, the cost is
+    the distance between what units do, before the nonlinearity; without, between their incoming weights, the inputs of A
+    already expressed in units of B, group after group from the inputs on. Where a unit is computed, it becomes the mean
+    of A's units by its column of T; where it is consumed, A's outgoing weights are split by rows of T. For equal widths
+    that is the paper's formula, and exact couplings are permutations. Residual streams have one coupling, heads nested
+    ones. Running statistics are transported too, but belong to neither network after averaging: re-estimate them.
+
+    Args:
+        model_b: a module with B's architecture; not touched.
+        a: one model or several. A module where widths differ and `inputs` are given, else a state dict will do.
+        b: the anchor: a module or state dict.
+        inputs: as in `activation_matching`; a few hundred examples are enough.
+        spec: the symmetries of B; default: those that `permutation_spec` finds on the inputs, or on made-up ones.
+        share: of B in the average; default: all models equally.
+        regularization: 0 for exact couplings; above, entropic ones, relative to the median cost (0.05 is soft).
+        squared: costs are squared distances.
+        standardize: compare activations after bringing each to mean 0 and variance 1.
+        importance: masses of units in proportion to the l1 or l2 norm of their incoming weights; default: all equal.
+        batch_size, device, progress: as in `activation_matching`.
+
+    Raises:
+        MismatchError: different depths or kinds of layers. InputError: a bad argument. MissingPackageError: POT is not
+        installed; unequal widths, `regularization` and `importance` need it.
+        SpecError: a spec that does not fit, or symmetries that transport cannot follow. DataError: unusable inputs.
+    """
+    started = time.perf_counter()
+    several = isinstance(a, Sequence)
+    sources = list(a) if several else [a]
+    if not sources or regularization < 0 or (share is not None and not 0 <= share <= 1):
+        raise InputError(f"{len(sources)} models, {regularization=}, {share=}: expected at least 1, >= 0, and 0 to 1")
+    if importance not in (None, "l1", "l2"):
+        raise InputError(f"{importance=}: expected 'l1', 'l2', or None for equal masses")
+    anchor = as_weights(b)
+    check_finite(anchor, "b")
+    chosen = pick_device(device, anchor)
+    anchor = {name: tensor.to(chosen) for name, tensor in anchor.items()}
+    network = Network(model_b, chosen)
+    network.check(anchor, "b")
+    if spec is None:
+        example = guess_inputs(model_b) if inputs is None else first_of(next(input_batches(model_b, inputs, 2)), 2)
+        network.load(anchor)
+        spec = permutation_spec(network.module, example, progress=progress)
+    spec = spec.bind(anchor)
+    check_alone(spec)
+
+    transported, couplings = [], []
+    for k, source in enumerate(sources):
+        name = f"a[{k}]" if several else "a"
+        problem = Problem(spec, network, anchor, source, name, regularization, squared, importance)
+        problem.solve(None if inputs is None else problem.distances(inputs, standardize, batch_size, progress))
+        transported.append(problem.transported())
+        couplings.append({n: t for coupling in problem.solved.values() for n, t in coupling.plans().items()})
+    rest = (1.0 - share) / len(sources) if share is not None else 1.0 / (len(sources) + 1)
+    weights = mean([anchor, *transported], [1.0 - rest * len(sources), *([rest] * len(sources))])
+    info = {
+        "method": "ot_fusion",
+        "metric": "weights" if inputs is None else "activations",
+        "regularization": regularization,
+        "importance": importance,
+        "share": 1.0 - rest * len(sources),
+        "seconds": time.perf_counter() - started,
+    }
+    return Fusion(weights, tuple(transported), tuple(couplings), info)

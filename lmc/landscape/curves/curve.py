@@ -1,0 +1,235 @@
+"""Curves of low loss between two networks (Garipov et al. 2018, arXiv:1802.10026)."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path as FilePath
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lmc.errors import InputError
+from lmc.landscape.curves.training import Recipe, train_bends
+from lmc.landscape.evaluation.objective import check_training_data
+from lmc.landscape.evaluation.scores import Measure
+from lmc.landscape.paths.path import Path, mixture_path
+from lmc.landscape.planes.grid import Values
+from lmc.landscape.planes.plane import loss_plane
+from lmc.landscape.planes.plane_result import Plane
+from lmc.network.batches import as_splits
+from lmc.network.copies import copy_module
+from lmc.network.network import Network, pick_device
+from lmc.weights.arithmetic import ModelOrWeights, Weights, distance, finite_pair, lerp, mean
+
+Kind: TypeAlias = Literal["bezier", "chain"]
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """A curve `phi(t)`, t from 0 to 1, between two networks.
+
+    Attributes:
+        controls: a, the bends, b. The curve starts at a and ends at b; a Bezier curve is drawn towards its bends, a chain
+            passes through them.
+        kind: "bezier" or "chain".
+        losses: (E,) mean training loss in each epoch, over random points of the curve.
+        interrupted: training ended early.
+        model: a private copy of the architecture.
+    """
+
+    controls: tuple[Weights, ...]
+    kind: Kind
+    losses: Values
+    interrupted: bool
+    model: nn.Module = field(repr=False)
+
+    def shares(self, t: float) -> tuple[float, ...]:
+        """What each control has in `phi(t)`; they sum to 1."""
+        last = len(self.controls) - 1
+        if self.kind == "chain":
+            return tuple(max(0.0, 1.0 - abs(t * last - j)) for j in range(last + 1))
+        return tuple(math.comb(last, j) * t**j * (1.0 - t) ** (last - j) for j in range(last + 1))
+
+    def at(self, t: float) -> Weights:
+        """The weights `phi(t)`, bit by bit those of a at 0 and of b at 1.
+
+        Between the controls running statistics of batch normalisation are only averaged; see `recalibrate_batchnorm`.
+
+        Raises:
+            InputError: t outside [0, 1].
+        """
+        if not 0.0 <= t <= 1.0:
+            raise InputError(f"t={t}; expected a number from 0 to 1")
+        shares = self.shares(t)
+        if 1.0 in shares:
+            return {name: tensor.clone() for name, tensor in self.controls[shares.index(1.0)].items()}
+        return mean(self.controls, shares)
+
+    def path(
+        self,
+        data: Any,
+        alphas: int | Sequence[float] = 25,
+        *,
+        repair: Literal["auto"] | None = "auto",
+        statistics_inputs: Any = None,
+        loss: Measure | None = None,
+        metrics: Mapping[str, Measure] | None = None,
+        batch_size: int | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = True,
+    ) -> Path:
+        """Losses along the curve, alpha being t: `straight.plot(curve=curve.path(data))` draws both.
+
+        All arguments as for `loss_path`, but that points lie in [0, 1].
+        """
+        if not isinstance(alphas, int) and not all(0.0 <= alpha <= 1.0 for alpha in np.ravel(alphas)):
+            raise InputError(f"alphas={alphas}; a curve has points from 0 to 1 only")
+        return mixture_path(
+            self.model,
+            self.controls,
+            self.shares,
+            data,
+            alphas,
+            repair=repair,
+            statistics_inputs=statistics_inputs,
+            loss=loss,
+            metrics=metrics,
+            batch_size=batch_size,
+            device=device,
+            progress=progress,
+        )
+
+    def plane(self, data: Any, resolution: int = 41, **options: Any) -> Plane:
+        """The plane that holds the curve, with the curve and the straight line drawn in it.
+
+        Args:
+            data, resolution, options: as for `loss_plane`.
+
+        Raises:
+            InputError: a curve with several bends, which lies in no plane, or what `loss_plane` raises.
+        """
+        if len(self.controls) != 3:
+            raise InputError(f"a curve with {len(self.controls) - 2} bends lies in no plane; train one with bends=1")
+        plane = loss_plane(self.model, self.controls, data, resolution, **{"names": ("A", "bend", "B"), **options})
+        corners = np.array(list(plane.places.values()))
+        track = np.array([self.shares(t) for t in np.linspace(0.0, 1.0, 101)]) @ corners
+        return replace(plane, tracks={"curve": track, "naive": corners[[0, 2]]})
+
+    def save(self, file: str | FilePath) -> None:
+        """Write the curve as a safetensors file; `Curve.load(file, model)` reads it back."""
+        from lmc.landscape.curves.curve_file import save
+
+        save(self, file)
+
+    @classmethod
+    def load(cls, file: str | FilePath, model: nn.Module) -> "Curve":
+        """Read a curve of the architecture `model` that `save` wrote."""
+        from lmc.landscape.curves.curve_file import load
+
+        return load(file, model)
+
+    def __str__(self) -> str:
+        kind, bends = {"bezier": "Bezier curve", "chain": "Polygonal chain"}[self.kind], len(self.controls) - 2
+        points = [self.at(t) for t in np.linspace(0.0, 1.0, 33)]
+        length = sum(distance(p, q) for p, q in zip(points[:-1], points[1:], strict=True))
+        straight = distance(points[0], points[-1])
+        trained = f"trained for {len(self.losses)} epochs" + (", interrupted" if self.interrupted else "")
+        last = f", training loss {self.losses[0]:.3f} to {self.losses[-1]:.3f}" if len(self.losses) else ""
+        return f"{kind} with {bends} bend{'s' * (bends > 1)}, {length:.3g} long (straight: {straight:.3g}), {trained}{last}"
+
+    __repr__ = __str__
+
+
+def bezier_curve(
+    model: nn.Module,
+    a: ModelOrWeights,
+    b: ModelOrWeights,
+    train_data: Any,
+    *,
+    bends: int = 1,
+    epochs: int = 30,
+    lr: float = 3e-3,
+    weight_decay: float = 0.0,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Curve:
+    """Train a Bezier curve from a to b whose points all have a low loss (Garipov et al. 2018, section 3).
+
+    With fixed ends, the bends minimise the mean loss at `phi(t)`, t uniform in [0, 1]: every step draws one t and one
+    batch, and sends the gradient at `phi(t)` to the bends by their shares. They start evenly spaced on the straight line.
+    Adam, with the paper's schedule: a constant rate for half of the steps, then down to 1 % of it at 90 %. Batch
+    normalisation and dropout are in train mode, as when networks are trained. Nothing of the caller's is touched.
+
+    Args:
+        model: the architecture.
+        a, b: its weights at both ends; modules or state dicts.
+        train_data: `(inputs, targets)`, an iterable of such batches, or an object with `.train`.
+        bends: control points between the ends.
+        epochs: passes over the data.
+        lr: rate of Adam.
+        weight_decay: L2 penalty (weight_decay / 2) |phi(t)|^2 on the point of the curve, not on the bends.
+        loss: of outputs and targets (default: cross-entropy), one value or one for each example.
+        batch_size: examples in a step, where the data are given whole; an incomplete last batch is left out.
+        seed: of the order of the data, of t and of dropout.
+        device: where to train (default: where a is); the bends come back to where a is.
+        progress: show a bar.
+
+    An interrupt ends training with a warning and returns the curve as it is.
+
+    Raises:
+        MismatchError: a, b and the model are not of one architecture, dtype and device.
+        WeightsError: weights that are not finite. DataError: unusable data.
+        InputError: an unusable argument, or a loss that became NaN or infinite.
+    """
+    recipe = Recipe(epochs, lr, weight_decay, loss, batch_size, seed, progress)
+    return _curve("bezier", model, a, b, train_data, bends, recipe, device)
+
+
+def polygonal_chain(
+    model: nn.Module,
+    a: ModelOrWeights,
+    b: ModelOrWeights,
+    train_data: Any,
+    *,
+    bends: int = 1,
+    epochs: int = 30,
+    lr: float = 3e-3,
+    weight_decay: float = 0.0,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Curve:
+    """Train a chain of straight segments from a over the bends to b; all else is as for `bezier_curve`."""
+    recipe = Recipe(epochs, lr, weight_decay, loss, batch_size, seed, progress)
+    return _curve("chain", model, a, b, train_data, bends, recipe, device)
+
+
+def _curve(
+    kind: Kind,
+    model: nn.Module,
+    a: ModelOrWeights,
+    b: ModelOrWeights,
+    data: Any,
+    bends: int,
+    recipe: Recipe,
+    device: torch.device | str | None,
+) -> Curve:
+    a, b = finite_pair(a, b)
+    if not (isinstance(bends, int) and bends >= 1):
+        raise InputError(f"bends={bends!r}; expected a whole number, at least 1")
+    network = Network(model, pick_device(device, a))
+    network.check(a, "a")
+    split = as_splits(data)[0]
+    check_training_data(network, a, split, recipe.loss)
+    a, b = ({name: tensor.clone() for name, tensor in end.items()} for end in (a, b))
+    between = [lerp(a, b, j / (bends + 1)) for j in range(1, bends + 1)]
+    start = Curve((a, *between, b), kind, np.empty(0), False, copy_module(model))
+    found = train_bends(network, start.controls, start.shares, split, recipe)
+    return replace(start, controls=(a, *found.bends, b), losses=found.losses, interrupted=found.interrupted)

@@ -1,0 +1,211 @@
+"""Loss and accuracy on planes in weight space: through three networks, around one, along a trajectory."""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lmc.errors import InputError
+from lmc.landscape.evaluation.scores import Measure
+from lmc.landscape.planes.grid import Principal, ThroughThree, Values, axis, filter_normalised
+from lmc.landscape.planes.plane_result import Plane
+from lmc.landscape.planes.span import Span
+from lmc.landscape.planes.survey import Layout, Options, Survey
+from lmc.weights.arithmetic import ModelOrWeights
+
+Resolution = int | tuple[int, int]
+
+
+def loss_plane(
+    model: nn.Module,
+    models: Sequence[ModelOrWeights],
+    data: Any,
+    resolution: Resolution = 41,
+    *,
+    names: Sequence[str] = ("A", "B", "C"),
+    margin: float = 0.2,
+    tolerance: float | None = None,
+    resume: Plane | None = None,
+    repair: Literal["auto"] | None = "auto",
+    statistics_inputs: Any = None,
+    loss: Measure | None = None,
+    metrics: Mapping[str, Measure] | None = None,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Plane:
+    """Evaluate the plane through three networks (Garipov et al. 2018, arXiv:1802.10026, section 3.2), in eval mode.
+
+    The first network is the origin, the third lies on the x axis, the second above it; distances are Euclidean, over
+    parameters. The lines of the grid nearest to a network are moved onto it, so that all three are evaluated as they
+    are. Nothing of the caller's is touched. Points are evaluated from coarse to fine; an interrupt returns what is done
+    (the rest NaN, with a warning), and `resume` goes on from there.
+
+    On a CPU, as many threads as torch is set to use take points; what the first layer makes of the data is computed once
+    and mixed at every point, which is the same up to rounding.
+
+    Args:
+        model: the architecture.
+        models: three weight sets of it; modules or state dicts.
+        data: as for `loss_path`.
+        resolution: points along each axis, or along x and along y; at least 5.
+        names: what the three are called in print and in plots.
+        margin: how far the grid reaches beyond the models, as a share of their extent along the axis.
+        tolerance: None evaluates every point. 0.01 evaluates only as many as it takes to know the losses within 1 % of
+            their range, as far as points that are held out can tell, and interpolates the others: of 51 x 51 points,
+            most often a tenth. `plane.evaluated` says which, `plane.error` how far off.
+        resume: an unfinished plane of the same arguments, whose points are taken over.
+        repair, statistics_inputs, loss, metrics, batch_size, device: as for `loss_path`.
+        progress: show a bar, and tell the cost of a long plane before it starts.
+
+    Raises:
+        InputError: models on one line, or an unusable argument.
+        MismatchError: models of different architectures, dtypes or devices.
+        WeightsError: weights that are not finite. DataError: unusable data.
+    """
+    if len(models) != 3 or isinstance(models, Mapping):
+        raise InputError(f"models: expected three networks, got {len(models)}")
+    if len(names) != 3 or len(set(names)) != 3:
+        raise InputError(f"names={names!r}; expected three different names")
+    counts = _counts(resolution)
+    _check_margin(margin)
+    options = Options(tolerance, resume, repair, statistics_inputs, loss, metrics, batch_size, device, progress)
+    survey = Survey(model, dict(zip(names, models, strict=True)), data, options)
+    first, second, third = survey.states.values()
+    frame = ThroughThree.of((first, second, third), names, survey.parameters)
+    x, y = (_through([place[i] for place in frame.places], margin, counts[i]) for i in (0, 1))
+    return survey.plane(
+        Layout(
+            Span.through(first, second, third),
+            lambda x, y: frame.shares(x, y)[1:],
+            x,
+            y,
+            dict(zip(names, frame.places, strict=True)),
+            (f"distance from {names[0]} towards {names[2]}", f"off this line, towards {names[1]}"),
+        )
+    )
+
+
+def random_plane(
+    model: nn.Module,
+    weights: ModelOrWeights | None,
+    data: Any,
+    resolution: Resolution = 41,
+    *,
+    radius: float = 1.0,
+    seed: int = 0,
+    name: str = "A",
+    tolerance: float | None = None,
+    resume: Plane | None = None,
+    repair: Literal["auto"] | None = "auto",
+    statistics_inputs: Any = None,
+    loss: Measure | None = None,
+    metrics: Mapping[str, Measure] | None = None,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Plane:
+    """Evaluate `weights + x d + y e` for two filter-normalised random directions (Li et al. 2018, arXiv:1712.09913).
+
+    Each filter of d and e (the weights that feed one unit) is Gaussian and as long as that of the network; biases and
+    the parameters of normalisations stay. So networks of different scale can be compared.
+
+    Args:
+        model: the architecture.
+        weights: the network in the middle; a module or state dict (None: the module's own).
+        resolution: points along each axis, or along x and along y; odd, at least 5.
+        radius: x and y run from -radius to radius, in lengths of the filters.
+        seed: of both directions.
+        name: what the network is called.
+        data, and all that follows `name`: as for `loss_plane`.
+
+    Raises:
+        As `loss_plane`, but for models on one line.
+    """
+    counts = _counts(resolution)
+    if not all(count % 2 for count in counts):
+        raise InputError(f"resolution={resolution!r}; expected odd numbers, at least 5, so that the network is on a node")
+    if not (math.isfinite(radius) and radius > 0.0):
+        raise InputError(f"radius={radius}; expected a positive number")
+    options = Options(tolerance, resume, repair, statistics_inputs, loss, metrics, batch_size, device, progress)
+    survey = Survey(model, {name: model if weights is None else weights}, data, options)
+    centre, generator = survey.states[name], torch.Generator().manual_seed(seed)
+    directions = [filter_normalised(centre, survey.parameters, generator) for _ in range(2)]
+    x, y = (axis(-radius, radius, count, [0.0]) for count in counts)
+    axes = ("first random direction (filter norms)", "second random direction (filter norms)")
+    return survey.plane(Layout(Span(centre, directions), lambda x, y: (x, y), x, y, {name: (0.0, 0.0)}, axes))
+
+
+def trajectory_plane(
+    model: nn.Module,
+    trajectory: Sequence[ModelOrWeights],
+    data: Any,
+    resolution: Resolution = 41,
+    *,
+    margin: float = 0.2,
+    name: str = "end",
+    tolerance: float | None = None,
+    resume: Plane | None = None,
+    repair: Literal["auto"] | None = "auto",
+    statistics_inputs: Any = None,
+    loss: Measure | None = None,
+    metrics: Mapping[str, Measure] | None = None,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Plane:
+    """Evaluate the plane in which a training run moves most (Li et al. 2018, arXiv:1712.09913, section 7.2).
+
+    It goes through the last weights, along the two principal components of the differences to them; x and y are Euclidean
+    distances over parameters. `plane.tracks["trajectory"]` is the run, projected onto it, and `plane.explained` the share
+    of its squared distances to the end that lies in the plane: where that is small, the losses under the track are not
+    those of the run.
+
+    Args:
+        model: the architecture.
+        trajectory: at least three weight sets, from start to end; modules or state dicts.
+        resolution: points along each axis, or along x and along y; at least 5.
+        margin: how far the grid reaches beyond the run, as a share of its extent along the axis.
+        name: what the last weights are called.
+        data, and all that follows `name`: as for `loss_plane`.
+
+    Raises:
+        As `loss_plane`.
+    """
+    if isinstance(trajectory, Mapping) or len(trajectory) < 3:
+        raise InputError(f"trajectory: expected at least three weight sets, got {len(trajectory)}")
+    counts = _counts(resolution)
+    _check_margin(margin)
+    options = Options(tolerance, resume, repair, statistics_inputs, loss, metrics, batch_size, device, progress)
+    names = [*(f"trajectory[{i}]" for i in range(len(trajectory) - 1)), name]
+    survey = Survey(model, dict(zip(names, trajectory, strict=True)), data, options)
+    found = Principal.of(list(survey.states.values()), survey.parameters)
+    x, y = (_through(found.track[:, i], margin, counts[i], [0.0]) for i in (0, 1))
+    axes = ("first principal component", "second principal component")
+    span = Span(survey.states[name], found.directions)
+    plane = survey.plane(Layout(span, lambda x, y: (x, y), x, y, {name: (0.0, 0.0)}, axes))
+    return replace(plane, tracks={"trajectory": found.track}, explained=found.explained)
+
+
+def _counts(resolution: Resolution) -> tuple[int, int]:
+    """Points along x and along y."""
+    counts = (resolution, resolution) if isinstance(resolution, int) else resolution
+    if not (isinstance(counts, tuple) and len(counts) == 2 and all(isinstance(n, int) and n >= 5 for n in counts)):
+        raise InputError(f"resolution={resolution!r}; expected a whole number, at least 5, or two of them")
+    return counts
+
+
+def _check_margin(margin: float) -> None:
+    if not (math.isfinite(margin) and margin >= 0.0):
+        raise InputError(f"margin={margin}; expected a number, at least 0")
+
+
+def _through(places: Iterable[float], margin: float, count: int, nodes: Iterable[float] | None = None) -> Values:
+    """An axis that reaches beyond all places, with nodes on them, or on `nodes`."""
+    places = [float(place) for place in places]
+    low, high = min(places), max(places)
+    reach = margin * (high - low)
+    return axis(low - reach, high + reach, count, places if nodes is None else nodes)

@@ -1,0 +1,155 @@
+"""What a plane in weight space holds."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from lmc.core.extras import require
+from lmc.landscape.evaluation.live import Live
+from lmc.landscape.evaluation.measured import Measured
+from lmc.landscape.planes.grid import Values
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    from lmc.views.widgets.plane_explorer import PlaneExplorer
+
+
+@dataclass(frozen=True, eq=False)
+class Plane(Measured):
+    """Losses and accuracies over a plane in weight space.
+
+    Attributes:
+        x, y: (X,) and (Y,) ascending, the columns and rows of the grid; the models lie on nodes of it.
+        values: split -> measure -> (Y, X): "loss" (nats), "accuracy" (a fraction) and any further metric; NaN where it is
+            not known.
+        places: name of a model -> its (x, y).
+        own: split -> measure -> the value of each model, in the order of `places`, as it was given. With batch
+            statistics re-estimated they may differ from the plane at its place, otherwise they agree.
+        done: (Y, X) which points are known; all, unless an interrupt came first.
+        axes: what x and y are.
+        recalibrated: batch statistics were re-estimated at every point.
+        tracks: name -> (K, 2), curves to be drawn in the plane.
+        interpolated: (Y, X) which points were not evaluated but interpolated (see `tolerance` of `loss_plane`); none
+            where this is a single False.
+        error: split -> measure -> the largest error of interpolation at points that were held out to tell it.
+        explained: of the plane of a trajectory, the share of the squared distances to its end along each axis.
+        exact: evaluates any other point, `exact(x, y)[split].loss`; it keeps the networks and data alive. None for a plane
+            that was read from a file.
+    """
+
+    x: Values
+    y: Values
+    values: dict[str, dict[str, Values]]
+    places: dict[str, tuple[float, float]]
+    own: dict[str, dict[str, tuple[float, ...]]]
+    done: npt.NDArray[np.bool_]
+    axes: tuple[str, str]
+    recalibrated: bool = False
+    tracks: dict[str, Values] = field(default_factory=dict, repr=False)
+    interpolated: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros((), dtype=bool))
+    error: dict[str, dict[str, float]] = field(default_factory=dict)
+    explained: tuple[float, float] | None = None
+    exact: Live | None = field(default=None, repr=False)
+
+    @property
+    def complete(self) -> bool:
+        """No point is missing."""
+        return bool(self.done.all())
+
+    @property
+    def evaluated(self) -> npt.NDArray[np.bool_]:
+        """(Y, X) which points were evaluated as they are."""
+        return self.done & ~self.interpolated
+
+    @property
+    def gaps(self) -> dict[str, int]:
+        """measure -> number of points that are known to be NaN, in any split."""
+        measures = self.values[self.split]
+        nans = {m: np.any([values[m] != values[m] for values in self.values.values()], axis=0) for m in measures}
+        return {measure: int((nan & self.done).sum()) for measure, nan in nans.items()}
+
+    def _off(self, split: str, measure: str) -> float:
+        """The error of interpolation as a share of the range."""
+        known = self.values[split][measure][np.isfinite(self.values[split][measure])]
+        return self.error[split][measure] / max(float(np.ptp(known)), 1e-30) if len(known) else 0.0
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each point and split: x, y, split, loss, accuracy and metrics; where points were interpolated, also
+        which were evaluated."""
+        pd = require("pandas")
+
+        x, y = (grid.ravel() for grid in np.meshgrid(self.x, self.y))
+        frames = [
+            pd.DataFrame({"x": x, "y": y, "split": split, **{name: grid.ravel() for name, grid in measures.items()}})
+            for split, measures in self.values.items()
+        ]
+        told = {"evaluated": self.evaluated.ravel()} if self.interpolated.any() else {}
+        return pd.concat([frame.assign(**told) for frame in frames], ignore_index=True)
+
+    def plot(self, split: str | None = None, measures: Sequence[str] | None = None) -> "go.Figure":
+        """Contours of some measures (default: loss, in logarithmic steps, and accuracy), with the models in their places.
+
+        Raises:
+            InputError: a split or a measure that the plane lacks.
+        """
+        from lmc.views.plots.plane import plot_plane
+
+        return plot_plane(self, self.split if split is None else split, measures)
+
+    def explore(self, paths: Mapping[str, npt.ArrayLike] | None = None) -> "PlaneExplorer":
+        """A widget with a point to be dragged over the plane, as a map and as a surface.
+
+        Args:
+            paths: further curves to be drawn, name -> (K, 2).
+        """
+        require("anywidget")
+        from lmc.views.widgets.plane_explorer import PlaneExplorer
+
+        return PlaneExplorer(self, paths or {})
+
+    def save_html(self, file: str | FilePath, paths: Mapping[str, npt.ArrayLike] | None = None) -> None:
+        """Write the explorer as one page that needs neither a kernel nor a network."""
+        from lmc.views.widgets.plane_page import save_html
+
+        save_html(file, self, paths or {})
+
+    def save(self, file: str | FilePath) -> None:
+        """Write the plane as JSON; `Plane.load` reads it back."""
+        from lmc.landscape.planes.plane_file import save
+
+        save(self, file)
+
+    @classmethod
+    def load(cls, file: str | FilePath) -> "Plane":
+        """Read a plane that `save` wrote."""
+        from lmc.landscape.planes.plane_file import load
+
+        return load(file)
+
+    def __str__(self) -> str:
+        head = f"Plane of {len(self.x)} x {len(self.y)} points"
+        if not self.complete:
+            head += f", {int((~self.done).sum())} not evaluated"
+        head += "".join(f", {count} where {measure} is NaN" for measure, count in self.gaps.items() if count)
+        lines = [head + (", batch statistics re-estimated at each" if self.recalibrated else "")]
+        if self.explained is not None:
+            lines.append(f"  axes explain {self.explained[0]:.1%} and {self.explained[1]:.1%} of the trajectory")
+        if self.interpolated.any():
+            worst = {m: max(self._off(split, m) for split in self.values) for m in self.values[self.split]}
+            told = ", ".join(f"{measure} {share:.2%}" for measure, share in worst.items())
+            count = f"{int(self.evaluated.sum())} evaluated, the others interpolated"
+            lines.append(f"  {count}; largest error where it was checked, as a share of the range: {told}")
+        for split, loss in self.losses.items():
+            known = loss[~np.isnan(loss)]
+            models = ", ".join(f"{v:.3f} at {n}" for n, v in zip(self.places, self.own[split]["loss"], strict=True))
+            span = f", {known.min():.3f} to {known.max():.3f} over the plane" if len(known) else ""
+            lines.append(f"  {split}: loss {models}{span}")
+        return "\n".join(lines)
+
+    __repr__ = __str__

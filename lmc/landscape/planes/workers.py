@@ -1,0 +1,175 @@
+"""Points of a plane scored by several threads, each with a network of its own.
+
+On a CPU, threads that each take points gained on one thread where threads inside each operator lost: the operators of
+small networks are too short to be shared (measured for one small MLP on a busy machine, benchmarks/RESULTS.md). Data and
+products of the first layer are shared, activations are not.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from lmc.landscape.evaluation.evaluator import Evaluator
+from lmc.landscape.evaluation.scores import Score
+from lmc.landscape.planes.span import FirstLayer, Products, Span, find_first_layer
+from lmc.network.batches import tensors
+from lmc.network.batchnorm import Recalibrator
+from lmc.weights.arithmetic import Weights
+
+MOST = 8  # threads that take points; with more of them, Python between the operators is what all wait for
+
+Place = Callable[[int], tuple[float, float]]
+
+
+class Workers:
+    """Scores points of a span: `for i, score in workers(order)`, as they are done.
+
+    Args:
+        evaluator: one that has scored a weight set before, so that it knows its batches.
+        prepare: what is done to the weights of each point.
+        place: (u, v) of the point with a certain index.
+    """
+
+    def __init__(self, evaluator: Evaluator, prepare: Recalibrator | None, span: Span, place: Place) -> None:
+        self.place = place
+        self.span = span
+        products = _products(evaluator, prepare, span)
+        twins = [evaluator.twin() for _ in range(_threads(evaluator) - 1)]
+        self._workers = [_Worker(evaluator, prepare, products)]
+        self._workers += [_Worker(twin, prepare and prepare.on(twin.network), products) for twin in twins]
+
+    def seconds_each(self) -> float:
+        """How long a point takes with all threads at work, judged by the one with index 0."""
+        with _intra_op_threads(torch.get_num_threads() // len(self._workers)):
+            list(self._work(self._workers[0], iter([0])))  # makes the products of the first layer
+            start = time.perf_counter()
+            list(self._work(self._workers[0], iter([0])))
+        return (time.perf_counter() - start) / len(self._workers)
+
+    def __call__(self, order: Sequence[int]) -> Iterator[tuple[int, dict[str, Score]]]:
+        pending = iter(order)  # shared: taking the next item of a list's iterator is atomic
+        if len(self._workers) == 1:
+            yield from self._work(self._workers[0], pending)
+            return
+        done: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        stop = threading.Event()
+
+        def work(worker: "_Worker") -> None:
+            try:
+                for found in self._work(worker, pending, stop):
+                    done.put(found)
+            except BaseException as error:  # noqa: BLE001 (raised again by the thread that waits)
+                done.put(error)
+            done.put(None)
+
+        threads = [threading.Thread(target=work, args=(worker,), daemon=True) for worker in self._workers]
+        with _intra_op_threads(torch.get_num_threads() // len(threads)):
+            for thread in threads:
+                thread.start()
+            try:
+                yield from _until_ended(done, len(threads))
+            finally:
+                stop.set()
+                for thread in threads:
+                    thread.join()
+
+    def _work(
+        self, worker: "_Worker", pending: Iterator[int], stop: threading.Event | None = None
+    ) -> Iterator[tuple[int, dict[str, Score]]]:
+        taken: list[int] = []
+
+        def places() -> Iterator[tuple[float, float]]:
+            for i in pending:
+                if stop is not None and stop.is_set():
+                    return
+                taken.append(i)
+                yield self.place(i)
+
+        try:
+            for i, score in enumerate(worker.scores(self.span, places())):
+                yield taken[i], score
+        finally:
+            worker.leave()
+
+
+class _Worker:
+    """What one thread evaluates with."""
+
+    def __init__(self, evaluator: Evaluator, prepare: Recalibrator | None, products: Products | None) -> None:
+        self.evaluator = evaluator
+        self.prepare = prepare
+        self.first = None if products is None else FirstLayer(evaluator.network, products)
+
+    def scores(self, span: Span, places: Iterable[tuple[float, float]]) -> Iterator[dict[str, Score]]:
+        network = self.evaluator.network
+        plain = self.evaluator.one_by_one and self.prepare is None and not network.buffers()
+        traveller = span.traveller() if plain else None
+        if traveller is None:
+            return self.evaluator(self._state(span, u, v) for u, v in places)
+        weights, go = traveller
+        network.load(weights)  # once: all further points are written where these are
+        return self.evaluator.in_turn(self._go(go, u, v) for u, v in places)
+
+    def _state(self, span: Span, u: float, v: float) -> Weights:
+        """The weights at (u, v), to be scored before the next are asked for."""
+        if self.first is not None:
+            self.first.place = (u, v)
+        weights = span(u, v)
+        return weights if self.prepare is None else self.prepare(weights)
+
+    def _go(self, go: Callable[[float, float], object], u: float, v: float) -> None:
+        """Take the network's own weights to (u, v)."""
+        if self.first is not None:
+            self.first.place = (u, v)
+        go(u, v)
+
+    def leave(self) -> None:
+        """What comes next is no point of the span."""
+        if self.first is not None:
+            self.first.place = None
+
+
+def _products(evaluator: Evaluator, prepare: Recalibrator | None, span: Span) -> Products | None:
+    """Products of the first layer, where one weight set at a time goes through data that are held."""
+    batches = evaluator.held_inputs()
+    if evaluator.weight_sets_together != 1 or not batches:
+        return None
+    name = find_first_layer(evaluator.network, batches[0])
+    if name is None:
+        return None
+    leaves = [leaf for batch in [*batches, *(prepare.batches if prepare else [])] for leaf in tensors(batch)]
+    return Products(span, name, evaluator.network.module.get_submodule(name), leaves)
+
+
+def _threads(evaluator: Evaluator) -> int:
+    """How many threads take points. One where the caller's own code would run in them, or data come from an iterator."""
+    if evaluator.device.type != "cpu" or evaluator.measures or not evaluator.held_inputs():
+        return 1
+    return max(min(torch.get_num_threads(), MOST), 1)
+
+
+@contextmanager
+def _intra_op_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(max(count, 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _until_ended(done: "queue.SimpleQueue[Any]", threads: int) -> Iterator[tuple[int, dict[str, Score]]]:
+    """What comes through the queue until every thread has said that it ended; an error is raised."""
+    while threads:
+        found = done.get()
+        if found is None:
+            threads -= 1
+        elif isinstance(found, BaseException):
+            raise found
+        else:
+            yield found

@@ -1,0 +1,185 @@
+"""Loss and accuracy of mixtures: a triangle between three networks, a simplex between more."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from lmc.errors import InputError
+from lmc.landscape.evaluation.evaluator import Evaluator
+from lmc.landscape.evaluation.points import preparation
+from lmc.landscape.evaluation.scores import Measure, Score
+from lmc.landscape.simplices.lattice import coarse_to_fine, lattice, lattice_size
+from lmc.landscape.simplices.mixer import Mixer
+from lmc.landscape.simplices.simplex_result import Mixture, Simplex, Triangle
+from lmc.network.network import pick_device
+from lmc.weights.arithmetic import ModelOrWeights, as_weights, check_compatible, check_finite
+
+MOST_POINTS = 500  # of a lattice whose resolution is not given
+
+
+def loss_triangle(
+    model: nn.Module,
+    models: Sequence[ModelOrWeights],
+    data: Any,
+    resolution: int = 40,
+    *,
+    names: Sequence[str] = ("A", "B", "C"),
+    resume: Simplex | None = None,
+    repair: Literal["auto"] | None = "auto",
+    statistics_inputs: Any = None,
+    loss: Measure | None = None,
+    metrics: Mapping[str, Measure] | None = None,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Triangle:
+    """Evaluate the soups `s_1 a + s_2 b + s_3 c` of three networks, s >= 0 with sum 1, in eval mode.
+
+    Shares go in steps of 1 / `resolution`; the networks themselves are the corners and the lines between them the edges.
+    Points are evaluated from coarse to fine; an interrupt returns what is done (the rest NaN, with a warning), and
+    `resume` goes on from there. Nothing of the caller's is touched.
+
+    Args:
+        model: the architecture.
+        models: three weight sets of it; modules or state dicts.
+        data: as for `loss_path`.
+        resolution: steps along each edge, at least 2: (resolution + 1) (resolution + 2) / 2 points.
+        names: what the three are called in print and in plots.
+        resume: an unfinished triangle of the same arguments, whose points are taken over.
+        repair, statistics_inputs, loss, metrics, batch_size, device: as for `loss_path`.
+        progress: show a bar, and tell the cost of a long survey before it starts.
+
+    Raises:
+        InputError: an unusable argument.
+        MismatchError: models of different architectures, dtypes or devices.
+        WeightsError: weights that are not finite. DataError: unusable data.
+    """
+    if isinstance(models, Mapping) or len(models) != 3:
+        raise InputError(f"models: expected three networks, got {len(models)}; for more use loss_simplex")
+    made = loss_simplex(
+        model,
+        models,
+        data,
+        resolution,
+        names=names,
+        resume=resume,
+        repair=repair,
+        statistics_inputs=statistics_inputs,
+        loss=loss,
+        metrics=metrics,
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
+    )
+    return Triangle(**vars(made))
+
+
+def loss_simplex(
+    model: nn.Module,
+    models: Sequence[ModelOrWeights],
+    data: Any,
+    resolution: int | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    resume: Simplex | None = None,
+    repair: Literal["auto"] | None = "auto",
+    statistics_inputs: Any = None,
+    loss: Measure | None = None,
+    metrics: Mapping[str, Measure] | None = None,
+    batch_size: int | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Simplex:
+    """Evaluate the soups `sum_i s_i theta_i` of any number of networks on a lattice of shares.
+
+    As `loss_triangle`, for two networks or more. The points grow fast with the networks: without a `resolution` it is
+    the largest even number (so that the middle of every pair is a point) that makes no more than 500.
+
+    Args:
+        model: the architecture.
+        models: at least two weight sets of it.
+        names: default "A", "B", ...
+        data, resolution, resume, repair, statistics_inputs, loss, metrics, batch_size, device, progress: as for
+            `loss_triangle`.
+    """
+    if isinstance(models, Mapping) or len(models) < 2:
+        raise InputError(f"models: expected at least two networks, got {len(models)}")
+    names = [_letter(i) for i in range(len(models))] if names is None else list(names)
+    if len(names) != len(models) or len(set(names)) != len(names):
+        raise InputError(f"names={names!r}; expected {len(models)} different names")
+    counts = lattice(len(models), _resolution(len(models), resolution))
+    states = [as_weights(one) for one in models]
+    chosen = pick_device(device, states[0])
+    evaluator = Evaluator(model, data, loss=loss, metrics=metrics, batch_size=batch_size, device=chosen)
+    for name, state in zip(names, states, strict=True):
+        check_compatible(states[0], state, (names[0], name))
+        check_finite(state, name)
+        evaluator.network.check(state, name)
+    prepare = preparation(evaluator, repair, statistics_inputs)
+    moved = [{key: tensor.to(evaluator.device) for key, tensor in state.items()} for state in states]
+    mixer = Mixer(evaluator, moved, prepare)
+    blank = _blank(mixer, names, counts)
+    if resume is not None:
+        _take_over(blank, resume)
+    order = [i for i in coarse_to_fine(counts) if not blank.done[i]]
+
+    def note(i: int, score: Mapping[str, Score]) -> None:
+        blank.done[i] = True
+        for split, measures in blank.values.items():
+            for measure, values in measures.items():
+                values[i] = score[split].values[measure]
+
+    mixer.survey(blank.shares, order, note, "mixtures", progress)
+    return blank
+
+
+def _resolution(models: int, given: int | None) -> int:
+    if given is not None:
+        if not isinstance(given, int) or isinstance(given, bool) or given < 2:
+            raise InputError(f"resolution={given!r}; expected a whole number, at least 2")
+        return given
+    found = 2
+    while lattice_size(models, found + 2) <= MOST_POINTS:
+        found += 2
+    return found
+
+
+def _letter(i: int) -> str:
+    return chr(ord("A") + i) if i < 26 else f"model {i}"
+
+
+def _blank(mixer: Mixer, names: Sequence[str], counts: np.ndarray) -> Simplex:
+    """Mixtures of which no point is known, but the models themselves and the uniform soup."""
+    own = mixer.own()
+    kept = {
+        split: {m: tuple(score[split].values[m] for score in own) for m in own[0][split].values} for split in own[0]
+    }
+    values = {s: {m: np.full(len(counts), math.nan) for m in measures} for s, measures in kept.items()}
+    equal = [1.0 / len(names)] * len(names)
+    uniform = Mixture(dict(zip(names, equal, strict=True)), mixer(equal))
+    done = np.zeros(len(counts), dtype=bool)
+    return Simplex(tuple(names), counts, values, kept, uniform, done, mixer.prepare is not None, mixer)
+
+
+def _take_over(fresh: Simplex, earlier: Simplex) -> None:
+    """Copy the points that earlier mixtures know.
+
+    Raises:
+        InputError: they are of other models, data, measures or points.
+    """
+    same = fresh.values.keys() == earlier.values.keys() and fresh.recalibrated == earlier.recalibrated
+    same = same and np.array_equal(fresh.counts, earlier.counts)
+    for split, measures in fresh.own.items():
+        others = earlier.own.get(split, {})
+        same = same and measures.keys() == others.keys()
+        same = same and all(np.allclose(measures[m], others[m], rtol=1e-4, equal_nan=True) for m in measures)
+    if not same:
+        raise InputError("resume: mixtures of other models, data, measures or points; pass it with the same arguments")
+    fresh.done[:] = earlier.done
+    for split, measures in fresh.values.items():
+        for measure, values in measures.items():
+            values[:] = earlier.values[split][measure]

@@ -1,0 +1,93 @@
+"""The record of a merge: which method, options and inputs, so that the same merge can be told from another."""
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmc.core.files import write_text
+from lmc.errors import InputError
+from lmc.merge.engine.method import MergeFunction
+from lmc.weights.arithmetic import ModelOrWeights, as_weights
+from lmc.weights.checkpoints.formats import as_bytes
+from lmc.weights.checkpoints.opening import RECIPE, Checkpoint, read_json
+
+Recipe = dict[str, Any]
+
+
+def make_recipe(
+    method: MergeFunction,
+    options: Mapping[str, Any],
+    models: Sequence[ModelOrWeights],
+    base: ModelOrWeights | None,
+    shard_size: int,
+) -> Recipe:
+    """All that the result depends on, as JSON holds it."""
+    recipe = {
+        "method": method.__name__,
+        "rule": source(method),
+        "options": {key: _plain(value, key) for key, value in options.items()},
+        "models": [_fingerprint(model) for model in models],
+        "base": None if base is None else _fingerprint(base),
+        "shard_size": shard_size,
+        "torch": str(torch.__version__),
+    }
+    return json.loads(json.dumps(recipe))
+
+
+def record(folder: Path, recipe: Recipe, files: Mapping[str, str]) -> None:
+    """Store the recipe, and the checksums of the files that are complete."""
+    write_text(folder / RECIPE, json.dumps(recipe | {"files": files}, indent=2) + "\n")
+
+
+def recorded(folder: Path) -> tuple[Recipe | None, dict[str, str]]:
+    """What `record` has stored in a folder; no recipe if there is none."""
+    if not (folder / RECIPE).is_file():
+        return None, {}
+    recipe = read_json(folder / RECIPE)
+    return recipe, recipe.pop("files", {})
+
+
+def source(method: MergeFunction) -> str:
+    """The SHA-256 of the rule's source: a method changed between an interrupt and now is another method."""
+    try:
+        text = inspect.getsource(method.method.rule)
+    except (OSError, TypeError):  # typed into a bare interpreter
+        text = method.method.rule.__qualname__
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fingerprint(model: ModelOrWeights) -> Recipe:
+    """Path, sizes and times of files, or the SHA-256 of what is in memory."""
+    if isinstance(model, Checkpoint):
+        stats = {file.name: file.stat() for file in model.files}
+        return {
+            "path": str(model.path.resolve()),
+            "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        }
+    digest = hashlib.sha256()
+    for name, tensor in as_weights(model).items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        if tensor.numel():
+            digest.update(as_bytes(tensor.cpu().contiguous()))
+    return {"in memory": digest.hexdigest()}
+
+
+def _plain(value: Any, key: str) -> Any:
+    """An option as JSON: numbers, texts, lists, mappings; tensors as lists, methods by name and source."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v, key) for k, v in value.items()}
+    if isinstance(value, Sequence):
+        return [_plain(v, key) for v in value]
+    if hasattr(value, "method"):
+        return {"method": value.__name__, "rule": source(value)}
+    raise InputError(f"{key}: {type(value).__name__} cannot be stored in the recipe; use numbers, texts and lists")

@@ -1,0 +1,77 @@
+"""Do again what a recipe says: the same inputs, method and options give the same files, bit for bit."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lmc.merge as catalogue
+from lmc.errors import DataError, InputError
+from lmc.merge.disk.recipe import source
+from lmc.merge.disk.write import write
+from lmc.merge.engine.method import MergeFunction
+from lmc.weights.checkpoints.opening import RECIPE, Checkpoint, open_checkpoint, read_json
+
+
+def replay(
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    method: MergeFunction | None = None,
+    progress: bool = True,
+) -> Checkpoint:
+    """Merge again as a recipe says, into a new folder.
+
+    Args:
+        recipe: `merge.json` of a merged checkpoint, its folder, another copy of that file, or what it holds.
+        out: the folder to make.
+        method: the function, where it is not one of `lmc.merge`.
+
+    Raises:
+        InputError: models that were not on disk; a method that is not known, or has been changed since.
+        DataError: inputs of other sizes than those that were merged, or a result that differs; the file is named.
+    """
+    if not isinstance(recipe, Mapping):
+        path = Path(recipe)
+        recipe = read_json(path / RECIPE if path.is_dir() else path)
+    missing = [key for key in ("method", "rule", "options", "models", "base", "shard_size") if key not in recipe]
+    if missing:
+        raise DataError(f"recipe: not one of lmc.merge.write: it lacks {', '.join(missing)}")
+    chosen = find_method(recipe, method)
+    options = {key: find_method(v) if _is_method(v) else v for key, v in recipe["options"].items()}
+    models = [_input(model, f"models[{i}]") for i, model in enumerate(recipe["models"])]
+    base = None if recipe["base"] is None else _input(recipe["base"], "base")
+    merged = write(chosen, models, out, base=base, shard_size=recipe["shard_size"], progress=progress, **options)
+    made = read_json(merged.path / RECIPE)["files"]
+    for file, digest in recipe.get("files", {}).items():
+        if made.get(file) != digest:
+            raise DataError(
+                f"{merged.path / file}: differs from the file of the recipe: its inputs, or the version of torch "
+                f"({recipe.get('torch')} then), have changed"
+            )
+    return merged
+
+
+def find_method(recipe: Mapping[str, Any], given: MergeFunction | None = None) -> MergeFunction:
+    """The method that a recipe names; its source must be what it was."""
+    name = recipe["method"]
+    method: Any = getattr(catalogue, str(name), None) if given is None else given
+    if not hasattr(method, "method"):
+        raise InputError(f"recipe: {name!r} is not a method of lmc.merge; pass your function as method=")
+    if source(method) != recipe["rule"]:
+        raise InputError(f"recipe: {name!r} is not the function that the recipe was made with: its source differs")
+    return method
+
+
+def _is_method(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) == {"method", "rule"}
+
+
+def _input(recorded: Mapping[str, Any], who: str) -> Checkpoint:
+    if "path" not in recorded:
+        raise InputError(f"recipe: {who} was in memory; only checkpoints on disk can be merged again")
+    checkpoint = open_checkpoint(recorded["path"])
+    sizes = {file.name: file.stat().st_size for file in checkpoint.files}
+    before = {name: size for name, (size, _) in recorded["files"].items()}
+    if sizes != before:
+        raise DataError(f"{checkpoint.path}: {who} is not what it was: files and sizes {sizes}, then {before}")
+    return checkpoint

@@ -1,0 +1,145 @@
+"""Which tensor of a merged checkpoint goes into which file, and writing such a file part by part."""
+
+import hashlib
+import json
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from lmc.errors import InputError
+from lmc.merge.engine.chunks import VALUES, Part
+from lmc.weights.checkpoints.formats import DTYPES, as_bytes, size_of
+from lmc.weights.checkpoints.opening import checksum
+
+QUEUE = 4  # parts that wait to be written
+LABELS = {dtype: label for label, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One safetensors file: its name, and dtype and shape of each tensor in it, in the order of the model."""
+
+    file: str
+    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+
+    @property
+    def size(self) -> int:
+        """Bytes of its tensors."""
+        return sum(size_of(*tensor) for tensor in self.tensors.values())
+
+    def header(self, ties: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
+        """The first bytes of the file, and where each tensor begins.
+
+        Wide dtypes lie first, so that every tensor begins at a multiple of its item size.
+        """
+        places: dict[str, int] = {}
+        end = 0
+        for name in sorted(self.tensors, key=lambda name: -self.tensors[name][0].itemsize):
+            places[name] = end
+            end += size_of(*self.tensors[name])
+        kept = {second: first for second, first in ties.items() if first in self.tensors}
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"} | kept}
+        for name, (dtype, shape) in self.tensors.items():
+            place = places[name], places[name] + size_of(dtype, shape)
+            entries[name] = {"dtype": LABELS[dtype], "shape": shape, "data_offsets": place}
+        text = json.dumps(entries, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        start = 8 + len(text)
+        return len(text).to_bytes(8, "little") + text, {name: start + place for name, place in places.items()}
+
+
+def layout(tensors: Mapping[str, Tensor], limit: int) -> tuple[Shard, ...]:
+    """As many tensors to a file as fit into `limit` bytes, in their order; a larger one has a file of its own."""
+    groups: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if tensor.dtype not in LABELS:
+            raise InputError(f"{name}: {tensor.dtype} is not stored in safetensors files; convert it with .to(dtype)")
+        size = size_of(tensor.dtype, tuple(tensor.shape))
+        if groups[-1] and filled + size > limit:
+            groups.append({})
+            filled = 0
+        groups[-1][name] = tensor.dtype, tuple(tensor.shape)
+        filled += size
+    if len(groups) == 1:
+        return (Shard("model.safetensors", groups[0]),)
+    return tuple(Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", g) for i, g in enumerate(groups, start=1))
+
+
+def write_shard(
+    path: Path,
+    shard: Shard,
+    ties: Mapping[str, str],
+    parts: Iterator[tuple[str, Part, Tensor]],
+    written: Callable[[int], object],
+) -> str:
+    """Write each part of each tensor to its place as it comes, and say how many bytes it had.
+
+    A thread writes while the next parts are made. On return all is on the disk.
+
+    Returns:
+        The SHA-256 of the file.
+    """
+    header, places = shard.header(ties)
+    with open(path, "wb") as opened, ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
+        file = _Hashed(opened)
+        pending = deque([pool.submit(file.write, 0, header)])
+        left = len(shard.tensors)
+        while left:
+            name, part, tensor = next(parts)
+            start, stop = (0, tensor.numel()) if part is None else (part.start, part.stop)
+            values = as_bytes(tensor.cpu().contiguous()) if tensor.numel() else b""
+            pending.append(pool.submit(file.write, places[name] + start * tensor.element_size(), values))
+            written(len(values))
+            left -= stop == torch.Size(shard.tensors[name][1]).numel()
+            while len(pending) > (QUEUE if tensor.numel() <= VALUES else 0):
+                pending.popleft().result()
+        for write in pending:
+            write.result()
+        opened.flush()
+        os.fsync(opened.fileno())
+    return checksum(path) if file.digest is None else file.digest.hexdigest()
+
+
+class _Hashed:
+    """A file with the SHA-256 of what was written, as long as that goes on from where it ended."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.digest: Any = hashlib.sha256()
+        self.end = 0
+
+    def write(self, place: int, values: bytes | memoryview) -> None:
+        if place != self.end:  # tensors of several widths are not stored in the order of the model
+            self.digest = None
+            self.file.seek(place)
+        if self.digest is not None:
+            self.digest.update(values)
+        self.end = place + self.file.write(values)
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes, from a number or from text such as "5GB" (10^9) or "512 MiB" (2^20)."""
+    text = str(size).replace(" ", "")
+    for power, letter in enumerate("KMGT", start=1):
+        for unit, step in ((f"{letter}iB", 1024), (f"{letter}B", 1000)):
+            if text.lower().endswith(unit.lower()):
+                return _positive(text[: -len(unit)], step**power, size)
+    return _positive(text, 1, size)
+
+
+def _positive(text: str, unit: int, given: int | str) -> int:
+    try:
+        value = int(float(text) * unit)
+    except (ValueError, OverflowError):
+        value = 0
+    if value < 1:
+        raise InputError(f"shard_size: expected a number of bytes or a size such as '5GB', got {given!r}")
+    return value

@@ -1,0 +1,261 @@
+"""Merge checkpoints on disk, tensor by tensor: memory for a few copies of the largest tensor, not for the models.
+
+The methods of `lmc.merge` work on parts of large tensors and need some 100 MB whatever the models' size; DARE and DELLA
+that restore norms (`rescale="l1"`), and rules of your own that do not say that they may be given parts, hold whole
+tensors of all models. Threads read what comes next and write what is done meanwhile.
+
+    plan = lmc.merge.plan(lmc.merge.ties, ["math/", "code/"], "merged/", base="base/", density=0.3)
+    print(plan)                     # sizes, files, memory, what is done already
+    merged = plan.write()           # or all at once: lmc.merge.write(lmc.merge.ties, [...], "merged/", ...)
+
+The files grow in a hidden folder beside the output, which takes its name when all of them are complete. After an
+interrupt the same call goes on with the first unfinished file; the result is the same, bit for bit.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from torch import Tensor, nn
+
+from lmc.core.files import write_text
+from lmc.core.progress import tqdm
+from lmc.errors import InputError
+from lmc.merge.disk.recipe import Recipe, make_recipe, record, recorded
+from lmc.merge.disk.shards import QUEUE, Shard, layout, parse_size, write_shard
+from lmc.merge.engine.chunks import DEPTH, VALUES, Part, grain
+from lmc.merge.engine.method import MergeFunction, Method
+from lmc.merge.engine.passes import sample_size
+from lmc.merge.engine.quantiles import SAMPLE
+from lmc.merge.engine.tensors import WeightSets, weight_sets, wide
+from lmc.weights.arithmetic import ModelOrWeights
+from lmc.weights.checkpoints.opening import INDEX, RECIPE, Checkpoint, checksum, open_checkpoint, readable
+
+Source: TypeAlias = str | Path | ModelOrWeights
+BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")
+TRAINING = ("trainer_state.json", "optimizer.json")  # of the run, not of the model
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a merge to disk is going to do. `print` it, then `write()`.
+
+    Attributes:
+        out: the folder that the result will be.
+        recipe: method, options and inputs, as stored beside the result.
+        shards: the files, in order.
+        done: the files that an interrupted run has finished, with their SHA-256.
+        ties: second names of stored tensors, which are not stored again.
+        memory: bytes of memory at most, about, besides what the program holds already.
+        whole: whether tensors are held whole, so that the largest decides about memory; else in parts.
+        one_pass: whether each tensor is read once only; else thresholds of whole models or angles are found first.
+        beside: the files that are copied: configuration and tokenizer, of the base or else the first model in a folder.
+    """
+
+    out: Path
+    recipe: Recipe
+    shards: tuple[Shard, ...]
+    done: Mapping[str, str]
+    ties: Mapping[str, str]
+    memory: int
+    whole: bool
+    one_pass: bool
+    beside: tuple[Path, ...]
+    _stream: Callable[[frozenset[str]], Iterator[tuple[str, Part, Tensor]]] = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the result."""
+        return sum(shard.size for shard in self.shards)
+
+    def __str__(self) -> str:
+        options = ", ".join(f"{key}={_short(value)}" for key, value in self.recipe["options"].items())
+        inputs = f"{len(self.recipe['models'])} models" + (" and their base" if self.recipe["base"] else "")
+        tensors = sum(len(shard.tensors) for shard in self.shards)
+        lines = [
+            f"{self.recipe['method']}({options}) of {inputs} -> {self.out}",
+            f"  result: {readable(self.size)}, {tensors} tensors (and {len(self.ties)} second names) "
+            f"in {len(self.shards)} files",
+            f"  memory: about {readable(self.memory)}{' for whole tensors' if self.whole else ''}; every tensor is read {'once' if self.one_pass else 'repeatedly'}",
+        ]
+        if self.beside:
+            lines.append(f"  copied from {self.beside[0].parent}: {', '.join(file.name for file in self.beside)}")
+        return "\n".join(lines + ([f"  {len(self.done)} files are complete already"] if self.done else []))
+
+    def write(self, *, progress: bool = True) -> Checkpoint:
+        """Do it, and return the opened result.
+
+        Raises:
+            InputError: too little space on the disk (nothing is written), or `out` exists by now.
+            WeightsError: a tensor with values that are not finite; it, its model and its file are named.
+        """
+        todo = [shard for shard in self.shards if shard.file not in self.done]
+        needed = sum(shard.size for shard in todo) + sum(file.stat().st_size for file in self.beside)
+        free = shutil.disk_usage(next(folder for folder in self.out.parents if folder.exists())).free
+        if needed > free:
+            raise InputError(f"{self.out}: needs {readable(needed)}, its disk has {readable(free)} free; make room")
+        partial, files = _partial(self.out), dict(self.done)
+        partial.mkdir(parents=True, exist_ok=True)
+        record(partial, self.recipe, files)
+        parts = self._stream(frozenset(name for s in self.shards if s.file in files for name in s.tensors))
+        with tqdm(total=needed, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
+            for shard in todo:
+                files[shard.file] = write_shard(partial / shard.file, shard, self.ties, parts, bar.update)
+                record(partial, self.recipe, files)
+        for file in self.beside:
+            shutil.copyfile(file, partial / file.name)
+        if len(self.shards) > 1:
+            weight_map = {name: shard.file for shard in self.shards for name in shard.tensors}
+            index = {"metadata": {"total_size": self.size}, "weight_map": weight_map}
+            write_text(partial / f"model{INDEX}", json.dumps(index, indent=2) + "\n")
+        for stray in partial.glob(".*"):  # half-written text of a run that was killed
+            stray.unlink()
+        _must_not_exist(self.out)
+        os.rename(partial, self.out)
+        return open_checkpoint(self.out)
+
+
+def write(
+    method: MergeFunction,
+    models: Sequence[Source],
+    out: str | Path,
+    /,
+    *,
+    base: Source | None = None,
+    shard_size: int | str = "5GB",
+    progress: bool = True,
+    **options: Any,
+) -> Checkpoint:
+    """Merge into a folder of safetensors files: `plan(...)`, printed, and `Plan.write()`.
+
+    Returns:
+        The opened result, as `lmc.open_checkpoint(out)` gives it.
+
+    Raises: as `plan` and `Plan.write`; after an interrupt or an error, the same call goes on where this one stopped.
+    """
+    planned = plan(method, models, out, base=base, shard_size=shard_size, **options)
+    if progress:
+        print(planned, flush=True)
+    return planned.write(progress=progress)
+
+
+def plan(
+    method: MergeFunction,
+    models: Sequence[Source],
+    out: str | Path,
+    /,
+    *,
+    base: Source | None = None,
+    shard_size: int | str = "5GB",
+    **options: Any,
+) -> Plan:
+    """Check all that can be checked before a merge to disk, and say what it will take.
+
+    Args:
+        method: a function of `lmc.merge` that needs no data, or one of your own made by its decorators.
+        models: paths of checkpoints (see `lmc.open_checkpoint`), opened checkpoints, modules or state dicts.
+        out: the folder to make. Names, their order and dtypes are those of the first model. Beside the weights,
+            `merge.json` keeps the recipe and the SHA-256 of every file (`lmc.open_checkpoint(out).verify()`).
+        base: the weights that the models were fine-tuned from.
+        shard_size: bytes per file at most, as a number or like "5GB"; a larger tensor has a file of its own.
+        options: those of the method.
+
+    Raises:
+        InputError: `out` exists, or an unfinished merge into it had another recipe; a method that holds whole models;
+            a bad option.
+        DataError: a checkpoint that cannot be read; its file is named.
+        MismatchError: names, shapes or dtypes of the models differ.
+    """
+    if options.pop("align", None) is not None:
+        raise InputError("align: moving units needs whole models; align first, store the moved models, and merge those")
+    how = getattr(method, "method", None)
+    if not isinstance(how, Method):
+        raise InputError(
+            f"{getattr(method, '__name__', method)!r} does not merge tensor by tensor; "
+            "merge in memory and store what it gives: lmc.merge.write(lmc.merge.average, [merged], out)"
+        )
+    if isinstance(models, str | Path | nn.Module | Mapping):
+        raise InputError("models: expected a sequence of models, got a single one; write [model]")
+    out, limit = Path(os.path.abspath(out)), parse_size(shard_size)
+    _must_not_exist(out)
+    opened = [open_checkpoint(model) if isinstance(model, str | Path) else model for model in models]
+    reference = open_checkpoint(base) if isinstance(base, str | Path) else base
+    arguments = how.signature.bind(opened, **({} if base is None else {"base": reference}), **options).arguments
+    arguments = {k: v for k, v in arguments.items() if k not in ("models", "base", "options")} | (
+        arguments.get("options", {})  # further options, of methods on top of others
+    )
+    sets = weight_sets(opened, reference)
+    recipe = make_recipe(method, arguments, opened, reference, limit)
+    shards = layout({name: t for name, t in sets.shells.items() if name not in sets.ties}, limit)
+
+    def stream(done: frozenset[str]) -> Iterator[tuple[str, Part, Tensor]]:
+        return how.parts(replace(sets, skip=done | frozenset(sets.ties)), **arguments)
+
+    done = _finished(out, recipe, shards)
+    memory, beside = _memory(how, sets, arguments), _beside([reference, *opened])
+    whole = how.cuts(arguments) == "whole"
+    return Plan(out, recipe, shards, done, sets.ties, memory, whole, how.one_pass, beside, stream)
+
+
+def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:
+    """Working copies of a part or of the largest tensor, and what a survey of the whole models collects.
+
+    The greediest rule (DELLA, which ranks) has eight copies per model, and moments are taken of two more in float64; parts
+    that were read ahead or wait to be written come on top. Where tensors are small, the C library's allocator may keep more than is in use.
+    """
+    cut = how.cuts(options)
+    sizes = {name: sets.shells[name].numel() for name in sets.names}
+    widest = max((wide(sets.shells[name].dtype).itemsize for name in sets.names), default=0)
+    at_once = max((min(sizes[name], max(VALUES, grain(sets.shells[name], cut))) for name in sizes), default=0)
+    survey = 0
+    if how.survey is not None:  # a sample, sorted, and the values near thresholds
+        total = sum(sizes[name] for name in sets.weights)
+        survey = len(sets) * (4 * max(min(total, SAMPLE), sample_size(total)) + total // 50)
+    waiting = QUEUE + (DEPTH + 1) * (len(sets) + 1)
+    each = 12 if "moments" in how.parameters else 8
+    return ((each * len(sets) + 2) * at_once + waiting * min(at_once, VALUES) + survey) * widest
+
+
+def _beside(sources: Sequence[ModelOrWeights | None]) -> tuple[Path, ...]:
+    """Configuration and tokenizer of the first folder that has any: small texts, without indices and old recipes."""
+    for source in sources:
+        if isinstance(source, Checkpoint) and source.path.is_dir():
+            found = sorted(file for file in source.path.iterdir() if file.suffix in BESIDE and file.is_file())
+            found = [f for f in found if not f.name.endswith(".index.json") and f.name not in (RECIPE, *TRAINING)]
+            if found:
+                return tuple(found)
+    return ()
+
+
+def _partial(out: Path) -> Path:
+    return out.with_name(f".{out.name}.unfinished")
+
+
+def _must_not_exist(out: Path) -> None:
+    if out.exists() or out.is_symlink():
+        raise InputError(f"{out}: exists already; remove it or choose another name")
+
+
+def _finished(out: Path, recipe: Recipe, shards: Sequence[Shard]) -> dict[str, str]:
+    """The files that an interrupted merge of the same recipe has completed, checked against their checksums."""
+    partial = _partial(out)
+    if not partial.exists() or not any(partial.iterdir()):
+        return {}
+    before, files = recorded(partial)
+    if before != recipe:
+        old = {} if before is None else before
+        changed = ", ".join(key for key in recipe if recipe[key] != old.get(key))
+        raise InputError(
+            f"{partial}: an unfinished merge that differs in {changed}; finish it by the call that began it, "
+            "or remove that folder"
+        )
+    here = {shard.file for shard in shards if (partial / shard.file).is_file()}
+    return {file: files[file] for file in files if file in here and checksum(partial / file) == files[file]}
+
+
+def _short(value: Any) -> Any:
+    return value["method"] if isinstance(value, dict) and "method" in value else value

@@ -1,0 +1,273 @@
+"""How a few lines about one tensor become a merging method for whole models.
+
+A method is written as a plain function of one named tensor and lifted by one of three decorators:
+
+    @linear                                  @on_tensors                       @on_task_vectors
+    def last(count):                         def median(tensors):              def largest(deltas):
+        return [0.0] * (count - 1) + [1.0]       return tensors.median(0).values   return deltas.amax(0)
+
+    last([a, b, c])                          median([a, b, c])                 largest([a, b], base=base, scale=0.5)
+
+`linear` rules give one coefficient per model (what is missing to 1 goes to the base); `tensors` and `deltas` (task
+vectors, model minus base) are `(models, *shape)` in float32 or wider. Keyword-only parameters of the rule become
+options of the method, each given as one value or per name pattern (`patterns.py`). A rule that names one of these
+parameters receives it:
+
+- `base`: the base's tensor `(*shape)`;
+- `name`: the name of the tensor;
+- `generator`: a CPU random generator that depends on the option `seed` and on the name alone;
+- `uniform`: a function of a `(models, *shape)` tensor that gives random numbers from [0, 1) for its entries, which
+  depend on the option `seed`, the name and the entry's place alone;
+- `moments`: a function without arguments that gives the means and inner products of whole tensors (`moments.Moments`),
+  of tensors minus base if the rule names `base` and there is one; it reads the tensor once more;
+- `survey`: what the method's survey found in a first pass over all tensors (thresholds of whole models).
+
+Every method reads one tensor of all models at a time; one with a survey reads them all more than once. A rule that
+treats every entry alike says so, `elementwise=True`, and is given large tensors in parts, flattened to
+`(models, entries)`; linear rules always are. One that treats every row alike, `cut="rows"`, is given some rows,
+`(models, rows, last axis)`, and a vector, which is one row, whole; `cut="filters"` keeps together what is at one place
+of the first axis, `(models, filters, rest)`. With parts, memory does not depend on the size of tensors.
+"""
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lmc.errors import InputError
+from lmc.merge.engine.aligning import PARAMETER, aligned
+from lmc.merge.engine.chunks import Cut, Part
+from lmc.merge.engine.coefficients import affine, coefficients, convex
+from lmc.merge.engine.moments import moments
+from lmc.merge.engine.passes import Pass, Read
+from lmc.merge.engine.patterns import PerName
+from lmc.merge.engine.run import GIVEN, Run
+from lmc.merge.engine.tensors import WeightSets, assemble_parts, joined, weight_sets
+from lmc.weights.arithmetic import ModelOrWeights, Weights
+
+Rule = Callable[..., Any]
+Survey = Callable[..., Any]
+Delta = Callable[..., Tensor]  # the merged task vector of a name, or of a part of it
+Kind = Literal["linear", "tensors", "task vectors"]
+Cutting = Cut | Callable[..., Cut]  # which parts a rule may be given, or a function that tells from its options
+
+
+class MergeFunction(Protocol):
+    """A merging method: `method(models, *, base=None, ...) -> weights`; `.method` says how it is made."""
+
+    __name__: str
+
+    @property
+    def method(self) -> "Method": ...
+
+    def __call__(self, models: Sequence[ModelOrWeights], **options: Any) -> Weights: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A rule for one tensor and how it is lifted.
+
+    Attributes:
+        rule: the function of one tensor.
+        kind: what the rule is given: nothing but the number of models, their tensors, or their task vectors.
+        survey: a function of a `Pass` and the options, called once before the rule; None if one tensor at a time
+            suffices.
+        shares: for rules on tensors, from the options to the share of each model in averaged statistics.
+        cut: which parts of large tensors the rule may be given; of linear rules, any.
+    """
+
+    rule: Rule
+    kind: Kind
+    survey: Survey | None = None
+    shares: Callable[..., Sequence[float]] | None = None
+    cut: Cutting = "whole"
+
+    @cached_property
+    def parameters(self) -> dict[str, inspect.Parameter]:
+        """The keyword-only parameters of the rule."""
+        found = inspect.signature(self.rule).parameters.values()
+        return {p.name: p for p in found if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+    @property
+    def one_pass(self) -> bool:
+        """Whether each tensor is read once only."""
+        return self.survey is None and "moments" not in self.parameters
+
+    @property
+    def needs_base(self) -> bool:
+        return self.kind == "task vectors" or (
+            "base" in self.parameters and self.parameters["base"].default is inspect.Parameter.empty
+        )
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """The signature of the lifted function."""
+        keyword = inspect.Parameter.KEYWORD_ONLY
+        base = inspect.Parameter("base", keyword, default=inspect.Parameter.empty if self.needs_base else None)
+        extra = [inspect.Parameter("scale", keyword, default=1.0)] if self.kind == "task vectors" else []
+        if "generator" in self.parameters or "uniform" in self.parameters:
+            extra.append(inspect.Parameter("seed", keyword, default=0))
+        own = [p for p in self.parameters.values() if p.name not in GIVEN]
+        models = inspect.Parameter("models", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return inspect.Signature([models, base, *own, *extra])
+
+    def cuts(self, options: Mapping[str, Any]) -> Cut:
+        """Which parts of large tensors are worked on at a time."""
+        if self.kind == "linear":
+            return "entries"
+        return self.cut(**options) if callable(self.cut) else self.cut
+
+    def stream(self, sets: WeightSets, **options: Any) -> Iterator[tuple[str, Tensor]]:
+        """The merged weights, `(name, tensor)` one at a time in the order of the first model."""
+        return joined(sets, self.parts(sets, **options))
+
+    def parts(self, sets: WeightSets, **options: Any) -> Iterator[tuple[str, Part, Tensor]]:
+        """The same in parts of tensors, `(name, part, values)`, without second names of ties."""
+        cut = self.cuts(options)
+        if self.kind == "task vectors":
+            shares = self._shares(sets, options)
+            return _add_deltas(sets, self.deltas(sets, **options), shares, cut)
+        if self.kind == "linear":
+            run = self._prepare(sets, options, lambda name, part: (len(sets),), cut)
+
+            def chosen(name: str) -> tuple[list[float], float]:
+                return affine(self._rule(run, name, None))
+
+            def combined(name: str, part: Part) -> Tensor:
+                return sets.combine(name, *chosen(name), part=part)
+
+            return assemble_parts(sets, combined, lambda name: convex(chosen(name)), cut)
+        run = self._prepare(sets, options, lambda name, part: (sets.stack(name, part),), cut)
+
+        def merged(name: str, part: Part) -> Tensor:  # an average of one model is that model, bit for bit
+            return sets.combine(name, [1.0], part=part) if len(sets) == 1 else self._rule(run, name, part)
+
+        return assemble_parts(sets, merged, lambda name: self._average(run, name), cut)
+
+    def deltas(self, sets: WeightSets, **options: Any) -> Delta:
+        """For methods on task vectors: the merged task vector of a name, `scale` included, in float32 or wider."""
+        if self.kind != "task vectors":
+            raise InputError(f"{self.rule.__name__} is not a method on task vectors: it has no merged task vector")
+        return self._scaled(sets, options, lambda name, part: (sets.deltas(name, part),), self.cuts(options))
+
+    def _scaled(self, sets: WeightSets, options: dict[str, Any], read: Read, cut: Cut) -> Delta:
+        scales = PerName({"scale": options.pop("scale", 1.0)}, {"scale": 1.0}, sets.names)
+        run = self._prepare(sets, options, read, cut)
+        return lambda name, part=None: self._rule(run, name, part) * scales(name)["scale"]
+
+    def _prepare(self, sets: WeightSets, options: dict[str, Any], read: Read, cut: Cut) -> Run:
+        if self.needs_base and sets.base is None:
+            raise InputError(f"{self.rule.__name__} needs the weights that the models were fine-tuned from: pass base=")
+        seed = int(options.pop("seed", 0))
+        empty = inspect.Parameter.empty
+        defaults = {
+            p.name: p.default for p in self.parameters.values() if p.default is not empty and p.name not in GIVEN
+        }
+        options = defaults | options
+        found = self.survey(Pass(sets, read, cut), **options) if self.survey else None
+        from_base = "base" in self.parameters and sets.base is not None
+        apart = Pass(sets, (lambda name, part: (sets.deltas(name, part),)) if from_base else read, cut)
+        latest = lru_cache(maxsize=1)(lambda name: moments(apart.of(name)))  # parts of a tensor come together
+        return Run(sets, PerName(options, defaults, sets.names), read, cut, seed, found, latest)
+
+    def _rule(self, run: Run, name: str, part: Part) -> Any:
+        return run.apply(self.rule, self.parameters, name, part)
+
+    def _average(self, run: Run, name: str) -> tuple[list[float], float]:
+        """Shares of the models in a statistic: the rule's own if it says so, in proportion to `weights`, or equal."""
+        options = run.options(name)
+        values = self.shares(**options) if self.shares else coefficients(options.get("weights"), len(run.sets))
+        return convex(([value / sum(values) for value in values], 0.0))
+
+    def _shares(self, sets: WeightSets, options: dict[str, Any]) -> Callable[[str], tuple[list[float], float]]:
+        """Statistics follow the sum `base + scale * sum_t w_t tau_t`, but never leave the range of the inputs."""
+        chosen = {"scale": options.get("scale", 1.0), "weights": options.get("weights")}
+        resolve = PerName(chosen, {"scale": 1.0, "weights": None}, sets.names)
+
+        def shares(name: str) -> tuple[list[float], float]:
+            here = resolve(name)
+            sizes = [abs(w * here["scale"]) for w in coefficients(here["weights"], len(sets))]
+            total = max(1.0, sum(sizes))
+            return [size / total for size in sizes], max(0.0, 1.0 - sum(sizes))
+
+        return shares
+
+
+def _add_deltas(
+    sets: WeightSets, delta: Delta, shares: Callable[[str], tuple[Sequence[float], float]], cut: Cut
+) -> Iterator[tuple[str, Part, Tensor]]:
+    """`base + delta` for every weight; where the delta is that of a lone model, that model's own bits."""
+
+    def merged(name: str, part: Part) -> Tensor:
+        move = delta(name, part)
+        result = sets.base_tensor(name, part) + move
+        if len(sets) == 1:  # base + (model - base) differs from the model in the last bit
+            result = torch.where(move == sets.deltas(name, part)[0], sets.stack(name, part)[0], result)
+        return result
+
+    return assemble_parts(sets, merged, shares, cut)
+
+
+def linear(rule: Rule) -> MergeFunction:
+    """Lift `rule(count, *, ...) -> coefficients`: one per model; what they lack to 1 is the base's share."""
+    return lift(Method(rule, "linear"))
+
+
+def on_tensors(
+    rule: Rule | None = None,
+    *,
+    shares: Callable[..., Sequence[float]] | None = None,
+    elementwise: bool = False,
+    cut: Cutting = "whole",
+) -> Any:
+    """Lift `rule(tensors, *, ...) -> tensor`: from `(models, *shape)` to `(*shape)`; a lone model is given back.
+
+    `shares(**options)` says how much of each model goes into averaged statistics (default: `weights`, or equal).
+    `elementwise` and `cut` say which parts of large tensors the rule may be given.
+    """
+    if rule is None:
+        return partial(on_tensors, shares=shares, elementwise=elementwise, cut=cut)
+    return lift(Method(rule, "tensors", shares=shares, cut="entries" if elementwise else cut))
+
+
+def on_task_vectors(
+    rule: Rule | None = None, *, survey: Survey | None = None, elementwise: bool = False, cut: Cutting = "whole"
+) -> Any:
+    """Lift `rule(deltas, *, ...) -> delta`: task vectors `(models, *shape)` into one; `scale` of it is added.
+
+    `elementwise`: the rule treats every entry alike, so that it may be given parts of flattened tensors; `cut` says
+    which other parts it may be given.
+    """
+    if rule is None:
+        return partial(on_task_vectors, survey=survey, elementwise=elementwise, cut=cut)
+    return lift(Method(rule, "task vectors", survey, cut="entries" if elementwise else cut))
+
+
+def lift(method: Method) -> MergeFunction:
+    """The function `method(models, *, base=None, ..., align=None) -> weights`, with the rule's name and docstring."""
+    name = method.rule.__name__
+    if "generator" in method.parameters and method.cut != "whole":
+        raise InputError(f"{name}: a generator would begin anew in every part; name `uniform` instead of `generator`")
+    parameters = list(method.signature.parameters.values())
+    open_ended = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
+    signature = inspect.Signature([*parameters[: len(parameters) - len(open_ended)], PARAMETER, *open_ended])
+
+    def merge(models: Sequence[ModelOrWeights], **options: Any) -> Weights:
+        arguments = signature.bind(models, **options).arguments
+        models, base = arguments.pop("models"), arguments.pop("base", None)
+        align = arguments.pop("align", None)
+        arguments |= arguments.pop("options", {})  # further options, of methods on top of others
+        if align is not None:
+            models, base = aligned(models, align, base=base)
+        return dict(method.stream(weight_sets(models, base), **arguments))
+
+    merge.__name__ = merge.__qualname__ = name
+    merge.__module__ = method.rule.__module__
+    merge.__doc__ = method.rule.__doc__
+    merge.__signature__ = signature  # type: ignore[attr-defined]
+    merge.method = method  # type: ignore[attr-defined]
+    return merge  # type: ignore[return-value]

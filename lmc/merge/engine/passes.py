@@ -1,0 +1,52 @@
+"""All weights of all models, one part after the other: what the surveys of merging methods look at."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lmc.merge.engine.chunks import Cut, Part, blocks
+from lmc.merge.engine.tensors import WeightSets
+
+Read = Callable[[str, Part], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a rule is given for every weight, one at a time: a survey iterates over it as often as it likes.
+
+    Iterating gives `(models, *shape)` tensors, or a tuple of tensors if the rule takes several; all of one dtype. Of
+    rules that can be given parts (`cut`), large tensors come in parts, flattened.
+    """
+
+    sets: WeightSets
+    read: Read
+    cut: Cut = "whole"
+
+    @property
+    def size(self) -> int:
+        """The number of values of each model."""
+        return sum(self.sets.shells[name].numel() for name in self.sets.weights)
+
+    def __iter__(self) -> Iterator[Any]:
+        for name, part in self.sets.walk(self.sets.weights, self.cut):
+            yield self._values(name, part)
+
+    def sample(self) -> Iterator[Any]:
+        """The same for up to 2048 short slices, spread evenly over the model; nothing else is read."""
+        sizes = {name: self.sets.shells[name].numel() for name in self.sets.weights}
+        count = min(2048, max(32, self.size >> 16))
+        for name, part in blocks(sizes, count, sample_size(self.size) // count):
+            yield self._values(name, part)
+
+    def of(self, name: str) -> "Pass":
+        """The same for one tensor alone."""
+        return replace(self, sets=replace(self.sets, weights=(name,)))
+
+    def _values(self, name: str, part: Part) -> Any:
+        first, *rest = (value.to(self.sets.dtype) for value in self.read(name, part))
+        return (first, *rest) if rest else first
+
+
+def sample_size(size: int) -> int:
+    """How many values are a fair sample of so many: a sixteenth of few, a million of most, a five hundredth of very many."""
+    return max(size >> 9, min(size >> 4, 1 << 20))

@@ -1,0 +1,83 @@
+"""Which tensors of a state dict are second names of another, and which are masks; read from disk in parts."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lmc.merge.engine.chunks import parts
+from lmc.weights.checkpoints.opening import Checkpoint
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are made in: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def outline(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The names with tensors of the right shape and dtype; nothing is read from a checkpoint on disk."""
+    return state.outline() if isinstance(state, Checkpoint) else state
+
+
+def infinite(state: Mapping[str, Tensor], name: str) -> bool:
+    """Whether the tensor holds an infinity and no NaN.
+
+    On disk, reading all tensors for this would take as long as the merge: those called "weight" and "bias" are looked
+    into at both ends only, where a causal mask has some.
+    """
+    if not isinstance(state, Checkpoint):
+        return _holds_infinity([state[name].detach()])
+    shell, edge = outline(state)[name], 256
+    if name.rpartition(".")[2] in ("weight", "bias") and shell.numel() > 2 * edge:
+        ends = (slice(0, edge), slice(shell.numel() - edge, shell.numel()))
+        if not any(_holds_infinity([state.read(name, end)]) for end in ends):
+            return False
+    return _holds_infinity(state.read(name, part) for part in parts(shell))
+
+
+def _holds_infinity(pieces: Iterable[Tensor]) -> bool:
+    found = False
+    for piece in pieces:
+        piece = piece.to(wide(piece.dtype))
+        if not bool(torch.isfinite(piece.sum())):
+            if bool(piece.isnan().any()):
+                return False
+            found = found or bool(piece.isinf().any())
+    return found
+
+
+def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor], name: str) -> bool:
+    if isinstance(a, Checkpoint) and isinstance(b, Checkpoint):
+        return all(torch.equal(a.read(name, part), b.read(name, part)) for part in parts(outline(a)[name]))
+    return torch.equal(a[name].detach(), b[name].detach())
+
+
+def tied(states: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
+    """Second names of one storage, with the first name: tied in one weight set, and tied or equal in all others."""
+    first_name: dict[str, str] = {}
+    for state in states:
+        seen: dict[object, str] = {}
+        for name in states[0]:
+            first = seen.setdefault(_storage(state, name), name)
+            if first != name:
+                first_name.setdefault(name, first)
+    ties: dict[str, str] = {}
+    for name, first in first_name.items():
+        if all(
+            _storage(state, name) == _storage(state, first) or torch.equal(state[name], state[first])
+            for state in states
+        ):
+            ties[name] = ties.get(first, first)
+    return ties
+
+
+def _storage(state: Mapping[str, Tensor], name: str) -> object:
+    """What two names have in common if and only if they are names of one stored tensor."""
+    if isinstance(state, Checkpoint):
+        return state.ties.get(name, name)
+    if not isinstance(state, dict):
+        return name
+    tensor = state[name]
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+        return name
+    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -1,0 +1,200 @@
+"""Which groups of a module may get units of their own from either network: tried out, in float64.
+
+Units can be added where they neither disturb others nor meet a size written into the code. Both is seen by doing it:
+with units that compute anything and that nothing reads, and with every unit twice, the module must compute the same.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lmc.align.activations.taps import candidates
+from lmc.errors import LmcError
+from lmc.merge.partial.units import Axes, Axis, Member, Piece, Units, zipped_weights
+from lmc.merge.partial.widening import widened
+from lmc.network.batches import to_device
+from lmc.network.copies import copy_module
+from lmc.network.inputs import Call
+from lmc.network.network import Network
+from lmc.symmetry.group import Group, Table
+from lmc.symmetry.spec import PermutationSpec
+from lmc.weights.arithmetic import Weights
+
+_TOLERANCE = 1e-9
+_ADDED = 2
+
+
+@dataclass(frozen=True)
+class Growth:
+    """Where the units of a spec lie, and which groups may differ in size from what the spec says.
+
+    Attributes:
+        axes: for each tensor the axes on which groups that may grow have units.
+        sizes: those groups with the number of their units.
+        kept: the other groups -> why their units can only be merged one to one.
+    """
+
+    axes: Axes
+    sizes: dict[str, int]
+    kept: dict[str, str]
+
+
+@torch.no_grad()
+def growth(spec: PermutationSpec, module: nn.Module, weights: Weights, example: Call) -> Growth:
+    """The groups of a module that may grow, each tried out on an example with the given weights."""
+    wide = copy_module(module).double().eval()
+    state = {name: x.double() if x.is_floating_point() else x for name, x in weights.items()}
+    example = to_device(example, next(iter(weights.values())).device)
+    example = _double(example)
+    network = Network(wide, next(iter(weights.values())).device)
+    network.load(state)
+    reference = network(example)
+    sides = _sides(spec, module)
+    kept: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    for group in spec.groups.values():
+        reason = _unfit(spec, group)
+        if reason is None:
+            axes = _axes(spec, sides, {group.name})
+            reason = _computes_two(axes) or _fails(wide, state, axes, group, example, reference)
+        if reason is None:
+            sizes[group.name] = group.size
+        else:
+            kept[group.name] = reason
+    axes = _axes(spec, sides, set(sizes))
+    return Growth(axes, sizes, kept)
+
+
+def _double(example: Call) -> Call:
+    if isinstance(example, Mapping):
+        return {name: x.double() if x.is_floating_point() else x for name, x in example.items()}
+    if isinstance(example, Tensor):
+        return example.double() if example.is_floating_point() else example
+    return tuple(x.double() if x.is_floating_point() else x for x in example)
+
+
+def _sides(spec: PermutationSpec, module: nn.Module) -> dict[tuple[str, int], bool]:
+    """Whether units are consumed along an axis; outside the modules we know, matrices have their inputs second."""
+    known = {(tap.tensor, tap.axis): tap.side == "input" for tap in reversed(candidates(spec, module))}
+    return {
+        (tensor, axis): known.get((tensor, axis), axis == 1 and len(shape) == 2)
+        for tensor, shape in spec.shapes.items()
+        for axis in range(len(shape))
+    }
+
+
+def _unfit(spec: PermutationSpec, group: Group) -> str | None:
+    """Why a group cannot grow by what the spec says of it; None where that has to be tried."""
+    if group.within:
+        return f"its units lie within those of {group.within[0][0]}"
+    if any(parent == group.name for other in spec.groups.values() for parent, _ in other.within):
+        return "other groups lie within its units"
+    shared = set(spec.aliases) | set(spec.aliases.values())
+    for tensor, tables in group.tables.items():
+        if tensor in shared:
+            return f"{tensor} is used in two places"
+        for table in tables:
+            if len(table.dims) != 1 or blocks(table) is None:
+                return f"its units lie in no regular order in {tensor}"
+            taken = [
+                rows.rows
+                for name, rows in spec.tables_by_tensor[tensor]
+                if rows is not table and rows.dims == table.dims and name != group.name
+            ]
+            if any(np.isin(table.rows, rows).any() for rows in taken):
+                return f"its units share positions of {tensor} with another group"
+    return None
+
+
+def blocks(table: Table) -> list[tuple[int, int]] | None:
+    """The runs `(start, stop)` of an axis in which all units follow one another, each with equally many positions.
+
+    Pixels of a channel in a row are one run; gates that are stacked are one run for each. None if there are none.
+    """
+    rows = np.sort(table.rows, axis=1)
+    n, m = rows.shape
+    step = int(rows[1, 0] - rows[0, 0])
+    starts = rows[0, ::step] if 0 < step <= m and m % step == 0 else np.empty(0, dtype=int)
+    expected = starts[None, :, None] + step * np.arange(n)[:, None, None] + np.arange(step)
+    if not len(starts) or not np.array_equal(expected.reshape(n, m), rows) or (table.rows != rows).any():
+        return None
+    return [(int(start), int(start) + n * step) for start in starts]
+
+
+def _axes(
+    spec: PermutationSpec, sides: Mapping[tuple[str, int], bool], groups: set[str]
+) -> dict[str, tuple[Axis, ...]]:
+    """The axes with units of these groups, cut into pieces."""
+    found: dict[str, tuple[Axis, ...]] = {}
+    for tensor, tables in spec.tables_by_tensor.items():
+        at: dict[int, list[Piece]] = {}
+        for name, table in tables:
+            if name in groups:
+                at.setdefault(table.dims[0], []).extend(Piece(*run, name) for run in blocks(table) or ())
+        found[tensor] = tuple(
+            Axis(axis, _filled(sorted(pieces), spec.shapes[tensor][axis]), sides[tensor, axis])
+            for axis, pieces in sorted(at.items())
+        )
+    return {tensor: axes for tensor, axes in found.items() if axes}
+
+
+def _filled(pieces: list[Piece], length: int) -> tuple[Piece, ...]:
+    """The pieces with those between them that belong to no group."""
+    found, at = [], 0
+    for piece in (*pieces, Piece(length, length, None)):
+        if piece.start > at:
+            found.append(Piece(at, piece.start, None))
+        if piece.stop > piece.start:
+            found.append(piece)
+        at = piece.stop
+    return tuple(found)
+
+
+def _computes_two(axes: Axes) -> str | None:
+    for tensor, found in axes.items():
+        if sum(not axis.reads for axis in found) > 1:
+            return f"{tensor} computes its units along two axes"
+    return None
+
+
+def _fails(
+    module: nn.Module, weights: Weights, axes: Axes, group: Group, example: Call, reference: Tensor
+) -> str | None:
+    """Why the module does not compute the same with more units in a group; None if it does."""
+    generator = torch.Generator().manual_seed(0)
+    computing = {name for name, found in axes.items() if any(not axis.reads for axis in found)}
+    reading = set(axes) - computing
+    ours: list[Member] = [((i,), ()) for i in range(group.size)]
+    theirs: list[Member] = [((), (i,)) for i in range(group.size)]
+    idle = Units(group.size, (*ours, *theirs[:_ADDED]))
+    twice = Units(group.size, (*ours, *theirs))
+    doubled = {name: 2.0 * x if name in reading else x for name, x in weights.items()}
+    anything = {
+        name: torch.zeros_like(x) if name in reading else _changed(x, generator) if name in computing else x
+        for name, x in weights.items()
+    }
+    for units, a, b, what in (
+        (idle, doubled, anything, "its units act on one another (as in layer normalisation)"),
+        (twice, weights, weights, "it is not clear where its units are computed and where they are consumed"),
+    ):
+        try:
+            larger = widened(module, zipped_weights(axes, {group.name: units}, a, b))
+            network = Network(larger, reference.device)
+            outputs = network(example)
+        except (LmcError, RuntimeError, ValueError, TypeError, IndexError) as error:
+            return f"the module does not run with more units ({str(error).splitlines()[0][:100]})"
+        if outputs.shape != reference.shape:
+            return f"with more units the module returns {tuple(outputs.shape)}, not {tuple(reference.shape)}"
+        off = float((outputs - reference).abs().max())
+        if not off <= _TOLERANCE * max(1.0, float(reference.abs().max())):
+            return what
+    return None
+
+
+def _changed(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    """The tensor with each value off by up to a quarter: variances stay positive, dead units may come alive."""
+    noise = torch.rand(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
+    return tensor * (0.75 + 0.5 * noise) + (0.1 * noise if bool((tensor >= 0).all()) else 0.2 * noise - 0.1)

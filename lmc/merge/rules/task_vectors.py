@@ -1,0 +1,196 @@
+"""Task arithmetic and its sparse relatives: what to keep of each task vector, and how to add up the rest.
+
+A task vector is `tau_t = theta_t - theta_0` (fine-tuned model minus base). Every method here is called
+`method([a, b, ...], base=base, scale=1.0, ...)` and gives `base + scale * merged(tau)`. `density` is the share of
+entries kept. Scaling is the common trap: a *sum* over T tasks wants a scale near `1/T` (0.3 for 8 tasks, 0.4 to 0.5 for
+2 to 4), the *mean* over agreeing tasks of TIES wants about 1.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lmc.errors import InputError
+from lmc.merge.engine.chunks import Cut
+from lmc.merge.engine.coefficients import coefficients
+from lmc.merge.engine.method import on_task_vectors
+from lmc.merge.engine.tensors import weight_sets
+from lmc.weights.arithmetic import ModelOrWeights, Weights
+
+Combine = Literal["sum", "mean", "ties"]
+Rescale = Literal["keep", "l1", "l2", "none"]
+Uniform = Callable[[Tensor], Tensor]
+
+
+def task_vector(model: ModelOrWeights, base: ModelOrWeights) -> Weights:
+    """`model - base` for every weight, in float32 or wider; not for statistics, integers and second names of a tie.
+
+    Ilharco et al. 2023 (2212.04089), section 2.
+    """
+    sets = weight_sets([model], base)
+    return {name: sets.deltas(name)[0] for name in sets.weights}
+
+
+@on_task_vectors(elementwise=True)
+def task_arithmetic(deltas: Tensor, *, weights: Sequence[float] | None = None) -> Tensor:
+    """`theta_0 + scale * sum_t w_t tau_t` (Ilharco et al. 2023, 2212.04089).
+
+    Adding: `scale` 0.3 for eight tasks in the paper, chosen on validation data from 0, 0.05, ..., 1. Forgetting: a
+    negative scale. Analogies: `task_arithmetic([c, b, a], base=base, weights=[1, 1, -1])`. `scale=1/T` is the mean of
+    the models.
+    """
+    return combine(deltas, "sum", weights)
+
+
+def _parts(parts: Cut) -> Callable[..., Cut]:
+    """Whole tensors where `rescale` asks for their norms."""
+
+    def cut(*, rescale: Rescale = "keep", **_: object) -> Cut:
+        return parts if rescale in ("keep", "none") else "whole"
+
+    return cut
+
+
+@on_task_vectors(cut=_parts("entries"))
+def dare(
+    deltas: Tensor,
+    *,
+    uniform: Uniform,
+    density: float = 0.5,
+    rescale: Rescale = "keep",
+    combine_by: Combine = "sum",
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """DARE (Yu et al. 2024, 2311.03099): drop entries at random, divide the rest by `density`, so that the mean stays.
+
+    Each entry of each task vector is kept with probability `density = 1 - p`. It works while task vectors are small
+    (about 0.005). Each model's mask depends on `seed`, the tensor's name and its place in the list. To leave tensors
+    whole, as the authors do with classifier heads: `density={"*": 0.1, "head": 1.0}`. `combine_by="ties"` is DARE-TIES.
+    Where another tool rescales to the old L1 norm of each tensor, that is `rescale="l1"`, which holds whole tensors in
+    memory.
+    """
+    _check_density(density)
+    keep = uniform(deltas) < density
+    return combine(_rescale(deltas * keep, deltas, density, rescale), combine_by, weights)
+
+
+@on_task_vectors(cut=_parts("rows"))
+def della(
+    deltas: Tensor,
+    *,
+    uniform: Uniform,
+    density: float = 0.7,
+    epsilon: float = 0.07,
+    rescale: Rescale = "keep",
+    combine_by: Combine = "ties",
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """DELLA (Deep et al. 2024, 2406.11617): drop small entries more often than large ones, then elect signs as in TIES.
+
+    MagPrune: within each row (last axis; a vector is one row) the chance to survive rises linearly with the rank of
+    `|tau|`, from `density - epsilon` to `density + epsilon`; survivors are divided by their own chance. `epsilon` is
+    half the paper's window (0.14). Rows of one entry have chance `density`. `epsilon=0` is DARE; `rescale="l1"`
+    restores the L1 norm of each tensor instead, which is biased entry by entry and holds whole tensors in memory.
+
+    Raises:
+        InputError: chances that leave (0, 1].
+    """
+    _check_density(density)
+    if epsilon < 0 or density - epsilon <= 0 or density + epsilon > 1:
+        raise InputError(f"density {density} +- epsilon {epsilon} must lie in (0, 1]")
+    length = deltas.shape[-1] if deltas.ndim > 1 else 1
+    rank = _ranks(deltas.abs())
+    chance = density + epsilon * (2.0 * rank / (length - 1) - 1.0) if length > 1 else torch.full_like(deltas, density)
+    keep = uniform(deltas) < chance
+    return combine(_rescale(deltas * keep, deltas, chance, rescale), combine_by, weights)
+
+
+@on_task_vectors(cut="rows")
+def breadcrumbs(
+    deltas: Tensor,
+    *,
+    density: float = 0.15,
+    outliers: float = 0.006,
+    combine_by: Combine = "sum",
+    weights: Sequence[float] | None = None,
+) -> Tensor:
+    """Model Breadcrumbs (Davari, Belilovsky 2024, 2312.06795): drop the smallest entries and the largest outliers.
+
+    Within each row (last axis), by `|tau|`: of the top share `density` (the authors' beta) the top share `outliers`
+    (gamma) is dropped, so `density - outliers` is kept, both counts rounded. The authors' script uses 0.15, 0.006 and
+    scale 0.2. Another tool works on whole tensors and keeps `density` besides the outliers.
+
+    Raises:
+        InputError: unless 0 <= outliers <= density <= 1.
+    """
+    _check_density(density)
+    if not 0.0 <= outliers <= density:
+        raise InputError(f"outliers must be in [0, density = {density}], got {outliers}")
+    length = deltas.shape[-1] if deltas.ndim > 1 else 1
+    rows = deltas if deltas.ndim > 1 else deltas[:, None]
+    top = rows.abs().topk(round(density * length), dim=-1).indices[..., round(outliers * length) :]
+    kept = torch.zeros_like(rows).scatter_(-1, top, rows.gather(-1, top))
+    return combine(kept.reshape(deltas.shape), combine_by, weights)
+
+
+def combine(deltas: Tensor, how: Combine, weights: Sequence[float] | None = None) -> Tensor:
+    """`(models, *shape)` task vectors into one: their weighted sum, their weighted mean, or sign election (TIES)."""
+    if how == "ties":
+        return elect(weigh(deltas, weights))
+    if how not in ("sum", "mean"):
+        raise InputError(f"combine_by must be 'sum', 'mean' or 'ties', got {how!r}")
+    total = weigh(deltas, weights).sum(0)
+    return total if how == "sum" else total / len(deltas)
+
+
+def weigh(deltas: Tensor, weights: Sequence[float] | None) -> Tensor:
+    """Each of `(models, *shape)` times its weight."""
+    return deltas if weights is None else deltas * per_model(coefficients(weights, len(deltas)), deltas)
+
+
+def per_model(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
+    """One number per model, shaped `(models, 1, ..., 1)` to go with `(models, *shape)`."""
+    tensor = torch.as_tensor(values, dtype=like.dtype, device=like.device)
+    return tensor.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def elect(deltas: Tensor, undecided: float = 0.0) -> Tensor:
+    """The mean over the entries that have the sign of their sum; zeros do not count (TIES, Algorithm 1, steps 2 and 3).
+
+    Args:
+        deltas: `(models, *shape)`, already trimmed and weighted.
+        undecided: the sign (-1, 0 or 1) for positions whose sum is exactly zero; with 0 they stay zero.
+    """
+    sign = deltas.sum(0).sign_()
+    if undecided:
+        sign.add_(1.0 - sign.abs(), alpha=undecided)
+    agreeing = (deltas * sign).relu_()  # magnitudes
+    return agreeing.sum(0).mul_(sign) / agreeing.sign().sum(0).clamp_min_(1)
+
+
+def _rescale(kept: Tensor, deltas: Tensor, chance: float | Tensor, how: Rescale) -> Tensor:
+    if how == "keep":
+        return kept / chance
+    if how == "none":
+        return kept
+    if how not in ("l1", "l2"):
+        raise InputError(f"rescale must be 'keep', 'l1', 'l2' or 'none', got {how!r}")
+    order = 1 if how == "l1" else 2
+    before, after = (x.reshape(len(x), -1).norm(order, dim=1) for x in (deltas, kept))
+    return kept * per_model((before / after).where(after > 1e-7, 1.0), kept)
+
+
+def _ranks(values: Tensor) -> Tensor:
+    """The rank (0 = smallest; equal values in order of position) of each entry within its row, the last axis."""
+    if values.ndim == 1:  # one number per model: each is a row of its own
+        return torch.zeros_like(values)
+    order = values.argsort(dim=-1, stable=True)
+    places = torch.arange(values.shape[-1], dtype=values.dtype, device=values.device).expand_as(values)
+    return torch.empty_like(values).scatter_(-1, order, places)
+
+
+def _check_density(density: float) -> None:
+    if not 0.0 < density <= 1.0:
+        raise InputError(f"density, the share of entries kept, must be in (0, 1], got {density}")

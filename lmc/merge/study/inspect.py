@@ -1,0 +1,270 @@
+"""`lmc.merge.inspect`: what several models have in common, before anything is merged."""
+
+import html
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lmc.core.extras import require
+from lmc.core.progress import tqdm
+from lmc.errors import InputError
+from lmc.merge.engine.tensors import STATISTICS, outline
+from lmc.merge.study.advice import advice
+from lmc.merge.study.differences import Difference, differences
+from lmc.weights.arithmetic import ModelOrWeights, as_weights, tied_names
+from lmc.weights.checkpoints.opening import Checkpoint, open_checkpoint
+
+if TYPE_CHECKING:
+    import pandas
+    import plotly.graph_objects
+
+COLUMNS_AT_ONCE = 1 << 20  # values of each model that are compared at a time, in float64
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """How the models compare in one layer (the tensors of one module), or in all of them.
+
+    Attributes:
+        name: of the module.
+        size: number of values of each model.
+        base_norm: Euclidean norm of the base; NaN without one.
+        norms: (M,) of the task vectors, or of the weights where there is no base.
+        cosines: (M, M) between them; NaN where one is zero.
+        conflict: share of the values moved by at least two task vectors whose signs disagree; NaN without a base.
+    """
+
+    name: str
+    size: int
+    base_norm: float
+    norms: np.ndarray
+    cosines: np.ndarray
+    conflict: float
+
+
+@dataclass(frozen=True, eq=False)
+class Inspection:
+    """What `inspect` found: a table (`to_frame`), a figure (`plot`), and advice in words (`advice`).
+
+    Attributes:
+        names: of the models.
+        based: whether there is a base, so that norms and cosines are those of task vectors.
+        differences: tensors that differ in presence, shape, dtype or tying; the rest of the report is on the others.
+        faults: model -> the first tensor of it that is not finite; such tensors are left out of the report.
+        layers: one `Layer` per module, in the order of the first model.
+        total: all weights together. matrices: those with two axes or more, which tell relatives from strangers.
+        barriers: (M, M) barriers of the loss on the lines between the models, in nats; None without data.
+        advice: what to do, one sentence each.
+    """
+
+    names: tuple[str, ...]
+    based: bool
+    differences: tuple[Difference, ...]
+    faults: Mapping[str, str]
+    layers: tuple[Layer, ...]
+    total: Layer
+    matrices: Layer
+    barriers: np.ndarray | None
+    advice: tuple[str, ...]
+
+    def to_frame(self) -> "pandas.DataFrame":
+        """One row per layer: its size, norm of each model relative to the base, smallest cosine, sign conflicts."""
+        pandas = require("pandas")
+
+        rows = []
+        for layer in (*self.layers, self.total):
+            unit = layer.base_norm if self.based and layer.base_norm > 0.0 else 1.0
+            row: dict[str, Any] = {"layer": layer.name, "size": layer.size}
+            row |= {f"norm of {name}": norm / unit for name, norm in zip(self.names, layer.norms, strict=True)}
+            if len(self.names) > 1:
+                row["mean cosine"] = float(mean_cosine(layer.cosines))
+            rows.append(row | ({"sign conflict": layer.conflict} if self.based else {}))
+        return pandas.DataFrame(rows).set_index("layer")
+
+    def differences_frame(self) -> "pandas.DataFrame":
+        """One row per tensor that differs: in what, and what each model has."""
+        pandas = require("pandas")
+
+        heads = [*self.names, *(["base"] if self.based else [])]
+        rows = [
+            {"tensor": d.name, "differs in": d.kind, **dict(zip(heads, d.found, strict=True))} for d in self.differences
+        ]
+        return pandas.DataFrame(rows, columns=["tensor", "differs in", *heads]).set_index("tensor")
+
+    def plot(self) -> "plotly.graph_objects.Figure":
+        """Cosines of the models, norms and sign conflicts by layer, and barriers where there are data."""
+        from lmc.views.plots.merging import plot_inspection
+
+        return plot_inspection(self)
+
+    def __repr__(self) -> str:
+        what = "task vectors" if self.based else "weights"
+        lines = [f"Inspection({', '.join(self.names)}: {len(self.layers)} layers, {self.total.size:,} values, {what})"]
+        lines += [f"  {sentence}" for sentence in self.advice]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        table = self.differences_frame() if self.differences else self.to_frame()
+        said = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in self.advice)
+        return f"<ul>{said}</ul>{table.to_html(float_format='{:.3f}'.format, max_rows=40)}"
+
+
+def inspect(
+    models: Sequence[ModelOrWeights | str | Path],
+    base: ModelOrWeights | str | Path | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    model: nn.Module | None = None,
+    data: Any = None,
+    alphas: int = 11,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Inspection:
+    """Compare models before they are merged: do they fit, are they relatives, do they agree, and what to do then.
+
+    Checkpoints on disk are read one tensor at a time. Statistics of normalisations, integers and second names of tied
+    tensors take no part in norms and cosines. Nothing given is changed.
+
+    Args:
+        models: modules, state dicts, opened checkpoints, or paths of checkpoints.
+        base: what they were fine-tuned from; then task vectors are compared, else the weights themselves.
+        names: what the models are called (default: names of files, or `models[i]`).
+        model, data: an architecture and labelled data: barriers between all pairs are measured on the lines between
+            them, at `alphas` points, on `device`.
+        progress: show a bar when it takes longer than two seconds.
+
+    Raises:
+        InputError: no models, names that do not fit, or data without a `model`.
+        DataError: a checkpoint that cannot be read.
+    """
+    if isinstance(models, (nn.Module, Mapping, str, Path)) or not models:
+        raise InputError("models: expected a sequence of at least one module, state dict or path")
+    states = [_opened(given) for given in models]
+    called = _names(models, states, names)
+    reference = None if base is None else _opened(base)
+    if data is not None and model is None:
+        raise InputError("barriers on data need the architecture as well: pass model=")
+    everyone = states if reference is None else [*states, reference]
+    different = differences(everyone)
+    skipped = {d.name for d in different if d.kind in ("missing", "shape")}
+    survey = _Survey(states, reference)
+    for name in tqdm(_compared(states[0], model, skipped), desc="inspect", unit=" tensors", disable=not progress):
+        survey.add(name)
+    faults = {(*called, "base")[i]: text for i, text in survey.faults.items()}
+    barriers = None
+    if data is not None and model is not None and not skipped and not faults:
+        barriers = _barriers(model, [as_weights(state) for state in states], data, alphas, device, progress)
+    layers = tuple(survey.layer(name, sums) for name, sums in survey.layers.items())
+    total, matrices = survey.layer("all", survey.total), survey.layer("matrices", survey.matrices)
+    said = advice(called, different, faults, matrices, reference is not None, barriers)
+    return Inspection(called, reference is not None, different, faults, layers, total, matrices, barriers, said)
+
+
+def mean_cosine(cosines: np.ndarray) -> float:
+    """The mean over pairs of models; NaN where there is none."""
+    values = cosines[np.triu_indices(len(cosines), 1)]
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else float("nan")
+
+
+class _Sums:
+    """What is added up over tensors: inner products of the models' vectors, the base's square, counts of signs."""
+
+    def __init__(self, count: int) -> None:
+        self.size = self.contested = self.conflicting = 0
+        self.base_square = 0.0
+        self.dots = np.zeros((count, count))
+
+    def add(self, vectors: Tensor, base: Tensor | None) -> None:
+        """`vectors` (M, n) in float64: task vectors, or weights where `base` (n,) is None."""
+        self.size += vectors.shape[1]
+        self.dots += (vectors @ vectors.T).cpu().numpy()
+        if base is None:
+            return
+        self.base_square += float(base @ base)
+        up, down = (vectors > 0.0), (vectors < 0.0)
+        self.contested += int(((up | down).sum(0) > 1).sum())
+        self.conflicting += int((up.any(0) & down.any(0)).sum())
+
+
+class _Survey:
+    """Goes through the tensors of all models once."""
+
+    def __init__(self, states: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None) -> None:
+        self.states, self.base = states, base
+        self.total, self.matrices = _Sums(len(states)), _Sums(len(states))
+        self.layers: dict[str, _Sums] = {}
+        self.faults: dict[int, str] = {}
+
+    def add(self, name: str) -> None:
+        tensors = [state[name].detach() for state in self.states]
+        tensors += [] if self.base is None else [self.base[name].detach()]
+        bad = [i for i, tensor in enumerate(tensors) if not bool(torch.isfinite(tensor).all())]
+        for i in bad:
+            self.faults.setdefault(i, name)
+        if bad:
+            return
+        sums = [self.total, self.layers.setdefault(name.rpartition(".")[0], _Sums(len(self.states)))]
+        sums += [self.matrices] if tensors[0].ndim > 1 else []
+        flat = [tensor.reshape(-1) for tensor in tensors]
+        for start in range(0, len(flat[0]), COLUMNS_AT_ONCE):
+            part = torch.stack([tensor[start : start + COLUMNS_AT_ONCE].double().cpu() for tensor in flat])
+            base = None if self.base is None else part[-1]
+            vectors = part if base is None else part[:-1] - base
+            for each in sums:
+                each.add(vectors, base)
+
+    def layer(self, name: str, sums: _Sums) -> Layer:
+        norms = np.sqrt(np.diag(sums.dots))
+        products = np.outer(norms, norms)
+        cosines = np.divide(sums.dots, products, out=np.full_like(products, np.nan), where=products > 0.0)
+        missing = float("nan")
+        conflict = sums.conflicting / sums.contested if sums.contested else missing
+        return Layer(name, sums.size, missing if self.base is None else sums.base_square**0.5, norms, cosines, conflict)
+
+
+def _opened(model: ModelOrWeights | str | Path) -> Mapping[str, Tensor]:
+    if isinstance(model, str | Path):
+        return open_checkpoint(model)
+    return model if isinstance(model, Checkpoint) else as_weights(model)
+
+
+def _names(models: Sequence[Any], states: Sequence[Any], names: Sequence[str] | None) -> tuple[str, ...]:
+    if names is not None:
+        if len(names) != len(models) or len(set(names)) != len(names):
+            raise InputError(f"names={list(names)}; expected a different one for each of {len(models)} models")
+        return tuple(names)
+    found = [state.path.name if isinstance(state, Checkpoint) else "" for state in states]
+    return tuple(name if name and found.count(name) == 1 else f"models[{i}]" for i, name in enumerate(found))
+
+
+def _compared(state: Mapping[str, Tensor], model: nn.Module | None, skipped: set[str]) -> list[str]:
+    """The names of weights: floating point, stored once, no statistics and no buffers."""
+    ties = state.ties if isinstance(state, Checkpoint) else tied_names(state)
+    buffers = set() if model is None else {name for name, _ in model.named_buffers()}
+    return [
+        name
+        for name, tensor in outline(state).items()
+        if tensor.is_floating_point()
+        and tensor.numel()
+        and not (name in skipped or name in ties or name in buffers or name.rpartition(".")[2] in STATISTICS)
+    ]
+
+
+def _barriers(
+    model: nn.Module, states: Sequence[Any], data: Any, alphas: int, device: torch.device | str | None, progress: bool
+) -> np.ndarray:
+    from lmc.landscape.paths.path import loss_path
+
+    count = len(states)
+    found = np.zeros((count, count))
+    pairs = [(i, j) for i in range(count) for j in range(i)]
+    for i, j in tqdm(pairs, desc="barriers", unit=" pairs", disable=not progress):
+        path = loss_path(model, states[i], states[j], data, alphas, device=device, progress=False)
+        found[i, j] = found[j, i] = path.barrier
+    return found

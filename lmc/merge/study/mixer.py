@@ -1,0 +1,163 @@
+"""The mixer: a coefficient for each model and group of layers, and what each task makes of the sum."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lmc.core.progress import tqdm
+from lmc.errors import InputError
+from lmc.merge.engine.patterns import matches
+from lmc.merge.engine.tensors import weight_sets
+from lmc.merge.rules.task_vectors import task_arithmetic
+from lmc.merge.with_data.examples import Scorer, scorer
+from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights
+
+if TYPE_CHECKING:
+    from lmc.views.widgets.mixer_explorer import MixerExplorer
+
+MOST_POINTS = 256  # evaluated beforehand, for pages without a kernel
+LEVELS = {1: 21, 2: 11, 3: 6, 4: 4, 5: 3}  # of each model's coefficient, from 0 to 1
+GROUPS = 3
+
+Coefficients = Sequence[float] | Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True, eq=False)
+class Mixer:
+    """`base + sum_t c[g, t] tau_t` for coefficients c of each group of layers g and model t, scored on every task.
+
+    `explore()` is the widget; `weights(c)` and `scores(c)` are what it shows.
+
+    Attributes:
+        names: of the models. tasks: names of the tasks.
+        groups: name of each group of layers -> its name patterns.
+        levels: the coefficients 0 to 1 on which `grid` stands.
+        grid: (levels, ..., levels, tasks), accuracies with one coefficient per model, the same in all groups.
+        own: (models + 1, tasks): accuracies of each model, and last of the base.
+    """
+
+    names: tuple[str, ...]
+    tasks: tuple[str, ...]
+    groups: Mapping[str, tuple[str, ...]]
+    levels: np.ndarray
+    grid: np.ndarray
+    own: np.ndarray
+    models: Sequence[Weights] = field(repr=False)
+    base: Weights = field(repr=False)
+    scorers: Sequence[Scorer] = field(repr=False)
+
+    def options(self, coefficients: Coefficients) -> dict[str, Any]:
+        """The options with which `task_arithmetic(models, base=base, ...)` gives this mixture.
+
+        Args:
+            coefficients: (models,), or (groups, models) for each group its own.
+        """
+        rows = np.asarray(coefficients, dtype=np.float64)
+        shape = (len(self.groups), len(self.names))
+        if rows.shape == shape[1:]:
+            rows = np.broadcast_to(rows, shape)
+        if rows.shape != shape or not np.isfinite(rows).all():
+            raise InputError(f"coefficients of shape {rows.shape}; expected finite numbers, {shape[1:]} or {shape}")
+        parts = zip(self.groups.values(), rows, strict=True)
+        return {"weights": {pattern: row.tolist() for patterns, row in parts for pattern in patterns}}
+
+    def weights(self, coefficients: Coefficients) -> Weights:
+        """The merged weights."""
+        return task_arithmetic(self.models, base=self.base, **self.options(coefficients))
+
+    def scores(self, coefficients: Coefficients) -> dict[str, float]:
+        """The accuracy of the merged weights on each task."""
+        merged = self.weights(coefficients)
+        return {task: score(merged) for task, score in zip(self.tasks, self.scorers, strict=True)}
+
+    @property
+    def best(self) -> tuple[float, ...]:
+        """The coefficients with the best mean accuracy among those of the grid."""
+        means = self.grid.mean(-1)
+        place = np.unravel_index(int(means.argmax()), means.shape)
+        return tuple(float(self.levels[i]) for i in place)
+
+    def explore(self) -> "MixerExplorer":
+        """Sliders for every model and group of layers, and the accuracy on each task while they move."""
+        from lmc.views.widgets.mixer_explorer import MixerExplorer
+
+        return MixerExplorer(self)
+
+    def save_html(self, file: str | Path, *, title: str = "A mixer for task vectors", text: Sequence[str] = ()) -> None:
+        """Write the mixer as a page without a kernel: one slider per model, values interpolated in the grid."""
+        from lmc.views.widgets.mixer_page import save_html
+
+        save_html(file, self, title=title, text=text)
+
+    def __repr__(self) -> str:
+        return f"Mixer({', '.join(self.names)} on {', '.join(self.tasks)}; groups {', '.join(self.groups)})"
+
+
+def mixer(
+    model: nn.Module,
+    models: Sequence[ModelOrWeights],
+    tasks: Mapping[str, Any],
+    *,
+    base: ModelOrWeights,
+    names: Sequence[str] | None = None,
+    groups: Mapping[str, str | Sequence[str]] | None = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Mixer:
+    """Prepare mixing task vectors by hand, model by model and layer by layer.
+
+    Args:
+        model: the architecture.
+        models: fine-tuned from `base`.
+        tasks: name -> labelled data. What is chosen by looking at them needs other data to be judged on.
+        names: of the models (default: those of the tasks, if there are as many).
+        groups: name -> name patterns of its tensors (default: up to three stretches of the layers in their order). Each
+            tensor belongs to one group.
+        device: where to evaluate (default: where the weights are).
+
+    Raises:
+        InputError: names, groups or tasks that do not fit. MismatchError: models of different architectures.
+    """
+    sets = weight_sets(models, base, module=model)
+    if not isinstance(tasks, Mapping) or not tasks:
+        raise InputError("tasks: expected a mapping of names to labelled data")
+    called = tuple(names or (tasks if len(tasks) == len(sets) else (f"models[{i}]" for i in range(len(sets)))))
+    if len(called) != len(sets) or len(set(called)) != len(called):
+        raise InputError(f"names={list(called)}; expected a different one for each of {len(sets)} models")
+    chosen = _thirds(sets.weights) if groups is None else _given(groups, sets.weights)
+    states, origin = [as_weights(m) for m in models], as_weights(base)
+    scorers = [scorer(model, part, "accuracy", device=device, weights=origin)[0] for part in tasks.values()]
+    own = np.array([[score(state) for score in scorers] for state in [*states, origin]])
+    count = LEVELS.get(len(sets), 2 if 2 ** len(sets) <= MOST_POINTS else 1)
+    levels = np.linspace(0.0, 1.0, count) if count > 1 else np.zeros(1)
+    grid = np.zeros((*(count,) * len(sets), len(tasks)))
+    made = Mixer(called, tuple(tasks), chosen, levels, grid, own, states, origin, scorers)
+    points = list(product(range(count), repeat=len(sets)))
+    for place in tqdm(points, desc="mixer", unit=" mixtures", disable=not progress):
+        grid[place] = list(made.scores([float(levels[i]) for i in place]).values())
+    return made
+
+
+def _thirds(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The modules that hold weights, in their order, cut into at most three stretches of about as many modules."""
+    modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    if len(modules) <= GROUPS:
+        return {module: (module,) for module in modules}
+    cuts = [round(i * len(modules) / GROUPS) for i in range(GROUPS + 1)]
+    parts = [tuple(modules[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return {f"{part[0]} – {part[-1]}": part for part in parts}
+
+
+def _given(groups: Mapping[str, str | Sequence[str]], names: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    chosen = {name: (given,) if isinstance(given, str) else tuple(given) for name, given in groups.items()}
+    for name in names:
+        found = [group for group, patterns in chosen.items() if any(matches(name, pattern) for pattern in patterns)]
+        if len(found) != 1:
+            raise InputError(f"groups: {name} is in {' and '.join(found) or 'none'}; each tensor belongs to one group")
+    return chosen

@@ -1,0 +1,123 @@
+"""Adaptive model averaging: between a model before and after alignment, with a ratio of its own for each depth."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lmc.core.progress import tqdm
+from lmc.errors import DataError, InputError
+from lmc.merge.engine.aligning import alignable
+from lmc.merge.engine.patterns import matches
+from lmc.merge.engine.result import Merged
+from lmc.merge.engine.tensors import assemble, weight_sets
+from lmc.merge.rules.postprocess import depths
+from lmc.merge.with_data.examples import cross_entropy, gather
+from lmc.network.batches import take, to_device
+from lmc.network.network import Network, pick_device
+from lmc.weights.arithmetic import ModelOrWeights, as_weights
+
+
+@dataclass(frozen=True)
+class AmaReport:
+    """Share of the base in each group of tensors, shallow to deep (their mean is fixed), and the loss of each step."""
+
+    shares: tuple[float, ...]
+    losses: tuple[float, ...]
+
+    def __str__(self) -> str:
+        shares = "  ".join(f"{share:.3f}" for share in self.shares)
+        return f"share of the base, shallow to deep: {shares}\nloss {self.losses[0]:.4f} -> {self.losses[-1]:.4f}"
+
+
+@alignable
+def ama(
+    model: nn.Module,
+    models: Sequence[ModelOrWeights],
+    data: Any,
+    *,
+    base: ModelOrWeights,
+    mean: float = 0.2,
+    epsilon: float = 0.2,
+    groups: int | Sequence[str] = 3,
+    steps: int = 200,
+    lr: float = 0.02,
+    batch_size: int = 64,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Merged[AmaReport]:
+    """Adaptive model averaging (Lin et al. 2024, 2309.06256): `alpha_k base + (1 - alpha_k) tuned` by layers.
+
+    `alpha_k = mean K (sigmoid(a_k) + epsilon) / sum_j (sigmoid(a_j) + epsilon)` keeps the mean share of the base, here
+    as in the authors' code the model *before* alignment, at `mean`; `a` is learned with Adam on the cross-entropy of
+    `data`. The paper takes samples of high reward (best of n) and lr 2e-5 for one epoch; its code also pulls shares
+    towards `mean`, most in the middle layers, with a weight of 1e-4, which is left out. Tensors outside the groups
+    (embeddings, head) have `mean`.
+
+    Args:
+        model: the architecture; its weights are not used and not touched.
+        models: the tuned model, in a list; of several, their average.
+        data: `(inputs, targets)` with class targets, an iterable of batches, or a data set (see `greedy_soup`).
+        base: the model before tuning.
+        groups: name patterns, or how many groups of numbered blocks of equal depth.
+        steps, lr, batch_size, seed: of Adam, and of the order of examples.
+        device: where to compute (default: where the weights are).
+        progress: show a bar if it takes longer than two seconds.
+    """
+    if not 0.0 <= mean <= 1.0 or epsilon <= 0.0 or steps < 1:
+        raise InputError(f"mean must be in [0, 1], epsilon positive, steps at least 1; got {mean}, {epsilon}, {steps}")
+    sets = weight_sets(models, base, module=model)
+    place = _groups(sets.weights, groups)
+    count = max(place.values()) + 1
+    state = as_weights(base)
+    network = Network(model, pick_device(device, state))
+    even = [(1.0 - mean) / len(sets)] * len(sets)
+    network.load(dict(assemble(sets, sets.base_tensor, lambda _: (even, mean))))
+    ends = {name: (sets.base_tensor(name), sets.stack(name).mean(0)) for name in sets.weights}
+    ends = {name: (a.to(network.device), b.to(network.device)) for name, (a, b) in ends.items()}
+    logits = torch.zeros(count, device=network.device, requires_grad=True)
+    optimizer = torch.optim.Adam([logits], lr=lr)
+
+    def shares() -> Tensor:
+        raw = torch.sigmoid(logits) + epsilon
+        return mean * count * raw / raw.sum()
+
+    def merged(name: str) -> Tensor:
+        before, after = ends[name]
+        share = shares()[place[name]] if name in place else torch.tensor(mean)
+        return (after + share.to(after) * (before - after)).to(state[name].dtype)
+
+    inputs, targets = gather(data, "data")
+    if targets is None:
+        raise DataError("data: expected (inputs, targets), got inputs alone")
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in tqdm(range(steps), desc="AMA", disable=not progress):
+        index = torch.randint(len(targets), (batch_size,), generator=generator)
+        outputs = network.outputs({name: merged(name) for name in ends}, to_device(take(inputs, index), network.device))
+        loss = cross_entropy(outputs, targets[index].to(network.device), "data")
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    with torch.no_grad():
+        result = dict(assemble(sets, lambda name: merged(name).to(state[name].device), lambda _: (even, mean)))
+        return Merged(result, AmaReport(tuple(shares().tolist()), tuple(losses)))
+
+
+def _groups(names: Sequence[str], groups: int | Sequence[str]) -> dict[str, int]:
+    """The group of each name that is in one."""
+    if isinstance(groups, int):
+        if groups < 1:
+            raise InputError(f"groups must be at least 1, got {groups}")
+        return {name: min(int(depth * groups), groups - 1) for name, depth in depths(names, None).items()}
+    found = {}
+    for k, pattern in enumerate(groups):
+        inside = [name for name in names if matches(name, pattern)]
+        if not inside:
+            raise InputError(f"groups: no tensor fits the pattern {pattern!r}")
+        found |= dict.fromkeys(inside, k)
+    return found

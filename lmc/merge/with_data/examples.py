@@ -1,0 +1,129 @@
+"""Examples for methods that look at data: with targets or without, all of them or a few."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lmc.errors import DataError, InputError, WeightsError
+from lmc.landscape.evaluation.evaluator import Evaluator
+from lmc.landscape.evaluation.scores import class_last
+from lmc.merge.engine.tensors import wide
+from lmc.network.batches import as_splits, take, tensors
+from lmc.network.batchnorm import Recalibrator
+from lmc.network.network import Network, pick_device
+from lmc.weights.arithmetic import Weights, check_finite
+
+Metric = Literal["accuracy", "loss"]
+Scorer = Callable[[Weights], float]
+
+
+def chosen(data: Any) -> Any:
+    """The one set of examples in `data`: `.validation` of a data set that has it, else `.train`, never `.test`."""
+    for name in ("validation", "train"):
+        if hasattr(data, name) and not isinstance(data, nn.Module):
+            return getattr(data, name)
+    return data
+
+
+def batches(data: Any, what: str, *, limit: int | None, size: int) -> Iterator[tuple[Any, Tensor | None]]:
+    """Batches `(inputs, targets or None)` of at most `size` examples.
+
+    Args:
+        data: `(inputs, targets)`, an iterable of such batches, a data set (see `chosen`), or inputs alone: a tensor or
+            a mapping of tensors.
+        what: how messages call the data.
+        limit: use this many examples, spread evenly over data given whole, the first ones of an iterable.
+    """
+    data = chosen(data)
+    if isinstance(data, (Tensor, Mapping)):
+        leaves = tensors(data)
+        if not leaves or any(leaf.ndim == 0 or len(leaf) != len(leaves[0]) or len(leaf) == 0 for leaf in leaves):
+            raise DataError(f"{what}: inputs must be non-empty tensors with the examples along axis 0")
+        whole: list[tuple[Any, Tensor | None]] = [(data, None)]
+    else:
+        whole = list(as_splits(data)[0].batches)
+    if len(whole) == 1 and limit is not None and limit < (count := len(tensors(whole[0][0])[0])):
+        spread = torch.linspace(0, count - 1, limit).round().long()
+        inputs, targets = whole[0]
+        whole = [(take(inputs, spread), None if targets is None else targets[spread])]
+    left = limit
+    for inputs, targets in whole:
+        count = len(tensors(inputs)[0])
+        for start in range(0, count if left is None else min(count, left), size):
+            part = slice(start, min(start + size, count if left is None else left))
+            yield take(inputs, part), None if targets is None else targets[part]
+        left = None if left is None else left - count
+
+
+def gather(data: Any, what: str) -> tuple[Any, Tensor | None]:
+    """All examples of `data` as one `(inputs, targets or None)`."""
+    parts = list(batches(data, what, limit=None, size=1 << 40))
+    if len(parts) == 1:
+        return parts[0]
+    columns = [inputs for inputs, _ in parts]
+    targets = torch.cat([goal for _, goal in parts if goal is not None])
+    if isinstance(columns[0], Tensor):
+        return torch.cat(columns), targets
+    if isinstance(columns[0], Mapping):
+        return {key: torch.cat([column[key] for column in columns]) for key in columns[0]}, targets
+    return tuple(torch.cat(column) for column in zip(*columns, strict=True)), targets
+
+
+def cross_entropy(outputs: Tensor, targets: Tensor, what: str) -> Tensor:
+    """The mean cross-entropy in nats of outputs `(N, C)`, `(N, T, C)` or `(N, C, ...)`, in float32 or wider."""
+    rows = class_last(outputs[None], targets)
+    if rows is None:
+        raise DataError(
+            f"{what}: integer class targets that fit the outputs needed, got {targets.dtype} {tuple(targets.shape)} "
+            f"for outputs {tuple(outputs.shape)}"
+        )
+    return F.cross_entropy(rows[0].to(wide(outputs.dtype)), targets.reshape(-1))
+
+
+def check_data(data: Any, count: int) -> list[Any]:
+    """`data` as a list with one entry per model."""
+    if isinstance(data, (Tensor, Mapping)) or not hasattr(data, "__len__") or len(data) != count:
+        raise InputError(f"data: expected a list with one data set for each of the {count} models")
+    return list(data)
+
+
+def scorer(
+    model: nn.Module,
+    validation: Any,
+    metric: Metric,
+    *,
+    recalibrate: Any = None,
+    device: torch.device | str | None = None,
+    weights: Weights,
+) -> tuple[Scorer, Callable[[Weights], Weights]]:
+    """How good weights are on validation data (larger is better), and what is done to averaged weights before that.
+
+    `validation` may be a function of the weights instead, larger being better. With `recalibrate` (inputs), averaged
+    weights get BatchNorm statistics of their own.
+    """
+    if metric not in ("accuracy", "loss"):
+        raise InputError(f"metric must be 'accuracy' or 'loss', got {metric!r}")
+    where = pick_device(device, weights)
+    renew = (lambda state: state) if recalibrate is None else Recalibrator(Network(model, where), recalibrate)
+    if callable(validation):
+        judge: Callable[[Weights], Any] = validation
+        return lambda state: float(judge(state)), renew
+    evaluator = Evaluator(model, chosen(validation), at_once=1, device=where)
+
+    def score(state: Weights) -> float:
+        found = next(evaluator([state]))["data"]
+        return found.accuracy if metric == "accuracy" else -found.loss
+
+    return score, renew
+
+
+def finite(state: Weights) -> str:
+    """Empty if all weights are finite, else what is not."""
+    try:
+        check_finite(state)
+    except WeightsError as error:
+        return str(error)
+    return ""

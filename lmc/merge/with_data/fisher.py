@@ -1,0 +1,217 @@
+"""Fisher merging: each weight is averaged in proportion to how much each model's predictions depend on it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+from lmc.core.progress import tqdm
+from lmc.errors import DataError, InputError, MismatchError
+from lmc.merge.engine.aligning import alignable
+from lmc.merge.engine.coefficients import coefficients
+from lmc.merge.engine.tensors import WeightSets, assemble, weight_sets, wide
+from lmc.merge.with_data.examples import batches, check_data
+from lmc.network.batches import take, tensors, to_device
+from lmc.network.network import Network, pick_device
+from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights
+
+Labels = Literal["expected", "sampled", "true"]
+GRADIENT_BYTES = 256 << 20  # most memory for the gradients of single examples
+
+
+@alignable
+def fisher(
+    model: nn.Module,
+    models: Sequence[ModelOrWeights],
+    data: Sequence[Any],
+    *,
+    base: ModelOrWeights | None = None,
+    weights: Sequence[float] | None = None,
+    samples: int = 1024,
+    labels: Labels = "expected",
+    normalize: bool = False,
+    floor: float = 1e-6,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Weights:
+    """Fisher merging (Matena, Raffel 2022, 2111.09832): `sum_t w_t F_t theta_t / sum_t w_t F_t`, entry by entry.
+
+    `F_t` is the diagonal Fisher information of model t on inputs of its task (`fisher_information`), at least `floor`.
+    One model's information is held at a time. Magnitudes can differ by orders between tasks: `normalize` divides each
+    by its L2 norm over the whole model. The authors' code can keep the floor to one favoured model; here all have it.
+
+    Args:
+        model: the architecture; its weights are not used and not touched.
+        models: the fine-tuned models.
+        data: for each model inputs of its task: a tensor, `(inputs, targets)`, an iterable of batches, or a data set
+            (its `.train`). Targets are used with `labels="true"` only.
+        base: not used; taken so that all methods are called alike.
+        weights: one number per model (default 1 each).
+        samples: examples per task; 256 to 4096 suffice.
+        labels, seed, device: as for `fisher_information`.
+        progress: show a bar if it takes longer than two seconds.
+
+    Raises:
+        InputError, DataError: data that do not fit the models, in number or in form.
+    """
+    states = [as_weights(m) for m in models]
+    bar = tqdm(
+        zip(states, check_data(data, len(states)), strict=True), total=len(states), delay=2, disable=not progress
+    )
+    options = {"samples": samples, "labels": labels, "seed": seed, "device": device}
+    informations = (fisher_information(model, state, part, **options) for state, part in bar)
+    return fisher_weighted(states, informations, weights=weights, normalize=normalize, floor=floor, model=model)
+
+
+def fisher_weighted(
+    models: Sequence[ModelOrWeights],
+    informations: Iterable[Weights],
+    *,
+    weights: Sequence[float] | None = None,
+    normalize: bool = False,
+    floor: float = 1e-6,
+    model: nn.Module | None = None,
+) -> Weights:
+    """`sum_t w_t F_t theta_t / sum_t w_t F_t` for given diagonal curvatures `F_t`, read one after the other.
+
+    For losses that are quadratic with these diagonal Hessians it is the minimum of their sum. Weights without an entry
+    in `informations`, and statistics, are averaged with `weights`.
+    """
+    sets = weight_sets(models, module=model)
+    factors = coefficients(weights, len(sets))
+    if min(factors) < 0 or sum(factors) == 0 or floor < 0:
+        raise InputError(f"weights {factors} and floor {floor} must not be negative, nor all weights zero")
+    total: Weights = {}
+    moved: Weights = {}
+    for t, (information, factor) in enumerate(zip(informations, factors, strict=True)):
+        norm = sum(float(f.double().square().sum()) for f in information.values()) ** 0.5 if normalize else 1.0
+        for name, f in information.items():
+            if name not in sets.weights or f.shape != sets.states[0][name].shape:
+                raise MismatchError(f"informations[{t}]: {name} of shape {tuple(f.shape)} fits no weight of the models")
+            origin = sets.tensor(name, 0)
+            share = (f.to(origin) / (norm or 1.0)).clamp_min(floor) * factor
+            # summed as steps from the first model, so that equal models give that model
+            moved[name] = moved.get(name, 0.0) + share * (sets.tensor(name, t) - origin)
+            total[name] = total.get(name, 0.0) + share
+    return dict(assemble(sets, lambda name: _divide(sets, name, moved, total, factors), lambda _: _shares(factors)))
+
+
+def _divide(sets: WeightSets, name: str, moved: Weights, total: Weights, factors: list[float]) -> Tensor:
+    if name not in total:
+        return sets.combine(name, *_shares(factors))
+    step = (moved[name] / total[name]).where(total[name] > 0, sets.stack(name).mean(0) - sets.tensor(name, 0))
+    return sets.tensor(name, 0) + step
+
+
+def _shares(factors: list[float]) -> tuple[list[float], float]:
+    return [factor / sum(factors) for factor in factors], 0.0
+
+
+def fisher_information(
+    model: nn.Module,
+    weights: ModelOrWeights | None,
+    data: Any,
+    *,
+    samples: int = 1024,
+    labels: Labels = "expected",
+    seed: int = 0,
+    device: torch.device | str | None = None,
+) -> Weights:
+    """The diagonal Fisher information `E_x E_y (d log p(y|x) / d theta)^2` of every parameter, in float32 or wider.
+
+    `labels="expected"` sums over all classes with the model's probabilities: one backward pass per class. `"sampled"`
+    draws one class per output from them. `"true"` takes the targets (the empirical Fisher, another quantity: it is
+    small where the model fits). Outputs are `(N, C)`, or `(N, T, C)` with the log-probabilities of the T positions
+    added up (not with "expected"). The square is of each example's own gradient, in eval mode.
+
+    Args:
+        weights: where to measure (None: the module's own).
+        data: inputs, as for `fisher`.
+        samples: at most this many examples, evenly spread over data given whole.
+        seed: of drawn labels.
+        device: where to compute (default: where the weights are).
+    """
+    if labels not in ("expected", "sampled", "true"):
+        raise InputError(f"labels must be 'expected', 'sampled' or 'true', got {labels!r}")
+    state = as_weights(model if weights is None else weights)
+    network = Network(model, pick_device(device, state))
+    network.check(state, "weights")
+    network.load(state)
+    sets = weight_sets([state], module=model)
+    trained = {name: state[name].to(network.device) for name in sets.weights}
+    size = sum(tensor.numel() for tensor in trained.values())
+    chunk = max(1, min(samples, 128, GRADIENT_BYTES // (4 * size)))
+    generator = torch.Generator().manual_seed(seed)
+
+    def log_probability(parameters: Weights, example: Any, target: Tensor) -> Tensor:
+        outputs = network.outputs(parameters, _batch_of_one(example))[0]
+        return outputs.to(wide(outputs.dtype)).log_softmax(-1).gather(-1, target[..., None]).sum()
+
+    gradients = _EachGradient(log_probability)
+    found = {name: torch.zeros_like(tensor, dtype=wide(tensor.dtype)) for name, tensor in trained.items()}
+    count = 0
+    for inputs, targets in batches(data, "data", limit=samples, size=chunk):
+        inputs = to_device(inputs, network.device)
+        outputs = network(inputs)
+        probabilities = outputs.to(wide(outputs.dtype)).softmax(-1)
+        for target, share in _targets(probabilities, targets, labels, generator):
+            for name, gradient in gradients(trained, inputs, target).items():
+                found[name] += torch.einsum("n,n...->...", share.to(found[name]), gradient.to(found[name]).square())
+        count += len(probabilities)
+    return {name: (total / count).to(state[name].device) for name, total in found.items()}
+
+
+def _targets(
+    probabilities: Tensor, targets: Tensor | None, labels: Labels, generator: torch.Generator
+) -> Iterable[tuple[Tensor, Tensor]]:
+    """Classes `(N,)` or `(N, T)` to differentiate, each with the share of every example's square that counts."""
+    ones = torch.ones(len(probabilities), device=probabilities.device)
+    if labels == "expected":
+        if probabilities.ndim != 2:
+            raise DataError(f"labels='expected' needs outputs (N, C), got {tuple(probabilities.shape)}; use 'sampled'")
+        for c in range(probabilities.shape[1]):
+            yield torch.full_like(probabilities[:, c], c, dtype=torch.int64), probabilities[:, c]
+    elif labels == "sampled":
+        flat = probabilities.reshape(-1, probabilities.shape[-1]).cpu()
+        drawn = torch.multinomial(flat, 1, generator=generator)
+        yield drawn.reshape(probabilities.shape[:-1]).to(probabilities.device), ones
+    else:
+        if targets is None or targets.shape != probabilities.shape[:-1]:
+            raise DataError(f"labels='true' needs targets of shape {tuple(probabilities.shape[:-1])}")
+        yield targets.to(probabilities.device).long(), ones
+
+
+class _EachGradient:
+    """Gradients `(N, *shape)` of a function of (weights, example, target) for each of N examples.
+
+    All at once; one after the other for networks that cannot be batched so, whose course depends on the data (as where
+    attention masks are looked at).
+    """
+
+    def __init__(self, function: Callable[[Weights, Any, Tensor], Tensor]) -> None:
+        self.function = function
+        self.together = True
+
+    def __call__(self, weights: Weights, inputs: Any, targets: Tensor) -> Weights:
+        if self.together:
+            try:
+                return vmap(grad(self.function), in_dims=(None, 0, 0))(weights, inputs, targets)
+            except RuntimeError:
+                self.together = False
+        leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
+        rows = []
+        for n, target in enumerate(targets):
+            value = self.function(leaves, take(inputs, n), target)
+            rows.append(torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True))
+        return {name: torch.stack(column) for name, column in zip(leaves, zip(*rows, strict=True), strict=True)}
+
+
+def _batch_of_one(example: Any) -> Any:
+    if isinstance(example, Tensor):
+        return example[None]
+    if isinstance(example, dict):
+        return {key: value[None] for key, value in example.items()}
+    return tuple(value[None] for value in tensors(example))

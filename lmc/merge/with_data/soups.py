@@ -1,0 +1,254 @@
+"""Soups: averages of models fine-tuned from one base with one head initialisation (Wortsman et al. 2022, 2203.05482).
+
+The uniform soup is `average`. `tasting.py` makes all soups of the same models and compares them; recipes that train their
+ingredients (DiWA, model ratatouille) are in `runs.py`.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lmc.core.extras import require
+from lmc.core.progress import tqdm
+from lmc.errors import DataError, InputError, WeightsError
+from lmc.merge.engine.aligning import alignable
+from lmc.merge.engine.method import linear
+from lmc.merge.engine.result import Merged
+from lmc.merge.engine.tensors import WeightSets, assemble, weight_sets
+from lmc.merge.rules.averaging import average
+from lmc.merge.with_data.examples import Metric, cross_entropy, finite, gather, scorer
+from lmc.network.batches import take, to_device
+from lmc.network.network import Network, pick_device
+from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights
+
+uniform_soup = average
+
+
+@linear
+def wise_ft(count: int, *, alpha: float = 0.5) -> list[float]:
+    """WiSE-FT (Wortsman, Ilharco, Kim et al. 2022, 2109.01903): `(1 - alpha) base + alpha model`, head included.
+
+    `base` is the zero-shot model, `models` the fine-tuned one; of several, their mean. `alpha` weights the fine-tuned
+    side; the paper's choice without target validation data is 0.5. `alpha=0` and `1` are the endpoints, bit for bit.
+    """
+    return [alpha / count] * count
+
+
+@dataclass(frozen=True)
+class Ingredient:
+    """One model on its way into the soup.
+
+    Attributes:
+        model: its place in the list given.
+        score: its own validation score, larger is better (loss counts negative); NaN if it was not evaluated.
+        soup: score of the soup with it; NaN if it was not tried.
+        taken: whether it is in the soup.
+        reason: why, in words.
+    """
+
+    model: int
+    score: float
+    soup: float
+    taken: bool
+    reason: str
+
+
+@dataclass(frozen=True)
+class SoupReport:
+    """Which ingredients a greedy soup took, in the order they were tried, and the validation score it ends with."""
+
+    ingredients: tuple[Ingredient, ...]
+    score: float
+
+    @property
+    def taken(self) -> tuple[int, ...]:
+        """The places of the models in the soup, best first."""
+        return tuple(row.model for row in self.ingredients if row.taken)
+
+    def to_frame(self) -> Any:
+        """A pandas data frame, one row per ingredient."""
+        pandas = require("pandas")
+
+        return pandas.DataFrame([vars(row) for row in self.ingredients])
+
+    def __str__(self) -> str:
+        lines = [f"{'model':>5}  {'alone':>8}  {'soup':>8}  {'taken':5}  reason"]
+        for row in self.ingredients:
+            taken = "yes" if row.taken else "no"
+            lines.append(f"{row.model:>5}  {row.score:>8.4f}  {row.soup:>8.4f}  {taken:5}  {row.reason}")
+        return "\n".join([*lines, f"{len(self.taken)} of {len(self.ingredients)} models, score {self.score:.4f}"])
+
+
+@alignable
+def greedy_soup(
+    model: nn.Module,
+    models: Sequence[ModelOrWeights],
+    validation: Any,
+    *,
+    metric: Metric = "accuracy",
+    strict: bool = False,
+    min_gain: float = 0.0,
+    recalibrate: Any = None,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Merged[SoupReport]:
+    """Add models to the average, best first, as long as it does not get worse on validation data (Recipe 1).
+
+    The paper takes an ingredient if the score is at least the best so far, the authors' code only if it is higher
+    (`strict=True`). The result is never worse on the validation data than the best ingredient; report its quality on
+    other data. Models that are not finite are left out and named in the report.
+
+    Args:
+        model: the architecture; its weights are not used and not touched.
+        models: the ingredients.
+        validation: `(inputs, targets)`, an iterable of batches, a data set with `.validation` (or its `.train`; never
+            its `.test`), or a function from weights to a score, larger being better.
+        metric: "accuracy" or "loss".
+        strict: take only what raises the score.
+        min_gain: how much an ingredient must add at least.
+        recalibrate: inputs from which BatchNorm statistics of every soup are re-estimated before it is evaluated.
+        device: where to evaluate (default: where the weights are).
+        progress: show a bar if it takes longer than two seconds.
+
+    Returns:
+        The soup, a state dict whose `.report` is the table of ingredients.
+
+    Raises:
+        WeightsError: no model is finite.
+    """
+    states = [as_weights(m) for m in models]
+    weight_sets(states, module=model)
+    score, renew = scorer(model, validation, metric, recalibrate=recalibrate, device=device, weights=states[0])
+    faults = [finite(state) for state in states]
+    bar = tqdm(total=2 * len(states) - 1, desc="greedy soup", disable=not progress)
+    alone = [math.nan] * len(states)
+    for i, state in enumerate(states):
+        if not faults[i]:
+            alone[i] = score(state)
+            faults[i] = "" if math.isfinite(alone[i]) else f"score {alone[i]}"
+        bar.update()
+    order = sorted((i for i in range(len(states)) if not faults[i]), key=lambda i: -alone[i])
+    if not order:
+        raise WeightsError("no ingredient can be used: " + "; ".join(f"models[{i}]: {f}" for i, f in enumerate(faults)))
+
+    first = order[0]
+    rows = [Ingredient(first, alone[first], alone[first], True, "best on its own")]
+    best, soup = alone[first], {name: tensor.clone() for name, tensor in states[first].items()}
+    taken = [first]
+    for i in order[1:]:
+        candidate = renew(average([states[j] for j in [*taken, i]]))
+        found = score(candidate)
+        accept = found > best + min_gain if strict else found >= best + min_gain
+        word = "raises" if found > best else "keeps" if found == best else "lowers"
+        rows.append(
+            Ingredient(i, alone[i], found, accept, f"{word} the score of the soup from {best:.4f} to {found:.4f}")
+        )
+        if accept:
+            best, soup, taken = max(best, found), candidate, [*taken, i]
+        bar.update()
+    bar.close()
+    rows += [Ingredient(i, alone[i], math.nan, False, fault) for i, fault in enumerate(faults) if fault]
+    return Merged(soup, SoupReport(tuple(rows), best))
+
+
+Per = Literal["model", "layer", "tensor"]
+
+
+@dataclass(frozen=True)
+class LearnedReport:
+    """The coefficients a soup was learned with.
+
+    Attributes:
+        coefficients: for each group of tensors one share per model; they sum to 1. One group "*" with `per="model"`.
+        losses: mean training loss of each epoch.
+        temperature: what the logits were multiplied by in the loss; not part of the weights.
+    """
+
+    coefficients: dict[str, tuple[float, ...]]
+    losses: tuple[float, ...]
+    temperature: float
+
+    def to_frame(self) -> Any:
+        """A pandas data frame: a row for each group of tensors, a column for each model."""
+        pandas = require("pandas")
+
+        return pandas.DataFrame.from_dict(self.coefficients, orient="index").add_prefix("model ")
+
+    def __str__(self) -> str:
+        width = max(map(len, self.coefficients))
+        rows = [f"{k:{width}}  " + "  ".join(f"{c:6.3f}" for c in v) for k, v in self.coefficients.items()]
+        losses = f"loss {self.losses[0]:.4f} -> {self.losses[-1]:.4f}" if self.losses else "not trained"
+        return "\n".join(["share of each model", *rows, f"{losses}, temperature {self.temperature:.3f}"])
+
+
+@alignable
+def learned_soup(
+    model: nn.Module,
+    models: Sequence[ModelOrWeights],
+    validation: Any,
+    *,
+    per: Per = "model",
+    epochs: int = 5,
+    lr: float = 0.05,
+    batch_size: int = 256,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Merged[LearnedReport]:
+    """Learn the shares of the models by gradient descent on validation data (2203.05482, appendix I).
+
+    Minimises the cross-entropy of `beta f(x; sum_i softmax(a)_i theta_i)` over logits `a`, which start equal, and the
+    temperature `beta`, which starts at 1, with AdamW without decay. `per="layer"` learns shares for each module,
+    `"tensor"` for each tensor. All models are held in memory at once. BatchNorm statistics are averaged equally.
+
+    Args:
+        validation: as for `greedy_soup`, with class targets; not a function.
+        epochs: passes over the data; 0 gives the uniform soup.
+        seed: of the order of examples.
+
+    Returns:
+        The soup, a state dict whose `.report` holds the learned shares.
+    """
+    if per not in ("model", "layer", "tensor"):
+        raise InputError(f"per must be 'model', 'layer' or 'tensor', got {per!r}")
+    sets = weight_sets(models, module=model)
+    state = as_weights(models[0])
+    network = Network(model, pick_device(device, state))
+    network.load(uniform_soup(models))  # what is not learned: statistics, masks
+    stacks = {name: sets.stack(name).to(network.device) for name in sets.weights}
+    names = {name: {"model": "*", "layer": name.rpartition(".")[0], "tensor": name}[per] for name in sets.weights}
+    logits = {group: torch.zeros(len(sets), device=network.device, requires_grad=True) for group in names.values()}
+    beta = torch.ones((), device=network.device, requires_grad=True)
+    optimizer = torch.optim.AdamW([*logits.values(), beta], lr=lr, weight_decay=0.0)
+
+    def mixed(name: str) -> Tensor:
+        share = torch.softmax(logits[names[name]], 0).to(stacks[name].dtype)
+        return torch.einsum("m,m...->...", share, stacks[name]).to(state[name].dtype)
+
+    inputs, targets = gather(validation, "validation")
+    if targets is None:
+        raise DataError("validation: expected (inputs, targets), got inputs alone")
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in tqdm(range(epochs), desc="learned soup", disable=not progress):
+        total = 0.0
+        for index in torch.randperm(len(targets), generator=generator).split(batch_size):
+            batch, goal = to_device(take(inputs, index), network.device), targets[index].to(network.device)
+            outputs = network.outputs({name: mixed(name) for name in names}, batch)
+            loss = cross_entropy(beta * outputs, goal, "validation")
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(goal)
+        losses.append(total / len(targets))
+    shares = {group: tuple(torch.softmax(a.detach(), 0).tolist()) for group, a in logits.items()}
+    return Merged(_soup(sets, names, shares), LearnedReport(shares, tuple(losses), float(beta.detach())))
+
+
+def _soup(sets: WeightSets, groups: dict[str, str], shares: dict[str, tuple[float, ...]]) -> Weights:
+    equal = [1.0 / len(sets)] * len(sets)
+    return dict(assemble(sets, lambda name: sets.combine(name, shares[groups[name]]), lambda name: (equal, 0.0)))

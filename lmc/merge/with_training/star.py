@@ -1,0 +1,262 @@
+"""Star models: one network with low lines to all others (Sonthalia et al. 2024, arXiv:2403.07968)."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lmc.align.weight_matching.algorithm import weight_matching
+from lmc.core.extras import require
+from lmc.core.progress import tqdm
+from lmc.errors import InputError
+from lmc.landscape.curves.training import Recipe, finite_loss, forked, shuffled, with_parameters
+from lmc.landscape.evaluation.objective import check_training_data, mean_loss
+from lmc.landscape.evaluation.points import some_inputs
+from lmc.landscape.paths.path import Path, Values, loss_path
+from lmc.network.batches import Split, as_splits, to_device
+from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
+from lmc.network.copies import copy_module
+from lmc.network.network import Network, pick_device
+from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
+
+if TYPE_CHECKING:
+    import pandas as pd
+    import plotly.graph_objects as go
+
+
+@dataclass(frozen=True, eq=False)
+class Star(Mapping[str, Tensor]):
+    """The centre of a star: a mapping, to be used wherever weights are.
+
+    Attributes:
+        weights: the centre.
+        sources: the solutions that it was trained on, their units in the order of the centre's where there is a spec.
+        losses: (E,) mean training loss in each epoch, over random points of the lines.
+        interrupted: training ended early.
+        spec: the symmetries by which solutions are brought closer; None: they are taken as they are.
+        model: a private copy of the architecture.
+    """
+
+    weights: Weights
+    sources: tuple[Weights, ...]
+    losses: Values
+    interrupted: bool
+    spec: PermutationSpec | None = field(repr=False)
+    model: nn.Module = field(repr=False)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def paths(
+        self, data: Any, held_out: Sequence[ModelOrWeights] = (), alphas: int = 11, **options: Any
+    ) -> "StarPaths":
+        """The lines from the centre to its sources, to solutions that it has not seen, and between ordinary pairs.
+
+        Args:
+            data, alphas, options: as for `lmc.loss_path`.
+            held_out: solutions that were not trained on; matched to the centre where there is a spec.
+        """
+        if isinstance(held_out, nn.Module | Mapping):
+            raise InputError("held_out: expected a list of models, got a single one; write [model]")
+        unseen = [_matched(self.spec, self.weights, as_weights(other)) for other in held_out]
+        everyone = [*self.sources, *unseen]
+        pairs = [(a, _matched(self.spec, a, b)) for a, b in zip(everyone[:-1], everyone[1:], strict=True)]
+
+        def paths(ends: Sequence[tuple[Weights, Weights]]) -> tuple[Path, ...]:
+            return tuple(loss_path(self.model, a, b, data, alphas, **options) for a, b in ends)
+
+        centre = self.weights
+        return StarPaths(
+            paths([(centre, source) for source in self.sources]), paths([(centre, x) for x in unseen]), paths(pairs)
+        )
+
+    def __str__(self) -> str:
+        trained = f"trained for {len(self.losses)} epochs" + (", interrupted" if self.interrupted else "")
+        last = f", training loss {self.losses[0]:.3f} to {self.losses[-1]:.3f}" if len(self.losses) else ""
+        matched = "matched by weights" if self.spec is not None else "as they are"
+        return f"Star of {len(self.sources)} sources, {matched}, {trained}{last}"
+
+    __repr__ = __str__
+
+
+@dataclass(frozen=True, eq=False)
+class StarPaths:
+    """Losses along the lines of a star, each from the centre outwards, and between ordinary solutions.
+
+    Attributes:
+        sources, held_out: from the centre to each.
+        regular: between neighbours in the list of all sources and held-out solutions.
+    """
+
+    sources: tuple[Path, ...]
+    held_out: tuple[Path, ...]
+    regular: tuple[Path, ...]
+
+    @property
+    def kinds(self) -> dict[str, tuple[Path, ...]]:
+        """The paths by kind, kinds without any left out."""
+        found = {"regular": self.regular, "source": self.sources, "held out": self.held_out}
+        return {kind: paths for kind, paths in found.items() if paths}
+
+    @property
+    def barriers(self) -> dict[str, Values]:
+        """kind -> the loss barrier of each path."""
+        return {kind: np.array([path.barrier for path in paths]) for kind, paths in self.kinds.items()}
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each path: kind, index, barrier (loss) and error_barrier (percentage points)."""
+        pd = require("pandas")
+        rows = [
+            {"kind": kind, "index": i, "barrier": path.barrier, "error_barrier": path.error_barrier}
+            for kind, paths in self.kinds.items()
+            for i, path in enumerate(paths)
+        ]
+        return pd.DataFrame(rows)
+
+    def plot(self) -> "go.Figure":
+        """Loss along every line, coloured by kind."""
+        from lmc.views.plots.star import plot_star
+
+        return plot_star(self)
+
+    def __str__(self) -> str:
+        lines = ["Star paths, mean barrier (largest):"]
+        for kind, values in self.barriers.items():
+            lines.append(f"  {kind}: {values.mean():.3f} ({values.max():.3f}) nats over {len(values)}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def star_model(
+    model: nn.Module,
+    sources: Sequence[ModelOrWeights],
+    train_data: Any,
+    *,
+    spec: PermutationSpec | UnboundSpec | None = None,
+    start: ModelOrWeights | None = None,
+    span: tuple[float, float] = (0.0, 1.0),
+    epochs: int = 30,
+    lr: float = 3e-3,
+    weight_decay: float = 0.0,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    batch_size: int = 128,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Star:
+    """Train a network whose lines to several solutions are all low (Starlight, algorithm 1).
+
+    Every step draws a source, a point t and a batch, and lowers the loss at `(1 - t) centre + t source`; the gradient
+    reaches the centre with the factor 1 - t. With a spec, sources are matched to the moving centre by weights at the
+    start of every epoch. Adam, with the schedule of `lmc.bezier_curve`. Batch normalisation and dropout are in train mode;
+    running statistics of the centre are estimated anew at the end. Nothing of the caller's is touched.
+
+    Args:
+        model: the architecture.
+        sources: its weights at several solutions; modules or state dicts on one device.
+        train_data: `(inputs, targets)`, an iterable of such batches, or an object with `.train`.
+        spec: the symmetries of the architecture.
+        start: where training begins (default: the mean of the sources, matched to the first).
+        span: the interval that t is drawn from; (0, 0) is ordinary training.
+        epochs, lr, weight_decay, loss, batch_size, seed, device, progress: as for `lmc.bezier_curve`.
+
+    An interrupt ends training with a warning and returns the star as it is.
+
+    Raises:
+        MismatchError: sources, start and model are not of one architecture, dtype and device.
+        WeightsError: weights that are not finite. DataError: unusable data. SpecError: the spec does not fit.
+        InputError: no sources, an unusable argument, or a loss that became NaN or infinite.
+    """
+    if isinstance(sources, nn.Module | Mapping) or not len(sources):
+        raise InputError("sources: expected a list of models, at least one")
+    if not (len(span) == 2 and 0.0 <= span[0] <= span[1] <= 1.0):
+        raise InputError(f"span={span}: expected two numbers, 0 <= first <= second <= 1")
+    recipe = Recipe(epochs, lr, weight_decay, loss, batch_size, seed, progress)
+    states = [as_weights(source) for source in sources]
+    for i, state in enumerate(states):
+        check_compatible(states[0], state, ("sources[0]", f"sources[{i}]"))
+        check_finite(state, f"sources[{i}]")
+    known = spec.bind(states[0]) if spec is not None else None
+    network = Network(model, pick_device(device, states[0]))
+    network.check(states[0], "sources[0]")
+    split = as_splits(train_data)[0]
+    check_training_data(network, states[0], split, loss)
+    states = [states[0], *(_matched(known, states[0], state) for state in states[1:])]
+    centre = mean(states)
+    if start is not None:
+        centre = as_weights(start)
+        check_compatible(states[0], centre, ("sources[0]", "start"))
+        check_finite(centre, "start")
+    centre, losses, interrupted = _train(network, centre, states, known, split, span, recipe)
+    if has_batchnorm(network.module):
+        centre = recalibrate_batchnorm(model, centre, some_inputs(split), device=network.device)
+    moved = tuple({n: x.clone() for n, x in _matched(known, centre, state).items()} for state in states)
+    return Star(centre, moved, losses, interrupted, known, copy_module(model))
+
+
+def _matched(spec: PermutationSpec | None, fixed: Weights, other: Weights) -> Weights:
+    return other if spec is None else weight_matching(spec, fixed, other, progress=False).apply(other)
+
+
+def _train(
+    network: Network,
+    start: Weights,
+    sources: Sequence[Weights],
+    spec: PermutationSpec | None,
+    split: Split,
+    span: tuple[float, float],
+    recipe: Recipe,
+) -> tuple[Weights, Values, bool]:
+    """The trained centre, the loss in each epoch, and whether training ended early."""
+    names = [name for name, parameter in network.module.named_parameters() if parameter.is_floating_point()]
+    centre = {name: start[name].to(network.device, copy=True).requires_grad_() for name in names}
+    optimiser = torch.optim.Adam(list(centre.values()), recipe.lr)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    losses: list[float] = []
+    interrupted = False
+    network.load(start)
+    network.module.train()
+    with (
+        forked(network.device, recipe.seed),
+        tqdm(total=recipe.epochs, desc="star", unit="epoch", disable=not recipe.progress) as bar,
+    ):
+        try:
+            for epoch in range(recipe.epochs):
+                optimiser.param_groups[0]["lr"] = recipe.rate(epoch)
+                now = with_parameters(start, centre, network.module)
+                ends = [{name: moved[name].to(network.device) for name in names} for moved in _all(spec, now, sources)]
+                seen = []
+                for inputs, targets in shuffled(split, recipe.batch_size, generator):
+                    end = ends[int(torch.randint(len(ends), (), generator=generator))]
+                    t = span[0] + (span[1] - span[0]) * float(torch.rand((), generator=generator))
+                    point = {name: (1.0 - t) * centre[name] + t * end[name] for name in names}
+                    outputs = network.outputs(point, to_device(inputs, network.device))
+                    loss = mean_loss(outputs, targets.to(network.device), recipe.loss)
+                    penalty = sum((x.square().sum() for x in point.values()), start=torch.zeros(()))
+                    optimiser.zero_grad()
+                    (loss + 0.5 * recipe.weight_decay * penalty).backward()
+                    optimiser.step()
+                    seen.append(loss.detach())
+                losses.append(finite_loss(torch.stack(seen).mean().item(), epoch, recipe))
+                bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+                bar.update()
+        except KeyboardInterrupt:
+            interrupted = True
+            warnings.warn(f"interrupted: the star was trained for {len(losses)} epochs", stacklevel=3)
+    return with_parameters(start, centre, network.module), np.array(losses), interrupted
+
+
+def _all(spec: PermutationSpec | None, centre: Weights, sources: Sequence[Weights]) -> list[Weights]:
+    return [_matched(spec, centre, source) for source in sources]

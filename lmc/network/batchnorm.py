@@ -1,0 +1,128 @@
+"""Statistics of averaged networks: an interpolated network has its endpoints' weights, but not their activations."""
+
+import copy
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lmc.errors import DataError, InputError, LmcError
+from lmc.network.batches import take, tensors, to_device
+from lmc.network.network import Network, pick_device
+from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, tied_names
+
+
+def recalibrate_batchnorm(
+    model: nn.Module,
+    weights: ModelOrWeights | None,
+    inputs: Any,
+    *,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+) -> Weights:
+    """`weights` with the running statistics of every batch normalisation estimated anew from `inputs`.
+
+    After averaging, running means and variances belong to neither network (Jordan et al. 2023, arXiv:2211.08403,
+    section 3). They are set to the average of the batch statistics, each batch weighted by its size (the cumulative
+    average of SWA, Izmailov et al. 2018, arXiv:1803.05407, section 3.2), in one pass with only the normalisation layers
+    in train mode: dropout stays off. A model without batch normalisation gets an equal copy; tied tensors stay tied.
+
+    Args:
+        model: the architecture; not touched.
+        weights: state dict or module (None: the module's own); not touched.
+        inputs: a tensor (N, ...), a tuple or mapping of tensors, or a list of such batches. No targets.
+        batch_size: examples at a time; a tensor is cut into equal batches of at most this size.
+        device: where to compute (default: where the weights are). The result lies where the weights were.
+
+    Raises:
+        MismatchError: weights of another architecture.
+        DataError: no inputs, or a batch with a single value per channel, whose variance is unknown.
+    """
+    source = as_weights(model if weights is None else weights)
+    network = Network(model, pick_device(device, source))
+    network.check(source, "weights")
+    return Recalibrator(network, inputs, batch_size)(source)
+
+
+class Recalibrator:
+    """`recalibrate_batchnorm` for many weight sets: the network and the batches are made once."""
+
+    def __init__(self, network: Network, inputs: Any, batch_size: int = 256) -> None:
+        if batch_size < 2:
+            raise InputError(f"batch_size={batch_size}; a variance needs at least 2 examples")
+        self.network = network
+        self.norms = _norms(network.module)
+        self.batches = [to_device(batch, network.device) for batch in equal_batches(inputs, batch_size)]
+        if not self.batches:
+            raise DataError("inputs: no examples to estimate batch statistics from")
+
+    def on(self, network: Network) -> "Recalibrator":
+        """The same batches for another copy of the network, for another thread."""
+        twin = copy.copy(self)
+        twin.network, twin.norms = network, _norms(network.module)
+        return twin
+
+    def __call__(self, weights: Weights) -> Weights:
+        """The weights with new statistics, on the device they were on."""
+        statistics: Weights = {}
+        if self.norms:
+            self.network.load(weights)
+            self._estimate()
+            statistics = self.network.buffers()
+        found = {name: statistics.get(name, tensor).clone().to(tensor.device) for name, tensor in weights.items()}
+        return found | {alias: found[name] for alias, name in tied_names(weights).items()}
+
+    def _estimate(self) -> None:
+        """One pass over the batches, the normalisation layers averaging what they see."""
+        seen = dict.fromkeys(self.norms, 0)
+
+        def weigh(module: Any, args: tuple[Any, ...]) -> None:
+            # After this batch of b examples: m <- m + b / (seen + b) * (batch statistic - m).
+            count = len(args[0])
+            seen[module] += count
+            module.momentum = count / seen[module]
+
+        hooks = [norm.register_forward_pre_hook(weigh) for norm in self.norms]
+        momenta = [norm.momentum for norm in self.norms]
+        try:
+            for norm in self.norms:
+                norm.reset_running_stats()
+                norm.train()
+            for batch in self.batches:
+                self.network(batch)
+        except (LmcError, torch.cuda.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise DataError(
+                f"inputs: batch statistics cannot be estimated, the model fails on these inputs: {error}. "
+                "Pass inputs alone, without targets, at least two examples in each batch"
+            ) from error
+        finally:
+            for hook, norm, momentum in zip(hooks, self.norms, momenta, strict=True):
+                hook.remove()
+                norm.momentum = momentum
+                norm.eval()
+
+
+def has_batchnorm(model: nn.Module) -> bool:
+    """Whether the model keeps running statistics that averaging its weights would spoil."""
+    return bool(_norms(model))
+
+
+def _norms(model: nn.Module) -> list[_BatchNorm]:
+    """The batch normalisation layers that keep running statistics."""
+    found = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return [module for module in found if module.track_running_stats and module.running_mean is not None]
+
+
+def equal_batches(inputs: Any, batch_size: int) -> list[Any]:
+    """Equal batches of at most `batch_size`, so that no last one is too small for a variance."""
+    if isinstance(inputs, list):
+        return inputs
+    leaves = tensors(inputs)
+    if not leaves or leaves[0].ndim == 0 or len(leaves[0]) == 0:
+        raise DataError("inputs: expected a tensor (N, ...) with N > 0, a tuple or mapping of such, or a list of batches")
+    count = len(leaves[0])
+    pieces = torch.arange(count).tensor_split(-(-count // batch_size))
+    return [take(inputs, slice(int(piece[0]), int(piece[-1]) + 1)) for piece in pieces]

@@ -1,0 +1,163 @@
+"""Which layers of a network have outputs that its own weights and biases can rescale and shift, channel by channel."""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+
+from lmc.network.inputs import Call, call_module
+from lmc.network.network import Network
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer whose output can be rescaled: its module, and the channel axes of its output and of its weight."""
+
+    module: str
+    channel: int
+    axis: int
+
+
+def rescalable(network: Network, probe: Call) -> list[Layer]:
+    """The layers that are called once in a forward pass, in this order, all before the last linear or convolutional one.
+
+    Linear and convolutional layers with a bias, and for those without one the normalisation that is called next, if it has
+    a weight and a bias; batch normalisation is not among them.
+    """
+    calls = _calls(network, probe)
+    weighted = [at for at, call in enumerate(calls) if _is_weighted(call.module)]
+    uses = _uses(network.module)
+    counts = Counter(call.name for call in calls)
+    found = []
+    for at in range(weighted[-1] if weighted else 0):
+        name, module = calls[at].name, calls[at].module
+        if counts[name] > 1 or any(not isinstance(p, nn.Parameter) or uses[id(p)] > 1 for p in _own(module)):
+            continue
+        if _is_weighted(module):
+            if not (isinstance(module, _ConvTransposeNd) and module.groups > 1):
+                found.append(Layer(name, _channel_axis(module), 1 if isinstance(module, _ConvTransposeNd) else 0))
+        elif at and calls[at - 1].module.bias is None and not isinstance(module, _BatchNorm):
+            channel = _scaled_axis(calls[at])
+            if channel is not None:
+                found.append(Layer(name, channel, 0))
+    return found
+
+
+def preactivations(network: Network, probe: Call) -> dict[str, tuple[str, int]]:
+    """Every linear and convolutional layer, in the order of calls, with the module at which its output is read and the
+    channel axis there, from the end: its own output, or without a bias that of the normalisation that is called next."""
+    calls = _calls(network, probe)
+    found = {}
+    for call, following in zip(calls, [*calls[1:], None], strict=True):
+        if _is_weighted(call.module):
+            found[call.name] = call.name, _channel_axis(call.module)
+            if call.module.bias is None and following is not None and not _is_weighted(following.module):
+                channel = _scaled_axis(following)
+                if channel is not None:
+                    found[call.name] = following.name, channel
+    return found
+
+
+@torch.no_grad()
+def run_seen(
+    network: Network, call: Call, places: Sequence[tuple[str, int]], see: Callable[[int, Tensor], Tensor | None]
+) -> None:
+    """A forward pass in which `see(place, values (n, samples) in float64)` may replace the output of each module.
+
+    Args:
+        places: names of modules and the channel axes of their outputs.
+    """
+
+    def hook_for(at: int, channel: int):
+        def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor | None:
+            front = output.movedim(channel, 0)
+            replaced = see(at, front.reshape(len(front), -1).to(torch.float64, copy=True))
+            return None if replaced is None else replaced.to(output).reshape(front.shape).movedim(0, channel)
+
+        return hook
+
+    modules = dict(network.module.named_modules())
+    hooks = [modules[name].register_forward_hook(hook_for(at, axis)) for at, (name, axis) in enumerate(places)]
+    try:
+        call_module(network.module, call, network.device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@dataclass(frozen=True)
+class _Called:
+    """A call of a layer or normalisation in a forward pass."""
+
+    name: str
+    module: Any
+    arguments: tuple[Any, ...]
+    output: Tensor
+
+
+def _channel_axis(module: nn.Module) -> int:
+    return -1 - len(module.kernel_size) if isinstance(module, _ConvNd) else -1
+
+
+def _own(module: nn.Module) -> tuple[Any, Any]:
+    return module.weight, module.bias
+
+
+def _is_weighted(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | _ConvNd)
+
+
+def _calls(network: Network, probe: Call) -> list[_Called]:
+    """The calls of linear and convolutional layers, and of modules with a weight (n,) and a bias (n,), in their order."""
+    calls: list[_Called] = []
+    hooks = []
+    for name, module in network.module.named_modules():
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        scales = isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and weight.ndim == bias.ndim == 1
+        if _is_weighted(module) or scales:
+
+            def note(module, arguments, output, name=name):
+                # What follows may work in place.
+                copies = tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments)
+                calls.append(_Called(name, module, copies, output))
+
+            hooks.append(module.register_forward_hook(note))
+    try:
+        with torch.no_grad():
+            call_module(network.module, probe, network.device)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return calls
+
+
+def _uses(module: nn.Module) -> dict[int, int]:
+    """How many names each tensor of the state dict has."""
+    uses: dict[int, int] = {}
+    for tensor in module.state_dict(keep_vars=True).values():
+        uses[id(tensor)] = uses.get(id(tensor), 0) + 1
+    return uses
+
+
+@torch.no_grad()
+def _scaled_axis(call: _Called) -> int | None:
+    """The axis along which the module's output is `weight x + bias`, from the end; None where it is not of this form."""
+    weight, bias = _own(call.module)
+    count, ndim = len(bias), call.output.ndim
+    one, step = torch.ones_like(weight), torch.arange(1.0, count + 1).to(bias) / count
+
+    def run(weight: Tensor, bias: Tensor) -> Tensor:
+        return torch.func.functional_call(call.module, {"weight": weight, "bias": bias}, call.arguments)
+
+    plain, scaled = run(one, 0.0 * step), run(step, step.flip(0))
+    for axis in range(-ndim, 0):
+        along = [1] * (ndim + axis) + [-1] + [1] * (-axis - 1)
+        expected = plain * step.view(along) + step.flip(0).view(along) if plain.shape[axis] == count else None
+        if expected is not None and torch.allclose(scaled, expected, atol=1e-4):
+            return axis
+    return None

@@ -1,0 +1,211 @@
+"""The permutation symmetries of any module: capture its operators, interpret them on units, solve, name the groups."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import nn
+
+from lmc.core.progress import tqdm
+from lmc.symmetry.discovery import naming
+from lmc.symmetry.discovery.explain import reasons
+from lmc.symmetry.discovery.interpret import Facts, gather_facts
+from lmc.symmetry.discovery.solve import Fibre, Solution, solve
+from lmc.symmetry.discovery.tables import Places
+from lmc.symmetry.discovery.trace import Graph, capture
+from lmc.symmetry.group import Group, Table
+from lmc.symmetry.outputs import ExampleInputs, OutputSelector
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """The symmetries found in a module.
+
+    Attributes:
+        groups: name -> group, as met along the network, outer groups before the groups within them.
+        shapes: name -> shape of every tensor of the state dict.
+        buffers: names of persistent buffers (they move with their units, but are statistics, not weights).
+        aliases: second names of tied tensors -> the first name (both names have the same tables).
+        frozen: (tensor, axis) -> why it does not move, for every axis of size > 1 that does not.
+    """
+
+    groups: dict[str, Group]
+    shapes: dict[str, tuple[int, ...]]
+    buffers: frozenset[str]
+    aliases: dict[str, str]
+    frozen: dict[tuple[str, int], str]
+
+
+@dataclass(eq=False)
+class Draft:
+    """A group in the making: its fibre, tables, the drafts it lives within (with the unit), and its family."""
+
+    fibre: Fibre
+    tables: dict[str, tuple[Table, ...]]
+    within: list[tuple["Draft", int]] = field(default_factory=list)
+    children: int = 0
+    name: str = ""
+    family: str = ""
+
+    @property
+    def index(self) -> tuple[int, ...]:
+        """The path of units it lives in, outermost first."""
+        return tuple(i for parent, unit in self.within for i in (*parent.index, unit))
+
+    @property
+    def depth(self) -> int:
+        return 1 + max((parent.depth for parent, _ in self.within), default=-1)
+
+
+def discover(
+    model: nn.Module, example_inputs: ExampleInputs, outputs: OutputSelector = None, *, progress: bool = True
+) -> Discovery:
+    """Find groups of interchangeable units of a module.
+
+    Every permutation of the units of every group, applied to all tensors that the group touches, leaves the selected
+    outputs of the module unchanged. The groups follow from the operators of one forward pass on inputs of the given
+    shapes; weights are never read. What is not understood stays frozen.
+
+    Args:
+        model: any module (on any device, the meta device included); not changed.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments. Sizes of at least 2
+            for batch and sequence are safest: sizes of 1 hide what depends on them.
+        outputs: which outputs must stay the same: a key or attribute, a position, or a function of the model's output;
+            by default the output tensor, its `.logits`, or all output tensors.
+        progress: show a progress bar when this takes longer than two seconds.
+
+    Raises:
+        TraceError: if the forward pass cannot be captured as a graph of operators.
+        InputError: if `example_inputs` or `outputs` make no sense.
+    """
+    with tqdm(total=3, desc="symmetries: capturing the graph", disable=not progress) as bar:
+        graph = capture(model, example_inputs, outputs)
+        bar.update()
+        bar.set_description("symmetries: following units", refresh=False)
+        facts = gather_facts(graph, progress)
+        bar.update()
+        bar.set_description("symmetries: solving", refresh=False)
+        solution = solve(facts.units, parameter_units(facts))
+    drafts = draft_groups(facts, solution)
+    shapes = {name: tuple(tensor.shape) for name, tensor in graph.tensors.items()}
+    used = first_uses(graph)
+    name_drafts(drafts, used, shapes)
+    position = {name: k for k, name in enumerate(shapes)}
+    drafts.sort(key=lambda d: (_first_use(d, used), d.depth, position[next(iter(d.tables))], d.family, d.index))
+    copies: dict[str, list[str]] = {}
+    for name, first in graph.aliases.items():
+        copies.setdefault(first, []).append(name)
+    groups = {d.name: finished(d, used, copies) for d in drafts}
+    moved = {
+        (name, axis)
+        for group in groups.values()
+        for name, tables in group.tables.items()
+        for table in tables
+        for axis in table.dims
+    }
+    frozen = reasons(graph, facts, solution, moved)
+    second = {name: first for name, first in graph.aliases.items() if name != first}
+    return Discovery(groups, shapes, graph.buffers, second, frozen)
+
+
+def parameter_units(facts: Facts) -> np.ndarray:
+    """For each unit, whether it is an index of an axis of a parameter."""
+    mask = np.zeros(facts.units.total, np.bool_)
+    for tag in facts.tags.values():
+        for c in tag.coords:
+            mask[c] = True
+    return mask
+
+
+def draft_groups(facts: Facts, solution: Solution) -> list[Draft]:
+    """Fibres that move parameters and are in use, with the fibres they live in."""
+    places = Places(facts.tags, facts.units.total)
+    live = facts.units.live_mask()
+    drafts: list[Draft] = []
+    root: dict[int, tuple[Draft, int]] = {}
+    above = parents_of(solution)
+    for fibre in solution.fibres:
+        if not live[fibre.units].any():
+            continue
+        tables = places.tables(fibre.units)
+        if not tables:
+            continue
+        draft = Draft(fibre, tables, outer_units(fibre.parents.tolist(), root, above))
+        for parent, _ in draft.within:
+            parent.children += 1
+        drafts.append(draft)
+        root.update({unit: (draft, row) for row, unit in enumerate(fibre.roots.tolist())})
+    return drafts
+
+
+def parents_of(solution: Solution) -> dict[int, list[int]]:
+    """For each super-unit, the super-units it lives in."""
+    found = solution.structure
+    climbs = np.flatnonzero(found.climbs)
+    pairs = np.stack([found.owner[found.edges.child[climbs]], found.owner[found.edges.parent[climbs]]])
+    above: dict[int, list[int]] = {}
+    for child, parent in np.unique(pairs, axis=1).T.tolist():
+        above.setdefault(child, []).append(parent)
+    return above
+
+
+def outer_units(
+    parents: list[int], root: dict[int, tuple[Draft, int]], above: dict[int, list[int]]
+) -> list[tuple[Draft, int]]:
+    """The units of other groups that super-units live in: the nearest on each way up."""
+    found: list[tuple[Draft, int]] = []
+    queue, seen = list(parents), set(parents)
+    while queue:
+        unit = queue.pop(0)
+        if unit in root:
+            if root[unit] not in found:
+                found.append(root[unit])
+            continue
+        for higher in above.get(unit, []):
+            if higher not in seen:
+                seen.add(higher)
+                queue.append(higher)
+    nested = {(id(p), u) for draft, _ in found for p, u in draft.within}
+    return sorted((f for f in found if (id(f[0]), f[1]) not in nested), key=lambda f: int(f[0].fibre.roots[0]))
+
+
+def first_uses(graph: Graph) -> dict[str, int]:
+    """When each tensor is first used, counted along the network."""
+    used: dict[str, int] = {}
+    for node in graph.nodes:
+        if node.op != "call_function":
+            continue
+        for source in node.all_input_nodes:
+            leaf = graph.leaves.get(source.name)
+            if leaf is not None and leaf.kind in ("parameter", "buffer"):
+                used.setdefault(graph.aliases.get(leaf.name, leaf.name), len(used))
+    return used
+
+
+def _first_use(draft: Draft, used: dict[str, int]) -> int:
+    return min(used.get(name, len(used)) for name in draft.tables)
+
+
+def name_drafts(drafts: list[Draft], used: dict[str, int], shapes: dict[str, tuple[int, ...]]) -> None:
+    """Families are groups of one class that live in the same outer families; each gets one name."""
+    families: dict[tuple[object, ...], list[Draft]] = {}
+    keys: dict[int, tuple[object, ...]] = {}
+    for draft in drafts:
+        outer = tuple(keys[id(parent)] for parent, _ in draft.within)
+        keys[id(draft)] = (draft.fibre.kind, outer) if outer else (draft.fibre.kind, id(draft))
+        families.setdefault(keys[id(draft)], []).append(draft)
+    ordered = sorted(families.values(), key=lambda f: (_first_use(f[0], used), f[0].depth))
+    names = [
+        naming.safe(naming.base_name(f[0].tables, used, shapes, bool(f[0].within), f[0].children > 0)) for f in ordered
+    ]
+    for name, family in zip(naming.unique(names), ordered, strict=True):
+        for draft in family:
+            draft.family = name
+            draft.name = f"{name}[{','.join(map(str, draft.index))}]" if draft.within else name
+
+
+def finished(draft: Draft, used: dict[str, int], copies: dict[str, list[str]]) -> Group:
+    """The public group: tables in order of use, tied tensors under all their names."""
+    names = sorted(draft.tables, key=lambda name: used.get(name, len(used)))
+    tables = {copy: draft.tables[name] for name in names for copy in copies.get(name, [name])}
+    within = tuple((parent.name, unit) for parent, unit in draft.within)
+    return Group(draft.name, draft.fibre.roots.size, tables, draft.family, within)

@@ -1,0 +1,108 @@
+"""R: functions of a multiset of values along some dims. F: functions of a sequence of values along some dims."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from lmc.symmetry.discovery.rules import core
+from lmc.symmetry.discovery.rules.registry import Op, named, rule
+from lmc.symmetry.discovery.tags import Tag
+
+
+@rule(*named("sum mean var std amax amin any all logsumexp nansum prod var_mean std_mean count_nonzero aminmax"))
+def reduction(op: Op, x: Tag, dims: Any = None, *_: Any, **__: Any) -> Any:
+    dims = None if isinstance(dims, bool) else dims
+    return _reduced(op, x, core.normal_dims(dims, len(x.shape)))
+
+
+@rule(*named("linalg_vector_norm norm"))
+def vector_norm(op: Op, x: Tag, _: Any = 2, dims: int | Sequence[int] | None = None, *__: Any, **___: Any) -> Any:
+    return _reduced(op, x, core.normal_dims(dims, len(x.shape)))
+
+
+def _reduced(op: Op, x: Tag, dims: tuple[int, ...]) -> Any:
+    keepdim = len(op.shape) == len(x.shape)
+    result = core.reduce(op.units, x, dims, keepdim)
+    return result if len(op.shapes) == 1 else (result,) * len(op.shapes)
+
+
+@rule(*named("max min median"))
+def extremum(op: Op, x: Tag, dim: Any = None, *_: Any, **__: Any) -> Any:
+    """Overall, pairwise of two tensors, or along a dim with the position of the extremum."""
+    if isinstance(dim, Tag):
+        return core.pointwise(op.units, op.shape, [x, dim])
+    values = core.reduce(op.units, x, core.normal_dims(dim, len(x.shape)), len(op.shape) == len(x.shape))
+    if dim is None:
+        return values
+    return values, core.choice(op.units, x, dim % len(x.shape), op.shape, op.no_ties)
+
+
+@rule(*named("argmax argmin"))
+def argument(op: Op, x: Tag, dim: int | None = None, *_: Any, **__: Any) -> Tag:
+    if dim is None:
+        core.freeze(op.units, x, op.name)
+        return core.still(op.units, op.shape, op.name)
+    return core.choice(op.units, x, dim % len(x.shape), op.shape, op.no_ties)
+
+
+@rule(*named("sort topk"))
+def sort(op: Op, x: Tag, *args: Any, **kwargs: Any) -> tuple[Tag, Tag]:
+    """The values in order are a symmetric function of the values along the dim; only their ranks are told apart."""
+    is_topk = "topk" in op.name
+    given = args[1:] if is_topk else args
+    dims = [a for a in given if type(a) is int]
+    d = kwargs.get("dim", dims[0] if dims else -1) % len(x.shape)
+    values = core.ranked(op.units, x, d, op.shape)
+    return values, core.choice(op.units, x, d, op.shape, op.no_ties)
+
+
+@rule(*named("cumsum cumprod logcumsumexp cummax cummin"))
+def cumulative(op: Op, x: Tag, dim: int, *_: Any, **__: Any) -> Any:
+    result = core.ordered(op.units, x, (dim % len(x.shape),), op.name, op.shape)
+    return result if len(op.shapes) == 1 else (result,) * len(op.shapes)
+
+
+POOLS = (
+    "max_pool avg_pool adaptive_avg_pool adaptive_max_pool _adaptive_avg_pool lp_pool upsample_nearest upsample_linear "
+    "upsample_bilinear upsample_bicubic upsample_trilinear _upsample_nearest_exact"
+).split()
+SUFFIXES = ("", "1d", "2d", "3d", "2d_with_indices", "3d_with_indices")
+
+
+@rule(*named(*(stem + suffix for stem in POOLS for suffix in SUFFIXES)))
+def pool(op: Op, x: Tag, *_: Any, **__: Any) -> Any:
+    """Pooling and interpolation: depend on the order of all dims after batch and channel."""
+    spatial = len(x.shape) - 2
+    for suffix in ("1d", "2d", "3d"):
+        if suffix in op.name:
+            spatial = int(suffix[0])
+    dims = tuple(range(len(x.shape) - spatial, len(x.shape)))
+    if all(n == 1 for n in op.shape[-spatial:]) and "adaptive_avg" in op.name:
+        return core.reduce(op.units, x, dims, keepdim=True)
+    result = core.ordered(op.units, x, dims, "pixel position", op.shape)
+    return result if len(op.shapes) == 1 else (result,) * len(op.shapes)
+
+
+@rule(*named("_fft_c2c _fft_r2c _fft_c2r"))
+def fourier(op: Op, x: Tag, dims: Sequence[int], *_: Any) -> Tag:
+    """A transform mixes the transformed dims by frequency and leaves the others alone."""
+    return core.ordered(op.units, x, core.normal_dims(list(dims), len(x.shape)), "Fourier transform", op.shape)
+
+
+@rule(*named("view_as_real view_as_real_copy"))
+def view_as_real(op: Op, x: Tag) -> Tag:
+    """A last dim of two: real and imaginary part."""
+    parts = core.still(op.units, (*(1,) * len(x.shape), 2), "real and imaginary part")
+    wide = Tag((*x.shape, 1), tuple(c[..., None] for c in x.coords))
+    return core.pointwise(op.units, op.shape, [wide, parts])
+
+
+@rule(*named("view_as_complex view_as_complex_copy"))
+def view_as_complex(op: Op, x: Tag) -> Tag:
+    """The last dim of two becomes one complex number."""
+    last = len(x.shape) - 1
+    return core.squeeze(core.ordered(op.units, x, (last,), "real and imaginary part", (*x.shape[:-1], 1)), (last,))
+
+
+@rule(*named("real imag complex polar _conj conj"))
+def complex_parts(op: Op, *parts: Tag) -> Tag:
+    return core.pointwise(op.units, op.shape, list(parts))

@@ -1,0 +1,251 @@
+"""From facts to groups: propose, from coarse to fine, that the members of a fibre are interchangeable, and check.
+
+A *fibre* is a set of super-units of one class that live in the same parents: all heads of a layer, the value units of
+one head. For each fibre of at least two, everything that depends on its members is arranged in a table, a row per
+member; the proposal is that all permutations of the rows are symmetries. It is checked against every recorded map, so a
+wrong proposal can cost a symmetry but never let a wrong one through.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from lmc.symmetry.discovery.refine import Structure, components, mix, rank_within, structure, summed
+from lmc.symmetry.discovery.units import Ids, Units
+
+ROUNDS = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Fibre:
+    """A free set of units: any permutation of the rows of `units` (n, m) is a symmetry.
+
+    `roots[i]` is the super-unit of row i; `parents` are the super-units that the whole fibre lives in.
+    """
+
+    kind: int
+    units: Ids
+    roots: Ids
+    parents: Ids
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """All fibres found, coarse to fine, and the sets of units that were proposed and refused."""
+
+    structure: Structure
+    fibres: list[Fibre]
+    refused: list[Ids]
+
+
+@dataclass(frozen=True, eq=False)
+class Links:
+    """Edges in compressed rows: those of key k are `items[start[k]:start[k + 1]]`."""
+
+    items: Ids
+    start: Ids
+
+    def of(self, keys: Ids) -> Ids:
+        """All edges of the given keys."""
+        counts = self.start[keys + 1] - self.start[keys]
+        offsets = np.repeat(self.start[keys] - np.concatenate([[0], np.cumsum(counts)[:-1]]), counts)
+        return self.items[offsets + np.arange(int(counts.sum()))]
+
+
+def links(keys: Ids, size: int) -> Links:
+    return Links(np.argsort(keys, kind="stable"), np.concatenate([[0], np.cumsum(np.bincount(keys, minlength=size))]))
+
+
+def solve(units: Units, is_parameter: npt.NDArray[np.bool_]) -> Solution:
+    """Find the free fibres.
+
+    Args:
+        units: the ledger, complete (common quotients of parents are added to it, see `add_quotients`).
+        is_parameter: for each unit, whether it is an index of a parameter; these order the members of fibres.
+    """
+    found = structure(units)
+    seen: set[tuple[int, ...]] = set()
+    for _ in range(ROUNDS):
+        if not add_quotients(units, found, seen):
+            break
+        found = structure(units)
+    search = Search(units, found, np.concatenate([is_parameter, np.zeros(units.total - is_parameter.size, np.bool_)]))
+    fibres: list[Fibre] = []
+    kinds, sizes = np.unique(found.kind, return_counts=True)
+    for kind in kinds[np.argsort(sizes, kind="stable")]:
+        fibres += search.fibres_of(int(kind))
+    return Solution(found, fibres, search.refused)
+
+
+def add_quotients(units: Units, found: Structure, seen: set[tuple[int, ...]]) -> bool:
+    """Units that live in two parents relate these to each other. The connected components of that relation are
+    preserved by every symmetry, so recording them loses nothing, and gives the coarse-to-fine search the missing
+    coarse level: key heads, when query units live in query heads and in key units."""
+    climbs = np.flatnonzero(found.climbs)
+    child, parent = found.owner[found.edges.child[climbs]], found.owner[found.edges.parent[climbs]]
+    pairs = np.unique(np.stack([found.kind[child], found.kind[parent]]), axis=1)
+    parents_of: dict[int, list[int]] = {}
+    for k, p in pairs.T.tolist():
+        parents_of.setdefault(k, []).append(p)
+    any_unit = np.zeros(found.kind.size, np.int64)
+    any_unit[found.owner[found.active][::-1]] = np.flatnonzero(found.active)[::-1]
+    added = False
+    for k, kinds in parents_of.items():
+        mine = found.kind[child] == k if len(kinds) > 1 else None
+        for i, p in enumerate(kinds):
+            for q in kinds[i + 1 :]:
+                if q in parents_of.get(p, []) or p in parents_of.get(q, []):
+                    continue
+                added |= relate(units, found, seen, any_unit, child[mine], parent[mine], p, q)
+    return added
+
+
+def relate(
+    units: Units, found: Structure, seen: set[tuple[int, ...]], any_unit: Ids, child: Ids, parent: Ids, p: int, q: int
+) -> bool:
+    """Record the common quotient of the parent classes p and q of one child class."""
+    count = found.kind.size
+    to_p, to_q = found.kind[parent] == p, found.kind[parent] == q
+    a = np.concatenate([child[to_p], child[to_q]]) + count
+    b = np.concatenate([parent[to_p], parent[to_q]])
+    label, _ = components(a, b, 2 * count, np.arange(2 * count) < count)
+    members = np.unique(b)
+    code = np.unique(label[members], return_inverse=True)[1]
+    key = (hash(any_unit[members].tobytes()), hash(code.tobytes()))
+    if code.max(initial=0) == 0 or key in seen:
+        return False
+    seen.add(key)
+    quotient = units.fresh(int(code.max()) + 1)[code]
+    in_p = found.kind[members] == p
+    for side in (in_p, ~in_p):
+        units.map(any_unit[members[side]], quotient[side])
+    return True
+
+
+class Search:
+    """The coarse-to-fine search over one structure."""
+
+    def __init__(self, units: Units, found: Structure, is_parameter: npt.NDArray[np.bool_]):
+        self.found = found
+        self.refused: list[Ids] = []
+        self.members = links(np.where(found.active, found.owner, found.kind.size), found.kind.size + 1)
+        self.by_child = links(found.edges.child, units.total)
+        self.by_parent = links(found.edges.parent, units.total)
+        up = np.flatnonzero(found.climbs)
+        self.up_child, self.up_parent = found.owner[found.edges.child[up]], found.owner[found.edges.parent[up]]
+        self.up_hash = mix(found.edges.label[up], found.place[found.edges.child[up]])
+        self.up_edges = up
+        self.up_of = links(self.up_child, found.kind.size)
+        self.down_of = links(self.up_parent, found.kind.size)
+        self.of_kind = links(found.kind, int(found.kind.max(initial=0)) + 1)
+        self.sizes = np.bincount(found.kind)
+        self.order = self.reading_order(is_parameter)
+
+    def reading_order(self, is_parameter: npt.NDArray[np.bool_]) -> Ids:
+        """For each super-unit the first parameter index that depends on it: members are numbered as people read."""
+        found = self.found
+        units = np.flatnonzero(found.active & is_parameter)
+        order = np.full(found.kind.size, np.iinfo(np.int64).max // 2)
+        np.minimum.at(order, found.owner[units], units)
+        for _ in range(ROUNDS):
+            np.minimum.at(order, self.up_parent, order[self.up_child])
+        rank = np.empty_like(order)
+        rank[np.argsort(order, kind="stable")] = np.arange(order.size)
+        return rank
+
+    def fibres_of(self, kind: int) -> list[Fibre]:
+        """The free fibres of one class of super-units."""
+        found = self.found
+        roots = self.of_kind.of(np.array([kind]))
+        ups = self.up_of.of(roots)
+        parent_units = found.edges.parent[self.up_edges[ups]]
+        key = np.zeros(found.kind.size, np.uint64)
+        np.add.at(key, self.up_child[ups], mix(self.up_hash[ups], parent_units, 6))
+        fibre = np.unique(key[roots], return_inverse=True)[1].ravel()
+        keep = np.bincount(fibre)[fibre] > 1
+        roots, fibre = roots[keep], fibre[keep]
+        if not roots.size:
+            return []
+        return self.check(kind, roots, np.unique(fibre, return_inverse=True)[1].ravel())
+
+    def check(self, kind: int, roots: Ids, fibre: Ids) -> list[Fibre]:
+        """Arrange everything that depends on the roots in rows, and keep the fibres whose rows may be permuted."""
+        found = self.found
+        row = np.full(found.kind.size, -1)
+        column = np.zeros(found.kind.size, np.uint64)
+        row[roots] = np.arange(roots.size)
+        bad = np.zeros(int(fibre.max()) + 1, np.bool_)
+        owned = self.descend(roots, row, column, fibre, bad)
+        units = self.members.of(owned)
+        unit_row = row[found.owner[units]]
+        unit_column = mix(column[found.owner[units]], found.place[units])
+        self.check_edges(units, unit_row, unit_column, fibre, bad)
+        result = []
+        by_fibre = np.lexsort([unit_column, self.order[roots][unit_row], fibre[unit_row]])
+        sorted_roots = roots[np.lexsort([self.order[roots], fibre])]
+        ends = np.cumsum(np.bincount(fibre[unit_row], minlength=bad.size))
+        root_ends = np.cumsum(np.bincount(fibre))
+        for f, end in enumerate(ends):
+            mine = by_fibre[(ends[f - 1] if f else 0) : end]
+            members = sorted_roots[(root_ends[f - 1] if f else 0) : root_ends[f]]
+            if not bad[f] and mine.size % members.size == 0:
+                columns = unit_column[mine].reshape(members.size, -1)
+                if (columns == columns[0]).all() and (columns[0][1:] != columns[0][:-1]).all():
+                    parents = np.unique(self.up_parent[self.up_of.of(members[:1])])
+                    result.append(Fibre(kind, units[mine].reshape(members.size, -1), members, parents))
+                    continue
+            self.refused.append(units[mine])
+        return result
+
+    def descend(
+        self, roots: Ids, row: Ids, column: npt.NDArray[np.uint64], fibre: Ids, bad: npt.NDArray[np.bool_]
+    ) -> Ids:
+        """Give every super-unit that depends on a root its row, and a column key that says what it is to the row."""
+        owned = [roots]
+        waiting = set(np.unique(self.found.kind[self.up_child[self.down_of.of(roots)]]).tolist())
+        while waiting:
+            kind = min(waiting, key=lambda k: (self.sizes[k], k))
+            waiting.remove(kind)
+            ups = self.up_of.of(self.of_kind.of(np.array([kind])))
+            child, parent = self.up_child[ups], self.up_parent[ups]
+            from_row = row[parent]
+            inside = from_row >= 0
+            row[child[inside]] = from_row[inside]
+            conflict = inside & (row[child] != from_row)
+            bad[fibre[from_row[conflict]]] = True
+            bad[fibre[row[child[conflict]]]] = True
+            mine = np.unique(child[inside])
+            parent_unit = self.found.edges.parent[self.up_edges[ups]]
+            own = inside & ~conflict
+            what = np.where(own, mix(column[parent], self.found.place[parent_unit], 7), mix(parent_unit, 8))
+            keys = summed(mix(self.up_hash[ups], what), child, column.size)[mine]
+            column[mine] = mix(keys, kind, rank_within(row[mine], keys.view(np.int64), self.order[mine]))
+            owned.append(mine)
+            waiting |= set(np.unique(self.found.kind[self.up_child[self.down_of.of(mine)]]).tolist())
+        return np.concatenate(owned)
+
+    def check_edges(
+        self, units: Ids, unit_row: Ids, unit_column: npt.NDArray[np.uint64], fibre: Ids, bad: npt.NDArray[np.bool_]
+    ) -> None:
+        """Mark the fibres for which some map is not respected: a child in column c of row i must have its parent in
+        one column of the same row i, or one and the same parent for all rows; and what is not in the table must not
+        depend on it."""
+        edges, total = self.found.edges, self.found.cell.size
+        row_of, column_of = np.full(total, -1), np.zeros(total, np.uint64)
+        row_of[units], column_of[units] = unit_row, unit_column
+        e = self.by_child.of(units)
+        child, parent, label = edges.child[e], edges.parent[e], edges.label[e]
+        same_row = row_of[parent] == row_of[child]
+        other = (row_of[parent] >= 0) & ~same_row
+        same_fibre = other & (fibre[row_of[parent]] == fibre[row_of[child]])
+        bad[fibre[row_of[child[same_fibre]]]] = True
+        bad[fibre[row_of[parent[other]]]] = True
+        value = np.where(same_row, mix(column_of[parent], 9), mix(parent, 10))
+        key = mix(fibre[row_of[child]], column_of[child], label)
+        order = np.lexsort([value, key])
+        clash = (key[order][1:] == key[order][:-1]) & (value[order][1:] != value[order][:-1])
+        bad[fibre[row_of[child[order[1:][clash]]]]] = True
+        into = self.by_parent.of(units)
+        outside = row_of[edges.child[into]] < 0
+        bad[fibre[row_of[edges.parent[into[outside]]]]] = True

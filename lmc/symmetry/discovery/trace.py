@@ -1,0 +1,250 @@
+"""Module -> graph of tensor operators, by `torch.export` on fake tensors: no weight is read, nothing is computed.
+
+The module runs once, in evaluation mode, with its parameters and example inputs replaced by fakes that carry shapes
+only; in-place operators become ordinary ones, and operators for which we have no rule are decomposed where torch knows
+how. A module on a GPU, in half precision or on the meta device is captured as it is.
+"""
+
+import keyword
+import operator
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.fx import Node
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
+
+from lmc.errors import InputError, TraceError
+from lmc.symmetry.discovery.failures import BY_HAND, Stopped, explained, is_user_file, named_lines, quiet, stopping
+from lmc.symmetry.discovery.rules import is_pointwise, rule_of
+from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, select
+
+PREFIX = "subject."
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """Where a placeholder of the graph comes from: a parameter, a saved buffer, a constant, or an input."""
+
+    kind: str
+    name: str
+    value: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Graph:
+    """The operators of one forward pass, in order.
+
+    Attributes:
+        nodes: the graph's nodes.
+        leaves: for each placeholder, by node name, where it comes from.
+        outputs: the nodes whose values must stay the same.
+        mutated: (node, buffer name) for buffers that the forward pass overwrites.
+        aliases: for each name in the state dict, the first name of the same tensor.
+        tensors: the state dict, by reference (not copied).
+        buffers: names of persistent buffers.
+    """
+
+    nodes: list[Node]
+    leaves: dict[str, Leaf]
+    outputs: list[Node]
+    mutated: list[tuple[Node, str]]
+    aliases: dict[str, str]
+    tensors: dict[str, Tensor]
+    buffers: frozenset[str]
+
+
+class Selected(nn.Module):
+    """A module whose forward returns the chosen output tensors of another, as a flat tuple."""
+
+    def __init__(self, subject: nn.Module, outputs: OutputSelector):
+        super().__init__()
+        self.subject = subject
+        self.outputs = outputs
+        self.training = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        with stopping():
+            return tuple(select(self.subject(*args, **kwargs), self.outputs))
+
+
+class Renamed(nn.Module):
+    """Like `Selected`, for a module whose tensors must be known under names of ours."""
+
+    def __init__(self, subject: nn.Module, outputs: OutputSelector):
+        super().__init__()
+        self.hidden = (subject,)
+        self.outputs = outputs
+        self.training = False
+        self.original: dict[str, str] = {}
+        saved = subject.state_dict(keep_vars=True)
+        for k, (name, tensor) in enumerate(subject.named_parameters()):
+            self.original[f"tensor_{k}"] = name
+            self.register_parameter(f"tensor_{k}", tensor)
+        for k, (name, tensor) in enumerate(subject.named_buffers(), start=len(self.original)):
+            self.original[f"tensor_{k}"] = name
+            self.register_buffer(f"tensor_{k}", tensor, persistent=name in saved)
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        tensors = {name: getattr(self, alias) for alias, name in self.original.items()}
+        with stopping():
+            return tuple(select(functional_call(self.hidden[0], tensors, args, kwargs), self.outputs))
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Every submodule in evaluation mode, each put back as it was."""
+    before = [(m, m.training) for m in model.modules()]
+    try:
+        for m, _ in before:
+            m.training = False
+        yield
+    finally:
+        for m, training in before:
+            m.training = training
+
+
+def capture(model: nn.Module, example_inputs: ExampleInputs, outputs: OutputSelector = None) -> Graph:
+    """Trace one forward pass of `model` into a graph of operators.
+
+    Args:
+        model: any module; neither its weights nor its modes are changed.
+        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        outputs: which part of the output must stay the same, see `lmc.symmetry.outputs.select`.
+
+    Raises:
+        TraceError: if the model rejects the inputs, or its forward pass depends on data in a way that no fixed graph
+            can express.
+    """
+    args, kwargs = on_device_of(model, *as_call(example_inputs))
+    subject = wrapped(model, outputs)
+    with evaluation_mode(model), quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        try:
+            program = torch.export.export(subject, args, kwargs, strict=False)
+            if not all(is_understood(node) for node in program.graph.nodes):
+                program = program.run_decompositions(decompositions())
+        except Exception as error:
+            cause = error.__cause__ if isinstance(error, Stopped) and error.__cause__ else error
+            if isinstance(cause, InputError):
+                raise cause from None
+            raise explained(model, args, kwargs, cause) from cause
+    refuse_unknown_sizes(model, program)
+    names = subject.original if isinstance(subject, Renamed) else {}
+    return graph_of(model, program, names)
+
+
+def refuse_unknown_sizes(model: nn.Module, program: Any) -> None:
+    """Raise `TraceError` for results whose shape depends on the values of tensors (boolean masks, `nonzero`)."""
+    for node in program.graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get("val")):
+            if isinstance(value, Tensor) and any(not isinstance(n, int) for n in value.shape):
+                raise TraceError(
+                    f"cannot trace {type(model).__name__}: the shape of the result of {node.target} in "
+                    f"{module_path(node) or 'its forward pass'} {source_line(node)} depends on the values of tensors, so "
+                    f"there is no fixed graph of operators. {BY_HAND}"
+                )
+
+
+def wrapped(model: nn.Module, outputs: OutputSelector) -> nn.Module:
+    """The module to export. Export writes code with the paths of submodules in it, which fails for paths such as
+    `branches.in`: those modules are called with their tensors under other names."""
+    if any(keyword.iskeyword(part) for name, _ in model.named_modules() for part in name.split(".")):
+        return Renamed(model, outputs)
+    return Selected(model, outputs)
+
+
+def is_understood(node: Node) -> bool:
+    """Whether a node can be interpreted as it is: it has a rule, or is pointwise, and overwrites nothing."""
+    if node.op != "call_function" or node.target is operator.getitem:
+        return True
+    known = rule_of(node.target) is not None or is_pointwise(node.target)
+    schema = getattr(node.target, "_schema", None)
+    return known and schema is not None and not schema.is_mutable
+
+
+def on_device_of(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """For a model without weights (meta device), inputs without values."""
+    if not any(t.is_meta for t in model.parameters()):
+        return args, kwargs
+    return pytree.tree_map(lambda a: a.to("meta") if isinstance(a, Tensor) else a, (args, kwargs))
+
+
+def decompositions() -> dict[Any, Any]:
+    """Decompose only what has no rule: fewer, larger operators are faster to interpret and easier to explain."""
+    table = torch.export.default_decompositions()
+    for op in list(table.keys()):
+        if rule_of(op) is not None:
+            del table[op]
+    return table
+
+
+def graph_of(model: nn.Module, program: Any, names: Mapping[str, str]) -> Graph:
+    """The exported program in our terms: nodes that matter for the outputs, leaves with names of the state dict."""
+    signature = program.graph_signature
+    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    held = dict(model.named_buffers(remove_duplicate=False))
+    leaves: dict[str, Leaf] = {}
+    for spec in signature.input_specs:
+        kind, target = spec.kind.name, str(spec.target or "").removeprefix(PREFIX)
+        target = names.get(target, target)
+        if kind in ("PARAMETER", "BUFFER") and target in tensors and movable(tensors[target]):
+            leaves[spec.arg.name] = Leaf("parameter" if kind == "PARAMETER" else "buffer", target)
+        elif kind == "USER_INPUT":
+            leaves[spec.arg.name] = Leaf("input", input_name(spec.arg.name))
+        else:
+            value = held.get(target, tensors.get(target, program.constants.get(spec.target)))
+            leaves[spec.arg.name] = Leaf("constant", target, value if isinstance(value, Tensor) else None)
+    by_name = {node.name: node for node in program.graph.nodes}
+    outputs, mutated = [], []
+    for spec in signature.output_specs:
+        if spec.kind.name == "USER_OUTPUT" and spec.arg.name in by_name:
+            outputs.append(by_name[spec.arg.name])
+        elif spec.kind.name == "BUFFER_MUTATION":
+            target = str(spec.target).removeprefix(PREFIX)
+            mutated.append((by_name[spec.arg.name], names.get(target, target)))
+    buffers = frozenset(name for name in held if name in tensors)
+    return Graph(list(program.graph.nodes), leaves, outputs, mutated, aliases_of(tensors), tensors, buffers)
+
+
+def movable(tensor: Tensor) -> bool:
+    """Weights and statistics move; counters, masks and indices do not."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def input_name(placeholder: str) -> str:
+    """`args_0` -> `0`, `kwargs_mask` or `mask` -> `mask`."""
+    return re.sub(r"^(args|kwargs)_", "", placeholder)
+
+
+def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """For each name, the first name under which the same memory is known (tied weights)."""
+    first: dict[object, str] = {}
+    aliases: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        where: object = id(tensor)
+        if not tensor.is_meta and tensor.numel():
+            where = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+        aliases[name] = first.setdefault(where, name)
+    return aliases
+
+
+def module_path(node: Node) -> str:
+    """The path of the submodule that issued a node."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [str(entry[0]) for entry in stack.values()]
+    path = paths[-1] if paths else ""
+    return path.removeprefix("L['self'].").removeprefix(PREFIX).removeprefix(PREFIX[:-1])
+
+
+def source_line(node: Node) -> str:
+    """`file.py:line` of the user's code that issued a node, empty if unknown."""
+    frames = [f for f in named_lines(node.meta.get("stack_trace") or "") if is_user_file(f[0])]
+    return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""

@@ -1,0 +1,103 @@
+"""Contours of loss and accuracy over planes in weight space."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from lmc.errors import InputError
+from lmc.views.plots.style import BLACK, GRID, SCALE, colours, styled
+
+if TYPE_CHECKING:
+    from lmc.landscape.planes.plane_result import Plane
+
+LEVELS = 14  # contours
+SPACING = 0.4  # between panels, as a share of the figure, divided by their number
+FEW = 40  # points of a track that are marked one by one
+
+
+def plot_plane(plane: "Plane", split: str, measures: Sequence[str] | None = None) -> go.Figure:
+    """A panel for each measure over the plane: loss and (for classifications) accuracy in percent unless named; dark is bad.
+
+    Losses span orders of magnitude, so their colours go by the logarithm where all are positive. What is not known, and
+    what is NaN, stays grey; gaps are counted above the panel. The models are drawn in their places, lines of the plane's
+    tracks between them.
+    """
+    if split not in plane.values:
+        raise InputError(f"split={split!r}; this plane has {', '.join(plane.values)}")
+    known = plane.values[split]
+    panels = [m for m in ("loss", "accuracy") if m in known] if measures is None else list(measures)
+    if not panels or not set(panels) <= set(known):
+        raise InputError(f"measures={measures!r}; this plane has {', '.join(known)}")
+    titles = [_title(plane, split, panel) for panel in panels]
+    spacing = SPACING / len(panels)
+    fig = styled(make_subplots(1, len(panels), horizontal_spacing=spacing, subplot_titles=titles), height=460)
+    for column, panel in enumerate(panels, start=1):
+        right = column * (1.0 + spacing) / len(panels) - spacing  # where this panel ends
+        fig.add_trace(_contours(plane, split, panel, right), row=1, col=column)
+        _draw(fig, plane, column)
+        fig.update_xaxes(title_text=plane.axes[0], showgrid=False, constrain="domain", col=column)
+        anchor = "x" if column == 1 else f"x{column}"
+        fig.update_yaxes(title_text=plane.axes[1], showgrid=False, scaleanchor=anchor, constrain="domain", col=column)
+    return fig.update_layout(hovermode="closest", plot_bgcolor=GRID)
+
+
+def _title(plane: "Plane", split: str, panel: str) -> str:
+    unit = {"loss": " (nats)", "accuracy": " (%)"}.get(panel, "")
+    gaps = int((np.isnan(plane.values[split][panel]) & plane.done).sum())
+    return f"{split} {panel}{unit}" + (f", NaN at {gaps} point{'s' * (gaps > 1)}" if gaps else "")
+
+
+def _contours(plane: "Plane", split: str, panel: str, right: float) -> go.Contour:
+    heights = plane.values[split][panel] * (100.0 if panel == "accuracy" else 1.0)
+    known = heights[np.isfinite(heights)]
+    shown, bar = np.where(np.isfinite(heights), heights, np.nan), {}
+    if panel == "loss" and len(known) and known.min() > 0.0:
+        shown = np.log10(shown)
+        bar = _ticks(float(known.min()), float(known.max()))
+    unit = " %" if panel == "accuracy" else ""
+    low, high = (float(edge(shown)) for edge in (np.nanmin, np.nanmax)) if len(known) else (0.0, 1.0)
+    return go.Contour(
+        x=plane.x,
+        y=plane.y,
+        z=shown,
+        customdata=heights,
+        text=np.where(plane.done & plane.interpolated, " (interpolated)", ""),
+        colorscale=SCALE,
+        reversescale=panel == "accuracy",
+        contours={"start": low, "end": high, "size": max(high - low, 1e-9) / LEVELS},
+        line={"width": 0.5, "color": "rgba(255, 255, 255, 0.6)"},
+        connectgaps=False,
+        colorbar={"x": right, "xanchor": "left", "thickness": 12, "outlinewidth": 0, "tickformat": ".3g", **bar},
+        hovertemplate=f"(%{{x:.3g}}, %{{y:.3g}}): {panel} %{{customdata:.4g}}{unit}%{{text}}<extra></extra>",
+    )
+
+
+def _ticks(low: float, high: float) -> dict[str, list]:
+    """Losses to be named on a logarithmic colour bar: 1, 2 and 5 times powers of ten, or the ends of a narrow range."""
+    decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
+    losses = [step * 10.0**decade for decade in decades for step in (1, 2, 5) if low <= step * 10.0**decade <= high]
+    if len(losses) > 8:
+        losses = [loss for loss in losses if f"{loss:.0e}"[0] == "1"]
+    if len(losses) < 2:
+        losses = [low, high]
+    return {"tickvals": [float(np.log10(loss)) for loss in losses], "ticktext": [f"{loss:.3g}" for loss in losses]}
+
+
+def _draw(fig: go.Figure, plane: "Plane", column: int) -> None:
+    """The tracks, and the models on top of them."""
+    tints = colours(list(plane.tracks))
+    for name, track in plane.tracks.items():
+        line = {"color": tints[name], "width": 3}
+        mode = "lines+markers" if len(track) <= FEW else "lines"
+        trace = go.Scatter(x=track[:, 0], y=track[:, 1], mode=mode, name=name, line=line, legendgroup=name)
+        fig.add_trace(trace.update(showlegend=column == 1, hoverinfo="name"), row=1, col=column)
+    x, y = zip(*plane.places.values(), strict=True)
+    marker = {"size": 12, "color": "white", "line": {"color": BLACK, "width": 2}}
+    models = go.Scatter(x=x, y=y, mode="markers", marker=marker, text=list(plane.places), showlegend=False)
+    fig.add_trace(models.update(hovertemplate="%{text}<extra></extra>"), row=1, col=column)
+    for name, (x, y) in plane.places.items():
+        label = {"text": f"<b>{name}</b>", "showarrow": False, "yshift": 18, "bgcolor": "rgba(255, 255, 255, 0.8)"}
+        fig.add_annotation(x=x, y=y, **label, row=1, col=column)

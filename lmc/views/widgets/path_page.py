@@ -1,0 +1,122 @@
+"""What the path explorer shows, as plain data, and the page that shows it without a kernel."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from lmc.core.files import write_text
+from lmc.errors import InputError
+from lmc.landscape.paths.path import Path
+from lmc.views.plots.style import colours
+from lmc.views.widgets.page import frame, module, page, style
+from lmc.views.widgets.pictures import images_state, shown_state
+
+MODULE, STYLE = module("path_explorer.js"), style()
+TITLE = "The way between two networks"
+
+
+def state(paths: Mapping[str, Path]) -> dict[str, Any]:
+    """The state of the explorer: all that it draws, where it stands, and which path it shows (the last).
+
+    Raises:
+        InputError: paths over different points or different examples.
+    """
+    first = next(iter(paths.values()))
+    for name, path in paths.items():
+        if (path.alphas[0], path.alphas[-1]) != (first.alphas[0], first.alphas[-1]):
+            raise InputError(
+                f"{name}: points from {path.alphas[0]:g} to {path.alphas[-1]:g}, the others from {first.alphas[0]:g} "
+                f"to {first.alphas[-1]:g}; paths shown together must cover the same stretch"
+            )
+    tints = colours(list(paths))
+    measures = ["loss", *(["accuracy"] if all(path.accuracies for path in paths.values()) else [])]
+    data = {
+        "paths": [path_state(name, path, measures, tints[name]) for name, path in paths.items()],
+        "panels": [panel_state(measure, paths) for measure in measures],
+        "images": images_state([path.predictions for path in paths.values() if path.predictions is not None]),
+    }
+    return {"data": data, "alpha": 0.5, "active": list(paths)[-1]}
+
+
+def save_html(
+    file: str | FilePath,
+    paths: Mapping[str, Path],
+    *,
+    title: str = TITLE,
+    text: Sequence[str] = (),
+    rows: Sequence[Mapping[str, str]] = (),
+) -> None:
+    """Write the explorer as one page under a title, paragraphs of `text` and a table of `rows` (column -> cell)."""
+    write_text(file, page(MODULE, STYLE, state(paths), title=title, text=text, rows=rows))
+
+
+def inline_html(content: Mapping[str, Any]) -> str:
+    """The explorer in a frame, for a notebook that is read without a kernel; `content` is what `state` gives."""
+    height = 740 if content["data"]["images"] else 620
+    return frame(MODULE, STYLE, content, title=TITLE, height=height)
+
+
+def path_state(name: str, path: Path, measures: list[str], colour: str, shown: bool = True) -> dict[str, Any]:
+    """One path as the charts draw it; `shown`: with what is predicted on it."""
+    return {
+        "name": name,
+        "colour": colour,
+        "alphas": [round(float(alpha), 6) for alpha in path.alphas],
+        "split": path.split,
+        "series": {
+            split: {measure: _numbers(values[measure], measure) for measure in measures}
+            for split, values in path.values.items()
+        },
+        "barriers": {measure: _barrier(path, measure) for measure in measures},
+        "shown": shown_state(path.predictions) if shown and path.predictions is not None else None,
+    }
+
+
+def _numbers(values: npt.NDArray[np.float64], measure: str) -> list[float | None]:
+    scale = 100.0 if measure == "accuracy" else 1.0
+    return [round(scale * float(value), 5) if math.isfinite(value) else None for value in values]
+
+
+def _barrier(path: Path, measure: str) -> dict[str, Any] | None:
+    try:
+        found = path.barrier_of("loss" if measure == "loss" else "error")
+    except InputError:  # an end that is not a number
+        return None
+    base = (1.0 - found.alpha) * found.start + found.alpha * found.end
+    ends, text = (base, base + found.value), f"barrier {found.value:.2f} nats"
+    if measure == "accuracy":
+        ends, text = (100.0 - base, 100.0 - base - found.value), f"{found.value:.1f} points"
+    return {"alpha": found.alpha, "base": ends[0], "top": ends[1], "text": text}
+
+
+def panel_state(measure: str, paths: Mapping[str, Path]) -> dict[str, Any]:
+    """Title, range and ticks of a chart; one range for all paths, so that they can be compared."""
+    series = [_numbers(values[measure], measure) for path in paths.values() for values in path.values.values()]
+    known = [value for numbers in series for value in numbers if value is not None]
+    if measure == "loss":
+        low = min([0.0, *known])
+        high = max([low + 1e-3, *known])
+        split = next(iter(paths.values())).split
+        title = "loss (nats)" + (f" – {split} solid, train dotted" if len(series) > len(paths) else "")
+    else:
+        low, high, title = min([99.0, *known]), 100.0, "accuracy (%)"
+    return {"measure": measure, "title": title, **axis_state(low, high)}
+
+
+def axis_state(low: float, high: float) -> dict[str, Any]:
+    """Range and ticks of an axis that holds low and high."""
+    step = _step(high - low)
+    low, high = math.floor(low / step) * step, math.ceil(high / step - 1e-9) * step
+    ticks = [round(low + i * step, 6) for i in range(round((high - low) / step) + 1)]
+    return {"range": [low, high], "ticks": ticks}
+
+
+def _step(span: float) -> float:
+    """A round distance of ticks, 1, 2 or 5 times a power of ten, that makes at most five of them."""
+    rough = span / 4.0
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(factor * power for factor in (1.0, 2.0, 5.0, 10.0) if factor * power >= rough * (1.0 - 1e-9))
