@@ -5,7 +5,7 @@ from pathlib import Path
 
 import lmc
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -11,7 +11,7 @@ from packaging.utils import canonicalize_name
 
 import lmc
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONDA_NAMES = {"pytorch": "torch"}
 OWN_NAME = "lmc-lab"
 

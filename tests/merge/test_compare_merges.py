@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from test_merge_digits import Bench
+from test_merges_of_digits import Bench
 
 import lmc
 from lmc.merge.study.candidates import CANDIDATES, Candidate

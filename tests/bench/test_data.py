@@ -275,7 +275,7 @@ def test_bad_checkpoints_are_named(stored, tmp_path):
             lmc.data.checkpoint("tiny", stored.parent)
 
 
-STORED = sorted(path.parent.name for path in (Path(__file__).parents[1] / "data").glob("*/manifest.json"))
+STORED = sorted(path.parent.name for path in (Path(__file__).parents[2] / "data").glob("*/manifest.json"))
 
 
 @pytest.mark.parametrize("name", STORED)
@@ -297,7 +297,7 @@ def test_stored_networks_are_what_their_manifests_say(name):
 
 
 def test_stored_networks_stay_small():
-    place = Path(__file__).parents[1] / "data"
+    place = Path(__file__).parents[2] / "data"
     sizes = {path.name: path.stat().st_size for path in place.rglob("*.safetensors")}
     assert len(STORED) >= 11 and max(sizes.values()) < 1_400_000
     assert sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) < 8_000_000

@@ -16,7 +16,7 @@ import lmc
 from lmc import merge
 from lmc.cli import main
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 SEEDS = [str(REPOSITORY / "data" / "digits-mlp64" / f"seed{seed}.safetensors") for seed in (0, 1)]
 MODEL = json.loads((REPOSITORY / "data" / "digits-mlp64" / "manifest.json").read_text())["model"]
 FACTORY = f"{MODEL['function']}({', '.join(map(repr, MODEL['arguments']))})"

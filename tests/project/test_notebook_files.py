@@ -6,7 +6,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-FOLDER = Path(__file__).parents[1] / "notebooks"
+FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MAY_FAIL = {"raises-exception", "nbval-raises-exception"}
 LIVE_VIEW = "application/vnd.jupyter.widget-view+json"
