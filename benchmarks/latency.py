@@ -32,7 +32,7 @@ path, naive = lmc.loss_path(model, a, c, data), lmc.loss_path(model, a, b, data)
 plane = lmc.loss_plane(model, (a, c, b), data, 41, names=("A", "B moved", "B"), progress=False)
 runs = lmc.data.checkpoint("digits-mlp64-trajectory")
 epochs = sorted(set(runs.epochs))
-over = lmc.landscape.barrier_over_time(model, *({e: runs.at(s, e) for e in epochs} for s in (0, 1)), data, progress=False)
+over = lmc.align.barrier_over_time(model, *({e: runs.at(s, e) for e in epochs} for s in (0, 1)), data, progress=False)
 path.save_html("path.html", naive=naive), plane.save_html("plane.html"), over.save_html("epochs.html")
 """, "path.explore(naive=naive)", "path.explore(naive=naive)", "plane.explore()", "plane.explore()", "over.explore()", "over.explore()"
 

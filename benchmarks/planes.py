@@ -141,7 +141,7 @@ class Case:
         return [{k: t.clone() for k, t in model.state_dict().items()} for model in models]
 
     def plane(self, states: list[Weights], resolution: int, tolerance: float | None = None) -> lmc.Plane:
-        return lmc.loss_plane(self.make(), states, self.test, resolution, tolerance=tolerance, progress=False)
+        return lmc.loss_plane(self.make(), states, self.test, resolution=resolution, tolerance=tolerance, progress=False)
 
 
 def row(case: Case, args: argparse.Namespace) -> None:
@@ -204,7 +204,7 @@ def corners(args: argparse.Namespace) -> None:
     models = trained(lambda: lmc.models.mlp(64, [64, 64], 10), data.train, 8)
     direct = [lmc.landscape.evaluate(model, None, data.test)["data"].loss for model in models]
     print(f"\nThe three models, evaluated directly: {', '.join(f'{loss:.4f}' for loss in direct)}")
-    plane = lmc.loss_plane(models[0], models, data.test, args.resolution, progress=False)
+    plane = lmc.loss_plane(models[0], models, data.test, resolution=args.resolution, progress=False)
     at = [(np.flatnonzero(plane.y == y)[0], np.flatnonzero(plane.x == x)[0]) for x, y in plane.places.values()]
     losses = plane.losses["data"]
     print(f"ours at their places: {', '.join(f'{losses[place]:.4f}' for place in at)}")

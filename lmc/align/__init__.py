@@ -7,6 +7,7 @@ from lmc.align.relaxed.straight_through import straight_through_matching
 from lmc.align.rotations.folding import fold_norms
 from lmc.align.rotations.matching import RotationMatching, rotatable_groups, rotation_matching
 from lmc.align.study.compare import METHODS, Comparison, compare
+from lmc.align.study.epochs import Epochs, barrier_over_time
 from lmc.align.study.inspect import Matching, inspect_matching
 from lmc.align.study.singular import SingularAlignment, singular_alignment
 from lmc.align.transport.fusion import Fusion, ot_fusion
@@ -17,6 +18,7 @@ from lmc.merge.partial.zipit import zipit
 __all__ = [
     "METHODS",
     "Comparison",
+    "Epochs",
     "Fusion",
     "Matching",
     "Matchings",
@@ -24,6 +26,7 @@ __all__ = [
     "SingularAlignment",
     "Zipped",
     "activation_matching",
+    "barrier_over_time",
     "compare",
     "fold_norms",
     "inspect_matching",

@@ -110,7 +110,7 @@ def barrier(arguments: Namespace) -> None:
         raise InputError(f"--points {arguments.points}: expected an odd number, so that the middle is among them")
     model, loaded = architecture(arguments.model), data(arguments.data)
     a, b = (_cast(open_checkpoint(path).load(), model) for path in (arguments.a, arguments.b))
-    path = loss_path(model, a, b, loaded, arguments.points, progress=not arguments.quiet)
+    path = loss_path(model, a, b, loaded, alphas=arguments.points, progress=not arguments.quiet)
     middle = int(np.argmin(np.abs(path.alphas - 0.5)))
     ends = [int(np.argmin(np.abs(path.alphas - alpha))) for alpha in (0.0, 1.0)]
     for split, measures in path.values.items():

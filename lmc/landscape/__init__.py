@@ -1,6 +1,5 @@
 """What the landscape looks like: losses of many weight sets over paths, planes and curves between networks."""
 
-from lmc.align.study.epochs import Epochs, barrier_over_time
 from lmc.landscape.curvature import Curvature, curvature
 from lmc.landscape.curves.curve import Curve, bezier_curve, polygonal_chain
 from lmc.landscape.evaluation.evaluator import Evaluator, Score, evaluate
@@ -14,7 +13,6 @@ __all__ = [
     "Barrier",
     "Curvature",
     "Curve",
-    "Epochs",
     "Evaluator",
     "Mixture",
     "Path",
@@ -25,7 +23,6 @@ __all__ = [
     "Triangle",
     "VarianceRatios",
     "barrier",
-    "barrier_over_time",
     "bezier_curve",
     "curvature",
     "evaluate",
@@ -40,3 +37,7 @@ __all__ = [
     "trajectory_plane",
     "variance_ratios",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

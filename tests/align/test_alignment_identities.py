@@ -370,7 +370,7 @@ def stored(name: str):
 
 
 def barrier(model: nn.Module, a: Weights, b: Weights, data) -> float:
-    path = lmc.loss_path(model, a, b, data.test, 7, statistics_inputs=data.train[0], progress=False)
+    path = lmc.loss_path(model, a, b, data.test, alphas=7, inputs=data.train[0], progress=False)
     return path.barrier
 
 

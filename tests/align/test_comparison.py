@@ -37,7 +37,7 @@ def test_what_is_measured_is_that_of_the_moved_weights(comparison):
     moved = lmc.weight_matching(trained.spec, a, b, progress=False).apply(b)
     assert all(torch.equal(found.weights[k], moved[k]) for k in moved)
     assert found.distance == pytest.approx(lmc.weights.distance(a, moved))
-    path = lmc.loss_path(trained.model, a, moved, trained.data, 5, progress=False)
+    path = lmc.loss_path(trained.model, a, moved, trained.data, alphas=5, progress=False)
     assert found.barrier == path.barrier and comparison.split == path.split == "test"
     assert found.midpoint == path.losses["test"][2]
 

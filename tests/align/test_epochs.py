@@ -41,7 +41,7 @@ def test_barriers_of_stored_runs(result):
 
 def test_each_epoch_is_the_path_between_the_runs_then(bench, result):
     model, (run_a, run_b), data = bench
-    direct = loss_path(model, run_a[5], run_b[5], data, 9)
+    direct = loss_path(model, run_a[5], run_b[5], data, alphas=9)
     np.testing.assert_allclose(result[5]["naive"].losses["test"], direct.losses["test"], rtol=1e-6)
     # Aligning b changes nothing at the ends.
     for epoch in EPOCHS:
@@ -138,7 +138,7 @@ def test_weights_may_be_modules(bench):
     module = lmc.data.checkpoint("digits-mlp64-trajectory").model()
     module.load_state_dict(run_b[5])
     found = barrier_over_time(model, {5: run_a[5]}, {5: module}, data, alphas=3)
-    assert found.barriers["naive"][0] == pytest.approx(loss_path(model, run_a[5], run_b[5], data, 3).barrier)
+    assert found.barriers["naive"][0] == pytest.approx(loss_path(model, run_a[5], run_b[5], data, alphas=3).barrier)
 
 
 def test_saved_epochs_come_back(result, tmp_path):

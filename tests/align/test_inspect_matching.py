@@ -87,7 +87,7 @@ def test_the_first_step_is_b_as_it_is(matching):
     ours, theirs = (torch.cat([w["0.weight"], w["0.bias"][:, None], w["2.weight"].T], 1).double() for w in (A, B))
     expected = nn.functional.normalize(ours, dim=1) @ nn.functional.normalize(theirs, dim=1).T
     np.testing.assert_allclose(group.similarity[0], expected, atol=1e-6)
-    line = loss_path(MODEL, A, B, DATA, 5)
+    line = loss_path(MODEL, A, B, DATA, alphas=5)
     np.testing.assert_allclose(matching.paths[0].losses["data"], line.losses["data"], rtol=1e-6)
     end = [path.losses["data"][-1] for path in matching.paths]  # the same function
     np.testing.assert_allclose(end, end[0], rtol=1e-5)

@@ -293,7 +293,7 @@ def test_saved_curves_come_back_bit_by_bit(tmp_path, norm):
     for one, two in zip(made.controls, back.controls, strict=True):
         assert list(one) == list(two) and all(torch.equal(one[name], two[name]) for name in one)
     assert (back.kind, back.interrupted) == (made.kind, made.interrupted) and (back.losses == made.losses).all()
-    assert (back.path(DATA, 5).losses["test"] == made.path(DATA, 5).losses["test"]).all()
+    assert (back.path(DATA, alphas=5).losses["test"] == made.path(DATA, alphas=5).losses["test"]).all()
     with pytest.raises(MismatchError):
         type(made).load(tmp_path / "curve.safetensors", nn.Linear(8, 4))
 

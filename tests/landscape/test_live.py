@@ -25,7 +25,7 @@ def weights():
 
 def test_a_path_scores_what_lies_between_its_points():
     a, b = weights(), weights()
-    path = loss_path(MODEL, a, b, DATA, 5)
+    path = loss_path(MODEL, a, b, DATA, alphas=5)
     direct = evaluate(MODEL, lerp(a, b, 0.3), DATA)["data"]
     assert path.exact(0.3)["data"].loss == pytest.approx(direct.loss, rel=1e-5)
     assert path.exact(0.3)["data"].accuracy == direct.accuracy
@@ -59,13 +59,13 @@ def test_statistics_are_estimated_anew_at_further_points_too():
         {k: torch.rand(v.shape, generator=GENERATOR) if v.is_floating_point() else v for k, v in model.state_dict().items()}
         for _ in range(2)
     )
-    path = loss_path(model, a, b, DATA, 5)
+    path = loss_path(model, a, b, DATA, alphas=5)
     assert path.exact(0.25)["data"].loss == pytest.approx(path.losses["data"][1], rel=1e-5)
 
 
 def test_weights_that_were_changed_since_are_refused():
     a, b = weights(), weights()
-    path = loss_path(MODEL, a, b, DATA, 3)
+    path = loss_path(MODEL, a, b, DATA, alphas=3)
     path.exact(0.3)
     next(iter(b.values())).mul_(2.0)
     with pytest.raises(WeightsError, match="changed since"):
@@ -73,5 +73,5 @@ def test_weights_that_were_changed_since_are_refused():
 
 
 def test_it_stays_behind_in_copies():
-    path = loss_path(MODEL, weights(), weights(), DATA, 3)
+    path = loss_path(MODEL, weights(), weights(), DATA, alphas=3)
     assert pickle.loads(pickle.dumps(path)).exact is None and copy.deepcopy(path).exact is None

@@ -69,9 +69,9 @@ def test_baselines_differ_by_the_slope():
     grid = np.linspace(0, 1, 25)
     line = 1.0 + 2.0 * grid
     assert barrier(grid, line).value == pytest.approx(0.0, abs=1e-12)
-    assert barrier(grid, line, "mean").value == pytest.approx(1.0)  # half the difference of the ends, on a straight line
+    assert barrier(grid, line, baseline="mean").value == pytest.approx(1.0)  # half the difference of the ends, on a straight line
     bumped = line + grid * (1 - grid)
-    assert barrier(grid, bumped, "mean").value >= barrier(grid, bumped).value - 1.0
+    assert barrier(grid, bumped, baseline="mean").value >= barrier(grid, bumped).value - 1.0
 
 
 def test_a_valley_has_no_barrier():
@@ -91,14 +91,14 @@ def test_barrier_passes_over_gaps_and_what_lies_outside():
 )
 def test_no_barrier_without_both_ends(alphas, values, baseline):
     with pytest.raises(InputError):
-        barrier(alphas, values, baseline)
+        barrier(alphas, values, baseline=baseline)
 
 
 # ---- paths
 
 
 def test_a_path_between_networks_without_a_loss_prints_and_says_why_there_is_no_barrier(pair):
-    path = loss_path(*pair[:1], *pair, DATA.test, 3, loss=lambda outputs, targets: outputs.sum() * math.nan)
+    path = loss_path(*pair[:1], *pair, DATA.test, alphas=3, loss=lambda outputs, targets: outputs.sum() * math.nan)
     assert "loss nan to nan, no barrier" in str(path)
     with pytest.raises(InputError, match="no barrier between ends of .nan, nan."):
         _ = path.barrier
@@ -164,7 +164,7 @@ def test_single_sets_and_regression(pair):
     path = loss_path(mlp(0), *pair, DATA.train, alphas=5)
     assert list(path.losses) == ["data"] and path.split == "data"
     inputs = torch.randn(30, 16)
-    path = loss_path(nn.Linear(16, 1), nn.Linear(16, 1), nn.Linear(16, 1), (inputs, inputs[:, :1]), 5, loss=nn.MSELoss())
+    path = loss_path(nn.Linear(16, 1), nn.Linear(16, 1), nn.Linear(16, 1), (inputs, inputs[:, :1]), alphas=5, loss=nn.MSELoss())
     assert math.isnan(path.error_barrier) and path.predictions is None and path.barrier == pytest.approx(0, abs=1e-6)
     assert "error" not in str(path)
 
@@ -218,14 +218,14 @@ def test_a_last_batch_of_one_example_is_left_out_of_the_statistics():
     a, b = normalised(1), normalised(2)
     inputs, targets = DATA.train[0][:65], DATA.train[1][:65]
     batches = [(inputs[:64], targets[:64]), (inputs[64:], targets[64:])]
-    path = loss_path(a, a, b, batches, 3)
-    named = loss_path(a, a, b, (inputs, targets), 3, statistics_inputs=inputs[:64])
+    path = loss_path(a, a, b, batches, alphas=3)
+    named = loss_path(a, a, b, (inputs, targets), alphas=3, inputs=inputs[:64])
     assert path.losses["data"] == pytest.approx(named.losses["data"], rel=1e-5)
 
 
 def test_statistics_come_from_the_inputs_that_are_named():
     a, b = normalised(1), normalised(2)
-    other = loss_path(a, a, b, DATA, alphas=3, statistics_inputs=5.0 * DATA.train[0])
+    other = loss_path(a, a, b, DATA, alphas=3, inputs=5.0 * DATA.train[0])
     assert other.losses["test"][1] != pytest.approx(loss_path(a, a, b, DATA, alphas=3).losses["test"][1], rel=1e-3)
 
 
@@ -240,8 +240,8 @@ def test_no_warning_without_batch_normalisation(pair):
 
 @pytest.mark.parametrize(("repair", "method"), [("repair", "passes"), ("closed_form", "closed_form")])
 def test_a_repaired_path_is_the_repaired_average_at_every_point_and_ends_at_the_networks(pair, repair, method):
-    path = loss_path(mlp(0), *pair, DATA, 5, repair=repair, statistics_inputs=DATA.train[0])
-    plain = loss_path(mlp(0), *pair, DATA, 5)
+    path = loss_path(mlp(0), *pair, DATA, alphas=5, repair=repair, inputs=DATA.train[0])
+    plain = loss_path(mlp(0), *pair, DATA, alphas=5)
     for k, alpha in enumerate(path.alphas):
         point = lmc.repair(mlp(0), pair, DATA.train[0], (1 - alpha, alpha), method=method, progress=False)
         assert path.losses["test"][k] == pytest.approx(evaluate(mlp(0), point, DATA)["test"].loss, rel=1e-5)
@@ -252,16 +252,16 @@ def test_a_repaired_path_is_the_repaired_average_at_every_point_and_ends_at_the_
 
 def test_repair_leaves_the_ends_of_a_normalised_network_alone_and_mends_the_middle():
     a, b = normalised(1), normalised(2)
-    found, auto = (loss_path(a, a, b, DATA, 3, repair=how) for how in ("repair", "auto"))
+    found, auto = (loss_path(a, a, b, DATA, alphas=3, repair=how) for how in ("repair", "auto"))
     assert found.losses["test"][[0, 2]] == pytest.approx(auto.own["test"]["loss"], rel=1e-5)
     assert found.own["test"]["loss"] == pytest.approx(auto.own["test"]["loss"], rel=1e-5)
     with pytest.warns(UserWarning, match="batch normalisation"):
-        stale = loss_path(a, a, b, DATA, 3, repair=None)
+        stale = loss_path(a, a, b, DATA, alphas=3, repair=None)
     assert found.losses["test"][1] < stale.losses["test"][1]
 
 
 def test_repairing_the_way_between_equal_networks_changes_nothing(pair):
-    path = loss_path(mlp(0), pair[0], pair[0], DATA, 5, repair="repair")
+    path = loss_path(mlp(0), pair[0], pair[0], DATA, alphas=5, repair="repair")
     assert np.ptp(path.losses["test"]) < 1e-4
 
 
@@ -277,8 +277,8 @@ def test_positional_inputs_reach_a_network_of_optional_arguments_whole():
     inputs, targets = DATA.train
     data = ((inputs, torch.full((len(inputs), 1), 3.0)), targets)
     models = [{f"net.{k}": v for k, v in mlp(seed).state_dict().items()} for seed in (1, 2)]
-    path = loss_path(Scaled(), *models, data, 3, repair="repair")
-    tripled = loss_path(mlp(0), mlp(1), mlp(2), (3.0 * inputs, targets), 3, repair="repair")
+    path = loss_path(Scaled(), *models, data, alphas=3, repair="repair")
+    tripled = loss_path(mlp(0), mlp(1), mlp(2), (3.0 * inputs, targets), alphas=3, repair="repair")
     assert path.losses["data"] == pytest.approx(tripled.losses["data"], rel=1e-4)
 
 

@@ -132,11 +132,11 @@ PAIR = lmc.data.checkpoint("digits-mlp64")
 RUN = lmc.data.checkpoint("digits-mlp64-trajectory")
 FEW = tuple(part[:60] for part in lmc.data.digits().test)  # losses are as smooth as those of all
 KINDS = {
-    "three": lambda **o: loss_plane(PAIR.model(), (PAIR[0], PAIR[1], RUN.at(seed=0, epoch=2)), FEW, 33, **o),
-    "random": lambda **o: random_plane(PAIR.model(), PAIR[0], FEW, 33, **o),
-    "far": lambda **o: random_plane(PAIR.model(), PAIR[0], FEW, 33, radius=4.0, seed=1, **o),
+    "three": lambda **o: loss_plane(PAIR.model(), (PAIR[0], PAIR[1], RUN.at(seed=0, epoch=2)), FEW, resolution=33, **o),
+    "random": lambda **o: random_plane(PAIR.model(), PAIR[0], FEW, resolution=33, **o),
+    "far": lambda **o: random_plane(PAIR.model(), PAIR[0], FEW, resolution=33, radius=4.0, seed=1, **o),
     "trajectory": lambda **o: trajectory_plane(
-        PAIR.model(), [RUN.at(seed=0, epoch=epoch) for epoch in (0, 1, 3, 8, 20)], FEW, 33, **o
+        PAIR.model(), [RUN.at(seed=0, epoch=epoch) for epoch in (0, 1, 3, 8, 20)], FEW, resolution=33, **o
     ),
 }
 

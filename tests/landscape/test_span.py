@@ -110,7 +110,7 @@ def test_products_are_made_once_and_within_the_memory(monkeypatch):
 
 
 def random_points(model, split, **options):
-    return random_plane(model, None, split, 5, progress=False, **options)
+    return random_plane(model, None, split, resolution=5, progress=False, **options)
 
 
 @pytest.mark.parametrize("batch_size", [None, 7])
@@ -135,7 +135,7 @@ def test_batch_statistics_see_the_mixed_layer_too(monkeypatch):
     planes = []
     for fewest in (16, 10**6):
         monkeypatch.setattr("lmc.landscape.planes.span.FEWEST_INPUTS", fewest)
-        planes.append(loss_plane(cnn(0).double(), models, split, 5, progress=False))
+        planes.append(loss_plane(cnn(0).double(), models, split, resolution=5, progress=False))
     assert planes[0].recalibrated
     np.testing.assert_allclose(planes[0].losses["data"], planes[1].losses["data"], rtol=1e-6)
 
@@ -241,10 +241,10 @@ def three_threads(monkeypatch):
 
 def test_threads_give_what_one_gives(three_threads):
     models, split = [cnn(seed) for seed in (1, 2, 3)], SimpleNamespace(train=data(4, 5, 5), test=data(4, 5, 5, count=20))
-    threaded = loss_plane(cnn(0), models, split, 7, progress=False)
+    threaded = loss_plane(cnn(0), models, split, resolution=7, progress=False)
     assert torch.get_num_threads() == 3
     torch.set_num_threads(1)
-    alone = loss_plane(cnn(0), models, split, 7, progress=False)
+    alone = loss_plane(cnn(0), models, split, resolution=7, progress=False)
     assert threaded.complete
     for name in ("train", "test"):
         np.testing.assert_allclose(threaded.losses[name], alone.losses[name], rtol=1e-5)
@@ -271,7 +271,7 @@ def test_threads_are_taken_where_only_torch_runs_in_them(three_threads):
     counts = []
     for options in ({}, {"metrics": {"mine": lambda outputs, targets: outputs.mean()}}):
         Noting.threads = set()
-        random_plane(Noting(), None, data(20), 21, progress=False, **options)
+        random_plane(Noting(), None, data(20), resolution=21, progress=False, **options)
         counts.append(len(Noting.threads - {threading.get_ident()}))
     assert 1 <= counts[0] <= 3 and counts[1] == 0
 
@@ -280,10 +280,10 @@ def test_an_error_in_a_thread_comes_out_and_all_threads_end(three_threads, monke
     running = threading.active_count()
     monkeypatch.setattr(Noting, "error", ZeroDivisionError)
     with pytest.raises(ZeroDivisionError, match="stopped"):
-        random_plane(Noting(), None, data(20), 5, progress=False)
+        random_plane(Noting(), None, data(20), resolution=5, progress=False)
     monkeypatch.setattr(Noting, "error", KeyboardInterrupt)
     with pytest.warns(UserWarning, match="interrupted: 0 of 24 points"):
-        part = random_plane(Noting(), None, data(20), 5, progress=False)
+        part = random_plane(Noting(), None, data(20), resolution=5, progress=False)
     assert part.done.sum() == 1 and threading.active_count() == running and torch.get_num_threads() == 3
 
 
@@ -305,6 +305,6 @@ def test_a_crew_that_is_left_early_stops(three_threads):
 
 def test_networks_of_the_caller_keep_their_forward():
     model = mlp(0)
-    random_plane(model, None, data(20), 5, progress=False)
+    random_plane(model, None, data(20), resolution=5, progress=False)
     assert all("forward" not in vars(module) for module in model.modules())
     assert lmc.landscape.evaluate(model, None, data(20))["data"].count == 40

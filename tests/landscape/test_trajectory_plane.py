@@ -28,7 +28,7 @@ def moved(state, direction, by):
 
 @pytest.fixture(scope="module")
 def plane():
-    return trajectory_plane(RUN.model(), STATES, FEW, 9, progress=False)
+    return trajectory_plane(RUN.model(), STATES, FEW, resolution=9, progress=False)
 
 
 def test_directions_are_the_singular_vectors_of_the_differences():
@@ -46,7 +46,7 @@ def test_directions_are_the_singular_vectors_of_the_differences():
 def test_a_run_that_lies_in_a_plane_is_explained_by_it():
     a, b, c = STATES[0], STATES[2], STATES[-1]
     inside = {name: 0.3 * a[name] + 0.3 * b[name] + 0.4 * c[name] for name in a}
-    flat_run = trajectory_plane(RUN.model(), [a, inside, b, c], FEW, 9, progress=False)
+    flat_run = trajectory_plane(RUN.model(), [a, inside, b, c], FEW, resolution=9, progress=False)
     assert sum(flat_run.explained) == pytest.approx(1.0, abs=1e-5)
     found = Principal.of([a, inside, b, c], a)
     for state, (x, y) in zip([a, inside, b], found.track, strict=False):
@@ -103,15 +103,15 @@ def test_runs_without_a_plane_are_refused():
 
 
 def test_grids_may_be_longer_than_high():
-    wide = random_plane(RUN.model(), STATES[-1], FEW, (9, 5), progress=False)
-    square = random_plane(RUN.model(), STATES[-1], FEW, 9, progress=False)
+    wide = random_plane(RUN.model(), STATES[-1], FEW, resolution=(9, 5), progress=False)
+    square = random_plane(RUN.model(), STATES[-1], FEW, resolution=9, progress=False)
     assert wide.losses["data"].shape == (5, 9)
     np.testing.assert_allclose(wide.losses["data"], square.losses["data"][::2], rtol=1e-6)
-    three = loss_plane(RUN.model(), STATES[:3], FEW, (6, 11), progress=False)
+    three = loss_plane(RUN.model(), STATES[:3], FEW, resolution=(6, 11), progress=False)
     assert three.losses["data"].shape == (11, 6) and three.plot().data[0].z.shape == (11, 6)
     for wrong in ((9, 4), (9, 9, 9), "9", 4):
         with pytest.raises(InputError, match="resolution"):
-            loss_plane(RUN.model(), STATES[:3], FEW, wrong)
+            loss_plane(RUN.model(), STATES[:3], FEW, resolution=wrong)
 
 
 def test_panels_show_the_measures_asked_for_and_count_their_gaps():
@@ -120,7 +120,7 @@ def test_panels_show_the_measures_asked_for_and_count_their_gaps():
         return value if value.mean() < 0.9 else value * float("nan")
 
     plane = random_plane(
-        RUN.model(), STATES[-1], FEW, 7, radius=2.0, metrics={"confidence": confidence}, progress=False
+        RUN.model(), STATES[-1], FEW, resolution=7, radius=2.0, metrics={"confidence": confidence}, progress=False
     )
     assert plane.gaps["confidence"] > 1
     fig = plane.plot(measures=["confidence", "loss", "accuracy"])

@@ -210,11 +210,11 @@ def test_unusable_arguments_are_named():
     spoiled = {k: v * math.nan for k, v in STATES[0].items()}
     cases = [
         (InputError, "expected three networks, got 2", lambda: loss_triangle(MODEL, STATES[:2], DATA)),
-        (InputError, "resolution=1", lambda: loss_triangle(MODEL, STATES[:3], DATA, 1)),
+        (InputError, "resolution=1", lambda: loss_triangle(MODEL, STATES[:3], DATA, resolution=1)),
         (InputError, "3 different names", lambda: loss_triangle(MODEL, STATES[:3], DATA, names=("A", "A", "B"))),
         (InputError, "at least two", lambda: loss_simplex(MODEL, STATES[:1], DATA)),
-        (WeightsError, "C", lambda: loss_triangle(MODEL, [*STATES[:2], spoiled], DATA, 2)),
-        (MismatchError, "0.weight", lambda: loss_triangle(MODEL, [*STATES[:2], {}], DATA, 2)),
+        (WeightsError, "C", lambda: loss_triangle(MODEL, [*STATES[:2], spoiled], DATA, resolution=2)),
+        (MismatchError, "0.weight", lambda: loss_triangle(MODEL, [*STATES[:2], {}], DATA, resolution=2)),
     ]
     for error, message, call in cases:
         with pytest.raises(error, match=message):
@@ -235,7 +235,7 @@ def test_nothing_of_the_callers_is_touched():
     model = network().train()
     before = [{k: v.clone() for k, v in state.items()} for state in (model.state_dict(), *STATES[:3])]
     random = torch.get_rng_state()
-    lmc.loss_triangle(model, STATES[:3], DATA, 2)
+    lmc.loss_triangle(model, STATES[:3], DATA, resolution=2)
     assert model.training and torch.equal(random, torch.get_rng_state())
     for old, new in zip(before, (model.state_dict(), *STATES[:3]), strict=True):
         assert all(torch.equal(old[k], new[k]) for k in old)

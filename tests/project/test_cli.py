@@ -120,7 +120,7 @@ def test_align_and_barrier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert main(["barrier", SEEDS[0], out, *common, "--points", "5", "--html", str(tmp_path / "path.html")]) == 0
     printed = capsys.readouterr().out
     ends = [{name: t.float() for name, t in weights.items()} for weights in (a, pi.apply(b))]  # stored in half
-    path = lmc.loss_path(lmc.models.mlp(*MODEL["arguments"]), *ends, digits, 5, progress=False)
+    path = lmc.loss_path(lmc.models.mlp(*MODEL["arguments"]), *ends, digits, alphas=5, progress=False)
     line = next(line for line in printed.splitlines() if line.split()[:2] == ["test", "loss"])
     assert float(line.split()[-1]) == pytest.approx(path.barrier, abs=1e-3)
     assert "<html" in (tmp_path / "path.html").read_text().lower()

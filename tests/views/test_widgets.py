@@ -29,7 +29,7 @@ def random_path(seed: int, count: int = 60, pixels=(1, 4, 4), alphas: int = 5) -
     model = mlp(size, [8], 3)
     a, b = ({k: torch.randn(v.shape, generator=generator) for k, v in model.state_dict().items()} for _ in range(2))
     inputs = torch.randn(count, *pixels, generator=data)
-    return loss_path(model, a, b, (inputs, torch.randint(3, (count,), generator=data)), alphas)
+    return loss_path(model, a, b, (inputs, torch.randint(3, (count,), generator=data)), alphas=alphas)
 
 
 @pytest.fixture(scope="module")

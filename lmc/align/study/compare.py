@@ -173,9 +173,9 @@ def compare(
             continue
         seconds = perf_counter() - started
         moved = result.apply(b) if isinstance(result, Permutation) else as_weights(result)
-        path = loss_path(model, a, moved, data, alphas, progress=False)
+        path = loss_path(model, a, moved, data, alphas=alphas, progress=False)
         split = path.split
-        repaired = loss_path(model, a, moved, data, alphas, repair="repair", progress=False)
+        repaired = loss_path(model, a, moved, data, alphas=alphas, repair="repair", progress=False)
         middle = int(np.argmin(np.abs(path.alphas - 0.5)))
         one, two = matched(spec, a), matched(spec, moved)  # statistics are no weights
         norms = (dot(one, one) * dot(two, two)) ** 0.5

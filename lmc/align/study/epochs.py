@@ -123,7 +123,7 @@ def barrier_over_time(
     alphas: int | Sequence[float] = 25,
     seed: int = 0,
     repair: Repair = "auto",
-    statistics_inputs: Any = None,
+    inputs: Any = None,
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Epochs:
@@ -140,7 +140,7 @@ def barrier_over_time(
         data: as for `loss_path`.
         spec: the symmetries of the model; runs are then aligned by `weight_matching`.
         epochs: which to evaluate (default: all that both runs have).
-        alphas, repair, statistics_inputs, batch_size: as for `loss_path`.
+        alphas, repair, inputs, batch_size: as for `loss_path`.
         seed: of `weight_matching`.
         progress: show a bar when it takes more than about two seconds.
 
@@ -151,12 +151,12 @@ def barrier_over_time(
     """
     chosen = _common(run_a, run_b, epochs)
     paths: dict[str, list[Path]] = {"naive": [], **({"aligned": []} if spec is not None else {})}
-    options: dict[str, Any] = {"repair": repair, "statistics_inputs": statistics_inputs, "batch_size": batch_size}
+    options: dict[str, Any] = {"repair": repair, "inputs": inputs, "batch_size": batch_size}
     try:
         for epoch in tqdm(chosen, desc="epochs", unit="epoch", disable=not progress):
             a, b = as_weights(run_a[epoch]), as_weights(run_b[epoch])
             found = {"naive": b} if spec is None else {"naive": b, "aligned": _aligned(spec, a, b, seed)}
-            done = {n: loss_path(model, a, end, data, alphas, progress=False, **options) for n, end in found.items()}
+            done = {n: loss_path(model, a, end, data, alphas=alphas, progress=False, **options) for n, end in found.items()}
             for name, path in done.items():
                 paths[name].append(path)
     except KeyboardInterrupt:

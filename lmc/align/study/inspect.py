@@ -241,4 +241,4 @@ def _line(
 ) -> "Path | None":
     from lmc.landscape.paths.path import loss_path
 
-    return None if model is None else loss_path(model, a, b, data, alphas, device=device, progress=False)
+    return None if model is None else loss_path(model, a, b, data, alphas=alphas, device=device, progress=False)

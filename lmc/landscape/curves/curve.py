@@ -70,10 +70,10 @@ class Curve:
     def path(
         self,
         data: Any,
-        alphas: int | Sequence[float] = 25,
         *,
+        alphas: int | Sequence[float] = 25,
         repair: Literal["auto"] | None = "auto",
-        statistics_inputs: Any = None,
+        inputs: Any = None,
         loss: Measure | None = None,
         metrics: Mapping[str, Measure] | None = None,
         batch_size: int | None = None,
@@ -93,7 +93,7 @@ class Curve:
             data,
             alphas,
             repair=repair,
-            statistics_inputs=statistics_inputs,
+            inputs=inputs,
             loss=loss,
             metrics=metrics,
             batch_size=batch_size,
@@ -101,7 +101,7 @@ class Curve:
             progress=progress,
         )
 
-    def plane(self, data: Any, resolution: int = 41, **options: Any) -> Plane:
+    def plane(self, data: Any, *, resolution: int = 41, **options: Any) -> Plane:
         """The plane that holds the curve, with the curve and the straight line drawn in it.
 
         Args:
@@ -112,7 +112,9 @@ class Curve:
         """
         if len(self.controls) != 3:
             raise InputError(f"a curve with {len(self.controls) - 2} bends lies in no plane; train one with bends=1")
-        plane = loss_plane(self.model, self.controls, data, resolution, **{"names": ("A", "bend", "B"), **options})
+        plane = loss_plane(
+            self.model, self.controls, data, resolution=resolution, **{"names": ("A", "bend", "B"), **options}
+        )
         corners = np.array(list(plane.places.values()))
         track = np.array([self.shares(t) for t in np.linspace(0.0, 1.0, 101)]) @ corners
         return replace(plane, tracks={"curve": track, "naive": corners[[0, 2]]})
@@ -146,7 +148,7 @@ def bezier_curve(
     model: nn.Module,
     a: ModelOrWeights,
     b: ModelOrWeights,
-    train_data: Any,
+    data: Any,
     *,
     bends: int = 1,
     epochs: int = 30,
@@ -168,7 +170,7 @@ def bezier_curve(
     Args:
         model: the architecture.
         a, b: its weights at both ends; modules or state dicts.
-        train_data: `(inputs, targets)`, an iterable of such batches, or an object with `.train`.
+        data: `(inputs, targets)`, an iterable of such batches, or an object with `.train`.
         bends: control points between the ends.
         epochs: passes over the data.
         lr: rate of Adam.
@@ -187,14 +189,14 @@ def bezier_curve(
         InputError: an unusable argument, or a loss that became NaN or infinite.
     """
     recipe = Recipe(epochs, lr, weight_decay, loss, batch_size, seed, progress)
-    return _curve("bezier", model, a, b, train_data, bends, recipe, device)
+    return _curve("bezier", model, a, b, data, bends, recipe, device)
 
 
 def polygonal_chain(
     model: nn.Module,
     a: ModelOrWeights,
     b: ModelOrWeights,
-    train_data: Any,
+    data: Any,
     *,
     bends: int = 1,
     epochs: int = 30,
@@ -208,7 +210,7 @@ def polygonal_chain(
 ) -> Curve:
     """Train a chain of straight segments from a over the bends to b; all else is as for `bezier_curve`."""
     recipe = Recipe(epochs, lr, weight_decay, loss, batch_size, seed, progress)
-    return _curve("chain", model, a, b, train_data, bends, recipe, device)
+    return _curve("chain", model, a, b, data, bends, recipe, device)
 
 
 def _curve(

@@ -19,9 +19,7 @@ STATISTICS_BATCH = 256
 REPAIRS: dict[str, Method] = {"repair": "passes", "closed_form": "closed_form"}
 
 
-def preparation(
-    evaluator: Evaluator, repair: str | None, statistics_inputs: Any, stacklevel: int = 4
-) -> Recalibrator | None:
+def preparation(evaluator: Evaluator, repair: str | None, inputs: Any, stacklevel: int = 4) -> Recalibrator | None:
     """What is done to averaged weights before they are evaluated; a warning names the caller `stacklevel` calls up.
 
     Raises:
@@ -38,18 +36,18 @@ def preparation(
             stacklevel=stacklevel,
         )
         return None
-    return Recalibrator(evaluator.network, _statistics_inputs(evaluator, statistics_inputs), STATISTICS_BATCH)
+    return Recalibrator(evaluator.network, _inputs(evaluator, inputs), STATISTICS_BATCH)
 
 
 def renormalizer(
-    evaluator: Evaluator, controls: Sequence[Weights], repair: str, statistics_inputs: Any, progress: bool
+    evaluator: Evaluator, controls: Sequence[Weights], repair: str, inputs: Any, progress: bool
 ) -> Renormalizer:
     """Averages of `controls` with the statistics of all their layers repaired, for `repair` one of `REPAIRS`."""
-    calls = equal_batches(_statistics_inputs(evaluator, statistics_inputs), STATISTICS_BATCH)
+    calls = equal_batches(_inputs(evaluator, inputs), STATISTICS_BATCH)
     return Renormalizer(evaluator.network, controls, calls, REPAIRS[repair], batch_size=None, progress=progress)
 
 
-def _statistics_inputs(evaluator: Evaluator, given: Any) -> Any:
+def _inputs(evaluator: Evaluator, given: Any) -> Any:
     return some_inputs(evaluator.splits[0]) if given is None else given
 
 

@@ -36,6 +36,7 @@ class Barrier:
 def barrier(
     alphas: Sequence[float] | npt.NDArray[np.float64],
     values: Sequence[float] | npt.NDArray[np.float64],
+    *,
     baseline: Baseline = "linear",
 ) -> Barrier:
     """The barrier of `values` (P,) at `alphas` (P,), which hold 0 and 1.

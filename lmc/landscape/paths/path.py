@@ -84,7 +84,7 @@ class Path(Measured):
         if name not in measures:
             raise InputError(f"measure={measure!r}; {split} has {', '.join(measures)}")
         heights = 100.0 * (1.0 - measures[name]) if measure == "error" else measures[name]
-        return barrier(self.alphas, heights, baseline)
+        return barrier(self.alphas, heights, baseline=baseline)
 
     def barriers(self) -> "pd.DataFrame":
         """A row for each split, measure ("loss"; "error" in percentage points) and baseline."""
@@ -177,10 +177,10 @@ def loss_path(
     a: ModelOrWeights,
     b: ModelOrWeights,
     data: Any,
-    alphas: int | Sequence[float] = 25,
     *,
+    alphas: int | Sequence[float] = 25,
     repair: Repair = "auto",
-    statistics_inputs: Any = None,
+    inputs: Any = None,
     loss: Measure | None = None,
     metrics: Mapping[str, Measure] | None = None,
     batch_size: int | None = None,
@@ -203,7 +203,7 @@ def loss_path(
             averaged statistics, with a warning. "repair" gives every layer between the ends the mean and spread that it
             has in a and b, averaged, whatever the network is normalised by (see `lmc.repair`), "closed_form" does so in
             closed form; both leave the ends as they are.
-        statistics_inputs: inputs to estimate all these from (default: 2048 evenly spaced inputs of the train split, or
+        inputs: inputs to estimate all these from (default: 2048 evenly spaced inputs of the train split, or
             of the only one; labels are not used).
         loss, metrics, batch_size, device: as for `evaluate`.
         progress: show a bar when it takes more than about two seconds.
@@ -220,7 +220,7 @@ def loss_path(
         data,
         alphas,
         repair=repair,
-        statistics_inputs=statistics_inputs,
+        inputs=inputs,
         loss=loss,
         metrics=metrics,
         batch_size=batch_size,
@@ -237,7 +237,7 @@ def mixture_path(
     alphas: int | Sequence[float],
     *,
     repair: Repair,
-    statistics_inputs: Any,
+    inputs: Any,
     loss: Measure | None,
     metrics: Mapping[str, Measure] | None,
     batch_size: int | None,
@@ -262,9 +262,9 @@ def mixture_path(
         evaluator.network.check(controls[0], "a")
         moved = [{name: tensor.to(evaluator.device) for name, tensor in weights.items()} for weights in controls]
         if repair in REPAIRS:
-            average = renormalizer(evaluator, moved, repair, statistics_inputs, progress)
+            average = renormalizer(evaluator, moved, repair, inputs, progress)
             return evaluator, None, lambda alpha: average(shares(alpha))
-        prepare = preparation(evaluator, repair, statistics_inputs, stacklevel=5)
+        prepare = preparation(evaluator, repair, inputs, stacklevel=5)
         return evaluator, prepare, lambda alpha: mean(moved, shares(alpha))
 
     evaluator, prepare, state_at = bench()

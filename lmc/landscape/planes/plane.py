@@ -23,14 +23,14 @@ def loss_plane(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
     data: Any,
-    resolution: Resolution = 41,
     *,
+    resolution: Resolution = 41,
     names: Sequence[str] = ("A", "B", "C"),
     margin: float = 0.2,
     tolerance: float | None = None,
     resume: Plane | None = None,
     repair: Literal["auto"] | None = "auto",
-    statistics_inputs: Any = None,
+    inputs: Any = None,
     loss: Measure | None = None,
     metrics: Mapping[str, Measure] | None = None,
     batch_size: int | None = None,
@@ -58,7 +58,7 @@ def loss_plane(
             their range, as far as points that are held out can tell, and interpolates the others: of 51 x 51 points,
             most often a tenth. `plane.evaluated` says which, `plane.error` how far off.
         resume: an unfinished plane of the same arguments, whose points are taken over.
-        repair, statistics_inputs, loss, metrics, batch_size, device: as for `loss_path`.
+        repair, inputs, loss, metrics, batch_size, device: as for `loss_path`.
         progress: show a bar, and tell the cost of a long plane before it starts.
 
     Raises:
@@ -72,7 +72,7 @@ def loss_plane(
         raise InputError(f"names={names!r}; expected three different names")
     counts = _counts(resolution)
     _check_margin(margin)
-    options = Options(tolerance, resume, repair, statistics_inputs, loss, metrics, batch_size, device, progress)
+    options = Options(tolerance, resume, repair, inputs, loss, metrics, batch_size, device, progress)
     survey = Survey(model, dict(zip(names, models, strict=True)), data, options)
     first, second, third = survey.states.values()
     frame = ThroughThree.of((first, second, third), names, survey.parameters)
@@ -93,15 +93,15 @@ def random_plane(
     model: nn.Module,
     weights: ModelOrWeights | None,
     data: Any,
-    resolution: Resolution = 41,
     *,
+    resolution: Resolution = 41,
     radius: float = 1.0,
     seed: int = 0,
     name: str = "A",
     tolerance: float | None = None,
     resume: Plane | None = None,
     repair: Literal["auto"] | None = "auto",
-    statistics_inputs: Any = None,
+    inputs: Any = None,
     loss: Measure | None = None,
     metrics: Mapping[str, Measure] | None = None,
     batch_size: int | None = None,
@@ -130,7 +130,7 @@ def random_plane(
         raise InputError(f"resolution={resolution!r}; expected odd numbers, at least 5, so that the network is on a node")
     if not (math.isfinite(radius) and radius > 0.0):
         raise InputError(f"radius={radius}; expected a positive number")
-    options = Options(tolerance, resume, repair, statistics_inputs, loss, metrics, batch_size, device, progress)
+    options = Options(tolerance, resume, repair, inputs, loss, metrics, batch_size, device, progress)
     survey = Survey(model, {name: model if weights is None else weights}, data, options)
     centre, generator = survey.states[name], torch.Generator().manual_seed(seed)
     directions = [filter_normalised(centre, survey.parameters, generator) for _ in range(2)]
@@ -143,14 +143,14 @@ def trajectory_plane(
     model: nn.Module,
     trajectory: Sequence[ModelOrWeights],
     data: Any,
-    resolution: Resolution = 41,
     *,
+    resolution: Resolution = 41,
     margin: float = 0.2,
     name: str = "end",
     tolerance: float | None = None,
     resume: Plane | None = None,
     repair: Literal["auto"] | None = "auto",
-    statistics_inputs: Any = None,
+    inputs: Any = None,
     loss: Measure | None = None,
     metrics: Mapping[str, Measure] | None = None,
     batch_size: int | None = None,
@@ -179,7 +179,7 @@ def trajectory_plane(
         raise InputError(f"trajectory: expected at least three weight sets, got {len(trajectory)}")
     counts = _counts(resolution)
     _check_margin(margin)
-    options = Options(tolerance, resume, repair, statistics_inputs, loss, metrics, batch_size, device, progress)
+    options = Options(tolerance, resume, repair, inputs, loss, metrics, batch_size, device, progress)
     names = [*(f"trajectory[{i}]" for i in range(len(trajectory) - 1)), name]
     survey = Survey(model, dict(zip(names, trajectory, strict=True)), data, options)
     found = Principal.of(list(survey.states.values()), survey.parameters)

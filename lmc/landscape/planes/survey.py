@@ -34,7 +34,7 @@ class Options:
     tolerance: float | None
     resume: Plane | None
     repair: Literal["auto"] | None
-    statistics_inputs: Any
+    inputs: Any
     loss: Measure | None
     metrics: Mapping[str, Measure] | None
     batch_size: int | None
@@ -91,7 +91,7 @@ class Survey:
         )
         for name, state in states.items():
             self._evaluator.network.check(state, name)
-        self._prepare = preparation(self._evaluator, options.repair, options.statistics_inputs)
+        self._prepare = preparation(self._evaluator, options.repair, options.inputs)
         device = self._evaluator.device
         self.states = {n: {key: tensor.to(device) for key, tensor in state.items()} for n, state in states.items()}
         self.parameters = [name for name, _ in self._evaluator.network.module.named_parameters()]

@@ -25,12 +25,12 @@ def loss_triangle(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
     data: Any,
-    resolution: int = 40,
     *,
+    resolution: int = 40,
     names: Sequence[str] = ("A", "B", "C"),
     resume: Simplex | None = None,
     repair: Literal["auto"] | None = "auto",
-    statistics_inputs: Any = None,
+    inputs: Any = None,
     loss: Measure | None = None,
     metrics: Mapping[str, Measure] | None = None,
     batch_size: int | None = None,
@@ -50,7 +50,7 @@ def loss_triangle(
         resolution: steps along each edge, at least 2: (resolution + 1) (resolution + 2) / 2 points.
         names: what the three are called in print and in plots.
         resume: an unfinished triangle of the same arguments, whose points are taken over.
-        repair, statistics_inputs, loss, metrics, batch_size, device: as for `loss_path`.
+        repair, inputs, loss, metrics, batch_size, device: as for `loss_path`.
         progress: show a bar, and tell the cost of a long survey before it starts.
 
     Raises:
@@ -64,11 +64,11 @@ def loss_triangle(
         model,
         models,
         data,
-        resolution,
+        resolution=resolution,
         names=names,
         resume=resume,
         repair=repair,
-        statistics_inputs=statistics_inputs,
+        inputs=inputs,
         loss=loss,
         metrics=metrics,
         batch_size=batch_size,
@@ -82,12 +82,12 @@ def loss_simplex(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
     data: Any,
-    resolution: int | None = None,
     *,
+    resolution: int | None = None,
     names: Sequence[str] | None = None,
     resume: Simplex | None = None,
     repair: Literal["auto"] | None = "auto",
-    statistics_inputs: Any = None,
+    inputs: Any = None,
     loss: Measure | None = None,
     metrics: Mapping[str, Measure] | None = None,
     batch_size: int | None = None,
@@ -103,7 +103,7 @@ def loss_simplex(
         model: the architecture.
         models: at least two weight sets of it.
         names: default "A", "B", ...
-        data, resolution, resume, repair, statistics_inputs, loss, metrics, batch_size, device, progress: as for
+        data, resolution, resume, repair, inputs, loss, metrics, batch_size, device, progress: as for
             `loss_triangle`.
     """
     if isinstance(models, Mapping) or len(models) < 2:
@@ -119,7 +119,7 @@ def loss_simplex(
         check_compatible(states[0], state, (names[0], name))
         check_finite(state, name)
         evaluator.network.check(state, name)
-    prepare = preparation(evaluator, repair, statistics_inputs)
+    prepare = preparation(evaluator, repair, inputs)
     moved = [{key: tensor.to(evaluator.device) for key, tensor in state.items()} for state in states]
     mixer = Mixer(evaluator, moved, prepare)
     blank = _blank(mixer, names, counts)

@@ -265,6 +265,6 @@ def _barriers(
     found = np.zeros((count, count))
     pairs = [(i, j) for i in range(count) for j in range(i)]
     for i, j in tqdm(pairs, desc="barriers", unit=" pairs", disable=not progress):
-        path = loss_path(model, states[i], states[j], data, alphas, device=device, progress=False)
+        path = loss_path(model, states[i], states[j], data, alphas=alphas, device=device, progress=False)
         found[i, j] = found[j, i] = path.barrier
     return found

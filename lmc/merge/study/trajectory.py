@@ -87,7 +87,7 @@ def trajectory_averages(
     start: int = 0,
     window: int = 6,
     decay: float = 0.9,
-    statistics_inputs: Any = None,
+    inputs: Any = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> TrajectoryAverages:
@@ -95,7 +95,7 @@ def trajectory_averages(
 
     SWA is the mean of all from `start` on (Izmailov et al. 2018, 1803.05407), LAWA that of the `window` latest (Kaddour
     2022, 2209.14981), EMA decays by `decay` a checkpoint. Before `start` SWA is the checkpoint itself. BatchNorm
-    statistics are re-estimated from `statistics_inputs` (default: the first split) for every point.
+    statistics are re-estimated from `inputs` (default: the first split) for every point.
 
     Args:
         model: the architecture.
@@ -118,7 +118,7 @@ def trajectory_averages(
         check_compatible(states[0], state, ("checkpoint 0", f"checkpoint {i}"))
         check_finite(state, f"checkpoint {i}")
     evaluator = Evaluator(model, data, device=pick_device(device, states[0]))
-    prepare = preparation(evaluator, "auto", statistics_inputs)
+    prepare = preparation(evaluator, "auto", inputs)
 
     def at(name: str, t: int) -> Weights:
         so_far = states[: t + 1]

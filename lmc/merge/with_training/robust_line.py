@@ -86,7 +86,7 @@ def wise_ft_line(
     data: Mapping[str, Any],
     *,
     alphas: int = 11,
-    statistics_inputs: Any = None,
+    inputs: Any = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> WiseLine:
@@ -98,15 +98,15 @@ def wise_ft_line(
         base, tuned: its weights before and after fine-tuning.
         data: name -> classification data, as for `lmc.loss_path`; first the reference, then one shift or more.
         alphas: an odd number of points.
-        statistics_inputs, device, progress: as for `lmc.loss_path`.
+        inputs, device, progress: as for `lmc.loss_path`.
 
     Raises:
         InputError: fewer than two data sets, or data that are no classification. Others as `lmc.loss_path`.
     """
     if len(data) < 2:
         raise InputError(f"data: expected the reference and at least one shift, got {list(data)}")
-    options: dict[str, Any] = {"statistics_inputs": statistics_inputs, "device": device, "progress": progress}
-    paths = {name: loss_path(model, base, tuned, each, alphas, **options) for name, each in data.items()}
+    options: dict[str, Any] = {"inputs": inputs, "device": device, "progress": progress}
+    paths = {name: loss_path(model, base, tuned, each, alphas=alphas, **options) for name, each in data.items()}
     for name, path in paths.items():
         if path.split not in path.accuracies:
             raise InputError(f"data[{name!r}]: targets are no classes, so that there is no accuracy")

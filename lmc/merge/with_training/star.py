@@ -74,7 +74,7 @@ class Star(Mapping[str, Tensor]):
         pairs = [(a, _matched(self.spec, a, b)) for a, b in zip(everyone[:-1], everyone[1:], strict=True)]
 
         def paths(ends: Sequence[tuple[Weights, Weights]]) -> tuple[Path, ...]:
-            return tuple(loss_path(self.model, a, b, data, alphas, **options) for a, b in ends)
+            return tuple(loss_path(self.model, a, b, data, alphas=alphas, **options) for a, b in ends)
 
         centre = self.weights
         return StarPaths(
