@@ -3,6 +3,8 @@
 import os
 import tempfile
 
+import pytest
+
 # One thread: sums are then made in one order on every machine, and a busy small machine is not slowed by spinning.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -22,3 +24,11 @@ NOT_COMPARED = ("application/vnd.plotly.v1+json", "text/html", "stderr")
 def pytest_collectstart(collector):
     if hasattr(collector, "skip_compare") and collector.path.suffix == ".ipynb":
         collector.skip_compare += NOT_COMPARED
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test draws from the same state, whichever tests ran before it in its process."""
+    import torch  # not before the threads are set above
+
+    torch.manual_seed(0)

@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from alignment_cases import CASES, HEADS, Case, random_weights, transformer_patterns
+from support import same
 from torch import Tensor, nn
 
 import lmc
@@ -103,10 +104,6 @@ def noisy(weights: Weights, share: float, seed: int) -> Weights:
         keep = not x.is_floating_point() or "running" in name
         found[name] = x if keep else x + share * x.std() * noise
     return found
-
-
-def same(x: Weights, y: Weights) -> bool:
-    return x.keys() == y.keys() and all(torch.equal(x[name], y[name]) for name in x)
 
 
 def same_moves(x: Permutation, y: Permutation) -> bool:

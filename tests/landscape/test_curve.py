@@ -1,11 +1,12 @@
 """Curves: their ends and shape, training that lowers the loss between two networks, and curves that break off."""
 
+import functools
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from support import classifier, same, splits, trained
 from torch import nn
 
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
@@ -14,37 +15,14 @@ from lmc.landscape.evaluation.evaluator import evaluate
 from lmc.landscape.paths.path import Path, loss_path
 from lmc.weights.arithmetic import distance, lerp
 
-
-def blobs(count, seed):
-    """Four Gaussian classes in 8 dimensions."""
-    centres = torch.randn(4, 8, generator=torch.Generator().manual_seed(9))
-    targets = torch.arange(count) % 4
-    return centres[targets] + 0.6 * torch.randn(count, 8, generator=torch.Generator().manual_seed(seed)), targets
-
-
-DATA = SimpleNamespace(train=blobs(160, 0), test=blobs(80, 1))
-
-
-def network(seed, norm=False, dropout=0.0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        middle = [nn.BatchNorm1d(12)] if norm else []
-        return nn.Sequential(nn.Linear(8, 12), *middle, nn.ReLU(), nn.Dropout(dropout), nn.Linear(12, 4))
-
-
-def trained(model):
-    optimiser = torch.optim.Adam(model.parameters(), 2e-2)
-    for _ in range(60):
-        optimiser.zero_grad()
-        nn.functional.cross_entropy(model(DATA.train[0]), DATA.train[1]).backward()
-        optimiser.step()
-    return model
+DATA = splits(160, 80)
+network = functools.partial(classifier, dropout=0.0)
 
 
 @pytest.fixture(scope="module")
 def pair():
     """Two networks of one function whose units are mirrored: an average of them is far from either."""
-    a = trained(network(1)).state_dict()
+    a = trained(network(1), DATA.train, 60).state_dict()
     b = {"0.weight": a["0.weight"].flip(0), "0.bias": a["0.bias"].flip(0), "3.weight": a["3.weight"].flip(1)}
     return a, b | {"3.bias": a["3.bias"]}
 
@@ -52,10 +30,6 @@ def pair():
 @pytest.fixture(scope="module")
 def curve(pair):
     return bezier_curve(network(0), *pair, DATA, epochs=25, lr=1e-2, batch_size=32)
-
-
-def same(one, two):
-    return one.keys() == two.keys() and all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
 # ---- shape
@@ -72,7 +46,7 @@ def test_ends_are_the_networks_bit_by_bit(pair, make, bends):
 
 
 def test_ends_keep_their_counters():
-    a, b = trained(network(1, norm=True)), network(2, norm=True)
+    a, b = trained(network(1, norm=True), DATA.train, 60), network(2, norm=True)
     curve = bezier_curve(a, a, b, DATA, epochs=1)
     assert same(curve.at(0.0), a.state_dict()) and same(curve.at(1.0), b.state_dict())
     assert curve.at(1.0)["1.num_batches_tracked"] == 0
@@ -201,7 +175,7 @@ def test_the_path_holds_the_losses_of_its_points(curve, pair):
 
 
 def test_statistics_are_estimated_anew_along_the_curve():
-    a, b = trained(network(1, norm=True)), trained(network(2, norm=True))
+    a, b = trained(network(1, norm=True), DATA.train, 60), trained(network(2, norm=True), DATA.train, 60)
     curve = bezier_curve(a, a, b, DATA, epochs=5)
     path = curve.path(DATA, alphas=3)
     assert path.recalibrated
@@ -287,9 +261,9 @@ def test_unusable_arguments_are_refused(pair, options):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_saved_curves_come_back_bit_by_bit(tmp_path, norm):
-    made = bezier_curve(network(0, norm), network(0, norm), network(1, norm), DATA, epochs=2, progress=False)
+    made = bezier_curve(network(0, norm=norm), network(0, norm), network(1, norm), DATA, epochs=2, progress=False)
     made.save(tmp_path / "curve.safetensors")
-    back = type(made).load(tmp_path / "curve.safetensors", network(5, norm))
+    back = type(made).load(tmp_path / "curve.safetensors", network(5, norm=norm))
     for one, two in zip(made.controls, back.controls, strict=True):
         assert list(one) == list(two) and all(torch.equal(one[name], two[name]) for name in one)
     assert (back.kind, back.interrupted) == (made.kind, made.interrupted) and (back.losses == made.losses).all()

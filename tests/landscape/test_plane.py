@@ -1,11 +1,11 @@
 """Planes: their geometry, points that equal direct evaluations, gaps, and planes that break off."""
 
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from support import classifier, splits, trained
 from torch import nn
 
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
@@ -16,41 +16,18 @@ from lmc.landscape.planes.plane_result import Plane
 from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.weights.arithmetic import distance, mean
 
-
-def blobs(count, seed):
-    """Three Gaussian classes in 6 dimensions."""
-    centres = torch.randn(3, 6, generator=torch.Generator().manual_seed(9))
-    targets = torch.arange(count) % 3
-    return centres[targets] + 0.7 * torch.randn(count, 6, generator=torch.Generator().manual_seed(seed)), targets
-
-
-DATA = SimpleNamespace(train=blobs(90, 0), test=blobs(60, 1))
-
-
-def network(seed, norm=False):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        middle = [nn.BatchNorm1d(8)] if norm else []
-        return nn.Sequential(nn.Linear(6, 8), *middle, nn.ReLU(), nn.Linear(8, 3))
-
-
-def trained(model):
-    optimiser = torch.optim.Adam(model.parameters(), 2e-2)
-    for _ in range(40):
-        optimiser.zero_grad()
-        nn.functional.cross_entropy(model(DATA.train[0]), DATA.train[1]).backward()
-        optimiser.step()
-    return model
+DATA = splits(90, 60, classes=3, dims=6, spread=0.7)
+SIZES = (6, 8, 3)
 
 
 @pytest.fixture(scope="module")
 def three():
-    return tuple(trained(network(seed)).state_dict() for seed in (1, 2, 3))
+    return tuple(trained(classifier(seed, SIZES), DATA.train).state_dict() for seed in (1, 2, 3))
 
 
 @pytest.fixture(scope="module")
 def plane(three):
-    return loss_plane(network(0), three, DATA, resolution=9)
+    return loss_plane(classifier(0, SIZES), three, DATA, resolution=9)
 
 
 def node(plane, name):
@@ -105,12 +82,12 @@ def test_the_order_visits_everything_once_and_coarse_meshes_first():
 def test_collinear_models_are_refused_by_name(three, share):
     between = mean([three[0], three[2]], [1 - share, share])
     with pytest.raises(InputError, match="collinear"):
-        loss_plane(network(0), (three[0], between, three[2]), DATA)
+        loss_plane(classifier(0, SIZES), (three[0], between, three[2]), DATA)
 
 
 def test_models_that_coincide_are_refused(three):
     with pytest.raises(InputError, match="left, middle, right are collinear .left and right are the same"):
-        loss_plane(network(0), (three[0], three[1], three[0]), DATA, names=("left", "middle", "right"))
+        loss_plane(classifier(0, SIZES), (three[0], three[1], three[0]), DATA, names=("left", "middle", "right"))
 
 
 # ---- the plane through three models
@@ -118,7 +95,7 @@ def test_models_that_coincide_are_refused(three):
 
 def test_the_models_score_what_a_direct_evaluation_gives(plane, three):
     for i, (name, state) in enumerate(zip("ABC", three, strict=True)):
-        for split, score in evaluate(network(0), state, DATA).items():
+        for split, score in evaluate(classifier(0, SIZES), state, DATA).items():
             assert plane.losses[split][node(plane, name)] == pytest.approx(score.loss, rel=1e-6)
             assert plane.accuracies[split][node(plane, name)] == score.accuracy
             assert plane.own[split]["loss"][i] == plane.losses[split][node(plane, name)]
@@ -135,25 +112,25 @@ def test_corners_of_the_grid_equal_a_direct_evaluation(plane, three):
             flat, state = (w0 + plane.x[column] * u + plane.y[row] * v).float(), {}
             for name, tensor in three[0].items():
                 state[name], flat = flat[: tensor.numel()].reshape(tensor.shape), flat[tensor.numel() :]
-            score = evaluate(network(0), state, DATA)["test"]
+            score = evaluate(classifier(0, SIZES), state, DATA)["test"]
             assert plane.losses["test"][row, column] == pytest.approx(score.loss, rel=1e-4)
             assert plane.accuracies["test"][row, column] == pytest.approx(score.accuracy, abs=1 / 60)
 
 
 def test_a_mirrored_order_gives_the_mirrored_plane(plane, three):
-    mirrored = loss_plane(network(0), three[::-1], DATA, resolution=9, names=("C", "B", "A"))
+    mirrored = loss_plane(classifier(0, SIZES), three[::-1], DATA, resolution=9, names=("C", "B", "A"))
     assert mirrored.places["B"][1] == pytest.approx(plane.places["B"][1])
     assert mirrored.places["B"][0] == pytest.approx(plane.places["C"][0] - plane.places["B"][0])
     np.testing.assert_allclose(mirrored.losses["test"][:, ::-1], plane.losses["test"], rtol=1e-3)
 
 
 def test_margin_zero_ends_at_the_models(three):
-    plane = loss_plane(network(0), three, DATA.test, resolution=5, margin=0.0)
+    plane = loss_plane(classifier(0, SIZES), three, DATA.test, resolution=5, margin=0.0)
     assert (plane.y[0], plane.y[-1]) == (0.0, plane.places["B"][1]) and plane.split == "data"
 
 
 def test_nothing_of_the_callers_changes(three):
-    model = network(0).train()
+    model = classifier(0, SIZES).train()
     before = [{name: t.clone() for name, t in state.items()} for state in (model.state_dict(), *three)]
     random = torch.get_rng_state()
     loss_plane(model, three, DATA, resolution=5)
@@ -164,15 +141,15 @@ def test_nothing_of_the_callers_changes(three):
 
 
 def test_statistics_are_estimated_anew_at_every_point():
-    models = [trained(network(seed, norm=True)) for seed in (1, 2, 3)]
-    plane = loss_plane(network(0, norm=True), models, DATA, resolution=5)
+    models = [trained(classifier(seed, SIZES, norm=True), DATA.train) for seed in (1, 2, 3)]
+    plane = loss_plane(classifier(0, SIZES, norm=True), models, DATA, resolution=5)
     assert plane.recalibrated and "re-estimated" in str(plane)
     fresh = recalibrate_batchnorm(models[1], None, DATA.train[0])
     at_b = evaluate(models[1], fresh, DATA)["test"].loss
     assert plane.losses["test"][node(plane, "B")] == pytest.approx(at_b, rel=1e-5)
     assert plane.own["test"]["loss"][1] == pytest.approx(evaluate(models[1], None, DATA)["test"].loss, rel=1e-5)
     with pytest.warns(UserWarning, match="batch normalisation"):
-        stale = loss_plane(network(0, norm=True), models, DATA, resolution=5, repair=None)
+        stale = loss_plane(classifier(0, SIZES, norm=True), models, DATA, resolution=5, repair=None)
     assert not np.allclose(stale.losses["test"], plane.losses["test"], rtol=1e-3)
 
 
@@ -187,18 +164,18 @@ def test_filters_of_a_direction_are_as_long_as_those_of_the_network(three):
 
 
 def test_the_middle_of_a_random_plane_is_the_network(three):
-    plane = random_plane(network(0), three[0], DATA, resolution=5, seed=3)
-    score = evaluate(network(0), three[0], DATA)["test"]
+    plane = random_plane(classifier(0, SIZES), three[0], DATA, resolution=5, seed=3)
+    score = evaluate(classifier(0, SIZES), three[0], DATA)["test"]
     assert plane.losses["test"][2, 2] == pytest.approx(score.loss, rel=1e-6) and plane.places == {"A": (0.0, 0.0)}
-    again = random_plane(network(0), three[0], DATA, resolution=5, seed=3)
-    other = random_plane(network(0), three[0], DATA, resolution=5, seed=4)
+    again = random_plane(classifier(0, SIZES), three[0], DATA, resolution=5, seed=3)
+    other = random_plane(classifier(0, SIZES), three[0], DATA, resolution=5, seed=4)
     np.testing.assert_array_equal(plane.losses["test"], again.losses["test"])
     assert not np.allclose(plane.losses["test"], other.losses["test"])
 
 
 def test_filters_before_batch_normalisation_may_have_any_scale():
     """Li et al.: with filters normalised, a network and its rescaled twin have the same surface."""
-    model = trained(network(1, norm=True))
+    model = trained(classifier(1, SIZES, norm=True), DATA.train)
     model[1].eps = 1e-12
     twin = {name: t.clone() for name, t in model.state_dict().items()}
     scale = torch.linspace(0.5, 4.0, 8)
@@ -216,7 +193,7 @@ def test_a_metric_that_is_nan_somewhere_leaves_counted_gaps(three):
         value = outputs.std()
         return value if value < 6.0 else torch.tensor(math.nan)
 
-    plane = loss_plane(network(0), three, DATA.test, resolution=7, margin=1.0, metrics={"spread": spread})
+    plane = loss_plane(classifier(0, SIZES), three, DATA.test, resolution=7, margin=1.0, metrics={"spread": spread})
     gaps = int(np.isnan(plane.values["data"]["spread"]).sum())
     assert 0 < gaps < 49 and plane.gaps == {"loss": 0, "accuracy": 0, "spread": gaps}
     assert plane.complete and f"{gaps} where spread is NaN" in str(plane)
@@ -227,7 +204,7 @@ def test_gaps_of_the_loss_are_not_drawn(three):
         loss = nn.functional.cross_entropy(outputs, targets)
         return loss if loss < 2.0 else torch.tensor(math.nan)
 
-    plane = loss_plane(network(0), three, DATA.test, resolution=7, margin=1.0, loss=picky)
+    plane = loss_plane(classifier(0, SIZES), three, DATA.test, resolution=7, margin=1.0, loss=picky)
     drawn = plane.plot().data[0]
     assert plane.gaps["loss"] > 0 and np.isnan(np.array(drawn.z, dtype=float)).sum() == plane.gaps["loss"]
 
@@ -271,7 +248,7 @@ def test_resuming_evaluates_only_what_is_missing(plane, three):
         **{**vars(plane), "values": {s: {m: v.copy() for m, v in ms.items()} for s, ms in plane.values.items()}}
     )
     marked.values["test"]["loss"][0, 0] = 77.0
-    again = loss_plane(network(0), three, DATA, resolution=9, resume=marked)
+    again = loss_plane(classifier(0, SIZES), three, DATA, resolution=9, resume=marked)
     assert again.losses["test"][0, 0] == 77.0
 
 
@@ -313,9 +290,9 @@ def test_the_plot_shows_losses_and_the_models_in_their_places(plane):
 
 def test_the_cost_of_a_long_plane_is_told(three, monkeypatch, capsys):
     monkeypatch.setattr("lmc.landscape.planes.survey.LONG", 0.0)
-    loss_plane(network(0), three, DATA, resolution=5)
+    loss_plane(classifier(0, SIZES), three, DATA, resolution=5)
     assert "plane: 22 points to evaluate, about" in capsys.readouterr().out
-    loss_plane(network(0), three, DATA, resolution=5, progress=False)
+    loss_plane(classifier(0, SIZES), three, DATA, resolution=5, progress=False)
     assert not capsys.readouterr().out
 
 
@@ -324,9 +301,9 @@ def test_the_cost_of_a_long_plane_is_told(three, monkeypatch, capsys):
 
 def test_mismatched_networks_are_named(three):
     with pytest.raises(MismatchError, match="0.weight: dtype"):
-        loss_plane(network(0), (three[0], network(0).double(), three[2]), DATA)
+        loss_plane(classifier(0, SIZES), (three[0], classifier(0, SIZES).double(), three[2]), DATA)
     with pytest.raises(WeightsError, match="0.bias of C"):
-        loss_plane(network(0), (*three[:2], three[2] | {"0.bias": torch.full((8,), math.nan)}), DATA)
+        loss_plane(classifier(0, SIZES), (*three[:2], three[2] | {"0.bias": torch.full((8,), math.nan)}), DATA)
     with pytest.raises(MismatchError, match="in model"):
         loss_plane(nn.Linear(6, 3), three, DATA)
 
@@ -338,15 +315,15 @@ def test_mismatched_networks_are_named(three):
 )
 def test_unusable_arguments_are_refused(three, options):
     with pytest.raises(InputError, match=next(iter(options))):
-        loss_plane(network(0), three, DATA, **options)
+        loss_plane(classifier(0, SIZES), three, DATA, **options)
 
 
 @pytest.mark.parametrize("options", [{"resolution": 6}, {"radius": 0.0}, {"radius": math.inf}])
 def test_unusable_arguments_of_random_planes_are_refused(options):
     with pytest.raises(InputError, match=next(iter(options))):
-        random_plane(network(0), None, DATA, **options)
+        random_plane(classifier(0, SIZES), None, DATA, **options)
 
 
 def test_two_models_make_no_plane(three):
     with pytest.raises(InputError, match="three networks, got 2"):
-        loss_plane(network(0), three[:2], DATA)
+        loss_plane(classifier(0, SIZES), three[:2], DATA)

@@ -2,12 +2,11 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from support import classifier, splits
 
 import lmc
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
@@ -18,20 +17,8 @@ from lmc.landscape.simplices.triangle import loss_simplex, loss_triangle
 from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.weights.arithmetic import mean
 
-
-def blobs(count, seed):
-    """Three Gaussian classes in 6 dimensions."""
-    centres = torch.randn(3, 6, generator=torch.Generator().manual_seed(9))
-    targets = torch.arange(count) % 3
-    return centres[targets] + 0.7 * torch.randn(count, 6, generator=torch.Generator().manual_seed(seed)), targets
-
-
-DATA = SimpleNamespace(train=blobs(90, 0), test=blobs(60, 1))
-
-
-def network(norm=False):
-    middle = [nn.BatchNorm1d(8)] if norm else []
-    return nn.Sequential(nn.Linear(6, 8), *middle, nn.ReLU(), nn.Linear(8, 3))
+DATA = splits(90, 60, classes=3, dims=6, spread=0.7)
+SIZES = (6, 8, 3)
 
 
 def random_states(count, model):
@@ -42,7 +29,7 @@ def random_states(count, model):
     ]
 
 
-MODEL = network()
+MODEL = classifier(0, SIZES)
 STATES = random_states(5, MODEL)
 
 
@@ -115,7 +102,7 @@ def test_the_best_point_is_the_lowest(triangle):
 
 
 def test_batch_statistics_are_estimated_at_every_point():
-    model = network(norm=True)
+    model = classifier(0, SIZES, norm=True)
     states = random_states(3, model)
     for state in states:
         state["1.running_var"].abs_()
@@ -232,7 +219,7 @@ def test_shares_that_are_no_mixture_are_refused(triangle):
 
 
 def test_nothing_of_the_callers_is_touched():
-    model = network().train()
+    model = classifier(0, SIZES).train()
     before = [{k: v.clone() for k, v in state.items()} for state in (model.state_dict(), *STATES[:3])]
     random = torch.get_rng_state()
     lmc.loss_triangle(model, STATES[:3], DATA, resolution=2)

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from support import close
 from torch import Tensor, nn
 
 import lmc.merge as merge
@@ -19,10 +20,6 @@ def random_states(count: int, seed: int = 0, dtype: torch.dtype = torch.float64)
         return {name: torch.randn(shape, generator=generator, dtype=dtype) for name, shape in shapes.items()}
 
     return [state() for _ in range(count)]
-
-
-def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-12) -> bool:
-    return list(a) == list(b) and all(torch.allclose(a[k], b[k], rtol=0, atol=tolerance) for k in a)
 
 
 def test_average_is_the_weighted_mean() -> None:

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from support import blobs, classifier
 from torch import nn
 
 import lmc
@@ -13,28 +14,12 @@ import lmc.merge as merge
 from lmc.errors import InputError, MismatchError
 from lmc.landscape.evaluation.evaluator import evaluate
 
-
-def blobs(count, seed, shift=0.0):
-    """Four Gaussian classes in 8 dimensions."""
-    centres = torch.randn(4, 8, generator=torch.Generator().manual_seed(9))
-    targets = torch.arange(count) % 4
-    return centres[targets] + shift + 0.9 * torch.randn(
-        count, 8, generator=torch.Generator().manual_seed(seed)
-    ), targets
-
-
-TRAIN, VALIDATION, TEST = blobs(200, 0), blobs(80, 1), blobs(80, 2)
-
-
-def network(seed=0):
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        return nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 4))
+TRAIN, VALIDATION, TEST = (blobs(count, seed, spread=0.9) for count, seed in ((200, 0), (80, 1), (80, 2)))
 
 
 def tuned(weights, seed, steps=15, data=TRAIN):
     """A module trained from `weights` on batches drawn with `seed`."""
-    model = network()
+    model = classifier(0)
     model.load_state_dict(weights)
     generator = torch.Generator().manual_seed(seed)
     optimiser = torch.optim.SGD(model.parameters(), 0.1)
@@ -46,7 +31,7 @@ def tuned(weights, seed, steps=15, data=TRAIN):
     return model
 
 
-MODEL = network()
+MODEL = classifier(0)
 BASE = tuned(MODEL.state_dict(), 0).state_dict()
 RUNS = [tuned(BASE, seed, steps=25).state_dict() for seed in (1, 2, 3)]
 
@@ -58,7 +43,7 @@ def loss(weights, data):
 @pytest.fixture(scope="module")
 def soups():
     spoiled = {k: torch.full_like(v, math.nan) for k, v in BASE.items()}
-    stranger = tuned(network(5).state_dict(), 7, steps=20).state_dict()
+    stranger = tuned(classifier(5).state_dict(), 7, steps=20).state_dict()
     models = [*RUNS, stranger, spoiled]
     names = ["one", "two", "three", "stranger", "spoiled"]
     return models, merge.taste_soups(
@@ -135,7 +120,11 @@ def test_averages_along_a_run_are_those_of_the_checkpoints_so_far():
 
 
 def test_the_line_of_wise_ft_is_evaluated_on_every_set():
-    shifted = {"reference": TEST, "left": blobs(80, 3, -0.5), "right": blobs(80, 4, 0.5)}
+    shifted = {
+        "reference": TEST,
+        "left": blobs(80, 3, spread=0.9, shift=-0.5),
+        "right": blobs(80, 4, spread=0.9, shift=0.5),
+    }
     line = merge.wise_ft_line(MODEL, BASE, RUNS[0], shifted, alphas=5, progress=False)
     for name, data in shifted.items():
         for i, alpha in enumerate(line.alphas):

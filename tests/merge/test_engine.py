@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
+from support import close, same
 from torch import Tensor, nn
 
 import lmc.merge as merge
@@ -71,14 +72,6 @@ def models() -> list[Tied]:
             model.norm.num_batches_tracked += seed
         others.append(model)
     return [base, *others]
-
-
-def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
-
-
-def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float = 1e-6) -> bool:
-    return list(a) == list(b) and all(torch.allclose(a[k], b[k], rtol=0, atol=tolerance) for k in a)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])

@@ -7,14 +7,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from support import same
 from torch import Tensor, nn
 
 import lmc.merge as merge
 from lmc.errors import InputError
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
 @pytest.fixture(scope="module")

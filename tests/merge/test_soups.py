@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import same
 from torch import Tensor, nn
 
 import lmc
@@ -52,10 +53,6 @@ def kitchen(digits: dict[str, Data]) -> tuple[nn.Module, list[nn.Module]]:
 def accuracy(model: nn.Module, weights: dict[str, Tensor], data: Data) -> float:
     outputs = torch.func.functional_call(model, weights, (data[0],))
     return float((outputs.argmax(1) == data[1]).float().mean())
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_greedy_soup_on_digits(kitchen: tuple[nn.Module, list[nn.Module]], digits: dict[str, Data]) -> None:

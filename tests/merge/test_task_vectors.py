@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from support import close
 from torch import Tensor
 
 import lmc.merge as merge
@@ -41,10 +42,6 @@ METHODS = {
     "lines": {"alpha": 0.3, "beta": 0.5},
     "consensus": {},
 }
-
-
-def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-12) -> bool:
-    return list(a) == list(b) and all(torch.allclose(a[k], b[k], rtol=0, atol=tolerance) for k in a)
 
 
 def plus(base: dict[str, Tensor], *deltas: dict[str, Tensor], scale: float = 1.0) -> dict[str, Tensor]:

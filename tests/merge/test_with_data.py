@@ -6,18 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support import close, same
 from torch import Tensor, nn
 
 import lmc.merge as merge
 from lmc.errors import DataError, InputError, MismatchError
-
-
-def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def close(a: dict[str, Tensor], b: dict[str, Tensor], tolerance: float = 1e-10) -> bool:
-    return list(a) == list(b) and all(torch.allclose(a[k], b[k], rtol=0, atol=tolerance) for k in a)
 
 
 class Net(nn.Module):

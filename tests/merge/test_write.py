@@ -6,12 +6,12 @@ import shutil
 import subprocess
 import sys
 from collections import namedtuple
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import same
 from torch import Tensor
 
 import lmc.merge as merge
@@ -67,10 +67,6 @@ def folder(path: Path, weights: dict[str, Tensor]) -> Path:
 @pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:
     return [folder(tmp_path / name, state(seed)) for seed, name in enumerate(("base", "a", "b"))]
-
-
-def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    return set(a) == set(b) and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
 def run(name: str, paths: list[Path], out: Path, **options):

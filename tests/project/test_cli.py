@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from support import same
 from torch import Tensor
 
 import lmc
@@ -37,10 +38,6 @@ def folders(tmp_path: Path) -> list[str]:
         (tmp_path / name / "config.json").write_text(json.dumps({"of": name}))
         found.append(str(tmp_path / name))
     return found
-
-
-def same(a, b) -> bool:
-    return list(a) == list(b) and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def failing(capsys: pytest.CaptureFixture[str], *argv: str) -> tuple[int, str]:
