@@ -29,6 +29,7 @@ def address(tmp_path_factory) -> str:
     return file.as_uri()
 
 
+@pytest.mark.thorough
 def test_a_drag_in_jupyterlab_reaches_page_kernel_and_the_other_widget(server, open_notebook):
     sources = NETWORKS + MAKE, "w = result.explore()\nw", "v = result.explore()\nv"
     lab = open_notebook(write(server, "epochs.ipynb", *sources))

@@ -1,6 +1,7 @@
 """The browser bench itself: it runs a notebook, sees a widget move, and notices what it should notice."""
 
 import nbformat
+import pytest
 
 SLIDER = """
 import ipywidgets
@@ -18,6 +19,7 @@ def write(server, name: str, *sources: str) -> str:
     return name
 
 
+@pytest.mark.thorough
 def test_a_moved_slider_reaches_the_kernel_and_comes_back(server, open_notebook):
     notebook = open_notebook(write(server, "slider.ipynb", "1 + 1", SLIDER))
     notebook.run_all()
@@ -30,6 +32,7 @@ def test_a_moved_slider_reaches_the_kernel_and_comes_back(server, open_notebook)
     assert notebook.ask("slider.value") == "4"
 
 
+@pytest.mark.thorough
 def test_errors_and_requests_to_other_machines_are_noticed(server, window, open_notebook):
     notebook = open_notebook(write(server, "error.ipynb", "1 / 0"))
     notebook.run_all()

@@ -53,6 +53,7 @@ def pull(page, slider, share):
     page.mouse.up()
 
 
+@pytest.mark.thorough
 def test_a_drag_in_jupyterlab_reaches_page_kernel_and_the_other_widget(lab):
     first, second = (lab.page.locator(".lmc-match").nth(i) for i in (0, 1))
     canvases = (".lmc-match-matrix", ".lmc-match-ways", ".lmc-match-fields")

@@ -47,6 +47,7 @@ def at(widget, point) -> bool:
     return all(abs(float(text) - value) < 0.06 for text, value in zip(read, point, strict=True))
 
 
+@pytest.mark.thorough
 def test_a_drag_in_jupyterlab_reaches_page_kernel_and_the_other_widget(lab):
     first, second = (lab.page.locator(".lmc-plane").nth(i) for i in (0, 1))
     first.locator(".lmc-note[data-state=exact]").wait_for()
@@ -66,6 +67,7 @@ def test_a_drag_in_jupyterlab_reaches_page_kernel_and_the_other_widget(lab):
     assert first.locator(".lmc-tile:visible").count() == 24
 
 
+@pytest.mark.thorough
 def test_keys_and_tabs_in_jupyterlab(lab):
     first, second = (lab.page.locator(".lmc-plane").nth(i) for i in (0, 1))
     before = until(lab, "list(w.point)", bool)

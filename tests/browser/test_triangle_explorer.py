@@ -73,6 +73,7 @@ def drag(page, element, start, end):
     page.mouse.up()
 
 
+@pytest.mark.thorough
 def test_a_drag_in_jupyterlab_reaches_page_kernel_and_the_other_widget(lab):
     first, second = (lab.page.locator(".lmc-mix").nth(i) for i in (0, 1))
     first.locator(".lmc-note[data-state=exact]").wait_for()
@@ -97,6 +98,7 @@ def test_a_drag_in_jupyterlab_reaches_page_kernel_and_the_other_widget(lab):
     assert outputs == [f"{share:.2f}" for share in moved]
 
 
+@pytest.mark.thorough
 def test_the_kernel_moves_the_widget_and_keys_move_it_too(lab):
     widget = lab.page.locator(".lmc-mix").first
     lab.ask("setattr(w, 'shares', [0.0, 0.0, 1.0])")

@@ -261,7 +261,7 @@ def test_unusable_arguments_are_refused(pair, options):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_saved_curves_come_back_bit_by_bit(tmp_path, norm):
-    made = bezier_curve(network(0, norm=norm), network(0, norm), network(1, norm), DATA, epochs=2, progress=False)
+    made = bezier_curve(network(0, norm=norm), network(0, norm=norm), network(1, norm=norm), DATA, epochs=2, progress=False)
     made.save(tmp_path / "curve.safetensors")
     back = type(made).load(tmp_path / "curve.safetensors", network(5, norm=norm))
     for one, two in zip(made.controls, back.controls, strict=True):
