@@ -140,10 +140,10 @@ METHODS: dict[str, Callable[[Bench], dict[str, Tensor]]] = {
     "regmean++": with_data(merge.regmean_plus_plus),
     "adamerging (train images)": lambda b: with_data(merge.adamerging, base=b.base)(b),
     "evolve scale, density of ties": lambda b: merge.evolve(
-        merge.ties,
         b.base,
         b.models,
         b.together,
+        method=merge.ties,
         base=b.base,
         space={"density": (0.05, 1.0), "scale": (0.0, 2.0)},
         evaluations=60,

@@ -53,7 +53,7 @@ def rows(case: str, examples: int, seeds: range) -> Iterator[tuple[str, float, f
     methods = [
         (
             f"ZipIt, ratio {r:g}",
-            lambda x, pi, r=r: lmc.align.zipit(spec, model, a, b, x, ratio=r, permutation=pi, progress=False),
+            lambda x, pi, r=r: lmc.merge.zipit(model, [a, b], x, spec=spec, ratio=r, permutation=pi, progress=False),
         )
         for r in RATIOS
     ]
@@ -86,7 +86,7 @@ def star(sources: int, unseen: int, epochs: int) -> None:
     for name, known in (("as they are", None), ("matched by weights", spec)):
         found = lmc.merge.star_model(model, weights[:sources], data, spec=known, epochs=epochs, progress=False)
         score = accuracy(logits(model, dict(found), inputs), targets)
-        for kind, values in found.paths(data.test, weights[sources:], progress=False).barriers.items():
+        for kind, values in found.paths(data.test, held_out=weights[sources:], progress=False).barriers.items():
             print(f"| {name} | {kind} | {len(values)} | {values.mean():.3f} | {values.max():.3f} | {score:.1f} |")
     print(f"\nsolutions: {mean(accuracy(logits(model, w, inputs), targets) for w in weights):.1f} % on average")
 

@@ -13,7 +13,6 @@ from lmc.align.study.singular import SingularAlignment, singular_alignment
 from lmc.align.transport.fusion import Fusion, ot_fusion
 from lmc.align.weight_matching.algorithm import weight_matching
 from lmc.merge.partial.widening import Zipped
-from lmc.merge.partial.zipit import zipit
 
 __all__ = [
     "METHODS",
@@ -38,5 +37,4 @@ __all__ = [
     "sinkhorn_matching",
     "straight_through_matching",
     "weight_matching",
-    "zipit",
 ]

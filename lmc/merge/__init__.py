@@ -6,12 +6,14 @@ method needs besides the models:
 - nothing: `average` (and `uniform_soup`), `slerp`, `karcher_mean`, `variance_corrected`; over the checkpoints of one
   run `swa`, `ema`, `lawa`, and with a metric for each `metrics_weighted`;
 - the base they were fine-tuned from: `model_stock`, `wise_ft`, and on task vectors `task_arithmetic`, `ties`, `dare`,
-  `della`, `breadcrumbs`, `pcb`; on top of one of these six `lines`, `consensus`, `tall_mask`;
-- unlabelled inputs, `method(model, models, data)`: `fisher`, `regmean`, `regmean_plus_plus`, `adamerging`;
+  `della`, `breadcrumbs`, `pcb`; as postprocessing of one of these six `lines`, `consensus`, `tall_mask`;
+- unlabelled inputs, `method(model, models, inputs)`: `fisher`, `regmean`, `regmean_plus_plus`, `adamerging`;
 - labelled validation data, `method(model, models, validation)`: `greedy_soup`, `learned_soup`, `ama`, `lcsc`, `evolve`;
-- training: `sparse_soup`, `mix_experts`, `balanced_batch`, `diwa`, `ratatouille`.
+- training: `sparse_soup`, `mix_experts`, `balanced_batch`, `diwa`, `ratatouille`, `star_model`.
 
-Soups side by side: `taste_soups`; averages along a run: `trajectory_averages`; base to fine-tuned on shifted data:
+Two networks in one module of a chosen width, `method(model, models, inputs)`: `zipit`, `pleas`.
+
+Soups side by side: `compare_soups`; averages along a run: `trajectory_averages`; base to fine-tuned on shifted data:
 `wise_ft_line`.
 
 Options of the first two kinds can be given per name pattern: `scale={"*": 1.0, "layers.*.attn": 0.3}`. A method of
@@ -21,7 +23,7 @@ your own is a function of one tensor under `@on_tensors`, `@on_task_vectors`, `@
 
 Before: `inspect(models, base)` says whether they fit, how they differ and which method suits them. With validation data
 at hand: `compare(model, models, validation, base=...)` tries them all, ranks them and reports scores on other data,
-and `mixer(model, models, tasks, base=...).explore()` puts task vectors under sliders.
+and `mixer(model, models, data, base=...).explore()` puts task vectors under sliders.
 
 Networks that were trained independently are brought into one order of units first by `align=spec`, an option of every
 method that takes several models (see `lmc.merge.aligning`).
@@ -36,6 +38,8 @@ from lmc.merge.disk.write import Plan, plan, write
 from lmc.merge.engine.aligning import aligned
 from lmc.merge.engine.method import linear, on_task_vectors, on_tensors
 from lmc.merge.partial.pleas import pleas
+from lmc.merge.partial.widening import Zipped
+from lmc.merge.partial.zipit import zipit
 from lmc.merge.rules.averaging import (
     average,
     ema,
@@ -52,13 +56,13 @@ from lmc.merge.rules.experts import mix_experts
 from lmc.merge.rules.postprocess import consensus, lines, on_merged, tall_mask, tall_masks
 from lmc.merge.rules.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
 from lmc.merge.rules.ties import pcb, ties
-from lmc.merge.study.compare import Comparison, compare
+from lmc.merge.study.compare import MergeComparison, compare
 from lmc.merge.study.inspect import Inspection, inspect
 from lmc.merge.study.mixer import Mixer, mixer
 from lmc.merge.study.trajectory import TrajectoryAverages, trajectory_averages
 from lmc.merge.with_data.adamerging import adamerging
 from lmc.merge.with_data.ama import ama
-from lmc.merge.with_data.compare_soups import Soups, taste_soups
+from lmc.merge.with_data.compare_soups import Soups, compare_soups
 from lmc.merge.with_data.fisher import fisher, fisher_information, fisher_weighted
 from lmc.merge.with_data.regmean import regmean, regmean_plus_plus
 from lmc.merge.with_data.search import evolve, lcsc
@@ -69,8 +73,8 @@ from lmc.merge.with_training.star import Star, StarPaths, star_model
 from lmc.merge.with_training.trained_soups import diwa, ratatouille
 
 __all__ = [
-    "Comparison",
     "Inspection",
+    "MergeComparison",
     "Mixer",
     "Plan",
     "Soups",
@@ -78,6 +82,7 @@ __all__ = [
     "StarPaths",
     "TrajectoryAverages",
     "WiseLine",
+    "Zipped",
     "adamerging",
     "aligned",
     "ama",
@@ -85,6 +90,7 @@ __all__ = [
     "balanced_batch",
     "breadcrumbs",
     "compare",
+    "compare_soups",
     "consensus",
     "dare",
     "della",
@@ -125,7 +131,6 @@ __all__ = [
     "tall_masks",
     "task_arithmetic",
     "task_vector",
-    "taste_soups",
     "ties",
     "trajectory_averages",
     "uniform_soup",
@@ -133,4 +138,9 @@ __all__ = [
     "wise_ft",
     "wise_ft_line",
     "write",
+    "zipit",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

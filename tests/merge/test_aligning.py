@@ -36,7 +36,11 @@ def test_shuffled_models_merge_like_the_originals(name, case) -> None:
     options = {"blocks": ["fc1", "fc2", "head"]} if name == "lines" else {}
     given = [options | ({"base": b} if name in ON_BASE else {}) for b in (base, mixed_base)]
     method = getattr(lmc.merge, name)
-    expected, found, plain = method(models, **given[0]), method(mixed, **given[1], align=spec), method(mixed, **given[1])
+    expected, found, plain = (
+        method(models, **given[0]),
+        method(mixed, **given[1], align=spec),
+        method(mixed, **given[1]),
+    )
     assert distance(expected, found) < 1e-4 < 0.1 < distance(expected, plain)
 
 

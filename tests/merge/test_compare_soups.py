@@ -46,7 +46,7 @@ def soups():
     stranger = tuned(classifier(5).state_dict(), 7, steps=20).state_dict()
     models = [*RUNS, stranger, spoiled]
     names = ["one", "two", "three", "stranger", "spoiled"]
-    return models, merge.taste_soups(
+    return models, merge.compare_soups(
         MODEL, models, VALIDATION, test=TEST, names=names, metric="loss", epochs=30, progress=False
     )
 
@@ -90,7 +90,7 @@ def test_the_table_of_ingredients_prints_and_plots(soups):
     learned = merge.learned_soup(MODEL, RUNS, VALIDATION, per="layer", progress=False).report.to_frame()
     assert learned.shape == (2, 3) and np.allclose(learned.sum(axis=1), 1.0)
     with pytest.raises(InputError, match="3 different names"):
-        merge.taste_soups(MODEL, RUNS, VALIDATION, names=["a", "a", "b"])
+        merge.compare_soups(MODEL, RUNS, VALIDATION, names=["a", "a", "b"])
 
 
 def test_averages_along_a_run_are_those_of_the_checkpoints_so_far():
@@ -125,7 +125,7 @@ def test_the_line_of_wise_ft_is_evaluated_on_every_set():
         "left": blobs(80, 3, spread=0.9, shift=-0.5),
         "right": blobs(80, 4, spread=0.9, shift=0.5),
     }
-    line = merge.wise_ft_line(MODEL, BASE, RUNS[0], shifted, alphas=5, progress=False)
+    line = merge.wise_ft_line(MODEL, RUNS[0], shifted, base=BASE, alphas=5, progress=False)
     for name, data in shifted.items():
         for i, alpha in enumerate(line.alphas):
             merged = merge.wise_ft([RUNS[0]], base=BASE, alpha=float(alpha))
@@ -136,16 +136,16 @@ def test_the_line_of_wise_ft_is_evaluated_on_every_set():
     assert list(line.to_frame().columns) == ["alpha", "reference", "left", "right"] and "left: accuracy" in str(line)
     assert [trace.name for trace in line.plot().data] == ["left", "right", "mean of the shifts"]
     with pytest.raises(InputError, match="at least one shift"):
-        merge.wise_ft_line(MODEL, BASE, RUNS[0], {"reference": TEST})
+        merge.wise_ft_line(MODEL, RUNS[0], {"reference": TEST}, base=BASE)
 
 
 def test_diwa_averages_runs_from_one_start():
     before = copy.deepcopy(BASE)
-    soup = merge.diwa(MODEL, BASE, tuned, runs=3, progress=False)
+    soup = merge.diwa(MODEL, BASE, fine_tune=tuned, runs=3, progress=False)
     made = [tuned(BASE, run).state_dict() for run in range(3)]
     assert all(torch.equal(soup[k], v) for k, v in merge.average(made).items())
     assert [run.reason for run in soup.report.runs] == ["all are taken"] * 3 and math.isnan(soup.report.score)
-    single = merge.diwa(MODEL, BASE, tuned, VALIDATION, runs=1, progress=False)
+    single = merge.diwa(MODEL, BASE, VALIDATION, fine_tune=tuned, runs=1, progress=False)
     assert all(torch.equal(single[k], v) for k, v in made[0].items())
     assert single.report.score == pytest.approx(evaluate(MODEL, made[0], VALIDATION)["data"].accuracy)
     assert all(torch.equal(BASE[k], v) for k, v in before.items())
@@ -155,7 +155,9 @@ def test_restricted_diwa_is_the_greedy_soup_of_its_runs():
     def uneven(weights, run):  # the second run is ruined
         return tuned(weights, run) if run != 1 else {k: torch.randn_like(v) for k, v in weights.items()}
 
-    soup = merge.diwa(MODEL, BASE, uneven, VALIDATION, runs=3, select="restricted", metric="loss", progress=False)
+    soup = merge.diwa(
+        MODEL, BASE, VALIDATION, fine_tune=uneven, runs=3, select="restricted", metric="loss", progress=False
+    )
     assert [run.taken for run in soup.report.runs][1] is False and "lowers" in soup.report.runs[1].reason
     assert soup.report.score >= max(run.score for run in soup.report.runs)
     assert list(soup.report.to_frame()["start"]) == [0, 0, 0]
@@ -171,7 +173,7 @@ def test_ratatouille_takes_trunks_in_turn_and_the_head_of_the_base():
         return weights
 
     other = {**RUNS[1], "2.weight": torch.zeros(9, 12), "2.bias": torch.zeros(9)}  # a head of another task
-    soup = merge.ratatouille(MODEL, BASE, [RUNS[0], other], watched, head="2", runs=3, progress=False)
+    soup = merge.ratatouille(MODEL, [RUNS[0], other], base=BASE, fine_tune=watched, head="2", runs=3, progress=False)
     for start, trunk in zip(started, (RUNS[0], other, RUNS[0]), strict=True):
         assert all(torch.equal(start[k], trunk[k]) for k in ("0.weight", "0.bias"))
         assert all(torch.equal(start[k], BASE[k]) for k in ("2.weight", "2.bias"))
@@ -181,20 +183,20 @@ def test_ratatouille_takes_trunks_in_turn_and_the_head_of_the_base():
 
 
 def test_ratatouille_from_the_base_alone_is_diwa():
-    one = merge.ratatouille(MODEL, BASE, [BASE], tuned, head="2", runs=2, progress=False)
-    two = merge.diwa(MODEL, BASE, tuned, runs=2, progress=False)
+    one = merge.ratatouille(MODEL, [BASE], base=BASE, fine_tune=tuned, head="2", runs=2, progress=False)
+    two = merge.diwa(MODEL, BASE, fine_tune=tuned, runs=2, progress=False)
     assert all(torch.equal(one[k], two[k]) for k in two)
 
 
 def test_recipes_name_what_they_cannot_use():
     cases = [
-        (InputError, "runs=0", lambda: merge.diwa(MODEL, BASE, tuned, runs=0)),
-        (InputError, "select='all'", lambda: merge.diwa(MODEL, BASE, tuned, select="all")),  # type: ignore[arg-type]
-        (InputError, "pass validation=", lambda: merge.diwa(MODEL, BASE, tuned, select="restricted")),
-        (InputError, "fits 0 of 4", lambda: merge.ratatouille(MODEL, BASE, RUNS, tuned, head="fc")),
-        (InputError, "fits 4 of 4", lambda: merge.ratatouille(MODEL, BASE, RUNS, tuned, head="*")),
-        (InputError, "at least one model", lambda: merge.ratatouille(MODEL, BASE, [], tuned, head="2")),
-        (MismatchError, "run 0", lambda: merge.diwa(MODEL, BASE, lambda w, run: {}, progress=False)),
+        (InputError, "runs=0", lambda: merge.diwa(MODEL, BASE, fine_tune=tuned, runs=0)),
+        (InputError, "select='all'", lambda: merge.diwa(MODEL, BASE, fine_tune=tuned, select="all")),  # type: ignore[arg-type]
+        (InputError, "pass validation=", lambda: merge.diwa(MODEL, BASE, fine_tune=tuned, select="restricted")),
+        (InputError, "fits 0 of 4", lambda: merge.ratatouille(MODEL, RUNS, base=BASE, fine_tune=tuned, head="fc")),
+        (InputError, "fits 4 of 4", lambda: merge.ratatouille(MODEL, RUNS, base=BASE, fine_tune=tuned, head="*")),
+        (InputError, "at least one model", lambda: merge.ratatouille(MODEL, [], base=BASE, fine_tune=tuned, head="2")),
+        (MismatchError, "run 0", lambda: merge.diwa(MODEL, BASE, fine_tune=lambda w, run: {}, progress=False)),
     ]
     for error, message, call in cases:
         with pytest.raises(error, match=message):

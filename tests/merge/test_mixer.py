@@ -75,5 +75,5 @@ def test_groups_of_ones_own_and_bad_input(case) -> None:
         lmc.merge.mixer(model, models, tasks, base=base, groups={"a": "*", "b": "head"}, progress=False)
     with pytest.raises(lmc.InputError, match="coefficients of shape"):
         made.weights([[1.0, 2.0, 3.0]])
-    with pytest.raises(lmc.InputError, match="a mapping of names"):
+    with pytest.raises(lmc.InputError, match="a mapping of task names"):
         lmc.merge.mixer(model, models, tasks["x"], base=base)

@@ -92,7 +92,7 @@ def test_the_budget_is_used_and_kept(name: str):
 
 def test_ratios_are_the_best_of_a_fine_grid():
     case = CASES["mlp"]()
-    pair = prepare(case.spec, case.model, case.other(3), case.other(4), None, None, 256, None, False)
+    pair = prepare(case.spec, case.model, [case.other(3), case.other(4)], None, None, 256, None, False)
     worth = {"h1": 1.0, "h2": 2.5}
     found = spend(pair, worth, 1.4)
     one, two = 12 * 16 + 16, 16 * 10  # weights and bias of fc1; fc2 is shared, its bias and the head are h2's

@@ -122,16 +122,16 @@ def test_balanced_batches_tame_a_fine_tuned_model(tasks) -> None:
     _, base, _, data = tasks
     generator = torch.Generator().manual_seed(0)
     x, y = data[0], torch.arange(120) % 3
-    plain = merge.balanced_batch(x, y, 3, smoothing=0.0, mixup=0.0, generator=generator)
+    plain = merge.balanced_batch(x, y, classes=3, smoothing=0.0, mixup=0.0, generator=generator)
     assert torch.equal(plain[0], x) and torch.equal(plain[1], nn.functional.one_hot(y, 3).float())
-    mixed, labels = merge.balanced_batch(x, y, 3, generator=generator)
+    mixed, labels = merge.balanced_batch(x, y, classes=3, generator=generator)
     assert torch.allclose(labels.sum(1), torch.ones(120)) and torch.allclose(mixed.mean(0), x.mean(0), atol=1e-5)
 
     def confidence(smoothing: float) -> float:
         tuned = copy.deepcopy(base)
         optimizer = torch.optim.Adam(tuned.parameters(), lr=3e-2)
         for _ in range(80):
-            inputs, goal = merge.balanced_batch(x, y, 3, smoothing=smoothing, mixup=0.0, generator=generator)
+            inputs, goal = merge.balanced_batch(x, y, classes=3, smoothing=smoothing, mixup=0.0, generator=generator)
             optimizer.zero_grad()
             nn.functional.cross_entropy(tuned(inputs), goal).backward()
             optimizer.step()
@@ -149,23 +149,23 @@ def test_evolution_tunes_scale_and_density(tasks) -> None:
 
     state = np.random.get_state()[1].copy()
     options = {"base": base, "space": {"density": (0.1, 1.0), "scale": (0.0, 2.0)}, "evaluations": 120}
-    found = merge.evolve(merge.ties, model, models, likeness, **options)
+    found = merge.evolve(model, models, likeness, method=merge.ties, **options)
     assert (np.random.get_state()[1] == state).all()
     report = found.report
     assert likeness(found) == report.score == max(t.score for t in report.trials) > -1e-2
     assert math.isclose(report.options["scale"], 0.7, abs_tol=0.05)
     assert same(found, merge.ties(models, base=base, **report.options))
     assert report.trials[0].options == {"density": 0.55, "scale": 1.0} and len(report.to_frame()) == len(report.trials)
-    assert same(found, merge.evolve(merge.ties, model, models, likeness, **options))
+    assert same(found, merge.evolve(model, models, likeness, method=merge.ties, **options))
 
 
 def test_a_genome_is_the_method_called_by_hand(tasks) -> None:
     model, base, models, _ = tasks
     found = merge.evolve(
-        merge.dare,
         model,
         models,
         lambda w: 0.0,
+        method=merge.dare,
         base=base,
         space={"density": (0.0, 1.0), "weights": (0.0, 2.0)},
         evaluations=1,
@@ -183,7 +183,7 @@ def test_groups_have_options_of_their_own(tasks) -> None:
         return -sum(float((weights[k] - only_first[k]).square().sum()) for k in only_first)
 
     found = merge.evolve(
-        merge.task_arithmetic, model, models, likeness, base=base, space={"scale": (0, 2)}, groups=["0", "2"]
+        model, models, likeness, method=merge.task_arithmetic, base=base, space={"scale": (0, 2)}, groups=["0", "2"]
     )
     assert found.report.options["scale"]["0"] == pytest.approx(1.0, abs=0.1)
     assert found.report.options["scale"]["2"] == pytest.approx(0.0, abs=0.1)
@@ -193,12 +193,14 @@ def test_groups_have_options_of_their_own(tasks) -> None:
 def test_merges_that_fail_count_as_the_worst(tasks) -> None:
     model, base, models, _ = tasks
     space = {"density": (-0.5, 0.9)}
-    found = merge.evolve(merge.ties, model, models, lambda w: 1.0, base=base, space=space, evaluations=40)
+    found = merge.evolve(model, models, lambda w: 1.0, method=merge.ties, base=base, space=space, evaluations=40)
     assert found.report.score == 1.0 and min(t.score for t in found.report.trials) == -math.inf
     with pytest.raises(InputError, match="density"):
-        merge.evolve(merge.ties, model, models, lambda w: 1.0, base=base, space={"density": (-2, -1)}, evaluations=10)
+        merge.evolve(
+            model, models, lambda w: 1.0, method=merge.ties, base=base, space={"density": (-2, -1)}, evaluations=10
+        )
     with pytest.raises(InputError, match="space"):
-        merge.evolve(merge.ties, model, models, lambda w: 1.0, base=base, space={"density": (1, 1)})
+        merge.evolve(model, models, lambda w: 1.0, method=merge.ties, base=base, space={"density": (1, 1)})
 
 
 def test_lcsc_finds_the_least_squares_combination() -> None:

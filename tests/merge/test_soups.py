@@ -130,7 +130,7 @@ def test_greedy_soup_with_batchnorm_recalibrates_before_it_scores(digits: dict[s
         net = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
         models.append(train(net, digits["train"], 150, 1e-2, seed))
     plain = merge.greedy_soup(net, models, digits["validation"], metric="loss")
-    renewed = merge.greedy_soup(net, models, digits["validation"], metric="loss", recalibrate=digits["train"][0])
+    renewed = merge.greedy_soup(net, models, digits["validation"], metric="loss", inputs=digits["train"][0])
     tried = lmc.recalibrate_batchnorm(net, merge.average(models), digits["train"][0])
     for soup, weights in ((plain, merge.average(models)), (renewed, tried)):
         expected = -_loss(net, weights, digits["validation"])

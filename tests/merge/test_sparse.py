@@ -34,16 +34,16 @@ def retrain(weights: dict[str, Tensor], masks: dict[str, Tensor], seed: int) -> 
 
 def test_masks_keep_the_largest() -> None:
     weights = net().state_dict()
-    masks = merge.magnitude_masks(weights, 0.75)
+    masks = merge.magnitude_masks(weights, sparsity=0.75)
     assert set(masks) == {"0.weight", "2.weight"}
     values = torch.cat([weights[k].abs().flatten() for k in masks])
     kept = torch.cat([masks[k].flatten() for k in masks])
     assert int((~kept).sum()) == int(0.75 * 320) and values[kept].min() > values[~kept].max()
-    uniform = merge.magnitude_masks(weights, 0.75, selector="uniform")
+    uniform = merge.magnitude_masks(weights, sparsity=0.75, selector="uniform")
     assert [int((~m).sum()) for m in uniform.values()] == [180, 60]
-    assert all(m.all() for m in merge.magnitude_masks(weights, 0.0).values())
+    assert all(m.all() for m in merge.magnitude_masks(weights, sparsity=0.0).values())
     with pytest.raises(InputError, match="sparsity"):
-        merge.magnitude_masks(weights, 1.0)
+        merge.magnitude_masks(weights, sparsity=1.0)
 
 
 @pytest.mark.parametrize("selector", ["global", "uniform"])
@@ -56,7 +56,7 @@ def test_a_sparse_soup_has_the_support_of_its_mask(selector: str) -> None:
         seen.append({k: m.clone() for k, m in masks.items()})
         return retrain(weights, masks, seed)
 
-    soup, masks = merge.sparse_soup(dense, watched, sparsity=0.9, phases=3, copies=2, selector=selector)
+    soup, masks = merge.sparse_soup(dense, retrain=watched, sparsity=0.9, phases=3, copies=2, selector=selector)
     assert all(torch.equal(soup[k] != 0, m) for k, m in masks.items())
     density = sum(int(m.sum()) for m in masks.values()) / 320
     assert abs(density - 0.1) < 0.01
@@ -71,28 +71,28 @@ def test_a_sparse_soup_has_the_support_of_its_mask(selector: str) -> None:
 
 
 def test_one_copy_is_iterative_magnitude_pruning() -> None:
-    soup, _ = merge.sparse_soup(net(), retrain, sparsity=0.8, phases=2, copies=1)
+    soup, _ = merge.sparse_soup(net(), retrain=retrain, sparsity=0.8, phases=2, copies=1)
     weights = net().state_dict()
     for phase, seed in ((1, 0), (2, 1)):
-        masks = merge.magnitude_masks(weights, 1 - 0.2 ** (phase / 2))
+        masks = merge.magnitude_masks(weights, sparsity=1 - 0.2 ** (phase / 2))
         weights = retrain({k: v * masks[k] if k in masks else v for k, v in weights.items()}, masks, seed)
     assert all(torch.equal(soup[k], weights[k]) for k in weights)
 
 
 def test_retraining_that_grows_pruned_weights_is_refused() -> None:
     with pytest.raises(InputError, match=r"pruned entries of 0.weight are not zero"):
-        merge.sparse_soup(net(), lambda w, m, s: {k: v + 1e-3 for k, v in w.items()}, sparsity=0.5)
+        merge.sparse_soup(net(), retrain=lambda w, m, s: {k: v + 1e-3 for k, v in w.items()}, sparsity=0.5)
 
 
 def test_mixing_experts() -> None:
     generator = torch.Generator().manual_seed(0)
     experts = [{"w": torch.randn(3, 4, generator=generator, dtype=torch.float64)} for _ in range(4)]
     mean = merge.average(experts)["w"]
-    assert all(torch.equal(a["w"], b["w"]) for a, b in zip(merge.mix_experts(experts, 0.0), experts, strict=True))
-    assert all(torch.allclose(e["w"], mean, atol=1e-12) for e in merge.mix_experts(experts, 0.75))
-    mixed = merge.mix_experts(experts, 0.1)
+    assert all(torch.equal(a["w"], b["w"]) for a, b in zip(merge.mix_experts(experts, beta=0.0), experts, strict=True))
+    assert all(torch.allclose(e["w"], mean, atol=1e-12) for e in merge.mix_experts(experts, beta=0.75))
+    mixed = merge.mix_experts(experts, beta=0.1)
     assert torch.allclose(merge.average(mixed)["w"], mean, atol=1e-12)  # the mean does not move
     assert torch.allclose(mixed[0]["w"], 0.9 * experts[0]["w"] + 0.1 * sum(e["w"] for e in experts[1:]) / 3)
-    assert torch.equal(merge.mix_experts(experts[:1], 0.5)[0]["w"], experts[0]["w"])
+    assert torch.equal(merge.mix_experts(experts[:1], beta=0.5)[0]["w"], experts[0]["w"])
     with pytest.raises(InputError, match="beta"):
-        merge.mix_experts(experts, 1.5)
+        merge.mix_experts(experts, beta=1.5)

@@ -41,7 +41,7 @@ def test_the_star_of_permuted_copies_is_their_common_network():
     close(star, a, atol=1e-6)
     for source in star.sources:
         close(source, a, atol=1e-6)
-    found = star.paths((case.inputs, case.targets), [case.spec.random(seed=9).apply(a)], progress=False)
+    found = star.paths((case.inputs, case.targets), held_out=[case.spec.random(seed=9).apply(a)], progress=False)
     assert all(values.max() < 1e-4 for values in found.barriers.values())
     assert {kind: len(values) for kind, values in found.barriers.items()} == {"regular": 4, "source": 4, "held out": 1}
 
@@ -85,7 +85,7 @@ def test_held_out_networks_are_closer_to_the_star_than_to_each_other():
     trained = digits()
     a, b, unseen = trained.weights
     star = star_model(trained.model, [a, b], trained.data, spec=trained.spec, epochs=25, batch_size=128, progress=False)
-    found = star.paths(trained.data.test, [unseen], alphas=7, progress=False)
+    found = star.paths(trained.data.test, held_out=[unseen], alphas=7, progress=False)
     means = {kind: values.mean() for kind, values in found.barriers.items()}
     assert means["source"] < 0.5 * means["regular"]
     assert means["held out"] < means["regular"]
@@ -161,12 +161,12 @@ def test_bad_input_is_refused():
         star_model(case.model, a, data)
     with pytest.raises(InputError, match="span"):
         star_model(case.model, [a], data, span=(0.5, 0.2))
-    with pytest.raises(MismatchError, match=r"fc1.weight.*sources\[1\]"):
+    with pytest.raises(MismatchError, match=r"fc1.weight.*models\[1\]"):
         star_model(case.model, [a, a | {"fc1.weight": torch.zeros(2, 2)}], data)
-    with pytest.raises(WeightsError, match=r"fc1.weight of sources\[0\]"):
+    with pytest.raises(WeightsError, match=r"fc1.weight of models\[0\]"):
         star_model(case.model, [a | {"fc1.weight": torch.full((16, 12), torch.nan)}], data)
     with pytest.raises(DataError):
         star_model(case.model, [a], (case.inputs[:0], case.targets[:0]))
     star = star_model(case.model, [a], data, epochs=0)
     with pytest.raises(InputError, match="held_out: expected a list"):
-        star.paths(data, case.model)
+        star.paths(data, held_out=case.model)

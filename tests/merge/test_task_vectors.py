@@ -57,7 +57,7 @@ def moved(state: dict[str, Tensor]) -> Tensor:
 
 
 def test_task_vector_and_arithmetic() -> None:
-    tau = [merge.task_vector(m, BASE) for m in (A, B, C)]
+    tau = [merge.task_vector(m, base=BASE) for m in (A, B, C)]
     assert close(plus(BASE, tau[0]), A)
     assert close(merge.task_arithmetic([A, B], base=BASE, scale=0.4), plus(BASE, tau[0], tau[1], scale=0.4))
     assert close(merge.task_arithmetic([A, B, C], base=BASE, scale=1 / 3), merge.average([A, B, C]))
@@ -270,7 +270,7 @@ def test_pcb_of_equal_and_of_opposite_task_vectors() -> None:
 
 
 def test_lines_limits() -> None:
-    tau = merge.task_vector(A, BASE)
+    tau = merge.task_vector(A, base=BASE)
     uniform = merge.lines([A, B], base=BASE, alpha=0.4, beta=0.0)
     assert close(uniform, merge.task_arithmetic([A, B], base=BASE, scale=0.4))
     ramp = merge.lines([A], base=BASE, alpha=0.0, beta=1.0)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lmc
 from lmc.errors import DataError, InputError, MismatchError
 from lmc.merge.partial.growth import blocks, growth
-from lmc.merge.partial.units import Units, paired, zipped_weights
+from lmc.merge.partial.units import MergedUnits, paired, zipped_weights
 from lmc.merge.partial.zipit import greedy
 from lmc.symmetry.group import Table
 from lmc.symmetry.spec import PermutationSpec
@@ -21,7 +21,7 @@ WIDENABLE = ("mlp", "cnn", "vgg-bn", "resnet-bn")
 
 
 def zipit(case: Case, a: Weights, b: Weights, **options):
-    return lmc.align.zipit(case.spec, case.model, a, b, case.inputs, progress=False, **options)
+    return lmc.merge.zipit(case.model, [a, b], case.inputs, spec=case.spec, progress=False, **options)
 
 
 def double(weights: Weights) -> Weights:
@@ -58,7 +58,7 @@ def test_with_nothing_merged_it_is_the_ensemble(name: str):
     a, b = double(case.other(3)), double(case.other(4))
     inputs = case.inputs.double()
     model = case.model.double()
-    found = lmc.align.zipit(case.spec, model, a, b, inputs, ratio=1.0, progress=False)
+    found = lmc.merge.zipit(model, [a, b], inputs, spec=case.spec, ratio=1.0, progress=False)
     expected = 0.5 * (outputs(model, a, inputs) + outputs(model, b, inputs))
     with torch.no_grad():
         assert float((found.module(inputs) - expected).abs().max()) < 1e-9
@@ -101,18 +101,18 @@ def test_units_that_a_network_has_twice_are_merged_within_it():
     reference = outputs(model, a, inputs)
     errors = []
     for beta in (0.0, 1.0):
-        found = lmc.align.zipit(spec, model, a, b, inputs, alpha=1.0, beta=beta, progress=False)
+        found = lmc.merge.zipit(model, [a, b], inputs, spec=spec, alpha=1.0, beta=beta, progress=False)
         assert len(found.units["h1"]) == 4
         errors.append(float((outputs(found.module, found.weights, inputs) - reference).abs().max()))
     assert errors[1] < 1e-9 < 0.1 < errors[0]
 
 
 def test_greedy_merges_as_worked_out_by_hand():
-    # Units A0 A1 B0 B1. The best pair is A0-B0 (0.9); B1 is next closest to that cluster, then to A1.
+    # MergedUnits A0 A1 B0 B1. The best pair is A0-B0 (0.9); B1 is next closest to that cluster, then to A1.
     score = torch.tensor(
         [[1.0, 0.1, 0.9, 0.8], [0.1, 1.0, 0.2, 0.3], [0.9, 0.2, 1.0, 0.7], [0.8, 0.3, 0.7, 1.0]], dtype=torch.float64
     )
-    pairs = Units(2, (((0,), (0,)), ((1,), (1,))))
+    pairs = MergedUnits(2, (((0,), (0,)), ((1,), (1,))))
     assert greedy(score, 2, alpha=0.1, beta=1.0).members == pairs.members
     assert greedy(score, 2, alpha=0.0, beta=1.0).members == pairs.members
     assert greedy(score, 2, alpha=1.0, beta=1.0).members == (((0,), (0, 1)), ((1,), ()))
@@ -216,7 +216,7 @@ def test_every_regular_layout_can_grow(name: str):
     a, b = (
         double(random_weights(model, seed)) if name != "recurrent" else double(drawn(model, seed)) for seed in (1, 2)
     )
-    found = lmc.align.zipit(spec, model, a, b, inputs, ratio=1.0, progress=False)
+    found = lmc.merge.zipit(model, [a, b], inputs, spec=spec, ratio=1.0, progress=False)
     assert found.units and not found.kept
     expected = 0.5 * (outputs(model, a, inputs) + outputs(model, b, inputs))
     with torch.no_grad():
@@ -263,7 +263,7 @@ def test_tied_weights_stay_tied():
     found = growth(spec, model, model.state_dict(), tokens[:2])
     assert all("two places" in reason or "lie" in reason for reason in found.kept.values()) and not found.sizes
     a, b = model.state_dict(), {name: x + 0.1 for name, x in model.state_dict().items()}
-    merged = lmc.align.zipit(spec, model, a, b, tokens, progress=False)
+    merged = lmc.merge.zipit(model, [a, b], tokens, spec=spec, progress=False)
     assert merged.module.head.weight is merged.module.token.weight
 
 
@@ -287,8 +287,8 @@ def test_normalised_and_nested_groups_are_averaged_one_to_one():
     a = case.other(3)
     moved = case.spec.random(seed=2).apply(a)
     pi = lmc.weight_matching(case.spec, a, moved, progress=False)
-    found = lmc.align.zipit(
-        case.spec, case.model, a, moved, case.inputs, permutation=pi, ratio={"f*": 0.5}, progress=False
+    found = lmc.merge.zipit(
+        case.model, [a, moved], case.inputs, spec=case.spec, permutation=pi, ratio={"f*": 0.5}, progress=False
     )
     assert {name: len(units) for name, units in found.units.items()} == {"f1": 18, "f2": 18}
     torch.testing.assert_close(
@@ -304,7 +304,7 @@ def test_dead_units_constant_units_and_few_samples():
     for weights in (a, b):
         weights["fc1.bias"][:4] = -1e3  # dead on all inputs
     for ratio in (0.0, 0.5):
-        few = lmc.align.zipit(case.spec, case.model, a, b, case.inputs[:3], ratio=ratio, progress=False)
+        few = lmc.merge.zipit(case.model, [a, b], case.inputs[:3], spec=case.spec, ratio=ratio, progress=False)
         assert all(bool(torch.isfinite(x).all()) for x in few.weights.values())
         assert len(few.units["h1"]) == round(16 * (1 + ratio))
     found = zipit(case, a, a)
@@ -339,7 +339,7 @@ def test_bad_input_is_refused():
     with pytest.raises(MismatchError, match="fc1.weight"):
         zipit(case, a, b | {"fc1.weight": torch.zeros(3, 3)})
     with pytest.raises(DataError, match="no examples"):
-        lmc.align.zipit(case.spec, case.model, a, b, iter(()), progress=False)
+        lmc.merge.zipit(case.model, [a, b], iter(()), spec=case.spec, progress=False)
     vit = CASES["vit"]()
     with pytest.raises(InputError, match="head1.*one to one"):
         zipit(vit, vit.other(1), vit.other(2), ratio={"head1": 0.5})
@@ -349,7 +349,7 @@ def test_bad_input_is_refused():
 
 
 def test_the_units_of_one_group_are_averages_of_their_members():
-    units = Units(3, (((0, 1), (2,)), ((2,), ()), ((), (0, 1))))
+    units = MergedUnits(3, (((0, 1), (2,)), ((2,), ()), ((), (0, 1))))
     torch.testing.assert_close(
         units.writing(0) @ torch.tensor([1.0, 2.0, 4.0]).double(), torch.tensor([1, 4, 0]).double()
     )
@@ -374,7 +374,7 @@ def test_digits_networks_improve_with_width(name: str):
     naive = loss(outputs(model, lmc.recalibrate_batchnorm(model, naive, data.train[0]), inputs))
     losses = []
     for ratio in (0.0, 0.5):
-        found = lmc.align.zipit(spec, model, a, b, data.train, ratio=ratio, progress=False)
+        found = lmc.merge.zipit(model, [a, b], data.train, spec=spec, ratio=ratio, progress=False)
         losses.append(loss(outputs(found.module, found.weights, inputs)))
     assert ensemble < losses[1] < losses[0] < 0.6 * naive
 
@@ -384,7 +384,7 @@ def test_with_heads_of_their_own_unmerged_networks_answer_as_before(name: str):
     case = CASES[name]()
     a, b, inputs = double(case.other(3)), double(case.other(4)), case.inputs.double()
     model = case.model.double()
-    found = lmc.align.zipit(case.spec, model, a, b, inputs, ratio=1.0, heads=["head.*"], progress=False)
+    found = lmc.merge.zipit(model, [a, b], inputs, spec=case.spec, ratio=1.0, heads=["head.*"], progress=False)
     for network, weights in enumerate((a, b)):
         answer = found.answering(network)
         with torch.no_grad():
@@ -413,3 +413,22 @@ def test_heads_read_the_merged_body():
         found.answering(2)
     with pytest.raises(InputError, match="heads=.* named"):
         zipit(case, a, b).answering(0)
+
+
+def test_a_spec_is_found_where_none_is_given():
+    case = CASES["mlp"]()
+    a, b = case.other(1), case.other(2)
+    found = lmc.merge.zipit(case.model, [a, b], case.inputs, progress=False)
+    given = lmc.merge.zipit(
+        case.model, [a, b], case.inputs, spec=lmc.permutation_spec(case.model, case.inputs[:2]), progress=False
+    )
+    assert all(torch.equal(found.weights[name], given.weights[name]) for name in given.weights)
+    by_weights = lmc.merge.pleas(case.model, [a, b], budget=2.0, progress=False)
+    expected = 0.5 * (outputs(case.model, a, case.inputs) + outputs(case.model, b, case.inputs))
+    torch.testing.assert_close(outputs(by_weights.module, by_weights.weights, case.inputs), expected)
+    with pytest.raises(lmc.InputError, match="models: expected two, A and B, got a single one"):
+        lmc.merge.zipit(case.model, a, case.inputs)
+
+
+def test_tab_completion_shows_public_names_only():
+    assert dir(lmc.merge) == sorted(lmc.merge.__all__) and all(hasattr(lmc.merge, name) for name in dir(lmc.merge))

@@ -1,6 +1,6 @@
 """Which groups of a module may get units of their own from either network: tried out, in float64.
 
-Units can be added where they neither disturb others nor meet a size written into the code. Both is seen by doing it:
+MergedUnits can be added where they neither disturb others nor meet a size written into the code. Both is seen by doing it:
 with units that compute anything and that nothing reads, and with every unit twice, the module must compute the same.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lmc.align.activations.taps import candidates
 from lmc.errors import LmcError
-from lmc.merge.partial.units import Axes, Axis, Member, Piece, Units, zipped_weights
+from lmc.merge.partial.units import Axes, Axis, Member, MergedUnits, Stretch, zipped_weights
 from lmc.merge.partial.widening import widened
 from lmc.network.batches import to_device
 from lmc.network.copies import copy_module
@@ -130,10 +130,10 @@ def _axes(
     """The axes with units of these groups, cut into pieces."""
     found: dict[str, tuple[Axis, ...]] = {}
     for tensor, tables in spec.tables_by_tensor.items():
-        at: dict[int, list[Piece]] = {}
+        at: dict[int, list[Stretch]] = {}
         for name, table in tables:
             if name in groups:
-                at.setdefault(table.dims[0], []).extend(Piece(*run, name) for run in blocks(table) or ())
+                at.setdefault(table.dims[0], []).extend(Stretch(*run, name) for run in blocks(table) or ())
         found[tensor] = tuple(
             Axis(axis, _filled(sorted(pieces), spec.shapes[tensor][axis]), sides[tensor, axis])
             for axis, pieces in sorted(at.items())
@@ -141,12 +141,12 @@ def _axes(
     return {tensor: axes for tensor, axes in found.items() if axes}
 
 
-def _filled(pieces: list[Piece], length: int) -> tuple[Piece, ...]:
+def _filled(pieces: list[Stretch], length: int) -> tuple[Stretch, ...]:
     """The pieces with those between them that belong to no group."""
     found, at = [], 0
-    for piece in (*pieces, Piece(length, length, None)):
+    for piece in (*pieces, Stretch(length, length, None)):
         if piece.start > at:
-            found.append(Piece(at, piece.start, None))
+            found.append(Stretch(at, piece.start, None))
         if piece.stop > piece.start:
             found.append(piece)
         at = piece.stop
@@ -169,8 +169,8 @@ def _fails(
     reading = set(axes) - computing
     ours: list[Member] = [((i,), ()) for i in range(group.size)]
     theirs: list[Member] = [((), (i,)) for i in range(group.size)]
-    idle = Units(group.size, (*ours, *theirs[:_ADDED]))
-    twice = Units(group.size, (*ours, *theirs))
+    idle = MergedUnits(group.size, (*ours, *theirs[:_ADDED]))
+    twice = MergedUnits(group.size, (*ours, *theirs))
     doubled = {name: 2.0 * x if name in reading else x for name, x in weights.items()}
     anything = {
         name: torch.zeros_like(x) if name in reading else _changed(x, generator) if name in computing else x

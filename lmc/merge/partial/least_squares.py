@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lmc.core.progress import tqdm
 from lmc.merge.partial.pair import Pair
-from lmc.merge.partial.units import BOTH, Axis, Piece, Units, owners, zipped_axis
+from lmc.merge.partial.units import BOTH, Axis, MergedUnits, Stretch, owners, zipped_axis
 from lmc.merge.with_data.linear_layers import as_matrix, as_weight, fits, rows
 from lmc.network.inputs import call_module
 from lmc.weights.arithmetic import Weights
@@ -22,7 +22,7 @@ class Fit(NamedTuple):
 
 
 def fit_layers(
-    pair: Pair, units: Mapping[str, Units], weights: Weights, ridge: float, progress: bool
+    pair: Pair, units: Mapping[str, MergedUnits], weights: Weights, ridge: float, progress: bool
 ) -> tuple[Weights, dict[str, Fit]]:
     """Linear layers and convolutions that answer merged inputs with merged outputs, in the least-squares sense.
 
@@ -72,7 +72,9 @@ def _run(pair: Pair, weights: Weights, layers: Mapping[str, "_Layer"], call: Any
 class _Layer:
     """The normal equations of one layer; the last row of the matrix is the bias, if there is one."""
 
-    def __init__(self, pair: Pair, units: Mapping[str, Units], weights: Weights, name: str, module: nn.Module) -> None:
+    def __init__(
+        self, pair: Pair, units: Mapping[str, MergedUnits], weights: Weights, name: str, module: nn.Module
+    ) -> None:
         self.module, self.units, self.name = module, units, name
         self.shape = weights[name].shape
         self.biased = getattr(module, "bias", None) is not None
@@ -97,7 +99,7 @@ class _Layer:
         return f"{self.name.removesuffix('weight')}bias"
 
     def _axis(self, axis: Axis | None, length: int) -> Axis:
-        pieces = axis.pieces if axis is not None else (Piece(0, length, None),)
+        pieces = axis.pieces if axis is not None else (Stretch(0, length, None),)
         return Axis(self.channel, pieces, reads=False)
 
     def _merged(self, ours: Tensor, theirs: Tensor, axis: Axis) -> Tensor:

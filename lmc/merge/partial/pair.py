@@ -16,12 +16,13 @@ from lmc.align.weight_matching.algorithm import weight_matching
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.merge.partial.growth import Growth, growth
-from lmc.merge.partial.units import BOTH, Units, numbers, zipped_weights
+from lmc.merge.partial.units import BOTH, MergedUnits, numbers, zipped_weights
 from lmc.merge.partial.widening import Zipped, widened
 from lmc.network.batches import tensors
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
 from lmc.network.inputs import Call, call_module, first_of, input_batches
 from lmc.network.network import Network, pick_device
+from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair
@@ -105,7 +106,7 @@ class Pair:
             found += matches
         return list(dict.fromkeys(found))
 
-    def heads(self, units: Mapping[str, Units], names: Sequence[str]) -> tuple[Weights, Weights]:
+    def heads(self, units: Mapping[str, MergedUnits], names: Sequence[str]) -> tuple[Weights, Weights]:
         """Tensors of either network alone, reading the merged units."""
 
         def of(network: int) -> Weights:
@@ -120,7 +121,7 @@ class Pair:
         return of(0), of(1)
 
     def finish(
-        self, units: dict[str, Units], weights: Weights, info: dict[str, Any], heads: Sequence[str] = ()
+        self, units: dict[str, MergedUnits], weights: Weights, info: dict[str, Any], heads: Sequence[str] = ()
     ) -> Zipped:
         """The merged module; running statistics are estimated anew where any units were merged and inputs are there."""
         module = widened(self.network.module, weights)
@@ -135,15 +136,14 @@ class Pair:
         stored, used = numbers(self.growth.axes, units, self.a, names)
         return Zipped(module, units, self.growth.kept, (stored / whole, used / whole), self.heads(units, heads), info)
 
-    def zipped(self, units: Mapping[str, Units]) -> Weights:
+    def zipped(self, units: Mapping[str, MergedUnits]) -> Weights:
         return zipped_weights(self.growth.axes, units, self.a, self.b)
 
 
 def prepare(
-    spec: PermutationSpec | UnboundSpec,
+    spec: PermutationSpec | UnboundSpec | None,
     model: nn.Module,
-    a: ModelOrWeights,
-    b: ModelOrWeights,
+    models: Sequence[ModelOrWeights],
     inputs: Any,
     permutation: Permutation | None,
     batch_size: int,
@@ -151,8 +151,10 @@ def prepare(
     progress: bool,
 ) -> Pair:
     """Check everything, match B's units to A's unless a permutation is given, and try which groups may grow."""
-    a, b = finite_pair(a, b)
-    spec = spec.bind(a)
+    if isinstance(models, nn.Module | Mapping) or len(models) != 2:
+        count = "a single one" if isinstance(models, nn.Module | Mapping) else len(models)
+        raise InputError(f"models: expected two, A and B, got {count}")
+    a, b = finite_pair(*models)
     network = Network(model, pick_device(device, a))
     network.check(a, "a")
     home = next((tensor.device for tensor in a.values()), network.device)
@@ -160,12 +162,13 @@ def prepare(
     batches = [] if inputs is None else list(input_batches(model, inputs, batch_size))
     for call in batches[:1]:
         network.check_inputs(a, call, "inputs")
+    example = first_of(batches[0], 2) if batches else guess_inputs(network.module)
+    spec = permutation_spec(network.module, example, progress=progress) if spec is None else spec.bind(a)
     if permutation is None and batches:
         permutation = activation_matching(spec, model, a, b, batches, device=network.device, progress=progress)
     elif permutation is None:
         permutation = weight_matching(spec, a, b, progress=progress)
     moved = permutation.apply(b)
-    example = first_of(batches[0], 2) if batches else guess_inputs(network.module)
     return Pair(spec, network, a, moved, permutation, growth(spec, model, a, example), batches, home)
 
 

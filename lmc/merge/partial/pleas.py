@@ -18,7 +18,7 @@ from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.merge.partial.least_squares import fit_layers
 from lmc.merge.partial.pair import Pair, per_group, prepare
-from lmc.merge.partial.units import Units, paired
+from lmc.merge.partial.units import MergedUnits, paired
 from lmc.merge.partial.widening import Zipped, widened
 from lmc.merge.partial.zipit import likeness
 from lmc.network.batches import to_device
@@ -32,9 +32,9 @@ from lmc.weights.arithmetic import ModelOrWeights
 def pleas(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
-    data: Any = None,
+    inputs: Any = None,
     *,
-    spec: PermutationSpec | UnboundSpec,
+    spec: PermutationSpec | UnboundSpec | None = None,
     budget: float = 1.2,
     ratio: float | Mapping[str, float] | None = None,
     fit: bool = True,
@@ -47,27 +47,27 @@ def pleas(
 ) -> Zipped:
     """Two networks in one module of a size between theirs and twice that.
 
-    1. B's units are matched to A's, by activations (`data` given) or by weights.
+    1. B's units are matched to A's, by activations (`inputs` given) or by weights.
     2. Of each group's n pairs, the share `ratio` that is least alike is kept separate, so that `n (1 + ratio)` units are
        left. Under a `budget` the ratios maximise `sum_g w_g r_g` while parameters other than the zeros between the two
        networks stay within it, `sum n n' ((1 + r)(1 + r') - 2 r r')` over the layers (section 3.3). What a group is worth,
-       w_g, is how much closer the outputs come to the ensemble's when this group alone is kept separate; without data,
+       w_g, is how much closer the outputs come to the ensemble's when this group alone is kept separate; without inputs,
        how unlike its pairs are. (The paper takes accuracies, which need labels.)
-    3. With data and `fit`, layers are fitted by least squares (section 3.2), here in closed form.
+    3. With inputs and `fit`, layers are fitted by least squares (section 3.2), here in closed form.
 
     Ratio 0 without fitting is permuting and averaging; ratio 1 is the ensemble, the mean of both outputs. Running
-    statistics are estimated anew on the data where any units were merged.
+    statistics are re-estimated on the inputs where any units were merged.
 
     Args:
         model: the architecture; neither changed nor read for weights.
         models: A and B, modules or state dicts on one device; neither is changed.
-        data: unlabelled inputs, as in `lmc.activation_matching`.
-        spec: the symmetries of the architecture.
+        inputs: unlabelled, as in `lmc.activation_matching`; None: units are matched by weights and nothing is fitted.
+        spec: as in `lmc.merge.zipit`.
         budget: parameters relative to one network, 1 to 2.
         ratio: instead of a budget, the ratio of all groups, or of each (names, which may hold wildcards; 0 for others).
         fit: whether to fit layers to activations.
         ridge: how much a fitted layer is held back, relative to the mean square of its inputs.
-        heads: as in `lmc.align.zipit`; they are not fitted.
+        heads: as in `lmc.merge.zipit`; they are not fitted.
         permutation: how B's units are matched, if that is known.
         batch_size, device, progress: as in `lmc.activation_matching`.
 
@@ -79,12 +79,9 @@ def pleas(
         MismatchError, SpecError, DataError, WeightsError: as in `lmc.activation_matching`.
     """
     started = time.perf_counter()
-    if len(models) != 2:
-        raise InputError(f"models: expected two, A and B, got {len(models)}")
     if not 1.0 <= budget <= 2.0 or not ridge >= 0.0:
         raise InputError(f"budget={budget}, ridge={ridge}: expected a budget from 1 to 2 and a ridge of at least 0")
-    a, b = models
-    pair = prepare(spec, model, a, b, data, permutation, batch_size, device, progress)
+    pair = prepare(spec, model, models, inputs, permutation, batch_size, device, progress)
     own = pair.head_tensors(heads)
     alike = _alike(pair, progress)
     worth = {}
@@ -106,7 +103,7 @@ def pleas(
     return pair.finish(units, weights, info, own)
 
 
-def _units(alike: Mapping[str, Tensor], ratios: Mapping[str, float]) -> dict[str, Units]:
+def _units(alike: Mapping[str, Tensor], ratios: Mapping[str, float]) -> dict[str, MergedUnits]:
     """The pairs of units, but for those that are least alike, a share of them rounded down."""
     found = {}
     for name, likenesses in alike.items():

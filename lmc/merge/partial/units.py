@@ -1,4 +1,4 @@
-"""Units of two networks that make up the units of one, and what that does to weights and activations (ZipIt, PLeaS).
+"""MergedUnits of two networks that make up the units of one, and what that does to weights and activations (ZipIt, PLeaS).
 
 With M the matrix that takes means over members and U the one that copies a unit to its members, both split into a part
 for either network, a layer becomes `W* = M_A W_A U_A + M_B W_B U_B` (Stoica et al. 2024, arXiv:2305.03053, equation 4):
@@ -21,7 +21,7 @@ Member = tuple[tuple[int, ...], tuple[int, ...]]
 
 
 @dataclass(frozen=True, eq=False)
-class Units:
+class MergedUnits:
     """The units of one group in the merged network.
 
     Attributes:
@@ -58,19 +58,17 @@ class Units:
 
     def __repr__(self) -> str:
         counts = [int((self.owner == owner).sum()) for owner in (BOTH, A, B)]
-        return (
-            f"Units({len(self)} for {self.size} + {self.size}: {counts[0]} of both, {counts[1]} of A, {counts[2]} of B)"
-        )
+        return f"MergedUnits({len(self)} for {self.size} + {self.size}: {counts[0]} of both, {counts[1]} of A, {counts[2]} of B)"
 
 
-def paired(size: int, separate: Sequence[int] = ()) -> Units:
+def paired(size: int, separate: Sequence[int] = ()) -> MergedUnits:
     """Unit i of A with unit i of B, but for those that stay separate: A's in their places, B's at the end."""
     alone = set(separate)
     ours: list[Member] = [((i,), () if i in alone else (i,)) for i in range(size)]
-    return Units(size, (*ours, *(((), (i,)) for i in sorted(alone))))
+    return MergedUnits(size, (*ours, *(((), (i,)) for i in sorted(alone))))
 
 
-class Piece(NamedTuple):
+class Stretch(NamedTuple):
     """Positions `start` to `stop` of an axis: n units of a group one after the other, or (None) positions that stay."""
 
     start: int
@@ -83,14 +81,14 @@ class Axis:
     """One axis of a tensor: its pieces in order, and whether units are consumed along it, or computed."""
 
     axis: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Stretch, ...]
     reads: bool
 
 
 Axes = Mapping[str, tuple[Axis, ...]]  # for each tensor the axes that units lie on
 
 
-def zipped_axis(tensor: Tensor, axis: Axis, units: Mapping[str, Units], network: int) -> Tensor:
+def zipped_axis(tensor: Tensor, axis: Axis, units: Mapping[str, MergedUnits], network: int) -> Tensor:
     """One network's part of a tensor with the new units along an axis; the parts of both are to be added.
 
     Where units are computed, positions of no merged group are one half of each network's.
@@ -109,7 +107,7 @@ def zipped_axis(tensor: Tensor, axis: Axis, units: Mapping[str, Units], network:
     return torch.cat(parts).movedim(0, axis.axis)
 
 
-def zipped_weights(axes: Axes, units: Mapping[str, Units], a: Weights, b: Weights) -> Weights:
+def zipped_weights(axes: Axes, units: Mapping[str, MergedUnits], a: Weights, b: Weights) -> Weights:
     """The weights of the merged network; sums are made in float32 at least. Integers come from A."""
     result = {}
     for name, tensor in a.items():
@@ -128,7 +126,7 @@ def zipped_weights(axes: Axes, units: Mapping[str, Units], a: Weights, b: Weight
     return result
 
 
-def owners(axis: Axis, units: Mapping[str, Units]) -> Tensor:
+def owners(axis: Axis, units: Mapping[str, MergedUnits]) -> Tensor:
     """(L*,): whose the new positions of an axis are, 0 for A's alone, 1 for B's alone, 2 for both."""
     found = []
     for start, stop, group in axis.pieces:
@@ -139,7 +137,7 @@ def owners(axis: Axis, units: Mapping[str, Units]) -> Tensor:
     return torch.cat(found)
 
 
-def numbers(axes: Axes, units: Mapping[str, Units], weights: Weights, names: Sequence[str]) -> tuple[int, int]:
+def numbers(axes: Axes, units: Mapping[str, MergedUnits], weights: Weights, names: Sequence[str]) -> tuple[int, int]:
     """How many numbers the merged tensors hold, and how many of them may differ from zero.
 
     What is A's alone reads nothing that is B's alone, and the other way round.

@@ -9,7 +9,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lmc.errors import InputError
-from lmc.merge.partial.units import Units
+from lmc.merge.partial.units import MergedUnits
 from lmc.network.copies import copy_module
 from lmc.weights.arithmetic import Weights
 
@@ -83,7 +83,7 @@ class Zipped:
     """
 
     module: nn.Module = field(repr=False)
-    units: dict[str, Units]
+    units: dict[str, MergedUnits]
     kept: dict[str, str]
     parameters: tuple[float, float]
     heads: tuple[Weights, Weights] = field(default=({}, {}), repr=False)

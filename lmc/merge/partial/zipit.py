@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lmc.align.activations.collect import Moments
 from lmc.merge.partial.pair import check_share, per_group, prepare
-from lmc.merge.partial.units import Units, paired
+from lmc.merge.partial.units import MergedUnits, paired
 from lmc.merge.partial.widening import Zipped
 from lmc.symmetry.permutation import Permutation
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
@@ -23,12 +23,11 @@ _STAY = 1e-9
 
 
 def zipit(
-    spec: PermutationSpec | UnboundSpec,
     model: nn.Module,
-    a: ModelOrWeights,
-    b: ModelOrWeights,
+    models: Sequence[ModelOrWeights],
     inputs: Any,
     *,
+    spec: PermutationSpec | UnboundSpec | None = None,
     ratio: float | Mapping[str, float] = 0.0,
     alpha: float = 0.1,
     beta: float = 0.125,
@@ -45,16 +44,16 @@ def zipit(
     the least correlation of its members. Incoming weights become means over members, outgoing ones sums over what read
     them, and outputs the mean of both networks' outputs. With 0 everywhere the module has the size of one network; with
     1 in the later groups the networks part there (partial zipping), and with 1 everywhere it is their ensemble. Running
-    statistics are estimated anew on the inputs where any units were merged.
+    statistics are re-estimated on the inputs where any units were merged.
 
     Units within heads, heads themselves, and groups whose units act on one another (layer normalisation over them)
     cannot change their number: they are permuted and averaged one to one; `Zipped.kept` says which, and why.
 
     Args:
-        spec: the symmetries of the architecture.
         model: the architecture; neither changed nor read for weights.
-        a, b: modules or state dicts on one device; neither is changed.
-        inputs: unlabelled inputs of both tasks, as in `activation_matching`.
+        models: A and B, modules or state dicts on one device; neither is changed.
+        inputs: unlabelled inputs of both tasks, as in `lmc.activation_matching`.
+        spec: the symmetries of the architecture (default: found with `lmc.permutation_spec` on two of the inputs).
         ratio: the share of the units that is left unmerged, 0 to 1, or one for each group (names, which may hold
             wildcards; groups not named are merged in full).
         alpha: from 0 (no unit is merged twice) to 1. The paper has 0.1.
@@ -63,16 +62,16 @@ def zipit(
             merged body with A's head, `answering(1)` with B's.
         permutation: how B's units are matched to A's beforehand (default: by activations); decides for the groups that
             are kept, and between units that are equally alike, such as dead ones.
-        batch_size, device, progress: as in `activation_matching`.
+        batch_size, device, progress: as in `lmc.activation_matching`.
 
     Raises:
-        InputError: a ratio, alpha or beta outside 0 to 1, or a ratio above 0 for a group that cannot change its size.
-        MismatchError, SpecError, DataError, WeightsError: as in `activation_matching`.
+        InputError: not two models, a ratio, alpha or beta outside 0 to 1, or a ratio above 0 for a group that cannot change its size.
+        MismatchError, SpecError, DataError, WeightsError: as in `lmc.activation_matching`.
     """
     started = time.perf_counter()
     check_share("alpha", alpha)
     check_share("beta", beta)
-    pair = prepare(spec, model, a, b, inputs, permutation, batch_size, device, progress)
+    pair = prepare(spec, model, models, inputs, permutation, batch_size, device, progress)
     own = pair.head_tensors(heads)
     apart = per_group(ratio, pair.growth)
     seen = pair.observe(progress)
@@ -97,7 +96,7 @@ def likeness(moments: Moments) -> Tensor:
     return found
 
 
-def greedy(correlation: Tensor, merges: int, alpha: float, beta: float) -> Units:
+def greedy(correlation: Tensor, merges: int, alpha: float, beta: float) -> MergedUnits:
     """Merge the two most alike of 2n units, A's first, so many times (Stoica et al. 2024, section 4 and appendix B).
 
     The best partner of every unit is kept up to date, so that a merge costs O(n) but for the units whose partner it was.
@@ -143,7 +142,7 @@ def greedy(correlation: Tensor, merges: int, alpha: float, beta: float) -> Units
         better = score[:, i] > value
         best[better], value[better] = i, score[better, i]
     found = sorted(members.values(), key=lambda both: (not both[0], sorted(both[0]) + sorted(both[1])))
-    return Units(n, tuple((tuple(sorted(ours)), tuple(sorted(theirs))) for ours, theirs in found))
+    return MergedUnits(n, tuple((tuple(sorted(ours)), tuple(sorted(theirs))) for ours, theirs in found))
 
 
 def _merge_scores(score: np.ndarray, i: int, j: int, alpha: float, closed: list[np.ndarray]) -> None:

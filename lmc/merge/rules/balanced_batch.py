@@ -10,8 +10,8 @@ from lmc.errors import InputError
 def balanced_batch(
     inputs: Tensor,
     targets: Tensor,
-    classes: int,
     *,
+    classes: int,
     smoothing: float = 0.1,
     mixup: float = 0.4,
     generator: torch.Generator,

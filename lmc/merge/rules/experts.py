@@ -7,7 +7,7 @@ from lmc.merge.rules.averaging import average
 from lmc.weights.arithmetic import ModelOrWeights, Weights
 
 
-def mix_experts(experts: Sequence[ModelOrWeights], beta: float) -> list[Weights]:
+def mix_experts(models: Sequence[ModelOrWeights], *, beta: float) -> list[Weights]:
     """Each expert takes a share of all others: `(1 - beta) E_i + beta / (E - 1) sum_{j != i} E_j`.
 
     Done after every optimiser step while training (Huang et al. 2023, 2308.06093), with a small, growing `beta`; at the
@@ -15,12 +15,12 @@ def mix_experts(experts: Sequence[ModelOrWeights], beta: float) -> list[Weights]
     read. With `beta = (E - 1) / E` all experts become their mean at once.
 
     Raises:
-        InputError: no experts, or a `beta` outside [0, 1].
+        InputError: no models, or a `beta` outside [0, 1].
     """
     if not 0.0 <= beta <= 1.0:
         raise InputError(f"beta must be in [0, 1], got {beta}")
-    count = len(experts)
+    count = len(models)
     if count == 1:
-        return [average(experts)]
+        return [average(models)]
     shares = [[1.0 - beta if i == j else beta / (count - 1) for j in range(count)] for i in range(count)]
-    return [average(experts, weights=row) for row in shares]
+    return [average(models, weights=row) for row in shares]

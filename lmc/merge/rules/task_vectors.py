@@ -24,12 +24,12 @@ Rescale = Literal["keep", "l1", "l2", "none"]
 Uniform = Callable[[Tensor], Tensor]
 
 
-def task_vector(model: ModelOrWeights, base: ModelOrWeights) -> Weights:
-    """`model - base` for every weight, in float32 or wider; not for statistics, integers and second names of a tie.
+def task_vector(weights: ModelOrWeights, *, base: ModelOrWeights) -> Weights:
+    """`weights - base` for every weight, in float32 or wider; not for statistics, integers and second names of a tie.
 
     Ilharco et al. 2023 (2212.04089), section 2.
     """
-    sets = weight_sets([model], base)
+    sets = weight_sets([weights], base)
     return {name: sets.deltas(name)[0] for name in sets.weights}
 
 

@@ -20,7 +20,7 @@ from lmc.weights.arithmetic import ModelOrWeights, Weights
 
 
 @dataclass(frozen=True)
-class Task:
+class MergeTask:
     """What a method may use to merge.
 
     Attributes:
@@ -39,14 +39,14 @@ class Task:
     score: Callable[[Weights], float]
 
 
-Run = Callable[..., Weights]
+Runner = Callable[..., Weights]
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A method and the options to try: `run(task, **options)` for all combinations of the values in `grid`."""
 
-    run: Run
+    run: Runner
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     needs_base: bool = False
 
@@ -59,15 +59,15 @@ class Candidate:
         return [every[round(i * step)] for i in range(most)]
 
 
-def _plain(method: Callable[..., Weights]) -> Run:
+def _plain(method: Callable[..., Weights]) -> Runner:
     return lambda task, **options: method(task.models, **options)
 
 
-def _on_base(method: Callable[..., Any]) -> Run:
+def _on_base(method: Callable[..., Any]) -> Runner:
     return lambda task, **options: method(task.models, base=task.base, **options)
 
 
-def _on_inputs(method: Callable[..., Weights]) -> Run:
+def _on_inputs(method: Callable[..., Weights]) -> Runner:
     return lambda task, **options: method(task.model, task.models, task.inputs, progress=False, **options)
 
 

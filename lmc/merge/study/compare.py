@@ -14,7 +14,7 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.errors import InputError, LmcError
 from lmc.merge.engine.aligning import Align, aligned
-from lmc.merge.study.candidates import Candidate, Task, chosen, models_of
+from lmc.merge.study.candidates import Candidate, MergeTask, chosen, models_of
 from lmc.merge.with_data.examples import Metric, gather, scorer
 from lmc.network.batches import take, tensors
 from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible
@@ -51,7 +51,7 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class MergeComparison:
     """Merging methods ranked by validation score; `weights` are those of the best one.
 
     Attributes:
@@ -111,10 +111,10 @@ def compare(
     metric: Metric = "accuracy",
     evaluations: int = 12,
     align: Align | None = None,
-    recalibrate: Any = None,
+    inputs: Any = None,
     device: torch.device | str | None = None,
     progress: bool = True,
-) -> Comparison:
+) -> MergeComparison:
     """Merge by every method that the models allow, choose options on validation data, and rank.
 
     Nothing is ever chosen by `test`. A method that fails stays in the table with its reason; an interrupt returns the
@@ -135,7 +135,7 @@ def compare(
         metric: "accuracy" or "loss".
         evaluations: most combinations of options to try for each method.
         align: bring independently trained models into one order first, as for every method.
-        recalibrate: inputs from which BatchNorm statistics of every merge are re-estimated.
+        inputs: unlabelled; BatchNorm statistics of every merge are re-estimated from them.
         device: where to evaluate (default: where the weights are).
         progress: show a bar when it takes longer than two seconds.
 
@@ -148,11 +148,11 @@ def compare(
     candidates = chosen(methods, base is not None, models_of(models))
     states, origin = _weights(models, base, align)
     tasks, held_out = _split(validation, test)
-    judge, renew = _judge(model, tasks, metric, recalibrate, device, states[0])
+    judge, renew = _judge(model, tasks, metric, inputs, device, states[0])
     final = _judge(model, held_out, metric, None, device, states[0])[0] if held_out else None
-    inputs = data if data is not None else list(tasks.values()) if len(tasks) == len(states) else None
+    parts = data if data is not None else list(tasks.values()) if len(tasks) == len(states) else None
     labelled = next(iter(tasks.values())) if len(tasks) == 1 else [gather(part, name) for name, part in tasks.items()]
-    task = Task(model, states, origin, inputs or [labelled] * len(states), labelled, lambda w: _mean(judge(w)))
+    task = MergeTask(model, states, origin, parts or [labelled] * len(states), labelled, lambda w: _mean(judge(w)))
     trial = _Trial(task, judge, final, renew, evaluations)
     entries, best = trial.references(), (-math.inf, states[0])
     try:
@@ -166,14 +166,14 @@ def compare(
     if best[0] == -math.inf:
         raise InputError("no method worked: " + "; ".join(f"{e.method}: {e.note}" for e in entries if e.note))
     ranked = sorted(entries, key=lambda e: -math.inf if math.isnan(e.validation) else e.validation, reverse=True)
-    return Comparison(tuple(ranked), best[1], metric)
+    return MergeComparison(tuple(ranked), best[1], metric)
 
 
 @dataclass(frozen=True)
 class _Trial:
     """How one method is tried."""
 
-    task: Task
+    task: MergeTask
     judge: Judge
     final: Judge | None
     renew: Callable[[Weights], Weights]
@@ -263,12 +263,12 @@ def _every_second(whole: tuple[Any, Any], start: int) -> tuple[Any, Any]:
 
 
 def _judge(
-    model: nn.Module, tasks: Mapping[str, Any], metric: Metric, recalibrate: Any, device: Any, weights: Weights
+    model: nn.Module, tasks: Mapping[str, Any], metric: Metric, inputs: Any, device: Any, weights: Weights
 ) -> tuple[Judge, Callable[[Weights], Weights]]:
     renew: Callable[[Weights], Weights] = dict
     scores = {}
     for name, part in tasks.items():
-        scores[name], renew = scorer(model, part, metric, recalibrate=recalibrate, device=device, weights=weights)
+        scores[name], renew = scorer(model, part, metric, inputs=inputs, device=device, weights=weights)
     return lambda state: {name: score(state) for name, score in scores.items()}, renew
 
 

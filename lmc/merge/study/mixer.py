@@ -102,7 +102,7 @@ class Mixer:
 def mixer(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
-    tasks: Mapping[str, Any],
+    data: Mapping[str, Any],
     *,
     base: ModelOrWeights,
     names: Sequence[str] | None = None,
@@ -115,29 +115,30 @@ def mixer(
     Args:
         model: the architecture.
         models: fine-tuned from `base`.
-        tasks: name -> labelled data. What is chosen by looking at them needs other data to be judged on.
+        data: task -> labelled data. What is chosen by looking at them needs other data to be judged on.
         names: of the models (default: those of the tasks, if there are as many).
         groups: name -> name patterns of its tensors (default: up to three stretches of the layers in their order). Each
             tensor belongs to one group.
         device: where to evaluate (default: where the weights are).
 
     Raises:
-        InputError: names, groups or tasks that do not fit. MismatchError: models of different architectures.
+        InputError: names, groups or data that do not fit.
+        MismatchError: models of different architectures.
     """
     sets = weight_sets(models, base, module=model)
-    if not isinstance(tasks, Mapping) or not tasks:
-        raise InputError("tasks: expected a mapping of names to labelled data")
-    called = tuple(names or (tasks if len(tasks) == len(sets) else (f"models[{i}]" for i in range(len(sets)))))
+    if not isinstance(data, Mapping) or not data:
+        raise InputError("data: expected a mapping of task names to labelled data")
+    called = tuple(names or (data if len(data) == len(sets) else (f"models[{i}]" for i in range(len(sets)))))
     if len(called) != len(sets) or len(set(called)) != len(called):
         raise InputError(f"names={list(called)}; expected a different one for each of {len(sets)} models")
     chosen = _thirds(sets.weights) if groups is None else _given(groups, sets.weights)
     states, origin = [as_weights(m) for m in models], as_weights(base)
-    scorers = [scorer(model, part, "accuracy", device=device, weights=origin)[0] for part in tasks.values()]
+    scorers = [scorer(model, part, "accuracy", device=device, weights=origin)[0] for part in data.values()]
     own = np.array([[score(state) for score in scorers] for state in [*states, origin]])
     count = LEVELS.get(len(sets), 2 if 2 ** len(sets) <= MOST_POINTS else 1)
     levels = np.linspace(0.0, 1.0, count) if count > 1 else np.zeros(1)
-    grid = np.zeros((*(count,) * len(sets), len(tasks)))
-    made = Mixer(called, tuple(tasks), chosen, levels, grid, own, states, origin, scorers)
+    grid = np.zeros((*(count,) * len(sets), len(data)))
+    made = Mixer(called, tuple(data), chosen, levels, grid, own, states, origin, scorers)
     points = list(product(range(count), repeat=len(sets)))
     for place in tqdm(points, desc="mixer", unit=" mixtures", disable=not progress):
         grid[place] = list(made.scores([float(levels[i]) for i in place]).values())

@@ -80,7 +80,7 @@ class TrajectoryAverages:
 
 def trajectory_averages(
     model: nn.Module,
-    checkpoints: Sequence[ModelOrWeights],
+    trajectory: Sequence[ModelOrWeights],
     data: Any,
     *,
     steps: Sequence[float] | None = None,
@@ -99,24 +99,24 @@ def trajectory_averages(
 
     Args:
         model: the architecture.
-        checkpoints: in the order of training.
+        trajectory: checkpoints in the order of training.
         data: as for `lmc.loss_path`.
         steps: what they are called on the axis (default: 0, 1, ...).
 
     Raises:
         InputError: an unusable argument. MismatchError, WeightsError, DataError: checkpoints or data that do not fit.
     """
-    states = [as_weights(checkpoint) for checkpoint in checkpoints]
+    states = [as_weights(checkpoint) for checkpoint in trajectory]
     if not states:
-        raise InputError("checkpoints: expected at least one")
+        raise InputError("trajectory: expected at least one checkpoint")
     axis = np.arange(len(states), dtype=np.float64) if steps is None else np.asarray(steps, dtype=np.float64)
     if axis.shape != (len(states),):
         raise InputError(f"steps: expected {len(states)} numbers, one for each checkpoint, got shape {axis.shape}")
     if not 0 <= start < len(states):
         raise InputError(f"start={start}; expected the place of a checkpoint, 0 to {len(states) - 1}")
     for i, state in enumerate(states):
-        check_compatible(states[0], state, ("checkpoint 0", f"checkpoint {i}"))
-        check_finite(state, f"checkpoint {i}")
+        check_compatible(states[0], state, ("trajectory[0]", f"trajectory[{i}]"))
+        check_finite(state, f"trajectory[{i}]")
     evaluator = Evaluator(model, data, device=pick_device(device, states[0]))
     prepare = preparation(evaluator, "auto", inputs)
 

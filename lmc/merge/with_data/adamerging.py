@@ -14,7 +14,7 @@ from lmc.merge.engine.passes import Pass
 from lmc.merge.engine.result import Merged
 from lmc.merge.engine.tensors import WeightSets, assemble, weight_sets, wide
 from lmc.merge.rules.ties import thresholds, trim
-from lmc.merge.with_data.examples import check_data, gather
+from lmc.merge.with_data.examples import each, gather
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
 from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights
@@ -52,7 +52,7 @@ class AdaMergingReport:
 def adamerging(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
-    data: Sequence[Any],
+    inputs: Sequence[Any],
     *,
     base: ModelOrWeights,
     per: Per = "tensor",
@@ -77,7 +77,7 @@ def adamerging(
     Args:
         model: the architecture; its weights are not used and not touched.
         models: the fine-tuned models.
-        data: for each model unlabelled inputs of its task (see `fisher`).
+        inputs: for each model unlabelled inputs of its task, as `data` of `fisher`.
         base: the weights the models were fine-tuned from.
         heads: for each task tensors (of its own classifier) that replace the merged ones when its examples are run.
         steps, lr, batch_size: of Adam; the batch is per task and step.
@@ -100,8 +100,8 @@ def adamerging(
     groups = {name: name if per == "tensor" else "*" for name in sets.weights}
     scales = {g: torch.full((len(sets),), initial, device=network.device, requires_grad=True) for g in groups.values()}
     optimizer = torch.optim.Adam(list(scales.values()), lr=lr)
-    parts = check_data(data, len(sets))
-    streams = [_Examples(part, f"data[{t}]", batch_size, seed + t) for t, part in enumerate(parts)]
+    parts = each(inputs, len(sets), "inputs")
+    streams = [_Examples(part, f"inputs[{t}]", batch_size, seed + t) for t, part in enumerate(parts)]
 
     def merged(name: str) -> Tensor:
         scale = scales[groups[name]].to(deltas[name].dtype)

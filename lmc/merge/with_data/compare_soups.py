@@ -96,7 +96,7 @@ class Soups:
     __repr__ = __str__
 
 
-def taste_soups(
+def compare_soups(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
     validation: Any,
@@ -107,7 +107,7 @@ def taste_soups(
     epochs: int = 5,
     lr: float = 0.05,
     seed: int = 0,
-    recalibrate: Any = None,
+    inputs: Any = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Soups:
@@ -124,7 +124,7 @@ def taste_soups(
         names: of the models (default: their places).
         metric: what the greedy soup looks at, "accuracy" or "loss".
         epochs, lr, seed: of the learned soups.
-        recalibrate: inputs from which the BatchNorm statistics of every soup are re-estimated.
+        inputs: unlabelled; BatchNorm statistics of every soup are re-estimated from them.
         device: where to compute (default: where the weights are).
         progress: show bars.
 
@@ -136,7 +136,7 @@ def taste_soups(
     if len(names) != len(states) or len(set(names)) != len(names):
         raise InputError(f"names={names!r}; expected {len(states)} different names")
     options: dict[str, Any] = {"device": device, "progress": progress}
-    greedy = greedy_soup(model, states, validation, metric=metric, recalibrate=recalibrate, **options)
+    greedy = greedy_soup(model, states, validation, metric=metric, inputs=inputs, **options)
     usable = [i for i, state in enumerate(states) if not finite(state)]
     good = [states[i] for i in usable]
     learning = {"epochs": epochs, "lr": lr, "seed": seed, **options}
@@ -152,10 +152,8 @@ def taste_soups(
     weights: dict[str, Weights] = dict(
         zip(SOUPS, (average(good), dict(greedy), dict(learned), dict(layered)), strict=True)
     )
-    if recalibrate is not None:
-        weights = {
-            soup: recalibrate_batchnorm(model, found, recalibrate, device=device) for soup, found in weights.items()
-        }
+    if inputs is not None:
+        weights = {soup: recalibrate_batchnorm(model, found, inputs, device=device) for soup, found in weights.items()}
     rows = tuple(
         SoupIngredient(names[row.model], row.score, {soup: shares[soup][row.model] for soup in SOUPS}, row.reason)
         for row in greedy.report.ingredients

@@ -83,10 +83,10 @@ def cross_entropy(outputs: Tensor, targets: Tensor, what: str) -> Tensor:
     return F.cross_entropy(rows[0].to(wide(outputs.dtype)), targets.reshape(-1))
 
 
-def check_data(data: Any, count: int) -> list[Any]:
+def each(data: Any, count: int, what: str) -> list[Any]:
     """`data` as a list with one entry per model."""
     if isinstance(data, (Tensor, Mapping)) or not hasattr(data, "__len__") or len(data) != count:
-        raise InputError(f"data: expected a list with one data set for each of the {count} models")
+        raise InputError(f"{what}: expected a list with one data set for each of the {count} models")
     return list(data)
 
 
@@ -95,19 +95,19 @@ def scorer(
     validation: Any,
     metric: Metric,
     *,
-    recalibrate: Any = None,
+    inputs: Any = None,
     device: torch.device | str | None = None,
     weights: Weights,
 ) -> tuple[Scorer, Callable[[Weights], Weights]]:
     """How good weights are on validation data (larger is better), and what is done to averaged weights before that.
 
-    `validation` may be a function of the weights instead, larger being better. With `recalibrate` (inputs), averaged
+    `validation` may be a function of the weights instead, larger being better. With `inputs`, averaged
     weights get BatchNorm statistics of their own.
     """
     if metric not in ("accuracy", "loss"):
         raise InputError(f"metric must be 'accuracy' or 'loss', got {metric!r}")
     where = pick_device(device, weights)
-    renew = (lambda state: state) if recalibrate is None else Recalibrator(Network(model, where), recalibrate)
+    renew = (lambda state: state) if inputs is None else Recalibrator(Network(model, where), inputs)
     if callable(validation):
         judge: Callable[[Weights], Any] = validation
         return lambda state: float(judge(state)), renew

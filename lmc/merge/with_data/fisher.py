@@ -12,7 +12,7 @@ from lmc.errors import DataError, InputError, MismatchError
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.coefficients import coefficients
 from lmc.merge.engine.tensors import WeightSets, assemble, weight_sets, wide
-from lmc.merge.with_data.examples import batches, check_data
+from lmc.merge.with_data.examples import batches, each
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
 from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights
@@ -59,7 +59,7 @@ def fisher(
     """
     states = [as_weights(m) for m in models]
     bar = tqdm(
-        zip(states, check_data(data, len(states)), strict=True), total=len(states), delay=2, disable=not progress
+        zip(states, each(data, len(states), "data"), strict=True), total=len(states), delay=2, disable=not progress
     )
     options = {"samples": samples, "labels": labels, "seed": seed, "device": device}
     informations = (fisher_information(model, state, part, **options) for state, part in bar)

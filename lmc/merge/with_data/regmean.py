@@ -12,7 +12,7 @@ from lmc.errors import InputError
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.result import Merged
 from lmc.merge.engine.tensors import WeightSets, assemble, weight_sets
-from lmc.merge.with_data.examples import batches, check_data
+from lmc.merge.with_data.examples import batches, each
 from lmc.merge.with_data.linear_layers import as_matrix, as_weight, fits, rows
 from lmc.network.batches import to_device
 from lmc.network.network import Network, pick_device
@@ -34,7 +34,7 @@ class RegMeanReport:
 def regmean(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
-    data: Sequence[Any],
+    inputs: Sequence[Any],
     *,
     base: ModelOrWeights | None = None,
     shrink: float = 0.9,
@@ -55,7 +55,7 @@ def regmean(
     Args:
         model: the architecture; its weights are not used and not touched.
         models: the fine-tuned models.
-        data: for each model unlabelled inputs of its task (see `fisher`); targets are not looked at.
+        inputs: for each model unlabelled inputs of its task, as `data` of `fisher`; targets are not looked at.
         base: not used; taken so that all methods are called alike.
         shrink: from 0 (only diagonals: an average weighted by input features) to 1.
         samples: examples per task.
@@ -66,7 +66,7 @@ def regmean(
     Returns:
         The merged weights, a state dict whose `.report` names the layers that were fitted.
     """
-    job = _prepare(model, models, data, shrink, samples, batch_size, device)
+    job = _prepare(model, models, inputs, shrink, samples, batch_size, device)
     left: dict[str, Tensor] = {}
     right: dict[str, Tensor] = {}
     for t in tqdm(range(len(job.sets)), desc="RegMean", disable=not progress):
@@ -82,7 +82,7 @@ def regmean(
 def regmean_plus_plus(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
-    data: Sequence[Any],
+    inputs: Sequence[Any],
     *,
     base: ModelOrWeights | None = None,
     shrink: float = 0.9,
@@ -98,7 +98,7 @@ def regmean_plus_plus(
     with BatchNorm runs on averaged statistics here, which spoils the inputs: recalibrated LayerNorm networks suit it.
     Arguments and result as for `regmean`.
     """
-    job = _prepare(model, models, data, shrink, samples, batch_size, device)
+    job = _prepare(model, models, inputs, shrink, samples, batch_size, device)
     job.network.load(dict(assemble(job.sets, job.plain, job.shares)))
     order = job.order()
     merged: dict[str, Tensor] = {}
@@ -119,7 +119,7 @@ class _Job:
     sets: WeightSets
     network: Network
     layers: Mapping[str, nn.Module]
-    data: Sequence[Any]
+    inputs: Sequence[Any]
     shrink: float
     samples: int
     batch_size: int
@@ -133,8 +133,8 @@ class _Job:
         return first + sum(self.matrix(name, t) - first for t in range(len(self.sets))) / len(self.sets)
 
     def batches(self, task: int) -> Iterator[Any]:
-        for inputs, _ in batches(self.data[task], f"data[{task}]", limit=self.samples, size=self.batch_size):
-            yield to_device(inputs, self.network.device)
+        for batch, _ in batches(self.inputs[task], f"inputs[{task}]", limit=self.samples, size=self.batch_size):
+            yield to_device(batch, self.network.device)
 
     def grams(self, task: int, names: Sequence[str], stop_after: int | None = None) -> dict[str, Tensor]:
         """Shrunk Gram matrices, per row of layer inputs, of the loaded network on a task's data.
@@ -206,7 +206,7 @@ class _Job:
 def _prepare(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
-    data: Sequence[Any],
+    inputs: Sequence[Any],
     shrink: float,
     samples: int,
     batch_size: int,
@@ -220,7 +220,7 @@ def _prepare(
     tied = set(sets.ties.values())
     found = {f"{path}.weight".removeprefix("."): module for path, module in network.module.named_modules()}
     layers = {n: m for n, m in found.items() if n in sets.weights and n not in tied and fits(m)}
-    return _Job(sets, network, layers, check_data(data, len(sets)), shrink, samples, batch_size)
+    return _Job(sets, network, layers, each(inputs, len(sets), "inputs"), shrink, samples, batch_size)
 
 
 class _EnoughError(Exception):

@@ -55,18 +55,18 @@ class SearchReport:
 
 @alignable
 def evolve(
-    method: MergeFunction | Callable[..., Any],
     model: nn.Module,
     models: Sequence[ModelOrWeights],
     validation: Any,
     *,
+    method: MergeFunction | Callable[..., Any],
     space: Mapping[str, tuple[float, float]],
     base: ModelOrWeights | None = None,
     groups: Sequence[str] = (),
     metric: Metric = "accuracy",
     evaluations: int = 100,
     sigma: float = 1 / 6,
-    recalibrate: Any = None,
+    inputs: Any = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -81,7 +81,7 @@ def evolve(
 
     Args:
         method: any merging method of this package or of your own.
-        model, models, validation, metric, recalibrate, device: as for `greedy_soup`.
+        model, models, validation, metric, inputs, device: as for `greedy_soup`.
         space: lower and upper bound of each option.
         base: given to the method.
         groups: name patterns; options become `{pattern: value}`.
@@ -94,9 +94,7 @@ def evolve(
     for name, (low, high) in space.items():
         if not low < high:
             raise InputError(f"space: {name} from {low} to {high} is empty")
-    score, renew = scorer(
-        model, validation, metric, recalibrate=recalibrate, device=device, weights=as_weights(models[0])
-    )
+    score, renew = scorer(model, validation, metric, inputs=inputs, device=device, weights=as_weights(models[0]))
     places = [(group, name) for group in groups or [""] for name in space]
     sizes = [len(models) if name == "weights" else 1 for _, name in places]
 
@@ -130,13 +128,13 @@ def evolve(
 
 def lcsc(
     model: nn.Module,
-    checkpoints: Sequence[ModelOrWeights],
+    models: Sequence[ModelOrWeights],
     validation: Any,
     *,
     metric: Metric = "loss",
     evaluations: int = 500,
     sigma: float = 0.3,
-    recalibrate: Any = None,
+    inputs: Any = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -148,17 +146,15 @@ def lcsc(
     mean are tried first, and the search starts at the best of them, so that the result is never worse. Arguments and
     result as for `evolve`; the report's option is `weights`.
     """
-    count = len(checkpoints)
-    score, renew = scorer(
-        model, validation, metric, recalibrate=recalibrate, device=device, weights=as_weights(checkpoints[0])
-    )
+    count = len(models)
+    score, renew = scorer(model, validation, metric, inputs=inputs, device=device, weights=as_weights(models[0]))
 
     def decode(free: Sequence[float]) -> dict[str, Any]:
         values = [float(v) for v in free]
         return {"weights": [*values, 1.0 - sum(values)]}
 
     def build(options: dict[str, Any]) -> Any:
-        return renew(average(checkpoints, **options))
+        return renew(average(models, **options))
 
     corners = [[float(i == j) for j in range(count - 1)] for i in range(count)]
     trials = _search(

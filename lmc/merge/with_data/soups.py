@@ -1,7 +1,7 @@
 """Soups: averages of models fine-tuned from one base with one head initialisation (Wortsman et al. 2022, 2203.05482).
 
-The uniform soup is `average`. `tasting.py` makes all soups of the same models and compares them; recipes that train their
-ingredients (DiWA, model ratatouille) are in `runs.py`.
+The uniform soup is `average`. `compare_soups.py` makes all soups of the same models and compares them; recipes that
+train their ingredients (DiWA, model ratatouille) are in `with_training/trained_soups.py`.
 """
 
 import math
@@ -92,7 +92,7 @@ def greedy_soup(
     metric: Metric = "accuracy",
     strict: bool = False,
     min_gain: float = 0.0,
-    recalibrate: Any = None,
+    inputs: Any = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Merged[SoupReport]:
@@ -110,7 +110,7 @@ def greedy_soup(
         metric: "accuracy" or "loss".
         strict: take only what raises the score.
         min_gain: how much an ingredient must add at least.
-        recalibrate: inputs from which BatchNorm statistics of every soup are re-estimated before it is evaluated.
+        inputs: unlabelled; BatchNorm statistics of every soup are re-estimated from them before it is evaluated.
         device: where to evaluate (default: where the weights are).
         progress: show a bar if it takes longer than two seconds.
 
@@ -122,7 +122,7 @@ def greedy_soup(
     """
     states = [as_weights(m) for m in models]
     weight_sets(states, module=model)
-    score, renew = scorer(model, validation, metric, recalibrate=recalibrate, device=device, weights=states[0])
+    score, renew = scorer(model, validation, metric, inputs=inputs, device=device, weights=states[0])
     faults = [finite(state) for state in states]
     bar = tqdm(total=2 * len(states) - 1, desc="greedy soup", disable=not progress)
     alone = [math.nan] * len(states)

@@ -81,10 +81,10 @@ class WiseLine:
 
 def wise_ft_line(
     model: nn.Module,
-    base: ModelOrWeights,
-    tuned: ModelOrWeights,
+    weights: ModelOrWeights,
     data: Mapping[str, Any],
     *,
+    base: ModelOrWeights,
     alphas: int = 11,
     inputs: Any = None,
     device: torch.device | str | None = None,
@@ -95,8 +95,9 @@ def wise_ft_line(
 
     Args:
         model: the architecture.
-        base, tuned: its weights before and after fine-tuning.
+        weights: fine-tuned from `base`.
         data: name -> classification data, as for `lmc.loss_path`; first the reference, then one shift or more.
+        base: the weights before fine-tuning.
         alphas: an odd number of points.
         inputs, device, progress: as for `lmc.loss_path`.
 
@@ -106,7 +107,7 @@ def wise_ft_line(
     if len(data) < 2:
         raise InputError(f"data: expected the reference and at least one shift, got {list(data)}")
     options: dict[str, Any] = {"inputs": inputs, "device": device, "progress": progress}
-    paths = {name: loss_path(model, base, tuned, each, alphas=alphas, **options) for name, each in data.items()}
+    paths = {name: loss_path(model, base, weights, each, alphas=alphas, **options) for name, each in data.items()}
     for name, path in paths.items():
         if path.split not in path.accuracies:
             raise InputError(f"data[{name!r}]: targets are no classes, so that there is no accuracy")

@@ -19,7 +19,7 @@ Selector = Literal["global", "uniform"]
 
 
 def magnitude_masks(
-    weights: ModelOrWeights, sparsity: float, *, selector: Selector = "global", module: nn.Module | None = None
+    weights: ModelOrWeights, *, sparsity: float, selector: Selector = "global", model: nn.Module | None = None
 ) -> Masks:
     """Boolean masks of the weights to keep: all but the share `sparsity` smallest by magnitude.
 
@@ -30,7 +30,7 @@ def magnitude_masks(
         raise InputError(f"sparsity must be in [0, 1), got {sparsity}")
     if selector not in ("global", "uniform"):
         raise InputError(f"selector must be 'global' or 'uniform', got {selector!r}")
-    sets = weight_sets([weights], module=module)
+    sets = weight_sets([weights], module=model)
     sizes = {name: sets.tensor(name, 0).abs().to(sets.dtype) for name in sets.weights if sets.states[0][name].ndim > 1}
 
     def limit(values: list[Tensor]) -> Tensor:
@@ -47,14 +47,14 @@ def magnitude_masks(
 
 def sparse_soup(
     weights: ModelOrWeights,
-    retrain: Retrain,
     *,
+    retrain: Retrain,
     sparsity: float = 0.9,
     phases: int = 3,
     copies: int = 3,
     selector: Selector = "global",
     merge: Callable[[list[Weights]], Weights] = average,
-    module: nn.Module | None = None,
+    model: nn.Module | None = None,
     progress: bool = True,
 ) -> tuple[Weights, Masks]:
     """Sparse model soups (Zimmer, Spiegel, Pokutta 2024, 2306.16788): averages that stay sparse.
@@ -69,7 +69,7 @@ def sparse_soup(
         retrain: `retrain(weights, masks, seed) -> weights`, which must keep the zeros of the masks at zero (mask
             gradients and weight decay); seeds count up from 0.
         merge: how copies are merged: `average`, or a greedy soup on validation data.
-        module: the architecture, to tell buffers from weights.
+        model: the architecture, to tell buffers from weights.
 
     Returns:
         The soup and its masks.
@@ -83,7 +83,7 @@ def sparse_soup(
     with tqdm(total=phases * copies, desc="sparse soup", disable=not progress) as bar:
         for phase in range(1, phases + 1):
             share = 1.0 - (1.0 - sparsity) ** (phase / phases)
-            masks = magnitude_masks(soup, share, selector=selector, module=module)
+            masks = magnitude_masks(soup, sparsity=share, selector=selector, model=model)
             pruned = _masked(soup, masks)
             ingredients = []
             for copy in range(copies):

@@ -59,7 +59,7 @@ class Star(Mapping[str, Tensor]):
         return len(self.weights)
 
     def paths(
-        self, data: Any, held_out: Sequence[ModelOrWeights] = (), alphas: int = 11, **options: Any
+        self, data: Any, *, held_out: Sequence[ModelOrWeights] = (), alphas: int = 11, **options: Any
     ) -> "StarPaths":
         """The lines from the centre to its sources, to solutions that it has not seen, and between ordinary pairs.
 
@@ -141,8 +141,8 @@ class StarPaths:
 
 def star_model(
     model: nn.Module,
-    sources: Sequence[ModelOrWeights],
-    train_data: Any,
+    models: Sequence[ModelOrWeights],
+    data: Any,
     *,
     spec: PermutationSpec | UnboundSpec | None = None,
     start: ModelOrWeights | None = None,
@@ -165,39 +165,41 @@ def star_model(
 
     Args:
         model: the architecture.
-        sources: its weights at several solutions; modules or state dicts on one device.
-        train_data: `(inputs, targets)`, an iterable of such batches, or an object with `.train`.
+        models: several solutions; modules or state dicts on one device.
+        data: `(inputs, targets)`, an iterable of such batches, or an object with `.train`.
         spec: the symmetries of the architecture.
-        start: where training begins (default: the mean of the sources, matched to the first).
+        start: where training begins (default: the mean of the models, matched to the first).
         span: the interval that t is drawn from; (0, 0) is ordinary training.
         epochs, lr, weight_decay, loss, batch_size, seed, device, progress: as for `lmc.bezier_curve`.
 
     An interrupt ends training with a warning and returns the star as it is.
 
     Raises:
-        MismatchError: sources, start and model are not of one architecture, dtype and device.
-        WeightsError: weights that are not finite. DataError: unusable data. SpecError: the spec does not fit.
-        InputError: no sources, an unusable argument, or a loss that became NaN or infinite.
+        MismatchError: models, start and architecture are not of one architecture, dtype and device.
+        WeightsError: weights that are not finite.
+        DataError: unusable data.
+        SpecError: the spec does not fit.
+        InputError: no models, an unusable argument, or a loss that became NaN or infinite.
     """
-    if isinstance(sources, nn.Module | Mapping) or not len(sources):
-        raise InputError("sources: expected a list of models, at least one")
+    if isinstance(models, nn.Module | Mapping) or not len(models):
+        raise InputError("models: expected a list of models, at least one")
     if not (len(span) == 2 and 0.0 <= span[0] <= span[1] <= 1.0):
         raise InputError(f"span={span}: expected two numbers, 0 <= first <= second <= 1")
     recipe = Recipe(epochs, lr, weight_decay, loss, batch_size, seed, progress)
-    states = [as_weights(source) for source in sources]
+    states = [as_weights(source) for source in models]
     for i, state in enumerate(states):
-        check_compatible(states[0], state, ("sources[0]", f"sources[{i}]"))
-        check_finite(state, f"sources[{i}]")
+        check_compatible(states[0], state, ("models[0]", f"models[{i}]"))
+        check_finite(state, f"models[{i}]")
     known = spec.bind(states[0]) if spec is not None else None
     network = Network(model, pick_device(device, states[0]))
-    network.check(states[0], "sources[0]")
-    split = as_splits(train_data)[0]
+    network.check(states[0], "models[0]")
+    split = as_splits(data)[0]
     check_training_data(network, states[0], split, loss)
     states = [states[0], *(_matched(known, states[0], state) for state in states[1:])]
     centre = mean(states)
     if start is not None:
         centre = as_weights(start)
-        check_compatible(states[0], centre, ("sources[0]", "start"))
+        check_compatible(states[0], centre, ("models[0]", "start"))
         check_finite(centre, "start")
     centre, losses, interrupted = _train(network, centre, states, known, split, span, recipe)
     if has_batchnorm(network.module):

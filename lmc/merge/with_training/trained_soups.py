@@ -27,7 +27,7 @@ Select = Literal["uniform", "restricted"]
 
 
 @dataclass(frozen=True)
-class Run:
+class FineTuneRun:
     """One run: its number, the place of its start in the list given, its own validation score (NaN without such data),
     and whether it is in the average, and why."""
 
@@ -42,7 +42,7 @@ class Run:
 class RunsReport:
     """The runs of a recipe, in the order in which they were made, and the validation score of their average."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[FineTuneRun, ...]
     score: float
 
     def to_frame(self) -> "pd.DataFrame":
@@ -63,13 +63,13 @@ class RunsReport:
 def diwa(
     model: nn.Module,
     base: ModelOrWeights,
-    fine_tune: FineTune,
     validation: Any = None,
     *,
+    fine_tune: FineTune,
     runs: int = 6,
     select: Select = "uniform",
     metric: Metric = "accuracy",
-    recalibrate: Any = None,
+    inputs: Any = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Merged[RunsReport]:
@@ -81,11 +81,11 @@ def diwa(
     Args:
         model: the architecture.
         base: where every run starts: pre-trained, with a head that has been trained on the task alone (linear probing).
-        fine_tune: `(weights, run) -> weights or module`: train from these weights; `run` decides seed and hyperparameters.
         validation: data of the training domain, as for `greedy_soup`; needed to select.
+        fine_tune: `(weights, run) -> weights or module`: train from these weights; `run` decides seed and hyperparameters.
         runs: how many.
         select: "uniform", the average of all runs, or "restricted", greedily by validation score.
-        metric, recalibrate, device: as for `greedy_soup`.
+        metric, inputs, device: as for `greedy_soup`.
 
     Returns:
         The average, a state dict whose `.report` is the table of runs.
@@ -93,23 +93,21 @@ def diwa(
     Raises:
         InputError: an unusable argument. MismatchError: a run that comes back with another architecture.
     """
-    return _average(
-        [as_weights(base)], model, fine_tune, validation, runs, select, metric, recalibrate, device, progress
-    )
+    return _average([as_weights(base)], model, fine_tune, validation, runs, select, metric, inputs, device, progress)
 
 
 def ratatouille(
     model: nn.Module,
-    base: ModelOrWeights,
-    auxiliary: Sequence[ModelOrWeights],
-    fine_tune: FineTune,
+    models: Sequence[ModelOrWeights],
     validation: Any = None,
     *,
+    base: ModelOrWeights,
+    fine_tune: FineTune,
     head: str | Sequence[str],
     runs: int = 6,
     select: Select = "uniform",
     metric: Metric = "accuracy",
-    recalibrate: Any = None,
+    inputs: Any = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Merged[RunsReport]:
@@ -119,10 +117,10 @@ def ratatouille(
     task; then all are averaged. More diverse than DiWA, which it equals when the base is the only auxiliary model.
 
     Args:
+        models: fine-tuned from the base on other, auxiliary tasks. Their heads may have any shape: they are not used.
         base: the common ancestor, with a head trained on the target task alone; its head starts every run.
-        auxiliary: weight sets fine-tuned from the base on other tasks. Their heads may have any shape: they are not used.
         head: name patterns of the head's tensors, such as "fc" or "classifier.*".
-        model, fine_tune, validation, runs, select, metric, recalibrate, device, progress: as for `diwa`.
+        model, fine_tune, validation, runs, select, metric, inputs, device, progress: as for `diwa`.
 
     Raises:
         As `diwa`; InputError too for a pattern that fits no tensor, or all of them.
@@ -134,14 +132,14 @@ def ratatouille(
         raise InputError(
             f"head={head!r} fits {len(own)} of {len(ancestor)} tensors; names are like {list(ancestor)[:3]}"
         )
-    if not auxiliary:
-        raise InputError("auxiliary: expected at least one model fine-tuned from the base; without any, use diwa")
+    if not models:
+        raise InputError("models: expected at least one model fine-tuned from the base; without any, use diwa")
     starts = []
-    for i, other in enumerate(auxiliary):
+    for i, other in enumerate(models):
         trunk = {name: tensor for name, tensor in as_weights(other).items() if name in ancestor and name not in own}
-        check_compatible({n: t for n, t in ancestor.items() if n not in own}, trunk, ("base", f"auxiliary[{i}]"))
+        check_compatible({n: t for n, t in ancestor.items() if n not in own}, trunk, ("base", f"models[{i}]"))
         starts.append({name: ancestor[name] if name in own else trunk[name] for name in ancestor})
-    return _average(starts, model, fine_tune, validation, runs, select, metric, recalibrate, device, progress)
+    return _average(starts, model, fine_tune, validation, runs, select, metric, inputs, device, progress)
 
 
 def _average(
@@ -152,7 +150,7 @@ def _average(
     runs: int,
     select: Select,
     metric: Metric,
-    recalibrate: Any,
+    inputs: Any,
     device: torch.device | str | None,
     progress: bool,
 ) -> Merged[RunsReport]:
@@ -170,16 +168,14 @@ def _average(
         check_compatible(starts[0], trained, ("start", f"run {run}"))
         made.append(trained)
     if select == "restricted":
-        soup = greedy_soup(
-            model, made, validation, metric=metric, recalibrate=recalibrate, device=device, progress=progress
-        )
+        soup = greedy_soup(model, made, validation, metric=metric, inputs=inputs, device=device, progress=progress)
         rows = sorted(soup.report.ingredients, key=lambda row: row.model)
-        found = tuple(Run(row.model, row.model % len(starts), row.score, row.taken, row.reason) for row in rows)
+        found = tuple(FineTuneRun(row.model, row.model % len(starts), row.score, row.taken, row.reason) for row in rows)
         return Merged(dict(soup), RunsReport(found, soup.report.score))
     soup, alone, score = average(made), [math.nan] * runs, math.nan
     if validation is not None:
-        judge, renew = scorer(model, validation, metric, recalibrate=recalibrate, device=device, weights=made[0])
+        judge, renew = scorer(model, validation, metric, inputs=inputs, device=device, weights=made[0])
         soup = renew(soup)
         alone, score = [judge(weights) for weights in made], judge(soup)
-    found = tuple(Run(run, run % len(starts), alone[run], True, "all are taken") for run in range(runs))
+    found = tuple(FineTuneRun(run, run % len(starts), alone[run], True, "all are taken") for run in range(runs))
     return Merged(soup, RunsReport(found, score))

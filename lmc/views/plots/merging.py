@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 from lmc.views.plots.style import BLUE, GREY, ORANGE, SCALE, SKY, colours, styled
 
 if TYPE_CHECKING:
-    from lmc.merge.study.compare import Comparison
+    from lmc.merge.study.compare import MergeComparison
     from lmc.merge.study.inspect import Inspection
 
 # From opposite to alike, white in the middle.
@@ -60,7 +60,7 @@ def _add_layers(fig: go.Figure, inspection: "Inspection") -> None:
     fig.add_trace(go.Bar(x=layers, y=agreement, marker={"color": GREY}, showlegend=False), row=2, col=2)
 
 
-def plot_merges(comparison: "Comparison") -> go.Figure:
+def plot_merges(comparison: "MergeComparison") -> go.Figure:
     """A row for each method, best on top: validation and held-out scores, and the single tasks small behind them."""
     entries = [entry for entry in comparison.entries if not entry.note]
     methods = [entry.method for entry in entries]
