@@ -12,7 +12,6 @@ from lmc.align.study.inspect import Matching, inspect_matching
 from lmc.align.study.singular import SingularAlignment, singular_alignment
 from lmc.align.transport.fusion import Fusion, ot_fusion
 from lmc.align.weight_matching.algorithm import weight_matching
-from lmc.merge.partial.widening import Zipped
 
 __all__ = [
     "METHODS",
@@ -23,7 +22,6 @@ __all__ = [
     "Matchings",
     "RotationMatching",
     "SingularAlignment",
-    "Zipped",
     "activation_matching",
     "barrier_over_time",
     "compare",
