@@ -37,11 +37,10 @@ from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.network.repair import repair
 
 # What may move: the symmetries of a network.
-from lmc.symmetry.certify import Certificate
+from lmc.symmetry.certificate import Certificate
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.group import Group, Table
-from lmc.symmetry.permutation import Permutation
-from lmc.symmetry.spec import PermutationSpec
+from lmc.symmetry.spec import Permutation, PermutationSpec
 from lmc.weights.checkpoints.opening import Checkpoint, open_checkpoint
 
 __version__ = "0.1.0"

@@ -12,8 +12,7 @@ from lmc.align.relaxed.frank_wolfe import frank_wolfe, start_near_centre
 from lmc.align.weight_matching.algorithm import matched, weight_matching
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
-from lmc.symmetry.permutation import Permutation
-from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
 
 ManyMethod = Literal["merge_many", "cycle_consistent"]

@@ -49,7 +49,7 @@ examples:
   lmc align a/ b/ --spec spec.json --out b-aligned/ --set restarts=4
   lmc align a/ b/ --model "mlp(64, [64], 10)" --data digits --method activation_matching --out b-aligned/
 
---model imports and runs code that you name. In Python: lmc.permutation_spec(model, example_inputs),
+--model imports and runs code that you name. In Python: lmc.permutation_spec(model, inputs),
 lmc.weight_matching(spec, a, b), pi.apply(b)"""
 
 BARRIER = """Loss and accuracy on the straight line between two networks.

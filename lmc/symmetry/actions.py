@@ -1,22 +1,37 @@
 """How group elements act: on flat positions of a tensor, and on each other when groups are nested."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lmc.errors import SpecError
 from lmc.symmetry.group import Group, Table
-
-if TYPE_CHECKING:
-    from lmc.symmetry.spec import PermutationSpec
+from lmc.symmetry.symmetries import Symmetries
+from lmc.weights.arithmetic import Weights
 
 TablesOfTensor = Sequence[tuple[str, Table]]
+Indices = Mapping[str, Tensor]
 
 
-def permute_tensor(tensor: Tensor, tables: TablesOfTensor, indices: Mapping[str, Tensor]) -> Tensor:
+def identity_indices(spec: Symmetries) -> dict[str, Tensor]:
+    """For each group the order that moves nothing."""
+    return {name: torch.arange(group.size) for name, group in spec.groups.items()}
+
+
+def random_indices(spec: Symmetries, seed: int) -> dict[str, Tensor]:
+    """For each group a uniformly random order."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randperm(group.size, generator=generator) for name, group in spec.groups.items()}
+
+
+def act(spec: Symmetries, indices: Indices, weights: Weights) -> Weights:
+    """The weights with their units moved; tensors that do not move are copied."""
+    tables = spec.tables_by_tensor
+    return {name: permute_tensor(tensor, tables.get(name, ()), indices) for name, tensor in weights.items()}
+
+
+def permute_tensor(tensor: Tensor, tables: TablesOfTensor, indices: Indices) -> Tensor:
     """Permute one tensor by all its groups; `tables` are ordered outermost group first.
 
     Consecutive tables over the same axes are merged into one index, so each run of them costs one gather.
@@ -47,7 +62,7 @@ def gather_positions(tensor: Tensor, dims: Sequence[int], index: np.ndarray) -> 
     return moved.movedim(tuple(range(len(dims))), tuple(dims)).contiguous()
 
 
-def sources(spec: "PermutationSpec", indices: Mapping[str, Tensor]) -> dict[str, str]:
+def sources(spec: Symmetries, indices: Indices) -> dict[str, str]:
     """For each group the group of its family whose units arrive in it when outer groups move.
 
     A group inside unit i of a parent receives the units of the sibling inside unit `p[i]` of the parent's source.
@@ -65,23 +80,7 @@ def sources(spec: "PermutationSpec", indices: Mapping[str, Tensor]) -> dict[str,
     return found
 
 
-def outermost_first(groups: Mapping[str, Group]) -> list[Group]:
-    """The groups ordered so that each comes after those it lives in."""
-    depth: dict[str, int] = {}
-
-    def level(name: str) -> int:
-        if name not in groups:
-            raise SpecError(f"a group lives in {name!r}, which is not a group")
-        if name not in depth:
-            depth[name] = 1 + max((level(parent) for parent, _ in groups[name].within), default=-1)
-        return depth[name]
-
-    return sorted(groups.values(), key=lambda group: level(group.name))
-
-
-def compose_moves(
-    spec: "PermutationSpec", step: Mapping[str, Tensor], first: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
+def compose_moves(spec: Symmetries, step: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """`step` after `first`, where groups that are not named stay; only the groups that may move are named in the result."""
     found: dict[str, str] = {}
 

@@ -4,8 +4,8 @@ A wrong permutation changes outputs by 1e-3 or more of their size; a right one b
 (zero biases, unit norms, fresh statistics) would hide errors, so all parameters and buffers are perturbed first.
 """
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,56 +14,25 @@ from torch.utils._pytree import tree_map
 
 from lmc.errors import CertificateError, InputError
 from lmc.network.copies import copy_module
+from lmc.symmetry.actions import act, identity_indices, random_indices
+from lmc.symmetry.certificate import Certificate
 from lmc.symmetry.discovery.failures import not_computed, quiet
-from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, select, tensors_in
-from lmc.symmetry.permutation import Permutation
+from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, select, tensors_in
+from lmc.symmetry.symmetries import Symmetries
 from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights
-
-if TYPE_CHECKING:
-    from lmc.symmetry.spec import PermutationSpec
 
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class Certificate:
-    """What was checked, and how exactly the outputs agreed.
-
-    Attributes:
-        max_error: largest difference of outputs, relative to their largest absolute value.
-        tolerance: what it was held against.
-        trials: number of permutations tried.
-        groups: number of groups that they moved.
-        moved: share of the weight entries that changed places (a certificate in which nothing moves proves nothing).
-        inputs: shapes of the example inputs used.
-        dtype: the precision of the arithmetic.
-    """
-
-    max_error: float
-    tolerance: float
-    trials: int
-    groups: int
-    moved: float
-    inputs: tuple[tuple[tuple[int, ...], ...], ...]
-    dtype: str = "float64"
-
-    def __str__(self) -> str:
-        tried = "one permutation" if self.trials == 1 else f"{self.trials} random permutations"
-        return (
-            f"certified: {tried} of {self.groups} groups, {self.moved:.0%} of the weights moved, "
-            f"outputs equal to {self.max_error:.1e} ({self.dtype})"
-        )
-
-
 def certify_spec(
-    spec: "PermutationSpec",
+    spec: Symmetries,
     model: nn.Module,
-    example_inputs: ExampleInputs,
+    inputs: Inputs,
     *,
     trials: int,
     seed: int,
     outputs: OutputSelector,
-    also: ExampleInputs | None,
+    also: Inputs | None,
     tolerance: float,
 ) -> Certificate:
     """See `PermutationSpec.certify`."""
@@ -71,11 +40,11 @@ def certify_spec(
         raise InputError(f"trials={trials}: at least one permutation must be tried")
     probe = _Probe(model, outputs, seed, perturb=True)
     spec.check(probe.weights)
-    examples = [example_inputs] if also is None else [example_inputs, also]
+    examples = [inputs] if also is None else [inputs, also]
     references = [probe.outputs_of(example, probe.weights) for example in examples]
     worst, moved = 0.0, 0.0
     for trial in range(trials):
-        permuted = spec.random(seed + trial).apply(probe.weights)
+        permuted = act(spec, random_indices(spec, seed + trial), probe.weights)
         moved = max(moved, _moved_share(probe.weights, permuted))
         for example, reference in zip(examples, references, strict=True):
             error = _relative_error(reference, probe.outputs_of(example, permuted))
@@ -87,9 +56,10 @@ def certify_spec(
 
 
 def certify_permutation(
-    permutation: Permutation,
+    spec: Symmetries,
+    indices: Mapping[str, Tensor],
     model: nn.Module,
-    example_inputs: ExampleInputs,
+    inputs: Inputs,
     *,
     weights: ModelOrWeights | None,
     outputs: OutputSelector,
@@ -97,18 +67,18 @@ def certify_permutation(
 ) -> Certificate:
     """See `Permutation.certify`: this very permutation, on the weights as they are."""
     if weights is not None:
-        permutation.spec.check(weights)
+        spec.check(weights)
     probe = _Probe(model, outputs, seed=0, perturb=False, weights=weights)
-    permuted = permutation.apply(probe.weights)
-    reference = probe.outputs_of(example_inputs, probe.weights)
-    error = _relative_error(reference, probe.outputs_of(example_inputs, permuted))
+    permuted = act(spec, indices, probe.weights)
+    reference = probe.outputs_of(inputs, probe.weights)
+    error = _relative_error(reference, probe.outputs_of(inputs, permuted))
     if not error <= tolerance:
         raise CertificateError(
             f"the permuted weights compute another function: outputs differ by {error:.1e} of their size "
             f"(tolerance {tolerance:.0e}); call spec.certify(model, inputs) to see which group is wrong"
         )
     moved = _moved_share(probe.weights, permuted)
-    return Certificate(error, tolerance, 1, len(permutation), moved, (_shapes(example_inputs),))
+    return Certificate(error, tolerance, 1, len(indices), moved, (_shapes(inputs),))
 
 
 class _Probe:
@@ -137,7 +107,7 @@ class _Probe:
             _perturb(self.module, seed)
         self.weights: Weights = {name: t.detach().clone() for name, t in self.module.state_dict().items()}
 
-    def outputs_of(self, example: ExampleInputs, weights: Weights) -> list[Tensor]:
+    def outputs_of(self, example: Inputs, weights: Weights) -> list[Tensor]:
         self.module.load_state_dict(weights)
         device = next((t.device for t in weights.values()), torch.device("cpu"))
         args, kwargs = tree_map(lambda x: _input(x, device), as_call(example))
@@ -242,21 +212,21 @@ def _moved_share(before: Weights, after: Weights) -> float:
 
 
 def _guilty(
-    spec: "PermutationSpec",
+    spec: Symmetries,
     probe: _Probe,
-    example: ExampleInputs,
+    example: Inputs,
     reference: list[Tensor],
     error: float,
     tolerance: float,
     seed: int,
 ) -> str:
     """Try each family alone, and say which ones change the function."""
-    whole, identity = spec.random(seed), spec.identity()
+    whole, identity = random_indices(spec, seed), identity_indices(spec)
     families = dict.fromkeys(group.family for group in spec.groups.values())
     found = []
     for family in families:
         indices = {n: (whole if g.family == family else identity)[n] for n, g in spec.groups.items()}
-        alone = _relative_error(reference, probe.outputs_of(example, Permutation(spec, indices).apply(probe.weights)))
+        alone = _relative_error(reference, probe.outputs_of(example, act(spec, indices, probe.weights)))
         if not alone <= tolerance:
             members = [g for g in spec.groups.values() if g.family == family]
             found.append(
@@ -269,5 +239,5 @@ def _guilty(
     )
 
 
-def _shapes(example: ExampleInputs) -> tuple[tuple[int, ...], ...]:
+def _shapes(example: Inputs) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(tensor.shape) for tensor in tensors_in(as_call(example)))

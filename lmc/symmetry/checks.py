@@ -1,4 +1,4 @@
-"""What must hold for a set of groups to be a group of symmetries that composes by `sources`."""
+"""Conditions under which a set of groups is one group of symmetries, so that its elements compose and invert."""
 
 from collections.abc import Mapping
 
@@ -41,6 +41,20 @@ def check_groups(groups: Mapping[str, Group], shapes: Mapping[str, Shape]) -> No
         first = members[0]
         for unit, member in members.items():
             _check_carried(parent, first, member, unit, shapes)
+
+
+def outermost_first(groups: Mapping[str, Group]) -> list[Group]:
+    """The groups ordered so that each comes after those it lives in."""
+    depth: dict[str, int] = {}
+
+    def level(name: str) -> int:
+        if name not in groups:
+            raise SpecError(f"a group lives in {name!r}, which is not a group")
+        if name not in depth:
+            depth[name] = 1 + max((level(parent) for parent, _ in groups[name].within), default=-1)
+        return depth[name]
+
+    return sorted(groups.values(), key=lambda group: level(group.name))
 
 
 def absence(name: str, aliases: Mapping[str, str], weights: Mapping[str, object]) -> str:

@@ -1,14 +1,10 @@
 """Whether two specs describe the same symmetries, whatever their groups are called."""
 
-from typing import TYPE_CHECKING
-
 from lmc.symmetry.group import Group, Table
-
-if TYPE_CHECKING:
-    from lmc.symmetry.spec import PermutationSpec
+from lmc.symmetry.symmetries import Symmetries
 
 
-def differences(left: "PermutationSpec", right: "PermutationSpec") -> list[str]:
+def differences(left: Symmetries, right: Symmetries) -> list[str]:
     """One line per group that only one of the two has; empty when the groups agree as sets of tables."""
     mine, theirs = _signatures(left), _signatures(right)
     lines = [f"{name}: only in the first" for key, name in mine.items() if key not in theirs]
@@ -18,7 +14,7 @@ def differences(left: "PermutationSpec", right: "PermutationSpec") -> list[str]:
     return lines
 
 
-def contains(outer: "PermutationSpec", inner: "PermutationSpec") -> bool:
+def contains(outer: Symmetries, inner: Symmetries) -> bool:
     """Whether every exchange of two neighbouring units in `inner` is an element of `outer`.
 
     Such exchanges generate the group of `inner`. One is an element of `outer` if the positions that it moves are
@@ -28,7 +24,7 @@ def contains(outer: "PermutationSpec", inner: "PermutationSpec") -> bool:
     return all(key in exchanges for group in inner.groups.values() for key in _exchanges(group, all_pairs=False))
 
 
-def _signatures(spec: "PermutationSpec") -> dict[frozenset, str]:
+def _signatures(spec: Symmetries) -> dict[frozenset, str]:
     """A group up to its name and the order of its units: where each unit lies."""
     return {frozenset(_unit_places(group)): group.name for group in spec.groups.values()}
 

@@ -6,17 +6,17 @@ from torch import nn
 
 from lmc.errors import InputError
 from lmc.symmetry.discovery.discover import discover
-from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, tensors_in
+from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, tensors_in
 from lmc.symmetry.spec import PermutationSpec
 
 
 def permutation_spec(
     model: nn.Module,
-    example_inputs: ExampleInputs,
-    outputs: OutputSelector = None,
+    inputs: Inputs,
     *,
+    outputs: OutputSelector = None,
     certify: bool = True,
-    also: ExampleInputs | None = None,
+    also: Inputs | None = None,
     trials: int = 2,
     seed: int = 0,
     tolerance: float = 1e-9,
@@ -27,7 +27,7 @@ def permutation_spec(
     Args:
         model: any `nn.Module`, on any device and in any precision; it is not changed. On the meta device (shapes without
             numbers) symmetries are found but cannot be certified.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; small shapes with at
+        inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; small shapes with at
             least two examples (and two tokens) are best.
         outputs: which output must stay the same: an attribute or key, a position, or a function of the result; by default
             the tensor itself, the `.logits`, or every tensor of the result but a cache for the next tokens.
@@ -43,24 +43,22 @@ def permutation_spec(
         TraceError: the forward pass cannot be captured as a graph of operators; says where.
         CertificateError: a group that was found does not keep the function; says which. Or the module cannot be computed
             in float64; says where.
-        InputError: example inputs or `outputs` that the module cannot take.
+        InputError: inputs or `outputs` that the module cannot take.
     """
-    _check(model, example_inputs)
-    found = discover(model, example_inputs, outputs, progress=progress)
+    _check(model, inputs)
+    found = discover(model, inputs, outputs, progress=progress)
     spec = PermutationSpec(found.groups, found.shapes, found.buffers, found.frozen, found.aliases)
     if not certify or any(tensor.is_meta for tensor in model.state_dict().values()):
         return spec
-    proof = spec.certify(
-        model, example_inputs, trials=trials, seed=seed, outputs=outputs, also=also, tolerance=tolerance
-    )
+    proof = spec.certify(model, inputs, trials=trials, seed=seed, outputs=outputs, also=also, tolerance=tolerance)
     return replace(spec, certificate=proof)
 
 
-def _check(model: nn.Module, example_inputs: ExampleInputs) -> None:
+def _check(model: nn.Module, inputs: Inputs) -> None:
     """Raise `InputError` for what is no module, and for inputs without examples: on them every function is the same."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected an nn.Module, got {type(model).__name__}; weights alone have no operators")
-    given = list(tensors_in(as_call(example_inputs)))
+    given = list(tensors_in(as_call(inputs)))
     if given and not any(tensor.numel() for tensor in given):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
-        raise InputError(f"example_inputs: shape {shapes} holds nothing; pass two examples or more along axis 0")
+        raise InputError(f"inputs: shape {shapes} holds nothing; pass two examples or more along axis 0")

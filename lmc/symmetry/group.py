@@ -9,6 +9,7 @@ Groups may live inside units of other groups: the value units of head 3 are a gr
 groups of one `family` (the value units of all heads) are carried onto each other when the heads move.
 """
 
+import itertools
 import math
 from dataclasses import dataclass, field
 
@@ -68,3 +69,12 @@ class Group:
     def log10_order(self) -> float:
         """log10 of the number of permutations of the units, log10(n!)."""
         return math.lgamma(self.size + 1) / math.log(10)
+
+
+class Groups(dict[str, Group]):
+    """Groups by name, printed short."""
+
+    def __repr__(self) -> str:
+        shown = [f"{name}: {group.size}" for name, group in itertools.islice(self.items(), 12)]
+        more = f", ... ({len(self) - 12} more)" if len(self) > 12 else ""
+        return f"Groups({len(self)}: {', '.join(shown)}{more})" if self else "Groups(none)"

@@ -7,19 +7,19 @@ from torch import Tensor
 
 from lmc.errors import InputError
 
-ExampleInputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
+Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 OutputSelector: TypeAlias = None | str | int | Callable[[Any], Any]
 
 CACHES = ("past_key_values", "past_key_value", "cache_params", "mems")
 
 
-def as_call(example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) of a call: a tensor is one positional argument, a tuple several, a dict keywords."""
-    if isinstance(example_inputs, Mapping):
-        return (), dict(example_inputs)
-    if isinstance(example_inputs, tuple | list):
-        return tuple(example_inputs), {}
-    return (example_inputs,), {}
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list):
+        return tuple(inputs), {}
+    return (inputs,), {}
 
 
 def select(output: Any, outputs: OutputSelector = None) -> list[Tensor]:

@@ -2,16 +2,14 @@
 
 import html
 import re
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from lmc.symmetry.spec import PermutationSpec
+from lmc.symmetry.symmetries import Symmetries
 
 _MAX_TENSORS = 4
 _MAX_LINES = 60
 
 
-def headline(spec: "PermutationSpec") -> str:
+def headline(spec: Symmetries) -> str:
     total = sum(spec.parameters.values())
     proof = "not certified" if spec.certificate is None else f"certified to {spec.certificate.max_error:.0e}"
     return (
@@ -20,7 +18,7 @@ def headline(spec: "PermutationSpec") -> str:
     )
 
 
-def ordered_families(spec: "PermutationSpec") -> list[str]:
+def ordered_families(spec: Symmetries) -> list[str]:
     """The families along the network, those nested in another right behind it."""
     outer = {
         family: [spec.groups[parent].family for parent, _ in spec.groups[names[0]].within]
@@ -41,7 +39,7 @@ def ordered_families(spec: "PermutationSpec") -> list[str]:
     return order
 
 
-def family_rows(spec: "PermutationSpec") -> list[tuple[str, str, str, str]]:
+def family_rows(spec: Symmetries) -> list[tuple[str, str, str, str]]:
     """(family, units, inside, tensors with their patterns), families that differ only by a layer number in one row."""
     merged: dict[tuple[str, int, int, tuple[str, ...], tuple[str, ...]], list[str]] = {}
     for family in ordered_families(spec):
@@ -62,7 +60,7 @@ def family_rows(spec: "PermutationSpec") -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def tensor_text(spec: "PermutationSpec", tensor: str) -> str:
+def tensor_text(spec: Symmetries, tensor: str) -> str:
     """A tensor and its pattern, in which groups go by the last part of their names where that is clear."""
     pattern = spec.patterns[tensor]
     names = [name for name in re.findall(r"[^\s()+/]+", pattern) if name in spec.families]
@@ -78,7 +76,7 @@ def _last_part(name: str) -> str:
     return ".".join(parts[start:])
 
 
-def frozen_rows(spec: "PermutationSpec") -> list[tuple[str, str]]:
+def frozen_rows(spec: Symmetries) -> list[tuple[str, str]]:
     """(reason, axes that it holds): axes of size > 1 that do not move, merged over layers that stay for one reason."""
     axes: dict[tuple[str, str], list[int]] = {}
     for (tensor, axis), reason in spec.frozen.items():
@@ -98,7 +96,7 @@ def frozen_rows(spec: "PermutationSpec") -> list[tuple[str, str]]:
     return rows
 
 
-def as_text(spec: "PermutationSpec") -> str:
+def as_text(spec: Symmetries) -> str:
     lines = [f"PermutationSpec: {headline(spec)}"]
     rows = family_rows(spec)
     width = max((len(name) for name, *_ in rows), default=0)
@@ -114,7 +112,7 @@ def as_text(spec: "PermutationSpec") -> str:
     return "\n".join(lines)
 
 
-def as_html(spec: "PermutationSpec") -> str:
+def as_html(spec: Symmetries) -> str:
     def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
         head = "".join(f"<th style='text-align:left'>{html.escape(cell)}</th>" for cell in header)
         body = "".join(

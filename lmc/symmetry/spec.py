@@ -1,63 +1,50 @@
-"""`PermutationSpec`: the permutation symmetries of one architecture."""
+"""`PermutationSpec`, the permutation symmetries of one architecture, and `Permutation`, one element of their group."""
 
 import fnmatch
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lmc.core.files import write_text
 from lmc.errors import InputError, SpecError
-from lmc.symmetry.actions import outermost_first
-from lmc.symmetry.checks import absence, check_groups
-from lmc.symmetry.group import Group, Table
-from lmc.symmetry.notation.describe import describe
+from lmc.symmetry import compare, report
+from lmc.symmetry.actions import act, identity_indices, random_indices, sources
+from lmc.symmetry.certificate import Certificate
+from lmc.symmetry.certify import certify_permutation, certify_spec
+from lmc.symmetry.group import Group
+from lmc.symmetry.notation.edit import edited, expand_wildcards
 from lmc.symmetry.notation.grammar import parse
 from lmc.symmetry.notation.layout import groups_from_axes
-from lmc.symmetry.outputs import ExampleInputs, OutputSelector
-from lmc.symmetry.permutation import Permutation
-from lmc.weights.arithmetic import ModelOrWeights, as_weights, tied_names
+from lmc.symmetry.notation.store import groups_as_data, groups_from_data
+from lmc.symmetry.outputs import Inputs, OutputSelector
+from lmc.symmetry.symmetries import Symmetries
+from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, tied_names
 
-if TYPE_CHECKING:
-    from lmc.symmetry.certify import Certificate
-
-Shape = tuple[int, ...]
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+SPEC_FORMAT, PERMUTATION_FORMAT = "lmc permutation spec 1", "lmc permutation 1"
 
 
-@dataclass(frozen=True, eq=False)
-class PermutationSpec:
+@dataclass(frozen=True, eq=False, repr=False)
+class PermutationSpec(Symmetries):
     """Groups of interchangeable units of one architecture, and where they lie in its tensors.
 
-    Made by `lmc.permutation_spec(model, example_inputs)`, or written by hand with `from_patterns`.
+    Made by `lmc.permutation_spec(model, inputs)`, or written by hand with `from_patterns`.
 
     Attributes:
         groups: name -> Group, outer groups before those nested in them.
         shapes: name -> shape of every tensor of the architecture that the spec knows.
         buffers: names of tensors that are statistics, not parameters: permuted, but never matched on.
         frozen: (tensor, axis) -> why that axis does not move.
-        aliases: second names of tied tensors -> the first name; counted and matched on once, moved under every name.
+        aliases: further names of tied tensors -> the first name; counted and matched on once, moved under every name.
         certificate: the proof made when the spec was discovered, if one was made.
+        outputs: the names of the outputs that stay the same, if the model returns several.
     """
-
-    groups: dict[str, Group]
-    shapes: dict[str, Shape]
-    buffers: frozenset[str] = frozenset()
-    frozen: dict[tuple[str, int], str] = field(default_factory=dict)
-    aliases: dict[str, str] = field(default_factory=dict)
-    certificate: "Certificate | None" = None
-
-    def __post_init__(self) -> None:
-        groups = {group.name: group for group in outermost_first(self.groups) if group.size > 1}
-        check_groups(groups, self.shapes)
-        object.__setattr__(self, "groups", groups)
 
     @classmethod
     def from_patterns(
@@ -70,13 +57,15 @@ class PermutationSpec:
                 as `*` in the pattern) -> axis pattern. Tensors that are not named stay as they are.
             weights: a module or state dict, for the shapes. Without it the sizes of the groups stay open until the
                 spec meets weights: everything that takes both works; `groups` and `random` do not yet.
-            sizes: sizes that shapes do not tell, e.g. `head=4` for "(head qk) d".
+            sizes: sizes that do not follow from shapes, e.g. `head=4` for "(head qk) d".
 
         Raises:
             SpecError: the text cannot be read, or does not fit the shapes.
         """
         if not isinstance(patterns, Mapping) or not all(isinstance(pattern, str) for pattern in patterns.values()):
-            raise SpecError(f"patterns: expected a mapping of tensor names to texts such as 'h (c .)', got {patterns!r}")
+            raise SpecError(
+                f"patterns: expected a mapping of tensor names to texts such as 'h (c .)', got {patterns!r}"
+            )
         unbound = UnboundSpec(dict(patterns), sizes)
         return unbound if weights is None else unbound.bind(weights)
 
@@ -85,107 +74,25 @@ class PermutationSpec:
         self.check(weights)
         return self
 
-    def check(self, weights: ModelOrWeights) -> None:
-        """Raise `SpecError` naming the first tensor that the spec knows and the weights lack, or of another shape."""
-        weights = as_weights(weights)
-        for name in self.tables_by_tensor:
-            if name not in weights:
-                why = absence(name, self.aliases, weights)
-                raise SpecError(f"the spec moves {name} {self.shapes[name]}, which the weights do not have{why}")
-        for name, tensor in weights.items():
-            if name in self.shapes and tuple(tensor.shape) != self.shapes[name]:
-                raise SpecError(f"{name}: the spec was made for shape {self.shapes[name]}, got {tuple(tensor.shape)}")
-
-    @cached_property
-    def tables_by_tensor(self) -> dict[str, list[tuple[str, Table]]]:
-        """For each tensor that moves its (group name, table) pairs, outermost group first."""
-        found: dict[str, list[tuple[str, Table]]] = {}
-        for group in self.groups.values():
-            for tensor, tables in group.tables.items():
-                found.setdefault(tensor, []).extend((group.name, table) for table in tables)
-        return found
-
-    @cached_property
-    def families(self) -> dict[str, list[str]]:
-        """The names of the groups of each family: one, or as many as there are places to live in."""
-        found: dict[str, list[str]] = {}
-        for group in self.groups.values():
-            found.setdefault(group.family, []).append(group.name)
-        return found
-
-    @cached_property
-    def by_place(self) -> dict[tuple[str, tuple[tuple[str, int], ...]], str]:
-        """The group of a family that lives in given units."""
-        return {(group.family, group.within): group.name for group in self.groups.values()}
-
-    @cached_property
-    def patterns(self) -> dict[str, str]:
-        """The axis pattern of every tensor; "table" stands for an axis that the notation cannot say."""
-        return describe(self.groups, self.shapes)
-
-    @property
-    def log10_order(self) -> float:
-        """log10 of the number of symmetries, the product of n! over the groups."""
-        return sum(group.log10_order for group in self.groups.values())
-
-    @cached_property
-    def coverage(self) -> float:
-        """Share of the parameters (buffers not counted) that lie on an axis that moves."""
-        moving = sum(self.moving_share(name) * size for name, size in self.parameters.items())
-        return moving / max(1, sum(self.parameters.values()))
-
-    @property
-    def parameters(self) -> dict[str, int]:
-        """The number of entries of each parameter: buffers left out, tied tensors under their first name only."""
-        return {
-            name: int(np.prod(shape, dtype=np.int64))
-            for name, shape in self.shapes.items()
-            if name not in self.buffers and name not in self.aliases
-        }
-
-    def moving_share(self, tensor: str) -> float:
-        """Share of one tensor's entries that lie on a moving position of some axis."""
-        shape = self.shapes[tensor]
-        merged: dict[tuple[int, ...], np.ndarray] = {}
-        for _, table in self.tables_by_tensor.get(tensor, ()):
-            covered = np.zeros(int(np.prod([shape[d] for d in table.dims])), dtype=bool)
-            covered[table.rows] = True
-            merged[table.dims] = merged.get(table.dims, False) | covered
-        still = 1.0
-        joint = {dims: mask for dims, mask in merged.items() if len(dims) > 1}
-        for dims, mask in joint.items():
-            grid = mask.reshape([shape[d] for d in dims])
-            for position, d in enumerate(dims):
-                single = merged.pop((d,), None)
-                if single is not None:
-                    grid = grid | single.reshape([-1 if p == position else 1 for p in range(len(dims))])
-            still *= 1.0 - float(grid.mean())
-        for dims, mask in merged.items():
-            if dims not in joint:
-                still *= 1.0 - float(mask.mean())
-        return 1.0 - still
-
-    def identity(self) -> Permutation:
+    def identity(self) -> "Permutation":
         """The permutation that moves nothing."""
-        return Permutation(self, {name: torch.arange(group.size) for name, group in self.groups.items()})
+        return Permutation(self, identity_indices(self))
 
-    def random(self, seed: int = 0) -> Permutation:
+    def random(self, seed: int = 0) -> "Permutation":
         """A uniformly random element of the symmetry group."""
-        generator = torch.Generator().manual_seed(seed)
-        indices = {name: torch.randperm(group.size, generator=generator) for name, group in self.groups.items()}
-        return Permutation(self, indices)
+        return Permutation(self, random_indices(self, seed))
 
     def certify(
         self,
         model: nn.Module,
-        example_inputs: ExampleInputs,
+        inputs: Inputs,
+        *,
         trials: int = 3,
         seed: int = 0,
-        *,
         outputs: OutputSelector = None,
-        also: ExampleInputs | None = None,
+        also: Inputs | None = None,
         tolerance: float = 1e-9,
-    ) -> "Certificate":
+    ) -> Certificate:
         """Prove the symmetries on examples: random elements of the whole group, in float64, on perturbed weights.
 
         Args:
@@ -194,10 +101,8 @@ class PermutationSpec:
         Raises:
             CertificateError: naming the groups that change the function.
         """
-        from lmc.symmetry.certify import certify_spec
-
         return certify_spec(
-            self, model, example_inputs, trials=trials, seed=seed, outputs=outputs, also=also, tolerance=tolerance
+            self, model, inputs, trials=trials, seed=seed, outputs=outputs, also=also, tolerance=tolerance
         )
 
     def without(self, *names: str) -> "PermutationSpec":
@@ -216,7 +121,7 @@ class PermutationSpec:
                 name,
                 g.size,
                 g.tables,
-                g.family if not _lost(g, dropped) else name,
+                name if any(parent in dropped for parent, _ in g.within) else g.family,
                 tuple(place for place in g.within if place[0] not in dropped),
             )
             for name, g in self.groups.items()
@@ -230,9 +135,10 @@ class PermutationSpec:
 
     def __or__(self, edits: Mapping[str, str]) -> "PermutationSpec":
         """The spec with the patterns of some tensors replaced (wildcards as in `from_patterns`)."""
-        from lmc.symmetry.notation.edit import edit
-
-        return edit(self, edits)
+        changed = expand_wildcards(edits, self.shapes)
+        frozen = {place: reason for place, reason in self.frozen.items() if place[0] not in changed}
+        groups = edited(self.groups, self.shapes, changed)
+        return PermutationSpec(groups, self.shapes, self.buffers, frozen, self.aliases)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PermutationSpec):
@@ -242,28 +148,41 @@ class PermutationSpec:
     __hash__ = None  # type: ignore[assignment]
 
     def differences(self, other: "PermutationSpec") -> list[str]:
-        """What tells two specs apart, whatever their groups are called; empty if they describe the same symmetries."""
-        from lmc.symmetry.compare import differences
-
-        return differences(self, other)
+        """One line per group that only one of two specs has, whatever the groups are called; empty if they describe the
+        same symmetries."""
+        return compare.differences(self, other)
 
     def contains(self, other: "PermutationSpec") -> bool:
         """Whether every symmetry of `other` is one of this spec."""
-        from lmc.symmetry.compare import contains
-
-        return contains(self, other)
+        return compare.contains(self, other)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: patterns where they say everything, else the tables themselves."""
-        from lmc.symmetry.notation.store import to_dict
-
-        return to_dict(self)
+        return {
+            "format": SPEC_FORMAT,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "buffers": sorted(self.buffers),
+            "aliases": self.aliases,
+            "frozen": [[tensor, axis, reason] for (tensor, axis), reason in self.frozen.items()],
+            "outputs": list(self.outputs),
+            **groups_as_data(self.groups, self.shapes),
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "PermutationSpec":
-        from lmc.symmetry.notation.store import from_dict
+        """The spec that `to_dict` wrote.
 
-        return from_dict(content)
+        Raises:
+            InputError: the content is something else.
+        """
+        found = content.get("format") if isinstance(content, Mapping) else type(content).__name__
+        if found != SPEC_FORMAT:
+            raise InputError(f"format {found!r} is not a permutation spec ({SPEC_FORMAT!r})")
+        shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
+        groups = groups_from_data(content, shapes)
+        frozen = {(tensor, axis): reason for tensor, axis, reason in content["frozen"]}
+        outputs = tuple(content.get("outputs", ()))
+        return cls(groups, shapes, frozenset(content["buffers"]), frozen, content["aliases"], outputs=outputs)
 
     def save(self, path: str | Path) -> None:
         """Write the spec as JSON (atomically)."""
@@ -271,31 +190,27 @@ class PermutationSpec:
 
     @classmethod
     def load(cls, path: str | Path) -> "PermutationSpec":
-        """Read what `save` wrote. Raises `InputError` if the file is something else."""
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is something else.
+        """
         try:
             return cls.from_dict(json.loads(Path(path).read_text()))
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
             raise InputError(f"{path}: not a spec saved by lmc ({error})") from error
 
     def __repr__(self) -> str:
-        from lmc.symmetry.report import as_text
-
-        return as_text(self)
+        return report.as_text(self)
 
     def _repr_html_(self) -> str:
-        from lmc.symmetry.report import as_html
-
-        return as_html(self)
+        return report.as_html(self)
 
     def plot(self):
         """A picture of the layers and the groups that tie them (plotly figure)."""
         from lmc.views.plots.symmetry import plot_spec
 
         return plot_spec(self)
-
-
-def _lost(group: Group, dropped: set[str]) -> bool:
-    return any(parent in dropped for parent, _ in group.within)
 
 
 @dataclass(frozen=True)
@@ -306,14 +221,18 @@ class UnboundSpec:
     sizes: dict[str, int]
 
     def bind(self, weights: ModelOrWeights) -> PermutationSpec:
-        """The spec for these weights. Raises `SpecError` if the patterns do not fit their shapes."""
+        """The spec for these weights.
+
+        Raises:
+            SpecError: the patterns do not fit the shapes of the weights.
+        """
         state = as_weights(weights)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if isinstance(weights, nn.Module):
             buffers = frozenset(state) - {name for name, _ in weights.named_parameters(remove_duplicate=False)}
         else:
             buffers = frozenset(name for name in state if name.endswith(STATISTICS))
-        patterns = expand_wildcards(self.patterns, list(shapes))
+        patterns = expand_wildcards(self.patterns, shapes)
         axes = {name: parse(text, name) for name, text in patterns.items()}
         groups = groups_from_axes(axes, shapes, self.sizes)
         return PermutationSpec(groups, shapes, buffers, aliases=tied_names(weights))
@@ -327,19 +246,137 @@ class UnboundSpec:
         )
 
 
-def expand_wildcards(patterns: Mapping[str, str], names: list[str]) -> dict[str, str]:
-    """Patterns with each wildcard name written out; later entries win. Raises `SpecError` for names that match nothing."""
-    found: dict[str, str] = {}
-    for glob, pattern in patterns.items():
-        expression = re.compile(re.escape(glob).replace(r"\*", "(.*?)") + r"\Z")
-        matches = [(name, match) for name in names if (match := expression.match(name))]
-        if not matches:
-            raise SpecError(f"{glob!r}: the weights have no such tensor; they have {', '.join(names[:6])}, ...")
-        for name, match in matches:
-            text = pattern
-            for part in match.groups():
-                text = text.replace("*", part, 1)
-            if "*" in text:
-                raise SpecError(f"{glob!r}: the pattern {pattern!r} has more wildcards than the name")
-            found[name] = text
-    return found
+@dataclass(frozen=True, eq=False)
+class Permutation(Mapping[str, Tensor]):
+    """For each group of a spec an index vector: B's unit for each unit of A, so that moved units are `x[p]`.
+
+    Groups inside units of other groups are permuted after these: `p` of `v[2]` orders the units that have arrived
+    in head 2. Acts by `apply`; `inverse` and `compose` are those of the (wreath product) group.
+
+    Attributes:
+        spec: the symmetries of the architecture.
+        indices: `group name -> (n,)` int64 tensor on the CPU.
+        objective: what the matching that found it maximised; None if it was not found by one.
+        info: how it was found (method, seed, restarts, sweeps, seconds, ...).
+    """
+
+    spec: PermutationSpec
+    indices: dict[str, Tensor]
+    objective: float | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        groups = self.spec.groups
+        if set(self.indices) != set(groups):
+            odd = sorted(set(self.indices) ^ set(groups))
+            raise SpecError(f"group {odd[0]!r} is in only one of the spec and the permutation")
+        checked = {}
+        for name, group in groups.items():
+            index = torch.as_tensor(self.indices[name], dtype=torch.int64, device="cpu")
+            if index.shape != (group.size,) or not torch.equal(index.sort().values, torch.arange(group.size)):
+                raise SpecError(
+                    f"group {name!r}: expected a permutation of 0..{group.size - 1}, got {tuple(index.shape)}"
+                )
+            checked[name] = index
+        object.__setattr__(self, "indices", checked)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.indices[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Permutation) or set(self) != set(other):
+            return NotImplemented if not isinstance(other, Permutation) else False
+        return all(torch.equal(self[name], other[name]) for name in self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def apply(self, model: ModelOrWeights) -> Weights:
+        """The weights of the same function with permuted units; tensors that do not move are copied.
+
+        Raises:
+            SpecError: the spec does not fit the weights.
+        """
+        weights = as_weights(model)
+        self.spec.check(weights)
+        return act(self.spec, self.indices, weights)
+
+    @cached_property
+    def _sources(self) -> dict[str, str]:
+        return sources(self.spec, self.indices)
+
+    def inverse(self) -> "Permutation":
+        """The permutation that undoes this one: `pi.inverse().apply(pi.apply(w))` gives `w` back exactly."""
+        indices = {source: torch.argsort(self[name]) for name, source in self._sources.items()}
+        return Permutation(self.spec, indices)
+
+    def compose(self, first: "Permutation") -> "Permutation":
+        """`self` after `first`: `pi.compose(rho).apply(w)` equals `pi.apply(rho.apply(w))`."""
+        if set(first) != set(self):
+            raise SpecError("permutations of different specs cannot be composed")
+        indices = {name: first[self._sources[name]][index] for name, index in self.indices.items()}
+        return Permutation(self.spec, indices)
+
+    def is_identity(self) -> bool:
+        return all(torch.equal(index, torch.arange(len(index))) for index in self.indices.values())
+
+    def certify(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        *,
+        weights: ModelOrWeights | None = None,
+        outputs: OutputSelector = None,
+        tolerance: float = 1e-9,
+    ) -> Certificate:
+        """Prove on an example, in float64, that the permuted weights compute the same function.
+
+        Args:
+            model: gives the architecture, and the weights unless `weights` are given.
+
+        Raises:
+            CertificateError: the outputs differ by more than `tolerance` relative to their largest value.
+        """
+        return certify_permutation(
+            self.spec, self.indices, model, inputs, weights=weights, outputs=outputs, tolerance=tolerance
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write spec, indices and provenance as JSON (atomically)."""
+        content = {
+            "format": PERMUTATION_FORMAT,
+            "spec": self.spec.to_dict(),
+            "indices": {name: index.tolist() for name, index in self.indices.items()},
+            "objective": self.objective,
+            "info": self.info,
+        }
+        write_text(path, json.dumps(content))
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Permutation":
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: the file is something else.
+        """
+        try:
+            content = json.loads(Path(path).read_text())
+            if content["format"] != PERMUTATION_FORMAT:
+                raise InputError(f"{path}: format {content['format']!r} is not a permutation")
+            indices = {name: torch.tensor(index) for name, index in content["indices"].items()}
+            spec = PermutationSpec.from_dict(content["spec"])
+            return cls(spec, indices, content["objective"], content["info"])
+        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not a permutation saved by lmc ({error})") from error
+
+    def __repr__(self) -> str:
+        moved = sum(int((index != torch.arange(len(index))).sum()) for index in self.indices.values())
+        total = sum(len(index) for index in self.indices.values())
+        found = "" if self.objective is None else f", objective {self.objective:.6g}"
+        by = f", by {self.info['method']}" if "method" in self.info else ""
+        return f"Permutation({len(self)} groups, {moved} of {total} units move{found}{by})"

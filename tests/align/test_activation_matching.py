@@ -15,8 +15,7 @@ from lmc.align.activations.taps import Tap, choose, live_taps
 from lmc.errors import DataError, InputError, MismatchError, SpecError, WeightsError
 from lmc.models.layers import Attention
 from lmc.models.mlp import mlp
-from lmc.symmetry.permutation import Permutation
-from lmc.symmetry.spec import PermutationSpec
+from lmc.symmetry.spec import Permutation, PermutationSpec
 
 METHODS = ("correlation", "cross-product")
 pytestmark = pytest.mark.filterwarnings("ignore:.*leave the matching open")

@@ -14,8 +14,7 @@ import lmc
 from lmc.errors import DataError, MismatchError, SpecError, WeightsError
 from lmc.models.mlp import mlp
 from lmc.symmetry.group import Table
-from lmc.symmetry.permutation import Permutation
-from lmc.symmetry.spec import PermutationSpec
+from lmc.symmetry.spec import Permutation, PermutationSpec
 from lmc.weights.arithmetic import Weights
 
 Align = Callable[..., Permutation]

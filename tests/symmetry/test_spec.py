@@ -174,7 +174,7 @@ def test_patterns_that_are_no_texts_are_refused():
 
 def test_an_example_without_examples_proves_nothing():
     model = models.mlp(9, [8, 7], 4)
-    with pytest.raises(lmc.InputError, match=r"example_inputs: shape \(0, 9\) holds nothing"):
+    with pytest.raises(lmc.InputError, match=r"inputs: shape \(0, 9\) holds nothing"):
         lmc.permutation_spec(model, torch.zeros(0, 9))
     wrong = PermutationSpec.from_patterns({"fc1.weight": "h ."}, model)
     with pytest.raises(lmc.CertificateError, match="outputs are empty"):

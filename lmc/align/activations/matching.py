@@ -17,8 +17,7 @@ from lmc.align.weight_matching.algorithm import matched
 from lmc.errors import InputError
 from lmc.network.inputs import call_module, first_of, input_batches
 from lmc.network.network import Network, pick_device
-from lmc.symmetry.permutation import Permutation
-from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights.arithmetic import ModelOrWeights, finite_pair
 
 Method = Literal["correlation", "cross-product"]

@@ -15,8 +15,7 @@ from lmc.align.weight_matching.descent import Descent
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.network.network import Network, pick_device
-from lmc.symmetry.permutation import Permutation
-from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair, lerp
 
 _SWEEPS = 20

@@ -20,8 +20,7 @@ from lmc.align.weight_matching.algorithm import matched, weight_matching
 from lmc.core.extras import require
 from lmc.errors import InputError, SpecError
 from lmc.network.network import pick_device
-from lmc.symmetry.permutation import Permutation
-from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible, distance, dot
 
 if TYPE_CHECKING:

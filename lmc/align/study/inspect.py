@@ -19,7 +19,7 @@ from lmc.align.weight_matching.descent import inner_product
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.errors import InputError, SpecError
-from lmc.symmetry.permutation import Permutation
+from lmc.symmetry.spec import Permutation
 from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from lmc.align.weight_matching.blocks import Block
-from lmc.symmetry.permutation import Permutation
-from lmc.symmetry.spec import PermutationSpec
+from lmc.symmetry.spec import Permutation, PermutationSpec
 from lmc.weights.arithmetic import Weights
 
 FIELD_BYTES = 300_000  # of the pictures of one group, which are made smaller where they take more

@@ -12,8 +12,7 @@ from lmc.align.weight_matching.descent import Descent, inner_product
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.symmetry.actions import permute_tensor
-from lmc.symmetry.permutation import Permutation
-from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair
 
 

@@ -18,8 +18,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from lmc.align.many import match_many
 from lmc.errors import InputError
-from lmc.symmetry.permutation import Permutation
-from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible
 
 Moves: TypeAlias = Sequence[Permutation | ModelOrWeights]

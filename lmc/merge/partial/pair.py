@@ -23,8 +23,7 @@ from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
 from lmc.network.inputs import Call, call_module, first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.find import permutation_spec
-from lmc.symmetry.permutation import Permutation
-from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair
 
 

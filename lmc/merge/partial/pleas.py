@@ -24,8 +24,7 @@ from lmc.merge.partial.zipit import likeness
 from lmc.network.batches import to_device
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
 from lmc.network.network import Network
-from lmc.symmetry.permutation import Permutation
-from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights.arithmetic import ModelOrWeights
 
 

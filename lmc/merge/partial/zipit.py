@@ -14,8 +14,7 @@ from lmc.align.activations.collect import Moments
 from lmc.merge.partial.pair import check_share, per_group, prepare
 from lmc.merge.partial.units import MergedUnits, paired
 from lmc.merge.partial.widening import Zipped
-from lmc.symmetry.permutation import Permutation
-from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights.arithmetic import ModelOrWeights
 
 # Of pairs that are equally alike, the one of units that were matched beforehand is merged first.

@@ -13,7 +13,7 @@ from lmc.symmetry.discovery.solve import Fibre, Solution, solve
 from lmc.symmetry.discovery.tables import Places
 from lmc.symmetry.discovery.trace import Graph, capture
 from lmc.symmetry.group import Group, Table
-from lmc.symmetry.outputs import ExampleInputs, OutputSelector
+from lmc.symmetry.outputs import Inputs, OutputSelector
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Draft:
 
 
 def discover(
-    model: nn.Module, example_inputs: ExampleInputs, outputs: OutputSelector = None, *, progress: bool = True
+    model: nn.Module, example_inputs: Inputs, outputs: OutputSelector = None, *, progress: bool = True
 ) -> Discovery:
     """Find groups of interchangeable units of a module.
 

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from lmc.errors import InputError, TraceError
 from lmc.symmetry.discovery.failures import BY_HAND, Stopped, explained, is_user_file, named_lines, quiet, stopping
 from lmc.symmetry.discovery.rules import is_pointwise, rule_of
-from lmc.symmetry.outputs import ExampleInputs, OutputSelector, as_call, select
+from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, select
 
 PREFIX = "subject."
 
@@ -110,7 +110,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             m.training = training
 
 
-def capture(model: nn.Module, example_inputs: ExampleInputs, outputs: OutputSelector = None) -> Graph:
+def capture(model: nn.Module, example_inputs: Inputs, outputs: OutputSelector = None) -> Graph:
     """Trace one forward pass of `model` into a graph of operators.
 
     Args:

@@ -1,39 +1,57 @@
-"""Editing a spec by pattern: `spec | {"blocks.*.rel_bias": ". head"}`."""
+"""Editing groups by pattern: `spec | {"blocks.*.rel_bias": ". head"}`."""
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from lmc.errors import SpecError
-from lmc.symmetry.notation.describe import IRREGULAR
+from lmc.symmetry.group import Group
+from lmc.symmetry.notation.describe import IRREGULAR, describe
 from lmc.symmetry.notation.grammar import parse
 from lmc.symmetry.notation.layout import groups_from_axes
 
-if TYPE_CHECKING:
-    from lmc.symmetry.spec import PermutationSpec
 
-
-def edit(spec: "PermutationSpec", edits: Mapping[str, str]) -> "PermutationSpec":
-    """Replace the patterns of the tensors that `edits` name; families mentioned there are laid out anew.
+def edited(
+    groups: Mapping[str, Group], shapes: Mapping[str, tuple[int, ...]], changed: Mapping[str, str]
+) -> dict[str, Group]:
+    """The groups after the patterns of the tensors in `changed` are replaced; families named there are laid out again.
 
     Groups of families that only occur in irregular tables, and in tensors that are not edited, stay as they are.
-    Raises `SpecError` if a pattern does not fit, or if the result contradicts itself.
-    """
-    from lmc.symmetry.spec import PermutationSpec, expand_wildcards
 
-    changed = expand_wildcards(edits, list(spec.shapes))
-    irregular = {name for name, text in spec.patterns.items() if IRREGULAR in text.split() and name not in changed}
-    regular = {name: text for name, text in spec.patterns.items() if name not in irregular} | changed
-    sizes = {group.family: group.size for group in spec.groups.values()}
+    Raises:
+        SpecError: a pattern does not fit, or the result contradicts itself.
+    """
+    patterns = describe(groups, shapes)
+    irregular = {name for name, text in patterns.items() if IRREGULAR in text.split() and name not in changed}
+    regular = {name: text for name, text in patterns.items() if name not in irregular} | dict(changed)
+    sizes = {group.family: group.size for group in groups.values()}
     axes = {name: parse(text, name) for name, text in regular.items()}
     known = {name: size for name, size in sizes.items() if any(name in text for text in regular.values())}
-    groups = groups_from_axes(axes, spec.shapes, known)
+    result = groups_from_axes(axes, shapes, known)
     for name in irregular:
-        for old in spec.groups.values():
+        for old in groups.values():
             if name in old.tables:
-                new = groups.get(old.name, replace(old, tables={}))
+                new = result.get(old.name, replace(old, tables={}))
                 if new.size != old.size:
                     raise SpecError(f"group {old.name!r} has {old.size} units in {name}, {new.size} after the edit")
-                groups[old.name] = replace(new, tables={**new.tables, name: old.tables[name]})
-    frozen = {place: reason for place, reason in spec.frozen.items() if place[0] not in changed}
-    return PermutationSpec(groups, spec.shapes, spec.buffers, frozen, spec.aliases)
+                result[old.name] = replace(new, tables={**new.tables, name: old.tables[name]})
+    return result
+
+
+def expand_wildcards(patterns: Mapping[str, str], names: Iterable[str]) -> dict[str, str]:
+    """Patterns with each wildcard name written out; later entries win. Raises `SpecError` for names that match nothing."""
+    names = list(names)
+    found: dict[str, str] = {}
+    for glob, pattern in patterns.items():
+        expression = re.compile(re.escape(glob).replace(r"\*", "(.*?)") + r"\Z")
+        matches = [(name, match) for name in names if (match := expression.match(name))]
+        if not matches:
+            raise SpecError(f"{glob!r}: the weights have no such tensor; they have {', '.join(names[:6])}, ...")
+        for name, match in matches:
+            text = pattern
+            for part in match.groups():
+                text = text.replace("*", part, 1)
+            if "*" in text:
+                raise SpecError(f"{glob!r}: the pattern {pattern!r} has more wildcards than the name")
+            found[name] = text
+    return found

@@ -1,66 +1,52 @@
-"""Specs as plain data: patterns where they say everything, tables where they do not."""
+"""Groups as plain data for files: patterns where they say everything, tables where they do not."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from lmc.errors import InputError, SpecError
+from lmc.errors import SpecError
 from lmc.symmetry.group import Group, Table
-from lmc.symmetry.notation.describe import IRREGULAR
+from lmc.symmetry.notation.describe import IRREGULAR, describe
 from lmc.symmetry.notation.grammar import parse
 from lmc.symmetry.notation.layout import groups_from_axes
 
-if TYPE_CHECKING:
-    from lmc.symmetry.spec import PermutationSpec
-
-FORMAT = "lmc permutation spec 1"
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def to_dict(spec: "PermutationSpec") -> dict[str, Any]:
-    content: dict[str, Any] = {
-        "format": FORMAT,
-        "shapes": {name: list(shape) for name, shape in spec.shapes.items()},
-        "buffers": sorted(spec.buffers),
-        "aliases": spec.aliases,
-        "frozen": [[tensor, axis, reason] for (tensor, axis), reason in spec.frozen.items()],
-    }
-    sizes = {group.family: group.size for group in spec.groups.values()}
-    if _patterns_say_everything(spec, sizes):
-        return content | {"sizes": sizes, "patterns": spec.patterns}
-    return content | {"groups": [_group_to_dict(group) for group in spec.groups.values()]}
+def groups_as_data(groups: Mapping[str, Group], shapes: Shapes) -> dict[str, Any]:
+    """Either `patterns` and the `sizes` of the families, or `groups` with all their tables."""
+    patterns = describe(groups, shapes)
+    sizes = {group.family: group.size for group in groups.values()}
+    if _say_everything(patterns, sizes, groups, shapes):
+        return {"sizes": sizes, "patterns": patterns}
+    return {"groups": [_group_as_data(group) for group in groups.values()]}
 
 
-def from_dict(content: Mapping[str, Any]) -> "PermutationSpec":
-    from lmc.symmetry.spec import PermutationSpec
-
-    found = content.get("format") if isinstance(content, Mapping) else type(content).__name__
-    if found != FORMAT:
-        raise InputError(f"format {found!r} is not a permutation spec ({FORMAT!r})")
-    shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
-    if "patterns" in content:
-        axes = {name: parse(text, name) for name, text in content["patterns"].items()}
-        order = {family: place for place, family in enumerate(content["sizes"])}
-        laid_out = groups_from_axes(axes, shapes, content["sizes"])
-        groups = dict(sorted(laid_out.items(), key=lambda item: order[item[1].family]))
-    else:
-        groups = {item["name"]: _group_from_dict(item) for item in content["groups"]}
-    frozen = {(tensor, axis): reason for tensor, axis, reason in content["frozen"]}
-    return PermutationSpec(groups, shapes, frozenset(content["buffers"]), frozen, content["aliases"])
+def groups_from_data(content: Mapping[str, Any], shapes: Shapes) -> dict[str, Group]:
+    """What `groups_as_data` was given, in the same order."""
+    if "patterns" not in content:
+        return {item["name"]: _group_from_data(item) for item in content["groups"]}
+    axes = {name: parse(text, name) for name, text in content["patterns"].items()}
+    order = {family: place for place, family in enumerate(content["sizes"])}
+    laid_out = groups_from_axes(axes, shapes, content["sizes"])
+    return dict(sorted(laid_out.items(), key=lambda item: order[item[1].family]))
 
 
-def _patterns_say_everything(spec: "PermutationSpec", sizes: Mapping[str, int]) -> bool:
-    if any(IRREGULAR in pattern.split() for pattern in spec.patterns.values()):
+def _say_everything(
+    patterns: Mapping[str, str], sizes: Mapping[str, int], groups: Mapping[str, Group], shapes: Shapes
+) -> bool:
+    if any(IRREGULAR in pattern.split() for pattern in patterns.values()):
         return False
-    axes = {name: parse(text, name) for name, text in spec.patterns.items()}
+    axes = {name: parse(text, name) for name, text in patterns.items()}
     try:
-        groups = groups_from_axes(axes, spec.shapes, sizes)
+        again = groups_from_axes(axes, shapes, sizes)
     except SpecError:
         return False
-    return groups.keys() == spec.groups.keys() and all(groups[n] == spec.groups[n] for n in groups)
+    return again.keys() == groups.keys() and all(again[n] == groups[n] for n in again)
 
 
-def _group_to_dict(group: Group) -> dict[str, Any]:
+def _group_as_data(group: Group) -> dict[str, Any]:
     tables = {
         tensor: [{"dims": list(table.dims), "rows": table.rows.tolist()} for table in tables]
         for tensor, tables in group.tables.items()
@@ -69,7 +55,7 @@ def _group_to_dict(group: Group) -> dict[str, Any]:
     return {"name": group.name, "size": group.size, "family": group.family, "within": within, "tables": tables}
 
 
-def _group_from_dict(item: Mapping[str, Any]) -> Group:
+def _group_from_data(item: Mapping[str, Any]) -> Group:
     tables = {
         tensor: tuple(Table(tuple(t["dims"]), np.asarray(t["rows"], dtype=np.int64)) for t in tables)
         for tensor, tables in item["tables"].items()
