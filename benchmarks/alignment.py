@@ -158,7 +158,7 @@ def cycle_consistent(folder: Path, width: int, count: int, repeats: int) -> list
 
 def ot_fusion(folder: Path, width: int, repeats: int) -> list[tuple]:
     """otfusion on weights, exact couplings, Euclidean ground metric, the last layer left as it is; the value is
-    the cosine of aligned A and B over all layers."""
+    the cosine of B and the aligned A over all layers (A moves, as in their code)."""
     sys.path.insert(0, str(folder / "otfusion"))
     peer = import_peer("wasserstein_ensemble")
     args = types.SimpleNamespace(
@@ -177,7 +177,7 @@ def ot_fusion(folder: Path, width: int, repeats: int) -> list[tuple]:
     seconds, layers = timed(lambda: peer.get_wassersteinized_layers_modularized(args, models), repeats)
     fused = dict(zip(b, (layer.detach() for layer in layers), strict=True))
     aligned = {name: 2.0 * tensor - b[name] for name, tensor in fused.items()}
-    ours_seconds, ours = timed(lambda: lmc.ot_fusion(model, a, b, spec=spec, progress=False), repeats)
+    ours_seconds, ours = timed(lambda: lmc.ot_fusion(model, b, a, spec=spec, progress=False), repeats)
 
     def cosine(weights) -> float:
         return lmc.weights.dot(weights, b) / (lmc.weights.dot(weights, weights) * lmc.weights.dot(b, b)) ** 0.5

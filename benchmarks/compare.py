@@ -42,7 +42,7 @@ def cycle_consistent(spec, model, a, b, data):
 
 def rotations(spec, model, a, b, data, steps):
     """Its B, to be compared with an A whose norms are folded."""
-    return lmc.align.rotation_matching(spec, model, a, b, data, steps=steps, progress=False).b
+    return lmc.align.rotation_matching(spec, model, a, b, data, steps=steps, progress=False).weights
 
 
 ALIGNERS = {
@@ -79,7 +79,10 @@ def measured(spec, model, a, b, data, methods, alphas: int):
     for method in methods:
         start = lmc.align.fold_norms(spec, model, a, data) if method in ROTATIONS else a
         aligner = {method: (ALIGNERS | ROTATIONS)[method]}
-        yield method, lmc.align.compare(spec, model, start, b, data, aligner, alphas=alphas, progress=False)[method]
+        yield (
+            method,
+            lmc.align.compare(spec, model, start, b, data, methods=aligner, alphas=alphas, progress=False)[method],
+        )
 
 
 def table(name: str, alphas: int) -> None:

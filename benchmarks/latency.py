@@ -21,7 +21,8 @@ import nbformat
 
 ROOT = Path(__file__).parents[1]
 
-CELLS = """
+CELLS = (
+    """
 import torch, lmc
 torch.set_num_threads(1)
 stored, data = lmc.data.checkpoint("digits-mlp64"), lmc.data.digits()
@@ -34,7 +35,14 @@ runs = lmc.data.checkpoint("digits-mlp64-trajectory")
 epochs = sorted(set(runs.epochs))
 over = lmc.align.barrier_over_time(model, *({e: runs.at(s, e) for e in epochs} for s in (0, 1)), data, progress=False)
 path.save_html("path.html", naive=naive), plane.save_html("plane.html"), over.save_html("epochs.html")
-""", "path.explore(naive=naive)", "path.explore(naive=naive)", "plane.explore()", "plane.explore()", "over.explore()", "over.explore()"
+""",
+    "path.explore(naive=naive)",
+    "path.explore(naive=naive)",
+    "plane.explore()",
+    "plane.explore()",
+    "over.explore()",
+    "over.explore()",
+)
 
 # Moves a pointer over an element, one event a frame, and measures each frame.
 DRAG = """async ({ kind, target, moves }) => {

@@ -62,7 +62,7 @@ def two_seeds(model: nn.Module, a: Weights, b: Weights, train: Split, test: Spli
 
     def by_activations(count: int) -> list[float]:
         batches = (sample(train[0], count, seed) for seed in range(3))
-        return [score(lmc.ot_fusion(model, a, b, x, spec=spec, progress=False)) for x in batches]
+        return [score(lmc.ot_fusion(model, b, a, x, spec=spec, progress=False)) for x in batches]
 
     both = logits(model, a, inputs).softmax(1) + logits(model, b, inputs).softmax(1)
     matched = lmc.weight_matching(spec, b, a, progress=False).apply(a)
@@ -70,7 +70,7 @@ def two_seeds(model: nn.Module, a: Weights, b: Weights, train: Split, test: Spli
         "each network": [score(a), score(b)],
         "both networks' predictions averaged": [accuracy(both, targets)],
         "plain average": [score(lmc.merge.average([a, b]))],
-        "OT fusion, weights": [score(lmc.ot_fusion(model, a, b, spec=spec, progress=False))],
+        "OT fusion, weights": [score(lmc.ot_fusion(model, b, a, spec=spec, progress=False))],
         "OT fusion, activations of 200 samples": by_activations(200),
         "OT fusion, activations of 1000 samples": by_activations(1000),
         "OT fusion, activations of 10000 samples": by_activations(10000),
@@ -88,7 +88,7 @@ def wide_and_narrow(wide: Weights, narrow: Weights, train: Split, test: Split) -
         "the narrow network": [accuracy(logits(model, narrow, test[0]), test[1])],
     }
     for metric, inputs in (("weights", None), ("activations of 1000 samples", sample(train[0], 1000, 0))):
-        fused = lmc.ot_fusion(model, large, narrow, inputs, spec=spec, progress=False)
+        fused = lmc.ot_fusion(model, narrow, large, inputs, spec=spec, progress=False)
         found[f"the wide one in the narrow one's units, {metric}"] = [
             accuracy(logits(model, fused.transported[0], test[0]), test[1])
         ]
@@ -111,9 +111,9 @@ def transfer(model: nn.Module, a: Weights, b: Weights, train: Split, test: Split
     spec = lmc.permutation_spec(model, train[0][:2], progress=False)
     moved = {
         "plain average": a,
-        "OT fusion, weights": lmc.ot_fusion(model, a, b, spec=spec, progress=False).transported[0],
+        "OT fusion, weights": lmc.ot_fusion(model, b, a, spec=spec, progress=False).transported[0],
         "OT fusion, activations of 400 samples": lmc.ot_fusion(
-            model, a, b, sample(train[0], 400, 0), spec=spec, progress=False
+            model, b, a, sample(train[0], 400, 0), spec=spec, progress=False
         ).transported[0],
     }
     found = {

@@ -1,4 +1,4 @@
-"""Which move: permutations and couplings that bring one network onto another."""
+"""Which move: permutations, rotations and couplings that bring one network onto another."""
 
 from lmc.align.activations.matching import activation_matching
 from lmc.align.many import Matchings, match_many
@@ -6,7 +6,7 @@ from lmc.align.relaxed.sinkhorn import sinkhorn_matching
 from lmc.align.relaxed.straight_through import straight_through_matching
 from lmc.align.rotations.folding import fold_norms
 from lmc.align.rotations.matching import RotationMatching, rotatable_groups, rotation_matching
-from lmc.align.study.compare import METHODS, Comparison, compare
+from lmc.align.study.compare import METHODS, Alignment, AlignmentComparison, compare
 from lmc.align.study.epochs import Epochs, barrier_over_time
 from lmc.align.study.inspect import Matching, inspect_matching
 from lmc.align.study.singular import SingularAlignment, singular_alignment
@@ -15,7 +15,8 @@ from lmc.align.weight_matching.algorithm import weight_matching
 
 __all__ = [
     "METHODS",
-    "Comparison",
+    "Alignment",
+    "AlignmentComparison",
     "Epochs",
     "Fusion",
     "Matching",
@@ -36,3 +37,7 @@ __all__ = [
     "straight_through_matching",
     "weight_matching",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -60,8 +60,8 @@ class Matchings(Sequence[Permutation]):
 def match_many(
     spec: PermutationSpec | UnboundSpec,
     models: Sequence[ModelOrWeights],
-    method: ManyMethod = "cycle_consistent",
     *,
+    method: ManyMethod = "cycle_consistent",
     seed: int = 0,
     restarts: int = 1,
     max_iterations: int = 200,

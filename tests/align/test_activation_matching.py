@@ -9,7 +9,7 @@ from alignment_cases import CASES, HEADS, Case, digits
 from torch import nn
 
 import lmc
-from lmc.align.activations.collect import Moments, Site, centred
+from lmc.align.activations.collect import CrossMoments, Site, centred
 from lmc.align.activations.matching import activation_matching
 from lmc.align.activations.taps import Tap, choose, live_taps
 from lmc.errors import DataError, InputError, MismatchError, SpecError, WeightsError
@@ -92,7 +92,7 @@ def test_correlations_and_cross_products_are_those_of_all_activations_at_once():
         return torch.relu(case.inputs.double() @ weights["fc1.weight"].double().T + weights["fc1.bias"].double())
 
     za, zb = hidden(case.model.state_dict()).numpy(), hidden(other).numpy()
-    moments = Moments(16, 16, torch.device("cpu"))
+    moments = CrossMoments(16, 16, torch.device("cpu"))
     rows = torch.arange(16)[:, None]
     site = Site(Tap("fc2", "input", -1, "fc2.weight", 1), "h1", rows, rows)
     for part in np.array_split(np.arange(200), 7):
@@ -105,7 +105,7 @@ def test_correlations_and_cross_products_are_those_of_all_activations_at_once():
 def test_a_large_mean_costs_no_digits():
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(3, 5000, generator=generator, dtype=torch.float64)
-    moments = Moments(3, 3, torch.device("cpu"))
+    moments = CrossMoments(3, 3, torch.device("cpu"))
     rows = torch.arange(3)[:, None]
     site = Site(Tap("fc", "output", -1, "fc.weight", 0), "h", rows, rows)
     for part in (values + 300.0).float().split(100, dim=1):

@@ -40,7 +40,7 @@ METHODS: dict[str, Align] = {
     "sinkhorn midpoint": lambda spec, model, a, b, data: lmc.sinkhorn_matching(
         spec, model, a, b, data, steps=10, progress=False
     ),
-    "merge_many": lambda spec, model, a, b, data: lmc.match_many(spec, [a, b], "merge_many", progress=False)[1],
+    "merge_many": lambda spec, model, a, b, data: lmc.match_many(spec, [a, b], method="merge_many", progress=False)[1],
     "cycle_consistent": lambda spec, model, a, b, data: lmc.match_many(spec, [a, b], progress=False)[1],
 }
 BY_WEIGHTS = ("weight", "sinkhorn l2", "merge_many", "cycle_consistent")
@@ -201,7 +201,7 @@ def test_the_answer_is_no_further_away_than_the_start(method: str, family: str):
 @every_family
 def test_going_round_three_models_is_the_identity(family: str, method: str):
     case = case_of(family)
-    found = lmc.match_many(case.spec, [case.other(seed) for seed in (1, 2, 3)], method, progress=False)
+    found = lmc.match_many(case.spec, [case.other(seed) for seed in (1, 2, 3)], method=method, progress=False)
     round_trip = found.pairwise(0, 1).compose(found.pairwise(1, 2)).compose(found.pairwise(2, 0))
     assert same_moves(round_trip, case.spec.identity())
     assert not same_moves(found.pairwise(0, 1), case.spec.identity())

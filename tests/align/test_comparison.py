@@ -55,7 +55,7 @@ def test_methods_of_ones_own_and_batches_that_can_be_read_once():
     a, b = case.model.state_dict(), case.spec.random(1).apply(case.model)
     own = {"inverse": lambda spec, model, a, b, data: case.spec.random(1).inverse(), "as it is": lambda *_: b}
     data = iter([(case.inputs, case.targets)])
-    found = compare(case.spec, case.model, a, b, data, own, alphas=3, progress=False)
+    found = compare(case.spec, case.model, a, b, data, methods=own, alphas=3, progress=False)
     assert found["inverse"].distance == 0 and found["inverse"].r == pytest.approx(1.0)
     assert found["inverse"].permutation is not None and found["as it is"].permutation is None
     assert found.split == "data"
@@ -64,7 +64,7 @@ def test_methods_of_ones_own_and_batches_that_can_be_read_once():
 def test_bad_input():
     case = CASES["mlp"]()
     with pytest.raises(InputError, match="'magic' is none of 'naive', 'weight matching'"):
-        compare(case.spec, case.model, case.model, case.model, (case.inputs, case.targets), ["magic"])
+        compare(case.spec, case.model, case.model, case.model, (case.inputs, case.targets), methods=["magic"])
 
 
 def test_running_statistics_count_for_nothing():
@@ -74,7 +74,7 @@ def test_running_statistics_count_for_nothing():
     spec = lmc.permutation_spec(model, data.test[0][:2])
     loud = {name: 100.0 * t if "running" in name else t for name, t in b.items()}
     rows = [
-        lmc.align.compare(spec, model, a, other, data.test, ["naive"], alphas=3, progress=False)["naive"]
+        lmc.align.compare(spec, model, a, other, data.test, methods=["naive"], alphas=3, progress=False)["naive"]
         for other in (b, loud)
     ]
     assert rows[0].objective == rows[1].objective and rows[0].distance == rows[1].distance
@@ -95,4 +95,4 @@ def test_a_method_that_refuses_the_architecture_is_skipped_unless_it_is_named(mo
     assert list(found) == ["naive"] and found.skipped == {"OT, weights": "shared channels"}
     assert "without OT, weights: shared channels" in repr(found)
     with pytest.raises(lmc.SpecError, match="shared channels"):
-        lmc.align.compare(spec, model, a, b, data, ["OT, weights"], alphas=3, progress=False)
+        lmc.align.compare(spec, model, a, b, data, methods=["OT, weights"], alphas=3, progress=False)

@@ -28,7 +28,7 @@ def bench():
 def result(bench) -> Epochs:
     model, runs, data = bench
     spec = permutation_spec(model, data.train[0][:2])
-    return barrier_over_time(model, *runs, data, spec, alphas=9, progress=False)
+    return barrier_over_time(model, *runs, data, spec=spec, alphas=9, progress=False)
 
 
 def test_barriers_of_stored_runs(result):
@@ -105,7 +105,7 @@ def test_bad_input_is_told(bench, result):
         barrier_over_time(model, {0: run_a[0]}, {1: run_b[1]}, data)
     with pytest.raises(InputError, match="epochs=\\[3\\]; the runs share \\[0, 1, 5, 20\\]"):
         barrier_over_time(model, run_a, run_b, data, epochs=[3])
-    with pytest.raises(InputError, match="run_b: expected a mapping epoch -> weights, got list"):
+    with pytest.raises(InputError, match="b: expected a mapping epoch -> weights, got list"):
         barrier_over_time(model, run_a, [run_b[0]], data)
     with pytest.raises(InputError, match="epoch 3 was not evaluated"):
         result[3]

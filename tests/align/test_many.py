@@ -9,7 +9,7 @@ from alignment_cases import CASES, Case, digits, random_weights
 import lmc
 from lmc.align.many import Matchings, match_many, objective
 from lmc.align.relaxed.frank_wolfe import _line_search, _value_and_gradients, start_near_centre
-from lmc.align.relaxed.soft import Mixer, as_matrices, degree
+from lmc.align.relaxed.soft import SoftMoves, as_matrices, degree
 from lmc.errors import InputError, MismatchError, SpecError, WeightsError
 from lmc.models.mlp import mlp
 from lmc.symmetry.spec import PermutationSpec
@@ -27,7 +27,7 @@ def test_copies_of_one_model_are_put_in_one_order(name: str, method: str):
     case = CASES[name]()
     a, planted = case.model.state_dict(), [case.spec.random(seed) for seed in range(3)]
     models = [pi.apply(a) for pi in planted]
-    found = match_many(case.spec, models, method, progress=False)
+    found = match_many(case.spec, models, method=method, progress=False)
     assert found[0].is_identity()
     assert all(all(torch.equal(w[k], models[0][k]) for k in w) for w in found.apply(models))
 
@@ -36,7 +36,7 @@ def test_copies_of_one_model_are_put_in_one_order(name: str, method: str):
 @pytest.mark.parametrize("name", ["mlp", "gpt"])
 def test_going_round_a_cycle_of_models_changes_nothing(name: str, method: str):
     case = CASES[name]()
-    found = match_many(case.spec, unrelated(case, 4), method, restarts=1, progress=False)
+    found = match_many(case.spec, unrelated(case, 4), method=method, restarts=1, progress=False)
     way = found[0].spec.identity()
     for i, j in pairwise([0, 2, 1, 3, 0]):
         way = way.compose(found.pairwise(i, j))
@@ -49,7 +49,7 @@ def test_merge_many_of_two_is_weight_matching(name: str):
     case = CASES[name]()
     a, b = unrelated(case, 2)
     expected = lmc.weight_matching(case.spec, a, b, progress=False)
-    found = match_many(case.spec, [a, b], "merge_many", restarts=1, progress=False)
+    found = match_many(case.spec, [a, b], method="merge_many", restarts=1, progress=False)
     assert found[1] == expected
     assert found.objective == pytest.approx(lmc.weights.dot(a, expected.apply(b)) - still(case, a, b), rel=1e-5)
 
@@ -65,7 +65,7 @@ def still(case: Case, a, b) -> float:
 def test_the_objective_is_what_it_says_and_no_less_than_before(name: str, method: str):
     case = CASES[name]()
     models = unrelated(case, 3)
-    found = match_many(case.spec, models, method, restarts=1, progress=False)
+    found = match_many(case.spec, models, method=method, restarts=1, progress=False)
     assert found.objective > found.info["objective_at_identity"] == objective(case.spec, models)
     moved = found.apply(models)
     pairs = sum(
@@ -85,8 +85,8 @@ def test_joint_steps_find_more_than_one_group_at_a_time():
     gains = []
     for seed in range(8):
         models = [random_weights(model, 2 * seed), random_weights(model, 2 * seed + 1)]
-        joint = match_many(spec, models, "cycle_consistent", progress=False).objective
-        gains.append(joint / match_many(spec, models, "merge_many", restarts=1, progress=False).objective - 1)
+        joint = match_many(spec, models, method="cycle_consistent", progress=False).objective
+        gains.append(joint / match_many(spec, models, method="merge_many", restarts=1, progress=False).objective - 1)
     assert np.mean(gains) > 0 and np.mean(np.array(gains) > 0) >= 0.75
 
 
@@ -94,7 +94,7 @@ def in_float64(case: Case, count: int):
     """Unrelated models in float64, only what moves, and what mixes them."""
     moving = case.spec.tables_by_tensor
     models = [{k: v.double() for k, v in w.items() if k in moving} for w in unrelated(case, count)]
-    return models, Mixer(case.spec, moving, torch.device("cpu"))
+    return models, SoftMoves(case.spec, moving, torch.device("cpu"))
 
 
 def value_of(mixed) -> float:
@@ -143,7 +143,7 @@ def test_mixing_by_permutation_matrices_is_permuting(name: str):
     case = CASES[name]()
     weights = case.model.state_dict()
     pi = case.spec.random(4)
-    mixed = Mixer(case.spec, weights, torch.device("cpu"))(as_matrices(pi.indices, torch.zeros(())), weights)
+    mixed = SoftMoves(case.spec, weights, torch.device("cpu"))(as_matrices(pi.indices, torch.zeros(())), weights)
     expected = pi.apply(weights)
     assert all(torch.equal(mixed[name], expected[name]) for name in expected)
 
@@ -153,7 +153,7 @@ def test_the_same_seed_gives_the_same_result_and_leaves_the_callers_things_alone
     models = unrelated(case, 3)
     kept, state = [{k: v.clone() for k, v in w.items()} for w in models], torch.get_rng_state()
     for method in METHODS:
-        first, second = (match_many(case.spec, models, method, seed=5, progress=False) for _ in range(2))
+        first, second = (match_many(case.spec, models, method=method, seed=5, progress=False) for _ in range(2))
         assert all(x == y for x, y in zip(first, second, strict=True))
     assert all(torch.equal(w[k], old[k]) for w, old in zip(models, kept, strict=True) for k in w)
     assert torch.equal(state, torch.get_rng_state())
@@ -170,7 +170,7 @@ def test_bad_input():
     case = CASES["mlp"]()
     a, b = unrelated(case, 2)
     with pytest.raises(InputError, match="method='all'.*'merge_many', 'cycle_consistent'"):
-        match_many(case.spec, [a, b], "all")  # type: ignore[arg-type]
+        match_many(case.spec, [a, b], method="all")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="1 models"):
         match_many(case.spec, [a])
     with pytest.raises(InputError, match="restarts=0"):
@@ -186,7 +186,7 @@ def test_bad_input():
 @pytest.mark.parametrize("method", METHODS)
 def test_three_trained_networks_can_be_averaged(method: str):
     trained = digits()
-    moved = match_many(trained.spec, trained.weights, method, restarts=1, progress=False).apply(trained.weights)
+    moved = match_many(trained.spec, trained.weights, method=method, restarts=1, progress=False).apply(trained.weights)
 
     def worst(networks) -> float:
         return max(trained.barrier(networks[i], networks[j]) for i, j in ((0, 1), (0, 2), (1, 2)))

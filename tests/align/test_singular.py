@@ -12,10 +12,10 @@ from lmc.errors import InputError, MismatchError
 def test_equal_networks_agree_wholly_and_unrelated_ones_hardly(name: str, gamma: float):
     case = CASES[name]()
     a = case.model.state_dict()
-    same = singular_alignment(a, a, gamma)
+    same = singular_alignment(a, a, gamma=gamma)
     assert same.r == pytest.approx(1.0, abs=1e-9)
     assert all(layer.r == pytest.approx(1.0, abs=1e-9) for layer in same.layers.values())
-    assert abs(singular_alignment(a, case.other(5), gamma).r) < 0.35
+    assert abs(singular_alignment(a, case.other(5), gamma=gamma).r) < 0.35
 
 
 def test_a_planted_permutation_brings_r_back_to_one():
@@ -32,7 +32,7 @@ def test_a_planted_permutation_brings_r_back_to_one():
 def test_the_distance_follows_from_spectra_and_agreements(name: str):
     case = CASES[name]()
     a, b = case.model.state_dict(), case.other(3)
-    for key, layer in singular_alignment(a, b, 0.0).layers.items():
+    for key, layer in singular_alignment(a, b, gamma=0.0).layers.items():
         cross = (layer.values_a[:, None] * layer.values_b * layer.left * layer.right).sum()
         expected = layer.values_a.square().sum() + layer.values_b.square().sum() - 2 * cross
         found = (a[key].double() - b[key].double()).square().sum()
@@ -42,9 +42,9 @@ def test_the_distance_follows_from_spectra_and_agreements(name: str):
 def test_it_does_not_depend_on_scale_and_counts_the_network_with_fewer_values():
     a = {"w": torch.diag(torch.tensor([4.0, 3.0, 1.0]))}
     b = {"w": 7.0 * torch.diag(torch.tensor([4.0, 1.0, 0.1]))}
-    found = singular_alignment(a, b, 0.5).layers["w"]
+    found = singular_alignment(a, b, gamma=0.5).layers["w"]
     assert found.kept == 1 and found.agreement == pytest.approx(1.0)
-    assert singular_alignment(a, {"w": -a["w"]}, 0.0).r == pytest.approx(-1.0)
+    assert singular_alignment(a, {"w": -a["w"]}, gamma=0.0).r == pytest.approx(-1.0)
     assert singular_alignment({"w": torch.zeros(3, 3)}, {"w": torch.zeros(3, 3)}).r == 0.0
 
 
@@ -73,6 +73,6 @@ def test_it_prints_and_becomes_a_frame():
 def test_bad_input():
     case = CASES["mlp"]()
     with pytest.raises(InputError, match="gamma=2"):
-        singular_alignment(case.model, case.model, 2.0)
+        singular_alignment(case.model, case.model, gamma=2.0)
     with pytest.raises(MismatchError):
         singular_alignment(case.model, CASES["cnn"]().model)

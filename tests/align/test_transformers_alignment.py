@@ -8,7 +8,7 @@ from alignment_cases import CASES, Case, random_weights
 from torch import nn
 
 import lmc
-from lmc.align.relaxed.soft import Mixer
+from lmc.align.relaxed.soft import SoftMoves
 from lmc.align.rotations.folding import Probe
 from lmc.align.rotations.procrustes import Ascent, nearest_rotation
 from lmc.errors import InputError, SpecError
@@ -188,7 +188,7 @@ def plant(name: str, seed: int) -> tuple[Weights, Weights, dict[str, torch.Tenso
         g: rotation(len(p), seed + i, rotated[g]) if g in rotated else torch.eye(len(p)).double()[p]
         for i, (g, p) in enumerate(pi.indices.items())
     }
-    return a, Mixer(spec, a, torch.device("cpu"))(matrices, a), matrices
+    return a, SoftMoves(spec, a, torch.device("cpu"))(matrices, a), matrices
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -200,8 +200,8 @@ def test_a_planted_rotation_is_found(name):
     )
     stream = found.matrices[STREAM] @ matrices[STREAM]
     assert (stream - torch.eye(len(stream)).double()).norm() < 1e-5
-    assert max(float((found.a[key] - found.b[key]).abs().max()) for key in a) < 1e-5
-    assert found.objective == pytest.approx(lmc.weights.dot(found.a, found.b), rel=1e-9)
+    assert max(float((found.a[key] - found.weights[key]).abs().max()) for key in a) < 1e-5
+    assert found.objective == pytest.approx(lmc.weights.dot(found.a, found.weights), rel=1e-9)
 
 
 @pytest.mark.parametrize("name", TRANSFORMERS)
@@ -213,7 +213,7 @@ def test_unrelated_networks_keep_their_functions_and_come_closer(name):
         case(name).spec, case(name).model, wide(a), wide(b), labelled, steps=30, progress=False
     )
     assert error(case(name), found.a) < 1e-12
-    assert error(case(name), found.b, wide(b)) < 1e-11
+    assert error(case(name), found.weights, wide(b)) < 1e-11
     losses = found.info["losses"]
     assert min(losses) < losses[0]
     still = lmc.weights.dot(
@@ -244,7 +244,7 @@ def test_every_sweep_of_the_ascent_gains():
         ascent.sweep()
         values.append(ascent.value)
     assert values == sorted(values) and values[-1] > 1.05 * values[0]
-    mixed = Mixer(spec, b, torch.device("cpu"))(ascent.matrices, b)
+    mixed = SoftMoves(spec, b, torch.device("cpu"))(ascent.matrices, b)
     assert lmc.weights.dot(a, mixed) == pytest.approx(ascent.value, rel=1e-12)
 
 

@@ -110,27 +110,27 @@ def test_entropy_leads_from_the_assignment_to_the_mean_of_all():
 @pytest.mark.parametrize("name", CASES)
 def test_a_planted_permutation_is_undone(name: str, metric: str):
     case = CASES[name]()
-    b = case.model.state_dict()
-    fused = fuse(case, case.spec.random(3).apply(b), b, metric)
-    assert all(torch.allclose(fused[k], v, atol=1e-6) for k, v in b.items())
-    assert all(torch.allclose(fused.transported[0][k], v, atol=1e-6) for k, v in b.items())
+    a = case.model.state_dict()
+    fused = fuse(case, a, case.spec.random(3).apply(a), metric)
+    assert all(torch.allclose(fused[k], v, atol=1e-6) for k, v in a.items())
+    assert all(torch.allclose(fused.transported[0][k], v, atol=1e-6) for k, v in a.items())
 
 
 @pytest.mark.parametrize("importance", ["l1", "l2"])
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet-bn", "gpt"])
 def test_a_planted_permutation_is_undone_where_units_have_masses(name: str, importance: str):
     case = CASES[name]()
-    b = case.model.state_dict()
-    fused = fuse(case, case.spec.random(3).apply(b), b, importance=importance)
-    assert all(torch.allclose(fused[k], v, atol=1e-5) for k, v in b.items())
+    a = case.model.state_dict()
+    fused = fuse(case, a, case.spec.random(3).apply(a), importance=importance)
+    assert all(torch.allclose(fused[k], v, atol=1e-5) for k, v in a.items())
 
 
 @pytest.mark.parametrize(("importance", "order"), [("l1", 1), ("l2", 2)])
 def test_masses_are_norms_of_incoming_weights(importance: str, order: int):
     case = CASES["mlp"]()
-    a, b = case.other(1), case.other(2)
+    a, b = case.other(2), case.other(1)
     coupling = fuse(case, a, b, importance=importance).couplings[0]["h1"]
-    for weights, axis in ((a, 1), (b, 0)):
+    for weights, axis in ((b, 1), (a, 0)):
         incoming = torch.cat([weights["fc1.weight"], weights["fc1.bias"][:, None]], 1).double()
         norms = torch.linalg.vector_norm(incoming, order, dim=1)
         torch.testing.assert_close(coupling.sum(axis), norms / norms.sum(), atol=1e-7, rtol=0)
@@ -140,13 +140,13 @@ def test_masses_are_norms_of_incoming_weights(importance: str, order: int):
 @pytest.mark.parametrize("regularization", [0.0, 0.05])
 def test_the_order_of_units_that_either_network_has_does_not_matter(metric: str, regularization: float):
     case = CASES["cnn"]()
-    a, b, pi = case.other(4), case.other(5), case.spec.random(6)
+    a, b, pi = case.other(5), case.other(4), case.spec.random(6)
     plain = fuse(case, a, b, metric, regularization=regularization)
-    of_a = fuse(case, pi.apply(a), b, metric, regularization=regularization)
     of_b = fuse(case, a, pi.apply(b), metric, regularization=regularization)
+    of_a = fuse(case, pi.apply(a), b, metric, regularization=regularization)
     for name, moved in pi.apply(plain).items():
-        torch.testing.assert_close(of_a[name], plain[name], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(of_b[name], moved, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(of_b[name], plain[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(of_a[name], moved, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("metric", METRICS)
@@ -160,26 +160,28 @@ def test_a_model_fused_with_itself_is_itself(metric: str):
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("name", ["mlp", "cnn", "resnet-ln", "vit"])
-def test_hard_couplings_keep_the_function_of_a(name: str, metric: str):
+def test_hard_couplings_keep_the_function_of_b(name: str, metric: str):
     case = CASES[name]()
-    a, b = case.other(4), case.other(5)
+    a, b = case.other(5), case.other(4)
     fused = fuse(case, a, b, metric, share=0.0)
     with torch.no_grad():
-        expected = torch.func.functional_call(case.model, a, case.inputs)
+        expected = torch.func.functional_call(case.model, b, case.inputs)
         found = torch.func.functional_call(case.model, fused.weights, case.inputs)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
     whole = fuse(case, a, b, metric, share=1.0)
-    assert all(torch.equal(whole[k], v) for k, v in b.items())
+    assert all(torch.equal(whole[k], v) for k, v in a.items())
 
 
 def test_activations_give_the_matching_of_the_outputs():
     """Squared distances of standardised activations are 2 - 2 correlations: where a unit is seen does the rest."""
     model = torch.nn.Sequential(torch.nn.Linear(5, 12), torch.nn.Linear(12, 3))
     spec = PermutationSpec.from_patterns({"0.weight": "h .", "0.bias": "h", "1.weight": ". h"}, model)
-    a, b = random_weights(model, 1), random_weights(model, 2)
+    a, b = random_weights(model, 2), random_weights(model, 1)
     inputs = torch.randn(100, 5, generator=torch.Generator().manual_seed(0))
-    coupling = ot_fusion(model, a, b, inputs, spec=spec, squared=True, progress=False).couplings[0]["h"]
-    pi = activation_matching(spec, model, b, a, inputs, progress=False)["h"]  # without a nonlinearity, the same values
+    coupling = ot_fusion(model, a, b, inputs, spec=spec, squared=True, standardize=True, progress=False).couplings[0][
+        "h"
+    ]
+    pi = activation_matching(spec, model, a, b, inputs, progress=False)["h"]  # without a nonlinearity, the same values
     assert torch.equal(coupling, torch.eye(12, dtype=torch.float64)[pi].T / 12)
 
 
@@ -202,15 +204,15 @@ def test_a_network_of_duplicated_units_becomes_the_narrow_one(name: str, metric:
     narrow, wide = make(1), make(2)
     narrow.load_state_dict(random_weights(narrow, 3))
     spec = PermutationSpec.from_patterns(patterns, narrow, **sizes)
-    b = narrow.state_dict()
-    wide.load_state_dict(duplicated(b, spec, wide.state_dict()))
+    a = narrow.state_dict()
+    wide.load_state_dict(duplicated(a, spec, wide.state_dict()))
     inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(wide(inputs), narrow(inputs), rtol=1e-4, atol=1e-5)
     planted = PermutationSpec.from_patterns(patterns, wide, **sizes).random(1)
     wide.load_state_dict(planted.apply(wide))
-    fused = ot_fusion(narrow, wide, b, inputs if metric == "activations" else None, spec=spec, progress=False)
-    for key, tensor in b.items():
+    fused = ot_fusion(narrow, a, wide, inputs if metric == "activations" else None, spec=spec, progress=False)
+    for key, tensor in a.items():
         torch.testing.assert_close(fused.transported[0][key], tensor, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(fused[key], tensor, rtol=1e-4, atol=1e-5)
 
@@ -219,8 +221,8 @@ def test_the_narrow_network_can_be_fused_into_the_wide_one():
     narrow, wide = mlp(12, [6, 5], 5), mlp(12, [12, 10], 5)
     narrow.load_state_dict(random_weights(narrow, 3))
     spec = PermutationSpec.from_patterns(handwritten.mlp(2), wide)
-    b = duplicated(narrow.state_dict(), PermutationSpec.from_patterns(handwritten.mlp(2), narrow), wide.state_dict())
-    fused = ot_fusion(wide, narrow, b, spec=spec, progress=False)
+    a = duplicated(narrow.state_dict(), PermutationSpec.from_patterns(handwritten.mlp(2), narrow), wide.state_dict())
+    fused = ot_fusion(wide, a, narrow, spec=spec, progress=False)
     inputs = torch.randn(30, 12)
     with torch.no_grad():
         found = torch.func.functional_call(wide, fused.transported[0], inputs)
@@ -236,7 +238,7 @@ def test_transformers_of_unequal_widths_fuse_into_a_working_one(metric: str):
     large = vit(dim=16, heads=2, hidden=20, classes=5)
     spec = PermutationSpec.from_patterns(patterns, small, head1=2, head2=2)
     images = torch.randn(60, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    fused = ot_fusion(small, large, small, images if metric == "activations" else None, spec=spec, progress=False)
+    fused = ot_fusion(small, small, large, images if metric == "activations" else None, spec=spec, progress=False)
     assert {k: v.shape for k, v in fused.items()} == {k: v.shape for k, v in small.state_dict().items()}
     small.load_state_dict(fused)
     assert torch.isfinite(small(images)).all()
@@ -246,33 +248,33 @@ def test_transformers_of_unequal_widths_fuse_into_a_working_one(metric: str):
 @pytest.mark.parametrize("regularization", [0.0, 0.05])
 def test_several_models_are_fused_into_the_anchor(regularization: float):
     case = CASES["cnn"]()
-    b = case.model.state_dict()
-    copies = [case.spec.random(seed).apply(b) for seed in (1, 2)]
-    fused = fuse(case, copies, b, regularization=regularization)
+    a = case.model.state_dict()
+    copies = [case.spec.random(seed).apply(a) for seed in (1, 2)]
+    fused = fuse(case, a, copies, regularization=regularization)
     assert len(fused.transported) == len(fused.couplings) == 2 and fused.info["share"] == pytest.approx(1 / 3)
     if regularization == 0.0:
-        assert all(torch.allclose(fused[k], v, atol=1e-6) for k, v in b.items())
-    mixed = fuse(case, [case.other(3), case.other(4)], b, share=0.5)
-    expected = 0.5 * b["conv1.weight"] + 0.25 * sum(t["conv1.weight"] for t in mixed.transported)
+        assert all(torch.allclose(fused[k], v, atol=1e-6) for k, v in a.items())
+    mixed = fuse(case, a, [case.other(3), case.other(4)], share=0.5)
+    expected = 0.5 * a["conv1.weight"] + 0.25 * sum(t["conv1.weight"] for t in mixed.transported)
     torch.testing.assert_close(mixed["conv1.weight"], expected)
 
 
 @pytest.mark.parametrize("metric", METRICS)
 def test_trained_networks_come_closer(metric: str):
     trained = digits()
-    a, b = trained.weights[:2]
+    a, b = trained.weights[1::-1]
     inputs = trained.data if metric == "activations" else None
     fused = ot_fusion(trained.model, a, b, inputs, spec=trained.spec, progress=False)
-    assert trained.barrier(fused.transported[0], b) < trained.barrier(a, b) / 3
+    assert trained.barrier(fused.transported[0], a) < trained.barrier(b, a) / 3
 
 
 def test_the_spec_is_found_where_none_is_given():
     case = CASES["mlp"]()
-    b = case.model.state_dict()
-    a = case.spec.random(2).apply(b)
+    a = case.model.state_dict()
+    b = case.spec.random(2).apply(a)
     for inputs in (None, case.inputs):
         fused = ot_fusion(case.model, a, b, inputs, progress=False)
-        assert all(torch.allclose(fused[k], v, atol=1e-6) for k, v in b.items())
+        assert all(torch.allclose(fused[k], v, atol=1e-6) for k, v in a.items())
 
 
 def test_example_inputs_are_made_up_from_the_first_layer():
@@ -285,7 +287,7 @@ def test_example_inputs_are_made_up_from_the_first_layer():
 
 def test_it_is_a_mapping_that_prints():
     case = CASES["mlp"]()
-    fused = fuse(case, case.other(1), case.other(2))
+    fused = fuse(case, case.other(2), case.other(1))
     case.model.load_state_dict(fused)
     assert repr(fused) == "Fusion(2 models, by weights, 6 tensors)" and len(fused) == 6
     assert torch.equal(lmc.weights.as_weights(fused)["fc1.bias"], fused["fc1.bias"])
@@ -294,10 +296,10 @@ def test_it_is_a_mapping_that_prints():
 def test_nothing_of_the_callers_changes():
     case = CASES["vgg-bn"]()
     case.model.train()
-    a, b = case.other(1), case.other(2)
-    kept = [{k: v.clone() for k, v in w.items()} for w in (a, b, case.model.state_dict())]
+    a, b = case.other(2), case.other(1)
+    kept = [{k: v.clone() for k, v in w.items()} for w in (b, a, case.model.state_dict())]
     fuse(case, a, b, "activations")
-    for now, before in zip((a, b, case.model.state_dict()), kept, strict=True):
+    for now, before in zip((b, a, case.model.state_dict()), kept, strict=True):
         assert all(torch.equal(now[k], before[k]) for k in before)
     assert case.model.training
 
@@ -315,11 +317,11 @@ def test_dead_units_make_no_nan():
 def test_without_pot_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
     case = CASES["mlp"]()
-    fuse(case, case.other(1), case.other(2))
+    fuse(case, case.other(2), case.other(1))
     with pytest.raises(MissingPackageError, match="lmc-lab\\[ot\\]"):
-        fuse(case, case.other(1), case.other(2), regularization=0.1)
+        fuse(case, case.other(2), case.other(1), regularization=0.1)
     with pytest.raises(MissingPackageError, match="needs the package ot"):
-        fuse(case, case.other(1), case.other(2), importance="l1")
+        fuse(case, case.other(2), case.other(1), importance="l1")
 
 
 def test_entropic_couplings_that_do_not_converge_are_said(monkeypatch):
@@ -330,23 +332,23 @@ def test_entropic_couplings_that_do_not_converge_are_said(monkeypatch):
 
 def test_bad_input():
     case = CASES["mlp"]()
-    a, b = case.other(1), case.other(2)
+    a, b = case.other(2), case.other(1)
     with pytest.raises(MismatchError, match="depths and kinds of layers must be equal"):
-        fuse(case, mlp(12, [16, 16, 10], 5), b)
+        fuse(case, a, mlp(12, [16, 16, 10], 5))
     with pytest.raises(MismatchError, match="fc1.weight"):
-        fuse(case, mlp(13, [16, 10], 5), b)
+        fuse(case, a, mlp(13, [16, 10], 5))
     with pytest.raises(MismatchError, match="dtype|float64"):
-        fuse(case, {k: v.double() for k, v in a.items()}, b)
+        fuse(case, a, {k: v.double() for k, v in b.items()})
     with pytest.raises(InputError, match="need it as a module"):
-        fuse(case, mlp(12, [20, 10], 5).state_dict(), b, "activations")
+        fuse(case, a, mlp(12, [20, 10], 5).state_dict(), "activations")
     with pytest.raises(InputError, match="importance='max': expected 'l1'"):
         fuse(case, a, b, importance="max")
     with pytest.raises(InputError, match="share=2"):
         fuse(case, a, b, share=2.0)
     with pytest.raises(InputError, match="0 models"):
-        fuse(case, [], b)
-    with pytest.raises(WeightsError, match="of a"):
-        fuse(case, a | {"fc1.bias": torch.full((16,), torch.nan)}, b)
+        fuse(case, a, [])
+    with pytest.raises(WeightsError, match="of b"):
+        fuse(case, a, b | {"fc1.bias": torch.full((16,), torch.nan)})
     with pytest.raises(DataError, match="no examples"):
         ot_fusion(case.model, a, b, iter([]), spec=case.spec)
 

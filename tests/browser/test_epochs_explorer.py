@@ -10,7 +10,7 @@ from lmc.models import mlp
 MAKE = """
 runs = [{epoch: weights() for epoch in (0, 1, 4, 8)} for _ in range(2)]
 spec = lmc.permutation_spec(model, data[0][:2])
-result = lmc.align.barrier_over_time(model, *runs, data, spec, alphas=9, progress=False)
+result = lmc.align.barrier_over_time(model, *runs, data, spec=spec, alphas=9, progress=False)
 """
 
 

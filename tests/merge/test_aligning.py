@@ -76,7 +76,7 @@ def test_a_function_may_align_in_any_way(case) -> None:
 
     merged = lmc.merge.average(mixed, align=by_activations)
     assert distance(merged, tuned[0]) < 1e-5
-    merged = lmc.merge.average(mixed, align=lambda weights: lmc.match_many(spec, weights, "merge_many"))
+    merged = lmc.merge.average(mixed, align=lambda weights: lmc.match_many(spec, weights, method="merge_many"))
     assert distance(merged, tuned[0]) < 1e-5
 
 

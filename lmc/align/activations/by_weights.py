@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lmc.align.weight_matching.assignment import assign, opening_prices
-from lmc.align.weight_matching.blocks import Block, build_blocks
+from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.descent import Descent
 from lmc.symmetry.actions import permute_tensor
 from lmc.symmetry.spec import PermutationSpec
@@ -78,7 +78,7 @@ def _silent(score: Tensor, index: Tensor) -> Tensor:
     return (ours & theirs[index]).nonzero().flatten()
 
 
-def _gain(block: Block, fixed: Weights, state: Weights, units: Tensor) -> Tensor:
+def _gain(block: UnitBlock, fixed: Weights, state: Weights, units: Tensor) -> Tensor:
     total = torch.zeros(len(units), len(units), dtype=torch.float64)
     for place in block.places:
         ours, theirs = (place.features(tensors[place.tensor])[units] for tensors in (fixed, state))

@@ -40,7 +40,7 @@ class Site:
     rows_b: Tensor
 
 
-class Moments:
+class CrossMoments:
     """Centred second moments of `n_a` units of one network and `n_b` of another, over all sites of a target.
 
     Attributes:
@@ -133,13 +133,13 @@ def collect(
     sites: Sequence[Site],
     batches: Iterable[Call],
     progress: bool,
-) -> dict[str, Moments]:
+) -> dict[str, CrossMoments]:
     """Run both networks over the batches and sum up what the sites show; the networks may be one and the same object."""
     device = networks[0].device
-    moments: dict[str, Moments] = {}
+    moments: dict[str, CrossMoments] = {}
     for site in sites:
         if site.target not in moments:
-            moments[site.target] = Moments(len(site.rows_a), len(site.rows_b), device)
+            moments[site.target] = CrossMoments(len(site.rows_a), len(site.rows_b), device)
     bar = tqdm(batches, desc="activations", unit=" batches", disable=not progress)
     for call in bar:
         seen_a = _run(networks[0], weights[0], [(site, site.rows_a) for site in sites], call)

@@ -11,7 +11,7 @@ from torch import nn
 
 from lmc.align.activations.by_weights import match_silent, match_unseen
 from lmc.align.activations.clusters import clusters
-from lmc.align.activations.collect import Moments, collect
+from lmc.align.activations.collect import CrossMoments, collect
 from lmc.align.activations.taps import choose, live_taps
 from lmc.align.weight_matching.algorithm import matched
 from lmc.errors import InputError
@@ -112,7 +112,7 @@ def activation_matching(
     return Permutation(spec, indices, objective, info)
 
 
-def _warn_if_few(moments: Mapping[str, Moments]) -> None:
+def _warn_if_few(moments: Mapping[str, CrossMoments]) -> None:
     few = [name for name, m in moments.items() if m.samples < len(m.product)]
     if few:
         m = moments[few[0]]

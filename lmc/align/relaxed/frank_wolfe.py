@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmc.align.relaxed.soft import Mixer, as_matrices, degree, sinkhorn
+from lmc.align.relaxed.soft import SoftMoves, as_matrices, degree, sinkhorn
 from lmc.align.weight_matching.assignment import assign, opening_prices
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights.arithmetic import Weights
@@ -39,7 +39,7 @@ def frank_wolfe(
 ) -> tuple[list[Indices], dict[str, Any]]:
     """The moves of all models into the order of the first, which stays at its start: (moves, how it went)."""
     moving = [{name: model[name] for name in spec.tables_by_tensor if name in model} for model in models]
-    mix = Mixer(spec, moving[0], next(iter(moving[0].values())).device)
+    mix = SoftMoves(spec, moving[0], next(iter(moving[0].values())).device)
     nodes = np.linspace(0.0, 1.0, degree(spec, list(moving[0])) + 1)
     first, rest = mix(start[0], moving[0]), moving[1:]
     now, value, stalled, steps = list(start[1:]), -np.inf, 0, 0
@@ -75,7 +75,7 @@ def start_near_centre(spec: PermutationSpec, count: int, like: Tensor, generator
 
 
 def _value_and_gradients(
-    mix: Mixer, first: Weights, rest: Sequence[Weights], now: Sequence[Matrices]
+    mix: SoftMoves, first: Weights, rest: Sequence[Weights], now: Sequence[Matrices]
 ) -> tuple[list[Weights], list[Matrices]]:
     """u_p for each model but the first, whose u is given, and the gradient of f by the matrices of each."""
     mixed, leaves = [], []

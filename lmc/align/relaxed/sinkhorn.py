@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lmc.align.relaxed.soft import Mixer, sinkhorn
+from lmc.align.relaxed.soft import SoftMoves, sinkhorn
 from lmc.align.relaxed.task_loss import Loss, TaskLoss
 from lmc.align.weight_matching.algorithm import matched
 from lmc.align.weight_matching.assignment import assign
@@ -156,7 +156,7 @@ def _objective(
 ) -> tuple[Callable[[Matrices], Tensor], Callable[[Permutation], float]]:
     """What a training step makes small, as a function of soft matrices, and what is measured, of a permutation."""
     ours, theirs = matched(spec, a), matched(spec, b)
-    mix = Mixer(spec, theirs, next(iter(b.values())).device)
+    mix = SoftMoves(spec, theirs, next(iter(b.values())).device)
     if target in ("l2", "l1", "cosine"):
         return (
             lambda matrices: distance(ours, mix(matrices, theirs), target),

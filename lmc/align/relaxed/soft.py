@@ -16,7 +16,7 @@ from lmc.symmetry.spec import PermutationSpec
 Matrices = Mapping[str, Tensor]
 
 
-class Mixer:
+class SoftMoves:
     """How the units of all groups lie in some tensors, worked out once.
 
     Calling it with matrices and weights gives the weights with all groups mixed; tensors that no group touches are

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lmc.align.relaxed.task_loss import Loss, TaskLoss
 from lmc.align.weight_matching.algorithm import matched, weight_matching
-from lmc.align.weight_matching.blocks import Block, build_blocks
+from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.descent import Descent
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
@@ -119,7 +119,7 @@ def _step(
 
 
 def _project(
-    spec: PermutationSpec, blocks: list[Block], latent: Mapping[str, Tensor], b: Weights, last: Permutation
+    spec: PermutationSpec, blocks: list[UnitBlock], latent: Mapping[str, Tensor], b: Weights, last: Permutation
 ) -> Permutation:
     """The permutation of B that is closest to the latent weights, looked for from the last one."""
     moving = matched(spec, last.apply(b))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmc.align.relaxed.soft import Mixer
+from lmc.align.relaxed.soft import SoftMoves
 from lmc.align.relaxed.task_loss import TaskLoss
 from lmc.core.progress import tqdm
 from lmc.symmetry.spec import PermutationSpec
@@ -41,7 +41,7 @@ def learn_rotations(
     """
     generator = torch.Generator().manual_seed(seed)
     names = {tensor for group in rotated for tensor in spec.groups[group].tables if tensor in b}
-    mix = Mixer(spec, names, task.device)
+    mix = SoftMoves(spec, names, task.device)
     theirs = {name: b[name].double() for name in names}
     free = {name: torch.zeros_like(start[name], requires_grad=True) for name in rotated}
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmc.align.relaxed.soft import Mixer
+from lmc.align.relaxed.soft import SoftMoves
 from lmc.align.relaxed.task_loss import Loss, TaskLoss
 from lmc.align.rotations.folding import TOLERANCE, Probe, fold_norms
 from lmc.align.rotations.learning import learn_rotations
@@ -31,16 +31,16 @@ class RotationMatching:
 
     Attributes:
         a: A with its normalisations folded; computes what A computes.
-        b: B folded and moved; computes what B computes. Interpolate between these two.
+        weights: B folded and moved; computes what B computes. Interpolate between these two.
         matrices: for each group the orthogonal `(n, n)` float64 by which B's units were mixed: new unit i is
             `sum_j M[i, j]` old unit j; a permutation matrix for groups that are not in `rotated`.
         rotated: the groups that were rotated.
-        objective: `sum <a, b>` over the parameters.
+        objective: `sum <a, weights>` over the parameters.
         info: sweeps, steps, and with learning the midpoint's loss along the way ("losses").
     """
 
     a: Weights
-    b: Weights
+    weights: Weights
     matrices: dict[str, Tensor]
     rotated: frozenset[str]
     objective: float
@@ -74,7 +74,7 @@ def rotatable_groups(
     probe = Probe(model, weights, inputs)
     wide = {name: t.double() if t.is_floating_point() else t for name, t in weights.items()}
     still = unmoved(spec, next(t for t in wide.values() if t.is_floating_point()))
-    mix = Mixer(spec, wide, probe.network.device)
+    mix = SoftMoves(spec, wide, probe.network.device)
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, bool] = {}
     for names in spec.families.values():
@@ -125,7 +125,7 @@ def rotation_matching(
         progress: show a bar when it takes longer than two seconds.
 
     Returns:
-        Both networks in their new form: `lmc.loss_path(model, found.a, found.b, data)`. An interrupt ends learning with a
+        Both networks in their new form: `lmc.loss_path(model, found.a, found.weights, data)`. An interrupt ends learning with a
         warning and returns the best so far.
 
     Raises:
@@ -152,7 +152,7 @@ def rotation_matching(
         matrices, losses = learn_rotations(
             spec, task, a, b, matrices, rotated, steps=steps, lr=lr, seed=seed, progress=progress
         )
-    mixed = Mixer(spec, theirs, next(iter(a.values())).device)(matrices, theirs)
+    mixed = SoftMoves(spec, theirs, next(iter(a.values())).device)(matrices, theirs)
     moved = b | {name: tensor.to(b[name].dtype) for name, tensor in mixed.items()}
     moved |= {second: moved[first] for second, first in spec.aliases.items()}
     info = {"method": "rotation_matching", "sweeps": sweeps, "steps": steps, "losses": losses, "seed": seed}

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from lmc.align.relaxed.soft import Mixer, as_matrices
+from lmc.align.relaxed.soft import SoftMoves, as_matrices
 from lmc.align.weight_matching.assignment import assign
 from lmc.align.weight_matching.descent import inner_product
 from lmc.errors import SpecError
@@ -51,7 +51,7 @@ class Ascent:
     ) -> None:
         self.spec, self.rotated, self.a, self.b = spec, rotated, a, b
         self._still = unmoved(spec, next(iter(a.values())))
-        self._mix = Mixer(spec, b, next(iter(a.values())).device)
+        self._mix = SoftMoves(spec, b, next(iter(a.values())).device)
         self._inside: dict[str, list[Group]] = {}
         for group in spec.groups.values():
             for parent, _ in group.within:

@@ -39,9 +39,9 @@ METHODS: dict[str, Aligner] = {
     ),
     "Sinkhorn, l2": lambda spec, model, a, b, data: sinkhorn_matching(spec, model, a, b, target="l2", progress=False),
     "Sinkhorn, midpoint": lambda spec, model, a, b, data: sinkhorn_matching(spec, model, a, b, data, progress=False),
-    "OT, weights": lambda spec, model, a, b, data: ot_fusion(model, b, a, spec=spec, progress=False).transported[0],
+    "OT, weights": lambda spec, model, a, b, data: ot_fusion(model, a, b, spec=spec, progress=False).transported[0],
     "OT, activations": lambda spec, model, a, b, data: ot_fusion(
-        model, b, a, data, spec=spec, progress=False
+        model, a, b, data, spec=spec, progress=False
     ).transported[0],
 }
 
@@ -75,7 +75,7 @@ class Alignment:
 
 
 @dataclass(frozen=True, eq=False)
-class Comparison:
+class AlignmentComparison:
     """The alignments of one pair by method, as a mapping, a data frame (`to_frame`) and a figure (`plot`).
 
     `skipped` holds the methods that do not go with this architecture, each with its reason.
@@ -114,7 +114,7 @@ class Comparison:
     def __repr__(self) -> str:
         best = min(self.alignments, key=lambda method: self.alignments[method].barrier)
         return (
-            f"Comparison({len(self)} methods; lowest barrier {self[best].barrier:.4g} on {self.split} by {best!r}; "
+            f"AlignmentComparison({len(self)} methods; lowest barrier {self[best].barrier:.4g} on {self.split} by {best!r}; "
             "to_frame() shows them all)" + "".join(f"\n  without {name}: {why}" for name, why in self.skipped.items())
         )
 
@@ -125,13 +125,13 @@ def compare(
     a: ModelOrWeights,
     b: ModelOrWeights,
     data: Any,
-    methods: Iterable[str] | Mapping[str, Aligner] | None = None,
     *,
+    methods: Iterable[str] | Mapping[str, Aligner] | None = None,
     alphas: int = 11,
     gamma: float = 0.3,
     device: torch.device | str | None = None,
     progress: bool = True,
-) -> Comparison:
+) -> AlignmentComparison:
     """Align B with A by several methods and measure each in the same way.
 
     Args:
@@ -184,14 +184,14 @@ def compare(
             objective=dot(one, two),
             distance=distance(one, two),
             cosine=dot(one, two) / norms if norms else 0.0,
-            r=singular_alignment(a, moved, gamma).r,
+            r=singular_alignment(a, moved, gamma=gamma).r,
             barrier=path.barrier,
             barrier_repaired=repaired.barrier,
             midpoint=float(path.losses[split][middle]),
             midpoint_repaired=float(repaired.losses[split][middle]),
             seconds=seconds,
         )
-    return Comparison(found, split, skipped)
+    return AlignmentComparison(found, split, skipped)
 
 
 def _chosen(methods: Iterable[str] | Mapping[str, Aligner] | None) -> Mapping[str, Aligner]:

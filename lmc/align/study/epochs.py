@@ -10,17 +10,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
+from lmc.align.weight_matching.algorithm import weight_matching
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.landscape.paths.path import Path, Repair, Values, loss_path
+from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights.arithmetic import ModelOrWeights, as_weights
 
 if TYPE_CHECKING:
     import pandas as pd
     import plotly.graph_objects as go
 
-    from lmc.symmetry.spec import PermutationSpec
     from lmc.views.widgets.epochs_explorer import EpochsExplorer
 
 
@@ -114,11 +115,11 @@ class Epochs:
 
 def barrier_over_time(
     model: nn.Module,
-    run_a: Mapping[int, ModelOrWeights],
-    run_b: Mapping[int, ModelOrWeights],
+    a: Mapping[int, ModelOrWeights],
+    b: Mapping[int, ModelOrWeights],
     data: Any,
-    spec: "PermutationSpec | None" = None,
     *,
+    spec: PermutationSpec | UnboundSpec | None = None,
     epochs: Sequence[int] | None = None,
     alphas: int | Sequence[float] = 25,
     seed: int = 0,
@@ -127,8 +128,8 @@ def barrier_over_time(
     batch_size: int | None = None,
     progress: bool = True,
 ) -> Epochs:
-    """The paths between two runs at each epoch, as they are and, given `spec`, with the units of run b in the order that
-    fits those of run a at this epoch best.
+    """The paths between two runs at each epoch, as they are and, given `spec`, with the units of the second run in the order
+    that fits those of the first at this epoch best.
 
     Barriers between runs from different seeds appear within the first epochs and stay; alignment removes more of them the
     longer the networks have trained (Ainsworth et al. 2023, arXiv:2209.04836, section 5 and figure 3). For runs that
@@ -136,7 +137,7 @@ def barrier_over_time(
 
     Args:
         model: the architecture.
-        run_a, run_b: epoch -> weights, for example `trained.trajectory[0]` of training with `keep=1`.
+        a, b: epoch -> weights, for example `trained.trajectory[0]` of training with `keep=1`.
         data: as for `loss_path`.
         spec: the symmetries of the model; runs are then aligned by `weight_matching`.
         epochs: which to evaluate (default: all that both runs have).
@@ -149,14 +150,16 @@ def barrier_over_time(
     Raises:
         InputError: runs without a common epoch, an epoch that one of them lacks, or what `loss_path` raises.
     """
-    chosen = _common(run_a, run_b, epochs)
+    chosen = _common(a, b, epochs)
     paths: dict[str, list[Path]] = {"naive": [], **({"aligned": []} if spec is not None else {})}
-    options: dict[str, Any] = {"repair": repair, "inputs": inputs, "batch_size": batch_size}
+    options: dict[str, Any] = {"alphas": alphas, "repair": repair, "inputs": inputs, "batch_size": batch_size}
     try:
         for epoch in tqdm(chosen, desc="epochs", unit="epoch", disable=not progress):
-            a, b = as_weights(run_a[epoch]), as_weights(run_b[epoch])
-            found = {"naive": b} if spec is None else {"naive": b, "aligned": _aligned(spec, a, b, seed)}
-            done = {n: loss_path(model, a, end, data, alphas=alphas, progress=False, **options) for n, end in found.items()}
+            start, end = as_weights(a[epoch]), as_weights(b[epoch])
+            ends = {"naive": end}
+            if spec is not None:
+                ends["aligned"] = weight_matching(spec, start, end, seed=seed, progress=False).apply(end)
+            done = {n: loss_path(model, start, other, data, progress=False, **options) for n, other in ends.items()}
             for name, path in done.items():
                 paths[name].append(path)
     except KeyboardInterrupt:
@@ -167,23 +170,17 @@ def barrier_over_time(
     return Epochs(kept, {name: tuple(found) for name, found in paths.items()})
 
 
-def _aligned(spec: "PermutationSpec", a: Any, b: Any, seed: int) -> Any:
-    from lmc.align.weight_matching.algorithm import weight_matching  # only runs that are aligned need it
-
-    return weight_matching(spec, a, b, seed=seed).apply(b)
-
-
-def _common(run_a: Any, run_b: Any, epochs: Sequence[int] | None) -> list[int]:
+def _common(a: Any, b: Any, epochs: Sequence[int] | None) -> list[int]:
     """The epochs to evaluate, ascending."""
-    for name, run in (("run_a", run_a), ("run_b", run_b)):
+    for name, run in (("a", a), ("b", b)):
         if not isinstance(run, Mapping) or not all(isinstance(epoch, int) for epoch in run):
             raise InputError(
                 f"{name}: expected a mapping epoch -> weights, got {type(run).__name__}; training with keep= leaves one "
                 "for each seed in `.trajectory`"
             )
-    common = sorted(run_a.keys() & run_b.keys())
+    common = sorted(a.keys() & b.keys())
     if not common:
-        raise InputError(f"the runs share no epoch: run_a has {sorted(run_a)}, run_b {sorted(run_b)}")
+        raise InputError(f"the runs share no epoch: a has {sorted(a)}, b {sorted(b)}")
     if epochs is None:
         return common
     wanted = sorted(set(epochs))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lmc.align.study.placing import alikeness, placed, receptive_fields
 from lmc.align.weight_matching.algorithm import matched
-from lmc.align.weight_matching.blocks import Block, build_blocks
+from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.descent import inner_product
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
@@ -216,7 +216,7 @@ def inspect_matching(
     )
 
 
-def _chosen(blocks: dict[str, Block], groups: Sequence[str] | None) -> list[str]:
+def _chosen(blocks: dict[str, UnitBlock], groups: Sequence[str] | None) -> list[str]:
     if groups is None:
         if not blocks:
             raise SpecError("this permutation has no groups: there is nothing to see")

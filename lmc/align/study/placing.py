@@ -8,7 +8,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lmc.align.weight_matching.blocks import Block
+from lmc.align.weight_matching.blocks import UnitBlock
 from lmc.symmetry.spec import Permutation, PermutationSpec
 from lmc.weights.arithmetic import Weights
 
@@ -39,7 +39,7 @@ def placed(permutation: Permutation, orders: dict[str, Tensor], share: float) ->
     return Permutation(permutation.spec, indices)
 
 
-def alikeness(block: Block, ours: Weights, theirs: Weights) -> Tensor:
+def alikeness(block: UnitBlock, ours: Weights, theirs: Weights) -> Tensor:
     """`(n, n)` cosines between all that A's unit i owns and all that B's unit j owns; 0 for units that own nothing.
 
     The numerator is the gain that weight matching assigns by: the inner products summed over all places of the block.

@@ -98,7 +98,7 @@ class SingularAlignment:
         return f"SingularAlignment(R = {self.r:.3f} at gamma = {self.gamma:g}, {len(self.layers)} layers)"
 
 
-def singular_alignment(a: ModelOrWeights, b: ModelOrWeights, gamma: float = 0.3) -> SingularAlignment:
+def singular_alignment(a: ModelOrWeights, b: ModelOrWeights, *, gamma: float = 0.3) -> SingularAlignment:
     """R and what it is made of, for two networks that are aligned already (`b = pi.apply(b)`).
 
     Every parameter with two axes or more is a matrix whose rows are its first axis (a convolution's columns are

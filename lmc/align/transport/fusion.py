@@ -1,4 +1,4 @@
-"""Optimal-transport fusion: A's units spread over B's, then averaged (Singh and Jaggi 2020, arXiv:1910.05653)."""
+"""Optimal-transport fusion: B's units spread over A's, then averaged (Singh and Jaggi 2020, arXiv:1910.05653)."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lmc.align.transport.layerwise import Problem
 from lmc.align.transport.widths import check_alone, guess_inputs
 from lmc.errors import InputError
+from lmc.network.batches import to_device
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.find import permutation_spec
@@ -20,12 +21,12 @@ from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_fi
 
 @dataclass(frozen=True, eq=False)
 class Fusion(Mapping[str, Tensor]):
-    """Fused weights in the widths of B: a mapping, to be used wherever weights are.
+    """Fused weights in the widths of A: a mapping, to be used wherever weights are.
 
     Attributes:
-        weights: the average of B and the transported models.
-        transported: each A in the units of B, before averaging.
-        couplings: for each A the plans (n_a, n_b) by group; `family[i->j]` between what lies within two units.
+        weights: the average of A and the transported models.
+        transported: each B in the units of A, before averaging.
+        couplings: for each B the plans (n_b, n_a) by group; `family[j->i]` between what is nested in two units.
         info: how they were made.
     """
 
@@ -48,71 +49,72 @@ class Fusion(Mapping[str, Tensor]):
 
 
 def ot_fusion(
-    model_b: nn.Module,
-    a: ModelOrWeights | Sequence[ModelOrWeights],
-    b: ModelOrWeights,
+    model: nn.Module,
+    a: ModelOrWeights,
+    b: ModelOrWeights | Sequence[ModelOrWeights],
     inputs: Any = None,
     *,
     spec: PermutationSpec | UnboundSpec | None = None,
     share: float | None = None,
     regularization: float = 0.0,
     squared: bool = False,
-    standardize: bool = True,
+    standardize: bool = False,
     importance: Literal["l1", "l2"] | None = None,
     batch_size: int = 256,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Fusion:
-    """Fuse A into the units of B, the anchor: same depth, widths may differ.
+    """Fuse B into the units of A, the anchor: same depth, widths may differ.
 
-    For each group of units a coupling T, by default of uniform marginals, makes the transport cost least. With `inputs`, the cost is
-    the distance between what units do, before the nonlinearity; without, between their incoming weights, the inputs of A
-    already expressed in units of B, group after group from the inputs on. Where a unit is computed, it becomes the mean
-    of A's units by its column of T; where it is consumed, A's outgoing weights are split by rows of T. For equal widths
-    that is the paper's formula, and exact couplings are permutations. Residual streams have one coupling, heads nested
-    ones. Running statistics are transported too, but belong to neither network after averaging: re-estimate them.
+    For each group of units a coupling T (n_b, n_a), by default of uniform marginals, makes the transport cost least. With
+    `inputs`, the cost is the distance between what units do, before the nonlinearity; without, between their incoming
+    weights, the inputs of B already expressed in units of A, group after group from the inputs on. Where a unit is
+    computed, it becomes the mean of B's units by its column of T; where it is consumed, B's outgoing weights are split by
+    rows of T. For equal widths that is the paper's formula, and exact couplings are permutations. Residual streams have
+    one coupling, heads nested ones. Running statistics are transported too, but belong to neither network after
+    averaging: re-estimate them with `lmc.recalibrate_batchnorm`.
 
     Args:
-        model_b: a module with B's architecture; not touched.
-        a: one model or several. A module where widths differ and `inputs` are given, else a state dict will do.
-        b: the anchor: a module or state dict.
+        model: a module with A's architecture, which is the result's; not touched.
+        a: the anchor: a module or state dict.
+        b: one model or several. A module where widths differ and `inputs` are given, else a state dict is enough.
         inputs: as in `activation_matching`; a few hundred examples are enough.
-        spec: the symmetries of B; default: those that `permutation_spec` finds on the inputs, or on made-up ones.
-        share: of B in the average; default: all models equally.
+        spec: the symmetries of A; default: those that `permutation_spec` finds on the inputs, or on made-up ones.
+        share: of A in the average; default: all models equally.
         regularization: 0 for exact couplings; above, entropic ones, relative to the median cost (0.05 is soft).
         squared: costs are squared distances.
-        standardize: compare activations after bringing each to mean 0 and variance 1.
+        standardize: compare activations after bringing each to mean 0 and variance 1. The authors compare them as they
+            are, and so does the default, which reproduces their table.
         importance: masses of units in proportion to the l1 or l2 norm of their incoming weights; default: all equal.
         batch_size, device, progress: as in `activation_matching`.
 
     Raises:
-        MismatchError: different depths or kinds of layers. InputError: a bad argument. MissingPackageError: POT is not
-        installed; unequal widths, `regularization` and `importance` need it.
-        SpecError: a spec that does not fit, or symmetries that transport cannot follow. DataError: unusable inputs.
+        MismatchError: different depths or kinds of layers.
+        InputError: a bad argument.
+        MissingPackageError: POT is not installed; unequal widths, `regularization` and `importance` need it.
+        SpecError: a spec that does not fit, or symmetries that transport cannot follow.
+        DataError: unusable inputs.
     """
     started = time.perf_counter()
-    several = isinstance(a, Sequence)
-    sources = list(a) if several else [a]
+    several = isinstance(b, Sequence)
+    sources = list(b) if several else [b]
     if not sources or regularization < 0 or (share is not None and not 0 <= share <= 1):
         raise InputError(f"{len(sources)} models, {regularization=}, {share=}: expected at least 1, >= 0, and 0 to 1")
     if importance not in (None, "l1", "l2"):
         raise InputError(f"{importance=}: expected 'l1', 'l2', or None for equal masses")
-    anchor = as_weights(b)
-    check_finite(anchor, "b")
+    anchor = as_weights(a)
+    check_finite(anchor, "a")
     chosen = pick_device(device, anchor)
     anchor = {name: tensor.to(chosen) for name, tensor in anchor.items()}
-    network = Network(model_b, chosen)
-    network.check(anchor, "b")
-    if spec is None:
-        example = guess_inputs(model_b) if inputs is None else first_of(next(input_batches(model_b, inputs, 2)), 2)
-        network.load(anchor)
-        spec = permutation_spec(network.module, example, progress=progress)
-    spec = spec.bind(anchor)
+    network = Network(model, chosen)
+    network.check(anchor, "a")
+    network.load(anchor)
+    spec = (_found(model, network, inputs, progress) if spec is None else spec).bind(anchor)
     check_alone(spec)
 
     transported, couplings = [], []
     for k, source in enumerate(sources):
-        name = f"a[{k}]" if several else "a"
+        name = f"b[{k}]" if several else "b"
         problem = Problem(spec, network, anchor, source, name, regularization, squared, importance)
         problem.solve(None if inputs is None else problem.distances(inputs, standardize, batch_size, progress))
         transported.append(problem.transported())
@@ -128,3 +130,13 @@ def ot_fusion(
         "seconds": time.perf_counter() - started,
     }
     return Fusion(weights, tuple(transported), tuple(couplings), info)
+
+
+def _found(model: nn.Module, network: Network, inputs: Any, progress: bool) -> PermutationSpec:
+    """The symmetries of the caller's module, found on the device where it is, whatever the device of the weights."""
+    if inputs is None:
+        example = guess_inputs(network.module)
+    else:
+        example = first_of(next(input_batches(model, inputs, 2)), 2)
+    home = pick_device(None, as_weights(model))
+    return permutation_spec(model, to_device(example, home), progress=progress)

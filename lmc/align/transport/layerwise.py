@@ -19,31 +19,31 @@ from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_fi
 
 
 class Problem:
-    """One A to be transported onto B."""
+    """One B to be transported onto A."""
 
     def __init__(
         self,
         spec: PermutationSpec,
         network: Network,
-        b: Weights,
+        a: Weights,
         source: ModelOrWeights,
         name: str,
         regularization: float,
         squared: bool,
         importance: str | None,
     ) -> None:
-        self.network, self.source, self.b, self.name = network, source, b, name
-        self.a = {key: tensor.to(network.device) for key, tensor in as_weights(source).items()}
-        check_finite(self.a, name)
-        check_depth(self.a, b, name)
-        check_fixed_axes(self.a, b, name, spec)
-        self.specs = (spec_of_width(spec, self.a), spec)
+        self.network, self.source, self.a, self.name = network, source, a, name
+        self.b = {key: tensor.to(network.device) for key, tensor in as_weights(source).items()}
+        check_finite(self.b, name)
+        check_depth(a, self.b, name)
+        check_fixed_axes(a, self.b, name, spec)
+        self.specs = (spec_of_width(spec, self.b), spec)
         self.regularization, self.squared = regularization, squared
         self.solved: dict[str, Coupling] = {}
         self.roots = [group.name for group in spec.groups.values() if not group.within]
         sides = {(tap.tensor, tap.axis): tap.side for tap in candidates(spec, network.module)}
         self.producing = {
-            (tensor, table.dims[0]): sides.get((tensor, table.dims[0]), _side(tensor, table.dims[0], b)) == "output"
+            (tensor, table.dims[0]): sides.get((tensor, table.dims[0]), _side(tensor, table.dims[0], a)) == "output"
             for tensor, tables in spec.tables_by_tensor.items()
             for _, table in tables
         }
@@ -79,11 +79,11 @@ class Problem:
         here = [
             view for view, producing in self.producing.items() if producing and view[0] not in self.specs[1].buffers
         ]
-        found = {(name, axis): (powers(self.a[name], axis), powers(self.b[name], axis)) for name, axis in here}
+        found = {(name, axis): (powers(self.b[name], axis), powers(self.a[name], axis)) for name, axis in here}
         return Importance(order, found)
 
     def _views(self, root: str, todo: Mapping[str, None]) -> Iterator[View]:
-        """Axes of parameters that the group lies on and whose other axes are expressed in units of B already."""
+        """Axes of parameters that the group lies on and whose other axes are expressed in units of A already."""
         spec = self.specs[1]
         for tensor, tables in spec.groups[root].tables.items():
             roots_here = [(_root(spec, name), table.dims) for name, table in spec.tables_by_tensor[tensor]]
@@ -94,51 +94,51 @@ class Problem:
 
     def _weight(self, views: Iterable[View]) -> float:
         """How many numbers the tensors have in which units are computed; a trifle for each one in which they are not."""
-        return sum(self.b[tensor].numel() if self.producing[tensor, axis] else 1e-6 for tensor, axis in views)
+        return sum(self.a[tensor].numel() if self.producing[tensor, axis] else 1e-6 for tensor, axis in views)
 
     def _compare(self, view: View) -> Tensor:
-        """Squared distances (K_a, K_b) between the slices of a parameter along one axis."""
+        """Squared distances (K_b, K_a) between the slices of a parameter along one axis."""
         tensor, axis = view
-        ours = self._move(tensor, self.a[tensor], skip=axis).movedim(axis, 0).double()
-        theirs = self.b[tensor].movedim(axis, 0).double()
+        theirs = self._move(tensor, self.b[tensor], skip=axis).movedim(axis, 0).double()
+        ours = self.a[tensor].movedim(axis, 0).double()
         ours, theirs = ours.reshape(len(ours), -1), theirs.reshape(len(theirs), -1)
-        square = torch.addmm(theirs.square().sum(1), ours, theirs.T, alpha=-2.0)
-        return square.add_(ours.square().sum(1)[:, None]).clamp_min_(0.0)
+        # |x - y|² = |x|² + |y|² - 2 xy, one matrix product for all pairs; rounding may leave it a little below 0.
+        square = torch.addmm(ours.square().sum(1), theirs, ours.T, alpha=-2.0)
+        return square.add_(theirs.square().sum(1)[:, None]).clamp_min_(0.0)
 
     def distances(self, inputs: Any, standardize: bool, batch_size: int, progress: bool) -> dict[View, Tensor]:
-        """Mean squared distances (K_a, K_b) between channels before the nonlinearity, at every view that shows them."""
-        same = all(tensor.shape == self.b[key].shape for key, tensor in self.a.items())
+        """Mean squared distances (K_b, K_a) between channels before the nonlinearity, at every view that shows them."""
+        same = all(tensor.shape == self.a[key].shape for key, tensor in self.b.items())
         if not same and not isinstance(self.source, nn.Module):
-            raise InputError(f"{self.name}: widths differ from b's, so that activations need it as a module")
-        ours = self.network if same else Network(self.source, self.network.device)  # type: ignore[arg-type]
+            raise InputError(f"{self.name}: widths differ from a's, so that activations need it as a module")
+        other = self.network if same else Network(self.source, self.network.device)  # type: ignore[arg-type]
         batches = input_batches(self.network.module, inputs, batch_size)
         first = next(batches)
         probe = first_of(first, 1)
-        self.network.load(self.b)
-        spec_a, spec_b = self.specs
+        self.network.load(self.a)
         run = lambda: call_module(self.network.module, probe, self.network.device)  # noqa: E731
-        taps = choose(spec_b, live_taps(spec_b, self.network.module, run), "output")
+        taps = choose(self.specs[1], live_taps(self.specs[1], self.network.module, run), "output")
         sites = []
         for tap in taps:
-            lengths = (self.a[tap.tensor].shape[tap.axis], self.b[tap.tensor].shape[tap.axis])
+            lengths = (self.b[tap.tensor].shape[tap.axis], self.a[tap.tensor].shape[tap.axis])
             sites.append(Site(tap, f"{tap.tensor}|{tap.axis}", *(torch.arange(n)[:, None] for n in lengths)))
-        moments = collect((ours, self.network), (self.a, self.b), sites, chain([first], batches), progress)
+        moments = collect((other, self.network), (self.b, self.a), sites, chain([first], batches), progress)
         found = {}
         for tap in taps:
             m = moments[f"{tap.tensor}|{tap.axis}"]
             if standardize:
                 found[tap.tensor, tap.axis] = 2.0 - 2.0 * m.correlation()
             else:
-                square_a, square_b = m.uncentred_squares()
-                total = (square_a[:, None] + square_b - 2.0 * m.cross_product()).clamp_min_(0.0)
+                theirs, ours = m.uncentred_squares()
+                total = (theirs[:, None] + ours - 2.0 * m.cross_product()).clamp_min_(0.0)
                 found[tap.tensor, tap.axis] = total / m.samples
         return found
 
     def transported(self) -> Weights:
-        """All of A in the units of B."""
+        """All of B in the units of A."""
         moved = {}
-        for name, tensor in self.a.items():
-            target = self.b[name]
+        for name, tensor in self.b.items():
+            target = self.a[name]
             if not tensor.is_floating_point():
                 moved[name] = target.clone()
                 continue
@@ -146,38 +146,38 @@ class Problem:
         return moved
 
     def _move(self, name: str, tensor: Tensor, skip: int | None = None) -> Tensor:
-        """One tensor of A with all axes but `skip` in units of B."""
+        """One tensor of B with all axes but `skip` in units of A."""
         moved = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
         for axis in range(tensor.ndim):
-            here = [c for c in self.solved.values() if paired_rows_any(self.specs[1], c.b.name, (name, axis))]
+            here = [c for c in self.solved.values() if paired_rows_any(self.specs[1], c.anchor.name, (name, axis))]
             if axis != skip and here:
                 front = moved.movedim(axis, 0)
                 moved = self._move_axis((name, axis), front, here).movedim(0, axis)
         return moved
 
     def _move_axis(self, view: View, front: Tensor, couplings: Sequence[Coupling]) -> Tensor:
-        """The first axis of `front` from channels of A to channels of B."""
-        length_a, length_b = len(front), self.b[view[0]].shape[view[1]]
-        result = front.new_zeros(length_b, *front.shape[1:])
-        left, right = (torch.ones(n, dtype=torch.bool, device=front.device) for n in (length_a, length_b))
+        """The first axis of `front` from channels of B to channels of A."""
+        theirs, ours = len(front), self.a[view[0]].shape[view[1]]
+        result = front.new_zeros(ours, *front.shape[1:])
+        left, right = (torch.ones(n, dtype=torch.bool, device=front.device) for n in (theirs, ours))
         for coupling in couplings:
             producing = self.producing[view]
-            for rows_a, rows_b in paired_rows(coupling.a, coupling.b, view, front.device):
-                left[rows_a.flatten()], right[rows_b.flatten()] = False, False
+            for source, target in paired_rows(coupling.moving, coupling.anchor, view, front.device):
+                left[source.flatten()], right[target.flatten()] = False, False
                 if coupling.inner:
                     continue
                 if coupling.index is not None:
-                    result[rows_b.flatten()] = front[rows_a[coupling.index].flatten()]
+                    result[target.flatten()] = front[source[coupling.index].flatten()]
                     continue
                 share = coupling.share(producing).to(front)
-                units = front[rows_a.flatten()].reshape(len(rows_a), -1)
-                result[rows_b.flatten()] = (share @ units).reshape(-1, *front.shape[1:])
+                units = front[source.flatten()].reshape(len(source), -1)
+                result[target.flatten()] = (share @ units).reshape(-1, *front.shape[1:])
             if coupling.inner:
-                matrix = coupling.matrix(view, producing, (length_b, length_a)).to(front)
-                result += (matrix @ front.reshape(length_a, -1)).reshape(result.shape)
+                matrix = coupling.matrix(view, producing, (ours, theirs)).to(front)
+                result += (matrix @ front.reshape(theirs, -1)).reshape(result.shape)
         if int(left.sum()) != int(right.sum()):
             raise MismatchError(
-                f"{view[0]}, axis {view[1]}: {int(left.sum())} positions of {self.name} and {int(right.sum())} of b "
+                f"{view[0]}, axis {view[1]}: {int(left.sum())} positions of {self.name} and {int(right.sum())} of a "
                 "belong to no unit"
             )
         result[right] = front[left]

@@ -56,14 +56,14 @@ def check_depth(a: Weights, b: Weights, name: str) -> None:
     """Raise `MismatchError` unless both have the same tensors, of the same number of axes and dtype."""
     odd = sorted(a.keys() ^ b.keys())
     if odd:
-        where = name if odd[0] in a else "b"
+        where = "a" if odd[0] in a else name
         raise MismatchError(
             f"{odd[0]} is in {where} only: fusion goes layer by layer, so depths and kinds of layers must be equal"
         )
     for key, tensor in a.items():
         if tensor.ndim != b[key].ndim or tensor.dtype != b[key].dtype:
             raise MismatchError(
-                f"{key}: {tuple(tensor.shape)} {tensor.dtype} in {name}, {tuple(b[key].shape)} {b[key].dtype} in b"
+                f"{key}: {tuple(tensor.shape)} {tensor.dtype} in a, {tuple(b[key].shape)} {b[key].dtype} in {name}"
             )
 
 
@@ -73,7 +73,7 @@ def check_fixed_axes(a: Weights, b: Weights, name: str, spec: PermutationSpec) -
         spanned = {table.dims[0] for _, table in spec.tables_by_tensor.get(key, ())}
         for axis, (ours, theirs) in enumerate(zip(tensor.shape, b[key].shape, strict=True)):
             if ours != theirs and axis not in spanned:
-                raise MismatchError(f"{key}: axis {axis} is {ours} in {name}, {theirs} in b, and no group spans it")
+                raise MismatchError(f"{key}: axis {axis} is {ours} in a, {theirs} in {name}, and no group spans it")
 
 
 def _within(spec: PermutationSpec, name: str, other: str) -> bool:

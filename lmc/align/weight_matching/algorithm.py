@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmc.align.weight_matching.blocks import Block, build_blocks
+from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.descent import Descent, inner_product
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
@@ -110,7 +110,7 @@ def matched(spec: PermutationSpec, weights: Weights) -> Weights:
 
 def _descend(
     spec: PermutationSpec,
-    blocks: list[Block],
+    blocks: list[UnitBlock],
     fixed: Weights,
     moving: Weights,
     start: str,

@@ -60,7 +60,7 @@ class Shift(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class UnitBlock:
     """A group, where it lies, and the blocks nested in each of its units (given for unit 0, relative to it).
 
     Attributes:
@@ -74,7 +74,7 @@ class Block:
     size: int
     places: tuple[Place, ...]
     tables: Mapping[str, Sequence[tuple[str, Table]]]
-    inner: "tuple[Block, ...]"
+    inner: "tuple[UnitBlock, ...]"
     names: tuple[tuple[str, ...], ...]
 
     def move(self, step: Step, tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Shift | None]]:
@@ -143,7 +143,7 @@ def sub_tensor(place_index: int) -> str:
     return f"place {place_index}"
 
 
-def build_blocks(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> list[Block]:
+def build_blocks(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> list[UnitBlock]:
     """The blocks of a spec, over the tensors that are to be matched; groups that touch none of them are left out."""
     children: dict[tuple[str, int], list[Group]] = {}
     roots = []
@@ -164,7 +164,7 @@ def build_blocks(spec: PermutationSpec, tensors: Mapping[str, Tensor]) -> list[B
 
 def _build(
     group: Group, tables_of: Callable[[Group], Tables], shapes: Shapes, children: Children, device: torch.device
-) -> Block:
+) -> UnitBlock:
     """The block of a group; `tables_of` gives the tables of it and its descendants in tensors of these `shapes`."""
     held = [(tensor, table) for tensor, tables in tables_of(group).items() for table in tables]
     places = [_place(tensor, table, shapes[tensor], device) for tensor, table in held]
@@ -181,7 +181,7 @@ def _build(
         _build(child, lambda g: _relative(tables_of(g), held, shapes), inner_shapes, children, device)
         for child in children.get((group.name, 0), ())
     )
-    return Block(
+    return UnitBlock(
         group.name,
         group.size,
         tuple(places),

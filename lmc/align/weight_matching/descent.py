@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lmc.align.weight_matching.assignment import assign
-from lmc.align.weight_matching.blocks import Block, Shift, sub_tensor
+from lmc.align.weight_matching.blocks import Shift, UnitBlock, sub_tensor
 from lmc.align.weight_matching.gains import Gains
 from lmc.align.weight_matching.nested import Solutions, Step, separate_pairs
 from lmc.symmetry.actions import compose_moves
@@ -36,7 +36,7 @@ class Descent:
     def __init__(
         self,
         spec: PermutationSpec,
-        blocks: Sequence[Block],
+        blocks: Sequence[UnitBlock],
         fixed: Mapping[str, Tensor],
         state: Mapping[str, Tensor],
         pi: Mapping[str, Tensor] | None = None,
@@ -117,7 +117,7 @@ class Descent:
             self.state[name] = after
         self.pi = compose_moves(self.spec, step, self.pi)
 
-    def _best_nested(self, block: Block, used: Sequence[int]) -> tuple[Step, float, float]:
+    def _best_nested(self, block: UnitBlock, used: Sequence[int]) -> tuple[Step, float, float]:
         """Nested assignment: the gain of a pair of units is the optimum of the problem inside them."""
         places = {sub_tensor(k): block.places[k] for k in used}
         mine = {name: place.slices(self.fixed[place.tensor]) for name, place in places.items()}
@@ -133,7 +133,7 @@ class Descent:
         return step, improvement, abs(stay)
 
     def _pairs(
-        self, block: Block, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+        self, block: UnitBlock, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
     ) -> tuple[Tensor, Solutions]:
         """The optimum inside every pair of units, and how it is reached, by a descent of its own for each pair."""
         inner = [b for b in block.inner if any(name in mine for name in b.tables)]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lmc.align.weight_matching.assignment import assign, prices_of
-from lmc.align.weight_matching.blocks import Block, Shift
+from lmc.align.weight_matching.blocks import Shift, UnitBlock
 
 # From this size on, an assignment takes longer than finding the prices that speed up the next one.
 _PRICED = 128
@@ -19,7 +19,7 @@ class Gains:
     moves, only the slices that changed enter, as `A_slices (B_after - B_before)_slices^T`.
     """
 
-    def __init__(self, blocks: Sequence[Block], fixed: Mapping[str, Tensor]) -> None:
+    def __init__(self, blocks: Sequence[UnitBlock], fixed: Mapping[str, Tensor]) -> None:
         self.blocks, self.fixed = blocks, fixed
         self._gain: dict[int, Tensor] = {}
         self._held: list[set[int]] = [set() for _ in blocks]
@@ -46,7 +46,7 @@ class Gains:
         return self._gain[i]
 
     def reorder(self, i: int, index: Tensor) -> None:
-        """Block i itself has moved: B's units come in the order `index`."""
+        """UnitBlock i itself has moved: B's units come in the order `index`."""
         for columns in (self._gain, self._prices):
             if i in columns:
                 columns[i] = columns[i].index_select(-1, index.to(columns[i].device))

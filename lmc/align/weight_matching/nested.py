@@ -7,13 +7,15 @@ import torch
 from torch import Tensor
 
 from lmc.align.weight_matching.assignment import assign
-from lmc.align.weight_matching.blocks import Block
+from lmc.align.weight_matching.blocks import UnitBlock
 
 Step: TypeAlias = dict[str, Tensor]
 Solutions: TypeAlias = dict[tuple[int, int], Step]
 
 
-def separate_pairs(block: Block, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> tuple[Tensor, Solutions]:
+def separate_pairs(
+    block: UnitBlock, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]
+) -> tuple[Tensor, Solutions]:
     """The optimum inside every pair of units, for a block whose inner blocks do not see each other.
 
     One matrix product per place gives the gains of all pairs, so that only the small assignments are left.
@@ -38,7 +40,7 @@ def separate_pairs(block: Block, mine: Mapping[str, Tensor], theirs: Mapping[str
     return gain, solutions
 
 
-def _inner_gains(inner: Block, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor | None:
+def _inner_gains(inner: UnitBlock, mine: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> Tensor | None:
     """`(n, s, n, s)`: the gain of each inner unit of each of A's units with each of B's; None if nothing is known."""
     total = None
     for place in inner.places:

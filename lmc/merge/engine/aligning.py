@@ -6,7 +6,7 @@ Every method that takes several models takes `align=`:
 - or a function of the list of weights that gives, for each, a `Permutation` or its moved weights:
 
       average([a, b], align=lambda w: [w[0], lmc.activation_matching(spec, model, *w, inputs).apply(w[1])])
-      average(models, align=lambda w: lmc.match_many(spec, w, "merge_many"))
+      average(models, align=lambda w: lmc.match_many(spec, w, method="merge_many"))
 
 A base is brought into that order as well, as the last of the list. Moves by permutations change no model's function.
 """

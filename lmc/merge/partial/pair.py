@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmc.align.activations.collect import Moments, Site, centred, unit_values
+from lmc.align.activations.collect import CrossMoments, Site, centred, unit_values
 from lmc.align.activations.matching import activation_matching
 from lmc.align.activations.taps import Tap, Watch, choose, groups_at, live_taps
 from lmc.align.transport.widths import guess_inputs
@@ -63,15 +63,15 @@ class Pair:
         run = lambda: call_module(self.network.module, probe, self.network.device)  # noqa: E731
         return live_taps(self.spec, self.network.module, run)
 
-    def observe(self, progress: bool) -> dict[str, Moments]:
+    def observe(self, progress: bool) -> dict[str, CrossMoments]:
         """For each group that may change its size and is seen, moments between all 2n units, A's first."""
         chosen = choose(self.spec, self.taps())
         sites: dict[Tap, list[Site]] = {}
-        moments: dict[str, Moments] = {}
+        moments: dict[str, CrossMoments] = {}
         for tap in chosen:
             for name in set(groups_at(self.spec, tap)) & set(self.growth.sizes):
                 size = self.growth.sizes[name]
-                moments.setdefault(name, Moments(2 * size, 2 * size, self.network.device))
+                moments.setdefault(name, CrossMoments(2 * size, 2 * size, self.network.device))
                 for table in self.spec.groups[name].tables[tap.tensor]:
                     if table.dims == (tap.axis,):
                         rows = torch.from_numpy(table.rows)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmc.align.activations.collect import Moments
+from lmc.align.activations.collect import CrossMoments
 from lmc.merge.partial.pair import check_share, per_group, prepare
 from lmc.merge.partial.units import MergedUnits, paired
 from lmc.merge.partial.widening import Zipped
@@ -86,7 +86,7 @@ def zipit(
     return pair.finish(units, pair.zipped(units), info | {"seconds": time.perf_counter() - started}, own)
 
 
-def likeness(moments: Moments) -> Tensor:
+def likeness(moments: CrossMoments) -> Tensor:
     """(2n, 2n) correlations; where matched units are both constant, as dead ones are, nothing is lost by merging them."""
     found, still = moments.correlation().cpu(), moments.constant()[0].cpu()
     n = len(found) // 2

@@ -8,10 +8,10 @@ from plotly.subplots import make_subplots
 from lmc.views.plots.style import BLUE, GREEN, ORANGE, PURPLE, styled
 
 if TYPE_CHECKING:
-    from lmc.align.study.compare import Comparison
+    from lmc.align.study.compare import AlignmentComparison
 
 
-def plot_comparison(comparison: "Comparison") -> go.Figure:
+def plot_comparison(comparison: "AlignmentComparison") -> go.Figure:
     """Three panels, a row for each method: barriers plain and repaired, similarity of the weights, seconds (log scale)."""
     methods = list(comparison)[::-1]  # plotly draws bars from the bottom up
     rows = [comparison[method] for method in methods]
