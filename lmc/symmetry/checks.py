@@ -99,12 +99,13 @@ def _check_carried(parent: Group, first: Group, member: Group, unit: int, shapes
         for table, other in zip(tables, others, strict=True):
             if table.dims != other.dims or table.rows.shape != other.rows.shape:
                 raise SpecError(f"{problem} in {tensor}: tables of different shapes")
-            moved = _exchange(parent, unit, tensor, table, shapes[tensor])
+            moved = carried(parent, unit, tensor, table, shapes[tensor])
             if not np.array_equal(moved, other.rows):
                 raise SpecError(f"{problem} in {tensor}: rows or columns in another order")
 
 
-def _exchange(parent: Group, unit: int, tensor: str, table: Table, shape: Shape) -> np.ndarray:
+def carried(parent: Group, unit: int, tensor: str, table: Table, shape: Shape) -> np.ndarray:
+    """The rows of a table of `tensor` after units 0 and `unit` of `parent` changed places."""
     sizes = [shape[d] for d in table.dims]
     coordinates = list(np.unravel_index(table.rows, sizes))
     for held in parent.tables.get(tensor, ()):

@@ -29,7 +29,7 @@ class Net(nn.Module):
 
 
 def parameter(*shape: int) -> nn.Parameter:
-    return nn.Parameter(torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape))))
+    return nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(len(shape))))
 
 
 def found(model: nn.Module, inputs, outputs=None) -> list[int]:
@@ -164,6 +164,25 @@ def test_siblings_are_carried_onto_each_other() -> None:
                 assert [[carried[p] for p in row] for row in here.rows.tolist()] == tables[0].rows.tolist()
 
 
+def mirrored(net: Net, x: Tensor) -> Tensor:
+    h = net.a(x)
+    twice = h.repeat(1, 2).tanh()
+    return net.b(h + 0.5 * h.flip(1)) + net.c(twice + 0.5 * twice.flip(1))
+
+
+def test_copies_within_mirrored_pairs() -> None:
+    """Groups in the units of another are numbered alike, whichever way their members were met."""
+    layers = {"a": nn.Linear(5, 4), "b": nn.Linear(4, 2), "c": nn.Linear(8, 2)}
+    assert 2 in found(Net(mirrored, **layers), torch.randn(2, 5))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+def test_nothing_but_scalars(shape: tuple[int, ...]) -> None:
+    model = Net(lambda net, x: net.q * (net.p * x).acos(), p=parameter(*shape), q=parameter(*shape))
+    result = discover(model, torch.rand(shape))
+    assert not result.groups and not result.frozen
+
+
 @pytest.mark.parametrize("layer", [nn.RNN, nn.GRU, nn.LSTM])
 def test_recurrent(layer: type[nn.Module]) -> None:
     model = Net(lambda m, x: m.out(m.cell(x)[0][:, -1]), cell=layer(3, 5, batch_first=True), out=nn.Linear(5, 2))
@@ -213,6 +232,32 @@ def test_sparse_experts_whose_weights_are_picked() -> None:
     assert sorted(found(model, torch.randn(7, 3))) == [4, 5, 5, 5, 5]
     result = discover(model, torch.randn(7, 3))
     assert [g.within for g in result.groups.values() if g.size == 5] == [(("experts", e),) for e in range(4)]
+
+
+class Grouped(nn.Module):
+    """Rows sorted by expert, multiplied with their experts' matrices, the bias rows looked up by the sorted numbers."""
+
+    def __init__(self, sort: bool) -> None:
+        super().__init__()
+        self.lift, self.router, self.head = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+        self.up, self.bias, self.down = parameter(3, 8, 16), parameter(3, 16), parameter(3, 16, 8)
+        self.sort = sort
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.lift(x)
+        chosen = self.router(x).argmax(-1)
+        rows, order = chosen.sort() if self.sort else (chosen, torch.arange(len(x)))
+        ends = torch.histc(rows.float(), bins=3, min=0, max=2).cumsum(0).int()
+        hidden = torch._grouped_mm(x[order], self.up, offs=ends) + self.bias[rows]
+        back = torch.empty_like(order).index_put((order,), torch.arange(len(x)))
+        return self.head(x + torch._grouped_mm(hidden.relu(), self.down, offs=ends)[back])
+
+
+@pytest.mark.parametrize("sort, sizes", [(True, [8, 16, 16, 16]), (False, [8, 16])])
+def test_biases_of_grouped_experts(sort: bool, sizes: list[int]) -> None:
+    """Hidden units of each expert move by themselves, if the rows are known to be sorted by the same numbers."""
+    result = discover(Grouped(sort).bfloat16(), torch.randn(8, 4).bfloat16())
+    assert [group.size for group in result.groups.values()] == sizes
 
 
 def test_choice_used_as_a_number_stays() -> None:
@@ -320,3 +365,13 @@ def test_control_flow_on_data_is_told_with_its_line() -> None:
 
     with pytest.raises(TraceError, match="test_discover.py:.*depends on the values.*from_patterns"):
         discover(Net(forward, a=nn.Linear(3, 2), b=nn.Linear(3, 2)), torch.randn(2, 3))
+
+
+def test_messages_tell_shapes_not_numbers() -> None:
+    model = Net(lambda net, batch: net.a(torch.stack(batch["rows"])), a=nn.Linear(3, 2))
+    with pytest.raises(TraceError) as caught:
+        discover(model, {"batch": {"rows": [torch.full((2, 5), 0.123)] * 6, "kind": "x", "other": {1.5}}})
+    assert "batch={'rows': [float32[2, 5], float32[2, 5], float32[2, 5], float32[2, 5], ... 6 in all]" in str(
+        caught.value
+    )
+    assert "0.12" not in str(caught.value) and "1.5" not in str(caught.value)

@@ -9,6 +9,7 @@ from lmc.core.progress import tqdm
 from lmc.symmetry.discovery import naming
 from lmc.symmetry.discovery.explain import reasons
 from lmc.symmetry.discovery.interpret import Facts, gather_facts
+from lmc.symmetry.discovery.siblings import conforming
 from lmc.symmetry.discovery.solve import Fibre, Solution, solve
 from lmc.symmetry.discovery.tables import Places
 from lmc.symmetry.discovery.trace import Graph, capture
@@ -94,7 +95,7 @@ def discover(
     copies: dict[str, list[str]] = {}
     for name, first in graph.aliases.items():
         copies.setdefault(first, []).append(name)
-    groups = {d.name: finished(d, used, copies) for d in drafts}
+    groups = conforming({d.name: finished(d, used, copies) for d in drafts}, shapes)
     moved = {
         (name, axis)
         for group in groups.values()

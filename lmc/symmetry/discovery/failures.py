@@ -5,7 +5,7 @@ import re
 import sysconfig
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -94,7 +94,15 @@ def advice(model: nn.Module, place: str) -> str:
 
 
 def describe(value: Any) -> str:
-    return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    """An argument by its dtype and shape, or what it holds; numbers inside tensors and arrays are not shown."""
+    if isinstance(value, Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{k!r}: {describe(v)}' for k, v in value.items())}}}"
+    if isinstance(value, (list, tuple)):
+        shown = [describe(v) for v in value[:4]] + [f"... {len(value)} in all"] * (len(value) > 4)
+        return f"[{', '.join(shown)}]" if isinstance(value, list) else f"({', '.join(shown)})"
+    return repr(value) if isinstance(value, (int, float, str, bool, type(None))) else f"<{type(value).__name__}>"
 
 
 def first_line(error: BaseException) -> str:

@@ -12,12 +12,12 @@ from torch.utils import _pytree as pytree
 from lmc.core.progress import tqdm
 from lmc.errors import TraceError
 from lmc.symmetry.discovery.failures import BY_HAND, first_line
+from lmc.symmetry.discovery.provenance import Piece, chooses_without_ties, piece_tag, pieces, sorted_runs
 from lmc.symmetry.discovery.rules import core, interpret
 from lmc.symmetry.discovery.rules.chosen import settle
+from lmc.symmetry.discovery.rules.experts import run_of
 from lmc.symmetry.discovery.rules.registry import Op, Parts, is_operand, operands_in
-from lmc.symmetry.discovery.shortcuts import Piece, piece_tag, pieces
 from lmc.symmetry.discovery.tags import Tag, along, make, shrink
-from lmc.symmetry.discovery.ties import chooses_without_ties
 from lmc.symmetry.discovery.trace import Graph, Leaf, module_path, movable, source_line
 from lmc.symmetry.discovery.units import Ids, Units
 
@@ -53,7 +53,7 @@ def interpret_nodes(graph: Graph, progress: bool) -> tuple[Facts, dict[Node, Any
     units = Units()
     tags, axes = parameter_tags(units, graph)
     known: dict[Node, Any] = {}
-    direct = pieces(graph.nodes)
+    direct, runs = pieces(graph.nodes), sorted_runs(graph)
     wanted = needed(graph, direct)
     for number, node in enumerate(tqdm(graph.nodes, "units", disable=not progress)):
         units.site = number
@@ -67,6 +67,9 @@ def interpret_nodes(graph: Graph, progress: bool) -> tuple[Facts, dict[Node, Any
                 known[node] = piece_tag(units, part, direct[node], tuple(node.meta["val"].shape))
             else:
                 known[node] = call(units, node, known, chooses_without_ties(graph, node))
+            if node in runs:
+                rows, experts = runs[node]
+                known[node] = run_of(units, known[node], rows.name, experts)
         except Exception as error:
             raise TraceError(
                 f"cannot follow units through {node.target} in {module_path(node) or 'the forward pass'} "

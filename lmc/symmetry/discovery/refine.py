@@ -97,8 +97,8 @@ def initial_colours(units: Units) -> Hashes:
 def refine(units: Units, edges: Edges) -> Ids:
     """The cell number of every unit: the coarsest equitable colouring."""
     colour = initial_colours(units)
-    number = distinct = 0
-    while distinct == 0 or number > distinct:
+    number, distinct = np.unique(colour).size, -1
+    while number > distinct:
         distinct = number
         up = summed(mix(colour[edges.parent], edges.label, 4), edges.child, units.total)
         down = summed(mix(colour[edges.child], edges.label, 5), edges.parent, units.total)

@@ -64,6 +64,9 @@ def solve(units: Units, is_parameter: npt.NDArray[np.bool_]) -> Solution:
         units: the ledger, complete (common quotients of parents are added to it, see `add_quotients`).
         is_parameter: for each unit, whether it is an index of a parameter; these order the members of fibres.
     """
+    if not units.total:
+        units.fresh(1, frozen="the only unit")  # nothing but scalars: nothing moves, and no array is empty
+        is_parameter = np.zeros(1, np.bool_)
     found = structure(units)
     seen: set[tuple[int, ...]] = set()
     for _ in range(ROUNDS):
@@ -196,7 +199,7 @@ class Search:
                     result.append(Fibre(kind, units[mine].reshape(members.size, -1), members, parents))
                     continue
             self.refused.append(units[mine])
-        return result
+        return sorted(result, key=lambda fibre: int(fibre.roots[0]))
 
     def descend(
         self, roots: Ids, row: Ids, column: npt.NDArray[np.uint64], fibre: Ids, bad: npt.NDArray[np.bool_]

@@ -93,6 +93,18 @@ def frozen_along(units: Units, shape: Shape, dims: Sequence[int], reason: str) -
     return [along(units.frozen(reason, shape[d]), d, len(shape)) for d in dims if shape[d] > 1]
 
 
+def each_dim(value: object, spatial: int) -> Sequence[object]:
+    """A number or word for all dims, written out."""
+    listed = list(value) if isinstance(value, (list, tuple)) else [value]
+    return listed * spatial if len(listed) == 1 else listed
+
+
+def still_along(units: Units, size: int, dim: int, ndim: int, reason: str = "pixel position") -> Tag:
+    """A tensor of size 1 but along one dim, on which nothing moves."""
+    shape = tuple(size if d == dim else 1 for d in range(ndim))
+    return Tag(shape, tuple(frozen_along(units, shape, [dim], reason)))
+
+
 def freeze(units: Units, tag: Tag, reason: str, dims: Sequence[int] | None = None) -> Tag:
     """The same tensor, with every index along `dims` (default: all) told apart and thus fixed."""
     freeze_points(units, tag)

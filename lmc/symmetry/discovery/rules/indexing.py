@@ -60,9 +60,7 @@ def index(op: Op, x: Tag, indices: Sequence[Tag | None]) -> Operand:
     if all(i.value is not None for _, i in given):
         known = [i.value if i is not None else slice(None) for i in indices]
         full = range(len(x.shape))
-        return picked(
-            op.units, x, op.shape, full, lambda c: torch.from_numpy(np.array(c))[tuple(known)].numpy()
-        )
+        return picked(op.units, x, op.shape, full, lambda c: torch.from_numpy(np.array(c))[tuple(known)].numpy())
     if len(given) == 1:
         return take(op, x, *given[0])
     return index_many(op, x, given)

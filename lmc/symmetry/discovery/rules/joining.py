@@ -64,9 +64,12 @@ def pad(op: Op, x: Tag, widths: Sequence[int], *_: Any) -> Tag:
     outside = units.frozen("padding", 2)
     before = [widths[2 * (ndim - 1 - d)] if 2 * (ndim - 1 - d) < len(widths) else 0 for d in range(ndim)]
     after = [widths[2 * (ndim - 1 - d) + 1] if 2 * (ndim - 1 - d) < len(widths) else 0 for d in range(ndim)]
-    if min(*before, *after, 0) < 0:
-        core.freeze(units, x, "cropping by negative padding")
-        return core.still(units, op.shape, "cropping by negative padding")
+    for d in range(ndim):  # a negative width crops
+        if min(before[d], after[d]) < 0:
+            kept = tuple(range(max(0, -before[d]), x.shape[d] + min(0, after[d])))
+            shape = (*x.shape[:d], len(kept), *x.shape[d + 1 :])
+            x = picked(units, x, shape, [d], lambda c, kept=kept, d=d: c.take(kept, axis=d))
+    before, after = ([max(0, n) for n in widths] for widths in (before, after))
     padded = [d for d in range(ndim) if before[d] or after[d]]
     coords = [
         _pad(c, [(before[d], after[d]) if c.shape[d] > 1 else (0, 0) for d in range(ndim)], outside[0])

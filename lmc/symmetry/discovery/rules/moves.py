@@ -133,7 +133,7 @@ def expand(op: Op, x: Operand, *_: Any, **__: Any) -> Operand:
     return Tag(op.shape, tuple(core.widen(c, len(op.shape)) for c in x.coords), points=x.points)
 
 
-@rule(*named("slice slice_copy narrow"), choices=True, experts=True)
+@rule(*named("slice slice_copy"), choices=True, experts=True)
 @also_for_experts(0)
 def slice_(op: Op, x: Tag, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tag:
     if op.shape == x.shape and step == 1:
@@ -141,6 +141,17 @@ def slice_(op: Op, x: Tag, dim: int = 0, start: int | None = None, end: int | No
     d = dim % len(x.shape)
     window = (slice(None),) * d + (slice(start, end, step),)
     return picked(op.units, x, op.shape, [d], lambda c: c[window])
+
+
+@rule(*named("narrow narrow_copy"), choices=True, experts=True)
+@also_for_experts(0)
+def narrow(op: Op, x: Tag, dim: int, start: int | Tag, length: int) -> Any:
+    """A stretch given by start and length; the start may be a tensor, known or not."""
+    first = start.value if isinstance(start, Tag) else start
+    if first is None:
+        return unknown(op, [x])
+    d = dim % len(x.shape)
+    return window(op.units, x, op.shape, d, int(first) + (x.shape[d] if int(first) < 0 else 0))
 
 
 @rule(*named("select select_copy"), choices=True, experts=True)
@@ -213,7 +224,7 @@ def dropout(op: Op, x: Operand, probability: float, training: bool) -> Any:
 
 @rule(
     *named(
-        "repeat unfold diagonal tile pixel_shuffle pixel_unshuffle channel_shuffle im2col "
+        "repeat unfold diagonal tile pixel_shuffle pixel_unshuffle channel_shuffle "
         "movedim rot90 reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
         "replication_pad3d repeat_interleave diagonal_copy unfold_copy hsplit vsplit fliplr flipud"
     )
@@ -225,8 +236,6 @@ def run(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Any:
         if any(a is None for a in args):
             return unknown(op, [x])
     columns = [_run_one(op, np.broadcast_to(c, x.shape), args, kwargs) for c in x.coords]
-    if "im2col" in op.name:
-        columns.append(_run_one(op, np.broadcast_to(op.units.frozen("inside the image", 1), x.shape), args, kwargs))
     tags = [make(op.units, shape, [c[k] for c in columns], count=True) for k, shape in enumerate(op.shapes)]
     return tags[0] if len(tags) == 1 else tuple(tags)
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 from lmc.symmetry.discovery.rules import core
-from lmc.symmetry.discovery.rules.registry import Op, all_pointwise, named, rule
+from lmc.symmetry.discovery.rules.registry import Op, all_pointwise, named, rule, unknown
 from lmc.symmetry.discovery.tags import Tag
 
 rule(
@@ -20,6 +20,15 @@ rule(
 def prelu(op: Op, x: Tag, weight: Tag) -> Tag:
     """The weight belongs to dim 1."""
     return core.pointwise(op.units, op.shape, [x, core.on_dim(weight, 1 if len(x.shape) > 1 else 0, len(x.shape))])
+
+
+@rule(*named("rrelu rrelu_with_noise rrelu_with_noise_functional"))
+def rrelu(op: Op, x: Tag, *args: Any, **_: Any) -> Any:
+    """A leaky ReLU in evaluation mode; else random."""
+    if any(a is True for a in args):
+        return unknown(op, [x])
+    result = core.pointwise(op.units, op.shape, [x])
+    return result if len(op.shapes) == 1 else (result, *(Tag(shape) for shape in op.shapes[1:]))
 
 
 @rule(*named("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty"))

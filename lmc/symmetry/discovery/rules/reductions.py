@@ -65,12 +65,14 @@ POOLS = (
     "max_pool avg_pool adaptive_avg_pool adaptive_max_pool _adaptive_avg_pool lp_pool upsample_nearest upsample_linear "
     "upsample_bilinear upsample_bicubic upsample_trilinear _upsample_nearest_exact"
 ).split()
-SUFFIXES = ("", "1d", "2d", "3d", "2d_with_indices", "3d_with_indices")
+SUFFIXES = ("", "1d", "2d", "3d", "1d_with_indices", "2d_with_indices", "3d_with_indices")
+ANTIALIASED = "_upsample_bilinear2d_aa _upsample_bicubic2d_aa _upsample_lanczos2d_aa"
 
 
-@rule(*named(*(stem + suffix for stem in POOLS for suffix in SUFFIXES)))
-def pool(op: Op, x: Tag, *_: Any, **__: Any) -> Any:
-    """Pooling and interpolation: depend on the order of all dims after batch and channel."""
+@rule(*named(*(stem + suffix for stem in POOLS for suffix in SUFFIXES), ANTIALIASED))
+def pool(op: Op, x: Tag, *args: Any, **_: Any) -> Any:
+    """Pooling and interpolation: depend on the order of all dims after batch and channel, but of those where each
+    window is one pixel."""
     spatial = len(x.shape) - 2
     for suffix in ("1d", "2d", "3d"):
         if suffix in op.name:
@@ -78,8 +80,25 @@ def pool(op: Op, x: Tag, *_: Any, **__: Any) -> Any:
     dims = tuple(range(len(x.shape) - spatial, len(x.shape)))
     if all(n == 1 for n in op.shape[-spatial:]) and "adaptive_avg" in op.name:
         return core.reduce(op.units, x, dims, keepdim=True)
+    if len(op.shapes) == 1:  # the position of a maximum is counted over all dims
+        plain = windows_of_one(op, x, args, spatial)
+        dims = tuple(d for d, alone in zip(dims, plain, strict=True) if not alone)
+    if not dims:
+        return x
     result = core.ordered(op.units, x, dims, "pixel position", op.shape)
     return result if len(op.shapes) == 1 else (result,) * len(op.shapes)
+
+
+def windows_of_one(op: Op, x: Tag, args: tuple[Any, ...], spatial: int) -> list[bool]:
+    """For each spatial dim, whether each result there is one value of x, at the same place."""
+    same = [i == o for i, o in zip(x.shape[-spatial:], op.shape[-spatial:], strict=True)]
+    if "adaptive" in op.name:
+        return same
+    if "upsample" in op.name or "lp_pool" in op.name:
+        return [False] * spatial
+    kernel, stride, padding = (core.each_dim(v, spatial) for v in (*args, *([], 0)[len(args) - 1 :])[:3])
+    stride = stride or kernel
+    return [s and k == 1 and by == 1 and p == 0 for s, k, by, p in zip(same, kernel, stride, padding, strict=True)]
 
 
 @rule(*named("_fft_c2c _fft_r2c _fft_c2r"))
