@@ -3,6 +3,7 @@
 import html
 import re
 
+from lmc.symmetry.notation.grammar import IRREGULAR, Name, names_in, parse, renamed, write
 from lmc.symmetry.symmetries import Symmetries
 
 _MAX_TENSORS = 4
@@ -63,11 +64,13 @@ def family_rows(spec: Symmetries) -> list[tuple[str, str, str, str]]:
 def tensor_text(spec: Symmetries, tensor: str) -> str:
     """A tensor and its pattern, in which groups go by the last part of their names where that is clear."""
     pattern = spec.patterns[tensor]
-    names = [name for name in re.findall(r"[^\s()+/]+", pattern) if name in spec.families]
-    shorts = {name: _last_part(name) for name in names}
+    if IRREGULAR in pattern.split():
+        return f'{tensor} "{pattern}"'
+    axes = parse(pattern)
+    shorts = {name: Name(_last_part(name)) for axis in axes for name in names_in(axis) if name in spec.families}
     if len(set(shorts.values())) == len(shorts):
-        pattern = re.sub(r"[^\s()+/]+", lambda match: shorts.get(match.group(), match.group()), pattern)
-    return f'{tensor} "{pattern}"'
+        axes = tuple(renamed(axis, shorts) for axis in axes)
+    return f'{tensor} "{write(axes)}"'
 
 
 def _last_part(name: str) -> str:

@@ -1,13 +1,13 @@
 """Editing groups by pattern: `spec | {"blocks.*.rel_bias": ". head"}`."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from lmc.errors import SpecError
 from lmc.symmetry.group import Group
-from lmc.symmetry.notation.describe import IRREGULAR, describe
-from lmc.symmetry.notation.grammar import parse
+from lmc.symmetry.notation.describe import describe
+from lmc.symmetry.notation.grammar import IRREGULAR, names_in, parse, word
 from lmc.symmetry.notation.layout import groups_from_axes
 
 
@@ -26,7 +26,7 @@ def edited(
     regular = {name: text for name, text in patterns.items() if name not in irregular} | dict(changed)
     sizes = {group.family: group.size for group in groups.values()}
     axes = {name: parse(text, name) for name, text in regular.items()}
-    known = {name: size for name, size in sizes.items() if any(name in text for text in regular.values())}
+    known = {name: sizes[name] for found in axes.values() for axis in found for name in names_in(axis) if name in sizes}
     result = groups_from_axes(axes, shapes, known)
     for name in irregular:
         for old in groups.values():
@@ -48,10 +48,18 @@ def expand_wildcards(patterns: Mapping[str, str], names: Iterable[str]) -> dict[
         if not matches:
             raise SpecError(f"{glob!r}: the weights have no such tensor; they have {', '.join(names[:6])}, ...")
         for name, match in matches:
-            text = pattern
-            for part in match.groups():
-                text = text.replace("*", part, 1)
-            if "*" in text:
-                raise SpecError(f"{glob!r}: the pattern {pattern!r} has more wildcards than the name")
-            found[name] = text
+            found[name] = _filled(pattern, match.groups(), glob)
     return found
+
+
+def _filled(pattern: str, parts: Sequence[str], glob: str) -> str:
+    """The pattern with its wildcards replaced by what those of the name matched; words that need it are quoted."""
+    left = iter(parts)
+
+    def fill(match: re.Match[str]) -> str:
+        try:
+            return word(re.sub(r"\*", lambda _: next(left), match.group()))
+        except StopIteration:
+            raise SpecError(f"{glob!r}: the pattern {pattern!r} has more wildcards than the name") from None
+
+    return re.sub(r"[^\s()+/*]*\*[^\s()+/]*", fill, pattern)

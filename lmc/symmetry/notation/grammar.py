@@ -8,6 +8,7 @@ A pattern has one item per axis of a tensor, in the spirit of einops:
     "(head qk) d"       nesting: units of qk inside each head, a group `qk[i]` for every head
     "e e/f d"           nesting across axes: the units of f inside each unit of e (stacked experts)
     "(head /v) d"       not nested: one group v, the same in all heads
+    "'2' '0'"           quoted, a name may hold any character ("''" is a quote): groups of `nn.Sequential` are numbers
 
 Inside a product a name is nested in the names to its left, as far as these stand to its left wherever it occurs: with
 "(kv rep qk) d" and "(kv qk) d", qk lives in kv only. A path such as "e/f" says it outright, for every occurrence.
@@ -15,12 +16,14 @@ Inside a product a name is nested in the names to its left, as far as these stan
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from lmc.errors import SpecError
 
-_TOKEN = re.compile(r"\s*(?:(?P<name>/?[A-Za-z_][\w.\-]*(?:/[A-Za-z_][\w.\-]*)*)|(?P<int>\d+)|(?P<op>[().+]))")
+IRREGULAR = "table"  # stands for an axis that the notation cannot say
+_PART = r"(?:'(?:[^']|'')*'|\w[\w.\-]*)"
+_TOKEN = re.compile(rf"\s*(?:(?P<int>\d+(?![\w.\-/]))|(?P<name>/?{_PART}(?:/{_PART})*)|(?P<op>[().+]))")
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,8 @@ def parse(pattern: str, tensor: str = "pattern") -> tuple[Axis, ...]:
 def _factor(tokens: list, pattern: str, tensor: str) -> tuple[Factor, list]:
     (kind, text), rest = tokens[0], tokens[1:]
     if kind == "name":
-        if "/" not in text:
-            return Name(text), rest
-        *path, name = text.split("/")
-        return Name(name, tuple(part for part in path if part)), rest
+        *path, name = (_unquoted(part) for part in re.findall(_PART, text))
+        return Name(name, tuple(path) if path or text.startswith("/") else None), rest
     if kind == "int":
         return Fixed(int(text)), rest
     if text == ".":
@@ -98,6 +99,43 @@ def _factor(tokens: list, pattern: str, tensor: str) -> tuple[Factor, list]:
         else:
             factor, rest = _factor(rest, pattern, tensor)
             factors.append(factor)
+
+
+def _unquoted(part: str) -> str:
+    return part[1:-1].replace("''", "'") if part.startswith("'") else part
+
+
+def write(axes: Sequence[Axis]) -> str:
+    """The pattern that `parse` reads as these axes."""
+    return " ".join(_written(axis, outermost=True) for axis in axes)
+
+
+def word(name: str) -> str:
+    """A name as it stands in a pattern: quoted unless it is a plain word that means nothing else."""
+    plain = re.fullmatch(r"\w[\w.\-]*", name) and not name.isdigit() and name != IRREGULAR
+    return name if plain else "'" + name.replace("'", "''") + "'"
+
+
+def _written(factor: Factor, outermost: bool = False) -> str:
+    if isinstance(factor, Fixed):
+        return "." if factor.size is None else str(factor.size)
+    if isinstance(factor, Name):
+        lone = "/" if factor.path == () else ""
+        return lone + "/".join(word(name) for name in (*(factor.path or ()), factor.name))
+    alone = outermost and len(factor.terms) == len(factor.terms[0].factors) == 1
+    text = " + ".join(" ".join(_written(inner) for inner in term.factors) for term in factor.terms)
+    return text if alone else f"({text})"
+
+
+def renamed(axis: Axis, names: Mapping[str, Name]) -> Axis:
+    """The axis with some of its names replaced."""
+    return Sum(tuple(Product(tuple(_renamed(factor, names) for factor in term.factors)) for term in axis.terms))
+
+
+def _renamed(factor: Factor, names: Mapping[str, Name]) -> Factor:
+    if isinstance(factor, Name):
+        return names.get(factor.name, factor)
+    return renamed(factor, names) if isinstance(factor, Sum) else factor
 
 
 def names_in(axis: Axis) -> list[str]:
@@ -200,7 +238,7 @@ def _solve_sum(axis: Sum, length: int, sizes: dict[str, int], where: str) -> Non
         return
     (size, (factor,)) = open_terms[0]
     left = length - total
-    if left <= 0 or left % size:
+    if left < min(1, length) or left % max(1, size):
         raise SpecError(f"{where}: {length} positions cannot be divided as the pattern says ({left} over {size})")
     if isinstance(factor, Name):
         sizes[factor.name] = left // size

@@ -129,6 +129,6 @@ def _dot_size(axis: Axis, length: int, sizes: Mapping[str, int]) -> int:
     if at_one == at_zero:
         return 1
     size, remainder = divmod(length - at_zero, at_one - at_zero)
-    if remainder or size < 1:
+    if remainder or size < min(1, length):
         raise SpecError(f"an axis of {length} positions does not divide as its pattern says: {sorted(names_in(axis))}")
     return size

@@ -7,8 +7,8 @@ import numpy as np
 
 from lmc.errors import SpecError
 from lmc.symmetry.group import Group, Table
-from lmc.symmetry.notation.describe import IRREGULAR, describe
-from lmc.symmetry.notation.grammar import parse
+from lmc.symmetry.notation.describe import describe
+from lmc.symmetry.notation.grammar import IRREGULAR, parse
 from lmc.symmetry.notation.layout import groups_from_axes
 
 Shapes = Mapping[str, tuple[int, ...]]
