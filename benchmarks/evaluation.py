@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 import lmc
 from lmc.landscape import Evaluator
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 Ways = dict[str, Callable[[], list[float]]]
 

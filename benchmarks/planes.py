@@ -35,7 +35,7 @@ from torch.func import functional_call
 
 import lmc
 from lmc.landscape.planes import workers
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 Seconds = tuple[float, float]
 

@@ -18,7 +18,7 @@ from lmc.models.resnet import resnet20
 from lmc.models.vgg import vgg
 from lmc.models.vit import vit
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 HEADS = 2
 CNN = {

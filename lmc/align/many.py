@@ -13,7 +13,7 @@ from lmc.align.weight_matching.algorithm import matched, weight_matching
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
+from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, mean
 
 ManyMethod = Literal["merge_many", "cycle_consistent"]
 
@@ -49,7 +49,7 @@ class Matchings(Sequence[Permutation]):
         """What moves model j onto model i. Going round any cycle of models gives the identity, exactly."""
         return self[i].inverse().compose(self[j])
 
-    def apply(self, models: Sequence[ModelOrWeights]) -> list[Weights]:
+    def apply(self, models: Sequence[ModelOrWeights]) -> list[StateDict]:
         """Each model moved by its permutation."""
         return [pi.apply(model) for pi, model in zip(self, models, strict=True)]
 
@@ -92,10 +92,7 @@ def match_many(
     if len(models) < 2 or restarts < 1 or max_iterations < 1:
         raise InputError(f"{len(models)} models, {restarts=}, {max_iterations=}: expected at least 2, 1 and 1")
     started = time.perf_counter()
-    states = [as_weights(model) for model in models]
-    for i, state in enumerate(states):
-        check_compatible(states[0], state, ("models[0]", f"models[{i}]"))
-        check_finite(state, f"models[{i}]")
+    states = agreeing(models)
     spec = spec.bind(states[0])
     # Where nothing may move, there is nothing to relax.
     run = _merge_many if method == "merge_many" or not spec.groups else _cycle_consistent

@@ -12,13 +12,13 @@ from torch import Tensor
 
 import lmc.align
 import lmc.merge
-import lmc.weights.arithmetic
+import lmc.weights
 from lmc.cli.values import NOT_OPTIONS, architecture, check_options, data, method, methods, options
 from lmc.errors import InputError
 from lmc.landscape.paths.path import loss_path
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 from lmc.weights.checkpoints.opening import RECIPE, open_checkpoint
 
 ALIGNERS = {

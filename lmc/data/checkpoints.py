@@ -16,14 +16,15 @@ from torch import nn
 
 from lmc.data.files import verify
 from lmc.errors import DataError, InputError
-from lmc.weights.arithmetic import Weights
+from lmc.weights import StateDict
+from lmc.weights.order import natural
 
 MANIFEST = "manifest.json"
 REMEDY = "Stored checkpoints are part of the repository, not of the installed package: clone it, or pass folder="
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Checkpoint(Sequence[Weights]):
+class Checkpoint(Sequence[StateDict]):
     """Stored weight sets of one architecture, float32, on the CPU; `a, b = checkpoint(...)` unpacks a pair.
 
     `seeds[i]` and `epochs[i]` say which network `weights[i]` is, and when. `manifest` holds the rest: recipe, data,
@@ -31,7 +32,7 @@ class Checkpoint(Sequence[Weights]):
     """
 
     name: str
-    weights: tuple[Weights, ...]
+    weights: tuple[StateDict, ...]
     seeds: tuple[int, ...]
     epochs: tuple[int, ...]
     manifest: dict[str, Any]
@@ -42,7 +43,7 @@ class Checkpoint(Sequence[Weights]):
     def __getitem__(self, index):
         return self.weights[index]
 
-    def at(self, seed: int, epoch: int) -> Weights:
+    def at(self, seed: int, epoch: int) -> StateDict:
         """The weights of one seed after one epoch; `InputError` when they are not stored."""
         stored = list(zip(self.seeds, self.epochs, strict=True))
         if (seed, epoch) not in stored:
@@ -88,7 +89,10 @@ def checkpoint(name: str, folder: str | Path | None = None) -> Checkpoint:
             raise DataError(f"{path} is missing, though the manifest beside it names it. Remake: {manifest['command']}")
         verify(path, f"sha256:{entry['sha256']}")
         stored = load(path.read_bytes())
-        weights.append({key: value.float() if value.is_floating_point() else value for key, value in stored.items()})
+        order = sorted(stored, key=natural)  # the file has another one each time it is written
+        weights.append(
+            StateDict({n: stored[n].float() if stored[n].is_floating_point() else stored[n] for n in order})
+        )
     seeds, epochs = (tuple(entry[field] for entry in entries) for field in ("seed", "epoch"))
     return Checkpoint(name, tuple(weights), seeds, epochs, manifest)
 

@@ -18,7 +18,7 @@ from lmc.landscape.evaluation.scores import IGNORED
 from lmc.landscape.planes.grid import Values
 from lmc.network.batches import Split, as_splits, to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_finite
+from lmc.weights import ModelOrWeights, Weights, agreeing
 
 Product = Callable[[Tensor], Tensor]
 
@@ -107,10 +107,8 @@ def curvature(
             raise InputError(f"{name}={value!r}; expected a whole number, at least {least}")
     if not (math.isfinite(tolerance) and tolerance > 0.0):
         raise InputError(f"tolerance={tolerance}; expected a positive number")
-    state = as_weights(model if weights is None else weights)
-    check_finite(state)
+    state = agreeing([model if weights is None else weights], ["weights"], model=model)[0]
     network = Network(model, pick_device(device, state))
-    network.check(state, "weights")
     split = as_splits(data)[0]
     check_training_data(network, state, split, loss)
     hessian = Hessian(network, state, split, loss, batch_size)

@@ -11,7 +11,7 @@ from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.scores import IGNORED
 from lmc.network.batches import Split, take, to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair
+from lmc.weights import ModelOrWeights, Weights, agreeing
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ def similarity(
     """
     if not (isinstance(examples, int) and examples >= 2):
         raise InputError(f"examples={examples!r}; expected a whole number, at least 2")
-    a, b = finite_pair(a, b)
+    a, b = agreeing([a, b], "ab", model=model)
     evaluator = Evaluator(model, data, batch_size=batch_size, device=pick_device(device, a), predictions=True)
     scores = list(evaluator([a, b]))
     split = evaluator.splits[-1]

@@ -20,7 +20,7 @@ from lmc.network.inputs import first_of, input_batches
 from lmc.network.layers import preactivations, run_seen
 from lmc.network.network import Network, pick_device
 from lmc.network.repair import ChannelMoments
-from lmc.weights.arithmetic import ModelOrWeights, as_weights, check_compatible, check_finite
+from lmc.weights import ModelOrWeights, agreeing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -102,13 +102,9 @@ def variance_ratios(
     """
     if not ends:
         raise InputError("ends: pass at least one of the networks that were merged")
-    states = [as_weights(other) for other in (merged, *ends)]
     names = ["merged", *(f"ends[{k}]" for k in range(len(ends)))]
+    states = agreeing([merged, *ends], names, model=model)
     network = Network(model, pick_device(device, states[0]))
-    network.check(states[0], "merged")
-    for name, state in zip(names, states, strict=True):
-        check_compatible(states[0], state, ("merged", name))
-        check_finite(state, name)
     batches = list(input_batches(model, inputs, batch_size))
     network.load(states[0])
     places = preactivations(network, first_of(batches[0], 1))

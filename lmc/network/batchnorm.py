@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lmc.errors import DataError, InputError, LmcError
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, tied_names
+from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, tied_names
 
 
 def recalibrate_batchnorm(
@@ -20,7 +20,7 @@ def recalibrate_batchnorm(
     *,
     batch_size: int = 256,
     device: torch.device | str | None = None,
-) -> Weights:
+) -> StateDict:
     """`weights` with the running statistics of every batch normalisation estimated anew from `inputs`.
 
     After averaging, running means and variances belong to neither network (Jordan et al. 2023, arXiv:2211.08403,
@@ -63,7 +63,7 @@ class Recalibrator:
         twin.network, twin.norms = network, _norms(network.module)
         return twin
 
-    def __call__(self, weights: Weights) -> Weights:
+    def __call__(self, weights: Weights) -> StateDict:
         """The weights with new statistics, on the device they were on."""
         statistics: Weights = {}
         if self.norms:
@@ -71,7 +71,7 @@ class Recalibrator:
             self._estimate()
             statistics = self.network.buffers()
         found = {name: statistics.get(name, tensor).clone().to(tensor.device) for name, tensor in weights.items()}
-        return found | {alias: found[name] for alias, name in tied_names(weights).items()}
+        return StateDict(found | {alias: found[name] for alias, name in tied_names(weights).items()}, like=weights)
 
     def _estimate(self) -> None:
         """One pass over the batches, the normalisation layers averaging what they see."""

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lmc.errors import DataError, InputError
 from lmc.network.batches import tensors
 from lmc.network.copies import copy_module
-from lmc.weights.arithmetic import Weights, check_compatible
+from lmc.weights import Weights, check_compatible
 
 
 class Network:

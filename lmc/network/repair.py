@@ -18,7 +18,7 @@ from lmc.network.batchnorm import Recalibrator, has_batchnorm
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.layers import Layer, rescalable, run_seen
 from lmc.network.network import Network, pick_device
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
+from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_compatible, check_finite, mean
 
 Method = Literal["passes", "closed_form"]
 
@@ -103,7 +103,7 @@ class Renormalizer:
         self.layers = [layer.module for layer in self._layers]
         self._endpoints = self._measure_endpoints(progress)
 
-    def __call__(self, shares: Sequence[float]) -> Weights:
+    def __call__(self, shares: Sequence[float]) -> StateDict:
         """The repaired average, on the device that the networks are on."""
         average = mean(self.models, shares)
         if 1.0 in shares:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lmc.symmetry.group import Group, Table
 from lmc.symmetry.symmetries import Symmetries
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 TablesOfTensor = Sequence[tuple[str, Table]]
 Indices = Mapping[str, Tensor]

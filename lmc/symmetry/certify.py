@@ -19,7 +19,7 @@ from lmc.symmetry.certificate import Certificate
 from lmc.symmetry.discovery.failures import not_computed, quiet
 from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, select, tensors_in
 from lmc.symmetry.symmetries import Symmetries
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights
+from lmc.weights import ModelOrWeights, Weights, as_weights
 
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -24,7 +24,7 @@ from lmc.symmetry.notation.layout import groups_from_axes
 from lmc.symmetry.notation.store import groups_as_data, groups_from_data
 from lmc.symmetry.outputs import Inputs, OutputSelector
 from lmc.symmetry.symmetries import Symmetries
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, tied_names
+from lmc.weights import ModelOrWeights, StateDict, as_weights, tied_names
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 SPEC_FORMAT, PERMUTATION_FORMAT = "lmc permutation spec 1", "lmc permutation 1"
@@ -296,7 +296,7 @@ class Permutation(Mapping[str, Tensor]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def apply(self, model: ModelOrWeights) -> Weights:
+    def apply(self, model: ModelOrWeights) -> StateDict:
         """The weights of the same function with permuted units; tensors that do not move are copied.
 
         Raises:
@@ -304,7 +304,7 @@ class Permutation(Mapping[str, Tensor]):
         """
         weights = as_weights(model)
         self.spec.check(weights)
-        return act(self.spec, self.indices, weights)
+        return StateDict(act(self.spec, self.indices, weights), like=weights)
 
     @cached_property
     def _sources(self) -> dict[str, str]:

@@ -10,7 +10,7 @@ from lmc.symmetry.certificate import Certificate
 from lmc.symmetry.checks import Shape, absence, check_groups, outermost_first
 from lmc.symmetry.group import Group, Groups, Table
 from lmc.symmetry.notation.describe import describe
-from lmc.weights.arithmetic import ModelOrWeights, as_weights
+from lmc.weights import ModelOrWeights, as_weights
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,7 +5,7 @@ from torch import nn
 
 from lmc.errors import InputError
 from lmc.network.copies import copy_module
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible, check_finite
+from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights, tied_names
 
 
 def initialised(model: nn.Module, seed: int) -> Weights:
@@ -33,8 +33,7 @@ def initialised(model: nn.Module, seed: int) -> Weights:
 def given(model: nn.Module, init: ModelOrWeights) -> Weights:
     start = copy_module(model)
     state = {name: tensor.to(device_of(model)) for name, tensor in as_weights(init).items()}
-    check_compatible(as_weights(model), state, ("model", "init"))
-    check_finite(state, "init")
+    state = agreeing([model, state], ["model", "init"], model=model)[1]
     start.load_state_dict(state)
     return own_tensors(start)
 
@@ -45,10 +44,9 @@ def own_tensors(model: nn.Module) -> Weights:
 
 
 def aliases(model: nn.Module) -> dict[str, str]:
-    """Name of each tied tensor -> the name it is trained under."""
-    first = {id(p): name for name, p in [*model.named_parameters(), *model.named_buffers()]}
+    """Further names of tied tensors -> the name they are trained under."""
     every = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: first[id(tensor)] for name, tensor in every}
+    return tied_names(dict(every))
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -18,7 +18,7 @@ from lmc.training.init import aliases, device_of, given, initialised
 from lmc.training.inputs import check_model, epochs_to_keep, training_tensors
 from lmc.training.result import History, Recipe, Trained
 from lmc.training.step import Stack, Step, one_by_one, record
-from lmc.weights.arithmetic import ModelOrWeights, Weights
+from lmc.weights import ModelOrWeights, StateDict, Weights
 
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SCHEDULES = ("cosine", "constant")
@@ -132,7 +132,7 @@ class _Run:
         stack = self.parameters | self.fixed
         alias = aliases(self.model)
         names = [(name, alias.get(name, name)) for name in self.model.state_dict()]
-        return [{name: stack[source][i].clone() for name, source in names} for i in range(len(self.seeds))]
+        return [StateDict((name, stack[source][i].clone()) for name, source in names) for i in range(len(self.seeds))]
 
 
 def _finish(run: _Run, recipe: Recipe, inputs: Tensor, targets: Tensor, kept: set[int], bar: tqdm) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from lmc.core.extras import require
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 if TYPE_CHECKING:
     import pandas

@@ -15,7 +15,7 @@ from lmc.errors import DataError, MismatchError, SpecError, WeightsError
 from lmc.models.mlp import mlp
 from lmc.symmetry.group import Table
 from lmc.symmetry.spec import Permutation, PermutationSpec
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 Align = Callable[..., Permutation]
 

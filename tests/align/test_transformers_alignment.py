@@ -15,7 +15,7 @@ from lmc.errors import InputError, SpecError
 from lmc.models.gpt import gpt
 from lmc.models.mlp import mlp
 from lmc.models.vit import vit
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 TRANSFORMERS = ("vit", "gpt")
 STREAM = "d"

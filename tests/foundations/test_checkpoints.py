@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lmc.errors import DataError, InputError
 from lmc.merge import average
-from lmc.weights.arithmetic import as_weights, lerp
+from lmc.weights import as_weights, lerp
 from lmc.weights.checkpoints.opening import open_checkpoint
 
 

@@ -13,7 +13,7 @@ from lmc.errors import DataError, InputError, MismatchError, WeightsError
 from lmc.landscape.curves.curve import bezier_curve, polygonal_chain
 from lmc.landscape.evaluation.evaluator import evaluate
 from lmc.landscape.paths.path import Path, loss_path
-from lmc.weights.arithmetic import distance, lerp
+from lmc.weights import distance, lerp
 
 DATA = splits(160, 80)
 network = functools.partial(classifier, dropout=0.0)

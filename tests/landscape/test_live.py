@@ -12,7 +12,7 @@ from lmc.landscape.evaluation.evaluator import evaluate
 from lmc.landscape.paths.path import loss_path
 from lmc.landscape.planes.plane import loss_plane
 from lmc.models import mlp
-from lmc.weights.arithmetic import lerp, mean
+from lmc.weights import lerp, mean
 
 GENERATOR = torch.Generator().manual_seed(0)
 MODEL = mlp(16, [8], 3)

@@ -14,7 +14,7 @@ from lmc.landscape.planes.grid import ThroughThree, axis, coarse_to_fine, filter
 from lmc.landscape.planes.plane import loss_plane, random_plane
 from lmc.landscape.planes.plane_result import Plane
 from lmc.network.batchnorm import recalibrate_batchnorm
-from lmc.weights.arithmetic import distance, mean
+from lmc.weights import distance, mean
 
 DATA = splits(90, 60, classes=3, dims=6, spread=0.7)
 SIZES = (6, 8, 3)

@@ -14,7 +14,7 @@ from lmc.landscape.planes.plane import loss_plane, random_plane
 from lmc.landscape.planes.span import FirstLayer, Products, Span, find_first_layer
 from lmc.landscape.planes.workers import Workers
 from lmc.network.network import Network
-from lmc.weights.arithmetic import mean
+from lmc.weights import mean
 
 CPU = torch.device("cpu")
 

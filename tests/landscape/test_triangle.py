@@ -15,7 +15,7 @@ from lmc.landscape.simplices.lattice import coarse_to_fine, interpolate, lattice
 from lmc.landscape.simplices.simplex_result import Simplex, Triangle
 from lmc.landscape.simplices.triangle import loss_simplex, loss_triangle
 from lmc.network.batchnorm import recalibrate_batchnorm
-from lmc.weights.arithmetic import mean
+from lmc.weights import mean
 
 DATA = splits(90, 60, classes=3, dims=6, spread=0.7)
 SIZES = (6, 8, 3)

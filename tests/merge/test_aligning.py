@@ -5,7 +5,7 @@ import torch
 
 import lmc
 from lmc.merge.engine.aligning import aligned
-from lmc.weights.arithmetic import distance
+from lmc.weights import distance
 
 
 @pytest.fixture(scope="module")

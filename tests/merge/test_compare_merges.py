@@ -10,7 +10,7 @@ from test_merges_of_digits import Bench
 
 import lmc
 from lmc.merge.study.candidates import CANDIDATES, Candidate
-from lmc.weights.arithmetic import distance
+from lmc.weights import distance
 
 TASKS = ("012", "345", "67", "89")
 

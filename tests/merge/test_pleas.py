@@ -12,7 +12,7 @@ from lmc.errors import InputError, MismatchError
 from lmc.merge.partial.pair import prepare
 from lmc.merge.partial.pleas import pleas, spend
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 WIDENABLE = ("mlp", "cnn", "vgg-bn", "resnet-bn")
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import lmc
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
 from lmc.merge.with_training.star import Star, star_model
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 
 def close(a: Weights, b: Weights, atol: float = 0.0) -> None:

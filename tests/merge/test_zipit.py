@@ -15,7 +15,7 @@ from lmc.merge.partial.units import MergedUnits, paired, zipped_weights
 from lmc.merge.partial.zipit import greedy
 from lmc.symmetry.group import Table
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 WIDENABLE = ("mlp", "cnn", "vgg-bn", "resnet-bn")
 

@@ -18,7 +18,7 @@ from lmc.landscape.simplices.triangle import loss_simplex, loss_triangle
 from lmc.models import mlp
 from lmc.views.widgets import page
 from lmc.views.widgets.simplex_page import state
-from lmc.weights.arithmetic import mean
+from lmc.weights import mean
 
 MODEL = mlp(4, [8], 3)
 GENERATOR = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.descent import Descent
 from lmc.symmetry.actions import permute_tensor
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 _SWEEPS = 100
 

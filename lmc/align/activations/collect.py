@@ -16,7 +16,7 @@ from lmc.core.progress import tqdm
 from lmc.errors import DataError
 from lmc.network.inputs import Call, call_module
 from lmc.network.network import Network
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 # A unit whose spread is below this share of its mean square has no variance beyond rounding: it is constant.
 _ROUNDING = 1e-12

@@ -18,7 +18,7 @@ from lmc.errors import InputError
 from lmc.network.inputs import call_module, first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
-from lmc.weights.arithmetic import ModelOrWeights, finite_pair
+from lmc.weights import ModelOrWeights, agreeing
 
 Method = Literal["correlation", "cross-product"]
 
@@ -71,7 +71,7 @@ def activation_matching(
     if method not in get_args(Method):
         raise InputError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(Method)))}")
     started = time.perf_counter()
-    a, b = finite_pair(a, b)
+    a, b = agreeing([a, b], "ab", model=model)
     spec = spec.bind(a)
     network = Network(model, pick_device(device, a))
     network.check(a, "a")

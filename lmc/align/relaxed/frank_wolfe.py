@@ -20,7 +20,7 @@ from torch import Tensor
 from lmc.align.relaxed.soft import SoftMoves, as_matrices, degree, sinkhorn
 from lmc.align.weight_matching.assignment import assign, opening_prices
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 Indices = dict[str, Tensor]
 Matrices = dict[str, Tensor]

@@ -16,7 +16,7 @@ from lmc.core.progress import tqdm
 from lmc.errors import DataError, InputError
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
-from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair, lerp
+from lmc.weights import ModelOrWeights, Weights, agreeing, lerp
 
 Target = Literal["l2", "l1", "cosine", "midpoint", "random"]
 Matrices = dict[str, Tensor]
@@ -83,7 +83,7 @@ def sinkhorn_matching(
     target = target or ("l2" if data is None else "midpoint")
     _check(target, data, tau, iterations, lr, steps, measure_every, patience)
     started = time.perf_counter()
-    a, b = finite_pair(a, b)
+    a, b = agreeing([a, b], "ab", model=model)
     spec = spec.bind(a)
     chosen = pick_device(device, a)
     Network(model, chosen).check(a, "a")

@@ -16,7 +16,7 @@ from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
-from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair, lerp
+from lmc.weights import ModelOrWeights, Weights, agreeing, lerp
 
 _SWEEPS = 20
 
@@ -70,7 +70,7 @@ def straight_through_matching(
     if epochs < 1 or patience < 1 or batch_size < 2 or lr <= 0:
         raise InputError(f"{epochs=}, {patience=}, {batch_size=}, {lr=}: expected at least 1, 1, 2, and lr above 0")
     started = time.perf_counter()
-    a, b = finite_pair(a, b)
+    a, b = agreeing([a, b], "ab", model=model)
     spec = spec.bind(a)
     chosen = pick_device(device, a)
     Network(model, chosen).check(a, "a")

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lmc.network.batches import Batch, as_splits, check_numbers, take, to_device
 from lmc.symmetry.outputs import as_call, select
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 

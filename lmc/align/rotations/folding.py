@@ -18,13 +18,13 @@ from lmc.errors import SpecError
 from lmc.network.inputs import call_module, first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_finite
+from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_finite
 
 TOLERANCE = 1e-9
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
-def fold_norms(spec: PermutationSpec | UnboundSpec, model: nn.Module, weights: ModelOrWeights, inputs: Any) -> Weights:
+def fold_norms(spec: PermutationSpec | UnboundSpec, model: nn.Module, weights: ModelOrWeights, inputs: Any) -> StateDict:
     """The weights of the same function in which the normalisations of residual streams have scale 1 and, mostly, no shift.
 
     The linear layers that read a norm take its scale into their columns and its shift into their biases; where one of
@@ -61,7 +61,7 @@ def fold_norms(spec: PermutationSpec | UnboundSpec, model: nn.Module, weights: M
     for stream in {group for norm in readers for group, _ in spec.tables_by_tensor[f"{norm}.weight"]}:
         centred = folded | _centred(spec, folded, stream, readers)
         folded = centred if probe.error(centred) <= TOLERANCE else folded
-    return {name: tensor.to(weights[name].dtype) for name, tensor in folded.items()}
+    return StateDict(((name, tensor.to(weights[name].dtype)) for name, tensor in folded.items()), like=weights)
 
 
 class Probe:

@@ -12,7 +12,7 @@ from lmc.align.relaxed.soft import SoftMoves
 from lmc.align.relaxed.task_loss import TaskLoss
 from lmc.core.progress import tqdm
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights.arithmetic import Weights, lerp
+from lmc.weights import Weights, lerp
 
 Matrices = dict[str, Tensor]
 

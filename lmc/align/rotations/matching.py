@@ -20,7 +20,7 @@ from lmc.align.rotations.procrustes import Ascent, nearest_rotation, unmoved
 from lmc.align.weight_matching.algorithm import matched
 from lmc.errors import InputError
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, finite_pair
+from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
 
 _CONVERGED = 1e-12
 
@@ -135,7 +135,7 @@ def rotation_matching(
     if steps < 0 or lr <= 0 or batch_size < 2 or max_sweeps < 1:
         raise InputError(f"{steps=}, {lr=}, {batch_size=}, {max_sweeps=}: expected at least 0, above 0, 2 and 1")
     started = time.perf_counter()
-    a, b = finite_pair(a, b)
+    a, b = agreeing([a, b], "ab", model=model)
     spec = spec.bind(a)
     a, b = (fold_norms(spec, model, weights, data) for weights in (a, b))
     rotated = rotatable_groups(spec, model, b, data, seed=seed)

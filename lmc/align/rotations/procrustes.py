@@ -11,7 +11,7 @@ from lmc.align.weight_matching.descent import inner_product
 from lmc.errors import SpecError
 from lmc.symmetry.group import Group
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 Matrices = dict[str, Tensor]
 

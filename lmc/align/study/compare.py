@@ -21,7 +21,7 @@ from lmc.core.extras import require
 from lmc.errors import InputError, SpecError
 from lmc.network.network import pick_device
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible, distance, dot
+from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights, distance, dot
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -153,8 +153,7 @@ def compare(
     from lmc.landscape.paths.path import loss_path
 
     aligners = _chosen(methods)
-    a, b = as_weights(a), as_weights(b)
-    check_compatible(a, b)
+    a, b = agreeing([a, b], "ab", model=model)
     chosen = pick_device(device, a)
     a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
     spec = spec.bind(a)

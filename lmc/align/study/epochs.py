@@ -16,7 +16,7 @@ from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.landscape.paths.path import Path, Repair, Values, loss_path
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights.arithmetic import ModelOrWeights, as_weights
+from lmc.weights import ModelOrWeights, as_weights
 
 if TYPE_CHECKING:
     import pandas as pd

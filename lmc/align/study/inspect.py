@@ -20,7 +20,7 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.errors import InputError, SpecError
 from lmc.symmetry.spec import Permutation
-from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair
+from lmc.weights import ModelOrWeights, Weights, agreeing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -173,7 +173,7 @@ def inspect_matching(
         raise InputError(f"steps={steps}; expected at least 1")
     if (model is None) != (data is None):
         raise InputError("model and data: pass both, so that the lines can be evaluated, or neither")
-    a, b = finite_pair(a, b)
+    a, b = agreeing([a, b], "ab", model=model)
     spec = permutation.spec
     spec.check(a)
     ours = matched(spec, a)

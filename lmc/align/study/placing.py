@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmc.align.weight_matching.blocks import UnitBlock
 from lmc.symmetry.spec import Permutation, PermutationSpec
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 FIELD_BYTES = 300_000  # of the pictures of one group, which are made smaller where they take more
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lmc.core.extras import require
 from lmc.errors import InputError
-from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair
+from lmc.weights import ModelOrWeights, Weights, agreeing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -113,7 +113,7 @@ def singular_alignment(a: ModelOrWeights, b: ModelOrWeights, *, gamma: float = 0
     """
     if not 0.0 <= gamma <= 1.0:
         raise InputError(f"gamma={gamma}: expected a share between 0 and 1")
-    a, b = finite_pair(a, b)
+    a, b = agreeing([a, b], "ab")
     theirs = matrices(b)
     return SingularAlignment({name: _layer(x, theirs[name], gamma) for name, x in matrices(a).items()}, gamma)
 

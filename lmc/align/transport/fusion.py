@@ -16,7 +16,7 @@ from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_finite, mean
+from lmc.weights import ModelOrWeights, Weights, as_weights, check_finite, mean
 
 
 @dataclass(frozen=True, eq=False)

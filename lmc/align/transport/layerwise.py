@@ -15,7 +15,7 @@ from lmc.errors import InputError, MismatchError, SpecError
 from lmc.network.inputs import call_module, first_of, input_batches
 from lmc.network.network import Network
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_finite
+from lmc.weights import ModelOrWeights, Weights, as_weights, check_finite
 
 
 class Problem:

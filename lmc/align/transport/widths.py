@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lmc.errors import InputError, MismatchError, SpecError
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 _SIDES = (8, 16, 28, 32, 64, 96, 128, 224)
 

@@ -13,7 +13,7 @@ from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.symmetry.actions import permute_tensor
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
-from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair
+from lmc.weights import ModelOrWeights, Weights, agreeing
 
 
 def weight_matching(
@@ -58,7 +58,7 @@ def weight_matching(
             "inputs), or from patterns with lmc.PermutationSpec.from_patterns({...})"
         )
     started = time.perf_counter()
-    a, b = finite_pair(a, b)
+    a, b = agreeing([a, b], "ab")
     spec = spec.bind(a)
     fixed, moving = matched(spec, a), matched(spec, b)
     naive = inner_product(fixed, moving)

@@ -21,7 +21,7 @@ from lmc.landscape.planes.plane_result import Plane
 from lmc.network.batches import as_splits
 from lmc.network.copies import copy_module
 from lmc.network.network import Network, pick_device
-from lmc.weights.arithmetic import ModelOrWeights, Weights, distance, finite_pair, lerp, mean
+from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, distance, lerp, mean
 
 Kind: TypeAlias = Literal["bezier", "chain"]
 
@@ -52,7 +52,7 @@ class Curve:
             return tuple(max(0.0, 1.0 - abs(t * last - j)) for j in range(last + 1))
         return tuple(math.comb(last, j) * t**j * (1.0 - t) ** (last - j) for j in range(last + 1))
 
-    def at(self, t: float) -> Weights:
+    def at(self, t: float) -> StateDict:
         """The weights `phi(t)`, bit by bit those of a at 0 and of b at 1.
 
         Between the controls running statistics of batch normalisation are only averaged; see `recalibrate_batchnorm`.
@@ -64,7 +64,8 @@ class Curve:
             raise InputError(f"t={t}; expected a number from 0 to 1")
         shares = self.shares(t)
         if 1.0 in shares:
-            return {name: tensor.clone() for name, tensor in self.controls[shares.index(1.0)].items()}
+            control = self.controls[shares.index(1.0)]
+            return StateDict(((name, tensor.clone()) for name, tensor in control.items()), like=control)
         return mean(self.controls, shares)
 
     def path(
@@ -223,7 +224,7 @@ def _curve(
     recipe: Recipe,
     device: torch.device | str | None,
 ) -> Curve:
-    a, b = finite_pair(a, b)
+    a, b = agreeing([a, b], "ab", model=model)
     if not (isinstance(bends, int) and bends >= 1):
         raise InputError(f"bends={bends!r}; expected a whole number, at least 1")
     network = Network(model, pick_device(device, a))

@@ -14,7 +14,7 @@ from lmc.errors import DataError
 from lmc.landscape.curves.curve import Curve
 from lmc.network.copies import copy_module
 from lmc.network.network import Network
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 FORMAT = "lmc curve 1"
 

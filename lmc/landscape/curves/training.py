@@ -16,7 +16,7 @@ from lmc.landscape.evaluation.objective import Loss, mean_loss
 from lmc.landscape.planes.grid import Values
 from lmc.network.batches import Batch, Split, take, to_device
 from lmc.network.network import Network
-from lmc.weights.arithmetic import Weights, tied_names
+from lmc.weights import Weights, tied_names
 
 
 @dataclass(frozen=True)

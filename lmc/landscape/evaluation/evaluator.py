@@ -19,7 +19,7 @@ from lmc.errors import DataError, InputError, LmcError
 from lmc.landscape.evaluation.scores import IGNORED, Measure, Score, Tally, check_classes, class_last
 from lmc.network.batches import HELD_BYTES, Split, as_splits, check_numbers, take, tensors, to_device
 from lmc.network.network import Network, activation_bytes, pick_device
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_finite
+from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
 
 PROBE = 8  # examples that are sent through once to see how much memory one takes
 MOST_AT_ONCE = 64
@@ -80,8 +80,7 @@ def evaluate(
     Raises:
         WeightsError: a tensor that is not finite. MismatchError, DataError, InputError: see `Evaluator`.
     """
-    state = as_weights(model if weights is None else weights)
-    check_finite(state)
+    state = agreeing([model if weights is None else weights], ["weights"], model=model)[0]
     evaluator = Evaluator(
         model, data, loss=loss, metrics=metrics, batch_size=batch_size, at_once=1, device=pick_device(device, state)
     )

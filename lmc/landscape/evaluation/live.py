@@ -11,7 +11,7 @@ from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.predictions import Predictions, collect
 from lmc.landscape.evaluation.scores import Score
 from lmc.network.batchnorm import Recalibrator
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 # What evaluates, what is done to the weights of a point before, and the weights of a point.
 Bench = tuple[Evaluator, Recalibrator | None, Callable[..., Weights]]

@@ -9,7 +9,7 @@ from lmc.errors import DataError
 from lmc.landscape.evaluation.scores import IGNORED, check_classes, class_last
 from lmc.network.batches import Split, take, to_device
 from lmc.network.network import Network
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 # (outputs, targets) of a batch -> one value for each example along axis 0, or their mean.
 Loss = Callable[[Tensor, Tensor], Tensor]

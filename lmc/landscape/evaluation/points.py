@@ -11,7 +11,7 @@ from lmc.landscape.evaluation.scores import Score
 from lmc.network.batches import Split, take
 from lmc.network.batchnorm import Recalibrator, equal_batches, has_batchnorm
 from lmc.network.repair import Method, Renormalizer
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 STATISTICS_EXAMPLES = 2048  # inputs that statistics are estimated from at every point
 STATISTICS_BATCH = 256

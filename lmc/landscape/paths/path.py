@@ -22,7 +22,7 @@ from lmc.landscape.evaluation.scores import Measure, Score
 from lmc.landscape.paths.barriers import Barrier, Baseline, barrier
 from lmc.network.batches import Split
 from lmc.network.network import pick_device
-from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair, mean
+from lmc.weights import ModelOrWeights, Weights, agreeing, mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -212,7 +212,7 @@ def loss_path(
         MismatchError: a, b and the model are not of one architecture, dtype and device.
         WeightsError: weights that are not finite. DataError: unusable data. InputError: an unusable argument.
     """
-    a, b = finite_pair(a, b)
+    a, b = agreeing([a, b], "ab", model=model)
     return mixture_path(
         model,
         (a, b),

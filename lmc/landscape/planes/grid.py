@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lmc.errors import InputError
 from lmc.landscape.planes.span import difference
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 Values = npt.NDArray[np.float64]
 

@@ -14,7 +14,7 @@ from lmc.landscape.planes.grid import Principal, ThroughThree, Values, axis, fil
 from lmc.landscape.planes.plane_result import Plane
 from lmc.landscape.planes.span import Span
 from lmc.landscape.planes.survey import Layout, Options, Survey
-from lmc.weights.arithmetic import ModelOrWeights
+from lmc.weights import ModelOrWeights
 
 Resolution = int | tuple[int, int]
 

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from lmc.network.batches import tensors
 from lmc.network.network import Network
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 FEWEST_INPUTS = 16  # to one output; with fewer, mixing three products takes as long as making one

@@ -22,7 +22,7 @@ from lmc.landscape.planes.refinement import Mask, refine
 from lmc.landscape.planes.span import Span
 from lmc.landscape.planes.workers import Workers
 from lmc.network.network import pick_device
-from lmc.weights.arithmetic import ModelOrWeights, as_weights, check_compatible, check_finite
+from lmc.weights import ModelOrWeights, agreeing
 
 LONG = 10.0  # seconds from which on the cost of a plane is told before it starts
 
@@ -75,11 +75,8 @@ class Survey:
     """
 
     def __init__(self, model: nn.Module, models: Mapping[str, ModelOrWeights], data: Any, options: Options) -> None:
-        states = {name: as_weights(given) for name, given in models.items()}
-        first = next(iter(states))
-        for name, state in states.items():
-            check_compatible(states[first], state, (first, name))
-            check_finite(state, name)
+        agreed = agreeing(list(models.values()), list(models), model=model)
+        states, first = dict(zip(models, agreed, strict=True)), next(iter(models))
         self.options = options
         self._evaluator = Evaluator(
             model,
@@ -89,8 +86,6 @@ class Survey:
             batch_size=options.batch_size,
             device=pick_device(options.device, states[first]),
         )
-        for name, state in states.items():
-            self._evaluator.network.check(state, name)
         self._prepare = preparation(self._evaluator, options.repair, options.inputs)
         device = self._evaluator.device
         self.states = {n: {key: tensor.to(device) for key, tensor in state.items()} for n, state in states.items()}

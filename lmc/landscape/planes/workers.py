@@ -19,7 +19,7 @@ from lmc.landscape.evaluation.scores import Score
 from lmc.landscape.planes.span import FirstLayer, Products, Span, find_first_layer
 from lmc.network.batches import tensors
 from lmc.network.batchnorm import Recalibrator
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 MOST = 8  # threads that take points; with more of them, Python between the operators is what all wait for
 

@@ -12,7 +12,7 @@ from lmc.landscape.evaluation.points import run
 from lmc.landscape.evaluation.scores import Score
 from lmc.landscape.simplices.lattice import Values
 from lmc.network.batchnorm import Recalibrator
-from lmc.weights.arithmetic import Weights, mean
+from lmc.weights import Weights, mean
 
 LONG = 10.0  # seconds from which on the cost is told before it starts
 

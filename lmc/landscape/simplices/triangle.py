@@ -16,7 +16,7 @@ from lmc.landscape.simplices.lattice import coarse_to_fine, lattice, lattice_siz
 from lmc.landscape.simplices.mixer import Mixer
 from lmc.landscape.simplices.simplex_result import Mixture, Simplex, Triangle
 from lmc.network.network import pick_device
-from lmc.weights.arithmetic import ModelOrWeights, as_weights, check_compatible, check_finite
+from lmc.weights import ModelOrWeights, agreeing
 
 MOST_POINTS = 500  # of a lattice whose resolution is not given
 
@@ -112,13 +112,9 @@ def loss_simplex(
     if len(names) != len(models) or len(set(names)) != len(names):
         raise InputError(f"names={names!r}; expected {len(models)} different names")
     counts = lattice(len(models), _resolution(len(models), resolution))
-    states = [as_weights(one) for one in models]
+    states = agreeing(models, names, model=model)
     chosen = pick_device(device, states[0])
     evaluator = Evaluator(model, data, loss=loss, metrics=metrics, batch_size=batch_size, device=chosen)
-    for name, state in zip(names, states, strict=True):
-        check_compatible(states[0], state, (names[0], name))
-        check_finite(state, name)
-        evaluator.network.check(state, name)
     prepare = preparation(evaluator, repair, inputs)
     moved = [{key: tensor.to(evaluator.device) for key, tensor in state.items()} for state in states]
     mixer = Mixer(evaluator, moved, prepare)

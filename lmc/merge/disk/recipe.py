@@ -13,7 +13,7 @@ from torch import Tensor
 from lmc.core.files import write_text
 from lmc.errors import InputError
 from lmc.merge.engine.method import MergeFunction
-from lmc.weights.arithmetic import ModelOrWeights, as_weights
+from lmc.weights import ModelOrWeights, as_weights
 from lmc.weights.checkpoints.formats import as_bytes
 from lmc.weights.checkpoints.opening import RECIPE, Checkpoint, read_json
 

@@ -31,9 +31,10 @@ from lmc.merge.engine.chunks import DEPTH, VALUES, Part, grain
 from lmc.merge.engine.method import MergeFunction, Method
 from lmc.merge.engine.passes import sample_size
 from lmc.merge.engine.quantiles import SAMPLE
-from lmc.merge.engine.tensors import WeightSets, weight_sets, wide
-from lmc.weights.arithmetic import ModelOrWeights
+from lmc.merge.engine.tensors import WeightSets, weight_sets
+from lmc.weights import ModelOrWeights
 from lmc.weights.checkpoints.opening import INDEX, RECIPE, Checkpoint, checksum, open_checkpoint, readable
+from lmc.weights.numbers import wide
 
 Source: TypeAlias = str | Path | ModelOrWeights
 BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")

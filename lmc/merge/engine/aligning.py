@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeAlias, TypeVar
 from lmc.align.many import match_many
 from lmc.errors import InputError
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible
+from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
 
 Moves: TypeAlias = Sequence[Permutation | ModelOrWeights]
 Align: TypeAlias = PermutationSpec | UnboundSpec | Callable[[list[Weights]], Moves]
@@ -38,14 +38,12 @@ def aligned(
         InputError: `align` that is neither a spec nor a function, or that does not give one move for each model.
         MismatchError: models of different architectures.
     """
-    states = [as_weights(model) for model in models]
-    given = states if base is None else [*states, as_weights(base)]
+    names = [f"models[{i}]" for i in range(len(models))]
+    given = agreeing(models, names) if base is None else agreeing([*models, base], [*names, "base"])
     if not given:
         raise InputError("models is empty: pass at least one module or state dict")
-    for i, state in enumerate(given[1:], start=1):
-        check_compatible(given[0], state, ("models[0]", "base" if i == len(states) else f"models[{i}]"))
     if len(given) == 1:
-        return states, None
+        return given, None
     if isinstance(align, PermutationSpec | UnboundSpec):
         moves: Moves = match_many(align, given)
     elif callable(align):
@@ -55,7 +53,7 @@ def aligned(
     if not isinstance(moves, Sequence) or len(moves) != len(given):
         count = len(moves) if isinstance(moves, Sequence) else type(moves).__name__
         raise InputError(f"align gave {count}; expected a permutation or weights for each of {len(given)} models")
-    moved = [
+    moved: list[Weights] = [
         move.apply(state) if isinstance(move, Permutation) else as_weights(move)
         for move, state in zip(moves, given, strict=True)
     ]

@@ -47,7 +47,7 @@ from lmc.merge.engine.passes import Pass, Read
 from lmc.merge.engine.patterns import PerName
 from lmc.merge.engine.run import GIVEN, Run
 from lmc.merge.engine.tensors import WeightSets, assemble_parts, joined, weight_sets
-from lmc.weights.arithmetic import ModelOrWeights, Weights
+from lmc.weights import ModelOrWeights, StateDict
 
 Rule = Callable[..., Any]
 Survey = Callable[..., Any]
@@ -64,7 +64,7 @@ class MergeFunction(Protocol):
     @property
     def method(self) -> "Method": ...
 
-    def __call__(self, models: Sequence[ModelOrWeights], **options: Any) -> Weights: ...
+    def __call__(self, models: Sequence[ModelOrWeights], **options: Any) -> StateDict: ...
 
 
 @dataclass(frozen=True)
@@ -256,14 +256,15 @@ def lift(method: Method) -> MergeFunction:
     open_ended = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     signature = inspect.Signature([*parameters[: len(parameters) - len(open_ended)], PARAMETER, *open_ended])
 
-    def merge(models: Sequence[ModelOrWeights], **options: Any) -> Weights:
+    def merge(models: Sequence[ModelOrWeights], **options: Any) -> StateDict:
         arguments = signature.bind(models, **options).arguments
         models, base = arguments.pop("models"), arguments.pop("base", None)
         align = arguments.pop("align", None)
         arguments |= arguments.pop("options", {})  # further options, of methods on top of others
         if align is not None:
             models, base = aligned(models, align, base=base)
-        return dict(method.stream(weight_sets(models, base), **arguments))
+        sets = weight_sets(models, base)
+        return StateDict(method.stream(sets, **arguments), like=sets.states[0])
 
     merge.__name__ = merge.__qualname__ = name
     merge.__module__ = method.rule.__module__

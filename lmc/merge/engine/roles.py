@@ -6,12 +6,9 @@ import torch
 from torch import Tensor
 
 from lmc.merge.engine.chunks import parts
+from lmc.weights import tied_names
 from lmc.weights.checkpoints.opening import Checkpoint
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums are made in: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
+from lmc.weights.numbers import wide
 
 
 def outline(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -56,28 +53,14 @@ def tied(states: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
     """Second names of one storage, with the first name: tied in one weight set, and tied or equal in all others."""
     first_name: dict[str, str] = {}
     for state in states:
-        seen: dict[object, str] = {}
-        for name in states[0]:
-            first = seen.setdefault(_storage(state, name), name)
-            if first != name:
-                first_name.setdefault(name, first)
+        for name, first in tied_names(state).items():
+            first_name.setdefault(name, first)
+    known = [tied_names(state) for state in states]
     ties: dict[str, str] = {}
     for name, first in first_name.items():
         if all(
-            _storage(state, name) == _storage(state, first) or torch.equal(state[name], state[first])
-            for state in states
+            own.get(name, name) == own.get(first, first) or torch.equal(state[name], state[first])
+            for own, state in zip(known, states, strict=True)
         ):
             ties[name] = ties.get(first, first)
     return ties
-
-
-def _storage(state: Mapping[str, Tensor], name: str) -> object:
-    """What two names have in common if and only if they are names of one stored tensor."""
-    if isinstance(state, Checkpoint):
-        return state.ties.get(name, name)
-    if not isinstance(state, dict):
-        return name
-    tensor = state[name]
-    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
-        return name
-    return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

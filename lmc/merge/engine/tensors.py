@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from lmc.errors import InputError, WeightsError
 from lmc.merge.engine.chunks import Ahead, Cut, Part, parts
-from lmc.merge.engine.roles import equal, infinite, outline, tied, wide
-from lmc.weights.arithmetic import ModelOrWeights, as_weights, check_compatible
+from lmc.merge.engine.roles import equal, infinite, outline, tied
+from lmc.weights import ModelOrWeights, as_weights, check_compatible
 from lmc.weights.checkpoints.formats import flat
 from lmc.weights.checkpoints.opening import Checkpoint, open_checkpoint
+from lmc.weights.numbers import wide
 
 STATISTICS = ("running_mean", "running_var")
 

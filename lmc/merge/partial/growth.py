@@ -21,7 +21,7 @@ from lmc.network.inputs import Call
 from lmc.network.network import Network
 from lmc.symmetry.group import Group, Table
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 _TOLERANCE = 1e-9
 _ADDED = 2

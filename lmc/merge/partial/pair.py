@@ -24,7 +24,7 @@ from lmc.network.inputs import Call, call_module, first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
-from lmc.weights.arithmetic import ModelOrWeights, Weights, finite_pair
+from lmc.weights import ModelOrWeights, Weights, agreeing
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,7 +153,7 @@ def prepare(
     if isinstance(models, nn.Module | Mapping) or len(models) != 2:
         count = "a single one" if isinstance(models, nn.Module | Mapping) else len(models)
         raise InputError(f"models: expected two, A and B, got {count}")
-    a, b = finite_pair(*models)
+    a, b = agreeing(models, model=model)
     network = Network(model, pick_device(device, a))
     network.check(a, "a")
     home = next((tensor.device for tensor in a.values()), network.device)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lmc.weights.arithmetic import Weights
+from lmc.weights import Weights
 
 A, B, BOTH = 0, 1, 2
 Member = tuple[tuple[int, ...], tuple[int, ...]]

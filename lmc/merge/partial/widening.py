@@ -11,7 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 from lmc.errors import InputError
 from lmc.merge.partial.units import MergedUnits
 from lmc.network.copies import copy_module
-from lmc.weights.arithmetic import Weights
+from lmc.weights import StateDict, Weights, as_weights
 
 
 def widened(module: nn.Module, weights: Weights) -> nn.Module:
@@ -90,9 +90,9 @@ class Zipped:
     info: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
-    def weights(self) -> Weights:
+    def weights(self) -> StateDict:
         """The state dict of the module."""
-        return {name: tensor.detach() for name, tensor in self.module.state_dict().items()}
+        return as_weights(self.module)
 
     def answering(self, network: int) -> nn.Module:
         """A copy of the module with the heads of A (0) or of B (1) on the merged body.

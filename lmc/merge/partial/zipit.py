@@ -15,7 +15,7 @@ from lmc.merge.partial.pair import check_share, per_group, prepare
 from lmc.merge.partial.units import MergedUnits, paired
 from lmc.merge.partial.widening import Zipped
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
-from lmc.weights.arithmetic import ModelOrWeights
+from lmc.weights import ModelOrWeights
 
 # Of pairs that are equally alike, the one of units that were matched beforehand is merged first.
 _STAY = 1e-9

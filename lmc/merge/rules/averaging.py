@@ -15,8 +15,9 @@ from lmc.merge.engine.chunks import Cut
 from lmc.merge.engine.coefficients import coefficients
 from lmc.merge.engine.method import linear, on_tensors
 from lmc.merge.engine.moments import Moments, precise
-from lmc.merge.engine.tensors import weight_sets, wide
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible
+from lmc.merge.engine.tensors import weight_sets
+from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_compatible
+from lmc.weights.numbers import wide
 
 
 @linear
@@ -58,7 +59,7 @@ def metrics_weighted(
     return torch.softmax(values.log() * (-power if losses is not None else power), 0).tolist()
 
 
-def swa(checkpoints: Iterable[ModelOrWeights]) -> Weights:
+def swa(checkpoints: Iterable[ModelOrWeights]) -> StateDict:
     """Stochastic weight averaging: the running mean of the checkpoints (Izmailov et al. 2018, 1803.05407, Algorithm 1).
 
     `checkpoints` is any iterable, read once: one copy of the weights is held, so a training loop may yield its model.
@@ -67,7 +68,7 @@ def swa(checkpoints: Iterable[ModelOrWeights]) -> Weights:
     return _running(checkpoints, lambda t: 1.0 / t)
 
 
-def ema(checkpoints: Iterable[ModelOrWeights], *, decay: float = 0.999, bias_correction: bool = False) -> Weights:
+def ema(checkpoints: Iterable[ModelOrWeights], *, decay: float = 0.999, bias_correction: bool = False) -> StateDict:
     """The exponential moving average `m <- decay m + (1 - decay) theta` over any iterable, read once.
 
     It starts at the first checkpoint; with `bias_correction`, at zero, divided by `1 - decay^t` (as Adam's moments).
@@ -80,7 +81,7 @@ def ema(checkpoints: Iterable[ModelOrWeights], *, decay: float = 0.999, bias_cor
     return _running(checkpoints, lambda t: 1.0 if t == 1 else 1.0 - decay)
 
 
-def lawa(checkpoints: Iterable[ModelOrWeights], *, window: int = 6) -> Weights:
+def lawa(checkpoints: Iterable[ModelOrWeights], *, window: int = 6) -> StateDict:
     """The mean of the `window` latest checkpoints (LAWA: Kaddour 2022, 2209.14981; the paper's default is 6)."""
     if window < 1:
         raise InputError(f"window must be at least 1, got {window}")
@@ -90,7 +91,7 @@ def lawa(checkpoints: Iterable[ModelOrWeights], *, window: int = 6) -> Weights:
     return average(latest)
 
 
-def _running(checkpoints: Iterable[ModelOrWeights], step: Callable[[int], float]) -> Weights:
+def _running(checkpoints: Iterable[ModelOrWeights], step: Callable[[int], float]) -> StateDict:
     """`m <- m + step(t) (theta_t - m)` for t = 1, 2, ...; step(1) = 1."""
     total: Weights = {}
     last: Weights = {}
@@ -106,7 +107,7 @@ def _running(checkpoints: Iterable[ModelOrWeights], step: Callable[[int], float]
             total[name].lerp_(sets.stack(name)[0], step(t))
     if not last:
         raise InputError("no checkpoints: the iterable is empty")
-    result: Weights = {}
+    result = StateDict(like=last)
     for name, tensor in last.items():
         if name in ties:
             result[name] = result[ties[name]]

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from lmc.errors import InputError
 from lmc.merge.rules.averaging import average
-from lmc.weights.arithmetic import ModelOrWeights, Weights
+from lmc.weights import ModelOrWeights, StateDict
 
 
-def mix_experts(models: Sequence[ModelOrWeights], *, beta: float) -> list[Weights]:
+def mix_experts(models: Sequence[ModelOrWeights], *, beta: float) -> list[StateDict]:
     """Each expert takes a share of all others: `(1 - beta) E_i + beta / (E - 1) sum_{j != i} E_j`.
 
     Done after every optimiser step while training (Huang et al. 2023, 2308.06093), with a small, growing `beta`; at the

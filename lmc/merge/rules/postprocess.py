@@ -27,7 +27,7 @@ from lmc.merge.engine.passes import Pass
 from lmc.merge.engine.patterns import matches
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.merge.rules.task_vectors import per_model, task_arithmetic
-from lmc.weights.arithmetic import ModelOrWeights
+from lmc.weights import ModelOrWeights
 
 
 @dataclass(frozen=True)

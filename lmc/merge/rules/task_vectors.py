@@ -17,20 +17,20 @@ from lmc.merge.engine.chunks import Cut
 from lmc.merge.engine.coefficients import coefficients
 from lmc.merge.engine.method import on_task_vectors
 from lmc.merge.engine.tensors import weight_sets
-from lmc.weights.arithmetic import ModelOrWeights, Weights
+from lmc.weights import ModelOrWeights, StateDict, agreeing
 
 Combine = Literal["sum", "mean", "ties"]
 Rescale = Literal["keep", "l1", "l2", "none"]
 Uniform = Callable[[Tensor], Tensor]
 
 
-def task_vector(weights: ModelOrWeights, *, base: ModelOrWeights) -> Weights:
+def task_vector(weights: ModelOrWeights, *, base: ModelOrWeights) -> StateDict:
     """`weights - base` for every weight, in float32 or wider; not for statistics, integers and second names of a tie.
 
     Ilharco et al. 2023 (2212.04089), section 2.
     """
     sets = weight_sets([weights], base)
-    return {name: sets.deltas(name)[0] for name in sets.weights}
+    return StateDict((name, sets.deltas(name)[0]) for name in sets.weights)
 
 
 @on_task_vectors(elementwise=True)

@@ -16,7 +16,7 @@ from lmc.merge.with_data.adamerging import adamerging
 from lmc.merge.with_data.fisher import fisher
 from lmc.merge.with_data.regmean import regmean, regmean_plus_plus
 from lmc.merge.with_data.soups import greedy_soup, learned_soup, wise_ft
-from lmc.weights.arithmetic import ModelOrWeights, Weights
+from lmc.weights import ModelOrWeights, Weights
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from lmc.merge.engine.aligning import Align, aligned
 from lmc.merge.study.candidates import Candidate, MergeTask, chosen, models_of
 from lmc.merge.with_data.examples import Metric, gather, scorer
 from lmc.network.batches import take, tensors
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible
+from lmc.weights import ModelOrWeights, Weights, agreeing
 
 if TYPE_CHECKING:
     import pandas
@@ -146,7 +146,7 @@ def compare(
     if evaluations < 1:
         raise InputError(f"evaluations={evaluations}; expected at least 1")
     candidates = chosen(methods, base is not None, models_of(models))
-    states, origin = _weights(models, base, align)
+    states, origin = _weights(model, models, base, align)
     tasks, held_out = _split(validation, test)
     judge, renew = _judge(model, tasks, metric, inputs, device, states[0])
     final = _judge(model, held_out, metric, None, device, states[0])[0] if held_out else None
@@ -222,14 +222,14 @@ class _Trial:
 
 
 def _weights(
-    models: Sequence[ModelOrWeights], base: ModelOrWeights | None, align: Align | None
+    model: nn.Module, models: Sequence[ModelOrWeights], base: ModelOrWeights | None, align: Align | None
 ) -> tuple[list[Weights], Weights | None]:
     if align is not None:
         return aligned(models, align, base=base)
-    states, origin = [as_weights(m) for m in models], None if base is None else as_weights(base)
-    others = [*states[1:], *([] if origin is None else [origin])]
-    for i, state in enumerate(others, start=1):
-        check_compatible(states[0], state, ("models[0]", "base" if i == len(states) else f"models[{i}]"))
+    names = [f"models[{i}]" for i in range(len(models))]
+    if base is None:
+        return agreeing(models, names, model=model), None
+    *states, origin = agreeing([*models, base], [*names, "base"], model=model)
     return states, origin
 
 

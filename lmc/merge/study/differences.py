@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from lmc.merge.engine.tensors import outline
-from lmc.weights.arithmetic import tied_names
+from lmc.weights import tied_names
 from lmc.weights.checkpoints.opening import Checkpoint
 
 Kind = Literal["missing", "shape", "dtype", "tie"]

@@ -16,7 +16,7 @@ from lmc.errors import InputError
 from lmc.merge.engine.tensors import STATISTICS, outline
 from lmc.merge.study.advice import advice
 from lmc.merge.study.differences import Difference, differences
-from lmc.weights.arithmetic import ModelOrWeights, as_weights, tied_names
+from lmc.weights import ModelOrWeights, as_weights, tied_names
 from lmc.weights.checkpoints.opening import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:

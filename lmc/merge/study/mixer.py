@@ -16,7 +16,7 @@ from lmc.merge.engine.patterns import matches
 from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.rules.task_vectors import task_arithmetic
 from lmc.merge.with_data.examples import Scorer, scorer
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights
+from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
 
 if TYPE_CHECKING:
     from lmc.views.widgets.mixer_explorer import MixerExplorer
@@ -67,7 +67,7 @@ class Mixer:
         parts = zip(self.groups.values(), rows, strict=True)
         return {"weights": {pattern: row.tolist() for patterns, row in parts for pattern in patterns}}
 
-    def weights(self, coefficients: Coefficients) -> Weights:
+    def weights(self, coefficients: Coefficients) -> StateDict:
         """The merged weights."""
         return task_arithmetic(self.models, base=self.base, **self.options(coefficients))
 

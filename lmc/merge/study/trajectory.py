@@ -16,7 +16,7 @@ from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.points import preparation, run
 from lmc.merge.rules.averaging import ema, lawa, swa
 from lmc.network.network import pick_device
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible, check_finite
+from lmc.weights import ModelOrWeights, Weights, agreeing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -106,7 +106,7 @@ def trajectory_averages(
     Raises:
         InputError: an unusable argument. MismatchError, WeightsError, DataError: checkpoints or data that do not fit.
     """
-    states = [as_weights(checkpoint) for checkpoint in trajectory]
+    states = agreeing(trajectory, [f"trajectory[{i}]" for i in range(len(trajectory))], model=model)
     if not states:
         raise InputError("trajectory: expected at least one checkpoint")
     axis = np.arange(len(states), dtype=np.float64) if steps is None else np.asarray(steps, dtype=np.float64)
@@ -114,9 +114,6 @@ def trajectory_averages(
         raise InputError(f"steps: expected {len(states)} numbers, one for each checkpoint, got shape {axis.shape}")
     if not 0 <= start < len(states):
         raise InputError(f"start={start}; expected the place of a checkpoint, 0 to {len(states) - 1}")
-    for i, state in enumerate(states):
-        check_compatible(states[0], state, ("trajectory[0]", f"trajectory[{i}]"))
-        check_finite(state, f"trajectory[{i}]")
     evaluator = Evaluator(model, data, device=pick_device(device, states[0]))
     prepare = preparation(evaluator, "auto", inputs)
 

@@ -12,12 +12,13 @@ from lmc.errors import InputError
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.passes import Pass
 from lmc.merge.engine.result import Merged
-from lmc.merge.engine.tensors import WeightSets, assemble, weight_sets, wide
+from lmc.merge.engine.tensors import WeightSets, assemble, weight_sets
 from lmc.merge.rules.ties import thresholds, trim
 from lmc.merge.with_data.examples import each, gather
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights
+from lmc.weights import ModelOrWeights, Weights, as_weights
+from lmc.weights.numbers import wide
 
 Per = Literal["tensor", "task"]
 

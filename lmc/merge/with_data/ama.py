@@ -17,7 +17,7 @@ from lmc.merge.rules.postprocess import depths
 from lmc.merge.with_data.examples import cross_entropy, gather
 from lmc.network.batches import take, to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights.arithmetic import ModelOrWeights, as_weights
+from lmc.weights import ModelOrWeights, as_weights
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from lmc.merge.with_data.examples import Metric, chosen, finite
 from lmc.merge.with_data.soups import greedy_soup, learned_soup
 from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.network.network import pick_device
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights
+from lmc.weights import ModelOrWeights, Weights, as_weights
 
 if TYPE_CHECKING:
     import pandas as pd

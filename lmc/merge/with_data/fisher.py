@@ -11,11 +11,12 @@ from lmc.core.progress import tqdm
 from lmc.errors import DataError, InputError, MismatchError
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.coefficients import coefficients
-from lmc.merge.engine.tensors import WeightSets, assemble, weight_sets, wide
+from lmc.merge.engine.tensors import WeightSets, assemble, weight_sets
 from lmc.merge.with_data.examples import batches, each
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights
+from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
+from lmc.weights.numbers import wide
 
 Labels = Literal["expected", "sampled", "true"]
 GRADIENT_BYTES = 256 << 20  # most memory for the gradients of single examples
@@ -96,7 +97,8 @@ def fisher_weighted(
             # summed as steps from the first model, so that equal models give that model
             moved[name] = moved.get(name, 0.0) + share * (sets.tensor(name, t) - origin)
             total[name] = total.get(name, 0.0) + share
-    return dict(assemble(sets, lambda name: _divide(sets, name, moved, total, factors), lambda _: _shares(factors)))
+    merged = assemble(sets, lambda name: _divide(sets, name, moved, total, factors), lambda _: _shares(factors))
+    return StateDict(merged, like=sets.states[0])
 
 
 def _divide(sets: WeightSets, name: str, moved: Weights, total: Weights, factors: list[float]) -> Tensor:

@@ -23,7 +23,7 @@ from lmc.merge.engine.method import MergeFunction
 from lmc.merge.engine.result import Merged
 from lmc.merge.rules.averaging import average
 from lmc.merge.with_data.examples import Metric, scorer
-from lmc.weights.arithmetic import ModelOrWeights, as_weights
+from lmc.weights import ModelOrWeights, as_weights
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lmc.merge.rules.averaging import average
 from lmc.merge.with_data.examples import Metric, cross_entropy, finite, gather, scorer
 from lmc.network.batches import take, to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights
+from lmc.weights import ModelOrWeights, Weights, as_weights
 
 uniform_soup = average
 

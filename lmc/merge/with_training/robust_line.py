@@ -11,7 +11,7 @@ from torch import nn
 from lmc.core.extras import require
 from lmc.errors import InputError
 from lmc.landscape.paths.path import Path, loss_path
-from lmc.weights.arithmetic import ModelOrWeights
+from lmc.weights import ModelOrWeights
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -11,7 +11,7 @@ from lmc.errors import InputError
 from lmc.merge.engine.quantiles import kth_smallest
 from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.rules.averaging import average
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights
+from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
 
 Masks = dict[str, Tensor]
 Retrain = Callable[[Weights, Masks, int], ModelOrWeights]
@@ -56,7 +56,7 @@ def sparse_soup(
     merge: Callable[[list[Weights]], Weights] = average,
     model: nn.Module | None = None,
     progress: bool = True,
-) -> tuple[Weights, Masks]:
+) -> tuple[StateDict, Masks]:
     """Sparse model soups (Zimmer, Spiegel, Pokutta 2024, 2306.16788): averages that stay sparse.
 
     In each phase the current weights are pruned by magnitude, `copies` are retrained from them with different seeds and
@@ -94,7 +94,7 @@ def sparse_soup(
                 ingredients.append({name: tensor.clone() for name, tensor in tuned.items()})
                 bar.update()
             soup = merge(ingredients)
-    return dict(soup), masks
+    return StateDict(soup), masks
 
 
 def _masked(weights: Mapping[str, Tensor], masks: Masks) -> Weights:

@@ -22,7 +22,7 @@ from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
 from lmc.network.copies import copy_module
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible, check_finite, mean
+from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, as_weights, mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -186,26 +186,20 @@ def star_model(
     if not (len(span) == 2 and 0.0 <= span[0] <= span[1] <= 1.0):
         raise InputError(f"span={span}: expected two numbers, 0 <= first <= second <= 1")
     recipe = Recipe(epochs, lr, weight_decay, loss, batch_size, seed, progress)
-    states = [as_weights(source) for source in models]
-    for i, state in enumerate(states):
-        check_compatible(states[0], state, ("models[0]", f"models[{i}]"))
-        check_finite(state, f"models[{i}]")
+    states = agreeing(models, model=model)
     known = spec.bind(states[0]) if spec is not None else None
     network = Network(model, pick_device(device, states[0]))
-    network.check(states[0], "models[0]")
     split = as_splits(data)[0]
     check_training_data(network, states[0], split, loss)
     states = [states[0], *(_matched(known, states[0], state) for state in states[1:])]
     centre = mean(states)
     if start is not None:
-        centre = as_weights(start)
-        check_compatible(states[0], centre, ("models[0]", "start"))
-        check_finite(centre, "start")
+        centre = agreeing([states[0], start], ["models[0]", "start"], model=model)[1]
     centre, losses, interrupted = _train(network, centre, states, known, split, span, recipe)
     if has_batchnorm(network.module):
         centre = recalibrate_batchnorm(model, centre, some_inputs(split), device=network.device)
     moved = tuple({n: x.clone() for n, x in _matched(known, centre, state).items()} for state in states)
-    return Star(centre, moved, losses, interrupted, known, copy_module(model))
+    return Star(StateDict(centre), moved, losses, interrupted, known, copy_module(model))
 
 
 def _matched(spec: PermutationSpec | None, fixed: Weights, other: Weights) -> Weights:

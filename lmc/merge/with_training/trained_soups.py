@@ -16,7 +16,7 @@ from lmc.merge.engine.result import Merged
 from lmc.merge.rules.averaging import average
 from lmc.merge.with_data.examples import Metric, scorer
 from lmc.merge.with_data.soups import greedy_soup
-from lmc.weights.arithmetic import ModelOrWeights, Weights, as_weights, check_compatible
+from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible
 
 if TYPE_CHECKING:
     import pandas as pd

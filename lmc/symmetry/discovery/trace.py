@@ -24,6 +24,7 @@ from lmc.errors import InputError, TraceError
 from lmc.symmetry.discovery.failures import BY_HAND, Stopped, explained, is_user_file, named_lines, quiet, stopping
 from lmc.symmetry.discovery.rules import is_pointwise, rule_of
 from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, select
+from lmc.weights import tied_names
 
 PREFIX = "subject."
 
@@ -211,7 +212,8 @@ def graph_of(model: nn.Module, program: Any, names: Mapping[str, str]) -> Graph:
             target = str(spec.target).removeprefix(PREFIX)
             mutated.append((by_name[spec.arg.name], names.get(target, target)))
     buffers = frozenset(name for name in held if name in tensors)
-    return Graph(list(program.graph.nodes), leaves, outputs, mutated, aliases_of(tensors), tensors, buffers)
+    aliases = {name: name for name in tensors} | tied_names(tensors)
+    return Graph(list(program.graph.nodes), leaves, outputs, mutated, aliases, tensors, buffers)
 
 
 def movable(tensor: Tensor) -> bool:
@@ -222,18 +224,6 @@ def movable(tensor: Tensor) -> bool:
 def input_name(placeholder: str) -> str:
     """`args_0` -> `0`, `kwargs_mask` or `mask` -> `mask`."""
     return re.sub(r"^(args|kwargs)_", "", placeholder)
-
-
-def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """For each name, the first name under which the same memory is known (tied weights)."""
-    first: dict[object, str] = {}
-    aliases: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        where: object = id(tensor)
-        if not tensor.is_meta and tensor.numel():
-            where = (tensor.device, tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
-        aliases[name] = first.setdefault(where, name)
-    return aliases
 
 
 def module_path(node: Node) -> str:

@@ -19,8 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lmc.errors import DataError, InputError
-from lmc.weights.arithmetic import Weights
 from lmc.weights.checkpoints.formats import DTYPES, Mapped, Span, Stored, size_of
+from lmc.weights.state import StateDict
 
 INDEX = ".safetensors.index.json"
 RECIPE = "merge.json"  # beside merged checkpoints: how they were made, and the checksums of their files
@@ -81,14 +81,14 @@ class Checkpoint(Mapping[str, Tensor]):
         """Bytes of all stored tensors."""
         return sum(size_of(entry.dtype, entry.shape) for entry in self.stored.values())
 
-    def outline(self) -> Weights:
+    def outline(self) -> StateDict:
         """Tensors of the right names, shapes and dtypes that hold no values and take no memory."""
-        return {name: torch.zeros((), dtype=(e := self.entry(name)).dtype).expand(e.shape) for name in self}
+        return StateDict({name: torch.zeros((), dtype=(e := self.entry(name)).dtype).expand(e.shape) for name in self})
 
-    def load(self) -> Weights:
+    def load(self) -> StateDict:
         """All tensors in memory; second names share the tensor of the first."""
         state = {name: entry.read() for name, entry in self.stored.items()}
-        return state | {name: state[first] for name, first in self.ties.items()}
+        return StateDict({name: state[self.ties.get(name, name)] for name in self})
 
     def verify(self) -> None:
         """Compare every file with the checksums that were stored when it was written.

@@ -1,0 +1,230 @@
+"""Whether weight sets fit each other and a module: the one check at the door of every function that takes several."""
+
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lmc.errors import MismatchError, WeightsError
+from lmc.weights.numbers import inexact, wide
+from lmc.weights.state import ModelOrWeights, StateDict, Weights, dtype_name
+from lmc.weights.ties import tied_names
+
+# Buffers that one file has and another lacks, and that no function of the weights depends on: counters of batches,
+# tables of positions, and masks, which are constants of the architecture.
+OPTIONAL = re.compile(
+    r"(^|\.)(num_batches_tracked|position_ids|token_type_ids|(original_)?inv_freq|cos_cached|sin_cached|masked_bias|"
+    r"relative_position_index|attn_mask)$"
+)
+BUFFER = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)$")
+VOCABULARY = re.compile(r"(embed|wte|vocab|lm_head|tok)", re.IGNORECASE)
+HEAD = re.compile(r"(^|\.)(head|heads|classifier|score|lm_head|fc|cls|predictor|decoder)(\.|$)", re.IGNORECASE)
+
+
+def as_weights(model: ModelOrWeights) -> StateDict:
+    """The state dict of a module, or a shallow copy of a mapping, detached from autograd.
+
+    Raises:
+        WeightsError: neither a module nor a mapping of names to tensors; extra state beside the tensors.
+    """
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    if not isinstance(state, Mapping):
+        raise WeightsError(f"expected an nn.Module or a mapping of names to tensors, got {type(model).__name__}")
+    if not isinstance(state, dict) and hasattr(state, "load"):
+        state = state.load()  # type: ignore[attr-defined]  # a checkpoint on disk: aliases share their tensor
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor):
+            raise WeightsError(
+                f"{name}: expected a tensor, got {type(tensor).__name__}; "
+                "extra state outside parameters and buffers is not supported"
+            )
+    return StateDict({name: tensor.detach() for name, tensor in state.items()}, like=state)
+
+
+def agreeing(
+    models: Sequence[ModelOrWeights], names: Sequence[str] | None = None, *, model: nn.Module | None = None
+) -> list[Weights]:
+    """All as finite weights of one architecture, with the names of the first, or of the module if one is given.
+
+    Optional buffers (`OPTIONAL`) that some lack are completed or left out, with a warning; tied tensors that a file
+    keeps once are completed from `model`. Where floating-point dtypes differ, each tensor takes the widest.
+
+    Args:
+        models: modules, state dicts or opened checkpoints.
+        names: what messages call them (default: `models[i]`).
+        model: the module that the weights are for.
+
+    Raises:
+        MismatchError: names, shapes, kinds of numbers or devices differ.
+        WeightsError: NaN, infinity, or tensors without values.
+    """
+    called = [f"models[{i}]" for i in range(len(models))] if names is None else list(names)
+    states: list[Weights] = [as_weights(given) for given in models]
+    if not states:
+        return states
+    if model is not None:
+        states = [fitted(model, state, name) for state, name in zip(states, called, strict=True)]
+    for i, (state, name) in enumerate(zip(states, called, strict=True)):
+        states[i] = shared(states[0], state, (called[0], name))
+        check_compatible(states[0], states[i], (called[0], name))
+        check_finite(state, name)
+    for name in states[0]:
+        if len(dtypes := {state[name].dtype for state in states}) > 1 and inexact(states[0][name]):
+            widest = wide(*dtypes)
+            for state in states:
+                state[name] = state[name].to(widest)
+    return states
+
+
+def fitted(model: nn.Module, weights: Mapping[str, Tensor], name: str = "weights") -> StateDict:
+    """`weights` under the names of a module's state dict.
+
+    A name that the module ties to a tensor that is there is completed with it; optional buffers (`OPTIONAL`) are
+    completed from the module, or left out.
+
+    Raises:
+        MismatchError: further names are missing, or not known; the first is named, with what may be the reason.
+    """
+    own = model.state_dict(keep_vars=True)
+    if own.keys() == weights.keys():
+        return StateDict(weights)
+    first = tied_names(model)
+    held: Weights = {}
+    for n, tensor in weights.items():
+        held.setdefault(first.get(n, n), tensor)
+    where = next((tensor.device for tensor in weights.values()), None)
+    found: Weights = {}
+    for n, tensor in own.items():
+        if n in weights:
+            found[n] = weights[n]
+        elif (origin := first.get(n, n)) in held:
+            found[n] = held[origin]
+        elif optional(n, tensor):
+            found[n] = tensor.detach().to(where, copy=True)
+    extra = {n: t for n, t in weights.items() if n not in own and not optional(n, t)}
+    if len(found) < len(own) or extra:
+        raise MismatchError(_different_names(own, {**weights, **found}, ("model", name)))
+    return StateDict(found, like=weights)
+
+
+def shared(first: Mapping[str, Tensor], other: Mapping[str, Tensor], names: tuple[str, str]) -> StateDict:
+    """`other` with the optional buffers of `first`: those it lacks are taken from there, further ones are left out."""
+    if first.keys() == other.keys():
+        return StateDict(other)
+    lacking = [name for name in first if name not in other and optional(name, first[name])]
+    further = [name for name in other if name not in first and optional(name, other[name])]
+    for missing, (here, there) in ((lacking, names), (further, names[::-1])):
+        if missing:
+            more = f" and {len(missing) - 1} more buffers" if len(missing) > 1 else ""
+            kept = f"taken from {here} for both" if missing is lacking else "left out"
+            warnings.warn(f"{missing[0]}{more}: in {here}, not in {there}; {kept}", stacklevel=3)
+    found = {name: tensor for name, tensor in other.items() if name not in further}
+    return StateDict({**found, **{name: first[name] for name in lacking}}, like=other)
+
+
+def optional(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is a buffer that weights may lack: a counter, a table of positions, or a mask."""
+    parent, _, last = name.rpartition(".")
+    if last == "bias" and parent.rpartition(".")[2] in ("attn", "attention"):
+        return tensor.ndim == 4 and tensor.shape[:2] == (1, 1)  # GPT-2's causal mask, which is called a bias
+    return OPTIONAL.search(name) is not None
+
+
+def check_compatible(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str] = ("a", "b")) -> None:
+    """Raise `MismatchError` at the first tensor whose presence, shape, kind of numbers or device differs.
+
+    Floating-point dtypes may differ: sums are made in the widest.
+    """
+    left, right = names
+    if a.keys() != b.keys():
+        raise MismatchError(_different_names(a, b, names))
+    for name, x in a.items():
+        y = b[name]
+        if x.shape != y.shape:
+            hint = _why_shapes(name, x, y)
+            raise MismatchError(f"{name}: shape {tuple(x.shape)} in {left}, {tuple(y.shape)} in {right}{hint}")
+        if x.dtype != y.dtype and not (x.is_floating_point() and y.is_floating_point()):
+            raise MismatchError(
+                f"{name}: dtype {dtype_name(x)} in {left}, {dtype_name(y)} in {right}: not the same kind of numbers; "
+                "convert one with .to(dtype)"
+            )
+        if x.device != y.device:
+            raise MismatchError(f"{name}: on {x.device} in {left}, on {y.device} in {right}; move one with .to(device)")
+
+
+def check_finite(weights: Mapping[str, Tensor], what: str = "weights") -> None:
+    """Raise `WeightsError` naming the first tensor that holds NaN or infinity, and where, or that holds no values."""
+    sums: dict[torch.device, list[Tensor]] = defaultdict(list)
+    for name, tensor in weights.items():
+        if tensor.is_meta:
+            raise WeightsError(f"{name} of {what}: on the meta device, which holds no values; load the weights first")
+        if inexact(tensor):
+            total = tensor.to(wide(tensor.dtype)).sum()
+            sums[tensor.device].append((total.real + total.imag if total.is_complex() else total).float())
+    # One sum of sums says it nearly always, and waits once for the device; as it may overflow, a suspicious one is
+    # looked into.
+    if all(bool(torch.isfinite(torch.stack(found)).all()) for found in sums.values()):
+        return
+    for name, tensor in weights.items():
+        if inexact(tensor) and not bool((finite := torch.isfinite(tensor.to(wide(tensor.dtype)))).all()):
+            where = tuple(int(i) for i in (~finite).nonzero()[0])
+            raise WeightsError(
+                f"{name} of {what}: {int((~finite).sum())} of {tensor.numel()} values are NaN or infinite, "
+                f"first at {where}"
+            )
+
+
+def prefix_between(a: Sequence[str], b: Sequence[str]) -> str:
+    """The words that all names of `b` have before those of `a`; empty if that is not how they differ."""
+    known, plain = set(a), [name for name in b if name in a]
+    if plain or not known or not b:
+        return ""
+    for name in b:
+        for start in [i + 1 for i, letter in enumerate(name) if letter == "."]:
+            if name[start:] in known and all(other.startswith(name[:start]) for other in b):
+                return name[:start]
+    return ""
+
+
+def _different_names(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str]) -> str:
+    """The first name that is on one side only, and what may be the reason."""
+    left, right = names
+    for long, short, other, here in ((list(b), list(a), left, right), (list(a), list(b), right, left)):
+        if prefix := prefix_between(short, long):
+            return (
+                f"{long[0]}: all names in {here} have the prefix {prefix!r}, those in {other} have not (DataParallel, "
+                "torch.compile and Lightning put one before every name): take the weights of the module inside, strip "
+                f"it with name.removeprefix({prefix!r}), or open the file with prefix={prefix!r}"
+            )
+    for x, y, here, there in ((a, b, left, right), (b, a, right, left)):
+        for name, tensor in x.items():
+            if name in y:
+                continue
+            missing = f"{name}: in {here} {tuple(tensor.shape)} {dtype_name(tensor)}, missing in {there}"
+            if "_orig_mod." in name or any("_orig_mod." in other for other in y):
+                return f"{missing}: one is compiled (the prefix '_orig_mod.'); take the weights of the module inside"
+            if BUFFER.search(name):
+                return (
+                    f"{missing}: a buffer of batch normalisation; load both into modules of one architecture, "
+                    "load_state_dict(..., strict=False), and pass the modules"
+                )
+            if HEAD.search(name):
+                return f"{missing}: the heads differ; give both the same head, or leave it out of both"
+            return f"{missing}: different architectures"
+    return ""
+
+
+def _why_shapes(name: str, x: Tensor, y: Tensor) -> str:
+    if x.ndim != y.ndim or x.ndim == 0 or x.shape[1:] != y.shape[1:]:
+        return ""
+    if VOCABULARY.search(name):
+        return (
+            f": vocabularies of {len(x)} and {len(y)} entries; bring both to one size first "
+            "(model.resize_token_embeddings), or cut the rows that one lacks"
+        )
+    if HEAD.search(name):
+        return f": heads with {len(x)} and {len(y)} outputs; give both the same head, or leave it out of both"
+    return ""

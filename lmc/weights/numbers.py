@@ -1,0 +1,37 @@
+"""Numbers of weights: which dtypes take part in sums, in which dtype sums are made, and the way back."""
+
+import torch
+from torch import Tensor
+
+from lmc.errors import WeightsError
+from lmc.weights.state import dtype_name
+
+
+def inexact(tensor: Tensor) -> bool:
+    """Whether the values take part in sums: floating-point or complex, not integers or booleans."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def wide(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype in which numbers of these are summed: float32, complex64, or the widest of them if that is wider."""
+    found = torch.float32
+    for dtype in dtypes:  # torch does not promote float8
+        found = torch.promote_types(found, torch.float32 if dtype.itemsize == 1 else dtype)
+    return found
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`tensor` in `dtype`.
+
+    Raises:
+        WeightsError: a finite value leaves the range of `dtype`, such as 65504 of float16; the tensor is named.
+    """
+    result = tensor.to(dtype)
+    if dtype.itemsize < tensor.dtype.itemsize and dtype.is_floating_point and tensor.numel():
+        check = result.float() if dtype.itemsize == 1 else result
+        if not bool(torch.isfinite(check).all()) and not bool((torch.isfinite(check) | ~torch.isfinite(tensor)).all()):
+            raise WeightsError(
+                f"{name}: the result leaves the range of {dtype_name(result)}, up to {torch.finfo(dtype).max:g}; "
+                "convert the models to float32 or bfloat16 first, or use a smaller scale"
+            )
+    return result
