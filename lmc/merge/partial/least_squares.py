@@ -11,7 +11,7 @@ from lmc.merge.partial.pair import Pair
 from lmc.merge.partial.units import BOTH, Axis, MergedUnits, Stretch, owners, zipped_axis
 from lmc.merge.with_data.linear_layers import as_matrix, as_weight, fits, rows
 from lmc.network.inputs import call_module
-from lmc.weights import Weights, fitted
+from lmc.weights import Weights
 
 
 class Fit(NamedTuple):

@@ -25,7 +25,7 @@ from lmc.network.batches import to_device
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
 from lmc.network.network import Network
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, fitted
+from lmc.weights import ModelOrWeights
 
 
 def pleas(

@@ -17,7 +17,7 @@ from lmc.merge.engine.chunks import Cut
 from lmc.merge.engine.coefficients import coefficients
 from lmc.merge.engine.method import on_task_vectors
 from lmc.merge.engine.tensors import weight_sets
-from lmc.weights import ModelOrWeights, StateDict, agreeing
+from lmc.weights import ModelOrWeights, StateDict
 
 Combine = Literal["sum", "mean", "ties"]
 Rescale = Literal["keep", "l1", "l2", "none"]

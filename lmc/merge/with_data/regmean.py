@@ -16,7 +16,7 @@ from lmc.merge.with_data.examples import batches, each
 from lmc.merge.with_data.linear_layers import as_matrix, as_weight, fits, rows
 from lmc.network.batches import to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights import ModelOrWeights, Weights, as_weights, fitted
+from lmc.weights import ModelOrWeights, Weights, as_weights
 
 
 @dataclass(frozen=True)
