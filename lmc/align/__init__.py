@@ -11,7 +11,7 @@ from lmc.align.study.epochs import Epochs, barrier_over_time
 from lmc.align.study.inspect import Matching, inspect_matching
 from lmc.align.study.singular import SingularAlignment, singular_alignment
 from lmc.align.transport.fusion import Fusion, ot_fusion
-from lmc.align.weight_matching.algorithm import weight_matching
+from lmc.align.weight_matching.matching import weight_matching
 
 __all__ = [
     "METHODS",

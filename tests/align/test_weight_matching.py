@@ -11,12 +11,12 @@ from torch import Tensor
 
 import lmc
 from lmc import models
-from lmc.align.weight_matching import descent as descent_module
+from lmc.align.weight_matching import algorithm as descent_module
 from lmc.align.weight_matching.assignment import assign, prices_of
 from lmc.align.weight_matching.blocks import build_blocks
 
 # By name: the package has a function that is called like this module.
-MODULE = importlib.import_module("lmc.align.weight_matching.algorithm")
+MODULE = importlib.import_module("lmc.align.weight_matching.matching")
 
 CASES = {
     "mlp": (lambda: models.mlp(12, [16, 24, 16], 4), handwritten.mlp(3), {}),
@@ -119,7 +119,7 @@ class TestObjective:
     def test_grows_with_every_visit(self, problem, monkeypatch):
         spec, a = problem
         b = unrelated(a, 3)
-        visit, checked = lmc.align.descent.Descent.visit, []
+        visit, checked = descent_module.Descent.visit, []
 
         def watched(self, i, only=None):
             before = descent_module.inner_product(self.fixed, self.state)

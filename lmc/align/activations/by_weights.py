@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.assignment import assign, opening_prices
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
-from lmc.align.weight_matching.descent import Descent
 from lmc.symmetry.actions import permute_tensor
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
@@ -26,13 +26,7 @@ def match_unseen(
         stacklevel=3,
     )
     blocks = [block for block in build_blocks(spec, fixed) if block.name in names]
-    descent = Descent(spec, blocks, fixed, permuted(spec, moving, indices), indices)
-    descent.grow_outwards()
-    for _ in range(_SWEEPS):
-        descent.sweep(range(len(blocks)))
-        if not descent.dirty:
-            break
-    return dict(descent.pi)
+    return Descent(spec, blocks, fixed, permuted(spec, moving, indices), indices).grow_outwards().run(_SWEEPS).pi
 
 
 def match_silent(

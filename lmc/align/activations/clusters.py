@@ -9,9 +9,10 @@ from torch import Tensor
 
 from lmc.align.activations.collect import Site
 from lmc.align.activations.taps import Tap, groups_at
+from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.assignment import assign, opening_prices
 from lmc.align.weight_matching.blocks import build_blocks
-from lmc.align.weight_matching.descent import Descent, inner_product
+from lmc.align.weight_matching.gains import inner_product
 from lmc.symmetry.group import Group, Table
 from lmc.symmetry.spec import PermutationSpec
 
@@ -72,12 +73,7 @@ class Cluster:
         small = PermutationSpec(groups, {name: tuple(score.shape) for name, score in tensors.items()})
         still = {name: torch.eye(len(score), dtype=score.dtype, device=score.device) for name, score in tensors.items()}
         favoured = {name: score + _STAY * score.abs().max() * still[name] for name, score in tensors.items()}
-        descent = Descent(small, build_blocks(small, tensors), favoured, still)
-        descent.grow_outwards()
-        for _ in range(_SWEEPS):
-            descent.sweep(range(len(descent.blocks)))
-            if not descent.dirty:
-                break
+        descent = Descent(small, build_blocks(small, tensors), favoured, still).grow_outwards().run(_SWEEPS)
         return dict(descent.pi), inner_product(tensors, descent.state), inner_product(tensors, still)
 
     def _observed(self, spec: PermutationSpec, group: Group) -> Group:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from lmc.align.relaxed.soft import SoftMoves, sinkhorn
 from lmc.align.relaxed.task_loss import Loss, TaskLoss
-from lmc.align.weight_matching.algorithm import matched
 from lmc.align.weight_matching.assignment import assign
+from lmc.align.weight_matching.matching import matched
 from lmc.core.progress import tqdm
 from lmc.errors import DataError, InputError
 from lmc.network.network import Network, pick_device

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lmc.align.relaxed.task_loss import Loss, TaskLoss
-from lmc.align.weight_matching.algorithm import matched, weight_matching
+from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
-from lmc.align.weight_matching.descent import Descent
+from lmc.align.weight_matching.matching import matched, weight_matching
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.network.network import Network, pick_device
@@ -123,9 +123,5 @@ def _project(
 ) -> Permutation:
     """The permutation of B that is closest to the latent weights, looked for from the last one."""
     moving = matched(spec, last.apply(b))
-    descent = Descent(spec, blocks, latent, moving, last.indices)
-    for _ in range(_SWEEPS):
-        if not descent.dirty:
-            break
-        descent.sweep(range(len(blocks)))
+    descent = Descent(spec, blocks, latent, moving, last.indices).run(_SWEEPS)
     return Permutation(spec, spec.identity().indices | descent.pi)

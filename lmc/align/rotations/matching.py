@@ -17,7 +17,7 @@ from lmc.align.relaxed.task_loss import Loss, TaskLoss
 from lmc.align.rotations.folding import TOLERANCE, Probe, fold_norms
 from lmc.align.rotations.learning import learn_rotations
 from lmc.align.rotations.procrustes import Ascent, nearest_rotation, unmoved
-from lmc.align.weight_matching.algorithm import matched
+from lmc.align.weight_matching.matching import matched
 from lmc.errors import InputError
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights

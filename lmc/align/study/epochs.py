@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import nn
 
-from lmc.align.weight_matching.algorithm import weight_matching
+from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.errors import InputError

@@ -65,9 +65,8 @@ def plan(cost: Tensor, regularization: float, name: str, masses: tuple[Tensor, T
     ot = require("ot", "ot")
     matrix = cost.detach().to("cpu", torch.float64)
     matrix = (matrix / matrix.median().clamp_min(1e-12)).numpy()
-    if masses is None:
-        masses = tuple(torch.full((n,), 1.0 / n, dtype=torch.float64) for n in (n_b, n_a))
-    left, right = (mass.numpy() for mass in masses)
+    sides = masses or [torch.full((n,), 1.0 / n, dtype=torch.float64) for n in cost.shape]
+    left, right = (mass.numpy() for mass in sides)
     if regularization == 0.0:
         return torch.from_numpy(ot.emd(left, right, matrix, numItermax=10_000_000)).to(cost.device)
     coupling = torch.from_numpy(
@@ -75,7 +74,7 @@ def plan(cost: Tensor, regularization: float, name: str, masses: tuple[Tensor, T
             left, right, matrix, regularization, method="sinkhorn_log", numItermax=_SCALINGS, stopThr=1e-9, warn=False
         )
     )
-    off = max(float((coupling.sum(1 - k) / mass - 1).abs().max()) for k, mass in enumerate(masses))
+    off = max(float((coupling.sum(1 - k) / mass - 1).abs().max()) for k, mass in enumerate(sides))
     if not off < _MARGIN:
         warnings.warn(
             f"{name}: Sinkhorn has not converged in {_SCALINGS} iterations, marginals are off by {off:.1g} of their "

@@ -1,140 +1,130 @@
-"""Weight matching: the permutation that brings B's weights closest to A's (Ainsworth, Hayase, Srinivasa 2023)."""
+"""Git Re-Basin's algorithm 1: coordinate descent over groups of interchangeable units (Ainsworth et al. 2023, section 3.2).
 
-import time
-import warnings
-from typing import Any
+    repeat
+        for each group of units, in some order:
+            C[i, j] = sum over all tensors of <what A's unit i owns, what B's unit j owns>, B as permuted so far
+            p = the assignment that maximises sum_i C[i, p[i]];  B's units of the group take the order p
+    until no group moves
 
-import torch
+`Descent.run` is the loop, `visit` its body: the gain, the assignment, the move. What makes it quick is called from there:
+`gains` keeps each C up to date while its neighbours move and remembers the prices of its last assignment; `nested` solves
+groups within units for all pairs of units; `outwards` chooses a first pass from what is fixed. B is kept permuted, and a
+group is visited again only after one that shares a tensor with it has moved.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle, islice
+
 from torch import Tensor
 
-from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
-from lmc.align.weight_matching.descent import Descent, inner_product
-from lmc.core.progress import tqdm
-from lmc.errors import InputError
-from lmc.symmetry.actions import permute_tensor
-from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, Weights, agreeing
+from lmc.align.weight_matching.blocks import Shift, UnitBlock
+from lmc.align.weight_matching.gains import Gains, inner_product
+from lmc.align.weight_matching.nested import Step, nested_assignment
+from lmc.align.weight_matching.outwards import outwards
+from lmc.symmetry.actions import compose_moves
+from lmc.symmetry.spec import PermutationSpec
+
+_INNER_SWEEPS = 10
+# Improvements below the rounding of a float32 product are not moves: they could go round in circles.
+_ROUNDING = 1e-6
 
 
-def weight_matching(
-    spec: PermutationSpec | UnboundSpec,
-    a: ModelOrWeights,
-    b: ModelOrWeights,
-    *,
-    seed: int = 0,
-    restarts: int = 1,
-    max_sweeps: int = 100,
-    progress: bool = True,
-) -> Permutation:
-    """Maximise `sum <A, pi(B)>` over the permutations pi of all groups by coordinate descent (Git Re-Basin, algorithm 1).
+class Descent:
+    """One problem: tensors of A, tensors of B (permuted as it goes), and the blocks that may move.
 
-    Biases and norm parameters take part; buffers (running statistics) are permuted but not matched on. Nested groups are
-    solved by nested assignment. The result is a local optimum, never below the value at the identity.
-
-    Args:
-        spec: the symmetries of the architecture.
-        a, b: modules or state dicts on one device; neither is changed.
-        seed: decides orders and starting points of the restarts from the third on.
-        restarts: runs of which the best is kept. The first grows outwards from what is fixed (each group is first
-            matched only against neighbours already matched), the second starts from the identity, the others from random
-            permutations, visiting groups in a random order. Sweeps go there and back again.
-        max_sweeps: bound on the passes over all groups in one run.
-        progress: show a bar when it takes longer than two seconds.
-
-    Returns:
-        The permutation, with `.objective` (the maximised sum, in float64) and how it was found in `.info`. An interrupt
-        ends the search with a warning and returns the best permutation of the restarts that had finished.
-
-    Raises:
-        MismatchError: `a` and `b` differ in keys, shapes, dtype or device.
-        SpecError: the spec does not fit the weights.
-        WeightsError: NaN or infinity in the weights.
+    Attributes:
+        state: the tensors of B, permuted by all moves so far.
+        pi: the moves so far, composed (groups that are not named have not moved).
+        dirty: blocks whose neighbours moved since they were last visited.
+        sweeps, visits: how many were made.
     """
-    if restarts < 1 or max_sweeps < 1:
-        raise InputError(f"restarts={restarts}, max_sweeps={max_sweeps}: both must be at least 1")
-    if not isinstance(spec, PermutationSpec | UnboundSpec):
-        raise InputError(
-            f"spec: expected a PermutationSpec, got {type(spec).__name__}; make one with lmc.permutation_spec(model, "
-            "inputs), or from patterns with lmc.PermutationSpec.from_patterns({...})"
-        )
-    started = time.perf_counter()
-    a, b = agreeing([a, b], "ab")
-    spec = spec.bind(a)
-    fixed, moving = matched(spec, a), matched(spec, b)
-    naive = inner_product(fixed, moving)
-    candidates: list[tuple[float, dict[str, Tensor]]] = [(naive, {})]
-    runs: list[dict[str, Any]] = []
-    bar = tqdm(unit=" visits", disable=not progress)
-    try:
-        blocks = build_blocks(spec, fixed)
-        for restart in range(restarts):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + restart)
-            bar.set_description(f"weight matching, run {restart + 1} of {restarts}", refresh=False)
-            starts = ["random"] if restart > 1 else ["identity"] if restart else ["outwards", "identity"]
-            for start in starts:
-                value, indices, run = _descend(spec, blocks, fixed, moving, start, generator, max_sweeps, bar)
-                runs.append(run)
-                candidates.append((value, indices))
-                bar.set_postfix(best=f"{max(candidates, key=_value)[0]:.6g}", refresh=False)
-                if value >= naive:
-                    break
-    except KeyboardInterrupt:
-        warnings.warn(f"weight matching interrupted: the best of {len(runs)} finished runs is returned", stacklevel=2)
-    finally:
-        bar.close()
-    value, best = max(candidates, key=_value)
-    stay = {name: torch.arange(group.size) for name, group in spec.groups.items()}
-    info = {
-        "method": "weight_matching",
-        "seed": seed,
-        "restarts": restarts,
-        "objective_at_identity": naive,
-        "runs": runs,
-        "seconds": time.perf_counter() - started,
-    }
-    return Permutation(spec, stay | best, value, info)
 
+    def __init__(
+        self,
+        spec: PermutationSpec,
+        blocks: Sequence[UnitBlock],
+        fixed: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+        pi: Mapping[str, Tensor] | None = None,
+        on_visit: Callable[[], object] | None = None,
+    ) -> None:
+        self.spec, self.blocks, self.fixed, self.state = spec, blocks, fixed, dict(state)
+        self.pi: Step = dict(pi or {})
+        self.on_visit = on_visit
+        self.dirty = set(range(len(blocks)))
+        self.sweeps = self.visits = 0
+        self._gains = Gains(blocks, fixed)
+        self._sharing: dict[str, set[int]] = {}
+        for i, block in enumerate(blocks):
+            for name in block.tables:
+                self._sharing.setdefault(name, set()).add(i)
 
-def _value(candidate: tuple[float, Any]) -> float:
-    return candidate[0]
+    def run(self, max_sweeps: int, *orders: Sequence[int]) -> "Descent":
+        """Sweep over the blocks until none is dirty, in the given orders by turns (default: as they come)."""
+        for order in islice(cycle(orders or [range(len(self.blocks))]), max_sweeps):
+            if not self.dirty:
+                break
+            for i in order:
+                if i in self.dirty:
+                    self.visit(i)
+            self.sweeps += 1
+        return self
 
+    def grow_outwards(self) -> "Descent":
+        """A first pass that matches each block only against what is already matched."""
+        for i, settled in outwards(self.blocks, self.fixed):
+            self.visit(i, settled)
+        return self
 
-def matched(spec: PermutationSpec, weights: Weights) -> Weights:
-    """What the matching looks at: floating-point parameters (tied ones once), in float32 at least."""
-    return {
-        name: tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        for name, tensor in weights.items()
-        if tensor.is_floating_point() and name not in spec.buffers and name not in spec.aliases
-    }
+    def visit(self, i: int, only: frozenset[str] | None = None) -> None:
+        """Move block i to its best place given all others, judged by the tensors `only` (default: all)."""
+        self.visits += 1
+        if self.on_visit is not None:
+            self.on_visit()
+        block = self.blocks[i]
+        used = [k for k, p in enumerate(block.places) if p.tensor in self.fixed and (only is None or p.tensor in only)]
+        if only is None or only.issuperset(block.tables):
+            self.dirty.discard(i)
+        if block.inner:
+            step, improvement, size = nested_assignment(block, used, self.fixed, self.state, self._solve_inside)
+        else:
+            gain = self._gains.of(i, used, self.state)
+            index, improvement = self._gains.assign(i, gain)
+            step, size = {block.name: index}, float(gain.diagonal().abs().sum())
+        if improvement > _ROUNDING * size:
+            self._move(i, step, linear=not block.quadratic or only is not None)
 
+    def _solve_inside(
+        self, inner: Sequence[UnitBlock], fixed: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> tuple[Step, float]:
+        """The same problem inside one pair of units: (moves, optimum)."""
+        problem = Descent(self.spec, inner, fixed, state).run(_INNER_SWEEPS)
+        return problem.pi, inner_product(fixed, problem.state)
 
-def _descend(
-    spec: PermutationSpec,
-    blocks: list[UnitBlock],
-    fixed: Weights,
-    moving: Weights,
-    start: str,
-    generator: torch.Generator,
-    max_sweeps: int,
-    bar: Any,
-) -> tuple[float, dict[str, Tensor], dict[str, Any]]:
-    """One run of coordinate descent: (objective, index vectors of the groups that may have moved, how it went)."""
-    pi: dict[str, Tensor] = {}
-    order = list(range(len(blocks)))
-    if start == "random":
-        pi = spec.random(int(torch.randint(2**31, (), generator=generator))).indices
-        order = torch.randperm(len(blocks), generator=generator).tolist()
-    state = moving
-    if pi:
-        tables = spec.tables_by_tensor
-        state = {name: permute_tensor(tensor, tables.get(name, ()), pi) for name, tensor in moving.items()}
-    descent = Descent(spec, blocks, fixed, state, pi, on_visit=bar.update)
-    if start == "outwards":
-        descent.grow_outwards()
-    sweeps = 0
-    while descent.dirty and sweeps < max_sweeps:
-        descent.sweep(order if sweeps % 2 == 0 else order[::-1])
-        sweeps += 1
-    value = inner_product(fixed, descent.state)
-    run = {"start": start, "sweeps": sweeps, "visits": descent.visits, "converged": not descent.dirty}
-    return value, descent.pi, run | {"objective": value}
+    def _move(self, i: int, step: Step, *, linear: bool) -> None:
+        """Make a step of block i, and let its neighbours know; a step by a linearised gain only if it really helps."""
+        block = self.blocks[i]
+        changed = block.move(step, self.state)
+        if not linear and not self._improves({name: after for name, (after, _) in changed.items()}):
+            return
+        if block.quadratic:
+            self._gains.forget(i)
+            self.dirty.add(i)
+        else:
+            self._gains.reorder(i, step[block.name])
+        for name, (after, shift) in changed.items():
+            self._tell_neighbours(i, name, shift, after)
+            self.state[name] = after
+        self.pi = compose_moves(self.spec, step, self.pi)
+
+    def _tell_neighbours(self, i: int, name: str, shift: Shift | None, after: Tensor) -> None:
+        neighbours = self._sharing[name] - {i}
+        for j in neighbours:
+            self._gains.update(j, name, shift, self.state[name], after)
+        self.dirty |= neighbours
+
+    def _improves(self, changed: Mapping[str, Tensor]) -> bool:
+        """Whether a move of a group that meets itself in a tensor, whose gain is only a linearisation, really helps."""
+        before = inner_product({name: self.fixed[name] for name in changed}, self.state)
+        after = inner_product({name: self.fixed[name] for name in changed}, changed)
+        return after > before + _ROUNDING * abs(before)

@@ -10,6 +10,7 @@ from lmc.align.weight_matching.blocks import Shift, UnitBlock
 
 # From this size on, an assignment takes longer than finding the prices that speed up the next one.
 _PRICED = 128
+_CHUNK = 1 << 18
 
 
 class Gains:
@@ -25,14 +26,6 @@ class Gains:
         self._held: list[set[int]] = [set() for _ in blocks]
         self._prices: dict[int, Tensor] = {}
 
-    def best(self, i: int, used: Collection[int], state: Mapping[str, Tensor]) -> tuple[Tensor, float, float]:
-        """The best permutation of block i: (index, improvement, size of the terms involved)."""
-        gain = self.of(i, used, state)
-        index, improvement = assign(gain, self._prices.get(i))
-        if len(index) >= _PRICED:
-            self._prices[i] = prices_of(gain, index, self._prices.get(i))
-        return index, improvement, float(gain.diagonal().abs().sum())
-
     def of(self, i: int, used: Collection[int], state: Mapping[str, Tensor]) -> Tensor:
         """The gain `(n, n)` of block i over its places `used`, which hold all those asked for before."""
         block, held = self.blocks[i], self._held[i]
@@ -45,6 +38,13 @@ class Gains:
             return torch.zeros(block.size, block.size)
         return self._gain[i]
 
+    def assign(self, i: int, gain: Tensor) -> tuple[Tensor, float]:
+        """The best permutation of block i and its improvement, searched from the prices of its last assignment."""
+        index, improvement = assign(gain, self._prices.get(i))
+        if len(index) >= _PRICED:
+            self._prices[i] = prices_of(gain, index, self._prices.get(i))
+        return index, improvement
+
     def reorder(self, i: int, index: Tensor) -> None:
         """UnitBlock i itself has moved: B's units come in the order `index`."""
         for columns in (self._gain, self._prices):
@@ -52,7 +52,7 @@ class Gains:
                 columns[i] = columns[i].index_select(-1, index.to(columns[i].device))
 
     def forget(self, i: int) -> None:
-        """Make the gain of block i anew when it is next asked for."""
+        """Compute the gain of block i from scratch when it is next asked for."""
         self._gain.pop(i, None)
         self._prices.pop(i, None)
         self._held[i].clear()
@@ -75,3 +75,15 @@ class Gains:
             self._gain[i].addmm_(mine, theirs.T)
         else:
             self._gain[i] = mine @ theirs.T
+
+
+def inner_product(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
+    """`sum <a, b>` over the tensors of `a`, in float64."""
+    return sum(_dot(x.flatten(), b[name].flatten()) for name, x in a.items())
+
+
+def _dot(x: Tensor, y: Tensor) -> float:
+    """`<x, y>` in float64, widened chunk by chunk: chunks stay in the cache, whole layers would not."""
+    if len(x) <= _CHUNK:
+        return float(torch.dot(x.double(), y.double()))
+    return sum(map(_dot, x.split(_CHUNK), y.split(_CHUNK)))

@@ -12,7 +12,7 @@ from lmc.align.activations.collect import CrossMoments, Site, centred, unit_valu
 from lmc.align.activations.matching import activation_matching
 from lmc.align.activations.taps import Tap, Watch, choose, groups_at, live_taps
 from lmc.align.transport.widths import guess_inputs
-from lmc.align.weight_matching.algorithm import weight_matching
+from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.merge.partial.growth import Growth, growth

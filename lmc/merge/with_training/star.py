@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmc.align.weight_matching.algorithm import weight_matching
+from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
