@@ -15,7 +15,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch loads; networks
 import torch  # noqa: E402
 
 import lmc  # noqa: E402
-from lmc.views.widgets.path_page import save_html  # noqa: E402
 
 WIDTHS = [512, 512, 512]
 TITLE = "Two networks, one basin"
@@ -89,7 +88,7 @@ def main() -> None:
     table.add("walk from A to the reordered B", barrier_of(aligned))
 
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    save_html(args.out, {"naive": naive, "aligned": aligned}, title=TITLE, text=TEXT, rows=table.rows)
+    aligned.save_html(args.out, naive=naive, title=TITLE, text=TEXT, rows=table.rows)
     print(f"\n{args.out}: open it in a browser and move the slider")
 
 

@@ -45,9 +45,9 @@ def write(file: str | Path, form: str, content: Mapping[str, Any], tensors: Tens
 def read(file: str | Path) -> tuple[str, dict[str, Any], Tensors]:
     """Format name, plain data and tensors of a file."""
     with open(file, "rb") as opened:
-        start = opened.read(1)
-    if start != b"\0" and (text := Path(file).read_bytes()).lstrip()[:1] in b"{[":
-        content = json.loads(text)
+        start = opened.read(8)
+    if b"\0" not in start:  # a safetensors file starts with the length of its header, in eight bytes
+        content = json.loads(Path(file).read_text(encoding="utf-8"))
         return content["format"], content, {}
     with safe_open(file, framework="pt") as stored:
         header = dict(stored.metadata() or {})
@@ -90,7 +90,7 @@ def encode(value: Any, hint: Any, tensors: Tensors) -> Any:
     if isinstance(value, np.ndarray):
         return _array(value, _dtype(_member(hint, np.ndarray)))
     if hasattr(value, "to_dict"):
-        return value.to_dict()
+        return encode(value.to_dict(), Any, tensors)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = typing.get_type_hints(type(value))
         fields = saved_fields(type(value))

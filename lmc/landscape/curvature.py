@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -11,7 +11,9 @@ from scipy.linalg import eigh_tridiagonal
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lmc.core.extras import require
 from lmc.core.progress import tqdm
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.evaluation.objective import Loss, check_training_data, mean_loss
 from lmc.landscape.evaluation.scores import IGNORED
@@ -20,11 +22,14 @@ from lmc.network.batches import Split, as_splits, to_device
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
-class Curvature:
+class Curvature(Result):
     """The Hessian of the mean loss with respect to all parameters.
 
     Attributes:
@@ -45,6 +50,11 @@ class Curvature:
     trace: float
     trace_error: float
     parameters: int
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each eigenvalue that was found, the lowest last: eigenvalue, residual."""
+        values, residuals = [*self.eigenvalues, self.lowest], [*self.residuals, self.lowest_residual]
+        return require("pandas").DataFrame({"eigenvalue": values, "residual": residuals})
 
     def __str__(self) -> str:
         top = ", ".join(f"{value:.4g}" for value in self.eigenvalues)

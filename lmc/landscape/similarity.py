@@ -1,11 +1,13 @@
 """How alike two networks are in what they compute: representations layer by layer, and predictions."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lmc.core.extras import require
+from lmc.core.results import Result
 from lmc.errors import DataError, InputError
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.scores import IGNORED
@@ -13,9 +15,12 @@ from lmc.network.batches import Split, take, to_device
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 @dataclass(frozen=True, eq=False)
-class Similarity:
+class Similarity(Result):
     """Two classifiers a and b on the same examples; all but `cka` are fractions of them.
 
     Attributes:
@@ -41,6 +46,10 @@ class Similarity:
         """Disagreement as a share of the most that the two errors allow; NaN where neither network errs."""
         most = sum(self.errors)
         return self.disagreement / most if most else float("nan")
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each layer: layer, cka."""
+        return require("pandas").DataFrame({"layer": list(self.cka), "cka": list(self.cka.values())})
 
     def __str__(self) -> str:
         a, b = self.errors

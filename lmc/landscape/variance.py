@@ -14,6 +14,7 @@ from torch import nn
 
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.paths.path import Values
 from lmc.network.inputs import first_of, input_batches
@@ -24,11 +25,10 @@ from lmc.weights import ModelOrWeights, agreeing
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, eq=False)
-class VarianceRatios:
+class VarianceRatios(Result):
     """The variances of the channels of every linear and convolutional layer, before the nonlinearity.
 
     Attributes:
@@ -54,17 +54,6 @@ class VarianceRatios:
             for layer, ends in self.ends.items()
         ]
         return pd.DataFrame(rows, columns=["layer", "channels", "merged", "ends", "ratio"])
-
-    def plot(self, label: str = "merged", **others: "VarianceRatios") -> "go.Figure":
-        """The ratio in each layer: `repaired.plot("repaired", naive=naive)` draws both networks."""
-        from lmc.views.plots.variance import plot_ratios
-
-        for name, other in others.items():
-            if not isinstance(other, VarianceRatios) or other.ends.keys() != self.ends.keys():
-                raise InputError(f"{name}: expected the VarianceRatios of a network with the same layers")
-        if label in others:
-            raise InputError(f"two networks are called {label!r}; pass label=")
-        return plot_ratios({**others, label: self})
 
     def __repr__(self) -> str:
         shares = ", ".join(f"{layer} {ratio:.2f}" for layer, ratio in self.ratios.items())

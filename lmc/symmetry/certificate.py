@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 
+from lmc.core.results import Result
+
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(Result):
     """What was checked, and how exactly the outputs agreed.
 
     Attributes:

@@ -1,17 +1,16 @@
 """`PermutationSpec`, the permutation symmetries of one architecture, and `Permutation`, one element of their group."""
 
 import fnmatch
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from lmc.core.files import write_text
+from lmc.core.extras import require
+from lmc.core.results import Result
 from lmc.errors import InputError, SpecError
 from lmc.symmetry import compare, report
 from lmc.symmetry.actions import act, identity_indices, random_indices, sources
@@ -26,12 +25,15 @@ from lmc.symmetry.outputs import Inputs, OutputSelector
 from lmc.symmetry.symmetries import Symmetries
 from lmc.weights import ModelOrWeights, StateDict, as_weights, tied_names
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
-SPEC_FORMAT, PERMUTATION_FORMAT = "lmc permutation spec 1", "lmc permutation 1"
+SPEC_FORMAT = "lmc permutation spec 1"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class PermutationSpec(Symmetries):
+class PermutationSpec(Symmetries, Result):
     """Groups of interchangeable units of one architecture, and where they lie in its tensors.
 
     Made by `lmc.permutation_spec(model, inputs)`, or written by hand with `from_patterns`.
@@ -184,33 +186,16 @@ class PermutationSpec(Symmetries):
         outputs = tuple(content.get("outputs", ()))
         return cls(groups, shapes, frozenset(content["buffers"]), frozen, content["aliases"], outputs=outputs)
 
-    def save(self, path: str | Path) -> None:
-        """Write the spec as JSON (atomically)."""
-        write_text(path, json.dumps(self.to_dict(), indent=1))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "PermutationSpec":
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: the file is something else.
-        """
-        try:
-            return cls.from_dict(json.loads(Path(path).read_text()))
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not a spec saved by lmc ({error})") from error
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each group: group, family, size, and the number of tensors that it moves in."""
+        rows = [(name, group.family, group.size, len(group.tables)) for name, group in self.groups.items()]
+        return require("pandas").DataFrame(rows, columns=["group", "family", "size", "tensors"])
 
     def __repr__(self) -> str:
         return report.as_text(self)
 
     def _repr_html_(self) -> str:
         return report.as_html(self)
-
-    def plot(self):
-        """A picture of the layers and the groups that tie them (plotly figure)."""
-        from lmc.views.plots.symmetry import plot_spec
-
-        return plot_spec(self)
 
 
 @dataclass(frozen=True)
@@ -247,7 +232,7 @@ class UnboundSpec:
 
 
 @dataclass(frozen=True, eq=False)
-class Permutation(Mapping[str, Tensor]):
+class Permutation(Result, Mapping[str, Tensor]):
     """For each group of a spec an index vector: B's unit for each unit of A, so that moved units are `x[p]`.
 
     Groups inside units of other groups are permuted after these: `p` of `v[2]` orders the units that have arrived
@@ -346,33 +331,10 @@ class Permutation(Mapping[str, Tensor]):
             self.spec, self.indices, model, inputs, weights=weights, outputs=outputs, tolerance=tolerance
         )
 
-    def save(self, path: str | Path) -> None:
-        """Write spec, indices and provenance as JSON (atomically)."""
-        content = {
-            "format": PERMUTATION_FORMAT,
-            "spec": self.spec.to_dict(),
-            "indices": {name: index.tolist() for name, index in self.indices.items()},
-            "objective": self.objective,
-            "info": self.info,
-        }
-        write_text(path, json.dumps(content))
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Permutation":
-        """Read what `save` wrote.
-
-        Raises:
-            InputError: the file is something else.
-        """
-        try:
-            content = json.loads(Path(path).read_text())
-            if content["format"] != PERMUTATION_FORMAT:
-                raise InputError(f"{path}: format {content['format']!r} is not a permutation")
-            indices = {name: torch.tensor(index) for name, index in content["indices"].items()}
-            spec = PermutationSpec.from_dict(content["spec"])
-            return cls(spec, indices, content["objective"], content["info"])
-        except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: not a permutation saved by lmc ({error})") from error
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each unit of A: group, unit, and the unit of B in its place."""
+        units = [(name, unit, int(source)) for name, index in self.items() for unit, source in enumerate(index)]
+        return require("pandas").DataFrame(units, columns=["group", "unit", "source"])
 
     def __repr__(self) -> str:
         moved = sum(int((index != torch.arange(len(index))).sum()) for index in self.indices.values())

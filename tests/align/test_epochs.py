@@ -12,7 +12,7 @@ from lmc.align.study.epochs import Epochs, barrier_over_time
 from lmc.errors import DataError, InputError
 from lmc.landscape.paths.path import loss_path
 from lmc.symmetry.find import permutation_spec
-from lmc.views.widgets.epochs_page import state
+from lmc.views.widgets.epochs import state
 
 EPOCHS = (0, 1, 5, 20)
 

@@ -41,7 +41,7 @@ def test_the_core_needs_no_extra_and_drawing_says_which(tmp_path):
     assert done.returncode == 0, done.stderr
     missing = [line for line in done.stdout.splitlines() if line.startswith("missing:")]
     assert len(missing) == 7 and all("pip install" in line for line in missing)
-    packages = ("plotly", "anywidget", "pandas", "pandas", "plotly", "plotly", "scikit-learn")
+    packages = ("plotly", "anywidget", "pandas", "pandas", "anywidget", "plotly", "scikit-learn")
     assert all(package in line for package, line in zip(packages, missing, strict=True))
     assert not list(tmp_path.iterdir())
 

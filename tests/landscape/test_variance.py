@@ -116,7 +116,7 @@ def test_it_prints_tabulates_and_plots():
     figure = found.plot(healthy=healthy)
     assert [trace.name for trace in figure.data] == ["healthy", "merged"]
     assert list(figure.data[1].y) == list(found.ratios.values()) and list(figure.data[0].x) == ["fc1", "fc2", "head"]
-    with pytest.raises(InputError, match="two networks are called 'merged'"):
+    with pytest.raises(InputError, match="two results are called 'merged'"):
         found.plot(merged=healthy)
     with pytest.raises(InputError, match="same layers"):
         found.plot(other=VarianceRatios({}, {}))

@@ -257,7 +257,7 @@ def test_files_that_are_something_else_are_refused(tmp_path):
     for text in ("", "{}", "[1]", json.dumps({"format": "else"}), "\0"):
         (tmp_path / "x.json").write_text(text)
         for kind in (PermutationSpec, lmc.Permutation):
-            with pytest.raises(lmc.InputError):
+            with pytest.raises(lmc.DataError):
                 kind.load(tmp_path / "x.json")
 
 

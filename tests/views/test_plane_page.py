@@ -14,9 +14,9 @@ import traitlets
 from lmc.errors import InputError
 from lmc.landscape.planes.plane_result import Plane
 from lmc.views.widgets import page
-from lmc.views.widgets.plane_page import MODULE, state
+from lmc.views.widgets.plane import PlaneExplorer, state
 
-WIDGETS = Path(page.__file__).parent
+WIDGETS = page.FOLDER / "js"
 
 
 @pytest.fixture
@@ -100,4 +100,4 @@ def test_the_arithmetic_of_grids():
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed; the browser tests run this code too")
 def test_the_module_parses():
-    subprocess.run(["node", "--input-type=module", "--check", "-"], input=MODULE, text=True, check=True)
+    subprocess.run(["node", "--input-type=module", "--check", "-"], input=PlaneExplorer._esm, text=True, check=True)

@@ -60,7 +60,7 @@ def test_figures_are_small():
 
 
 def test_names_are_told_apart():
-    with pytest.raises(InputError, match="two paths are called 'x'"):
+    with pytest.raises(InputError, match="two results are called 'x'"):
         made_path(1.0).plot("x", x=made_path(2.0))
     with pytest.raises(InputError, match="naive: expected a Path"):
         made_path(1.0).plot(naive=3)

@@ -17,9 +17,9 @@ from lmc.errors import InputError
 from lmc.landscape.paths.path import Path, loss_path
 from lmc.models import mlp
 from lmc.views.widgets import page
-from lmc.views.widgets.path_page import inline_html, save_html, state
+from lmc.views.widgets.path import PathExplorer, state
 
-WIDGETS = FilePath(page.__file__).parent
+WIDGETS = page.FOLDER / "js"
 
 
 def random_path(seed: int, count: int = 60, pixels=(1, 4, 4), alphas: int = 5) -> Path:
@@ -175,14 +175,14 @@ def test_the_page_stands_alone(naive, tmp_path):
 
 def test_the_page_says_what_it_is_told(naive, tmp_path):
     rows = [{"network": "A & B", "accuracy": "97 %"}]
-    save_html(tmp_path / "page.html", {"path": naive}, title="One <basin>", text=["First."], rows=rows)
+    naive.save_html(tmp_path / "page.html", title="One <basin>", text=["First."], rows=rows)
     document = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "<h1>One &lt;basin&gt;</h1><p>First.</p><table>" in document
     assert "<th>network</th>" in document and "<td>A &amp; B</td>" in document
 
 
 def test_a_frame_of_the_digits_is_small_enough_for_a_notebook(naive):
-    assert len(inline_html(state({"path": naive}))) < 60_000
+    assert len(PathExplorer.inline(state({"path": naive}))) < 60_000
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed; the browser tests run this code too")

@@ -18,6 +18,7 @@ from lmc.align.study.singular import singular_alignment
 from lmc.align.transport.fusion import ot_fusion
 from lmc.align.weight_matching.matching import matched, weight_matching
 from lmc.core.extras import require
+from lmc.core.results import Result
 from lmc.errors import InputError, SpecError
 from lmc.network.network import pick_device
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
@@ -25,7 +26,6 @@ from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights, distance,
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
 Aligner: TypeAlias = Callable[[PermutationSpec, nn.Module, Weights, Weights, Any], Permutation | Weights]
 
@@ -75,7 +75,7 @@ class Alignment:
 
 
 @dataclass(frozen=True, eq=False)
-class AlignmentComparison:
+class AlignmentComparison(Result):
     """The alignments of one pair by method, as a mapping, a data frame (`to_frame`) and a figure (`plot`).
 
     `skipped` holds the methods that do not go with this architecture, each with its reason.
@@ -101,12 +101,6 @@ class AlignmentComparison:
         columns = [name for name in Alignment.__dataclass_fields__ if name not in ("weights", "permutation")]
         rows = {method: [getattr(found, name) for name in columns] for method, found in self.alignments.items()}
         return pd.DataFrame.from_dict(rows, orient="index", columns=columns)
-
-    def plot(self) -> "go.Figure":
-        """Barriers by method, plain and repaired."""
-        from lmc.views.plots.alignment import plot_comparison
-
-        return plot_comparison(self)
 
     def _repr_html_(self) -> str:
         return self.to_frame().to_html(float_format="{:.4g}".format)

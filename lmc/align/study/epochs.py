@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from torch import nn
 from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.paths.path import Path, Repair, Values, loss_path
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
@@ -20,13 +20,10 @@ from lmc.weights import ModelOrWeights, as_weights
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
-
-    from lmc.views.widgets.epochs_explorer import EpochsExplorer
 
 
 @dataclass(frozen=True, eq=False)
-class Epochs:
+class Epochs(Result):
     """Paths between two runs at several epochs of their training.
 
     Attributes:
@@ -36,6 +33,10 @@ class Epochs:
 
     epochs: tuple[int, ...]
     paths: dict[str, tuple[Path, ...]]
+
+    def __post_init__(self) -> None:
+        if not self.epochs or any(len(each) != len(self.epochs) for each in self.paths.values()):
+            raise InputError(f"{len(self.epochs)} epochs, paths for {[len(each) for each in self.paths.values()]}")
 
     def __getitem__(self, epoch: int) -> dict[str, Path]:
         """The paths at one epoch.
@@ -69,38 +70,6 @@ class Epochs:
             for name, paths in self.paths.items()
         ]
         return pd.DataFrame(rows)
-
-    def plot(self) -> "go.Figure":
-        """The barriers over the epochs, and the losses between the runs as they change."""
-        from lmc.views.plots.epochs import plot_epochs
-
-        return plot_epochs(self)
-
-    def explore(self) -> "EpochsExplorer":
-        """A widget with a slider over the epochs, linked to the path at this epoch."""
-        require("anywidget")
-        from lmc.views.widgets.epochs_explorer import EpochsExplorer
-
-        return EpochsExplorer(self)
-
-    def save_html(self, file: str | FilePath) -> None:
-        """Write the explorer as one page that needs neither a kernel nor a network."""
-        from lmc.views.widgets.epochs_page import save_html
-
-        save_html(file, self)
-
-    def save(self, file: str | FilePath) -> None:
-        """Write all paths as JSON; `Epochs.load` reads them back."""
-        from lmc.align.study.epochs_file import save
-
-        save(self, file)
-
-    @classmethod
-    def load(cls, file: str | FilePath) -> "Epochs":
-        """Read what `save` wrote."""
-        from lmc.align.study.epochs_file import load
-
-        return load(file)
 
     def __str__(self) -> str:
         lines = [f"Epochs {self.epochs[0]} to {self.epochs[-1]} ({len(self.epochs)}) of two runs"]

@@ -4,7 +4,6 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,16 +17,14 @@ from lmc.align.weight_matching.gains import inner_product
 from lmc.align.weight_matching.matching import matched
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
+from lmc.core.results import Result
 from lmc.errors import InputError, SpecError
+from lmc.landscape.paths.path import Path, loss_path
 from lmc.symmetry.spec import Permutation
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
-
-    from lmc.landscape.paths.path import Path
-    from lmc.views.widgets.matching_explorer import MatchingExplorer
 
 MOST_UNITS = 64  # of a group whose similarities are kept
 MOST_GROUPS = 8  # that are shown unless others are named
@@ -61,7 +58,7 @@ class MatchedGroup:
 
 
 @dataclass(frozen=True, eq=False)
-class Matching:
+class Matching(Result):
     """A permutation carried out in T steps. At every step B is the same function; only its way to A changes.
 
     Attributes:
@@ -74,7 +71,7 @@ class Matching:
     shares: Values
     groups: dict[str, MatchedGroup]
     objective: Values
-    paths: "tuple[Path, ...]" = ()
+    paths: tuple[Path, ...] = ()
 
     @property
     def barriers(self) -> Values:
@@ -88,29 +85,6 @@ class Matching:
         agreement = {f"agreement of {name}": group.agreement for name, group in self.groups.items()}
         columns = {"placed": self.shares, "objective": self.objective, **agreement, "barrier": self.barriers}
         return pd.DataFrame(columns)
-
-    def plot(self, group: str | None = None) -> "go.Figure":
-        """The similarities of a group's units before and after, and how objective and barrier change on the way.
-
-        Raises:
-            InputError: a group that is not shown.
-        """
-        from lmc.views.plots.matching import plot_matching
-
-        return plot_matching(self, self.known(group))
-
-    def explore(self, group: str | None = None) -> "MatchingExplorer":
-        """A widget whose slider carries out the permutation: units find their places, the barrier shrinks."""
-        require("anywidget")
-        from lmc.views.widgets.matching_explorer import MatchingExplorer
-
-        return MatchingExplorer(self, self.known(group))
-
-    def save_html(self, file: str | FilePath, group: str | None = None) -> None:
-        """Write the explorer as one page that needs neither a kernel nor a network."""
-        from lmc.views.widgets.matching_page import save_html
-
-        save_html(file, self, self.known(group))
 
     def known(self, group: str | None) -> str:
         """`group`, or the first one for None; `InputError` for one that is not here."""
@@ -238,7 +212,5 @@ def _fields(
 
 def _line(
     model: nn.Module | None, a: Weights, b: Weights, data: Any, alphas: int, device: torch.device | str | None
-) -> "Path | None":
-    from lmc.landscape.paths.path import loss_path
-
+) -> Path | None:
     return None if model is None else loss_path(model, a, b, data, alphas=alphas, device=device, progress=False)

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from lmc.core.extras import require
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +49,7 @@ class LayerAlignment:
 
 
 @dataclass(frozen=True, eq=False)
-class SingularAlignment:
+class SingularAlignment(Result):
     """The agreement of singular vectors in every layer of two aligned networks.
 
     Attributes:
@@ -75,24 +75,6 @@ class SingularAlignment:
             for name, layer in self.layers.items()
         ]
         return pd.DataFrame(rows, columns=["layer", "r", "kept", "largest_a", "largest_b"])
-
-    def plot(
-        self, layer: str | None = None, *, before: "SingularAlignment | None" = None, top: int = 40
-    ) -> "go.Figure":
-        """Spectra of one layer (default: the largest), and how the `top` left singular vectors of A and B meet.
-
-        Args:
-            layer: a key of `layers`. before: the same networks before they were aligned, drawn beside it.
-
-        Raises:
-            InputError: a layer that neither network has.
-        """
-        from lmc.views.plots.singular import plot_singular
-
-        name = layer or max(self.layers, key=lambda key: len(self.layers[key].values_a))
-        if name not in self.layers or (before is not None and name not in before.layers):
-            raise InputError(f"layer={name!r}; expected one of {', '.join(self.layers)}")
-        return plot_singular(self, name, before, top)
 
     def __repr__(self) -> str:
         return f"SingularAlignment(R = {self.r:.3f} at gamma = {self.gamma:g}, {len(self.layers)} layers)"

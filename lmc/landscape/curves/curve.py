@@ -1,15 +1,19 @@
 """Curves of low loss between two networks (Garipov et al. 2018, arXiv:1802.10026)."""
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lmc.core.codec import UNSAVED
+from lmc.core.extras import require
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.curves.training import Recipe, train_bends
 from lmc.landscape.evaluation.objective import check_training_data
@@ -23,11 +27,14 @@ from lmc.network.copies import copy_module
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, distance, lerp, mean
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Kind: TypeAlias = Literal["bezier", "chain"]
 
 
 @dataclass(frozen=True, eq=False)
-class Curve:
+class Curve(Result):
     """A curve `phi(t)`, t from 0 to 1, between two networks.
 
     Attributes:
@@ -39,11 +46,13 @@ class Curve:
         model: a private copy of the architecture.
     """
 
+    version = 2
+
     controls: tuple[Weights, ...]
     kind: Kind
     losses: Values
     interrupted: bool
-    model: nn.Module = field(repr=False)
+    model: nn.Module = field(repr=False, metadata=UNSAVED)
 
     def shares(self, t: float) -> tuple[float, ...]:
         """What each control has in `phi(t)`; they sum to 1."""
@@ -120,18 +129,31 @@ class Curve:
         track = np.array([self.shares(t) for t in np.linspace(0.0, 1.0, 101)]) @ corners
         return replace(plane, tracks={"curve": track, "naive": corners[[0, 2]]})
 
-    def save(self, file: str | FilePath) -> None:
-        """Write the curve as a safetensors file; `Curve.load(file, model)` reads it back."""
-        from lmc.landscape.curves.curve_file import save
-
-        save(self, file)
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each epoch of its training: epoch, loss."""
+        return require("pandas").DataFrame({"epoch": np.arange(1, len(self.losses) + 1), "loss": self.losses})
 
     @classmethod
     def load(cls, file: str | FilePath, model: nn.Module) -> "Curve":
-        """Read a curve of the architecture `model` that `save` wrote."""
-        from lmc.landscape.curves.curve_file import load
+        """Read a curve of the architecture `model` that `save` wrote; weights are on the CPU.
 
-        return load(file, model)
+        Raises:
+            DataError: a file that holds something else.
+            MismatchError: a curve of another architecture.
+        """
+        found = super().load(file, model=copy_module(model))
+        network = Network(model, next(iter(found.controls[0].values())).device)
+        for i, control in enumerate(found.controls):
+            network.check(control, f"control {i} of the file")
+        return found
+
+    @classmethod
+    def _from_older(cls, form: str, content: dict[str, Any], tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        if form != "lmc curve 1":
+            return super()._from_older(form, content, tensors)
+        names = json.loads(content["names"])  # of the tensors of each control, in their order
+        controls = [{n: {"tensor": f"{i}/{n}"} for n in names} for i in range(len(tensors) // max(len(names), 1))]
+        return "lmc curve 2", {**json.loads(content["curve"]), "controls": controls}
 
     def __str__(self) -> str:
         kind, bends = {"bezier": "Bezier curve", "chain": "Polygonal chain"}[self.kind], len(self.controls) - 2

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -11,7 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lmc.core.codec import UNSAVED
 from lmc.core.extras import require
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.live import Bench, Live
@@ -26,16 +27,14 @@ from lmc.weights import ModelOrWeights, Weights, agreeing, mean
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
-    from lmc.views.widgets.path_explorer import PathExplorer
 
 Values = npt.NDArray[np.float64]
 Repair: TypeAlias = Literal["auto", "repair", "closed_form"] | None
 
 
 @dataclass(frozen=True, eq=False)
-class Path(Measured):
+class Path(Measured, Result):
     """Losses and accuracies on the way from a (alpha = 0) to b (alpha = 1).
 
     Attributes:
@@ -57,7 +56,7 @@ class Path(Measured):
     recalibrated: bool = False
     predictions: Predictions | None = field(default=None, repr=False)
     repaired: str | None = None
-    exact: Live | None = field(default=None, repr=False)
+    exact: Live | None = field(default=None, repr=False, metadata=UNSAVED)
 
     @property
     def complete(self) -> bool:
@@ -107,41 +106,11 @@ class Path(Measured):
         ]
         return pd.concat(frames, ignore_index=True)
 
-    def plot(self, label: str | None = None, **others: "Path") -> "go.Figure":
-        """Loss and accuracy over alpha, the barrier marked: `aligned.plot(naive=naive)` draws both paths."""
-        from lmc.views.plots.path import plot_paths
-
-        return plot_paths(named(self, label, others))
-
-    def explore(self, label: str | None = None, **others: "Path") -> "PathExplorer":
-        """A widget with a slider along the path: the network at this point, what it confuses and what it gets wrong."""
-        require("anywidget")
-        from lmc.views.widgets.path_explorer import PathExplorer
-
-        return PathExplorer(named(self, label, others))
-
-    def save_html(self, file: str | FilePath, label: str | None = None, **others: "Path") -> None:
-        """Write the explorer as one page that needs neither a kernel nor a network."""
-        from lmc.views.widgets.path_page import save_html
-
-        save_html(file, named(self, label, others))
-
-    def save(self, file: str | FilePath) -> None:
-        """Write the path as JSON; `Path.load` reads it back."""
-        from lmc.landscape.paths.path_file import save
-
-        save(self, file)
-
-    @classmethod
-    def load(cls, file: str | FilePath) -> "Path":
-        """Read a path that `save` wrote."""
-        from lmc.landscape.paths.path_file import load
-
-        return load(file)
-
     def __str__(self) -> str:
         missing = int(np.isnan(self.losses[self.split]).sum())
-        points = f"{len(self.alphas)} points" + (f", {missing} without a loss (not evaluated, or not a number)" if missing else "")
+        points = f"{len(self.alphas)} points" + (
+            f", {missing} without a loss (not evaluated, or not a number)" if missing else ""
+        )
         how = ", batch statistics re-estimated at each" if self.recalibrated else ""
         how += f", repaired between the ends ({self.repaired!r})" if self.repaired else ""
         lines = [f"Path of {points}{how}"]
@@ -159,17 +128,6 @@ class Path(Measured):
         return "\n".join(lines)
 
     __repr__ = __str__
-
-
-def named(path: Path, label: str | None, others: Mapping[str, Path]) -> dict[str, Path]:
-    """The paths by name, `path` last, on top. Without a label it is "aligned" beside a "naive" path, else "path"."""
-    for name, other in others.items():
-        if not isinstance(other, Path):
-            raise InputError(f"{name}: expected a Path, got {type(other).__name__}")
-    label = label or ("aligned" if "naive" in others else "naive" if "aligned" in others else "path")
-    if label in others:
-        raise InputError(f"two paths are called {label!r}; pass label=")
-    return {**others, label: path}
 
 
 def loss_path(

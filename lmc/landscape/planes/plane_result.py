@@ -1,27 +1,24 @@
 """What a plane in weight space holds."""
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from lmc.core.codec import UNSAVED
 from lmc.core.extras import require
+from lmc.core.results import Result
 from lmc.landscape.evaluation.live import Live
 from lmc.landscape.evaluation.measured import Measured
 from lmc.landscape.planes.grid import Values
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
-
-    from lmc.views.widgets.plane_explorer import PlaneExplorer
 
 
 @dataclass(frozen=True, eq=False)
-class Plane(Measured):
+class Plane(Measured, Result):
     """Losses and accuracies over a plane in weight space.
 
     Attributes:
@@ -55,7 +52,7 @@ class Plane(Measured):
     interpolated: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros((), dtype=bool))
     error: dict[str, dict[str, float]] = field(default_factory=dict)
     explained: tuple[float, float] | None = None
-    exact: Live | None = field(default=None, repr=False)
+    exact: Live | None = field(default=None, repr=False, metadata=UNSAVED)
 
     @property
     def complete(self) -> bool:
@@ -91,46 +88,6 @@ class Plane(Measured):
         ]
         told = {"evaluated": self.evaluated.ravel()} if self.interpolated.any() else {}
         return pd.concat([frame.assign(**told) for frame in frames], ignore_index=True)
-
-    def plot(self, split: str | None = None, measures: Sequence[str] | None = None) -> "go.Figure":
-        """Contours of some measures (default: loss, in logarithmic steps, and accuracy), with the models in their places.
-
-        Raises:
-            InputError: a split or a measure that the plane lacks.
-        """
-        from lmc.views.plots.plane import plot_plane
-
-        return plot_plane(self, self.split if split is None else split, measures)
-
-    def explore(self, paths: Mapping[str, npt.ArrayLike] | None = None) -> "PlaneExplorer":
-        """A widget with a point to be dragged over the plane, as a map and as a surface.
-
-        Args:
-            paths: further curves to be drawn, name -> (K, 2).
-        """
-        require("anywidget")
-        from lmc.views.widgets.plane_explorer import PlaneExplorer
-
-        return PlaneExplorer(self, paths or {})
-
-    def save_html(self, file: str | FilePath, paths: Mapping[str, npt.ArrayLike] | None = None) -> None:
-        """Write the explorer as one page that needs neither a kernel nor a network."""
-        from lmc.views.widgets.plane_page import save_html
-
-        save_html(file, self, paths or {})
-
-    def save(self, file: str | FilePath) -> None:
-        """Write the plane as JSON; `Plane.load` reads it back."""
-        from lmc.landscape.planes.plane_file import save
-
-        save(self, file)
-
-    @classmethod
-    def load(cls, file: str | FilePath) -> "Plane":
-        """Read a plane that `save` wrote."""
-        from lmc.landscape.planes.plane_file import load
-
-        return load(file)
 
     def __str__(self) -> str:
         head = f"Plane of {len(self.x)} x {len(self.y)} points"

@@ -1,23 +1,22 @@
 """What mixtures of several models hold: losses over a simplex of shares, a triangle where they are three."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from lmc.core.codec import UNSAVED
 from lmc.core.extras import require
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.evaluation.measured import Measured
-from lmc.landscape.simplices.lattice import Counts, Values, interpolate
+from lmc.landscape.simplices.lattice import Counts, Values, interpolate, lattice
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
-    from lmc.views.widgets.simplex_explorer import SimplexExplorer
 
 # Shares -> split -> measure -> value.
 Exact = Callable[[Sequence[float]], dict[str, dict[str, float]]]
@@ -48,7 +47,7 @@ class Mixture:
 
 
 @dataclass(frozen=True, eq=False)
-class Simplex(Measured):
+class Simplex(Measured, Result):
     """Losses and accuracies of mixtures `sum_i s_i theta_i` of K models, s on a lattice.
 
     Attributes:
@@ -72,7 +71,7 @@ class Simplex(Measured):
     uniform: Mixture
     done: npt.NDArray[np.bool_]
     recalibrated: bool = False
-    exact: Exact | None = field(default=None, repr=False)
+    exact: Exact | None = field(default=None, repr=False, metadata=UNSAVED)
 
     @property
     def resolution(self) -> int:
@@ -144,41 +143,13 @@ class Simplex(Measured):
         frames = [pd.DataFrame({**shares, "split": split, **measures}) for split, measures in self.values.items()]
         return pd.concat(frames, ignore_index=True)
 
-    def plot(self, split: str | None = None) -> "go.Figure":
-        """Two panels: loss halfway between each two models, and loss against the number of models that have a say.
-
-        Raises:
-            InputError: a split that there is not.
-        """
-        from lmc.views.plots.triangle import plot_simplex
-
-        return plot_simplex(self, self.split if split is None else split)
-
-    def explore(self) -> "SimplexExplorer":
-        """A widget in which the mixture is moved: interpolated while it moves, evaluated exactly when it is let go."""
-        require("anywidget")
-        from lmc.views.widgets.simplex_explorer import SimplexExplorer
-
-        return SimplexExplorer(self)
-
-    def save_html(self, file: str | FilePath) -> None:
-        """Write the explorer as one page that needs neither a kernel nor a network; it interpolates."""
-        from lmc.views.widgets.simplex_page import save_html
-
-        save_html(file, self)
-
-    def save(self, file: str | FilePath) -> None:
-        """Write all but `exact` as JSON; `load` reads it back."""
-        from lmc.landscape.simplices.simplex_file import save
-
-        save(self, file)
-
     @classmethod
-    def load(cls, file: str | FilePath) -> "Simplex":
-        """Read what `save` wrote: a `Triangle` where the models are three."""
-        from lmc.landscape.simplices.simplex_file import load
-
-        return load(file)
+    def _from_older(cls, form: str, content: dict[str, Any], tensors: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+        if form != "lmc mixtures 1":
+            return super()._from_older(form, content, tensors)
+        names = content["names"]  # and the resolution, from which the counts followed
+        counts = lattice(len(names), content["resolution"]).tolist()
+        return f"lmc {'triangle' if len(names) == 3 else 'simplex'} 1", {**content, "counts": counts}
 
     def __str__(self) -> str:
         head = f"{type(self).__name__} of {len(self.counts)} mixtures of {', '.join(self.names)}"
@@ -198,13 +169,3 @@ class Simplex(Measured):
 
 class Triangle(Simplex):
     """The mixtures of three models: a triangle with a model in each corner."""
-
-    def plot(self, split: str | None = None) -> "go.Figure":
-        """Contours of loss (colours in logarithmic steps) and of accuracy over the triangle, models in the corners.
-
-        Raises:
-            InputError: a split that there is not.
-        """
-        from lmc.views.plots.triangle import plot_triangle
-
-        return plot_triangle(self, self.split if split is None else split)

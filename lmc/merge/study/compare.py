@@ -12,6 +12,7 @@ from torch import nn
 
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
+from lmc.core.results import Result
 from lmc.errors import InputError, LmcError
 from lmc.merge.engine.aligning import Align, aligned
 from lmc.merge.study.candidates import Candidate, MergeTask, chosen, models_of
@@ -21,7 +22,6 @@ from lmc.weights import ModelOrWeights, Weights, agreeing
 
 if TYPE_CHECKING:
     import pandas
-    import plotly.graph_objects
 
 Judge = Callable[[Weights], dict[str, float]]
 
@@ -51,7 +51,7 @@ class Entry:
 
 
 @dataclass(frozen=True, eq=False)
-class MergeComparison:
+class MergeComparison(Result):
     """Merging methods ranked by validation score; `weights` are those of the best one.
 
     Attributes:
@@ -82,12 +82,6 @@ class MergeComparison:
             rows[-1] |= {"seconds": round(e.seconds, 2), "note": e.note}
         frame = pandas.DataFrame(rows).set_index("method")
         return frame if any(e.note for e in self.entries) else frame.drop(columns="note")
-
-    def plot(self) -> "plotly.graph_objects.Figure":
-        """Scores of each method on validation and on held-out data, single tasks as dots."""
-        from lmc.views.plots.merging import plot_merges
-
-        return plot_merges(self)
 
     def _repr_html_(self) -> str:
         return self.to_frame().to_html(float_format="{:.4f}".format)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.merge.engine.tensors import STATISTICS, outline
 from lmc.merge.study.advice import advice
@@ -21,7 +22,6 @@ from lmc.weights.checkpoints.opening import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     import pandas
-    import plotly.graph_objects
 
 COLUMNS_AT_ONCE = 1 << 20  # values of each model that are compared at a time, in float64
 
@@ -48,7 +48,7 @@ class Layer:
 
 
 @dataclass(frozen=True, eq=False)
-class Inspection:
+class Inspection(Result):
     """What `inspect` found: a table (`to_frame`), a figure (`plot`), and advice in words (`advice`).
 
     Attributes:
@@ -95,12 +95,6 @@ class Inspection:
             {"tensor": d.name, "differs in": d.kind, **dict(zip(heads, d.found, strict=True))} for d in self.differences
         ]
         return pandas.DataFrame(rows, columns=["tensor", "differs in", *heads]).set_index("tensor")
-
-    def plot(self) -> "plotly.graph_objects.Figure":
-        """Cosines of the models, norms and sign conflicts by layer, and barriers where there are data."""
-        from lmc.views.plots.merging import plot_inspection
-
-        return plot_inspection(self)
 
     def __repr__(self) -> str:
         what = "task vectors" if self.based else "weights"

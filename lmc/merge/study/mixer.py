@@ -3,14 +3,16 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from lmc.core.codec import UNSAVED
+from lmc.core.extras import require
 from lmc.core.progress import tqdm
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.merge.engine.patterns import matches
 from lmc.merge.engine.tensors import weight_sets
@@ -19,7 +21,7 @@ from lmc.merge.with_data.examples import Scorer, scorer
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
 
 if TYPE_CHECKING:
-    from lmc.views.widgets.mixer_explorer import MixerExplorer
+    import pandas as pd
 
 MOST_POINTS = 256  # evaluated beforehand, for pages without a kernel
 LEVELS = {1: 21, 2: 11, 3: 6, 4: 4, 5: 3}  # of each model's coefficient, from 0 to 1
@@ -29,7 +31,7 @@ Coefficients = Sequence[float] | Sequence[Sequence[float]]
 
 
 @dataclass(frozen=True, eq=False)
-class Mixer:
+class Mixer(Result):
     """`base + sum_t c[g, t] tau_t` for coefficients c of each group of layers g and model t, scored on every task.
 
     `explore()` is the widget; `weights(c)` and `scores(c)` are what it shows.
@@ -50,7 +52,7 @@ class Mixer:
     own: np.ndarray
     models: Sequence[Weights] = field(repr=False)
     base: Weights = field(repr=False)
-    scorers: Sequence[Scorer] = field(repr=False)
+    scorers: Sequence[Scorer] = field(default=(), repr=False, metadata=UNSAVED)
 
     def options(self, coefficients: Coefficients) -> dict[str, Any]:
         """The options with which `task_arithmetic(models, base=base, ...)` gives this mixture.
@@ -83,17 +85,13 @@ class Mixer:
         place = np.unravel_index(int(means.argmax()), means.shape)
         return tuple(float(self.levels[i]) for i in place)
 
-    def explore(self) -> "MixerExplorer":
-        """Sliders for every model and group of layers, and the accuracy on each task while they move."""
-        from lmc.views.widgets.mixer_explorer import MixerExplorer
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each mixture of the grid: the coefficient of each model, the accuracy on each task."""
+        pd = require("pandas")
 
-        return MixerExplorer(self)
-
-    def save_html(self, file: str | Path, *, title: str = "A mixer for task vectors", text: Sequence[str] = ()) -> None:
-        """Write the mixer as a page without a kernel: one slider per model, values interpolated in the grid."""
-        from lmc.views.widgets.mixer_page import save_html
-
-        save_html(file, self, title=title, text=text)
+        points = product(self.levels.tolist(), repeat=len(self.names))
+        coefficients = pd.DataFrame(points, columns=[f"coefficient of {name}" for name in self.names])
+        return coefficients.join(pd.DataFrame(self.grid.reshape(-1, len(self.tasks)), columns=list(self.tasks)))
 
     def __repr__(self) -> str:
         return f"Mixer({', '.join(self.names)} on {', '.join(self.tasks)}; groups {', '.join(self.groups)})"

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lmc.core.extras import require
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.points import preparation, run
@@ -20,13 +21,12 @@ from lmc.weights import ModelOrWeights, Weights, agreeing
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
 AVERAGES = ("checkpoint", "SWA", "LAWA", "EMA")
 
 
 @dataclass(frozen=True, eq=False)
-class TrajectoryAverages:
+class TrajectoryAverages(Result):
     """What averages of the checkpoints so far score at each checkpoint of a run.
 
     Attributes:
@@ -59,12 +59,6 @@ class TrajectoryAverages:
             for split, measures in splits.items()
         ]
         return pd.concat(frames, ignore_index=True)
-
-    def plot(self, split: str | None = None) -> "go.Figure":
-        """Loss and accuracy of the checkpoints and of their averages over the run."""
-        from lmc.views.plots.soups import plot_trajectory
-
-        return plot_trajectory(self, self.split if split is None else split)
 
     def __str__(self) -> str:
         lines = [

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from lmc.core.extras import require
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.merge.rules.averaging import average
@@ -19,7 +20,6 @@ from lmc.weights import ModelOrWeights, Weights, as_weights
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
 SOUPS = ("uniform", "greedy", "learned", "learned per layer")
 
@@ -42,7 +42,7 @@ class SoupIngredient:
 
 
 @dataclass(frozen=True, eq=False)
-class Soups:
+class Soups(Result):
     """Soups of the same models.
 
     Attributes:
@@ -75,12 +75,6 @@ class Soups:
             for soup, splits in self.scores.items()
         }
         return pd.DataFrame.from_dict(rows, orient="index")
-
-    def plot(self) -> "go.Figure":
-        """The share of each model in each soup, and the loss of the soups beside that of the best model."""
-        from lmc.views.plots.soups import plot_soups
-
-        return plot_soups(self)
 
     def __str__(self) -> str:
         width = max(len(row.name) for row in self.ingredients)

@@ -9,17 +9,17 @@ import torch
 from torch import nn
 
 from lmc.core.extras import require
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.paths.path import Path, loss_path
 from lmc.weights import ModelOrWeights
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, eq=False)
-class WiseLine:
+class WiseLine(Result):
     """Accuracy along `(1 - alpha) base + alpha tuned` on several data sets.
 
     Attributes:
@@ -58,12 +58,6 @@ class WiseLine:
         pd = require("pandas")
 
         return pd.DataFrame({"alpha": self.alphas, **self.accuracies})
-
-    def plot(self) -> "go.Figure":
-        """Accuracy on the shifts (mean) over accuracy on the reference, a point for each alpha."""
-        from lmc.views.plots.soups import plot_wise_line
-
-        return plot_wise_line(self)
 
     def __str__(self) -> str:
         lines = []

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.curves.training import Recipe, finite_loss, forked, shuffled, with_parameters
 from lmc.landscape.evaluation.objective import check_training_data, mean_loss
@@ -26,7 +27,6 @@ from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, as_weights
 
 if TYPE_CHECKING:
     import pandas as pd
-    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class Star(Mapping[str, Tensor]):
 
 
 @dataclass(frozen=True, eq=False)
-class StarPaths:
+class StarPaths(Result):
     """Losses along the lines of a star, each from the centre outwards, and between ordinary solutions.
 
     Attributes:
@@ -123,12 +123,6 @@ class StarPaths:
             for i, path in enumerate(paths)
         ]
         return pd.DataFrame(rows)
-
-    def plot(self) -> "go.Figure":
-        """Loss along every line, coloured by kind."""
-        from lmc.views.plots.star import plot_star
-
-        return plot_star(self)
 
     def __str__(self) -> str:
         lines = ["Star paths, mean barrier (largest):"]

@@ -1,18 +1,16 @@
 """Methods of alignment side by side."""
 
-from typing import TYPE_CHECKING
-
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lmc.align.study.compare import AlignmentComparison
+from lmc.core.results import view
 from lmc.views.plots.style import BLUE, GREEN, ORANGE, PURPLE, styled
 
-if TYPE_CHECKING:
-    from lmc.align.study.compare import AlignmentComparison
 
-
-def plot_comparison(comparison: "AlignmentComparison") -> go.Figure:
-    """Three panels, a row for each method: barriers plain and repaired, similarity of the weights, seconds (log scale)."""
+@view(AlignmentComparison, "plot")
+def plot(comparison: AlignmentComparison) -> go.Figure:
+    """Draw a row for each method in three panels: barriers plain and repaired, similarity of the weights, seconds (log)."""
     methods = list(comparison)[::-1]  # plotly draws bars from the bottom up
     rows = [comparison[method] for method in methods]
     fig = make_subplots(1, 3, shared_yaxes=True, horizontal_spacing=0.04, column_widths=[0.5, 0.25, 0.25])

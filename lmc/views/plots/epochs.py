@@ -1,20 +1,18 @@
 """Barriers over the epochs of two runs."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
+from lmc.align.study.epochs import Epochs
+from lmc.core.results import view
 from lmc.views.plots.style import SCALE, colours, styled
 
-if TYPE_CHECKING:
-    from lmc.align.study.epochs import Epochs
 
-
-def plot_epochs(result: "Epochs") -> go.Figure:
-    """Left the barrier of each path over the epochs; beside it, for each path, its losses over alpha, one curve an epoch,
+@view(Epochs, "plot")
+def plot(result: Epochs) -> go.Figure:
+    """Draw the barrier of each path over the epochs, and beside it, for each path, its losses over alpha, one curve an epoch,
     the later the darker."""
     names = list(result.paths)
     titles = ["barrier", *(f"{name}: loss on the way" for name in names)]
@@ -27,7 +25,9 @@ def plot_epochs(result: "Epochs") -> go.Figure:
     shades = sample_colorscale([list(stop) for stop in SCALE], np.linspace(0.25, 1.0, len(result.epochs)).tolist())
     for column, name in enumerate(names, start=2):
         for epoch, path, shade in zip(result.epochs, result.paths[name], shades, strict=True):
-            trace = go.Scatter(x=path.alphas, y=path.losses[path.split], mode="lines", line={"color": shade, "width": 2})
+            trace = go.Scatter(
+                x=path.alphas, y=path.losses[path.split], mode="lines", line={"color": shade, "width": 2}
+            )
             text = f"epoch {epoch}: %{{y:.3g}}<extra></extra>"
             fig.add_trace(trace.update(showlegend=False, hovertemplate=text), row=1, col=column)
         fig.update_xaxes(title_text="α, from A (0) to B (1)", row=1, col=column)

@@ -1,20 +1,23 @@
 """A matching before and after, and on the way."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lmc.align.study.inspect import Matching
+from lmc.core.results import view
 from lmc.views.plots.style import BLUE, ORANGE, SCALE, styled
 
-if TYPE_CHECKING:
-    from lmc.align.study.inspect import Matching
 
+@view(Matching, "plot")
+def plot(matching: Matching, group: str | None = None) -> go.Figure:
+    """Draw how alike the units of a group are (cosine of all they own) in B's own order and in A's, and beside it the
+    barrier (without paths: the mean cosine) while the places are filled.
 
-def plot_matching(matching: "Matching", group: str) -> go.Figure:
-    """How alike the units of a group are (cosine of all they own) in B's own order and in A's, and beside it the barrier
-    (without paths: the mean cosine) while the places are filled."""
+    Raises:
+        InputError: a group that is not among those of the matching.
+    """
+    group = matching.known(group)
     shown = matching.groups[group]
     titles = [f"{group}: before", f"{group}: after", "barrier (nats)" if matching.paths else "mean cosine"]
     fig = styled(make_subplots(1, 3, subplot_titles=titles, horizontal_spacing=0.09), height=390)

@@ -1,23 +1,21 @@
 """Models before they are merged, and methods of merging side by side."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lmc.core.results import view
+from lmc.merge.study.compare import MergeComparison
+from lmc.merge.study.inspect import Inspection, mean_cosine
 from lmc.views.plots.style import BLUE, GREY, ORANGE, SCALE, SKY, colours, styled
-
-if TYPE_CHECKING:
-    from lmc.merge.study.compare import MergeComparison
-    from lmc.merge.study.inspect import Inspection
 
 # From opposite to alike, white in the middle.
 DIVERGING = ((0.0, "#D55E00"), (0.5, "#FFFFFF"), (1.0, "#0072B2"))
 
 
-def plot_inspection(inspection: "Inspection") -> go.Figure:
-    """Panels: cosines between models, barriers if they were measured, and by layer norms and agreement."""
+@view(Inspection, "plot")
+def plot_inspection(inspection: Inspection) -> go.Figure:
+    """Draw cosines between models, barriers if they were measured, and by layer norms and agreement."""
     what = "task vectors" if inspection.based else "weights"
     titles = [f"cosine of {what}", *(["barrier (nats)"] if inspection.barriers is not None else [])]
     by_layer = [
@@ -46,9 +44,7 @@ def _matrix(names: list[str], values: np.ndarray, scale, limits: tuple[float, fl
     )  # fmt: skip
 
 
-def _add_layers(fig: go.Figure, inspection: "Inspection") -> None:
-    from lmc.merge.study.inspect import mean_cosine
-
+def _add_layers(fig: go.Figure, inspection: Inspection) -> None:
     layers = [layer.name or "(top)" for layer in inspection.layers]
     unit = np.array([layer.base_norm if inspection.based and layer.base_norm else 1.0 for layer in inspection.layers])
     palette = colours(list(inspection.names))
@@ -60,8 +56,9 @@ def _add_layers(fig: go.Figure, inspection: "Inspection") -> None:
     fig.add_trace(go.Bar(x=layers, y=agreement, marker={"color": GREY}, showlegend=False), row=2, col=2)
 
 
-def plot_merges(comparison: "MergeComparison") -> go.Figure:
-    """A row for each method, best on top: validation and held-out scores, and the single tasks small behind them."""
+@view(MergeComparison, "plot")
+def plot_merges(comparison: MergeComparison) -> go.Figure:
+    """Draw a row for each method, best on top: validation and held-out scores, and the single tasks small behind them."""
     entries = [entry for entry in comparison.entries if not entry.note]
     methods = [entry.method for entry in entries]
     sign, unit = (100.0, "accuracy (%)") if comparison.metric == "accuracy" else (-1.0, "loss (nats)")

@@ -1,24 +1,30 @@
 """Loss and accuracy along paths between two networks."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lmc.core.results import view
+from lmc.landscape.paths.path import Path
+from lmc.views.labels import labelled_paths
 from lmc.views.plots.style import BLACK, DASHES, colours, styled
 
-if TYPE_CHECKING:
-    from lmc.landscape.paths.path import Path
 
+@view(Path, "plot")
+def plot(path: Path, label: str | None = None, **others: Path) -> go.Figure:
+    """Draw loss and (for classifications) accuracy over alpha: `aligned.plot(naive=naive)` draws both paths.
 
-def plot_paths(paths: Mapping[str, "Path"]) -> go.Figure:
-    """Two panels, loss and (for classifications) accuracy in percent, over alpha; every split of every path.
-
-    Colour tells the path, the line's dash the split. On the split that barriers are taken on, an arrow stands for the
+    Colours stand for paths, dashes for splits. On the split that barriers are taken on, an arrow stands for the
     barrier: from the straight line between the ends to the curve, where their difference is largest.
+
+    Args:
+        label: what the path is called (default: "aligned" beside a path called "naive", else "path").
+        others: further paths, by name.
+
+    Raises:
+        InputError: two paths of one name.
     """
+    paths = labelled_paths(path, label, others)
     shown = list(paths.values())
     panels = ["loss", *(["accuracy"] if all(path.accuracies for path in shown) else [])]
     titles = {"loss": "loss (nats)", "accuracy": "accuracy (%)"}
@@ -34,7 +40,7 @@ def plot_paths(paths: Mapping[str, "Path"]) -> go.Figure:
     return fig
 
 
-def _curves(fig: go.Figure, name: str, path: "Path", panel: str, colour: str, column: int) -> None:
+def _curves(fig: go.Figure, name: str, path: Path, panel: str, colour: str, column: int) -> None:
     for split, measures in path.values.items():
         heights = measures[panel] * (100.0 if panel == "accuracy" else 1.0)
         known = ~np.isnan(heights)
@@ -53,7 +59,7 @@ def _curves(fig: go.Figure, name: str, path: "Path", panel: str, colour: str, co
         fig.add_trace(trace, row=1, col=column)
 
 
-def _span(paths: list["Path"], panel: str) -> float:
+def _span(paths: list[Path], panel: str) -> float:
     """The height of what a panel shows, in its unit."""
     heights = np.concatenate([measures[panel] for path in paths for measures in path.values.values()])
     if panel == "accuracy":
@@ -61,7 +67,7 @@ def _span(paths: list["Path"], panel: str) -> float:
     return float(np.nanmax(heights))
 
 
-def _barrier(fig: go.Figure, path: "Path", panel: str, colour: str, column: int, shortest: float) -> None:
+def _barrier(fig: go.Figure, path: Path, panel: str, colour: str, column: int, shortest: float) -> None:
     """An arrow from the baseline up to the loss (down to the accuracy) where the barrier is attained."""
     found = path.barrier_of("loss" if panel == "loss" else "error")
     base = (1.0 - found.alpha) * found.start + found.alpha * found.end
@@ -96,4 +102,6 @@ def _dash_legend(fig: go.Figure, splits: set[str]) -> None:
         return
     for split in sorted(splits):
         line = {"color": BLACK, "width": 2.5, "dash": DASHES.get(split, "dash")}
-        fig.add_trace(go.Scatter(x=[None], y=[None], mode="lines", line=line, name=split, hoverinfo="skip"), row=1, col=1)
+        fig.add_trace(
+            go.Scatter(x=[None], y=[None], mode="lines", line=line, name=split, hoverinfo="skip"), row=1, col=1
+        )

@@ -1,30 +1,37 @@
 """Contours of loss and accuracy over planes in weight space."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lmc.core.results import view
 from lmc.errors import InputError
+from lmc.landscape.planes.plane_result import Plane
 from lmc.views.plots.style import BLACK, GRID, SCALE, colours, styled
-
-if TYPE_CHECKING:
-    from lmc.landscape.planes.plane_result import Plane
 
 LEVELS = 14  # contours
 SPACING = 0.4  # between panels, as a share of the figure, divided by their number
 FEW = 40  # points of a track that are marked one by one
 
 
-def plot_plane(plane: "Plane", split: str, measures: Sequence[str] | None = None) -> go.Figure:
-    """A panel for each measure over the plane: loss and (for classifications) accuracy in percent unless named; dark is bad.
+@view(Plane, "plot")
+def plot(plane: Plane, split: str | None = None, measures: Sequence[str] | None = None) -> go.Figure:
+    """Draw a panel for each measure over the plane: loss and (for classifications) accuracy in percent unless named; dark is bad.
 
     Losses span orders of magnitude, so their colours go by the logarithm where all are positive. What is not known, and
     what is NaN, stays grey; gaps are counted above the panel. The models are drawn in their places, lines of the plane's
     tracks between them.
+
+    Args:
+        split: the data (default: the test split, if there is one).
+        measures: which to draw.
+
+    Raises:
+        InputError: a split or a measure that the plane lacks.
     """
+    split = plane.split if split is None else split
     if split not in plane.values:
         raise InputError(f"split={split!r}; this plane has {', '.join(plane.values)}")
     known = plane.values[split]
@@ -44,13 +51,13 @@ def plot_plane(plane: "Plane", split: str, measures: Sequence[str] | None = None
     return fig.update_layout(hovermode="closest", plot_bgcolor=GRID)
 
 
-def _title(plane: "Plane", split: str, panel: str) -> str:
+def _title(plane: Plane, split: str, panel: str) -> str:
     unit = {"loss": " (nats)", "accuracy": " (%)"}.get(panel, "")
     gaps = int((np.isnan(plane.values[split][panel]) & plane.done).sum())
     return f"{split} {panel}{unit}" + (f", NaN at {gaps} point{'s' * (gaps > 1)}" if gaps else "")
 
 
-def _contours(plane: "Plane", split: str, panel: str, right: float) -> go.Contour:
+def _contours(plane: Plane, split: str, panel: str, right: float) -> go.Contour:
     heights = plane.values[split][panel] * (100.0 if panel == "accuracy" else 1.0)
     known = heights[np.isfinite(heights)]
     shown, bar = np.where(np.isfinite(heights), heights, np.nan), {}
@@ -86,7 +93,7 @@ def _ticks(low: float, high: float) -> dict[str, list]:
     return {"tickvals": [float(np.log10(loss)) for loss in losses], "ticktext": [f"{loss:.3g}" for loss in losses]}
 
 
-def _draw(fig: go.Figure, plane: "Plane", column: int) -> None:
+def _draw(fig: go.Figure, plane: Plane, column: int) -> None:
     """The tracks, and the models on top of them."""
     tints = colours(list(plane.tracks))
     for name, track in plane.tracks.items():

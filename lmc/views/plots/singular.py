@@ -1,20 +1,30 @@
 """How the singular vectors of two networks meet."""
 
-from typing import TYPE_CHECKING
-
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lmc.align.study.singular import LayerAlignment, SingularAlignment
+from lmc.core.results import view
+from lmc.errors import InputError
 from lmc.views.plots.style import BLUE, ORANGE, SCALE, styled
 
-if TYPE_CHECKING:
-    from lmc.align.study.singular import LayerAlignment, SingularAlignment
 
-
-def plot_singular(
-    alignment: "SingularAlignment", layer: str, before: "SingularAlignment | None", top: int
+@view(SingularAlignment, "plot")
+def plot(
+    alignment: SingularAlignment, layer: str | None = None, *, before: SingularAlignment | None = None, top: int = 40
 ) -> go.Figure:
-    """Panels for one layer: the singular values of both networks, and the size of `u_i . u'_j`, perhaps before as well."""
+    """Draw the spectra of one layer, and how the `top` left singular vectors of A and B meet, the size of `u_i . u'_j`.
+
+    Args:
+        layer: a key of `layers` (default: the one with most singular values).
+        before: the same networks before they were aligned, drawn beside it.
+
+    Raises:
+        InputError: a layer that neither network has.
+    """
+    layer = layer or max(alignment.layers, key=lambda key: len(alignment.layers[key].values_a))
+    if layer not in alignment.layers or (before is not None and layer not in before.layers):
+        raise InputError(f"layer={layer!r}; expected one of {', '.join(alignment.layers)}")
     found = alignment.layers[layer]
     maps = [("before:", before.layers[layer]), ("after:", found)] if before else [("", found)]
     titles = [f"values of {layer}", *(f"{when} R = {each.r:.2f}".strip() for when, each in maps)]
@@ -33,7 +43,7 @@ def plot_singular(
     return fig.update_layout(hovermode="closest")
 
 
-def _meetings(layer: "LayerAlignment", top: int, bar: bool) -> go.Heatmap:
+def _meetings(layer: LayerAlignment, top: int, bar: bool) -> go.Heatmap:
     return go.Heatmap(
         z=layer.left[:top, :top].abs().tolist(),
         x0=1,

@@ -1,21 +1,19 @@
 """Soups and their ingredients, averages along a run, and the line of WiSE-FT."""
 
-from typing import TYPE_CHECKING
-
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lmc.core.results import view
 from lmc.errors import InputError
+from lmc.merge.study.trajectory import TrajectoryAverages
+from lmc.merge.with_data.compare_soups import Soups
+from lmc.merge.with_training.robust_line import WiseLine
 from lmc.views.plots.style import BLACK, BLUE, CYCLE, GREY, ORANGE, SCALE, colours, styled
 
-if TYPE_CHECKING:
-    from lmc.merge.study.trajectory import TrajectoryAverages
-    from lmc.merge.with_data.compare_soups import Soups
-    from lmc.merge.with_training.robust_line import WiseLine
 
-
-def plot_soups(soups: "Soups") -> go.Figure:
-    """Left, the share of each model in each soup; right, the loss of the soups and of the best model."""
+@view(Soups, "plot")
+def plot_soups(soups: Soups) -> go.Figure:
+    """Draw the share of each model in each soup, and beside it the loss of the soups and of the best model."""
     kinds = [soup for soup in soups.scores if soup in soups.weights]
     fig = styled(make_subplots(1, 2, horizontal_spacing=0.22), height=160 + 44 * max(len(soups.ingredients), 4))
     names = [row.name for row in soups.ingredients]
@@ -38,8 +36,14 @@ def plot_soups(soups: "Soups") -> go.Figure:
     return fig.update_layout(hovermode="closest")
 
 
-def plot_trajectory(averages: "TrajectoryAverages", split: str) -> go.Figure:
-    """Two panels, loss (logarithmic) and, for classifications, accuracy in percent, over the run."""
+@view(TrajectoryAverages, "plot")
+def plot_trajectory(averages: TrajectoryAverages, split: str | None = None) -> go.Figure:
+    """Draw loss (logarithmic) and, for classifications, accuracy of the checkpoints and of their averages over the run.
+
+    Raises:
+        InputError: a split that these averages lack.
+    """
+    split = averages.split if split is None else split
     if split not in averages.values["checkpoint"]:
         raise InputError(f"split={split!r}; these averages have {', '.join(averages.values['checkpoint'])}")
     panels = ["loss", *(["accuracy"] if "accuracy" in averages.values["checkpoint"][split] else [])]
@@ -61,8 +65,9 @@ def plot_trajectory(averages: "TrajectoryAverages", split: str) -> go.Figure:
     return fig
 
 
-def plot_wise_line(line: "WiseLine") -> go.Figure:
-    """Accuracy on the shifts over accuracy on the reference, in percent; the mean of the shifts thick."""
+@view(WiseLine, "plot")
+def plot_wise_line(line: WiseLine) -> go.Figure:
+    """Draw accuracy on the shifts over accuracy on the reference, a point for each alpha; the mean of the shifts thick."""
     fig = styled(go.Figure(), height=460)
     reference = 100.0 * line.accuracies[line.reference]
     shifts = [name for name in line.paths if name != line.reference]

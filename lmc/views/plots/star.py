@@ -1,13 +1,10 @@
 """The lines of a star model."""
 
-from typing import TYPE_CHECKING
-
 import plotly.graph_objects as go
 
+from lmc.core.results import view
+from lmc.merge.with_training.star import StarPaths
 from lmc.views.plots.style import BLUE, GREEN, ORANGE, figure
-
-if TYPE_CHECKING:
-    from lmc.merge.with_training.star import StarPaths
 
 _KINDS = {
     "regular": (ORANGE, "between two solutions"),
@@ -16,8 +13,9 @@ _KINDS = {
 }
 
 
-def plot_star(paths: "StarPaths") -> go.Figure:
-    """Loss over alpha for every line; colour tells the kind, the legend its mean barrier."""
+@view(StarPaths, "plot")
+def plot(paths: StarPaths) -> go.Figure:
+    """Draw the loss over alpha for every line, coloured by its kind; the legend has the mean barrier of each kind."""
     fig = figure(height=430)
     for kind, lines in paths.kinds.items():
         colour, text = _KINDS[kind]

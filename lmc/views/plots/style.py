@@ -1,26 +1,29 @@
-"""One look for all figures: colours that colour-blind readers tell apart, and a small plotly template.
-
-The colours are those of Okabe and Ito (2008, "Color Universal Design"), darkened where they must stand on white.
-"""
+"""One look for all figures: the colours of `lmc.views.palette`, and a small plotly template."""
 
 import plotly.graph_objects as go
 
-BLUE = "#0072B2"
-ORANGE = "#D55E00"
-GREEN = "#009E73"
-PURPLE = "#AA4499"
-SKY = "#56B4E9"
-GOLD = "#B58900"
-BLACK = "#222222"
-GREY = "#777777"
-GRID = "#E4E4E4"
+from lmc.views.palette import (
+    BLACK,
+    BLUE,
+    COLOURS,
+    CYCLE,
+    GOLD,
+    GREEN,
+    GREY,
+    GRID,
+    ORANGE,
+    PURPLE,
+    SCALE,
+    SKY,
+    colours,
+)  # fmt: skip
 
-# What a thing is called decides its colour, in every figure and widget; other names take the next free colour.
-COLOURS = {"naive": ORANGE, "aligned": BLUE, "path": BLUE, "repaired": GREEN, "curve": PURPLE}
-CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, GOLD, BLACK)
+__all__ = [
+    "BLACK", "BLUE", "COLOURS", "CYCLE", "DASHES", "FONT", "GOLD", "GREEN", "GREY", "GRID", "ORANGE", "PURPLE", "SCALE",
+    "SKY", "TEMPLATE", "colours", "figure", "styled",
+]  # fmt: skip
+
 DASHES = {"test": "solid", "data": "solid", "train": "dot"}
-# From nothing to much; light is low, so that it prints and projects well.
-SCALE = ((0.0, "#F7FBFF"), (0.25, "#C6DBEF"), (0.5, "#6BAED6"), (0.75, "#2171B5"), (1.0, "#08306B"))
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
@@ -52,18 +55,6 @@ TEMPLATE = go.layout.Template(
         "title": {"x": 0, "xanchor": "left", "font": {"size": 17}},
     }
 )
-
-
-def colours(names: list[str]) -> dict[str, str]:
-    """A colour for each name: its own where it has one, else the next of the cycle that is not taken."""
-    chosen = {name: COLOURS[name] for name in names if name in COLOURS}
-    if len(set(chosen.values())) < len(chosen):  # "path" beside "aligned"
-        chosen.pop("path", None)
-    free = [colour for colour in CYCLE if colour not in chosen.values()]
-    for name in names:
-        if name not in chosen:
-            chosen[name] = free.pop(0) if free else GREY
-    return chosen
 
 
 def figure(width: int | None = None, height: int = 420) -> go.Figure:

@@ -1,15 +1,13 @@
 """A picture of a specification: layers from top to bottom, one lane for each kind of group that ties them."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import plotly.graph_objects as go
 
+from lmc.core.results import view
 from lmc.symmetry.report import generic, ordered_families, tensor_text
+from lmc.symmetry.spec import PermutationSpec
 from lmc.views.plots.style import CYCLE, GREY, GRID, figure
-
-if TYPE_CHECKING:
-    from lmc.symmetry.spec import PermutationSpec
 
 _MAX_ROWS = 44
 _KINDS = {
@@ -28,8 +26,9 @@ class _Lane:
     touched: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
 
-def plot_spec(spec: "PermutationSpec") -> go.Figure:
-    """Rows are modules in the order of the state dict, lanes are groups; a mark says how a module touches a group.
+@view(PermutationSpec, "plot")
+def plot_spec(spec: PermutationSpec) -> go.Figure:
+    """Draw modules as rows in the order of the state dict, groups as lanes; a mark says how a module touches a group.
 
     Where a network repeats a layer so often that rows would not fit, equal layers share a row and equal groups a lane.
     """
@@ -62,7 +61,7 @@ def plot_spec(spec: "PermutationSpec") -> go.Figure:
     return fig
 
 
-def _lanes(spec: "PermutationSpec", label) -> list[_Lane]:
+def _lanes(spec: PermutationSpec, label) -> list[_Lane]:
     """One lane per family (or per kind of family, when merged), those nested in another right behind it."""
     lanes: dict[str, _Lane] = {}
     counts: dict[str, int] = {}
@@ -122,7 +121,7 @@ def _legend(symbol: str, meaning: str) -> go.Scatter:
     return go.Scatter(x=[None], y=[None], mode="markers", name=meaning, marker=marker)
 
 
-def _role(spec: "PermutationSpec", tensor: str, dims: tuple[int, ...]) -> str:
+def _role(spec: PermutationSpec, tensor: str, dims: tuple[int, ...]) -> str:
     if len(spec.shapes[tensor]) == 1:
         return "scales"
     return "writes" if 0 in dims else "reads"

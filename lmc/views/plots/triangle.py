@@ -1,18 +1,16 @@
 """Mixtures of three models as a triangle, of more as pairs and as a cloud."""
 
 import math
-from typing import TYPE_CHECKING
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lmc.core.results import view
 from lmc.errors import InputError
+from lmc.landscape.simplices.simplex_result import Mixture, Simplex, Triangle
 from lmc.views.plots.plane import LEVELS
 from lmc.views.plots.style import BLACK, BLUE, ORANGE, SCALE, styled
-
-if TYPE_CHECKING:
-    from lmc.landscape.simplices.simplex_result import Mixture, Simplex, Triangle
 
 HEIGHT = math.sqrt(3.0) / 2.0
 CORNERS = np.array([(0.5, HEIGHT), (0.0, 0.0), (1.0, 0.0)])  # of the first, second and third model
@@ -20,12 +18,17 @@ PIXELS = 91
 REACH = 0.03  # how far colours are drawn beyond the edges, before they are covered
 
 
-def plot_triangle(triangle: "Triangle", split: str) -> go.Figure:
-    """Two panels, loss and (for classifications) accuracy in percent, over the triangle of mixtures; dark is bad.
+@view(Triangle, "plot")
+def plot_triangle(triangle: Triangle, split: str | None = None) -> go.Figure:
+    """Draw loss and (for classifications) accuracy over the triangle of mixtures, models in the corners; dark is bad.
 
     Between the evaluated points values are interpolated linearly. Losses span orders of magnitude, so their colours go by
     the logarithm where all are positive. Unknown points are left white.
+
+    Raises:
+        InputError: a split that there is not.
     """
+    split = triangle.split if split is None else split
     panels = _panels(triangle, split)
     titles = [f"{split} {'loss (nats)' if panel == 'loss' else 'accuracy (%)'}" for panel in panels]
     fig = styled(make_subplots(1, len(panels), horizontal_spacing=0.2, subplot_titles=titles), height=440)
@@ -40,9 +43,15 @@ def plot_triangle(triangle: "Triangle", split: str) -> go.Figure:
     return fig.update_layout(hovermode="closest", margin={"t": 46, "b": 46})
 
 
-def plot_simplex(mixtures: "Simplex", split: str) -> go.Figure:
-    """Loss halfway between each two models (the models themselves on the diagonal), and the loss of every mixture against
-    the number of models that have a say in it, `1 / sum_i s_i^2`: 1 for a model, K for the uniform soup."""
+@view(Simplex, "plot")
+def plot_simplex(mixtures: Simplex, split: str | None = None) -> go.Figure:
+    """Draw the loss halfway between each two models (the models themselves on the diagonal), and the loss of every mixture against
+    the effective number of models in it, `1 / sum_i s_i^2`: 1 for a model, K for the uniform soup.
+
+    Raises:
+        InputError: a split that there is not.
+    """
+    split = mixtures.split if split is None else split
     _panels(mixtures, split)
     fig = styled(make_subplots(1, 2, horizontal_spacing=0.24, column_widths=[0.42, 0.58]), height=430)
     count = len(mixtures.names)
@@ -71,30 +80,30 @@ def plot_simplex(mixtures: "Simplex", split: str) -> go.Figure:
     wide = high > 5.0 * low > 0.0  # wide enough to hold two of 1, 2, 5, 10, ...
     kind = "log" if low > 0 else "linear"
     fig.update_yaxes(title_text=f"{split} loss (nats)", type=kind, dtick="D2" if wide else None, col=2)
-    fig.update_xaxes(title_text="models that have a say, 1 / Σ s²", col=2)
+    fig.update_xaxes(title_text="effective number of models, 1 / Σ s²", col=2)
     return fig.update_layout(hovermode="closest")
 
 
-def _panels(mixtures: "Simplex", split: str) -> list[str]:
+def _panels(mixtures: Simplex, split: str) -> list[str]:
     if split not in mixtures.values:
         raise InputError(f"split={split!r}; these mixtures have {', '.join(mixtures.values)}")
     return ["loss", *(["accuracy"] if split in mixtures.accuracies else [])]
 
 
-def _halfway(mixtures: "Simplex", split: str, i: int, j: int) -> float:
+def _halfway(mixtures: Simplex, split: str, i: int, j: int) -> float:
     shares = [0.0] * len(mixtures.names)
     shares[i] += 0.5
     shares[j] += 0.5
     return mixtures.interpolate(shares, "loss", split)
 
 
-def _named(mixtures: "Simplex", split: str) -> list[tuple[str, "Mixture", str]]:
+def _named(mixtures: Simplex, split: str) -> list[tuple[str, Mixture, str]]:
     known = np.isfinite(mixtures.losses[split]).any()
     best = [("lowest loss", mixtures.best_on(split), "star")] if known else []
     return [("uniform soup", mixtures.uniform, "diamond"), *best]
 
 
-def _contours(triangle: "Triangle", split: str, panel: str, right: float) -> go.Contour:
+def _contours(triangle: Triangle, split: str, panel: str, right: float) -> go.Contour:
     x = np.linspace(-REACH, 1.0 + REACH, PIXELS)
     y = np.linspace(-REACH, HEIGHT + REACH, PIXELS)
     heights = _values(triangle, split, panel, x, y) * (100.0 if panel == "accuracy" else 1.0)
@@ -116,7 +125,7 @@ def _contours(triangle: "Triangle", split: str, panel: str, right: float) -> go.
     )
 
 
-def _values(triangle: "Triangle", split: str, panel: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def _values(triangle: Triangle, split: str, panel: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """(Y, X) values at points of the drawing; just outside, those of points on the edge; NaN farther off."""
     across, up = np.meshgrid(x, y / HEIGHT)
     shares = np.stack([up, 1.0 - across - 0.5 * up, across - 0.5 * up], axis=-1).reshape(-1, 3)
@@ -153,7 +162,7 @@ def _frame(fig: go.Figure, column: int) -> None:
     )
 
 
-def _models(fig: go.Figure, triangle: "Triangle", split: str, panel: str, column: int) -> None:
+def _models(fig: go.Figure, triangle: Triangle, split: str, panel: str, column: int) -> None:
     """The models in the corners, the uniform soup and the point of lowest loss."""
     marker = {"size": 13, "color": "white", "line": {"color": BLACK, "width": 2}}
     models = go.Scatter(x=CORNERS[:, 0], y=CORNERS[:, 1], mode="markers", marker=marker, text=triangle.names)

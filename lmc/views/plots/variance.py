@@ -1,18 +1,29 @@
 """How much variance the layers of merged networks kept."""
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING
-
 import plotly.graph_objects as go
 
+from lmc.core.results import view
+from lmc.errors import InputError
+from lmc.landscape.variance import VarianceRatios
+from lmc.views.labels import labelled
 from lmc.views.plots.style import BLACK, colours, figure
 
-if TYPE_CHECKING:
-    from lmc.landscape.variance import VarianceRatios
 
+@view(VarianceRatios, "plot")
+def plot(ratios: VarianceRatios, label: str = "merged", **others: VarianceRatios) -> go.Figure:
+    """Draw the variance relative to the ends over the layers, from input to output: `repaired.plot("repaired", naive=naive)`.
 
-def plot_ratios(networks: Mapping[str, "VarianceRatios"]) -> go.Figure:
-    """Variance relative to the ends over the layers, from input to output: a line for each network, and one at 1."""
+    Args:
+        label: what the network is called.
+        others: further networks with the same layers, by name.
+
+    Raises:
+        InputError: networks with other layers, or two of one name.
+    """
+    networks = labelled(ratios, label, others)
+    for name, other in others.items():
+        if other.ends.keys() != ratios.ends.keys():
+            raise InputError(f"{name}: expected the VarianceRatios of a network with the same layers")
     layers = list(next(iter(networks.values())).ends)
     many = len(layers) > 6  # their names are slanted, and need room
     fig = figure(height=540 if many else 420)

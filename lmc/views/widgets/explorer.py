@@ -1,13 +1,20 @@
-"""What the explorers have in common in Jupyter: those of one result stay in step, and the kernel answers for places."""
+"""Explorers in general: those of one result stay in step, the kernel answers for places, and a page needs no kernel.
+
+The file of each explorer holds its state (what it draws, as plain data), its class, and the views that make it a method of
+its result.
+"""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, WeakSet
 
 import anywidget
 import traitlets
 
+from lmc.core.files import write_text
 from lmc.errors import LmcError
+from lmc.views.widgets.page import frame, page
 
 _OPEN: WeakKeyDictionary[Any, WeakSet["Explorer"]] = WeakKeyDictionary()  # result -> its explorers
 
@@ -20,6 +27,9 @@ class Explorer(anywidget.AnyWidget):
         state: the first values of its traits.
     """
 
+    _esm: ClassVar[str]
+    _css: ClassVar[str]
+    title: ClassVar[str]
     shared: ClassVar[tuple[str, ...]] = ()
     data = traitlets.Dict().tag(sync=True)
 
@@ -36,12 +46,31 @@ class Explorer(anywidget.AnyWidget):
         self.on_msg(self._asked)
 
     def answer(self, place: Any) -> dict[str, Any]:
-        """What is to be told of a place that was not evaluated before."""
+        """The values at a place that was not evaluated before."""
         raise NotImplementedError
 
-    def page(self, state: Mapping[str, Any]) -> str:
-        """The explorer in this state, as HTML that needs no kernel."""
+    @classmethod
+    def height(cls, state: Mapping[str, Any]) -> int:
+        """Pixels that it takes in a notebook, in this state."""
         raise NotImplementedError
+
+    @classmethod
+    def inline(cls, state: Mapping[str, Any]) -> str:
+        """The explorer in a frame, for a notebook that is read without a kernel."""
+        return frame(cls._esm, cls._css, state, title=cls.title, height=cls.height(state))
+
+    @classmethod
+    def write(
+        cls,
+        file: str | Path,
+        state: Mapping[str, Any],
+        title: str | None,
+        text: Sequence[str],
+        rows: Sequence[Mapping[str, str]],
+    ) -> Path:
+        """Write the explorer as a page of its own, and return where it is."""
+        write_text(file, page(cls._esm, cls._css, state, title=title or cls.title, text=text, rows=rows))
+        return Path(file)
 
     def _peers(self) -> list["Explorer"]:
         found = {id(each): each for result in self._results for each in _OPEN.get(result, ())}
@@ -73,5 +102,5 @@ class Explorer(anywidget.AnyWidget):
         bundle = super()._repr_mimebundle_(**kwargs)
         data = bundle[0] if isinstance(bundle, tuple) else bundle
         if data is not None:
-            data["text/html"] = self.page({name: getattr(self, name) for name in ("data", *self.shared)})
+            data["text/html"] = self._kind.inline({name: getattr(self, name) for name in ("data", *self.shared)})
         return bundle

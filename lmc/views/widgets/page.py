@@ -33,8 +33,8 @@ th, td { padding: 4px 14px 4px 0; text-align: left; border-bottom: 1px solid col
 
 
 def source(name: str) -> str:
-    """The text of a file that lies beside this module."""
-    return (FOLDER / name).read_text(encoding="utf-8")
+    """The text of a file in the folder `js` or `css`."""
+    return (FOLDER / name.rpartition(".")[2] / name).read_text(encoding="utf-8")
 
 
 def module(name: str) -> str:

@@ -1,4 +1,4 @@
-"""What the path explorer shows, as plain data, and the page that shows it without a kernel."""
+"""The explorer of paths: a slider from one network to another."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,16 +7,91 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import traitlets
 
-from lmc.core.files import write_text
+from lmc.core.results import view
 from lmc.errors import InputError
 from lmc.landscape.paths.path import Path
-from lmc.views.plots.style import colours
-from lmc.views.widgets.page import frame, module, page, style
-from lmc.views.widgets.pictures import images_state, shown_state
+from lmc.views.labels import labelled_paths
+from lmc.views.palette import colours
+from lmc.views.widgets.explorer import Explorer
+from lmc.views.widgets.page import module, style
+from lmc.views.widgets.pictures import answer, images_state, shown_state
 
-MODULE, STYLE = module("path_explorer.js"), style()
-TITLE = "The way between two networks"
+
+class PathExplorer(Explorer):
+    """A slider along one or several paths: loss and accuracy, the confusion of the network at this point, and the
+    inputs that it gets wrong. Drawn in the browser from what the paths hold, at the nearest point that was evaluated;
+    where the slider is let go of, the kernel evaluates the network itself. Explorers of one path stay in step.
+
+    Attributes:
+        alpha: where the slider stands; follows it, and moves it.
+        active: name of the path whose predictions are shown.
+    """
+
+    _esm = module("path_explorer.js")
+    _css = style()
+    title = "The way between two networks"
+    shared = ("alpha", "active")
+    alpha = traitlets.Float(0.5).tag(sync=True)
+    active = traitlets.Unicode().tag(sync=True)
+
+    def __init__(self, paths: Mapping[str, Path]) -> None:
+        self.paths = dict(paths)
+        super().__init__(list(paths.values()), state(paths))
+
+    @traitlets.validate("active")
+    def _known(self, proposal: Any) -> str:
+        if proposal["value"] not in self.paths:
+            raise traitlets.TraitError(f"active={proposal['value']!r}; expected one of {', '.join(self.paths)}")
+        return proposal["value"]
+
+    def answer(self, place: Any) -> dict[str, Any]:
+        name, alpha = place
+        path = self.paths[name]
+        return answer(path.exact, [float(alpha)], path.split)
+
+    @classmethod
+    def height(cls, state: Mapping[str, Any]) -> int:
+        return 740 if state["data"]["images"] else 620
+
+    def __repr__(self) -> str:
+        points = len(next(iter(self.paths.values())).alphas)
+        return f"PathExplorer({', '.join(self.paths)}; {points} points)"
+
+
+@view(Path, "explore")
+def explore(path: Path, label: str | None = None, **others: Path) -> PathExplorer:
+    """Open a widget with a slider along the path: the network at this point, its confusions and its mistakes.
+
+    Args:
+        label: what the path is called (default: "aligned" beside a path called "naive", else "path").
+        others: further paths, by name: `aligned.explore(naive=naive)`.
+
+    Raises:
+        InputError: paths over different points or different examples.
+    """
+    return PathExplorer(labelled_paths(path, label, others))
+
+
+@view(Path, "save_html")
+def save_html(
+    path: Path,
+    file: str | FilePath,
+    label: str | None = None,
+    *,
+    title: str | None = None,
+    text: Sequence[str] = (),
+    rows: Sequence[Mapping[str, str]] = (),
+    **others: Path,
+) -> FilePath:
+    """Write the explorer as one page that needs neither a kernel nor a network, and return where it is.
+
+    Args:
+        label, others: as for `explore`.
+        title, text, rows: heading, paragraphs, and a table (column -> cell) above the explorer.
+    """
+    return PathExplorer.write(file, state(labelled_paths(path, label, others)), title, text, rows)
 
 
 def state(paths: Mapping[str, Path]) -> dict[str, Any]:
@@ -40,24 +115,6 @@ def state(paths: Mapping[str, Path]) -> dict[str, Any]:
         "images": images_state([path.predictions for path in paths.values() if path.predictions is not None]),
     }
     return {"data": data, "alpha": 0.5, "active": list(paths)[-1]}
-
-
-def save_html(
-    file: str | FilePath,
-    paths: Mapping[str, Path],
-    *,
-    title: str = TITLE,
-    text: Sequence[str] = (),
-    rows: Sequence[Mapping[str, str]] = (),
-) -> None:
-    """Write the explorer as one page under a title, paragraphs of `text` and a table of `rows` (column -> cell)."""
-    write_text(file, page(MODULE, STYLE, state(paths), title=title, text=text, rows=rows))
-
-
-def inline_html(content: Mapping[str, Any]) -> str:
-    """The explorer in a frame, for a notebook that is read without a kernel; `content` is what `state` gives."""
-    height = 740 if content["data"]["images"] else 620
-    return frame(MODULE, STYLE, content, title=TITLE, height=height)
 
 
 def path_state(name: str, path: Path, measures: list[str], colour: str, shown: bool = True) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""Colours of all figures, explorers and pages, which colour-blind readers tell apart.
+
+They are those of Okabe and Ito (2008, "Color Universal Design"), darkened where they must stand on white.
+"""
+
+BLUE = "#0072B2"
+ORANGE = "#D55E00"
+GREEN = "#009E73"
+PURPLE = "#AA4499"
+SKY = "#56B4E9"
+GOLD = "#B58900"
+BLACK = "#222222"
+GREY = "#777777"
+GRID = "#E4E4E4"
+
+# The name of a thing decides its colour, in every figure and explorer; other names take the next free colour.
+COLOURS = {"naive": ORANGE, "aligned": BLUE, "path": BLUE, "repaired": GREEN, "curve": PURPLE}
+CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, GOLD, BLACK)
+# From nothing to much; light is low, so that it prints and projects well.
+SCALE = ((0.0, "#F7FBFF"), (0.25, "#C6DBEF"), (0.5, "#6BAED6"), (0.75, "#2171B5"), (1.0, "#08306B"))
+
+
+def colours(names: list[str]) -> dict[str, str]:
+    """A colour for each name: its own where it has one, else the next of the cycle that is not taken."""
+    chosen = {name: COLOURS[name] for name in names if name in COLOURS}
+    if len(set(chosen.values())) < len(chosen):  # "path" beside "aligned"
+        chosen.pop("path", None)
+    free = [colour for colour in CYCLE if colour not in chosen.values()]
+    for name in names:
+        if name not in chosen:
+            chosen[name] = free.pop(0) if free else GREY
+    return chosen

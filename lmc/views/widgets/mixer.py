@@ -1,0 +1,89 @@
+"""The explorer of task vectors: a slider for each model and group of layers."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import traitlets
+
+from lmc.core.results import view
+from lmc.merge.study.mixer import Mixer
+from lmc.views.palette import CYCLE, GREY
+from lmc.views.widgets.explorer import Explorer
+from lmc.views.widgets.page import module, style
+
+
+class MixerExplorer(Explorer):
+    """A slider for each model and group of layers, and the accuracy of the merged network on each task. The kernel merges
+    and evaluates while the sliders move; without one, values of whole models are interpolated in a grid.
+
+    Attributes:
+        coefficients: (groups, models), where the sliders stand; follows them, and moves them.
+    """
+
+    _esm = module("mixer_explorer.js")
+    _css = style("mixer_explorer.css")
+    title = "A mixer for task vectors"
+    shared = ("coefficients",)
+    coefficients = traitlets.List(traitlets.List(traitlets.Float())).tag(sync=True)
+
+    def __init__(self, mixer: Mixer) -> None:
+        self.mixer = mixer
+        super().__init__([mixer], state(mixer))
+
+    @traitlets.validate("coefficients")
+    def _fitting(self, proposal: Any) -> list[list[float]]:
+        rows, shape = proposal["value"], (len(self.mixer.groups), len(self.mixer.names))
+        if len(rows) != shape[0] or any(len(row) != shape[1] or not all(map(math.isfinite, row)) for row in rows):
+            raise traitlets.TraitError(f"coefficients={rows}; expected {shape[0]} rows of {shape[1]} finite numbers")
+        return rows
+
+    def answer(self, place: Any) -> dict[str, Any]:
+        return {"values": [100.0 * value for value in self.mixer.scores(place).values()]}
+
+    @classmethod
+    def height(cls, state: Mapping[str, Any]) -> int:
+        return 560
+
+    def __repr__(self) -> str:
+        return f"MixerExplorer({', '.join(self.mixer.names)}; {', '.join(self.mixer.groups)})"
+
+
+@view(Mixer, "explore")
+def explore(mixer: Mixer) -> MixerExplorer:
+    """Open a widget with sliders for every model and group of layers, and the accuracy on each task while they move."""
+    return MixerExplorer(mixer)
+
+
+@view(Mixer, "save_html")
+def save_html(
+    mixer: Mixer,
+    file: str | FilePath,
+    *,
+    title: str | None = None,
+    text: Sequence[str] = (),
+    rows: Sequence[Mapping[str, str]] = (),
+) -> FilePath:
+    """Write the mixer as a page without a kernel, and return where it is: one slider per model, values interpolated.
+
+    Args:
+        title, text, rows: heading, paragraphs, and a table (column -> cell) above the mixer.
+    """
+    return MixerExplorer.write(file, state(mixer), title, text, rows)
+
+
+def state(mixer: Mixer) -> dict[str, Any]:
+    """The state of the mixer: all that it draws, and its sliders, at an equal share of each task vector."""
+    count = len(mixer.names)
+    data = {
+        "names": list(mixer.names),
+        "colours": [CYCLE[i] if i < len(CYCLE) else GREY for i in range(count)],
+        "tasks": list(mixer.tasks),
+        "groups": list(mixer.groups),
+        "levels": mixer.levels.tolist(),
+        "grid": [round(100.0 * float(value), 3) for value in mixer.grid.reshape(-1)],
+        "own": (100.0 * mixer.own).round(3).tolist(),
+        "best": list(mixer.best),
+    }
+    return {"data": data, "coefficients": [[round(1.0 / count, 4)] * count for _ in mixer.groups]}

@@ -1,0 +1,137 @@
+"""The explorer of planes: a point to be dragged over a map and a surface."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import traitlets
+
+from lmc.core.results import view
+from lmc.errors import InputError
+from lmc.landscape.planes.plane_result import Plane
+from lmc.views.palette import SCALE, colours
+from lmc.views.widgets.explorer import Explorer
+from lmc.views.widgets.page import module, style
+from lmc.views.widgets.pictures import answer, encode
+
+
+class PlaneExplorer(Explorer):
+    """A plane in weight space as a map and as a surface, with a point to be dragged. Drawn in the browser from the
+    points of the grid; where the point is let go of, the kernel evaluates the network itself and shows what it
+    predicts. Explorers of one plane stay in step.
+
+    Attributes:
+        point: (x, y), where the point stands; follows it, and moves it.
+        split, measure: what is drawn.
+    """
+
+    _esm = module("plane_explorer.js")
+    _css = style("plane_explorer.css")
+    title = "A plane through the landscape"
+    shared = ("point", "split", "measure")
+    point = traitlets.List(traitlets.Float(), minlen=2, maxlen=2).tag(sync=True)
+    split = traitlets.Unicode().tag(sync=True)
+    measure = traitlets.Unicode().tag(sync=True)
+
+    def __init__(self, plane: Plane, paths: Mapping[str, npt.ArrayLike]) -> None:
+        self.plane = plane
+        super().__init__([plane], state(plane, paths))
+
+    @traitlets.validate("split", "measure")
+    def _known(self, proposal: Any) -> str:
+        name, value = proposal["trait"].name, proposal["value"]
+        known = self.plane.values if name == "split" else self.plane.values[self.plane.split]
+        if value not in known:
+            raise traitlets.TraitError(f"{name}={value!r}; expected one of {', '.join(known)}")
+        return value
+
+    def answer(self, place: Any) -> dict[str, Any]:
+        split, x, y = place
+        return answer(self.plane.exact, [float(x), float(y)], split)
+
+    @classmethod
+    def height(cls, state: Mapping[str, Any]) -> int:
+        return 640
+
+    def __repr__(self) -> str:
+        return f"PlaneExplorer({len(self.plane.x)} x {len(self.plane.y)} points; {', '.join(self.plane.places)})"
+
+
+@view(Plane, "explore")
+def explore(plane: Plane, paths: Mapping[str, npt.ArrayLike] | None = None) -> PlaneExplorer:
+    """Open a widget with a point to be dragged over the plane, as a map and as a surface.
+
+    Args:
+        paths: further curves to be drawn, name -> (K, 2).
+
+    Raises:
+        InputError: paths that are no curves in the plane.
+    """
+    return PlaneExplorer(plane, paths or {})
+
+
+@view(Plane, "save_html")
+def save_html(
+    plane: Plane,
+    file: str | FilePath,
+    paths: Mapping[str, npt.ArrayLike] | None = None,
+    *,
+    title: str | None = None,
+    text: Sequence[str] = (),
+    rows: Sequence[Mapping[str, str]] = (),
+) -> FilePath:
+    """Write the explorer as one page that needs neither a kernel nor a network, and return where it is.
+
+    Args:
+        paths: as for `explore`.
+        title, text, rows: heading, paragraphs, and a table (column -> cell) above the explorer.
+    """
+    return PlaneExplorer.write(file, state(plane, paths or {}), title, text, rows)
+
+
+def state(plane: Plane, paths: Mapping[str, npt.ArrayLike]) -> dict[str, Any]:
+    """The state of the explorer: all that it draws, and a point in the middle of the models.
+
+    Raises:
+        InputError: paths that are no curves in the plane.
+    """
+    tracks = {**plane.tracks, **{name: _track(name, path) for name, path in paths.items()}}
+    tints = colours(list(tracks))
+    measures = list(plane.values[plane.split])
+    data = {
+        "x": plane.x.tolist(),
+        "y": plane.y.tolist(),
+        "axes": list(plane.axes),
+        "splits": [plane.split, *(split for split in plane.values if split != plane.split)],
+        "measures": [{"name": name, "unit": _unit(name), "reversed": name == "accuracy"} for name in measures],
+        "values": {s: {m: encode(_shown(m, grid)) for m, grid in ms.items()} for s, ms in plane.values.items()},
+        "models": [{"name": name, "place": list(place)} for name, place in plane.places.items()],
+        "tracks": [{"name": n, "colour": tints[n], "points": track.tolist()} for n, track in tracks.items()],
+        "scale": [list(stop) for stop in SCALE],
+        "missing": int((~plane.done).sum()),
+        "interpolated": np.flatnonzero(plane.interpolated).tolist() if plane.interpolated.any() else [],
+        "gaps": plane.gaps,
+    }
+    centre = np.mean(list(plane.places.values()), axis=0)
+    return {"data": data, "point": centre.tolist(), "split": plane.split, "measure": measures[0]}
+
+
+def _track(name: str, path: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    track = np.asarray(path, dtype=np.float64)
+    if track.ndim != 2 or track.shape[1] != 2 or len(track) < 2 or not np.isfinite(track).all():
+        raise InputError(
+            f"paths[{name!r}]: expected finite points (K, 2) in the plane, K at least 2, got {track.shape}"
+        )
+    return track
+
+
+def _unit(measure: str) -> str:
+    return {"loss": "nats", "accuracy": "%"}.get(measure, "")
+
+
+def _shown(measure: str, grid: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
+    """Values as they are shown; infinite ones are gaps too."""
+    shown = np.where(np.isfinite(grid), grid, np.nan) * (100.0 if measure == "accuracy" else 1.0)
+    return shown.astype("<f4")
