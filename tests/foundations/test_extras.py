@@ -22,7 +22,7 @@ model = lmc.models.mlp(6, [8], 3)
 data = torch.randn(40, 6), torch.arange(40) % 3
 a, b = lmc.training.train(model, data, seeds=range(2), epochs=1)
 spec = lmc.permutation_spec(model, data[0][:2])
-path = lmc.loss_path(model, a, lmc.weight_matching(spec, a, b).apply(b), data, 3)
+path = lmc.loss_path(model, a, lmc.weight_matching(spec, a, b).apply(b), data, alphas=3)
 print(path, spec)
 for call in (path.plot, path.explore, path.to_frame, path.barriers, lambda: path.save_html("never.html"), spec.plot):
     try:
