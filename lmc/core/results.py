@@ -50,7 +50,10 @@ class View(Generic[Shown]):
         self.verb = name
 
     def __get__(self, result: Any, owner: type) -> Callable[..., Shown]:
-        importlib.import_module(WHERE[self.verb])
+        try:
+            importlib.import_module(WHERE[self.verb])
+        except MissingPackageError as error:
+            return _failing(error)
         found = next((_VIEWS[kind, self.verb] for kind in owner.__mro__ if (kind, self.verb) in _VIEWS), None)
         if found is None:
             known = [verb for verb in WHERE if any((kind, verb) in _VIEWS for kind in owner.__mro__)]
@@ -110,14 +113,16 @@ class Result:
         raise ValueError(f"format {form!r}, expected {_format(cls)!r}")
 
     def __dir__(self) -> list[str]:
-        return [name for name in super().__dir__() if name not in WHERE or _has(type(self), name)]
+        return [name for name in super().__dir__() if name not in WHERE or hasattr(self, name)]
 
 
-def _has(kind: type, verb: str) -> bool:
-    try:
-        return hasattr(kind, verb)
-    except MissingPackageError:  # it is there as soon as the package is
-        return True
+def _failing(error: MissingPackageError) -> Callable[..., Any]:
+    """A method that is there, but needs a package."""
+
+    def missing(*_: Any, **__: Any) -> Any:
+        raise error
+
+    return missing
 
 
 def _words(kind: type) -> str:

@@ -6,7 +6,6 @@ import json
 import re
 import shutil
 import subprocess
-from pathlib import Path as FilePath
 
 import numpy as np
 import pytest
