@@ -8,8 +8,9 @@ from typing import Any, Literal, get_args, overload
 
 import torch
 
+from lmc.align.parameters import matched
 from lmc.align.relaxed.frank_wolfe import frank_wolfe, start_near_centre
-from lmc.align.weight_matching.matching import matched, weight_matching
+from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec

@@ -175,8 +175,10 @@ def _run(
 def unit_values(activation: Tensor, channel: int, rows: Tensor) -> Tensor:
     """`(n, samples)`: the values of each unit, all its channels and all other axes being samples; float32 at least.
 
-    In the order of memory that the activation has, where that is possible.
+    In the order of memory that the activation has, where that is possible. Real and imaginary parts are two samples.
     """
+    if activation.is_complex():
+        channel, activation = channel % activation.ndim, torch.view_as_real(activation.resolve_conj())
     if channel in (-1, activation.ndim - 1):
         values = activation.reshape(-1, activation.shape[-1]).T
     else:

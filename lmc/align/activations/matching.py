@@ -13,7 +13,7 @@ from lmc.align.activations.by_weights import match_silent, match_unseen
 from lmc.align.activations.clusters import clusters
 from lmc.align.activations.collect import CrossMoments, collect
 from lmc.align.activations.taps import choose, live_taps
-from lmc.align.weight_matching.matching import matched
+from lmc.align.parameters import matched
 from lmc.errors import InputError
 from lmc.network.inputs import call_module, first_of, input_batches
 from lmc.network.network import Network, pick_device

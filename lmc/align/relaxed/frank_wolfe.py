@@ -65,13 +65,14 @@ def frank_wolfe(
 def start_near_centre(spec: PermutationSpec, count: int, like: Tensor, generator: torch.Generator) -> list[Matrices]:
     """Starting points for `count` models: the identity for the first, random ones near the centre for the others."""
     centres = [
-        {
-            name: sinkhorn(_NOISE * torch.randn(group.size, group.size, generator=generator), 100).to(like)
-            for name, group in spec.groups.items()
-        }
+        {name: sinkhorn(_noise(group.size, generator), 100).to(like) for name, group in spec.groups.items()}
         for _ in range(count - 1)
     ]
     return [as_matrices(spec.identity().indices, like), *centres]
+
+
+def _noise(size: int, generator: torch.Generator) -> Tensor:
+    return _NOISE * torch.randn(size, size, generator=generator, dtype=torch.float32)
 
 
 def _value_and_gradients(

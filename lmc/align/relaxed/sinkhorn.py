@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from lmc.align.parameters import in_form_of, matched
 from lmc.align.relaxed.soft import SoftMoves, sinkhorn
 from lmc.align.relaxed.task_loss import Loss, TaskLoss
 from lmc.align.weight_matching.assignment import assign
-from lmc.align.weight_matching.matching import matched
 from lmc.core.progress import tqdm
 from lmc.errors import DataError, InputError
 from lmc.network.network import Network, pick_device
@@ -87,17 +87,13 @@ def sinkhorn_matching(
     spec = spec.bind(a)
     chosen = pick_device(device, a)
     Network(model, chosen).check(a, "a")
-    # One order of the tensors, whatever the caller's: sums in another order round differently, and training amplifies it.
-    a, b = ({name: weights[name].to(chosen) for name in sorted(weights)} for weights in (a, b))
+    a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
     generator = torch.Generator().manual_seed(seed)
     step_loss, measure = _objective(spec, model, a, b, data, target, loss, batch_size, generator)
     if not spec.groups:  # nothing may move
         return Permutation(spec, {}, -measure(spec.identity()), {"method": "sinkhorn_matching", "target": target})
 
-    scores = {
-        name: (torch.eye(g.size) + _NOISE * torch.randn(g.size, g.size, generator=generator)).to(chosen)
-        for name, g in spec.groups.items()
-    }
+    scores = {name: _near_identity(group.size, generator).to(chosen) for name, group in spec.groups.items()}
     optimizer = torch.optim.AdamW([x.requires_grad_() for x in scores.values()], lr=lr)
     best = spec.identity()
     values, stale, taken = [measure(best)], 0, 0
@@ -168,7 +164,7 @@ def _objective(
     def step_loss(matrices: Matrices) -> Tensor:
         alpha = 0.5 if target == "midpoint" else float(torch.rand((), generator=generator))
         mixed = mix(matrices, theirs)
-        between = {name: torch.lerp(x, mixed[name], alpha).to(a[name].dtype) for name, x in ours.items()}
+        between = {name: in_form_of(a[name], torch.lerp(x, mixed[name], alpha)) for name, x in ours.items()}
         return task(a | between, next(batches))
 
     return step_loss, lambda pi: task.mean(lerp(a, pi.apply(b), 0.5))
@@ -188,6 +184,11 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], target: Target) -
     if target == "l1":
         return (left - right).abs().sum() / left.abs().sum().clamp_min(torch.finfo(left.dtype).tiny)
     return (left - right).square().sum() / left.square().sum().clamp_min(torch.finfo(left.dtype).tiny)
+
+
+def _near_identity(size: int, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(size, size, generator=generator, dtype=torch.float32)
+    return torch.eye(size, dtype=torch.float32) + _NOISE * noise
 
 
 def _unevenness(log_scores: Tensor, iterations: int) -> float:

@@ -41,6 +41,7 @@ class SoftMoves:
 
 def mix(tensor: Tensor, dims: tuple[int, ...], where: Tensor | None, matrix: Tensor) -> Tensor:
     """The tensor with units mixed by `matrix` (n, n); `where` lists their positions over `dims`, None: all, in order."""
+    matrix = matrix.to(tensor.dtype)
     if where is None and dims == (tensor.ndim - 1,) and tensor.shape[-1] == len(matrix):
         return tensor @ matrix.T
     first = tuple(range(len(dims)))

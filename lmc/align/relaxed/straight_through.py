@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmc.align.parameters import matched
 from lmc.align.relaxed.task_loss import Loss, TaskLoss
 from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
-from lmc.align.weight_matching.matching import matched, weight_matching
+from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.network.network import Network, pick_device
@@ -114,6 +115,7 @@ def _step(
         task(middle, batch), list(leaves.values()), allow_unused=True, materialize_grads=True
     )
     for tensor, gradient in zip(latent.values(), gradients, strict=True):
+        gradient = torch.view_as_real(gradient) if gradient.is_complex() else gradient
         tensor.grad = (0.5 * gradient).to(tensor.dtype)
     optimizer.step()
 

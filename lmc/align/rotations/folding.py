@@ -24,7 +24,9 @@ TOLERANCE = 1e-9
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
-def fold_norms(spec: PermutationSpec | UnboundSpec, model: nn.Module, weights: ModelOrWeights, inputs: Any) -> StateDict:
+def fold_norms(
+    spec: PermutationSpec | UnboundSpec, model: nn.Module, weights: ModelOrWeights, inputs: Any
+) -> StateDict:
     """The weights of the same function in which the normalisations of residual streams have scale 1 and, mostly, no shift.
 
     The linear layers that read a norm take its scale into their columns and its shift into their biases; where one of

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmc.align.parameters import matched
 from lmc.align.relaxed.soft import SoftMoves
 from lmc.align.relaxed.task_loss import Loss, TaskLoss
 from lmc.align.rotations.folding import TOLERANCE, Probe, fold_norms
 from lmc.align.rotations.learning import learn_rotations
 from lmc.align.rotations.procrustes import Ascent, nearest_rotation, unmoved
-from lmc.align.weight_matching.matching import matched
 from lmc.errors import InputError
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights

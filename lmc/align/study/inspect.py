@@ -11,10 +11,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from lmc.align.parameters import matched
 from lmc.align.study.placing import alikeness, placed, receptive_fields
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.gains import inner_product
-from lmc.align.weight_matching.matching import matched
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result

@@ -101,18 +101,18 @@ def singular_alignment(a: ModelOrWeights, b: ModelOrWeights, *, gamma: float = 0
 
 
 def matrices(weights: Weights) -> Mapping[str, Tensor]:
-    """The weights that are matrices of at least two rows and columns, in float64."""
+    """The weights that are matrices of at least two rows and columns, in float64 (complex128)."""
     flat = {
-        name: tensor.double().flatten(1)
+        name: tensor.to(torch.promote_types(tensor.dtype, torch.float64)).flatten(1)
         for name, tensor in weights.items()
-        if tensor.is_floating_point() and tensor.ndim > 1
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.ndim > 1
     }
     return {name: matrix for name, matrix in flat.items() if min(matrix.shape) > 1}
 
 
 def _layer(a: Tensor, b: Tensor, gamma: float) -> LayerAlignment:
     (u_a, s_a, v_a), (u_b, s_b, v_b) = (torch.linalg.svd(matrix, full_matrices=False) for matrix in (a, b))
-    left, right = u_a.T @ u_b, v_a @ v_b.T
+    left, right = u_a.mH @ u_b, (v_b @ v_a.mH).T  # rows of v are the conjugates of singular vectors
     kept_a, kept_b = (int(((s >= gamma * s[0]) & (s > 0)).sum()) for s in (s_a, s_b))
-    agreement = float((left[:kept_a, :kept_b] * right[:kept_a, :kept_b]).sum())
+    agreement = float((left[:kept_a, :kept_b] * right[:kept_a, :kept_b]).real.sum())
     return LayerAlignment(s_a, s_b, left, right, min(kept_a, kept_b), agreement)

@@ -16,6 +16,7 @@ from lmc.network.inputs import call_module, first_of, input_batches
 from lmc.network.network import Network
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_finite
+from lmc.weights.numbers import inexact
 
 
 class Problem:
@@ -74,7 +75,7 @@ class Problem:
         """The powers of the weights at all views of parameters where units are computed."""
 
         def powers(tensor: Tensor, axis: int) -> Tensor:
-            return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1).double().abs().pow(order).sum(1).cpu()
+            return tensor.movedim(axis, 0).reshape(tensor.shape[axis], -1).abs().double().pow(order).sum(1).cpu()
 
         here = [
             view for view, producing in self.producing.items() if producing and view[0] not in self.specs[1].buffers
@@ -99,9 +100,10 @@ class Problem:
     def _compare(self, view: View) -> Tensor:
         """Squared distances (K_b, K_a) between the slices of a parameter along one axis."""
         tensor, axis = view
-        theirs = self._move(tensor, self.b[tensor], skip=axis).movedim(axis, 0).double()
-        ours = self.a[tensor].movedim(axis, 0).double()
-        ours, theirs = ours.reshape(len(ours), -1), theirs.reshape(len(theirs), -1)
+        theirs, ours = (
+            (torch.view_as_real(x) if x.is_complex() else x).movedim(axis, 0).reshape(x.shape[axis], -1).double()
+            for x in (self._move(tensor, self.b[tensor], skip=axis), self.a[tensor])
+        )
         # |x - y|² = |x|² + |y|² - 2 xy, one matrix product for all pairs; rounding may leave it a little below 0.
         square = torch.addmm(ours.square().sum(1), theirs, ours.T, alpha=-2.0)
         return square.add_(theirs.square().sum(1)[:, None]).clamp_min_(0.0)
@@ -139,7 +141,7 @@ class Problem:
         moved = {}
         for name, tensor in self.b.items():
             target = self.a[name]
-            if not tensor.is_floating_point():
+            if not inexact(tensor):
                 moved[name] = target.clone()
                 continue
             moved[name] = self._move(name, tensor).to(target.dtype)

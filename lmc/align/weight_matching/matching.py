@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lmc.align.parameters import matched
 from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.gains import inner_product
@@ -98,15 +99,6 @@ def weight_matching(
 
 def _value(candidate: tuple[float, Any]) -> float:
     return candidate[0]
-
-
-def matched(spec: PermutationSpec, weights: Weights) -> Weights:
-    """What the matching looks at: floating-point parameters (tied ones once), in float32 at least."""
-    return {
-        name: tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-        for name, tensor in weights.items()
-        if tensor.is_floating_point() and name not in spec.buffers and name not in spec.aliases
-    }
 
 
 def _descend(
