@@ -150,6 +150,27 @@ def test_model_stock_filter_wise_treats_rows_alone() -> None:
         assert torch.allclose(result["w"][row], alone["w"][0], atol=1e-12)
 
 
+def test_model_stock_takes_a_vector_as_one_filter_and_rows_by_the_last_axis() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shared = {"b": torch.randn(50, generator=generator), "conv": torch.randn(4, 3, 2, 5, generator=generator)}
+    models = [{k: v + torch.randn(v.shape, generator=generator) for k, v in shared.items()} for _ in range(3)]
+    base = {k: torch.zeros_like(v) for k, v in shared.items()}
+
+    def between(rows: list[torch.Tensor]) -> torch.Tensor:
+        cosine = sum(float(torch.cosine_similarity(rows[i], rows[j], 0)) for i, j in ((0, 1), (0, 2), (1, 2))) / 3
+        return max(0.0, 3 * cosine / (1 + 2 * cosine)) * torch.stack(rows).mean(0)
+
+    for options in ({"filter_wise": True}, {"row_wise": True}):
+        found = merge.model_stock(models, base=base, **options)
+        assert torch.allclose(found["b"], between([m["b"] for m in models]), atol=1e-5)
+        length = 30 if "filter_wise" in options else 5
+        rows = [m["conv"].reshape(-1, length) for m in models]
+        expected = torch.stack([between([r[i] for r in rows]) for i in range(len(rows[0]))])
+        assert torch.allclose(found["conv"].reshape(-1, length), expected, atol=1e-5)
+    with pytest.raises(InputError, match="choose one"):
+        merge.model_stock(models, base=base, filter_wise=True, row_wise=True)
+
+
 def test_variance_correction_restores_the_variance_and_keeps_the_mean() -> None:
     generator = torch.Generator().manual_seed(0)
     models = [{"w": 0.3 + torch.randn(200, 100, generator=generator, dtype=torch.float64)} for _ in range(8)]

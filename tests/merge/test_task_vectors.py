@@ -113,10 +113,15 @@ def test_ties_is_the_literal_procedure(density: float) -> None:
 
 
 def test_ties_per_tensor_trims_each_tensor() -> None:
-    result = merge.ties([A, B, C], base=BASE, density=0.3, scope="tensor")
-    for k in SHAPES:
-        alone = merge.ties([{k: m[k]} for m in (A, B, C)], base={k: BASE[k]}, density=0.3)
-        assert torch.equal(result[k], alone[k])
+    result = merge.ties([A, B, C], base=BASE, density=0.3, scope="tensor", undecided="drop")
+    for k, shape in SHAPES.items():
+        taus = torch.stack([(m[k] - BASE[k]).flatten() for m in (A, B, C)])
+        kept = max(1, int(0.3 * math.prod(shape)))
+        trimmed = torch.where(taus.abs() >= taus.abs().sort(1, descending=True).values[:, kept - 1 : kept], taus, 0.0)
+        assert (trimmed != 0).sum(1).tolist() == [kept] * 3
+        agrees = trimmed.sign() == trimmed.sum(0).sign()
+        expected = (trimmed * agrees).sum(0) / (agrees & (trimmed != 0)).sum(0).clamp_min(1)
+        assert torch.allclose((result[k] - BASE[k]).flatten(), expected, atol=1e-12)
     mixed = merge.ties([A, B], base=BASE, density={"*": 0.3, "head": 1.0}, scope="tensor")
     assert torch.equal(mixed["head"], merge.ties([A, B], base=BASE, density=1.0)["head"])
     with pytest.raises(InputError, match="scope='tensor'"):
@@ -156,6 +161,35 @@ def test_ties_where_sums_cancel_exactly() -> None:
     assert merge.ties(more, base={**zero, "v": torch.zeros(2)}, density=1.0)["w"].tolist() == [1.0, 2.0, 3.0, 0.0]
     with pytest.raises(InputError, match="undecided"):
         merge.ties([up, down], undecided="up", **options)
+
+
+@pytest.mark.parametrize(("normalize", "power"), [("weights", 0), ("count", 1), ("none", 1)])
+def test_what_weights_of_ties_scale_is_chosen_by_its_normalisation(normalize: str, power: int) -> None:
+    options = {"base": BASE, "density": 0.4, "normalize": normalize}
+    once = moved(merge.ties([A, B, C], weights=[3.0, 1.0, 2.0], **options))
+    doubled = moved(merge.ties([A, B, C], weights=[6.0, 2.0, 4.0], **options))
+    assert torch.allclose(doubled, 2.0**power * once, atol=1e-12) and once.abs().sum() > 0
+
+
+def test_normalisations_of_ties_by_hand() -> None:
+    base = {"w": torch.zeros(3)}
+    a, b = {"w": torch.tensor([1.0, 4.0, -5.0])}, {"w": torch.tensor([2.0, 8.0, 1.0])}
+    expected = {"weights": [1.25, 5.0, -5.0], "count": [2.5, 10.0, -15.0], "none": [5.0, 20.0, -15.0]}
+    for normalize, values in expected.items():
+        found = merge.ties([a, b], base=base, density=1.0, weights=[3, 1], normalize=normalize)
+        assert found["w"].tolist() == values
+    elected = merge.dare([a, b], base=base, density=1.0, combine_by="ties-sum", weights=[3, 1])
+    assert elected["w"].tolist() == expected["none"]
+    turned = merge.ties([a, b], base=base, density=1.0, weights=[-3, 1])  # votes with its sign turned round
+    assert turned["w"].tolist() == [-1.0, -4.0, 4.0]
+
+
+def test_a_weighted_mean_is_divided_by_the_weights() -> None:
+    for weights in ([3.0, 1.0], [6.0, 2.0]):
+        mean = merge.dare([A, B], base=BASE, density=1.0, combine_by="mean", weights=weights)
+        assert close(mean, merge.average([A, B], weights=[3, 1]))
+    with pytest.raises(InputError, match="sum to 0"):
+        merge.dare([A, B], base=BASE, density=1.0, combine_by="mean", weights=[1, -1])
 
 
 # DARE, DELLA, breadcrumbs
@@ -210,6 +244,30 @@ def test_della_without_window_is_dare_and_with_it_prefers_large_entries() -> Non
     for options in ({"density": 0.9, "epsilon": 0.2}, {"density": 0.1, "epsilon": 0.1}):
         with pytest.raises(InputError, match="epsilon"):
             merge.della([A], base=BASE, **options)
+
+
+@pytest.mark.parametrize(("scope", "groups"), [("filter", 4), ("tensor", 1)])
+def test_breadcrumbs_keeps_its_share_of_kernels(scope: str, groups: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = {"conv": torch.zeros(4, 10, 3, 3), "point": torch.zeros(4, 100, 1, 1), "bias": torch.zeros(3)}
+    model = {name: torch.randn(x.shape, generator=generator) for name, x in base.items()}
+    found = merge.breadcrumbs([model], base=base, density=0.15, outliers=0.02, scope=scope)
+    for name in ("conv", "point"):
+        rows, kept = model[name].abs().reshape(groups, -1), (found[name] != 0).reshape(groups, -1)
+        n = rows.shape[1]
+        rank = rows.argsort(1, descending=True).argsort(1)
+        assert torch.equal(kept, (rank >= round(0.02 * n)) & (rank < round(0.15 * n)))
+    assert int((found["bias"] != 0).sum()) == 1  # never nothing
+
+
+def test_breadcrumbs_refuses_rows_too_short_to_keep_anything() -> None:
+    base = {"conv": torch.zeros(4, 10, 3, 3)}
+    with pytest.raises(InputError, match="conv: density 0.15 keeps no entry of rows of 3; rank filters"):
+        merge.breadcrumbs([{"conv": torch.ones(4, 10, 3, 3)}], base=base, scope="row")
+    kept = merge.breadcrumbs([{"conv": torch.ones(4, 10, 3, 3)}], base=base, scope="row", density=0.5, outliers=0.0)
+    assert int(kept["conv"].sum()) == 4 * 10 * 3 * 2
+    with pytest.raises(InputError, match="scope must be"):
+        merge.breadcrumbs([base], base=base, scope="layer")
 
 
 def test_breadcrumbs_keeps_a_band_of_each_row() -> None:

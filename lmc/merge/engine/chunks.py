@@ -22,12 +22,12 @@ def grain(tensor: Tensor, cut: Cut) -> int:
     """How many values in sequence no cut may part.
 
     Those of an entry, of a row (last axis; a vector is one row), of a filter (everything at one place of the first
-    axis), or all.
+    axis; a vector is one filter), or all.
     """
     size = tensor.numel()
     if cut == "entries":
         return 1
-    if cut == "filters" and tensor.ndim > 0:
+    if cut == "filters" and tensor.ndim > 1:
         return size // max(1, tensor.shape[0])
     return tensor.shape[-1] if cut == "rows" and tensor.ndim > 1 else size
 

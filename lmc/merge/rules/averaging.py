@@ -212,22 +212,34 @@ def _on_the_sphere(cosines: Tensor, pull: Tensor, iterations: int, tolerance: fl
     return mean
 
 
-def _stock_parts(*, filter_wise: bool = False, **_: object) -> Cut:
-    return "filters" if filter_wise else "entries"
+def _stock_cut(*, filter_wise: bool = False, row_wise: bool = False, **_: object) -> Cut:
+    if filter_wise and row_wise:
+        raise InputError("filter_wise and row_wise: choose one")
+    return "filters" if filter_wise else "rows" if row_wise else "entries"
 
 
-@on_tensors(cut=_stock_parts)
-def model_stock(tensors: Tensor, *, moments: Callable[[], Moments], base: Tensor, filter_wise: bool = False) -> Tensor:
+@on_tensors(cut=_stock_cut)
+def model_stock(
+    tensors: Tensor,
+    *,
+    moments: Callable[[], Moments],
+    base: Tensor,
+    filter_wise: bool = False,
+    row_wise: bool = False,
+) -> Tensor:
     """Model Stock (Jang, Yun, Han 2024, 2403.19522): between the mean of N fine-tuned models and their base.
 
     `t mean_i theta_i + (1-t) base` with `t = N cos / (1 + (N-1) cos)` (equation 6), cos the mean cosine between two
-    task vectors; per tensor, or per row of the first axis with `filter_wise`. `t` is 0 where the cosine is not positive
-    (the formula has a pole at `-1/(N-1)`) and 1 where a task vector is zero. A lone model is given back.
+    task vectors: per tensor; with `filter_wise` per filter, what is at one place of the first axis; with `row_wise` per
+    row of the last axis, which mergekit calls filter-wise and which of a convolution is a few entries. A vector is one
+    filter and one row. `t` is 0 where the cosine is not positive (the formula has a pole at `-1/(N-1)`; mergekit lets
+    it become negative there) and 1 where a task vector is zero. A lone model is given back.
     """
     deltas = tensors - base
     count = len(deltas)
-    rows = deltas.reshape(count, deltas.shape[1] if filter_wise and deltas.ndim > 1 else 1, -1)
-    if filter_wise:
+    shape = deltas.shape[1:-1] if row_wise else deltas.shape[1:2] if filter_wise and deltas.ndim > 2 else (1,)
+    rows = deltas.reshape(count, math.prod(shape), -1)
+    if filter_wise or row_wise:
         filters = precise(rows)
         gram = torch.einsum("irn,krn->rik", filters, filters)
     else:

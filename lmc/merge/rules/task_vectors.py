@@ -6,6 +6,7 @@ entries kept. Scaling is the common trap: a *sum* over T tasks wants a scale nea
 2 to 4), the *mean* over agreeing tasks of TIES wants about 1.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -19,13 +20,15 @@ from lmc.merge.engine.method import on_task_vectors
 from lmc.merge.engine.tensors import weight_sets
 from lmc.weights import ModelOrWeights, StateDict
 
-Combine = Literal["sum", "mean", "ties"]
+Combine = Literal["sum", "mean", "ties", "ties-sum"]
+Normalize = Literal["weights", "count", "none"]
+Together = Literal["filter", "row", "tensor"]
 Rescale = Literal["keep", "l1", "l2", "none"]
 Uniform = Callable[[Tensor], Tensor]
 
 
 def task_vector(weights: ModelOrWeights, *, base: ModelOrWeights) -> StateDict:
-    """`weights - base` for every weight, in float32 or wider; not for statistics, integers and second names of a tie.
+    """`weights - base` for every weight, in float32 or wider; not for statistics, integers and aliases of a tied tensor.
 
     Ilharco et al. 2023 (2212.04089), section 2.
     """
@@ -67,8 +70,8 @@ def dare(
 
     Each entry of each task vector is kept with probability `density = 1 - p`. It works while task vectors are small
     (about 0.005). Each model's mask depends on `seed`, the tensor's name and its place in the list. To leave tensors
-    whole, as the authors do with classifier heads: `density={"*": 0.1, "head": 1.0}`. `combine_by="ties"` is DARE-TIES.
-    Where another tool rescales to the old L1 norm of each tensor, that is `rescale="l1"`, which holds whole tensors in
+    whole, as the authors do with classifier heads: `density={"*": 0.1, "head": 1.0}`. `combine_by="ties"` is DARE-TIES
+    ("ties-sum" without its normalisation, mergekit's default). Where another tool rescales to the old L1 norm of each tensor, that is `rescale="l1"`, which holds whole tensors in
     memory.
     """
     _check_density(density)
@@ -107,42 +110,77 @@ def della(
     return combine(_rescale(deltas * keep, deltas, chance, rescale), combine_by, weights)
 
 
-@on_task_vectors(cut="rows")
+_CUTS: dict[str, Cut] = {"filter": "filters", "row": "rows", "tensor": "whole"}
+
+
+def _together(*, scope: Together = "filter", **_: object) -> Cut:
+    if scope not in _CUTS:
+        raise InputError(f"scope must be 'filter', 'row' or 'tensor', got {scope!r}")
+    return _CUTS[scope]
+
+
+@on_task_vectors(cut=_together)
 def breadcrumbs(
     deltas: Tensor,
     *,
+    name: str,
     density: float = 0.15,
     outliers: float = 0.006,
+    scope: Together = "filter",
     combine_by: Combine = "sum",
     weights: Sequence[float] | None = None,
 ) -> Tensor:
     """Model Breadcrumbs (Davari, Belilovsky 2024, 2312.06795): drop the smallest entries and the largest outliers.
 
-    Within each row (last axis), by `|tau|`: of the top share `density` (the authors' beta) the top share `outliers`
-    (gamma) is dropped, so `density - outliers` is kept, both counts rounded. The authors' script uses 0.15, 0.006 and
-    scale 0.2. Another tool works on whole tensors and keeps `density` besides the outliers.
+    By `|tau|`, of the top share `density` (the authors' beta) the top share `outliers` (gamma) is dropped, so
+    `density - outliers` is kept, both counts rounded but one entry at least. The authors' script uses 0.15, 0.006 and
+    scale 0.2.
+
+    Ranked together is a `"filter"` (what is at one place of the first axis; the row of a matrix; a vector is one), which
+    is what the authors do for matrices. `scope="row"` is their code taken literally: the last axis of every tensor,
+    which of a 3 x 3 kernel is three entries, of which 0.15 rounds to none and is refused. `scope="tensor"` ranks whole
+    tensors as mergekit does, whose density d and gamma g are `density=d + g, outliers=g` here.
 
     Raises:
-        InputError: unless 0 <= outliers <= density <= 1.
+        InputError: unless 0 <= outliers <= density <= 1, or rows that are too short to keep anything.
     """
     _check_density(density)
     if not 0.0 <= outliers <= density:
         raise InputError(f"outliers must be in [0, density = {density}], got {outliers}")
-    length = deltas.shape[-1] if deltas.ndim > 1 else 1
-    rows = deltas if deltas.ndim > 1 else deltas[:, None]
-    top = rows.abs().topk(round(density * length), dim=-1).indices[..., round(outliers * length) :]
-    kept = torch.zeros_like(rows).scatter_(-1, top, rows.gather(-1, top))
-    return combine(kept.reshape(deltas.shape), combine_by, weights)
+    # (models, groups, entries): what is ranked together; a vector is one group
+    groups = (1,) if deltas.ndim < 3 or scope == "tensor" else deltas.shape[1 : -1 if scope == "row" else 2]
+    rows = deltas.reshape(len(deltas), math.prod(groups), -1)
+    length = rows.shape[-1]
+    kept, dropped = round(density * length), round(outliers * length)
+    if kept <= dropped and density > outliers:
+        if scope == "row" and deltas.ndim > 2:
+            raise InputError(
+                f"{name}: density {density} keeps no entry of rows of {length}; rank filters instead, scope='filter'"
+            )
+        kept = dropped + 1 if dropped < length else length
+        dropped = kept - 1
+    top = rows.abs().topk(kept, dim=-1).indices[..., dropped:]
+    crumbs = torch.zeros_like(rows).scatter_(-1, top, rows.gather(-1, top))
+    return combine(crumbs.reshape(deltas.shape), combine_by, weights)
 
 
 def combine(deltas: Tensor, how: Combine, weights: Sequence[float] | None = None) -> Tensor:
-    """`(models, *shape)` task vectors into one: their weighted sum, their weighted mean, or sign election (TIES)."""
-    if how == "ties":
-        return elect(weigh(deltas, weights))
-    if how not in ("sum", "mean"):
-        raise InputError(f"combine_by must be 'sum', 'mean' or 'ties', got {how!r}")
+    """`(models, *shape)` task vectors into one.
+
+    Their weighted sum; their weighted mean, `sum_t w_t tau_t / sum_t w_t`; or, of the entries that agree with the
+    elected sign (TIES), the weighted mean ("ties") or the weighted sum ("ties-sum").
+    """
+    if how not in ("sum", "mean", "ties", "ties-sum"):
+        raise InputError(f"combine_by must be 'sum', 'mean', 'ties' or 'ties-sum', got {how!r}")
+    if how in ("ties", "ties-sum"):
+        return elect(deltas, weights, normalize="weights" if how == "ties" else "none")
     total = weigh(deltas, weights).sum(0)
-    return total if how == "sum" else total / len(deltas)
+    if how == "sum":
+        return total
+    whole = sum(coefficients(weights, len(deltas)))
+    if abs(whole) < 1e-12:
+        raise InputError(f"weights: {weights} sum to 0, so that their mean is not defined")
+    return total / whole
 
 
 def weigh(deltas: Tensor, weights: Sequence[float] | None) -> Tensor:
@@ -156,18 +194,33 @@ def per_model(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
     return tensor.reshape(-1, *[1] * (like.ndim - 1))
 
 
-def elect(deltas: Tensor, undecided: float = 0.0) -> Tensor:
+def elect(
+    deltas: Tensor, weights: Sequence[float] | None = None, undecided: float = 0.0, normalize: Normalize = "weights"
+) -> Tensor:
     """The mean over the entries that have the sign of their sum; zeros do not count (TIES, Algorithm 1, steps 2 and 3).
 
     Args:
-        deltas: `(models, *shape)`, already trimmed and weighted.
+        deltas: `(models, *shape)`, already trimmed.
+        weights: one number per model; signs are elected by the weighted task vectors.
         undecided: the sign (-1, 0 or 1) for positions whose sum is exactly zero; with 0 they stay zero.
+        normalize: the sum over the models that agree is divided by the sum of their weights (absolute values), by
+            their number, or by nothing.
     """
-    sign = deltas.sum(0).sign_()
+    if normalize not in ("weights", "count", "none"):
+        raise InputError(f"normalize must be 'weights', 'count' or 'none', got {normalize!r}")
+    weighted = weigh(deltas, weights)
+    sign = weighted.sum(0).sign_()
     if undecided:
         sign.add_(1.0 - sign.abs(), alpha=undecided)
-    agreeing = (deltas * sign).relu_()  # magnitudes
-    return agreeing.sum(0).mul_(sign) / agreeing.sign().sum(0).clamp_min_(1)
+    agreeing = (weighted * sign).relu_()  # magnitudes
+    total = agreeing.sum(0).mul_(sign)
+    if normalize == "none":
+        return total
+    votes = agreeing.sign_()
+    if normalize == "weights" and weights is not None:
+        votes = votes * per_model(coefficients(weights, len(deltas)), deltas).abs()
+    divisor = votes.sum(0)
+    return total / divisor.where(divisor > 0, 1.0)
 
 
 def _rescale(kept: Tensor, deltas: Tensor, chance: float | Tensor, how: Rescale) -> Tensor:

@@ -16,7 +16,7 @@ from lmc.errors import InputError
 from lmc.merge.engine.method import on_task_vectors
 from lmc.merge.engine.passes import Pass
 from lmc.merge.engine.quantiles import kth_smallest
-from lmc.merge.rules.task_vectors import elect, per_model, weigh
+from lmc.merge.rules.task_vectors import Normalize, elect, per_model, weigh
 
 Scope = Literal["model", "tensor"]
 
@@ -39,7 +39,8 @@ class Trim:
             return self.thresholds
         if name not in self._limits:
             own = self.deltas.of(name)
-            self._limits = {name: thresholds(own, density, len(own.sets), own.size)}  # parts of a tensor come together
+            # Chunks of a tensor come one after the other, so that one tensor's thresholds are enough.
+            self._limits = {name: thresholds(own, density, len(own.sets), own.size, more=0)}
         return self._limits[name]
 
     def majority(self, name: str, limits: Tensor, weights: Sequence[float] | None) -> float:
@@ -73,28 +74,35 @@ def ties(
     weights: Sequence[float] | None = None,
     scope: Scope = "model",
     undecided: Literal["majority", "positive", "drop"] = "majority",
+    normalize: Normalize = "weights",
 ) -> Tensor:
     """TIES (Yadav et al. 2023, 2306.01708, Algorithm 1): trim, elect signs, merge what agrees.
 
     1. Of each task vector keep the share `density` largest by magnitude, over the whole flattened model.
     2. Elect for each entry the sign of the sum of the trimmed (and weighted) vectors.
-    3. Take the mean over the models that have this sign; entries trimmed to zero do not count.
+    3. Take the weighted mean over the models that have this sign; entries trimmed to zero do not count.
 
     The recommended `scale` without validation data is 1. Details follow the authors' code: of n entries
     `floor(density n) + 1` survive and all that equal the last of them. An entry whose sum is exactly zero takes the
     majority sign of the whole model (negative if there is none); in the paper's formula it is dropped
-    (`undecided="drop"`), other tools take it as positive. `scope="tensor"` trims each tensor on its own, as those do.
+    (`undecided="drop"`).
+
+    The paper has no weights. As in mergekit's `ties`, the sum in step 3 is divided by the weights of the models that
+    agree, so that weights all doubled change nothing; `normalize="count"` divides by their number, so that weights
+    scale the task vectors; `"none"` is the disjoint sum (FusionBench's default, with scale 0.3). mergekit trims each
+    tensor on its own, keeps `floor(density n)` entries (one at least) and takes undecided entries as positive:
+    `scope="tensor", undecided="positive"`.
     """
     if undecided not in ("majority", "positive", "drop"):
         raise InputError(f"undecided must be 'majority', 'positive' or 'drop', got {undecided!r}")
     limits = survey.limits(name, density)
-    trimmed = weigh(trim(deltas, limits), weights)
-    if undecided == "drop":
-        return elect(trimmed)
-    if undecided == "positive":
-        return elect(trimmed, 1.0)
-    contested = ((trimmed.sum(0) == 0) & (trimmed.abs().sum(0) > 0)).any()
-    return elect(trimmed, survey.majority(name, limits, weights) if contested else 0.0)
+    trimmed = trim(deltas, limits)
+    sign = 1.0 if undecided == "positive" else 0.0
+    if undecided == "majority":
+        weighted = weigh(trimmed, weights)
+        if ((weighted.sum(0) == 0) & (weighted.abs().sum(0) > 0)).any():
+            sign = survey.majority(name, limits, weights)
+    return elect(trimmed, weights, sign, normalize)
 
 
 def trim(deltas: Tensor, limits: Tensor) -> Tensor:
@@ -104,12 +112,12 @@ def trim(deltas: Tensor, limits: Tensor) -> Tensor:
     return torch.stack([hardshrink(d, low) if low > 0 else d for d, low in zip(deltas, below, strict=True)])
 
 
-def thresholds(deltas: Iterable[Tensor], density: float, models: int, size: int) -> Tensor:
-    """`(models,)`: the magnitude of rank `size - floor(density size)` from below among all entries of a model."""
+def thresholds(deltas: Iterable[Tensor], density: float, models: int, size: int, more: int = 1) -> Tensor:
+    """`(models,)`: the smallest of the `floor(density size) + more` largest magnitudes among all entries of a model."""
     if not 0.0 < density <= 1.0:
         raise InputError(f"density, the share of entries kept, must be in (0, 1], got {density}")
     sample = (lambda: (d.abs() for d in deltas.sample())) if isinstance(deltas, Pass) else None
-    return kth_smallest(lambda: (d.abs() for d in deltas), [max(1, size - int(density * size))] * models, size, sample)
+    return kth_smallest(lambda: (d.abs() for d in deltas), [min(size, max(1, size + 1 - more - int(density * size)))] * models, size, sample)
 
 
 @dataclass(frozen=True)
