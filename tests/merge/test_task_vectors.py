@@ -9,7 +9,6 @@ from torch import Tensor
 
 import lmc.merge as merge
 from lmc.errors import InputError
-from lmc.merge.rules.postprocess import depths
 
 SHAPES = {
     "layers.0.w": (9, 6),
@@ -349,7 +348,7 @@ def test_lines_with_three_blocks_given_or_found() -> None:
         merge.lines([model], base=base, blocks=["g.0", "h.1"])
     with pytest.raises(InputError, match="pass blocks="):
         merge.lines([{"w": torch.ones(2)}], base={"w": torch.zeros(2)})
-    stages = {f"layer{s}.{b}.w": torch.ones(2) for s, count in ((1, 2), (2, 3)) for b in range(count)}
+    stages = {f"{part}.{b}.w": torch.ones(2) for part, count in (("features", 2), ("top", 3)) for b in range(count)}
     with pytest.raises(InputError, match="pass blocks="):
         merge.lines([stages], base=stages)
 
@@ -417,8 +416,3 @@ def test_task_arithmetic_is_exact_for_a_linear_model_with_tasks_on_disjoint_feat
     for x, model in zip(inputs, models, strict=True):
         assert torch.allclose(x @ merged.T, x @ model["w"].T, atol=1e-12)
         assert not torch.allclose(x @ merge.average(models)["w"].T, x @ model["w"].T, atol=0.1)
-
-
-def test_lines_takes_modules_in_order_where_none_is_numbered() -> None:
-    names = ["fc1.weight", "fc1.bias", "fc2.weight", "head.weight"]
-    assert list(depths(names, None).values()) == [0.0, 0.0, 0.5, 1.0]

@@ -1,4 +1,4 @@
-"""Corrections on top of any method on task vectors: LiNeS scales it by depth, TALL-masks keep what tasks agree on.
+"""Postprocessing of any method on task vectors: LiNeS scales it by depth, TALL-masks keep what tasks agree on.
 
 A rule here is given the merged task vector of another method, `method=` (default task arithmetic; further options go to
 it), and the task vectors it was made of:
@@ -11,7 +11,6 @@ it), and the task vectors it was made of:
 """
 
 import inspect
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,6 +27,7 @@ from lmc.merge.engine.patterns import matches
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.merge.rules.task_vectors import per_model, task_arithmetic
 from lmc.weights import ModelOrWeights
+from lmc.weights.depth import numbered_depths
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Depths:
 
 
 def _survey_lines(tensors: Pass, *, alpha: float | None, blocks: Sequence[str] | None, **_: Any) -> Depths:
-    found = depths(tensors.sets.weights, blocks)
+    found = _depths(tensors.sets.weights, blocks)
     if alpha is None:
         norms = [(float(d.sum(0).abs().sum()), float(m.abs().sum())) for m, d in tensors]
         total, merged = (sum(column) for column in zip(*norms, strict=True))
@@ -100,7 +100,7 @@ def lines(
 
     Args (besides those of `method=`):
         blocks: name patterns of the blocks, shallow to deep; by default the numbered modules (`layers.0`, `layers.1`,
-            ...), or all modules in their order where none is numbered.
+            ...; `fc1`, `fc2`, ...). The order of keys counts for nothing.
 
     Raises:
         InputError: blocks that cannot be told from the names, or a pattern that fits nothing.
@@ -156,10 +156,13 @@ def _tall_masks(merged: Tensor, deltas: Tensor, threshold: float | Sequence[floa
     return deltas.abs() > per_model(limits, deltas) * (merged - deltas).abs()
 
 
-def depths(names: Sequence[str], blocks: Sequence[str] | None) -> dict[str, float]:
+def _depths(names: Sequence[str], blocks: Sequence[str] | None) -> dict[str, float]:
     """For each name inside a block the depth of that block, from 0 (first) to 1 (last)."""
     if blocks is None:
-        return _numbered(names)
+        try:
+            return numbered_depths(names)
+        except InputError as error:
+            raise InputError(f"{error}: pass blocks=[pattern, ...], shallow to deep") from error
     if len(blocks) < 2:
         raise InputError("blocks: give at least two patterns, shallow to deep")
     found: dict[str, float] = {}
@@ -169,30 +172,3 @@ def depths(names: Sequence[str], blocks: Sequence[str] | None) -> dict[str, floa
             raise InputError(f"blocks: no tensor fits the pattern {pattern!r}")
         found |= {name: i / (len(blocks) - 1) for name in inside}
     return found
-
-
-def _numbered(names: Sequence[str]) -> dict[str, float]:
-    """Depths from the first number in dotted names; stacks of different lengths (ResNet stages) are refused.
-
-    Without any numbers (`fc1`, `fc2`, `head`), each module that holds weights is a block, in their order.
-    """
-    found = {name: re.match(r"(|.*?\.)(\d+)(?:\.|$)", name) for name in names}
-    stacks: dict[str, set[int]] = {}
-    for match in found.values():
-        if match:
-            stacks.setdefault(match[1], set()).add(int(match[2]))
-    stacks = {prefix: numbers for prefix, numbers in stacks.items() if len(numbers) > 1}
-    modules = list(dict.fromkeys(name.rpartition(".")[0] for name in names))
-    if not stacks and len(modules) > 1:
-        return {name: modules.index(name.rpartition(".")[0]) / (len(modules) - 1) for name in names}
-    if len({len(numbers) for numbers in stacks.values()}) != 1:
-        lengths = {prefix + "*": len(numbers) for prefix, numbers in stacks.items()}
-        raise InputError(
-            f"cannot tell the blocks from the names (numbered modules: {lengths}): pass blocks=[pattern, ...]"
-        )
-    order = {prefix: sorted(numbers) for prefix, numbers in stacks.items()}
-    return {
-        name: order[match[1]].index(int(match[2])) / (len(order[match[1]]) - 1)
-        for name, match in found.items()
-        if match and match[1] in order
-    }

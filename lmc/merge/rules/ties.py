@@ -117,7 +117,12 @@ def thresholds(deltas: Iterable[Tensor], density: float, models: int, size: int,
     if not 0.0 < density <= 1.0:
         raise InputError(f"density, the share of entries kept, must be in (0, 1], got {density}")
     sample = (lambda: (d.abs() for d in deltas.sample())) if isinstance(deltas, Pass) else None
-    return kth_smallest(lambda: (d.abs() for d in deltas), [min(size, max(1, size + 1 - more - int(density * size)))] * models, size, sample)
+    return kth_smallest(
+        lambda: (d.abs() for d in deltas),
+        [min(size, max(1, size + 1 - more - int(density * size)))] * models,
+        size,
+        sample,
+    )
 
 
 @dataclass(frozen=True)

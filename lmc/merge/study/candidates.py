@@ -17,6 +17,7 @@ from lmc.merge.with_data.fisher import fisher
 from lmc.merge.with_data.regmean import regmean, regmean_plus_plus
 from lmc.merge.with_data.soups import greedy_soup, learned_soup, wise_ft
 from lmc.weights import ModelOrWeights, Weights
+from lmc.weights.depth import modules_in_order, numbered_depths
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,16 @@ def _on_inputs(method: Callable[..., Weights]) -> Runner:
     return lambda task, **options: method(task.model, task.models, task.inputs, progress=False, **options)
 
 
+def _lines(task: MergeTask, **options: Any) -> Weights:
+    """LiNeS, whose blocks are all modules in the model's order where none are numbered."""
+    names = list(task.models[0])
+    try:
+        numbered_depths(names)
+    except InputError:
+        options["blocks"] = modules_in_order(task.model, [name for name, _ in task.model.named_parameters()])
+    return lines(task.models, base=task.base, **options)
+
+
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.3)
 FEW_SCALES = (0.3, 0.5, 1.0, 1.5)
 
@@ -95,7 +106,7 @@ CANDIDATES: dict[str, Candidate] = {
     "breadcrumbs": Candidate(_on_base(breadcrumbs), {"density": (0.15, 0.5), "scale": FEW_SCALES}, needs_base=True),
     "pcb": Candidate(_on_base(pcb), {"scale": FEW_SCALES}, needs_base=True),
     "consensus": Candidate(_on_base(consensus), {"threshold": (0.2, 0.4), "scale": FEW_SCALES}, needs_base=True),
-    "lines": Candidate(_on_base(lines), {"beta": (0.5, 1.0), "scale": FEW_SCALES}, needs_base=True),
+    "lines": Candidate(_lines, {"beta": (0.5, 1.0), "scale": FEW_SCALES}, needs_base=True),
     "adamerging": Candidate(
         lambda task, **options: adamerging(
             task.model, task.models, task.inputs, base=task.base, progress=False, **options

@@ -18,7 +18,8 @@ from lmc.merge.engine.patterns import matches
 from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.rules.task_vectors import task_arithmetic
 from lmc.merge.with_data.examples import Scorer, scorer
-from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
+from lmc.weights import ModelOrWeights, Weights, as_weights
+from lmc.weights.depth import modules_in_order
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -129,7 +130,7 @@ def mixer(
     called = tuple(names or (data if len(data) == len(sets) else (f"models[{i}]" for i in range(len(sets)))))
     if len(called) != len(sets) or len(set(called)) != len(called):
         raise InputError(f"names={list(called)}; expected a different one for each of {len(sets)} models")
-    chosen = _thirds(sets.weights) if groups is None else _given(groups, sets.weights)
+    chosen = _thirds(modules_in_order(model, sets.weights)) if groups is None else _given(groups, sets.weights)
     states, origin = [as_weights(m) for m in models], as_weights(base)
     scorers = [scorer(model, part, "accuracy", device=device, weights=origin)[0] for part in data.values()]
     own = np.array([[score(state) for score in scorers] for state in [*states, origin]])
@@ -143,14 +144,13 @@ def mixer(
     return made
 
 
-def _thirds(names: Sequence[str]) -> dict[str, tuple[str, ...]]:
-    """The modules that hold weights, in their order, cut into at most three stretches of about as many modules."""
-    modules = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+def _thirds(modules: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """Modules in their order, cut into at most three stretches of about as many modules."""
     if len(modules) <= GROUPS:
         return {module: (module,) for module in modules}
     cuts = [round(i * len(modules) / GROUPS) for i in range(GROUPS + 1)]
     parts = [tuple(modules[a:b]) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
-    return {f"{part[0]} – {part[-1]}": part for part in parts}
+    return {part[0] if len(part) == 1 else f"{part[0]} – {part[-1]}": part for part in parts}
 
 
 def _given(groups: Mapping[str, str | Sequence[str]], names: Sequence[str]) -> dict[str, tuple[str, ...]]:

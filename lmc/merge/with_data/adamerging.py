@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.core.progress import tqdm
-from lmc.errors import InputError
+from lmc.errors import DataError, InputError
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.passes import Pass
 from lmc.merge.engine.result import Merged
@@ -143,6 +143,11 @@ def _deltas(sets: WeightSets, density: float) -> Weights:
 
 def _entropy(outputs: Tensor) -> Tensor:
     """The mean over examples (and positions) of the entropy of softmax outputs `(..., C)`, in nats."""
+    if outputs.shape[-1] < 2:
+        raise DataError(
+            f"outputs {tuple(outputs.shape)} have one class, whose entropy is 0 for any weights: AdaMerging needs class "
+            "scores; for a single output use regmean, or fisher with likelihood="
+        )
     logs = outputs.to(wide(outputs.dtype)).log_softmax(-1)
     return -(logs.exp() * logs).sum(-1).mean()
 

@@ -13,11 +13,11 @@ from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.patterns import matches
 from lmc.merge.engine.result import Merged
 from lmc.merge.engine.tensors import assemble, weight_sets
-from lmc.merge.rules.postprocess import depths
 from lmc.merge.with_data.examples import cross_entropy, gather
 from lmc.network.batches import take, to_device
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, as_weights
+from lmc.weights.depth import model_depths
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ def ama(
         models: the tuned model, in a list; of several, their average.
         data: `(inputs, targets)` with class targets, an iterable of batches, or a data set (see `greedy_soup`).
         base: the model before tuning.
-        groups: name patterns, or how many groups of numbered blocks of equal depth.
+        groups: name patterns, or how many groups of blocks of equal depth (numbered modules, or where none are numbered
+            all modules in the model's order); with fewer blocks there are fewer groups.
         steps, lr, batch_size, seed: of Adam, and of the order of examples.
         device: where to compute (default: where the weights are).
         progress: show a bar if it takes longer than two seconds.
@@ -70,7 +71,7 @@ def ama(
     if not 0.0 <= mean <= 1.0 or epsilon <= 0.0 or steps < 1:
         raise InputError(f"mean must be in [0, 1], epsilon positive, steps at least 1; got {mean}, {epsilon}, {steps}")
     sets = weight_sets(models, base, module=model)
-    place = _groups(sets.weights, groups)
+    place = _groups(sets.weights, groups, model)
     count = max(place.values()) + 1
     state = as_weights(base)
     network = Network(model, pick_device(device, state))
@@ -108,12 +109,14 @@ def ama(
         return Merged(result, AmaReport(tuple(shares().tolist()), tuple(losses)))
 
 
-def _groups(names: Sequence[str], groups: int | Sequence[str]) -> dict[str, int]:
-    """The group of each name that is in one."""
+def _groups(names: Sequence[str], groups: int | Sequence[str], model: nn.Module) -> dict[str, int]:
+    """The group of each name that is in one; no group is empty."""
     if isinstance(groups, int):
         if groups < 1:
             raise InputError(f"groups must be at least 1, got {groups}")
-        return {name: min(int(depth * groups), groups - 1) for name, depth in depths(names, None).items()}
+        found = {name: min(int(depth * groups), groups - 1) for name, depth in model_depths(model, names).items()}
+        used = sorted(set(found.values()))  # fewer blocks than groups leave some without tensors
+        return {name: used.index(group) for name, group in found.items()}
     found = {}
     for k, pattern in enumerate(groups):
         inside = [name for name in names if matches(name, pattern)]

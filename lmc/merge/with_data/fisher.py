@@ -1,9 +1,14 @@
-"""Fisher merging: each weight is averaged in proportion to how much each model's predictions depend on it."""
+"""Fisher merging: each weight is averaged in proportion to how much each model's predictions depend on it.
+
+For every likelihood here the outputs f are natural parameters, so that `d log p(y | f) / d f = y - mean(f)` with the
+softmax, the sigmoid or f itself as the mean: one product with the outputs gives every score.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
@@ -19,6 +24,7 @@ from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
 from lmc.weights.numbers import wide
 
 Labels = Literal["expected", "sampled", "true"]
+Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 GRADIENT_BYTES = 256 << 20  # most memory for the gradients of single examples
 
 
@@ -32,6 +38,7 @@ def fisher(
     weights: Sequence[float] | None = None,
     samples: int = 1024,
     labels: Labels = "expected",
+    likelihood: Likelihood | None = None,
     normalize: bool = False,
     floor: float = 1e-6,
     seed: int = 0,
@@ -52,7 +59,7 @@ def fisher(
         base: not used; taken so that all methods are called alike.
         weights: one number per model (default 1 each).
         samples: examples per task; 256 to 4096 suffice.
-        labels, seed, device: as for `fisher_information`.
+        labels, likelihood, seed, device: as for `fisher_information`.
         progress: show a bar if it takes longer than two seconds.
 
     Raises:
@@ -62,7 +69,7 @@ def fisher(
     bar = tqdm(
         zip(states, each(data, len(states), "data"), strict=True), total=len(states), delay=2, disable=not progress
     )
-    options = {"samples": samples, "labels": labels, "seed": seed, "device": device}
+    options = {"samples": samples, "labels": labels, "likelihood": likelihood, "seed": seed, "device": device}
     informations = (fisher_information(model, state, part, **options) for state, part in bar)
     return fisher_weighted(states, informations, weights=weights, normalize=normalize, floor=floor, model=model)
 
@@ -119,15 +126,22 @@ def fisher_information(
     *,
     samples: int = 1024,
     labels: Labels = "expected",
+    likelihood: Likelihood | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
 ) -> Weights:
     """The diagonal Fisher information `E_x E_y (d log p(y|x) / d theta)^2` of every parameter, in float32 or wider.
 
-    `labels="expected"` sums over all classes with the model's probabilities: one backward pass per class. `"sampled"`
-    draws one class per output from them. `"true"` takes the targets (the empirical Fisher, another quantity: it is
-    small where the model fits). Outputs are `(N, C)`, or `(N, T, C)` with the log-probabilities of the T positions
-    added up (not with "expected"). The square is of each example's own gradient, in eval mode.
+    `labels="expected"` takes the expectation over y under the model: one backward pass per output. `"sampled"` draws
+    one y from it. `"true"` takes the targets (the empirical Fisher, another quantity: it is small where the model
+    fits). Outputs are `(N, C)`, or `(N, T, C)` with the log-probabilities of the T positions added up (not with
+    "expected"). The square is of each example's own gradient, in eval mode.
+
+    The likelihood says what outputs mean: logits of C classes; logits of C independent yes-or-no answers; or means of
+    Gaussians with variance 1, for which the expected information is the Gauss-Newton diagonal
+    `E_x sum_c (d f_c / d theta)^2`. By default it is read off the targets: Gaussian where they are floating-point,
+    Bernoulli where one output meets integer targets, otherwise classes. (The softmax of a single output is constant, its
+    information zero.)
 
     Args:
         weights: where to measure (None: the module's own).
@@ -135,9 +149,15 @@ def fisher_information(
         samples: at most this many examples, evenly spread over data given whole.
         seed: of drawn labels.
         device: where to compute (default: where the weights are).
+
+    Raises:
+        InputError: an unknown `labels` or `likelihood`.
+        DataError: outputs or targets that do not fit them, or a single output without targets and `likelihood=`.
     """
     if labels not in ("expected", "sampled", "true"):
         raise InputError(f"labels must be 'expected', 'sampled' or 'true', got {labels!r}")
+    if likelihood not in (None, "categorical", "bernoulli", "gaussian"):
+        raise InputError(f"likelihood must be 'categorical', 'bernoulli' or 'gaussian', got {likelihood!r}")
     state = as_weights(model if weights is None else weights)
     network = Network(model, pick_device(device, state))
     network.check(state, "weights")
@@ -148,42 +168,84 @@ def fisher_information(
     chunk = max(1, min(samples, 128, GRADIENT_BYTES // (4 * size)))
     generator = torch.Generator().manual_seed(seed)
 
-    def log_probability(parameters: Weights, example: Any, target: Tensor) -> Tensor:
+    def score(parameters: Weights, example: Any, pull: Tensor) -> Tensor:
         outputs = network.outputs(parameters, _batch_of_one(example))[0]
-        return outputs.to(wide(outputs.dtype)).log_softmax(-1).gather(-1, target[..., None]).sum()
+        return (outputs.to(pull.dtype) * pull).sum()
 
-    gradients = _EachGradient(log_probability)
+    gradients = _EachGradient(score)
     found = {name: torch.zeros_like(tensor, dtype=wide(tensor.dtype)) for name, tensor in trained.items()}
     count = 0
     for inputs, targets in batches(data, "data", limit=samples, size=chunk):
         inputs = to_device(inputs, network.device)
         outputs = network(inputs)
-        probabilities = outputs.to(wide(outputs.dtype)).softmax(-1)
-        for target, share in _targets(probabilities, targets, labels, generator):
-            for name, gradient in gradients(trained, inputs, target).items():
+        outputs = outputs.to(wide(outputs.dtype))
+        kind = _likelihood(outputs, targets) if likelihood is None else likelihood
+        for pull, share in _pulls(outputs, targets, kind, labels, generator):
+            for name, gradient in gradients(trained, inputs, pull).items():
                 found[name] += torch.einsum("n,n...->...", share.to(found[name]), gradient.to(found[name]).square())
-        count += len(probabilities)
+        count += len(outputs)
     return {name: (total / count).to(state[name].device) for name, total in found.items()}
 
 
-def _targets(
-    probabilities: Tensor, targets: Tensor | None, labels: Labels, generator: torch.Generator
+def _likelihood(outputs: Tensor, targets: Tensor | None) -> Likelihood:
+    """The one that targets ask for."""
+    if targets is not None and targets.is_floating_point():
+        return "gaussian"
+    if outputs.shape[-1] > 1:
+        return "categorical"
+    if targets is None:
+        raise DataError("a single output: give likelihood='bernoulli' (one logit) or 'gaussian' (regression)")
+    return "bernoulli"
+
+
+def _pulls(
+    outputs: Tensor, targets: Tensor | None, likelihood: Likelihood, labels: Labels, generator: torch.Generator
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Classes `(N,)` or `(N, T)` to differentiate, each with the share of every example's square that counts."""
-    ones = torch.ones(len(probabilities), device=probabilities.device)
+    """Scores `y - mean(f)` shaped like the outputs, each with the share `(N,)` of every example's square that counts."""
+    if likelihood == "categorical" and outputs.shape[-1] == 1:
+        raise DataError("likelihood='categorical' of a single output has no information; use 'bernoulli' or 'gaussian'")
+    mean = {"categorical": lambda: outputs.softmax(-1), "bernoulli": outputs.sigmoid, "gaussian": lambda: outputs}[
+        likelihood
+    ]()
+    ones = torch.ones(len(outputs), device=outputs.device)
     if labels == "expected":
-        if probabilities.ndim != 2:
-            raise DataError(f"labels='expected' needs outputs (N, C), got {tuple(probabilities.shape)}; use 'sampled'")
-        for c in range(probabilities.shape[1]):
-            yield torch.full_like(probabilities[:, c], c, dtype=torch.int64), probabilities[:, c]
-    elif labels == "sampled":
-        flat = probabilities.reshape(-1, probabilities.shape[-1]).cpu()
-        drawn = torch.multinomial(flat, 1, generator=generator)
-        yield drawn.reshape(probabilities.shape[:-1]).to(probabilities.device), ones
+        if outputs.ndim != 2:
+            raise DataError(f"labels='expected' needs outputs (N, C), got {tuple(outputs.shape)}; use 'sampled'")
+        for c in range(outputs.shape[1]):
+            unit = torch.zeros_like(outputs)
+            unit[:, c] = 1.0
+            if likelihood == "categorical":
+                yield unit - mean, mean[:, c]
+            else:  # independent outputs: products of different ones have expectation 0
+                yield unit, ones if likelihood == "gaussian" else mean[:, c] * (1.0 - mean[:, c])
+        return
+    if labels == "sampled":
+        drawn = _draw(mean.cpu(), likelihood, generator).to(mean)
     else:
-        if targets is None or targets.shape != probabilities.shape[:-1]:
-            raise DataError(f"labels='true' needs targets of shape {tuple(probabilities.shape[:-1])}")
-        yield targets.to(probabilities.device).long(), ones
+        drawn = _as_outputs(targets, outputs, likelihood)
+    yield drawn - mean, ones
+
+
+def _draw(mean: Tensor, likelihood: Likelihood, generator: torch.Generator) -> Tensor:
+    """One y for every output, shaped like the outputs; classes as one-hot vectors."""
+    if likelihood == "gaussian":
+        return mean + torch.randn(mean.shape, generator=generator, dtype=mean.dtype)
+    if likelihood == "bernoulli":
+        return torch.bernoulli(mean, generator=generator)
+    flat = torch.multinomial(mean.reshape(-1, mean.shape[-1]), 1, generator=generator)
+    return F.one_hot(flat[:, 0], mean.shape[-1]).reshape(mean.shape)
+
+
+def _as_outputs(targets: Tensor | None, outputs: Tensor, likelihood: Likelihood) -> Tensor:
+    """Targets shaped like the outputs; classes as one-hot vectors."""
+    classes = likelihood == "categorical" and targets is not None and not targets.is_floating_point()
+    shape = outputs.shape[:-1] if classes else outputs.shape
+    if targets is not None and not classes and targets.numel() == outputs.numel():
+        targets = targets.reshape(shape)  # (N,) for a single output (N, 1)
+    if targets is None or targets.shape != shape:
+        raise DataError(f"labels='true' needs targets of shape {tuple(shape)}")
+    goal = F.one_hot(targets.long(), outputs.shape[-1]) if classes else targets
+    return goal.to(outputs)
 
 
 class _EachGradient:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.merge.engine.aligning import alignable
+from lmc.merge.engine.moments import precise
 from lmc.merge.engine.result import Merged
 from lmc.merge.engine.tensors import WeightSets, assemble, weight_sets
 from lmc.merge.with_data.examples import batches, each
@@ -17,6 +18,8 @@ from lmc.merge.with_data.linear_layers import as_matrix, as_weight, fits, rows
 from lmc.network.batches import to_device
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, Weights, as_weights
+
+ROWS = 1 << 14  # of layer inputs that are held in float64 at a time
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,11 @@ class _Job:
             def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
                 nonlocal calls
                 x = rows(module, args[0])
-                total[name] = total.get(name, 0.0) + (x.T @ x).double().cpu()
+                # In float64: with fewer rows than inputs the Gram matrix is singular, and the rounding of float32 would
+                # pass for directions that the inputs have.
+                for chunk in x.split(ROWS):
+                    own = precise(chunk)
+                    total[name] = total.get(name, 0.0) + (own.T @ own).cpu()
                 counts[name] += len(x)
                 calls += 1
                 if calls == stop_after:
