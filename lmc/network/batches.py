@@ -94,9 +94,7 @@ def _hold(batches: Iterable[Any], name: str) -> Iterable[Batch]:
         if size > HELD_BYTES and not one_shot and not isinstance(batches, list):
             return batches
     if not held:
-        raise DataError(
-            f"{name}: no batches at all; an iterator that was read before is empty, pass a list or a loader"
-        )
+        raise DataError(f"{name}: no batches at all; an iterator that was read before is empty, pass a list or a loader")
     return held
 
 

@@ -164,6 +164,66 @@ def test_fisher_merges_what_each_model_needs() -> None:
         assert torch.allclose(merged[used], m["weight"][used], rtol=0.01)
 
 
+def each_gradient(net: nn.Module, x: Tensor) -> list[list[Tensor]]:
+    """For every example and output the gradient of that output."""
+    return [
+        list(torch.autograd.grad(value, list(net.parameters()), retain_graph=True))
+        for example in x
+        for value in net(example[None])[0]
+    ]
+
+
+@pytest.mark.parametrize("outputs", [1, 3])
+def test_information_of_regression_and_of_logits_of_their_own(outputs: int) -> None:
+    """Gaussian: the Gauss-Newton diagonal; Bernoulli: p (1 - p) times it; true labels: squared residuals."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, outputs)).double()
+    x = torch.randn(6, 4, dtype=torch.float64)
+    goal, yes = torch.randn(6, outputs, dtype=torch.float64), torch.randint(0, 2, (6, outputs))
+    gradients, f = each_gradient(net, x), net(x).detach()
+    p = f.sigmoid()
+
+    def total(shares: Tensor, together: bool = False) -> dict[str, Tensor]:
+        columns = [torch.stack(g).unflatten(0, (6, outputs)) for g in zip(*gradients, strict=True)]
+        shaped = [torch.einsum("nc,nc...->nc...", shares, g) for g in columns]
+        squares = [(g.sum(1) if together else g).square() for g in shaped]
+        return {
+            name: s.flatten(0, -1 - parameter.ndim).sum(0) / 6
+            for s, (name, parameter) in zip(squares, net.named_parameters(), strict=True)
+        }
+
+    information = merge.fisher_information
+    assert close(information(net, None, (x, goal)), total(torch.ones_like(f)), 1e-10)
+    assert close(information(net, None, (x, goal), labels="true"), total(goal - f, together=True), 1e-10)
+    told = information(net, None, x, likelihood="bernoulli")
+    assert close(told, total((p * (1 - p)).sqrt()), 1e-10)
+    true = information(net, None, (x, yes), labels="true", likelihood="bernoulli")
+    assert close(true, total(yes - p, together=True), 1e-10)
+    for likelihood in ("bernoulli", "gaussian"):
+        expected = information(net, None, x, likelihood=likelihood)["0.weight"]
+        options = {"labels": "sampled", "likelihood": likelihood}
+        draws = [information(net, None, x, seed=seed, **options)["0.weight"] for seed in range(300)]
+        assert torch.allclose(torch.stack(draws).mean(0), expected, rtol=0.5, atol=0.1 * float(expected.max()))
+    if outputs == 1:
+        assert close(information(net, None, (x, yes[:, 0])), told, 1e-12)
+        assert close(information(net, None, (x, goal[:, 0]), labels="true"), total(goal - f), 1e-10)
+
+
+def test_a_single_output_is_not_taken_for_a_class() -> None:
+    torch.manual_seed(0)
+    models = [nn.Linear(3, 1) for _ in range(2)]
+    x = torch.randn(8, 3)
+    for options in ({}, {"likelihood": "categorical"}):
+        with pytest.raises(DataError, match="likelihood="):
+            merge.fisher(models[0], models, [x, x], **options)
+    with pytest.raises(InputError, match="likelihood must be"):
+        merge.fisher(models[0], models, [x, x], likelihood="poisson")  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="have one class"):
+        merge.adamerging(models[0], models, [x, x], base=models[0], steps=1)
+    wide = merge.fisher(models[0], models, [x, 3 * x], likelihood="gaussian")
+    assert not close(wide, merge.average(models), 1e-3)
+
+
 def test_bad_data_is_named(nets) -> None:
     net, models, (x, y) = nets
     for method in (merge.fisher, merge.regmean):
@@ -272,6 +332,20 @@ def test_features_that_are_never_active_keep_the_average() -> None:
     found = merge.regmean(nn.Linear(5, 2), models, data, shrink=1.0)
     assert torch.isfinite(found["weight"]).all()
     assert torch.allclose(found["weight"][:, 3], merge.average(models)["weight"][:, 3], atol=1e-6)
+
+
+def test_fewer_rows_than_inputs_leave_the_rest_at_the_average() -> None:
+    """In float32: what no row reaches is not moved by rounding, and what the rows reach is fitted exactly."""
+    torch.manual_seed(0)
+    models = [nn.Linear(64, 3, bias=False) for _ in range(2)]
+    data = [torch.randn(7, 64) for _ in range(2)]
+    found = merge.regmean(models[0], models, data, shrink=1.0)["weight"].double()
+    average = merge.average(models)["weight"].double()
+    seen = torch.cat(data).double()
+    outside = torch.eye(64).double() - torch.linalg.pinv(seen) @ seen
+    assert ((found - average) @ outside).abs().max() < 1e-5
+    for model, x in zip(models, data, strict=True):
+        assert torch.allclose(x.double() @ found.T, model(x).detach().double(), atol=1e-4)
 
 
 def test_regmean_is_exact_for_tasks_on_orthogonal_features() -> None:

@@ -264,9 +264,7 @@ class Evaluator:
             self.network.load(group[0])
             return {split.name: self._run(split, lambda inputs: self.network(inputs)[None]) for split in self.splits}
         stacked = self.network.stack(group)
-        return {
-            split.name: self._run(split, lambda inputs: self.network.many(stacked, inputs)) for split in self.splits
-        }
+        return {split.name: self._run(split, lambda inputs: self.network.many(stacked, inputs)) for split in self.splits}
 
     def _run(self, split: Split, outputs_of: Callable[[Any], Tensor]) -> list[Score]:
         """One pass over a split; `outputs_of` gives the outputs (K, N, ...) of a batch."""

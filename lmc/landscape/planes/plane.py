@@ -127,9 +127,7 @@ def random_plane(
     """
     counts = _counts(resolution)
     if not all(count % 2 for count in counts):
-        raise InputError(
-            f"resolution={resolution!r}; expected odd numbers, at least 5, so that the network is on a node"
-        )
+        raise InputError(f"resolution={resolution!r}; expected odd numbers, at least 5, so that the network is on a node")
     if not (math.isfinite(radius) and radius > 0.0):
         raise InputError(f"radius={radius}; expected a positive number")
     options = Options(tolerance, resume, repair, inputs, loss, metrics, batch_size, device, progress)

@@ -18,7 +18,7 @@ from lmc.merge.engine.patterns import matches
 from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.rules.task_vectors import task_arithmetic
 from lmc.merge.with_data.examples import Scorer, scorer
-from lmc.weights import ModelOrWeights, Weights, as_weights
+from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
 from lmc.weights.depth import modules_in_order
 
 if TYPE_CHECKING:
