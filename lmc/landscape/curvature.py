@@ -15,12 +15,10 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.landscape.evaluation.objective import Loss, check_training_data, mean_loss
-from lmc.landscape.evaluation.scores import IGNORED
+from lmc.landscape.evaluation.objective import Objective
 from lmc.landscape.planes.grid import Values
-from lmc.network.batches import Split, as_splits, to_device
-from lmc.network.network import Network, pick_device
-from lmc.weights import ModelOrWeights, Weights, agreeing
+from lmc.network.task import Loss, Outputs, Task
+from lmc.weights import ModelOrWeights, agreeing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -76,7 +74,8 @@ def curvature(
     probes: int = 30,
     tolerance: float = 1e-3,
     steps: int = 100,
-    loss: Loss | None = None,
+    loss: Loss | Task | None = None,
+    outputs: Outputs = None,
     batch_size: int = 512,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -92,12 +91,12 @@ def curvature(
     Args:
         model: the architecture.
         weights: a state dict or a module (None: the module's own).
-        data: `(inputs, targets)`, an iterable of such batches, or an object with `.train`, which is used.
+        data: as for `lmc.landscape.evaluate`; of several splits the training split is used.
         top: number of eigenvalues.
         probes: for the trace; its standard error falls with their square root.
         tolerance: Lanczos stops when all residuals are below this share of the largest eigenvalue, or after `steps`.
         steps: most Lanczos steps; each keeps a vector of the size of the network in float64.
-        loss: of outputs and targets (default: cross-entropy), one value or one for each example.
+        loss, outputs: as for `lmc.landscape.evaluate`.
         batch_size: examples at a time, where the data are given whole.
         seed: of the first vector and the probes.
         device: where to compute (default: where the weights are).
@@ -118,10 +117,7 @@ def curvature(
     if not (math.isfinite(tolerance) and tolerance > 0.0):
         raise InputError(f"tolerance={tolerance}; expected a positive number")
     state = agreeing([model if weights is None else weights], ["weights"], model=model)[0]
-    network = Network(model, pick_device(device, state))
-    split = as_splits(data)[0]
-    check_training_data(network, state, split, loss)
-    hessian = Hessian(network, state, split, loss, batch_size)
+    hessian = Hessian(Objective(model, state, data, loss=loss, outputs=outputs, device=device), batch_size)
     if top > hessian.size:
         raise InputError(f"top={top}; the network has {hessian.size} parameters only")
     generator = torch.Generator().manual_seed(seed)
@@ -143,10 +139,9 @@ def curvature(
 class Hessian:
     """Products of the Hessian of the mean loss with flat vectors (P,) of float64 on the CPU, P parameters."""
 
-    def __init__(self, network: Network, weights: Weights, split: Split, loss: Loss | None, batch_size: int) -> None:
-        network.load(weights)
-        self.network, self.split, self.loss, self.batch_size = network, split, loss, batch_size
-        named = [(name, p) for name, p in network.module.named_parameters() if p.is_floating_point()]
+    def __init__(self, objective: Objective, batch_size: int) -> None:
+        self.objective, self.batch_size = objective, batch_size
+        named = [(name, p) for name, p in objective.network.module.named_parameters() if p.is_floating_point()]
         self.point = {name: p.detach().clone().requires_grad_() for name, p in named}
         self.sizes = [p.numel() for p in self.point.values()]
         self.size = sum(self.sizes)
@@ -157,12 +152,10 @@ class Hessian:
         parts = vector.split(self.sizes)
         along = [part.reshape(p.shape).to(p.device, p.dtype) for part, p in zip(parts, leaves, strict=True)]
         total, weight = torch.zeros(self.size, dtype=torch.float64), 0
-        for inputs, targets in self.split.iterate(self.batch_size):
-            with sdpa_kernel(SDPBackend.MATH):  # the faster kernels of attention have no second derivative
-                outputs = self.network.outputs(self.point, to_device(inputs, self.network.device))
-            loss = mean_loss(outputs, targets.to(self.network.device), self.loss)
-            count = len(targets) if self.loss is not None else int((targets != IGNORED).sum())
-            if count:
+        for batch in self.objective.split.iterate(self.batch_size):
+            if count := self.objective.task.weight(batch[1]):
+                with sdpa_kernel(SDPBackend.MATH):  # the faster kernels of attention have no second derivative
+                    loss = self.objective(self.point, batch)
                 total += count * self._batch(loss, leaves, along)
                 weight += count
         return total / max(weight, 1)

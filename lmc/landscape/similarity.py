@@ -10,9 +10,9 @@ from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import DataError, InputError
 from lmc.landscape.evaluation.evaluator import Evaluator
-from lmc.landscape.evaluation.scores import IGNORED
 from lmc.network.batches import Split, take, to_device
 from lmc.network.network import Network, pick_device
+from lmc.network.task import Outputs
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ def similarity(
     data: Any,
     *,
     examples: int = 512,
+    outputs: Outputs = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> Similarity:
@@ -83,7 +84,7 @@ def similarity(
         a, b: its weights; modules or state dicts.
         data: as for `evaluate`; of several splits the test split.
         examples: how many are used for CKA, at once; predictions are compared on all.
-        batch_size, device: as for `evaluate`.
+        outputs, batch_size, device: as for `evaluate`.
 
     Raises:
         MismatchError: a, b and the model are not of one architecture, dtype and device.
@@ -93,14 +94,16 @@ def similarity(
     if not (isinstance(examples, int) and examples >= 2):
         raise InputError(f"examples={examples!r}; expected a whole number, at least 2")
     a, b = agreeing([a, b], "ab", model=model)
-    evaluator = Evaluator(model, data, batch_size=batch_size, device=pick_device(device, a), predictions=True)
+    evaluator = Evaluator(
+        model, data, outputs=outputs, batch_size=batch_size, device=pick_device(device, a), predictions=True
+    )
     scores = list(evaluator([a, b]))
     split = evaluator.splits[-1]
     first, second = (score[split.name].predictions for score in scores)
     if first is None or second is None:
         raise DataError(f"{split.name}: predictions can be compared for targets (N,) that are classes only")
     targets = torch.cat([goal for _inputs, goal in split.iterate(len(first))]).cpu()
-    counted = targets != IGNORED
+    counted = targets != evaluator.task.ignore
     first, second, targets = first[counted], second[counted], targets[counted]
     inputs = to_device(_some(split, examples), evaluator.device)
     left, right = (_grams(evaluator.network, state, inputs) for state in (a, b))

@@ -122,7 +122,9 @@ def equal_batches(inputs: Any, batch_size: int) -> list[Any]:
         return inputs
     leaves = tensors(inputs)
     if not leaves or leaves[0].ndim == 0 or len(leaves[0]) == 0:
-        raise DataError("inputs: expected a tensor (N, ...) with N > 0, a tuple or mapping of such, or a list of batches")
+        raise DataError(
+            "inputs: expected a tensor (N, ...) with N > 0, a tuple or mapping of such, or a list of batches"
+        )
     count = len(leaves[0])
     pieces = torch.arange(count).tensor_split(-(-count // batch_size))
     return [take(inputs, slice(int(piece[0]), int(piece[-1]) + 1)) for piece in pieces]

@@ -1,4 +1,4 @@
-"""What functions that only run a network accept as inputs, brought into one shape: calls of the module."""
+"""Inputs for functions that only run a network, brought into one shape: calls of the module."""
 
 import inspect
 from collections.abc import Iterable, Iterator, Mapping
@@ -6,30 +6,32 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lmc.errors import DataError
-from lmc.network.batches import take, tensors
+from lmc.network.batches import DATASET_BATCH, LABELS, TaskData, fields, take, tensors, to_device
 
-Call = Any  # a tensor, a tuple of positional tensors, or a mapping of keyword tensors
+Call = Any  # a tensor, a tuple of positional tensors, a mapping of keyword tensors, or a data object
 
 
 def input_batches(model: nn.Module, inputs: Any, batch_size: int) -> Iterator[Call]:
     """The calls that `inputs` stand for, examples along axis 0, no more than `batch_size` of them where we may cut.
 
-    Accepted are a tensor, a mapping of keyword tensors, a tuple of positional tensors, an object with `.train`, and any
-    iterable of such batches. A pair is `(inputs, targets)`, of which the targets are dropped, unless the module's
-    forward asks for two arguments; optional arguments go in a mapping.
+    Accepted are a tensor, a mapping of keyword tensors, a tuple of positional tensors, a data object (a graph), an
+    iterable of such batches, a `torch.utils.data.Dataset`, and of an object with `.train` or a mapping
+    `{"train": ..., "test": ...}` the training split. Targets are dropped: the last of a tuple that is one longer than
+    the module's forward asks for, and "labels" (or "label", "targets", "target", "y") of a mapping, unless forward asks
+    for them. Optional arguments go in a mapping.
 
     Raises:
         DataError: no examples at all, or something that is none of the above.
     """
-    if hasattr(inputs, "train") and hasattr(inputs, "test") and not isinstance(inputs, nn.Module):
-        inputs = inputs.train
+    inputs = _training_inputs(inputs)
     needed = required_arguments(model)
     seen = 0
-    whole = isinstance(inputs, Tensor | Mapping | tuple)
+    whole = bool(tensors(inputs)) and not isinstance(inputs, list) and not _is_loader(inputs)
     for batch in (inputs,) if whole else _iterable(inputs):
-        call = _without_targets(batch, needed)
+        call = _without_targets(model, batch, needed)
         count = _length(call)
         seen += 1 if count is None else count
         if not whole or count is None or count <= batch_size:
@@ -43,6 +45,19 @@ def input_batches(model: nn.Module, inputs: Any, batch_size: int) -> Iterator[Ca
         )
 
 
+def _training_inputs(inputs: Any) -> Any:
+    """The set that is used of several, and a data set as batches."""
+    if isinstance(inputs, TaskData):
+        inputs = inputs.data
+    if hasattr(inputs, "train") and hasattr(inputs, "test") and not isinstance(inputs, nn.Module):
+        inputs = inputs.train
+    elif isinstance(inputs, Mapping) and inputs and not tensors(inputs):
+        inputs = inputs["train"] if "train" in inputs else next(iter(inputs.values()))
+    if isinstance(inputs, Dataset) and not isinstance(inputs, IterableDataset):
+        return DataLoader(inputs, batch_size=DATASET_BATCH)
+    return inputs
+
+
 def required_arguments(model: nn.Module) -> int:
     """How many positional arguments the module's forward cannot do without."""
     parameters = inspect.signature(model.forward).parameters.values()
@@ -53,17 +68,30 @@ def required_arguments(model: nn.Module) -> int:
 def _iterable(inputs: Any) -> Iterable[Any]:
     if isinstance(inputs, str) or not isinstance(inputs, Iterable):
         raise DataError(
-            "inputs: expected a tensor, a tuple or mapping of tensors, or an iterable of such batches, "
+            "inputs: expected a tensor, a tuple or mapping of tensors, a data object, or an iterable of such batches, "
             f"got {type(inputs).__name__}"
         )
     return inputs
 
 
-def _without_targets(batch: Any, needed: int) -> Call:
-    if isinstance(batch, tuple | list) and len(batch) == 2 and needed < 2:
-        batch = batch[0]
-    elif isinstance(batch, list):
+def _is_loader(inputs: Any) -> bool:
+    """Whether this is an iterable of batches that happens to have tensors as attributes."""
+    plain = isinstance(inputs, Tensor | Mapping | tuple | list)
+    return not plain and isinstance(inputs, Iterable) and not hasattr(inputs, "to_dict")
+
+
+def _without_targets(model: nn.Module, batch: Any, needed: int) -> Call:
+    if isinstance(batch, tuple | list):
         batch = tuple(batch)
+        if len(batch) == max(needed, 1) + 1:
+            batch = batch[0] if len(batch) == 2 else batch[:-1]
+    elif isinstance(batch, Mapping) and any(name in batch for name in LABELS):
+        asked = inspect.signature(model.forward).parameters
+        batch = {
+            k: v
+            for k, v in batch.items()
+            if k not in LABELS or (k in asked and asked[k].default is inspect.Parameter.empty)
+        }
     if not tensors(batch):
         raise DataError(f"inputs: expected batches of tensors, got {type(batch).__name__}")
     return batch
@@ -75,17 +103,35 @@ def first_of(call: Call, count: int) -> Call:
 
 
 def _length(call: Call) -> int | None:
-    """The number of examples, None where the lengths of axis 0 differ."""
+    """The number of examples; None where the lengths of axis 0 differ, and of a data object."""
     lengths = {len(tensor) for tensor in tensors(call) if tensor.ndim}
     if not lengths or 0 in lengths:
         raise DataError("inputs: axis 0 counts the examples, and a tensor has none")
-    return lengths.pop() if len(lengths) == 1 else None
+    plain = isinstance(call, Tensor | Mapping | tuple)
+    return lengths.pop() if plain and len(lengths) == 1 else None
+
+
+def arguments(module: nn.Module, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """(args, kwargs) with which `module` is called.
+
+    The entries of a data object go to the arguments of these names where it has all that forward asks for, as in
+    `forward(x, edge_index, batch)`; else the object is the only argument.
+    """
+    if isinstance(call, Tensor):
+        return (call,), {}
+    if isinstance(call, Mapping):
+        return (), dict(call)
+    if isinstance(call, tuple | list):
+        return tuple(call), {}
+    known = {name: value for name, value in fields(call).items() if value is not None}
+    asked = inspect.signature(module.forward).parameters
+    required = [name for name, p in asked.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if required and all(name in known for name in required):
+        return (), {name: known[name] for name in asked if name in known}
+    return (call,), {}
 
 
 def call_module(module: nn.Module, call: Call, device: torch.device) -> Any:
     """The module's result for one call, on `device`."""
-    if isinstance(call, Mapping):
-        return module(**{name: tensor.to(device) for name, tensor in call.items()})
-    if isinstance(call, Tensor):
-        return module(call.to(device))
-    return module(*(tensor.to(device) for tensor in call))
+    args, kwargs = arguments(module, to_device(call, device))
+    return module(*args, **kwargs)

@@ -1,6 +1,6 @@
 """A private copy of a module that takes on weight sets, so that the caller's module is never touched."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lmc.errors import DataError, InputError
 from lmc.network.batches import tensors
 from lmc.network.copies import copy_module
+from lmc.network.inputs import arguments
+from lmc.network.task import tensor_of
 from lmc.weights import Weights, check_compatible
 
 
@@ -19,12 +21,15 @@ class Network:
     """One architecture in eval mode on one device; `load` gives it weights, calling it gives its outputs.
 
     Parameters are taken by reference, buffers are copied: a forward pass may write buffers, never parameters.
+
+    Args:
+        read: what is taken of the module's result (default: the tensor, or its `.logits`); see `Task.read`.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, device: torch.device, read: Callable[[Any], Any] = tensor_of) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"model: expected an nn.Module, which says what to compute, got {type(model).__name__}")
-        self.device = device
+        self.device, self.read = device, read
         self.module = copy_module(model).to(device).eval().requires_grad_(False)
         self._slots = self.module.state_dict(keep_vars=True)
         self._shapes = {name: tensor.shape for name, tensor in self._slots.items()}
@@ -48,28 +53,28 @@ class Network:
         return {name: slot.detach() for name, slot in self._slots.items() if not isinstance(slot, nn.Parameter)}
 
     @torch.no_grad()
-    def __call__(self, inputs: Any) -> Tensor:
+    def __call__(self, inputs: Any) -> Any:
         """The outputs (N, ...) for inputs of any accepted form, on this network's device."""
-        args, kwargs = _arguments(inputs)
-        return _tensor_of(self.module(*args, **kwargs))
+        args, kwargs = arguments(self.module, inputs)
+        return self.read(self.module(*args, **kwargs))
 
     @torch.no_grad()
     def many(self, stacked: Weights, inputs: Any) -> Tensor:
         """The outputs (K, N, ...) of K weight sets stacked along a new first axis."""
-        args, kwargs = _arguments(inputs)
+        args, kwargs = arguments(self.module, inputs)
 
         def outputs(weights: Weights) -> Tensor:
-            return _tensor_of(functional_call(self.module, weights, args, kwargs))
+            return self.read(functional_call(self.module, weights, args, kwargs))
 
         # On a CPU, torch has no fused attention for a stack of networks, but the plain one.
         with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
             return torch.vmap(outputs)(stacked)
 
-    def outputs(self, weights: Weights, inputs: Any) -> Tensor:
+    def outputs(self, weights: Weights, inputs: Any) -> Any:
         """The outputs (N, ...) as a differentiable function of `weights`; a tensor not given keeps what was loaded."""
-        args, kwargs = _arguments(inputs)
+        args, kwargs = arguments(self.module, inputs)
         own = {name: weights[name] for name in self._own_names if name in weights}
-        return _tensor_of(functional_call(self.module, own, args, kwargs))
+        return self.read(functional_call(self.module, own, args, kwargs))
 
     def stack(self, states: Sequence[Weights]) -> Weights:
         """K weight sets as one, each tensor with a new first axis."""
@@ -120,20 +125,5 @@ def activation_bytes(network: Network, inputs: Any) -> int:
     return total
 
 
-def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs,) if isinstance(inputs, Tensor) else tuple(inputs), {}
-
-
 def _shapes_only(weights: Mapping[str, Tensor]) -> Weights:
     return {name: torch.empty(tensor.shape, device="meta") for name, tensor in weights.items()}
-
-
-def _tensor_of(output: Any) -> Tensor:
-    if isinstance(output, Mapping) and "logits" in output:
-        output = output["logits"]
-    output = getattr(output, "logits", output)
-    if not isinstance(output, Tensor):
-        raise InputError(f"the model returned {type(output).__name__}; expected a tensor or an object with .logits")
-    return output

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from lmc.errors import MismatchError, WeightsError
+from lmc.errors import InputError, MismatchError, WeightsError
 from lmc.weights.numbers import inexact, wide
 from lmc.weights.state import ModelOrWeights, StateDict, Weights, dtype_name
 from lmc.weights.ties import tied_names
@@ -88,6 +88,8 @@ def fitted(model: nn.Module, weights: Mapping[str, Tensor], name: str = "weights
     Raises:
         MismatchError: further names are missing, or not known; the first is named, with what may be the reason.
     """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: expected an nn.Module, which says what to compute, got {type(model).__name__}")
     own = model.state_dict(keep_vars=True)
     if own.keys() == weights.keys():
         return StateDict(weights)

@@ -9,8 +9,7 @@ from torch import nn
 
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
 from lmc.landscape.curvature import Hessian, curvature, hutchinson, lanczos
-from lmc.network.batches import as_splits
-from lmc.network.network import Network
+from lmc.landscape.evaluation.objective import Objective
 
 
 def network(seed=0, norm=False):
@@ -124,8 +123,7 @@ def test_products_are_rows_of_the_hessian_whatever_the_batches():
     model, data = network(), examples(40)
     exact = exact_hessian(model, data)
     for size in (40, 7):
-        split = as_splits(data)[0]
-        hessian = Hessian(Network(model, torch.device("cpu")), dict(model.state_dict()), split, None, size)
+        hessian = Hessian(Objective(model, dict(model.state_dict()), data), size)
         for i in (0, 13, len(exact) - 1):
             np.testing.assert_allclose(hessian(torch.eye(len(exact)).double()[i]), exact[i], atol=1e-12)
 
@@ -177,8 +175,7 @@ class Attention(nn.Module):
 def test_attention_has_a_curvature():
     model, random = Attention(), torch.Generator().manual_seed(0)
     data = (torch.randn(12, 6, 4, generator=random), torch.arange(12) % 3)
-    split = as_splits(data)[0]
-    hessian = Hessian(Network(model, torch.device("cpu")), dict(model.state_dict()), split, None, 12)
+    hessian = Hessian(Objective(model, dict(model.state_dict()), data), 12)
     u, v = torch.randn(2, hessian.size, generator=random).double()
     assert float(u @ hessian(v)) == pytest.approx(float(v @ hessian(u)), rel=1e-4, abs=1e-5)
     assert curvature(model, None, data, probes=2).eigenvalues[0] > 0.0

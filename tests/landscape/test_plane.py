@@ -300,7 +300,7 @@ def test_the_cost_of_a_long_plane_is_told(three, monkeypatch, capsys):
 
 
 def test_mismatched_networks_are_named(three):
-    with pytest.raises(MismatchError, match="0.weight: dtype"):
+    with pytest.raises(DataError, match="float32, the weights torch.float64"):  # the widest dtype is taken
         loss_plane(classifier(0, SIZES), (three[0], classifier(0, SIZES).double(), three[2]), DATA)
     with pytest.raises(WeightsError, match="0.bias of C"):
         loss_plane(classifier(0, SIZES), (*three[:2], three[2] | {"0.bias": torch.full((8,), math.nan)}), DATA)

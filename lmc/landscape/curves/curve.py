@@ -2,29 +2,28 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lmc.core.codec import UNSAVED
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.landscape.curves.training import Recipe, train_bends
-from lmc.landscape.evaluation.objective import check_training_data
-from lmc.landscape.evaluation.scores import Measure
+from lmc.landscape.curves.training import Schedule, train_bends
+from lmc.landscape.evaluation.objective import Objective
 from lmc.landscape.paths.path import Path, mixture_path
 from lmc.landscape.planes.grid import Values
 from lmc.landscape.planes.plane import loss_plane
 from lmc.landscape.planes.plane_result import Plane
-from lmc.network.batches import as_splits
 from lmc.network.copies import copy_module
-from lmc.network.network import Network, pick_device
+from lmc.network.network import Network
+from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, distance, lerp, mean
 
 if TYPE_CHECKING:
@@ -84,8 +83,9 @@ class Curve(Result):
         alphas: int | Sequence[float] = 25,
         repair: Literal["auto"] | None = "auto",
         inputs: Any = None,
-        loss: Measure | None = None,
-        metrics: Mapping[str, Measure] | None = None,
+        loss: Loss | Task | None = None,
+        metrics: Mapping[str, Loss] | None = None,
+        outputs: Outputs = None,
         batch_size: int | None = None,
         device: torch.device | str | None = None,
         progress: bool = True,
@@ -106,6 +106,7 @@ class Curve(Result):
             inputs=inputs,
             loss=loss,
             metrics=metrics,
+            outputs=outputs,
             batch_size=batch_size,
             device=device,
             progress=progress,
@@ -177,7 +178,8 @@ def bezier_curve(
     epochs: int = 30,
     lr: float = 3e-3,
     weight_decay: float = 0.0,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: Loss | Task | None = None,
+    outputs: Outputs = None,
     batch_size: int = 128,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -193,12 +195,12 @@ def bezier_curve(
     Args:
         model: the architecture.
         a, b: its weights at both ends; modules or state dicts.
-        data: `(inputs, targets)`, an iterable of such batches, or an object with `.train`.
+        data: as for `lmc.landscape.evaluate`; of several splits the training split is used.
         bends: control points between the ends.
         epochs: passes over the data.
         lr: rate of Adam.
         weight_decay: L2 penalty (weight_decay / 2) |phi(t)|^2 on the point of the curve, not on the bends.
-        loss: of outputs and targets (default: cross-entropy), one value or one for each example.
+        loss, outputs: as for `lmc.landscape.evaluate`.
         batch_size: examples in a step, where the data are given whole; an incomplete last batch is left out.
         seed: of the order of the data, of t and of dropout.
         device: where to train (default: where a is); the bends come back to where a is.
@@ -211,8 +213,8 @@ def bezier_curve(
         WeightsError: weights that are not finite. DataError: unusable data.
         InputError: an unusable argument, or a loss that became NaN or infinite.
     """
-    recipe = Recipe(epochs, lr, weight_decay, loss, batch_size, seed, progress)
-    return _curve("bezier", model, a, b, data, bends, recipe, device)
+    schedule = Schedule(epochs, lr, weight_decay, batch_size, seed, progress)
+    return _curve("bezier", model, a, b, data, bends, schedule, loss, outputs, device)
 
 
 def polygonal_chain(
@@ -225,15 +227,16 @@ def polygonal_chain(
     epochs: int = 30,
     lr: float = 3e-3,
     weight_decay: float = 0.0,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: Loss | Task | None = None,
+    outputs: Outputs = None,
     batch_size: int = 128,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Curve:
     """Train a chain of straight segments from a over the bends to b; all else is as for `bezier_curve`."""
-    recipe = Recipe(epochs, lr, weight_decay, loss, batch_size, seed, progress)
-    return _curve("chain", model, a, b, data, bends, recipe, device)
+    schedule = Schedule(epochs, lr, weight_decay, batch_size, seed, progress)
+    return _curve("chain", model, a, b, data, bends, schedule, loss, outputs, device)
 
 
 def _curve(
@@ -243,18 +246,17 @@ def _curve(
     b: ModelOrWeights,
     data: Any,
     bends: int,
-    recipe: Recipe,
+    schedule: Schedule,
+    loss: Loss | Task | None,
+    outputs: Outputs,
     device: torch.device | str | None,
 ) -> Curve:
     a, b = agreeing([a, b], "ab", model=model)
     if not (isinstance(bends, int) and bends >= 1):
         raise InputError(f"bends={bends!r}; expected a whole number, at least 1")
-    network = Network(model, pick_device(device, a))
-    network.check(a, "a")
-    split = as_splits(data)[0]
-    check_training_data(network, a, split, recipe.loss)
+    objective = Objective(model, a, data, loss=loss, outputs=outputs, device=device, name="a")
     a, b = ({name: tensor.clone() for name, tensor in end.items()} for end in (a, b))
     between = [lerp(a, b, j / (bends + 1)) for j in range(1, bends + 1)]
     start = Curve((a, *between, b), kind, np.empty(0), False, copy_module(model))
-    found = train_bends(network, start.controls, start.shares, split, recipe)
+    found = train_bends(objective, start.controls, start.shares, schedule)
     return replace(start, controls=(a, *found.bends, b), losses=found.losses, interrupted=found.interrupted)

@@ -12,21 +12,18 @@ from torch import Tensor, nn
 
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
-from lmc.landscape.evaluation.objective import Loss, mean_loss
+from lmc.landscape.evaluation.objective import Objective
 from lmc.landscape.planes.grid import Values
-from lmc.network.batches import Batch, Split, take, to_device
-from lmc.network.network import Network
 from lmc.weights import Weights, tied_names
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Schedule:
     """How bends are trained; the arguments of `bezier_curve`."""
 
     epochs: int
     lr: float
     weight_decay: float
-    loss: Loss | None
     batch_size: int
     seed: int
     progress: bool
@@ -55,44 +52,43 @@ class Bends:
 
 
 def train_bends(
-    network: Network,
+    objective: Objective,
     controls: Sequence[Weights],
     shares: Callable[[float], Sequence[float]],
-    split: Split,
-    recipe: Recipe,
+    schedule: Schedule,
 ) -> Bends:
     """Train all of `controls` but the first and last, so that `sum_j shares(t)[j] controls[j]` has a low loss for every t.
 
     One t and one batch a step: an unbiased estimate of the gradient of the mean loss over t (equation 1 with the uniform
-    distribution of equation 2). `network` is left in train mode with statistics of its own.
+    distribution of equation 2). The network is left in train mode with statistics of its own.
     """
+    network = objective.network
     names = [name for name, parameter in network.module.named_parameters() if parameter.is_floating_point()]
     points = [{name: weights[name].to(network.device, copy=True) for name in names} for weights in controls]
     free = [tensor.requires_grad_() for bend in points[1:-1] for tensor in bend.values()]
-    optimiser = torch.optim.Adam(free, recipe.lr)
-    generator = torch.Generator().manual_seed(recipe.seed)
+    optimiser = torch.optim.Adam(free, schedule.lr)
+    generator = torch.Generator().manual_seed(schedule.seed)
     losses: list[float] = []
     interrupted = False
     network.load(controls[0])
     network.module.train()
     with (
-        forked(network.device, recipe.seed),
-        tqdm(total=recipe.epochs, desc="curve", unit="epoch", disable=not recipe.progress) as bar,
+        forked(network.device, schedule.seed),
+        tqdm(total=schedule.epochs, desc="curve", unit="epoch", disable=not schedule.progress) as bar,
     ):
         try:
-            for epoch in range(recipe.epochs):
-                optimiser.param_groups[0]["lr"] = recipe.rate(epoch)
+            for epoch in range(schedule.epochs):
+                optimiser.param_groups[0]["lr"] = schedule.rate(epoch)
                 seen = []
-                for inputs, targets in shuffled(split, recipe.batch_size, generator):
+                for batch in objective.split.shuffled(schedule.batch_size, generator, drop_last=True):
                     at = shares(float(torch.rand((), generator=generator)))
                     weights = {name: _sum(c * p[name] for c, p in zip(at, points, strict=True)) for name in names}
-                    outputs = network.outputs(weights, to_device(inputs, network.device))
-                    loss = mean_loss(outputs, targets.to(network.device), recipe.loss)
+                    loss = objective(weights, batch)
                     optimiser.zero_grad()
-                    (loss + 0.5 * recipe.weight_decay * _sum(w.square().sum() for w in weights.values())).backward()
+                    (loss + 0.5 * schedule.weight_decay * _sum(w.square().sum() for w in weights.values())).backward()
                     optimiser.step()
                     seen.append(loss.detach())
-                losses.append(finite_loss(torch.stack(seen).mean().item(), epoch, recipe))
+                losses.append(finite_loss(torch.stack(seen).mean().item(), epoch, schedule))
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 bar.update()
         except KeyboardInterrupt:
@@ -113,33 +109,18 @@ def forked(device: torch.device, seed: int) -> Iterator[None]:
         yield
 
 
-def shuffled(split: Split, batch_size: int, generator: torch.Generator) -> Iterator[Batch]:
-    """The batches of one epoch in random order; an iterable that is not held comes in its own."""
-    if split.whole:
-        inputs, targets = next(iter(split.batches))
-        order = torch.randperm(len(targets), generator=generator)
-        for start in range(0, max(len(order) - batch_size, 0) + 1, batch_size):
-            index = order[start : start + batch_size]
-            yield take(inputs, index.to(targets.device)), targets[index.to(targets.device)]
-    elif isinstance(split.batches, list):
-        for i in torch.randperm(len(split.batches), generator=generator).tolist():
-            yield split.batches[i]
-    else:
-        yield from split.iterate(batch_size)
-
-
 def _sum(terms: Iterable[Tensor]) -> Tensor:
     return sum(terms, start=torch.zeros(()))
 
 
-def finite_loss(loss: float, epoch: int, recipe: Recipe) -> float:
+def finite_loss(loss: float, epoch: int, schedule: Schedule) -> float:
     """The loss, or `InputError` if it is no number."""
     if not math.isfinite(loss):
-        raise InputError(f"the loss became {loss} in epoch {epoch}; try a lower rate than lr={recipe.lr}")
+        raise InputError(f"the loss became {loss} in epoch {epoch}; try a lower rate than lr={schedule.lr}")
     return loss
 
 
 def with_parameters(old: Weights, new: Weights, module: nn.Module) -> Weights:
-    """`old` with its parameters replaced, second names of tied ones included, on the device that it was on."""
+    """`old` with its parameters replaced, aliases of tied ones included, on the device that it was on."""
     state = {name: (new[name].detach() if name in new else old[name]).to(old[name].device) for name in old}
     return state | {alias: state[name] for alias, name in tied_names(module).items()}

@@ -8,7 +8,7 @@ what Python does around the outputs of a small network is then shared by several
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from lmc.errors import DataError, InputError, LmcError
-from lmc.landscape.evaluation.scores import IGNORED, Measure, Score, Tally, check_classes, class_last
-from lmc.network.batches import HELD_BYTES, Split, as_splits, check_numbers, take, tensors, to_device
+from lmc.landscape.evaluation.scores import Judging, Score, Tally, measures_of, weighing
+from lmc.network.batches import HELD_BYTES, Split, as_splits, check_numbers, cuttable, head, take, tensors, to_device
 from lmc.network.network import Network, activation_bytes, pick_device
+from lmc.network.task import Loss, Outputs, Task, check_classes, measured
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
 
 PROBE = 8  # examples that are sent through once to see how much memory one takes
 MOST_AT_ONCE = 64
 TALLIED_BYTES = 128 << 10  # of outputs that are added up in one go: they stay in the cache
+MEASURED_BYTES = 256 << 20  # of outputs that are kept so that a measure of the caller's own sees all of a split at once
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,9 @@ def evaluate(
     weights: ModelOrWeights | None,
     data: Any,
     *,
-    loss: Measure | None = None,
-    metrics: Mapping[str, Measure] | None = None,
+    loss: Loss | Task | None = None,
+    metrics: Mapping[str, Loss] | None = None,
+    outputs: Outputs = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
 ) -> dict[str, Score]:
@@ -69,20 +72,36 @@ def evaluate(
     Args:
         model: the architecture.
         weights: a state dict, or a module of the same architecture.
-        data: `(inputs, targets)`, an iterable of such batches, or an object with `.train` and `.test`. Targets are
-            classes (N,) for outputs (N, C), or one for each position, (N, T) for (N, T, C) and (N, ...) for (N, C, ...);
-            -100 marks positions that do not count. With a `loss` of your own, anything it takes.
-        loss: replaces cross-entropy.
+        data: `(inputs, targets)`, a `Dataset`, a `DataLoader` or any iterable of batches (pairs, mappings with "labels",
+            data objects), an object with `.train` and `.test`, or `{"train": ..., "test": ...}`. Targets are classes (N,)
+            for outputs (N, C), or one for each position, (N, T) for (N, T, C) and (N, ...) for (N, C, ...); -100 marks
+            positions that do not count. With a `loss` of your own, anything it takes.
+        loss: replaces cross-entropy: a function of outputs and targets, and of the inputs where it asks for a third
+            argument, that gives one value for each example or target, or their mean; or a whole `lmc.Task`, such as
+            `lmc.Task.regression()`.
         metrics: further measures by name.
-        batch_size: examples at a time where the data are given whole.
+        outputs: what the loss is given of the module's result: a function of it, a key or a position (default: the tensor,
+            or `.logits`; else, with a `loss` of your own, all of it).
+        batch_size: examples at a time where the data are given whole. The scores do not depend on it; a warning is given
+            where a loss of your own makes them.
         device: where to compute (default: where the weights are).
 
     Raises:
-        WeightsError: a tensor that is not finite. MismatchError, DataError, InputError: see `Evaluator`.
+        WeightsError: a tensor that is not finite.
+        MismatchError: weights of another architecture.
+        DataError: unusable data.
+        InputError: an unusable argument.
     """
     state = agreeing([model if weights is None else weights], ["weights"], model=model)[0]
     evaluator = Evaluator(
-        model, data, loss=loss, metrics=metrics, batch_size=batch_size, at_once=1, device=pick_device(device, state)
+        model,
+        data,
+        loss=loss,
+        metrics=metrics,
+        outputs=outputs,
+        batch_size=batch_size,
+        at_once=1,
+        device=pick_device(device, state),
     )
     return next(evaluator([state]))
 
@@ -91,13 +110,18 @@ class Evaluator:
     """Scores weight sets of one module on one data set: `for score in evaluator(states): score["test"].loss`.
 
     Args:
-        model, data, loss, metrics, batch_size: as for `evaluate`.
+        model, data, loss, metrics, outputs, batch_size: as for `evaluate`.
         at_once: weight sets that go through the module together (default: chosen for device and network when the
             first one comes; `weight_sets_together` then says how many).
         memory: bytes that their weights and activations may take together (default: a quarter of the GPU's free
             memory; on a CPU a few megabytes, about its cache).
         device: where to compute (default: where the module's weights are).
         predictions: keep the predicted class of each example.
+
+    Attributes:
+        task: how outputs are judged.
+        splits: the data.
+        weight_sets_together: how many weight sets go through the module at once, None until the first one came.
 
     Raises:
         DataError: data that are empty or malformed, targets that do not fit the outputs, inputs of another dtype
@@ -111,8 +135,9 @@ class Evaluator:
         model: nn.Module,
         data: Any,
         *,
-        loss: Measure | None = None,
-        metrics: Mapping[str, Measure] | None = None,
+        loss: Loss | Task | None = None,
+        metrics: Mapping[str, Loss] | None = None,
+        outputs: Outputs = None,
         batch_size: int | None = None,
         at_once: int | None = None,
         memory: int | None = None,
@@ -123,9 +148,10 @@ class Evaluator:
             if value is not None and value < 1:
                 raise InputError(f"{name}={value}; expected at least 1")
         self.device = pick_device(device, as_weights(model))
-        self.network = Network(model, self.device)
-        self.splits = as_splits(data)
-        self.measures: dict[str, Measure] = {**({} if loss is None else {"loss": loss}), **(metrics or {})}
+        task = Task.of(data, loss, metrics, outputs)
+        self.splits = as_splits(data, task.targets)
+        self.task = task.fitted(model, self.splits[0])
+        self.network = Network(model, self.device, self.task.read)
         self.batch_size = batch_size
         self.at_once = at_once
         self.weight_sets_together, self._batch = at_once, batch_size or PROBE
@@ -134,6 +160,7 @@ class Evaluator:
         self.predictions = predictions
         # Batches that stay on the device, by split: on a CPU views of the data, on a GPU a copy of data that are small.
         self._ready: dict[str, list[tuple[Any, Tensor, int]]] = {}
+        self._judgings: dict[str, Judging] = {}
         self._checked = False
 
     def __call__(self, states: Iterable[Weights]) -> Iterator[dict[str, Score]]:
@@ -159,13 +186,14 @@ class Evaluator:
     def in_turn(self, steps: Iterable[object]) -> Iterator[dict[str, Score]]:
         """One `{split: Score}` for each of `steps`, which has given the network new weights when it comes; the scores of
         a few come together. After an interrupt, the steps that were made are still scored. Only where `one_by_one`."""
-        pending: list[list[Tensor]] = []
+        pending: list[list[Any]] = []
         together = 0
         try:
             for _ in steps:
                 outputs = [self.network(inputs) for batches in self._ready.values() for inputs, _targets, _n in batches]
-                size = max(sum(output.nbytes for output in outputs), 1)
-                together = together or max(min(self._fit, TALLIED_BYTES // size), 1)
+                if not together:
+                    size = sum(tensor.nbytes for output in outputs for tensor in tensors(output))
+                    together = max(min(self._fit, TALLIED_BYTES // max(size, 1)), 1)
                 # A module may put out a view of its weights, which the next step changes.
                 pending.append([output.clone() for output in outputs] if together > 1 else outputs)
                 if len(pending) == together:
@@ -179,7 +207,7 @@ class Evaluator:
     def twin(self) -> "Evaluator":
         """An evaluator of the same data with a network of its own, for another thread; this one has scored before."""
         twin = copy.copy(self)
-        twin.network = Network(self.network.module, self.device)
+        twin.network = Network(self.network.module, self.device, self.task.read)
         return twin
 
     def held_inputs(self) -> list[Any]:
@@ -193,17 +221,18 @@ class Evaluator:
         self.network.load(state)
         each = 0.0
         for split in self.splits:
-            inputs, targets = next(split.iterate(PROBE))
-            inputs, targets = take(inputs, slice(PROBE)), targets[:PROBE]
+            first = next(split.iterate(PROBE))
+            inputs, targets = head(first, PROBE)
             self.network.check_inputs(state, inputs, split.name)
-            inputs = to_device(inputs, self.device)
-            each = max(each, self._bytes_of(inputs, split.name) / len(targets))
-            if split.held:
-                logits = class_last(self.network(inputs)[None], targets.to(self.device))
-                for batch, goal in split.batches:
-                    check_numbers(batch, split.name)
-                    if logits is not None:
-                        check_classes(goal, logits.shape[-1], split.name)
+            for batch, _goal in split.batches if split.held else []:
+                check_numbers(batch, split.name)
+            inputs, targets = to_device(inputs, self.device), targets.to(self.device)
+            call = self.task.call(inputs, targets)
+            each = max(each, self._bytes_of(call, split.name) / len(targets))
+            outputs = self.network(call)
+            if not isinstance(outputs, Tensor):
+                self.weight_sets_together = 1
+            self._judgings[split.name] = self._judging(split, outputs, targets)
         weights = sum(tensor.nbytes for tensor in state.values())
         budget = _budget(self.device, weights)
         self._batch = self.batch_size or int(min(max(budget.batch / max(each, 1), 8), budget.examples))
@@ -211,9 +240,54 @@ class Evaluator:
             one = each * max(split.largest(self._batch) for split in self.splits) + weights
             fit = int((self.memory or budget.together) / max(one, 1))
             self.weight_sets_together = min(fit, MOST_AT_ONCE) if fit >= budget.fewest else 1
-            self._fit = 1 if self.measures else fit  # a measure of the caller's own is asked point by point
+            self._fit = fit if self.plain else 1  # a measure of the caller's own is asked point by point
         self._ready = {split.name: list(self._batches(split)) for split in self.splits if split.nbytes <= HELD_BYTES}
+        self._judgings = {split.name: self._weighed(split) for split in self.splits}
         self._checked = True
+
+    @property
+    def plain(self) -> bool:
+        """Nothing but cross-entropy and accuracy is measured, so that no code of the caller's runs beside the module."""
+        return not measures_of(self.task) and not callable(self.task.outputs)
+
+    def _judging(self, split: Split, outputs: Any, targets: Tensor) -> Judging:
+        """How a split is judged, from the outputs of a few examples.
+
+        Raises:
+            DataError: targets that are no classes of the outputs, where nothing says what else they are.
+        """
+        self.task.check(self.network, split, outputs, targets)
+        own = bool(measures_of(self.task))
+        logits = self.task.logits(outputs, targets)
+        classes = logits is not None and "accuracy" not in self.task.metrics and (not own or logits.shape[-1] > 1)
+        if own and classes and logits is not None:  # a loss of one's own may take targets that are no classes
+            try:
+                for _inputs, goal in split.batches if split.held else [(None, targets)]:
+                    check_classes(goal, logits.shape[-1], split.name, self.task.ignore)
+            except DataError:
+                classes = False
+        known = split.held and self.task.labels is None
+        size = sum(tensor.nbytes for tensor in tensors(outputs)) / len(targets) if known else 0.0
+        count = sum(len(goal) for _inputs, goal in split.batches) if known else 0
+        return Judging(split.name, self.task, classes, known and size * count <= MEASURED_BYTES)
+
+    def _weighed(self, split: Split) -> Judging:
+        """The judging of a split whose batches are measured one by one, with weights for their means."""
+        judging = self._judgings[split.name]
+        if judging.at_once or not judging.measures:
+            return judging
+        (call, targets, _counted), *others = islice(self._batches(split), 2)
+        if not others or not cuttable(call, targets):
+            return judging
+        found = {}
+        for name, measure in judging.measures.items():
+
+            def value_of(index: Tensor, name: str = name, measure: Loss = measure) -> Tensor:
+                part, goal = take(call, index), targets[index]
+                return measured(measure, name, self.network(part), goal, part)
+
+            found[name] = weighing(judging, name, value_of, targets)
+        return replace(judging, weighings=found)
 
     def _taken_on(self, states: Iterable[Weights]) -> Iterator[None]:
         for state in states:
@@ -245,16 +319,16 @@ class Evaluator:
             return [score for part in parts for score in self._score(part)]
         return [{name: scores[k] for name, scores in columns.items()} for k in range(len(group))]
 
-    def _tally(self, pending: list[list[Tensor]]) -> list[dict[str, Score]]:
+    def _tally(self, pending: list[list[Any]]) -> list[dict[str, Score]]:
         """Scores of some weight sets from the outputs (N, ...) that each has for every batch of every split."""
         if not pending:
             return []
         columns, batch = {}, 0
         for split in self.splits:
-            tally = Tally(split.name, self.measures, self.predictions)
-            for _inputs, targets, counted in self._ready[split.name]:
+            tally = Tally(self._judgings[split.name], self.predictions)
+            for inputs, targets, counted in self._ready[split.name]:
                 outputs = [one[batch] for one in pending]
-                tally.add(torch.stack(outputs) if len(outputs) > 1 else outputs[0][None], targets, counted)
+                tally.add(_stacked(outputs), inputs, targets, counted)
                 batch += 1
             columns[split.name] = tally.scores()
         return [{name: scores[k] for name, scores in columns.items()} for k in range(len(pending))]
@@ -262,19 +336,28 @@ class Evaluator:
     def _columns(self, group: list[Weights]) -> dict[str, list[Score]]:
         if len(group) == 1:
             self.network.load(group[0])
-            return {split.name: self._run(split, lambda inputs: self.network(inputs)[None]) for split in self.splits}
+            return {split.name: self._run(split, lambda call: _stacked([self.network(call)])) for split in self.splits}
         stacked = self.network.stack(group)
-        return {split.name: self._run(split, lambda inputs: self.network.many(stacked, inputs)) for split in self.splits}
+        return {
+            split.name: self._run(split, lambda inputs: self.network.many(stacked, inputs)) for split in self.splits
+        }
 
-    def _run(self, split: Split, outputs_of: Callable[[Any], Tensor]) -> list[Score]:
-        """One pass over a split; `outputs_of` gives the outputs (K, N, ...) of a batch."""
-        tally = Tally(split.name, self.measures, self.predictions)
+    def _run(self, split: Split, outputs_of: Callable[[Any], Any]) -> list[Score]:
+        """One pass over a split; `outputs_of` gives the outputs (K, N, ...) of a batch, or K results of another form."""
+        tally = Tally(self._judgings[split.name], self.predictions)
         for inputs, targets, counted in self._ready.get(split.name) or self._batches(split):
-            tally.add(outputs_of(inputs), targets, counted)
+            tally.add(outputs_of(inputs), inputs, targets, counted)
         return tally.scores()
 
     def _batches(self, split: Split) -> Iterator[tuple[Any, Tensor, int]]:
-        """Inputs and targets on the device, and how many targets count."""
+        """Calls of the module and targets on the device, and how many targets count."""
         for inputs, targets in split.iterate(self._batch):
-            counted = int((targets != IGNORED).sum())
-            yield to_device(inputs, self.device), targets.to(self.device), counted
+            inputs, goal = to_device(inputs, self.device), targets.to(self.device)
+            yield self.task.call(inputs, goal), goal, self.task.counted(targets)
+
+
+def _stacked(outputs: list[Any]) -> Any:
+    """Outputs of K weight sets with a new first axis; other results as they are."""
+    if not all(isinstance(output, Tensor) for output in outputs):
+        return outputs
+    return torch.stack(outputs) if len(outputs) > 1 else outputs[0][None]

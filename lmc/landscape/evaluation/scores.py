@@ -1,29 +1,30 @@
 """Loss, accuracy and further measures of a network's outputs, added up over batches."""
 
+import copy
 import math
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lmc.errors import DataError, InputError
-
-# (outputs, targets) of a batch -> one value for each example along axis 0, or their mean.
-Measure = Callable[[Tensor, Tensor], Tensor]
+from lmc.errors import DataError
+from lmc.network.task import Loss, Task, class_last, measured, no_classes, own_loss
 
 FEW_CLASSES = 32
-IGNORED = -100  # target of positions that do not count, the convention of torch.nn.functional.cross_entropy
+PROBED = 8  # examples on which it is checked that the mean of a batch is that of its halves
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one weight set scores on one split.
+    """The scores of one weight set on one split.
 
     Attributes:
-        values: mean over the examples of "loss" (cross-entropy in nats unless a loss was given), "accuracy" (a fraction;
-            where targets are classes) and every metric given.
+        values: mean over the examples, or over the targets that count, of "loss" (cross-entropy in nats unless a loss was
+            given), "accuracy" (a fraction; where targets are classes) and every metric given.
         count: number of targets that counted.
         predictions: (N,) int64 on the CPU, the most probable class of each example, where they were asked for.
     """
@@ -42,92 +43,225 @@ class Score:
         return self.values.get("accuracy", math.nan)
 
 
+# How much the mean over a batch counts among those of other batches.
+Weighing = Callable[[Tensor], float]
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How the outputs of one split are judged.
+
+    Attributes:
+        split: its name.
+        task: what is measured.
+        classes: accuracy is computed, and cross-entropy where no loss was given.
+        at_once: measures of the caller's own are called on all the examples of the split together.
+        weighings: for such a measure the weights of batch means, where batches are measured one by one; None for a sum.
+    """
+
+    split: str
+    task: Task
+    classes: bool
+    at_once: bool
+    weighings: Mapping[str, Weighing | None] = field(default_factory=dict)
+
+    @property
+    def measures(self) -> dict[str, Loss]:
+        """The measures that are not computed here, the module's own loss among them."""
+        return measures_of(self.task)
+
+
+def measures_of(task: Task) -> dict[str, Loss]:
+    """The measures that a task names, by name."""
+    loss = (lambda outputs, _targets: own_loss(outputs)) if task.labels is not None else task.loss
+    return {**({} if loss is None else {"loss": loss}), **task.metrics}
+
+
 class Tally:
     """Adds up the measures of K weight sets over the batches of one split."""
 
-    def __init__(self, split: str, measures: Mapping[str, Measure], predictions: bool) -> None:
-        self.split = split
-        self.measures = measures
+    def __init__(self, judging: Judging, predictions: bool) -> None:
+        self.judging = judging
         self.predictions = predictions
+        self._measures = judging.measures
         self._sums: dict[str, list[Tensor]] = {}
+        self._weights: dict[str, float] = {}
+        self._stored: list[tuple[Sequence[Any] | Tensor, Any, Tensor]] = []
         self._predicted: list[Tensor] = []
-        self._targets = self._examples = 0
+        self._counted = 0
 
-    def add(self, outputs: Tensor, targets: Tensor, counted: int) -> None:
-        """One batch: outputs (K, N, ...), targets (N, ...) on the same device, of which `counted` are not ignored."""
-        logits = class_last(outputs, targets)
-        if logits is not None:
-            self._classify(logits, targets, counted == targets.numel())
-        elif "loss" not in self.measures:
-            raise DataError(
-                f"{self.split}: outputs {tuple(outputs.shape[1:])} and targets {targets.dtype} {tuple(targets.shape)} "
-                "are no classification; expected integer targets (N,) for outputs (N, C), or (N, T) for (N, T, C). "
-                "For anything else pass loss="
-            )
-        for name, measure in self.measures.items():
-            self._append(name, torch.stack([_total(measure, name, output, targets) for output in outputs]))
-        self._targets += counted
-        self._examples += len(targets)
+    def add(self, outputs: Sequence[Any] | Tensor, inputs: Any, targets: Tensor, counted: int) -> None:
+        """One batch: outputs (K, N, ...), or K results of any form, and targets (N, ...) on the same device, of which
+        `counted` are not ignored."""
+        if self.judging.classes:
+            self._classify(outputs, targets, counted == targets.numel())
+        if self._measures:
+            if self.judging.at_once:
+                self._stored.append((outputs, inputs, targets))
+            else:
+                self._measure(outputs, inputs, targets)
+        self._counted += counted
 
-    def _classify(self, logits: Tensor, targets: Tensor, all_count: bool) -> None:
-        """Accuracy and cross-entropy of logits (K, targets, C)."""
+    def _classify(self, outputs: Sequence[Any] | Tensor, targets: Tensor, all_count: bool) -> None:
+        """Accuracy and cross-entropy."""
+        task = self.judging.task
+        logits = self._logits(outputs, targets)
         flat = targets.reshape(-1)
         best, predictions = logits.max(-1)
-        self._append("accuracy", (predictions == flat).sum(1))
+        right = predictions == flat
+        self._append("accuracy", (right if all_count else right & (flat != task.ignore)).sum(1), 0)
         if self.predictions and targets.ndim == 1:
             self._predicted.append(predictions)
-        if "loss" not in self.measures:
-            self._append("loss", _cross_entropy(logits, flat.long(), best, all_count))
+        if "loss" not in self._measures:
+            self._append("loss", _cross_entropy(logits, flat.long(), best, all_count, task.ignore), 0)
 
-    def _append(self, name: str, sums: Tensor) -> None:
+    def _logits(self, outputs: Sequence[Any] | Tensor, targets: Tensor) -> Tensor:
+        if isinstance(outputs, Tensor):
+            logits = class_last(outputs, targets)
+        else:
+            rows = [self.judging.task.logits(output, targets) for output in outputs]
+            logits = None if any(row is None for row in rows) else torch.stack([row for row in rows if row is not None])
+        if logits is None:
+            raise no_classes(outputs[0], targets, self.judging.split)
+        return logits
+
+    def _measure(self, outputs: Sequence[Any] | Tensor, inputs: Any, targets: Tensor, *, alone: bool = False) -> None:
+        """The caller's own measures on some examples, `alone` where they are all there are."""
+        for name, measure in self._measures.items():
+            sums, weight = [], 0.0
+            for output in outputs:
+                total, weight = _total(measure, name, output, targets, inputs, self.judging, alone)
+                sums.append(total)
+            self._append(name, torch.stack(sums), weight)
+
+    def _append(self, name: str, sums: Tensor, weight: float) -> None:
         self._sums.setdefault(name, []).append(sums)
+        self._weights[name] = self._weights.get(name, 0.0) + weight
+
+    def _measure_stored(self) -> None:
+        """What was put aside to be measured at once, or batch by batch where it cannot be joined."""
+        stored, self._stored = self._stored, []
+        if len(stored) == 1:
+            self._measure(*stored[0], alone=True)
+            return
+        try:
+            each = [joined([outputs[k] for outputs, _, _ in stored]) for k in range(len(stored[0][0]))]
+            inputs, targets = joined([inputs for _, inputs, _ in stored]), torch.cat([goal for _, _, goal in stored])
+        except (RuntimeError, TypeError):  # sequences of several lengths, or a number for each batch
+            for batch in stored:
+                self._measure(*batch)
+        else:
+            self._measure(each, inputs, targets, alone=True)
 
     def scores(self) -> list[Score]:
-        """The score of each of the K weight sets."""
-        if self._targets == 0:
-            raise DataError(f"{self.split}: no target counts; every one is {IGNORED}")
+        """The score of each of the K weight sets.
+
+        Raises:
+            DataError: no target counts.
+        """
+        if self._counted == 0:
+            raise DataError(f"{self.judging.split}: no target counts; every one is {self.judging.task.ignore}")
+        if self._stored:
+            self._measure_stored()
         means = {}
-        for name in sorted(self._sums, key=["loss", "accuracy", *self.measures].index):
+        task = self.judging.task
+        for name in sorted(self._sums, key=["loss", "accuracy", *self._measures].index):
             parts = self._sums[name]
             batches = [parts[0].tolist()] if len(parts) == 1 else torch.stack(parts).tolist()
-            count = self._examples if name in self.measures else self._targets
-            means[name] = [math.fsum(sums) / count for sums in zip(*batches, strict=True)]
+            count = self._weights[name] if name in self._measures else self._counted
+            count = 1.0 if self.judging.weighings.get(name, len) is None else count
+            means[name] = [math.fsum(sums) / count if count else math.nan for sums in zip(*batches, strict=True)]
+        means |= {name: [function(x) for x in means["loss"]] for name, function in task.derived.items()}
         predictions = torch.cat(self._predicted, dim=1).cpu() if self._predicted else None
         return [
             Score(
                 {name: mean[k] for name, mean in means.items()},
-                self._targets,
+                self._counted,
                 None if predictions is None else predictions[k],
             )
             for k in range(len(next(iter(means.values()))))
         ]
 
 
-def class_last(outputs: Tensor, targets: Tensor) -> Tensor | None:
-    """Outputs (K, N, ..., C) or (K, N, C, ...) as logits (K, targets, C) where the targets are classes, else None."""
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
+def joined(parts: Sequence[Any]) -> Any:
+    """Outputs or inputs of several batches as those of one: tensors one behind the other along axis 0."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(parts))
+    if isinstance(first, Mapping):
+        whole: Any = copy.copy(first)
+        for name in first:
+            whole[name] = joined([part[name] for part in parts])
+        return whole
+    if isinstance(first, tuple | list):
+        columns = [joined(column) for column in zip(*parts, strict=True)]
+        return type(first)(*columns) if hasattr(first, "_fields") else type(first)(columns)
+    if hasattr(first, "__dict__"):
+        whole = copy.copy(first)
+        vars(whole).update({name: joined([vars(part)[name] for part in parts]) for name in vars(first)})
+        return whole
+    return first
+
+
+def weighing(judging: Judging, name: str, value_of: Callable[[Tensor], Tensor], targets: Tensor) -> Weighing | None:
+    """How the mean over a batch is weighted, found by what weights make a batch of its halves.
+
+    Tried are the targets that count, those behind the first of each sequence (for a loss that shifts them), the examples,
+    and none, for a sum. A warning says that none fits: the value then depends on how the data are batched.
+
+    Args:
+        value_of: the measure of the examples with certain indices.
+        targets: of a batch that can be cut.
+    """
+    candidates = _weighings(judging.task)
+    if len(targets) < 2:
+        return candidates[0]
+    counts = (targets != judging.task.ignore).reshape(len(targets), -1).sum(1)
+    order = counts.argsort()  # halves in which as few, and as many, targets count as possible
+    few, many = order[: min(len(order) // 2, PROBED // 2)], order[len(order) - min(len(order) // 2, PROBED // 2) :]
+    both = torch.cat([few, many])
+    value, *halves = (float(value_of(index).double().mean()) for index in (both, few, many))
+    for weigh in candidates:
+        shares = [weigh(targets[index]) for index in (few, many)]
+        total = sum(share * half for share, half in zip(shares, halves, strict=True) if share)
+        if sum(shares) and math.isclose(total / sum(shares), value, rel_tol=1e-3, abs_tol=1e-6):
+            return weigh
+    if math.isclose(sum(halves), value, rel_tol=1e-3, abs_tol=1e-6):
         return None
-    shape = outputs.shape[1:]
-    if len(shape) != targets.ndim + 1:
-        return None
-    if shape[:-1] != targets.shape:
-        if shape[:1] + shape[2:] != targets.shape:
-            return None
-        outputs = outputs.movedim(2, -1)
-    return outputs.reshape(len(outputs), targets.numel(), outputs.shape[-1])
+    warnings.warn(
+        f"{name} on {judging.split}: its value {value:.6g} for {len(both)} examples is no mean of those for their halves, "
+        f"{halves[0]:.6g} and {halves[1]:.6g}; it depends on how the data are batched. Return one value for each example, "
+        "or pass a batch_size that takes them all",
+        stacklevel=2,
+    )
+    return candidates[0]
 
 
-def check_classes(targets: Tensor, classes: int, split: str) -> None:
-    """Raise `DataError` for a target that is no class: on a GPU it would end the whole process."""
-    counted = targets[targets != IGNORED]
-    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
-        raise DataError(
-            f"{split}: targets from {int(counted.min())} to {int(counted.max())}, but the model has {classes} classes "
-            f"(0 to {classes - 1})"
-        )
+def _weighings(task: Task) -> list[Weighing]:
+    found: list[Weighing] = [task.weight, len]
+    if task.labels is not None:
+        found.insert(0, lambda targets: task.weight(targets[:, 1:] if targets.ndim > 1 else targets))
+    return found
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, best: Tensor, all_count: bool) -> Tensor:
+def _total(
+    measure: Loss, name: str, output: Any, targets: Tensor, inputs: Any, judging: Judging, alone: bool
+) -> tuple[Tensor, float]:
+    """The sum of a measure over a batch and the weight that it is divided by, from a mean or single values."""
+    task = judging.task
+    value = measured(measure, name, output, targets, inputs)
+    if value.ndim == 0:
+        weigh = judging.weighings.get(name, task.weight)
+        weight = 1.0 if alone or weigh is None else weigh(targets)
+        # The mean over a batch in which nothing counts is 0 / 0.
+        return (value.double() * weight if weight else torch.zeros_like(value, dtype=torch.float64)), weight
+    if value.shape == targets.shape and task.counted(targets) < targets.numel():
+        counted = targets != task.ignore
+        return value[counted].double().sum(), float(counted.sum())
+    return value.float().reshape(len(targets), -1).mean(1).double().sum(), float(len(targets))
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, best: Tensor, all_count: bool, ignore: int) -> Tensor:
     """Sums (K,) of the cross-entropy of logits (K, N, C), their maxima `best` (K, N) and targets (N,)."""
     if logits.device.type == "cpu" and logits.shape[-1] <= FEW_CLASSES and all_count:
         logits, best = logits.float(), best.float()
@@ -135,16 +269,4 @@ def _cross_entropy(logits: Tensor, targets: Tensor, best: Tensor, all_count: boo
         # log sum exp(z - max z) + max z - z[target]: as exact as log_softmax, and several times faster for few classes.
         return ((logits - best[..., None]).exp_().sum(2).log_() + (best - right)).sum(1)
     rows, goals = logits.float().reshape(-1, logits.shape[-1]), targets.expand(len(logits), -1).reshape(-1)
-    return F.cross_entropy(rows, goals, reduction="none", ignore_index=IGNORED).reshape(len(logits), -1).sum(1)
-
-
-def _total(measure: Measure, name: str, output: Tensor, targets: Tensor) -> Tensor:
-    """The sum of a measure over the examples of a batch, from its mean or its value for each example."""
-    value = torch.as_tensor(measure(output, targets), device=output.device)
-    if value.ndim > 0 and len(value) == len(targets):
-        return value.float().reshape(len(targets), -1).mean(1).sum()
-    if value.numel() != 1:
-        raise InputError(
-            f"{name} returned shape {tuple(value.shape)}; expected one value, or one for each of {len(targets)} examples"
-        )
-    return value.float().reshape(()) * len(targets)
+    return F.cross_entropy(rows, goals, reduction="none", ignore_index=ignore).reshape(len(logits), -1).sum(1)

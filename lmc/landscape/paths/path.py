@@ -19,10 +19,11 @@ from lmc.landscape.evaluation.live import Bench, Live
 from lmc.landscape.evaluation.measured import Measured
 from lmc.landscape.evaluation.points import REPAIRS, preparation, renormalizer, run
 from lmc.landscape.evaluation.predictions import Predictions, collect
-from lmc.landscape.evaluation.scores import Measure, Score
+from lmc.landscape.evaluation.scores import Score
 from lmc.landscape.paths.barriers import Barrier, Baseline, barrier
 from lmc.network.batches import Split
 from lmc.network.network import pick_device
+from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights, Weights, agreeing, mean
 
 if TYPE_CHECKING:
@@ -139,8 +140,9 @@ def loss_path(
     alphas: int | Sequence[float] = 25,
     repair: Repair = "auto",
     inputs: Any = None,
-    loss: Measure | None = None,
-    metrics: Mapping[str, Measure] | None = None,
+    loss: Loss | Task | None = None,
+    metrics: Mapping[str, Loss] | None = None,
+    outputs: Outputs = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -153,7 +155,7 @@ def loss_path(
     Args:
         model: the architecture.
         a, b: its weights at alpha = 0 and alpha = 1; modules or state dicts.
-        data: `(inputs, targets)`, an iterable of such batches, or an object with `.train` and `.test`; see `evaluate`.
+        data: labelled examples in any of the forms that `lmc.landscape.evaluate` takes.
         alphas: an odd number of evenly spaced points (so that 0, 1/2 and 1 are among them), or the points themselves,
             in which case 0 and 1 are added where missing. Points outside [0, 1] are evaluated but make no barrier.
         repair: "auto" re-estimates the running statistics of batch normalisation at every point, ends included, so that
@@ -163,7 +165,7 @@ def loss_path(
             closed form; both leave the ends as they are.
         inputs: inputs to estimate all these from (default: 2048 evenly spaced inputs of the train split, or
             of the only one; labels are not used).
-        loss, metrics, batch_size, device: as for `evaluate`.
+        loss, metrics, outputs, batch_size, device: as for `lmc.landscape.evaluate`.
         progress: show a bar when it takes more than about two seconds.
 
     Raises:
@@ -181,6 +183,7 @@ def loss_path(
         inputs=inputs,
         loss=loss,
         metrics=metrics,
+        outputs=outputs,
         batch_size=batch_size,
         device=device,
         progress=progress,
@@ -196,8 +199,9 @@ def mixture_path(
     *,
     repair: Repair,
     inputs: Any,
-    loss: Measure | None,
-    metrics: Mapping[str, Measure] | None,
+    loss: Loss | Task | None,
+    metrics: Mapping[str, Loss] | None,
+    outputs: Outputs,
     batch_size: int | None,
     device: torch.device | str | None,
     progress: bool,
@@ -213,6 +217,7 @@ def mixture_path(
             data,
             loss=loss,
             metrics=metrics,
+            outputs=outputs,
             batch_size=batch_size,
             device=pick_device(device, controls[0]),
             predictions=True,

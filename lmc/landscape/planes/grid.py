@@ -148,7 +148,9 @@ def filter_normalised(weights: Weights, parameters: Iterable[str], generator: to
 
 def _mixed(differences: Sequence[Weights], shares: Values) -> Weights:
     return {
-        name: sum((part[name] * float(share) for part, share in zip(differences, shares, strict=True)), start=0 * tensor)
+        name: sum(
+            (part[name] * float(share) for part, share in zip(differences, shares, strict=True)), start=0 * tensor
+        )
         for name, tensor in differences[0].items()
     }
 

@@ -9,11 +9,11 @@ import torch
 from torch import nn
 
 from lmc.errors import InputError
-from lmc.landscape.evaluation.scores import Measure
 from lmc.landscape.planes.grid import Principal, ThroughThree, Values, axis, filter_normalised
 from lmc.landscape.planes.plane_result import Plane
 from lmc.landscape.planes.span import Span
 from lmc.landscape.planes.survey import Layout, Options, Survey
+from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights
 
 Resolution = int | tuple[int, int]
@@ -31,8 +31,8 @@ def loss_plane(
     resume: Plane | None = None,
     repair: Literal["auto"] | None = "auto",
     inputs: Any = None,
-    loss: Measure | None = None,
-    metrics: Mapping[str, Measure] | None = None,
+    loss: Loss | Task | None = None,
+    metrics: Mapping[str, Loss] | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -102,8 +102,8 @@ def random_plane(
     resume: Plane | None = None,
     repair: Literal["auto"] | None = "auto",
     inputs: Any = None,
-    loss: Measure | None = None,
-    metrics: Mapping[str, Measure] | None = None,
+    loss: Loss | Task | None = None,
+    metrics: Mapping[str, Loss] | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -127,7 +127,9 @@ def random_plane(
     """
     counts = _counts(resolution)
     if not all(count % 2 for count in counts):
-        raise InputError(f"resolution={resolution!r}; expected odd numbers, at least 5, so that the network is on a node")
+        raise InputError(
+            f"resolution={resolution!r}; expected odd numbers, at least 5, so that the network is on a node"
+        )
     if not (math.isfinite(radius) and radius > 0.0):
         raise InputError(f"radius={radius}; expected a positive number")
     options = Options(tolerance, resume, repair, inputs, loss, metrics, batch_size, device, progress)
@@ -151,8 +153,8 @@ def trajectory_plane(
     resume: Plane | None = None,
     repair: Literal["auto"] | None = "auto",
     inputs: Any = None,
-    loss: Measure | None = None,
-    metrics: Mapping[str, Measure] | None = None,
+    loss: Loss | Task | None = None,
+    metrics: Mapping[str, Loss] | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,

@@ -15,13 +15,14 @@ from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.live import Live
 from lmc.landscape.evaluation.points import preparation
-from lmc.landscape.evaluation.scores import Measure, Score
+from lmc.landscape.evaluation.scores import Score
 from lmc.landscape.planes.grid import Values, coarse_to_fine
 from lmc.landscape.planes.plane_result import Plane
 from lmc.landscape.planes.refinement import Mask, refine
 from lmc.landscape.planes.span import Span
 from lmc.landscape.planes.workers import Workers
 from lmc.network.network import pick_device
+from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, agreeing
 
 LONG = 10.0  # seconds from which on the cost of a plane is told before it starts
@@ -35,8 +36,8 @@ class Options:
     resume: Plane | None
     repair: Literal["auto"] | None
     inputs: Any
-    loss: Measure | None
-    metrics: Mapping[str, Measure] | None
+    loss: Loss | Task | None
+    metrics: Mapping[str, Loss] | None
     batch_size: int | None
     device: torch.device | str | None
     progress: bool

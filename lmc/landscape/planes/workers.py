@@ -148,7 +148,7 @@ def _products(evaluator: Evaluator, prepare: Recalibrator | None, span: Span) ->
 
 def _threads(evaluator: Evaluator) -> int:
     """How many threads take points. One where the caller's own code would run in them, or data come from an iterator."""
-    if evaluator.device.type != "cpu" or evaluator.measures or not evaluator.held_inputs():
+    if evaluator.device.type != "cpu" or not evaluator.plain or not evaluator.held_inputs():
         return 1
     return max(min(torch.get_num_threads(), MOST), 1)
 

@@ -11,11 +11,12 @@ from torch import nn
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.points import preparation
-from lmc.landscape.evaluation.scores import Measure, Score
+from lmc.landscape.evaluation.scores import Score
 from lmc.landscape.simplices.lattice import coarse_to_fine, lattice, lattice_size
 from lmc.landscape.simplices.mixer import Mixer
 from lmc.landscape.simplices.simplex_result import Mixture, Simplex, Triangle
 from lmc.network.network import pick_device
+from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, agreeing
 
 MOST_POINTS = 500  # of a lattice whose resolution is not given
@@ -31,8 +32,8 @@ def loss_triangle(
     resume: Simplex | None = None,
     repair: Literal["auto"] | None = "auto",
     inputs: Any = None,
-    loss: Measure | None = None,
-    metrics: Mapping[str, Measure] | None = None,
+    loss: Loss | Task | None = None,
+    metrics: Mapping[str, Loss] | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -88,8 +89,8 @@ def loss_simplex(
     resume: Simplex | None = None,
     repair: Literal["auto"] | None = "auto",
     inputs: Any = None,
-    loss: Measure | None = None,
-    metrics: Mapping[str, Measure] | None = None,
+    loss: Loss | Task | None = None,
+    metrics: Mapping[str, Loss] | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from lmc.errors import DataError, InputError, WeightsError
 from lmc.landscape.evaluation.evaluator import Evaluator
-from lmc.landscape.evaluation.scores import class_last
 from lmc.network.batches import as_splits, take, tensors
 from lmc.network.batchnorm import Recalibrator
 from lmc.network.network import Network, pick_device
+from lmc.network.task import class_last
 from lmc.weights import Weights, check_finite
 from lmc.weights.numbers import wide
 

@@ -1,7 +1,7 @@
 """Star models: one network with low lines to all others (Sonthalia et al. 2024, arXiv:2403.07968)."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,14 +14,13 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.landscape.curves.training import Recipe, finite_loss, forked, shuffled, with_parameters
-from lmc.landscape.evaluation.objective import check_training_data, mean_loss
+from lmc.landscape.curves.training import Schedule, finite_loss, forked, with_parameters
+from lmc.landscape.evaluation.objective import Objective
 from lmc.landscape.evaluation.points import some_inputs
 from lmc.landscape.paths.path import Path, Values, loss_path
-from lmc.network.batches import Split, as_splits, to_device
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
 from lmc.network.copies import copy_module
-from lmc.network.network import Network, pick_device
+from lmc.network.task import Loss, Outputs, Task
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, as_weights, mean
 
@@ -144,7 +143,8 @@ def star_model(
     epochs: int = 30,
     lr: float = 3e-3,
     weight_decay: float = 0.0,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    loss: Loss | Task | None = None,
+    outputs: Outputs = None,
     batch_size: int = 128,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -164,7 +164,7 @@ def star_model(
         spec: the symmetries of the architecture.
         start: where training begins (default: the mean of the models, matched to the first).
         span: the interval that t is drawn from; (0, 0) is ordinary training.
-        epochs, lr, weight_decay, loss, batch_size, seed, device, progress: as for `lmc.bezier_curve`.
+        epochs, lr, weight_decay, loss, outputs, batch_size, seed, device, progress: as for `lmc.bezier_curve`.
 
     An interrupt ends training with a warning and returns the star as it is.
 
@@ -179,19 +179,18 @@ def star_model(
         raise InputError("models: expected a list of models, at least one")
     if not (len(span) == 2 and 0.0 <= span[0] <= span[1] <= 1.0):
         raise InputError(f"span={span}: expected two numbers, 0 <= first <= second <= 1")
-    recipe = Recipe(epochs, lr, weight_decay, loss, batch_size, seed, progress)
+    schedule = Schedule(epochs, lr, weight_decay, batch_size, seed, progress)
     states = agreeing(models, model=model)
     known = spec.bind(states[0]) if spec is not None else None
-    network = Network(model, pick_device(device, states[0]))
-    split = as_splits(data)[0]
-    check_training_data(network, states[0], split, loss)
+    objective = Objective(model, states[0], data, loss=loss, outputs=outputs, device=device)
+    network = objective.network
     states = [states[0], *(_matched(known, states[0], state) for state in states[1:])]
     centre = mean(states)
     if start is not None:
         centre = agreeing([states[0], start], ["models[0]", "start"], model=model)[1]
-    centre, losses, interrupted = _train(network, centre, states, known, split, span, recipe)
+    centre, losses, interrupted = _train(objective, centre, states, known, span, schedule)
     if has_batchnorm(network.module):
-        centre = recalibrate_batchnorm(model, centre, some_inputs(split), device=network.device)
+        centre = recalibrate_batchnorm(model, centre, some_inputs(objective.split), device=network.device)
     moved = tuple({n: x.clone() for n, x in _matched(known, centre, state).items()} for state in states)
     return Star(StateDict(centre), moved, losses, interrupted, known, copy_module(model))
 
@@ -201,45 +200,44 @@ def _matched(spec: PermutationSpec | None, fixed: Weights, other: Weights) -> We
 
 
 def _train(
-    network: Network,
+    objective: Objective,
     start: Weights,
     sources: Sequence[Weights],
     spec: PermutationSpec | None,
-    split: Split,
     span: tuple[float, float],
-    recipe: Recipe,
+    schedule: Schedule,
 ) -> tuple[Weights, Values, bool]:
     """The trained centre, the loss in each epoch, and whether training ended early."""
+    network = objective.network
     names = [name for name, parameter in network.module.named_parameters() if parameter.is_floating_point()]
     centre = {name: start[name].to(network.device, copy=True).requires_grad_() for name in names}
-    optimiser = torch.optim.Adam(list(centre.values()), recipe.lr)
-    generator = torch.Generator().manual_seed(recipe.seed)
+    optimiser = torch.optim.Adam(list(centre.values()), schedule.lr)
+    generator = torch.Generator().manual_seed(schedule.seed)
     losses: list[float] = []
     interrupted = False
     network.load(start)
     network.module.train()
     with (
-        forked(network.device, recipe.seed),
-        tqdm(total=recipe.epochs, desc="star", unit="epoch", disable=not recipe.progress) as bar,
+        forked(network.device, schedule.seed),
+        tqdm(total=schedule.epochs, desc="star", unit="epoch", disable=not schedule.progress) as bar,
     ):
         try:
-            for epoch in range(recipe.epochs):
-                optimiser.param_groups[0]["lr"] = recipe.rate(epoch)
+            for epoch in range(schedule.epochs):
+                optimiser.param_groups[0]["lr"] = schedule.rate(epoch)
                 now = with_parameters(start, centre, network.module)
                 ends = [{name: moved[name].to(network.device) for name in names} for moved in _all(spec, now, sources)]
                 seen = []
-                for inputs, targets in shuffled(split, recipe.batch_size, generator):
+                for batch in objective.split.shuffled(schedule.batch_size, generator, drop_last=True):
                     end = ends[int(torch.randint(len(ends), (), generator=generator))]
                     t = span[0] + (span[1] - span[0]) * float(torch.rand((), generator=generator))
                     point = {name: (1.0 - t) * centre[name] + t * end[name] for name in names}
-                    outputs = network.outputs(point, to_device(inputs, network.device))
-                    loss = mean_loss(outputs, targets.to(network.device), recipe.loss)
+                    loss = objective(point, batch)
                     penalty = sum((x.square().sum() for x in point.values()), start=torch.zeros(()))
                     optimiser.zero_grad()
-                    (loss + 0.5 * recipe.weight_decay * penalty).backward()
+                    (loss + 0.5 * schedule.weight_decay * penalty).backward()
                     optimiser.step()
                     seen.append(loss.detach())
-                losses.append(finite_loss(torch.stack(seen).mean().item(), epoch, recipe))
+                losses.append(finite_loss(torch.stack(seen).mean().item(), epoch, schedule))
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 bar.update()
         except KeyboardInterrupt:
