@@ -67,5 +67,11 @@ def test_the_saved_page_moves_without_a_kernel(window, mixer, tmp_path):
         expected = 50 * sum(mixer.scores(coefficients).values())  # these lie on the grid
         reading.filter(has_text=f"mean accuracy {expected:.1f} %").wait_for()
     page.get_by_label("coefficient of right, all layers").press("ArrowRight")
-    between = 50 * (0.5 * mixer.grid[-1, 0].sum() + 0.5 * mixer.grid[-1, 1].sum())  # 0.05 lies half way to 0.1
+    between = 50 * (0.5 * mixer.grid[10, 0].sum() + 0.5 * mixer.grid[10, 1].sum())  # 0.05 lies half way to 0.1
     reading.filter(has_text=f"mean accuracy {between:.1f} %").wait_for()
+    for slider in page.get_by_label("all layers").all():
+        slider.press("End")
+    reading.filter(has_text=f"mean accuracy {50 * mixer.grid[-1, -1].sum():.1f} %").wait_for()
+    page.get_by_role("button", name="best of the grid").click()
+    shown = [page.get_by_label(f"coefficient of {name}, all layers").input_value() for name in mixer.names]
+    assert [float(value) for value in shown] == list(mixer.best)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import lmc
-from lmc.merge.study.mixer import LEVELS, _thirds
+from lmc.merge.study.mixer import LEVELS, MOST_POINTS, _thirds
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +30,8 @@ def test_weights_are_sums_of_task_vectors_by_group(case) -> None:
 
 def test_the_grid_holds_scores_of_whole_models(case) -> None:
     model, base, models, tasks, mixer = case
-    assert mixer.grid.shape == (LEVELS[2], LEVELS[2], 2)
-    for i, j in ((0, 0), (3, 7), (10, 10)):
+    assert mixer.grid.shape == (16, 16, 2) and mixer.levels[[0, 10, 15]].tolist() == [0.0, 1.0, 1.5]
+    for i, j in ((0, 0), (3, 7), (10, 10), (15, 2)):
         assert mixer.grid[i, j].tolist() == list(mixer.scores([mixer.levels[i], mixer.levels[j]]).values())
     expected = [
         [lmc.landscape.evaluate(model, w, part)["data"].accuracy for part in tasks.values()] for w in [*models, base]
@@ -41,10 +41,18 @@ def test_the_grid_holds_scores_of_whole_models(case) -> None:
     assert best == pytest.approx(mixer.grid.mean(-1).max())
 
 
+def test_sliders_can_stand_on_every_level() -> None:
+    for count, levels in LEVELS.items():
+        steps = [20 * level for level in levels]
+        assert steps == [round(step) for step in steps] and len(levels) ** count <= MOST_POINTS
+        assert levels[0] == 0.0 and 1.0 in levels and list(levels) == sorted(levels)
+
+
 def test_stretches_of_layers() -> None:
     groups = _thirds([f"blocks.{i}" for i in range(7)])
     assert [len(part) for part in groups.values()] == [2, 3, 2]
     assert [module for part in groups.values() for module in part] == [f"blocks.{i}" for i in range(7)]
+    assert list(_thirds(["fc1", "fc2", "fc3", "head"])) == ["fc1", "fc2 – fc3", "head"]
 
 
 def test_the_widget_starts_at_the_average_and_refuses_other_shapes(case) -> None:

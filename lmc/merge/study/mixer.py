@@ -25,7 +25,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MOST_POINTS = 256  # evaluated beforehand, for pages without a kernel
-LEVELS = {1: 21, 2: 11, 3: 6, 4: 4, 5: 3}  # of each model's coefficient, from 0 to 1
+# The levels of each model's coefficient, by the number of models; sliders can stand on all of them (steps of 0.05).
+LEVELS = {
+    1: tuple(i / 20 for i in range(31)),
+    2: tuple(i / 10 for i in range(16)),
+    3: (0.0, 0.2, 0.4, 0.7, 1.0, 1.5),
+    4: (0.0, 0.4, 1.0, 1.5),
+    5: (0.0, 0.5, 1.0),
+}
 GROUPS = 3
 
 Coefficients = Sequence[float] | Sequence[Sequence[float]]
@@ -40,7 +47,7 @@ class Mixer(Result):
     Attributes:
         names: of the models. tasks: names of the tasks.
         groups: name of each group of layers -> its name patterns.
-        levels: the coefficients 0 to 1 on which `grid` stands.
+        levels: the coefficients on which `grid` stands, 0 and 1 among them; more models have fewer.
         grid: (levels, ..., levels, tasks), accuracies with one coefficient per model, the same in all groups.
         own: (models + 1, tasks): accuracies of each model, and last of the base.
     """
@@ -134,8 +141,8 @@ def mixer(
     states, origin = [as_weights(m) for m in models], as_weights(base)
     scorers = [scorer(model, part, "accuracy", device=device, weights=origin)[0] for part in data.values()]
     own = np.array([[score(state) for score in scorers] for state in [*states, origin]])
-    count = LEVELS.get(len(sets), 2 if 2 ** len(sets) <= MOST_POINTS else 1)
-    levels = np.linspace(0.0, 1.0, count) if count > 1 else np.zeros(1)
+    levels = np.array(LEVELS.get(len(sets), (0.0, 1.0) if 2 ** len(sets) <= MOST_POINTS else (0.0,)))
+    count = len(levels)
     grid = np.zeros((*(count,) * len(sets), len(data)))
     made = Mixer(called, tuple(data), chosen, levels, grid, own, states, origin, scorers)
     points = list(product(range(count), repeat=len(sets)))

@@ -82,6 +82,7 @@ def state(mixer: Mixer) -> dict[str, Any]:
         "tasks": list(mixer.tasks),
         "groups": list(mixer.groups),
         "levels": mixer.levels.tolist(),
+        "top": float(mixer.levels[-1]) if len(mixer.levels) > 1 else 1.5,  # of the sliders
         "grid": [round(100.0 * float(value), 3) for value in mixer.grid.reshape(-1)],
         "own": (100.0 * mixer.own).round(3).tolist(),
         "best": list(mixer.best),

@@ -4,8 +4,6 @@
 
 import { format, node, stage, tell } from "./common.js";
 
-const TOP = 1.5; // the largest coefficient of a slider
-
 function render({ model, el }) {
   const data = model.get("data");
   let rows = copy(model.get("coefficients"));
@@ -64,10 +62,12 @@ function render({ model, el }) {
     desk.update(rows, whole, alone);
     bars.update(values);
     const mean = values && values.reduce((sum, value) => sum + value, 0) / values.length;
-    reading.replaceChildren(node("b", {}, `mean accuracy ${format(mean, 1)} %`));
+    const said = values ? `mean accuracy ${format(mean, 1)} %` : alone ? "not evaluated: needs a kernel" : "evaluating";
+    reading.replaceChildren(node("b", {}, said));
     note.dataset.state = exact ? "exact" : alone ? "static" : "between";
-    note.textContent = exact ? "exact, from the kernel" : alone ? "interpolated; layers need a kernel" : "interpolated";
-    scene.speak(`mean accuracy ${format(mean, 1)} percent`);
+    const rough = !values ? "" : alone ? "interpolated; layers need a kernel" : "interpolated";
+    note.textContent = exact ? "exact, from the kernel" : rough;
+    scene.speak(values ? `mean accuracy ${format(mean, 1)} percent` : said);
   }
 
   scene.listen("coefficients", () => {
@@ -132,7 +132,7 @@ function mixingDesk(data, set) {
     desk.append(node(group === null ? "b" : "span", {}, label));
     data.names.forEach((name, i) => {
       const input = node("input", {
-        type: "range", min: 0, max: TOP, step: 0.05, "aria-label": `coefficient of ${name}, ${label}`,
+        type: "range", min: 0, max: data.top, step: 0.05, "aria-label": `coefficient of ${name}, ${label}`,
       });
       const output = node("output", {});
       input.addEventListener("input", () => set(group, i, input.valueAsNumber));
