@@ -4,12 +4,11 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lmc.errors import DataError
-from lmc.network.batches import DATASET_BATCH, LABELS, TaskData, fields, take, tensors, to_device
+from lmc.network.batches import DATASET_BATCH, LABELS, TaskData, fields, take, tensors
 
 Call = Any  # a tensor, a tuple of positional tensors, a mapping of keyword tensors, or a data object
 
@@ -130,8 +129,3 @@ def arguments(module: nn.Module, call: Call) -> tuple[tuple[Any, ...], dict[str,
         return (), {name: known[name] for name in asked if name in known}
     return (call,), {}
 
-
-def call_module(module: nn.Module, call: Call, device: torch.device) -> Any:
-    """The module's result for one call, on `device`."""
-    args, kwargs = arguments(module, to_device(call, device))
-    return module(*args, **kwargs)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lmc.network.inputs import Call, call_module
+from lmc.network.inputs import Call
 from lmc.network.network import Network
 
 
@@ -84,7 +84,7 @@ def run_seen(
     modules = dict(network.module.named_modules())
     hooks = [modules[name].register_forward_hook(hook_for(at, axis)) for at, (name, axis) in enumerate(places)]
     try:
-        call_module(network.module, call, network.device)
+        network.result(call)
     finally:
         for hook in hooks:
             hook.remove()
@@ -129,7 +129,7 @@ def _calls(network: Network, probe: Call) -> list[_Called]:
             hooks.append(module.register_forward_hook(note))
     try:
         with torch.no_grad():
-            call_module(network.module, probe, network.device)
+            network.result(probe)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,36 +1,94 @@
-"""A private copy of a module that takes on weight sets, so that the caller's module is never touched."""
+"""The one way in which weights are put through a module: a private copy that takes on weight sets, one after the other.
 
-from collections.abc import Callable, Mapping, Sequence
+Modules may derive values from their weights and keep them beside their state dict: attention biases gathered once for
+evaluation, tables made in the first forward pass, results under an lru_cache. With other weights these are wrong, and no
+error would say so. Here they are dropped with every weight set, also those that the caller's module holds because it was
+called before, and each module is checked once on its first real inputs: with other weights loaded in between, it must
+give what a fresh copy gives.
+"""
+
+import contextlib
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
-from lmc.errors import DataError, InputError
-from lmc.network.batches import tensors
-from lmc.network.copies import copy_module
-from lmc.network.inputs import arguments
+from lmc.errors import DataError, InputError, LmcError
+from lmc.network.batches import tensors, to_device
+from lmc.network.caches import Hidden, Removal, empty, is_torch, removable
+from lmc.network.copies import fresh_copy, switches, writes_parameters
+from lmc.network.inputs import arguments, first_of
 from lmc.network.task import tensor_of
-from lmc.weights import Weights, check_compatible
+from lmc.weights import Weights, as_weights, check_compatible
+
+
+@dataclass(frozen=True)
+class _Verdict:
+    """How weights may be put through a module.
+
+    Attributes:
+        caches: it keeps values beside its state dict that change.
+        renews: its parameters must be other objects for each weight set, since something is kept under their identity.
+        functional: it may be called with other weights than those that it holds.
+    """
+
+    caches: bool = True
+    renews: bool = False
+    functional: bool = True
+
+
+_PLAIN = _Verdict(caches=False)
+_VERDICTS: weakref.WeakKeyDictionary[nn.Module, _Verdict] = weakref.WeakKeyDictionary()
 
 
 class Network:
     """One architecture in eval mode on one device; `load` gives it weights, calling it gives its outputs.
 
-    Parameters are taken by reference, buffers are copied: a forward pass may write buffers, never parameters.
+    Parameters are taken by reference, buffers are copied: a forward pass may write buffers, never parameters. Modules
+    that are known to write parameters, such as adapters that are merged in eval mode, get copies.
 
     Args:
+        model: the architecture; neither called nor changed.
+        device: where to compute.
         read: what is taken of the module's result (default: the tensor, or its `.logits`); see `Task.read`.
+        dtype: of all floating-point tensors (default: that of the weights).
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, read: Callable[[Any], Any] = tensor_of) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        read: Callable[[Any], Any] = tensor_of,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"model: expected an nn.Module, which says what to compute, got {type(model).__name__}")
         self.device, self.read = device, read
-        self.module = copy_module(model).to(device).eval().requires_grad_(False)
+        self._model, self._dtype = model, dtype
+        self._renamed = renamed_entries(model)
+        self._switches = switches(model)
+        self._copies = writes_parameters(model)
+        self.module = fresh_copy(model, share=not self._renamed).to(device)
+        if dtype is not None:
+            self.module.to(dtype)
+        self.module.eval()
+        for parameter in self.module.parameters():
+            parameter.requires_grad_(False)
+        self._verdict: _Verdict | None = None  # until the first inputs come
+        self._stale: Removal = {}
+        self._loaded: Weights | None = None
+        self._take_stock()
+
+    def _take_stock(self) -> None:
+        self._hidden = Hidden(self.module)
         self._slots = self.module.state_dict(keep_vars=True)
         self._shapes = {name: tensor.shape for name, tensor in self._slots.items()}
         # One name for each tensor: tied parameters have several, and functional_call wants one.
@@ -43,10 +101,48 @@ class Network:
             check_compatible(_shapes_only(self._slots), _shapes_only(weights), ("model", what))
 
     def load(self, weights: Weights) -> None:
-        """Take on `weights`."""
+        """Take on `weights`, and drop what the module derived from those before."""
+        self._loaded = weights
+        self._forget()
+        if self._verdict is not None and self._verdict.renews:
+            self._renew_parameters()
+        if not self._switches:
+            self._fill(weights)
+            return
+        training = self.module.training
+        self.module.train()
+        self._fill(weights)
+        self.module.train(training)
+
+    def _fill(self, weights: Weights) -> None:
+        if self._renamed:
+            state = self.module.state_dict()
+            state.update(weights)  # keeps the metadata, in which modules look up their version
+            self.module.load_state_dict(state)
+            return
         for name, slot in self._slots.items():
             tensor = weights[name].to(self.device)
-            slot.data = tensor if isinstance(slot, nn.Parameter) else tensor.clone()
+            if self._dtype is not None and tensor.is_floating_point():
+                tensor = tensor.to(self._dtype)
+            slot.data = tensor if isinstance(slot, nn.Parameter) and not self._copies else tensor.clone()
+
+    def _forget(self) -> None:
+        """Drop what forward passes have left beside the state dict."""
+        if self._verdict is None or self._verdict.caches:
+            self._hidden.restore()
+
+    def _renew_parameters(self) -> None:
+        new: dict[int, nn.Parameter] = {}
+        for module in self.module.modules():
+            for name, old in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+                parameter = new.setdefault(id(old), nn.Parameter(old.detach(), requires_grad=False))
+                setattr(module, name, parameter)
+        self._slots = self.module.state_dict(keep_vars=True)
+
+    @property
+    def by_reference(self) -> bool:
+        """Whether the loaded weights may be changed in place: the module holds them, and derives nothing from them."""
+        return self._verdict == _PLAIN and not (self._switches or self._copies or self._renamed)
 
     def buffers(self) -> Weights:
         """The buffers as the last forward pass left them."""
@@ -54,31 +150,75 @@ class Network:
 
     @torch.no_grad()
     def __call__(self, inputs: Any) -> Any:
-        """The outputs (N, ...) for inputs of any accepted form, on this network's device."""
-        args, kwargs = arguments(self.module, inputs)
-        return self.read(self.module(*args, **kwargs))
+        """The outputs (N, ...) for inputs of any accepted form."""
+        return self.read(self.result(inputs))
+
+    def _call(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return arguments(self.module, to_device(inputs, self.device))
+
+    def result(self, inputs: Any) -> Any:
+        """All that the module returns for inputs of any accepted form."""
+        self._examine(inputs)
+        args, kwargs = self._call(inputs)
+        return self.module(*args, **kwargs)
 
     @torch.no_grad()
     def many(self, stacked: Weights, inputs: Any) -> Tensor:
         """The outputs (K, N, ...) of K weight sets stacked along a new first axis."""
-        args, kwargs = arguments(self.module, inputs)
+        if not self._examine(inputs).functional or self._renamed:
+            return torch.stack([self._alone(stacked, k, inputs) for k in range(len(next(iter(stacked.values()))))])
+        args, kwargs = self._call(inputs)
 
-        def outputs(weights: Weights) -> Tensor:
-            return self.read(functional_call(self.module, weights, args, kwargs))
+        def outputs(weights: Weights) -> Any:
+            return self.read(self._with(weights, args, kwargs))
 
         # On a CPU, torch has no fused attention for a stack of networks, but the plain one.
         with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
             return torch.vmap(outputs)(stacked)
 
+    def _alone(self, stacked: Weights, k: int, inputs: Any) -> Any:
+        self.load({name: tensor[k] for name, tensor in stacked.items()})
+        return self(inputs)
+
     def outputs(self, weights: Weights, inputs: Any) -> Any:
-        """The outputs (N, ...) as a differentiable function of `weights`; a tensor not given keeps what was loaded."""
-        args, kwargs = arguments(self.module, inputs)
+        """The outputs (N, ...) as a differentiable function of `weights`; a tensor not given keeps what was loaded.
+
+        Raises:
+            InputError: the module cannot be called with other weights than its own.
+        """
+        verdict = self._examine(inputs)
+        if self._renamed:
+            raise InputError(
+                f"{self._name}: hooks give entries of its state dict other names than its parameters have "
+                f"({', '.join(self._renamed[:3])}), so that it cannot be differentiated by its state dict; "
+                "remove the hooks for this"
+            )
+        if not verdict.functional:
+            raise InputError(
+                f"{self._name}: called with weights that it does not hold, it gives other outputs than with the same weights "
+                "loaded, so that it cannot be differentiated by them; it computes something when weights are loaded, "
+                "changes mode, or is scripted"
+            )
+        args, kwargs = self._call(inputs)
         own = {name: weights[name] for name in self._own_names if name in weights}
-        return self.read(functional_call(self.module, own, args, kwargs))
+        return self.read(self._with(own, args, kwargs))
+
+    def _with(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self._verdict == _PLAIN:
+            return functional_call(self.module, weights, args, kwargs)
+        self._forget()
+        return call_with(self.module, weights, args, kwargs)
 
     def stack(self, states: Sequence[Weights]) -> Weights:
         """K weight sets as one, each tensor with a new first axis."""
-        return {name: torch.stack([state[name].to(self.device) for state in states]) for name in self._own_names}
+        names = self._slots if self._renamed else self._own_names
+        return {name: torch.stack([state[name].to(self.device) for state in states]) for name in names}
+
+    def twin(self) -> "Network":
+        """Another network of the same module, without weights, for another thread."""
+        twin = Network(self._model, self.device, self.read, self._dtype)
+        twin._adopt(self._stale, self._verdict)
+        return twin
 
     def check_inputs(self, weights: Weights, inputs: Any, split: str) -> None:
         """Raise `DataError` when floating-point inputs have a dtype that none of the weights has."""
@@ -87,6 +227,146 @@ class Network:
             if dtypes and leaf.is_floating_point() and leaf.dtype not in dtypes:
                 known = ", ".join(sorted(map(str, dtypes)))
                 raise DataError(f"{split}: inputs are {leaf.dtype}, the weights {known}; convert with .to(dtype)")
+
+    def _adopt(self, stale: Removal, verdict: _Verdict | None) -> None:
+        """Empty what the caller's module holds of earlier calls, and go by a verdict that is known."""
+        if stale:
+            empty(self.module, stale)
+            self._take_stock()
+        self._stale, self._verdict = stale, verdict
+
+    def _examine(self, inputs: Any) -> _Verdict:
+        """The verdict on this module, which is found at the first inputs, and kept for other copies of it."""
+        if self._verdict is None and all(is_torch(module) for module in self.module.modules()):
+            self._verdict = _PLAIN
+        if self._verdict is not None:
+            return self._verdict
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            self._verdict = _Verdict()  # what holds where the module fails on these inputs, which the caller will hear
+            few, weights = _few(inputs), as_weights(self._model) if self._loaded is None else self._loaded
+            try:
+                stale = removable(self.module, lambda removal: self._called(removal, weights, few))
+                verdict = _VERDICTS.get(self._model) or self._judged(stale, weights, few)
+            except LmcError:
+                self._verdict = None
+                raise
+            except Exception:  # noqa: BLE001 (the caller's own call of the module will raise it)
+                verdict, self._verdict = self._verdict, None
+                return verdict
+        _VERDICTS[self._model] = verdict
+        self._adopt(stale, verdict)
+        if stale and self._loaded is not None:
+            self.load(self._loaded)
+        return verdict
+
+    def forget_calls(self, inputs: Any) -> None:
+        """Empty what the module makes again by itself, of earlier calls by others, which `inputs` show."""
+        if self._verdict is None:
+            self._examine(inputs)
+
+    def _trial(self, stale: Removal, verdict: _Verdict, weights: Weights) -> "Network":
+        trial = Network(self._model, self.device, self.read, self._dtype)
+        trial._adopt(stale, verdict)
+        trial.load(weights)
+        return trial
+
+    def _called(self, removal: Removal, weights: Weights, inputs: Any) -> nn.Module:
+        trial = self._trial(removal, _Verdict(), weights)
+        trial.result(inputs)
+        return trial.module
+
+    def _judged(self, stale: Removal, weights: Weights, inputs: Any) -> _Verdict:
+        """What a fresh copy gives for `weights` is what a copy must give that had other weights before."""
+        expected = _seeded(self._trial(stale, _Verdict(), weights), inputs)
+        between = _perturbed(weights)
+        for renews in (False, True):
+            trial = self._trial(stale, _Verdict(renews=renews), between)
+            with contextlib.suppress(Exception):  # of weights that nobody asked for
+                _seeded(trial, inputs)
+            trial.load(weights)
+            if _equal(_seeded(trial, inputs), expected):
+                break
+        else:
+            raise InputError(
+                f"{self._name}: what it computes from one set of weights is used again with the next, and cannot be dropped, "
+                "since neither the module holds it nor an lru_cache of its methods; keep such values in attributes of the "
+                "module, or drop them in its train method"
+            )
+        if renews:
+            warnings.warn(
+                f"{self._name} keeps values derived from its weights outside itself: its parameters are replaced for each "
+                "weight set, which takes longer",
+                stacklevel=2,
+            )
+        trial._forget()
+        caches = trial._hidden.changing
+        trial.load(between)
+        functional = False
+        with contextlib.suppress(Exception):  # what cannot be called so is not
+            own = {name: weights[name].to(self.device, copy=True) for name in self._own_names}
+            functional = _equal(_seeded(trial, inputs, own), expected)
+            functional &= all(torch.equal(tensor, weights[name].to(self.device)) for name, tensor in own.items())
+        return _Verdict(caches, renews, functional)
+
+    @property
+    def _name(self) -> str:
+        return type(self._model).__name__
+
+
+def _seeded(network: Network, inputs: Any, weights: Weights | None = None) -> Any:
+    """What a network gives, called with other weights where they are given, as a module that draws numbers repeats it."""
+    torch.default_generator.manual_seed(0)
+    if network.device.type == "cuda":
+        torch.cuda.manual_seed(0)
+    args, kwargs = network._call(inputs)
+    return network.module(*args, **kwargs) if weights is None else network._with(weights, args, kwargs)
+
+
+def _few(inputs: Any) -> Any:
+    """The first two examples, where it is clear what an example is."""
+    try:
+        return first_of(inputs, 2)
+    except DataError:
+        return inputs
+
+
+@contextlib.contextmanager
+def anew(module: nn.Module) -> Iterator[None]:
+    """Whatever a module in evaluation mode derives from its weights is derived inside, and dropped afterwards."""
+    hidden = Hidden(module)
+    try:
+        if switches(module) and not module.training:
+            module.train()
+            module.eval()
+        yield
+    finally:
+        hidden.restore()
+
+
+def call_with(module: nn.Module, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What the module gives with these parameters and buffers in place of its own."""
+    inner = {f"module.{name}": tensor for name, tensor in weights.items()}
+    return functional_call(_Anew(module), inner, args, kwargs)
+
+
+class _Anew(nn.Module):
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with anew(self.module):
+            return self.module(*args, **kwargs)
+
+
+def uncalled(model: nn.Module, inputs: Any) -> nn.Module:
+    """A copy of a module in evaluation mode that holds nothing derived from its weights; they are in the same memory."""
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    network = Network(model, device)
+    if device.type != "meta":
+        network.forget_calls(inputs)
+    return network.module
 
 
 def pick_device(device: torch.device | str | None, weights: Weights) -> torch.device:
@@ -115,7 +395,8 @@ def activation_bytes(network: Network, inputs: Any) -> int:
         nonlocal total
         total += sum(tensor.nbytes for tensor in tensors(output))
 
-    leaves = [module for module in network.module.modules() if not any(True for _ in module.children())]
+    modules = [module for module in network.module.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    leaves = [module for module in modules if not any(True for _ in module.children())]
     hooks = [module.register_forward_hook(count) for module in leaves]
     try:
         network(inputs)
@@ -123,6 +404,48 @@ def activation_bytes(network: Network, inputs: Any) -> int:
         for hook in hooks:
             hook.remove()
     return total
+
+
+def renamed_entries(model: nn.Module) -> list[str]:
+    """The names in a state dict under which the module holds no parameter or buffer, because hooks have changed them."""
+    own = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
+    return [name for name in model.state_dict(keep_vars=True) if name not in own]
+
+
+def _perturbed(weights: Weights) -> Weights:
+    """Other weights that the module can make something of: about a tenth larger or smaller; what is positive stays so."""
+    rng = torch.Generator().manual_seed(0)
+
+    def other(tensor: Tensor) -> Any:
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            return tensor
+        noise = torch.rand(tensor.shape, generator=rng, dtype=torch.float32).to(tensor.device)
+        wide = tensor.detach().float()
+        least = 0.1 * wide.abs().mean().clamp_min(0.1)  # zeros are moved as well
+        return torch.where(wide > 0, wide * (1.0 + 0.2 * noise), wide - least * noise).to(tensor.dtype)
+
+    return {name: other(tensor) for name, tensor in weights.items()}
+
+
+def _equal(found: Any, expected: Any) -> bool:
+    """Whether the floating-point tensors of two results agree, up to what another order of sums may change."""
+    for x, y in zip(_leaves(found), _leaves(expected), strict=True):
+        if x.shape != y.shape:
+            return False
+        if x.is_floating_point() and x.numel():
+            rounding = torch.finfo(y.dtype).eps ** 0.5
+            x, y = x.double(), y.double()
+            scale = float(y[y.isfinite()].abs().amax()) if bool(y.isfinite().any()) else 0.0
+            if not torch.allclose(x, y, rounding, rounding * scale, equal_nan=True):
+                return False
+    return True
+
+
+def _leaves(result: Any) -> list[Tensor]:
+    found = []
+    for leaf in pytree.tree_leaves(result):
+        found += [leaf] if isinstance(leaf, Tensor) else pytree.tree_leaves(getattr(leaf, "__dict__", None))
+    return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
 def _shapes_only(weights: Mapping[str, Tensor]) -> Weights:

@@ -4,7 +4,7 @@ A wrong permutation changes outputs by 1e-3 or more of their size; a right one b
 (zero biases, unit norms, fresh statistics) would hide errors, so all parameters and buffers are perturbed first.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from lmc.errors import CertificateError, InputError
-from lmc.network.copies import copy_module
+from lmc.errors import CertificateError, InputError, LmcError
+from lmc.network.network import Network
 from lmc.symmetry.actions import act, identity_indices, random_indices
 from lmc.symmetry.certificate import Certificate
 from lmc.symmetry.discovery.failures import not_computed, quiet
 from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, select, tensors_in
 from lmc.symmetry.symmetries import Symmetries
-from lmc.weights import ModelOrWeights, Weights, as_weights
+from lmc.weights import ModelOrWeights, Weights, as_weights, tied_names
 
 LOW = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -97,34 +97,33 @@ class _Probe:
                 "the model lies on the meta device, so there are no numbers to certify on: "
                 "certify a smaller twin of the same architecture"
             )
-        copied = copy_module(model)
-        if weights is not None:
-            copied.load_state_dict(as_weights(weights))
-        self.module = _widen(copied).eval()
+        device = next((t.device for t in model.state_dict().values()), torch.device("cpu"))
+        if device.type == "mps":  # which has no float64
+            device = torch.device("cpu")
+        self.network = Network(model, device, dtype=torch.float64)
         self.select = outputs
         self.seed = seed
+        given = as_weights(model if weights is None else weights)
+        wide = {name: t.to(device, torch.float64 if t.is_floating_point() else t.dtype) for name, t in given.items()}
+        self.weights: Weights = {name: t.clone() for name, t in wide.items()}
+        self.weights |= {alias: self.weights[name] for alias, name in tied_names(given).items()}
         if perturb:
-            _perturb(self.module, seed)
-        self.weights: Weights = {name: t.detach().clone() for name, t in self.module.state_dict().items()}
+            _perturb(self.weights, {name for name, _ in model.named_parameters(remove_duplicate=False)}, seed)
 
     def outputs_of(self, example: Inputs, weights: Weights) -> list[Tensor]:
-        self.module.load_state_dict(weights)
-        device = next((t.device for t in weights.values()), torch.device("cpu"))
+        self.network.load(weights)
+        device = self.network.device
         args, kwargs = tree_map(lambda x: _input(x, device), as_call(example))
         devices = [device] if device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices), quiet(), _float64():
             torch.manual_seed(self.seed)
             try:
-                result = self.module(*args, **kwargs)
+                result = self.network.result(kwargs or args)
+            except LmcError:
+                raise
             except Exception as error:
-                raise not_computed(self.module, args, kwargs, error) from error
+                raise not_computed(self.network.module, args, kwargs, error) from error
         return [tensor.detach().clone() for tensor in select(result, self.select)]
-
-
-def _widen(module: nn.Module) -> nn.Module:
-    if any(t.device.type == "mps" for t in module.state_dict().values()):
-        module = module.cpu()
-    return module.double()
 
 
 def _input(value: Any, device: torch.device) -> Any:
@@ -134,23 +133,19 @@ def _input(value: Any, device: torch.device) -> Any:
     return value.double() if value.is_floating_point() else value
 
 
-def _perturb(module: nn.Module, seed: int) -> None:
-    """Noise of a tenth of each tensor's own size (0.1 where it is zero); positive buffers stay positive."""
+def _perturb(weights: Weights, parameters: Collection[str], seed: int) -> None:
+    """Add noise of a tenth of each tensor's own size (0.1 where it is zero), in place; positive buffers stay positive."""
     generator = torch.Generator().manual_seed(seed)
-    parameters = {id(p) for p in module.parameters()}
-    seen: set[int] = set()
-    persistent = module.state_dict(keep_vars=True)
-    for tensor in persistent.values():
-        if not tensor.is_floating_point() or id(tensor) in seen:
+    tied = tied_names(weights)
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point() or name in tied:
             continue
-        seen.add(id(tensor))
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor.device)
-        with torch.no_grad():
-            if id(tensor) not in parameters and bool((tensor >= 0).all()) and bool((tensor > 0).any()):
-                tensor.mul_(torch.exp(0.2 * noise))
-            else:
-                size = float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
-                tensor.add_(noise, alpha=0.1 * (size if size > 0 else 1.0))
+        if name not in parameters and bool((tensor >= 0).all()) and bool((tensor > 0).any()):
+            tensor.mul_(torch.exp(0.2 * noise))
+        else:
+            size = float(tensor.square().mean().sqrt()) if tensor.numel() else 0.0
+            tensor.add_(noise, alpha=0.1 * (size if size > 0 else 1.0))
 
 
 class _float64(TorchDispatchMode):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from lmc.errors import InputError
-from lmc.network.copies import copy_module
+from lmc.network.copies import fresh_copy
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights, tied_names
 
 
@@ -15,7 +15,7 @@ def initialised(model: nn.Module, seed: int) -> Weights:
     Raises `InputError` naming a layer that has parameters of its own and no `reset_parameters`.
     """
     device = device_of(model)
-    fresh = copy_module(model).cpu()
+    fresh = fresh_copy(model).cpu()
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for name, layer in reversed(list(fresh.named_modules())):  # a layer comes after everything within it
@@ -31,7 +31,7 @@ def initialised(model: nn.Module, seed: int) -> Weights:
 
 
 def given(model: nn.Module, init: ModelOrWeights) -> Weights:
-    start = copy_module(model)
+    start = fresh_copy(model)
     state = {name: tensor.to(device_of(model)) for name, tensor in as_weights(init).items()}
     state = agreeing([model, state], ["model", "init"], model=model)[1]
     start.load_state_dict(state)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
-from lmc.network.copies import copy_module
+from lmc.network.copies import fresh_copy
 from lmc.network.network import pick_device
 from lmc.training.init import aliases, device_of, given, initialised
 from lmc.training.inputs import check_model, epochs_to_keep, training_tensors
@@ -74,7 +74,7 @@ def train(
         raise InputError(f"model: expected an nn.Module, got {type(model).__name__}")
     device = pick_device(device_of(model) if device is None else device, {})
     inputs, targets = training_tensors(data, device)
-    blank = copy_module(model).to(device).train()
+    blank = fresh_copy(model).to(device).train()
     check_model(blank, inputs, targets)
     kept = epochs_to_keep(keep, epochs)
     runs: list[_Run] = []

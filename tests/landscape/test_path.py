@@ -1,5 +1,6 @@
 """Paths and barriers: the identities a barrier obeys, planted truths, and paths that break off."""
 
+import itertools
 import math
 import warnings
 from types import SimpleNamespace
@@ -291,11 +292,10 @@ class Stopping(nn.Module):
     def __init__(self, limit):
         super().__init__()
         self.linear = nn.Linear(16, 4)
-        self.left = [limit]
+        self.left = iter(range(limit - 1)) if limit > 0 else itertools.count()
 
     def forward(self, x):
-        self.left[0] -= 1
-        if self.left[0] == 0:
+        if next(self.left, None) is None:
             raise KeyboardInterrupt
         return self.linear(x)
 

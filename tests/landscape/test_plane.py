@@ -1,5 +1,6 @@
 """Planes: their geometry, points that equal direct evaluations, gaps, and planes that break off."""
 
+import itertools
 import math
 
 import numpy as np
@@ -216,11 +217,10 @@ class Stopping(nn.Module):
         super().__init__()
         self.linear = nn.Linear(6, 3)
         nn.init.normal_(self.linear.weight, generator=torch.Generator().manual_seed(seed))
-        self.left = [limit]
+        self.left = iter(range(limit - 1)) if limit > 0 else itertools.count()
 
     def forward(self, x):
-        self.left[0] -= 1
-        if self.left[0] == 0:
+        if next(self.left, None) is None:
             raise KeyboardInterrupt
         return self.linear(x)
 

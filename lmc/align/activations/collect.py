@@ -14,7 +14,7 @@ from torch import Tensor
 from lmc.align.activations.taps import Tap, Watch
 from lmc.core.progress import tqdm
 from lmc.errors import DataError
-from lmc.network.inputs import Call, call_module
+from lmc.network.inputs import Call
 from lmc.network.network import Network
 from lmc.weights import Weights
 
@@ -168,7 +168,7 @@ def _run(
 
     network.load(weights)
     with Watch(network.module, list(at), see):
-        call_module(network.module, call, network.device)
+        network.result(call)
     return seen
 
 

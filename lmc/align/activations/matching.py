@@ -15,7 +15,7 @@ from lmc.align.activations.collect import CrossMoments, collect
 from lmc.align.activations.taps import choose, live_taps
 from lmc.align.parameters import matched
 from lmc.errors import InputError
-from lmc.network.inputs import call_module, first_of, input_batches
+from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, agreeing
@@ -81,7 +81,7 @@ def activation_matching(
     batches = input_batches(model, inputs, batch_size)
     first = next(batches)
     probe = first_of(first, 1)
-    taps = choose(spec, live_taps(spec, network.module, lambda: call_module(network.module, probe, network.device)))
+    taps = choose(spec, live_taps(spec, network.module, lambda: network.result(probe)))
     seen, unseen = clusters(spec, taps)
     sites = [site for cluster in seen for site in cluster.sites(spec)]
     moments = collect((network, network), (a, b), sites, chain([first], batches), progress)

@@ -1,17 +1,15 @@
 """The loss of a network on labelled data as a differentiable function of its parameters."""
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lmc.network.batches import Batch, as_splits, check_numbers, take, to_device
-from lmc.symmetry.outputs import as_call, select
+from lmc.network.network import Network
 from lmc.weights import Weights
 
 Loss: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -32,8 +30,8 @@ class TaskLoss:
     """
 
     def __init__(self, model: nn.Module, data: Any, loss: Loss | None, batch_size: int, device: torch.device) -> None:
-        self.module = copy.deepcopy(model).to(device).eval().requires_grad_(False)
-        for module in self.module.modules():
+        self.network = Network(model, device)
+        for module in self.network.module.modules():
             if isinstance(module, _BatchNorm):
                 module.train()
                 module.track_running_stats, module.running_mean, module.running_var = False, None, None
@@ -44,15 +42,14 @@ class TaskLoss:
             for inputs, _ in self._split.batches:
                 check_numbers(inputs, self._split.name)
         self._loss = loss or cross_entropy
-        slots = dict(self.module.named_parameters()) | dict(self.module.named_buffers())
-        self._names = set(slots)
+        module = self.network.module
+        self._names = set(dict(module.named_parameters()) | dict(module.named_buffers()))
 
     def __call__(self, weights: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """The loss of the weights on one batch."""
         inputs, targets = to_device(batch[0], self.device), batch[1].to(self.device)
-        args, kwargs = as_call(inputs)
         used = {name: tensor for name, tensor in weights.items() if name in self._names}
-        return self._loss(select(functional_call(self.module, used, args, kwargs))[0], targets)
+        return self._loss(self.network.outputs(used, inputs), targets)
 
     @torch.no_grad()
     def mean(self, weights: Weights) -> float:

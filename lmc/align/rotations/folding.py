@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.errors import SpecError
-from lmc.network.inputs import call_module, first_of, input_batches
+from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_finite
@@ -70,8 +70,7 @@ class Probe:
     """An architecture in float64, two examples to run it on, and the outputs of some weights as a reference."""
 
     def __init__(self, model: nn.Module, weights: Weights, inputs: Any) -> None:
-        self.network = Network(model, pick_device(None, weights))
-        self.network.module.double()
+        self.network = Network(model, pick_device(None, weights), dtype=torch.float64)
         self._call = _double(first_of(next(input_batches(model, inputs, 2)), 2))
         self._reference = self(weights)
 
@@ -113,7 +112,7 @@ class Probe:
             elif isinstance(module, nn.Linear):
                 handles.append(module.register_forward_pre_hook(read(name)))
         try:
-            call_module(self.network.module, self._call, self.network.device)
+            self.network.result(self._call)
         finally:
             for handle in handles:
                 handle.remove()

@@ -12,7 +12,7 @@ from lmc.align.activations.taps import candidates, choose, live_taps
 from lmc.align.transport.couplings import Coupling, Importance, View, couple, paired_rows
 from lmc.align.transport.widths import check_depth, check_fixed_axes, spec_of_width
 from lmc.errors import InputError, MismatchError, SpecError
-from lmc.network.inputs import call_module, first_of, input_batches
+from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_finite
@@ -118,7 +118,7 @@ class Problem:
         first = next(batches)
         probe = first_of(first, 1)
         self.network.load(self.a)
-        run = lambda: call_module(self.network.module, probe, self.network.device)  # noqa: E731
+        run = lambda: self.network.result(probe)  # noqa: E731
         taps = choose(self.specs[1], live_taps(self.specs[1], self.network.module, run), "output")
         sites = []
         for tap in taps:

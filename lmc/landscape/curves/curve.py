@@ -21,7 +21,7 @@ from lmc.landscape.paths.path import Path, mixture_path
 from lmc.landscape.planes.grid import Values
 from lmc.landscape.planes.plane import loss_plane
 from lmc.landscape.planes.plane_result import Plane
-from lmc.network.copies import copy_module
+from lmc.network.copies import fresh_copy
 from lmc.network.network import Network
 from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, distance, lerp, mean
@@ -142,7 +142,7 @@ class Curve(Result):
             DataError: a file that holds something else.
             MismatchError: a curve of another architecture.
         """
-        found = super().load(file, model=copy_module(model))
+        found = super().load(file, model=fresh_copy(model))
         network = Network(model, next(iter(found.controls[0].values())).device)
         for i, control in enumerate(found.controls):
             network.check(control, f"control {i} of the file")
@@ -257,6 +257,6 @@ def _curve(
     objective = Objective(model, a, data, loss=loss, outputs=outputs, device=device, name="a")
     a, b = ({name: tensor.clone() for name, tensor in end.items()} for end in (a, b))
     between = [lerp(a, b, j / (bends + 1)) for j in range(1, bends + 1)]
-    start = Curve((a, *between, b), kind, np.empty(0), False, copy_module(model))
+    start = Curve((a, *between, b), kind, np.empty(0), False, fresh_copy(model))
     found = train_bends(objective, start.controls, start.shares, schedule)
     return replace(start, controls=(a, *found.bends, b), losses=found.losses, interrupted=found.interrupted)

@@ -207,7 +207,7 @@ class Evaluator:
     def twin(self) -> "Evaluator":
         """An evaluator of the same data with a network of its own, for another thread; this one has scored before."""
         twin = copy.copy(self)
-        twin.network = Network(self.network.module, self.device, self.task.read)
+        twin.network = self.network.twin()
         return twin
 
     def held_inputs(self) -> list[Any]:

@@ -4,7 +4,6 @@ The weights of a point are `origin + u U + v V`, and so is what a layer makes of
 U and V are made once and mixed at every further point. The result is the same up to rounding.
 """
 
-import copy
 import threading
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lmc.network.batches import tensors
+from lmc.network.copies import fresh_copy
 from lmc.network.network import Network
 from lmc.weights import Weights
 
@@ -92,7 +92,7 @@ class Products:
 
     def __init__(self, span: Span, name: str, layer: nn.Module, inputs: Sequence[Tensor]) -> None:
         self.name = name
-        self._layer = copy.deepcopy(layer)
+        self._layer = fresh_copy(layer)
         self._parts = [
             {key: part.get(f"{name}.{key}", torch.zeros_like(slot)) for key, slot in layer.state_dict().items()}
             for part in span.parts()

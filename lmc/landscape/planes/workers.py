@@ -107,7 +107,7 @@ class _Worker:
 
     def scores(self, span: Span, places: Iterable[tuple[float, float]]) -> Iterator[dict[str, Score]]:
         network = self.evaluator.network
-        plain = self.evaluator.one_by_one and self.prepare is None and not network.buffers()
+        plain = self.evaluator.one_by_one and self.prepare is None and not network.buffers() and network.by_reference
         traveller = span.traveller() if plain else None
         if traveller is None:
             return self.evaluator(self._state(span, u, v) for u, v in places)

@@ -16,7 +16,7 @@ from lmc.errors import LmcError
 from lmc.merge.partial.units import Axes, Axis, Member, MergedUnits, Stretch, zipped_weights
 from lmc.merge.partial.widening import widened
 from lmc.network.batches import to_device
-from lmc.network.copies import copy_module
+from lmc.network.copies import fresh_copy
 from lmc.network.inputs import Call
 from lmc.network.network import Network
 from lmc.symmetry.group import Group, Table
@@ -45,7 +45,7 @@ class Growth:
 @torch.no_grad()
 def growth(spec: PermutationSpec, module: nn.Module, weights: Weights, example: Call) -> Growth:
     """The groups of a module that may grow, each tried out on an example with the given weights."""
-    wide = copy_module(module).double().eval()
+    wide = fresh_copy(module).double().eval()
     state = {name: x.double() if x.is_floating_point() else x for name, x in weights.items()}
     example = to_device(example, next(iter(weights.values())).device)
     example = _double(example)

@@ -10,7 +10,6 @@ from lmc.core.progress import tqdm
 from lmc.merge.partial.pair import Pair
 from lmc.merge.partial.units import BOTH, Axis, MergedUnits, Stretch, owners, zipped_axis
 from lmc.merge.with_data.linear_layers import as_matrix, as_weight, fits, rows
-from lmc.network.inputs import call_module
 from lmc.weights import Weights
 
 
@@ -62,7 +61,7 @@ def _run(pair: Pair, weights: Weights, layers: Mapping[str, "_Layer"], call: Any
 
     hooks = [layer.module.register_forward_hook(keep(name)) for name, layer in layers.items()]
     try:
-        call_module(pair.network.module, call, pair.network.device)
+        pair.network.result(call)
     finally:
         for hook in hooks:
             hook.remove()

@@ -20,7 +20,7 @@ from lmc.merge.partial.units import BOTH, MergedUnits, numbers, zipped_weights
 from lmc.merge.partial.widening import Zipped, widened
 from lmc.network.batches import tensors
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
-from lmc.network.inputs import Call, call_module, first_of, input_batches
+from lmc.network.inputs import Call, first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
@@ -53,14 +53,14 @@ class Pair:
             for k, weights in enumerate((self.a, self.b)):
                 self.network.load(weights)
                 with torch.no_grad(), Watch(self.network.module, list(taps), lambda tap, x, k=k: see(k, tap, x)):
-                    call_module(self.network.module, call, self.network.device)
+                    self.network.result(call)
             yield
 
     def taps(self) -> list[Tap]:
         """All taps that a forward pass goes through."""
         self.network.load(self.a)
         probe = first_of(self.batches[0], 1)
-        run = lambda: call_module(self.network.module, probe, self.network.device)  # noqa: E731
+        run = lambda: self.network.result(probe)  # noqa: E731
         return live_taps(self.spec, self.network.module, run)
 
     def observe(self, progress: bool) -> dict[str, CrossMoments]:

@@ -10,7 +10,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lmc.errors import InputError
 from lmc.merge.partial.units import MergedUnits
-from lmc.network.copies import copy_module
+from lmc.network.copies import fresh_copy
 from lmc.weights import StateDict, Weights, as_weights
 
 
@@ -19,7 +19,7 @@ def widened(module: nn.Module, weights: Weights) -> nn.Module:
 
     Sizes that a module of one's own has written into its forward are not known here: whether it runs is to be tried.
     """
-    wide = copy_module(module)
+    wide = fresh_copy(module)
     for name, tensor in weights.items():
         path, _, leaf = name.rpartition(".")
         owner = wide.get_submodule(path)

@@ -19,7 +19,7 @@ from lmc.landscape.evaluation.objective import Objective
 from lmc.landscape.evaluation.points import some_inputs
 from lmc.landscape.paths.path import Path, Values, loss_path
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
-from lmc.network.copies import copy_module
+from lmc.network.copies import fresh_copy
 from lmc.network.task import Loss, Outputs, Task
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, as_weights, mean
@@ -192,7 +192,7 @@ def star_model(
     if has_batchnorm(network.module):
         centre = recalibrate_batchnorm(model, centre, some_inputs(objective.split), device=network.device)
     moved = tuple({n: x.clone() for n, x in _matched(known, centre, state).items()} for state in states)
-    return Star(StateDict(centre), moved, losses, interrupted, known, copy_module(model))
+    return Star(StateDict(centre), moved, losses, interrupted, known, fresh_copy(model))
 
 
 def _matched(spec: PermutationSpec | None, fixed: Weights, other: Weights) -> Weights:

@@ -8,19 +8,18 @@ how. A module on a GPU, in half precision or on the meta device is captured as i
 import keyword
 import operator
 import re
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from lmc.errors import InputError, TraceError
+from lmc.network.network import anew, call_with, uncalled
 from lmc.symmetry.discovery.failures import BY_HAND, Stopped, explained, is_user_file, named_lines, quiet, stopping
 from lmc.symmetry.discovery.rules import is_pointwise, rule_of
 from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, select
@@ -71,7 +70,7 @@ class Selected(nn.Module):
         self.training = False
 
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        with stopping():
+        with stopping(), anew(self.subject):
             return tuple(select(self.subject(*args, **kwargs), self.outputs))
 
 
@@ -95,20 +94,7 @@ class Renamed(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         tensors = {name: getattr(self, alias) for alias, name in self.original.items()}
         with stopping():
-            return tuple(select(functional_call(self.hidden[0], tensors, args, kwargs), self.outputs))
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Every submodule in evaluation mode, each put back as it was."""
-    before = [(m, m.training) for m in model.modules()]
-    try:
-        for m, _ in before:
-            m.training = False
-        yield
-    finally:
-        for m, training in before:
-            m.training = training
+            return tuple(select(call_with(self.hidden[0], tensors, args, kwargs), self.outputs))
 
 
 def capture(model: nn.Module, example_inputs: Inputs, outputs: OutputSelector = None) -> Graph:
@@ -124,8 +110,9 @@ def capture(model: nn.Module, example_inputs: Inputs, outputs: OutputSelector = 
             can express.
     """
     args, kwargs = on_device_of(model, *as_call(example_inputs))
+    model = uncalled(model, kwargs or args)
     subject = wrapped(model, outputs)
-    with evaluation_mode(model), quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+    with quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         try:
             program = torch.export.export(subject, args, kwargs, strict=False)
             if not all(is_understood(node) for node in program.graph.nodes):

@@ -1,0 +1,202 @@
+"""Values that modules keep beside their state dict, and which of them they derive from their weights.
+
+A module may hold tensors in attributes, in buffers outside the state dict, in dicts by device or length, or behind an
+lru_cache. Constants among them stay. What a forward pass changes, or makes again where it was removed, is a cache:
+it belongs to the weights that were loaded at that time, and has to go when others come.
+"""
+
+import functools
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+# (name of the module, attribute or "_buffers", keys further inside) of a dict or list that holds values.
+Address: TypeAlias = tuple[Any, ...]
+# Whether what stands at an address is to be deleted, or replaced by None.
+Removal: TypeAlias = dict[Address, bool]
+Container: TypeAlias = dict[Any, Any] | list[Any]
+
+_EVERY_MODULE = frozenset(vars(nn.Module()))
+_NO_OBJECTS = (
+    nn.Module,
+    Tensor,
+    type,
+    torch.device,
+    torch.dtype,
+    types.FunctionType,
+    types.MethodType,
+    types.ModuleType,
+)
+_LIBRARIES = ("torch", "numpy", "builtins", "functools", "collections", "enum", "re", "pathlib", "logging", "threading")
+
+
+class Hidden:
+    """What a module keeps beside its state dict, as it is when this is made; `restore` puts back what changed since.
+
+    Attributes:
+        changing: whether forward passes were seen to change anything.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._before = [(container, container.copy()) for _, container in _containers(module)]
+        self._tensors = [(x, x._version, x.detach().clone()) for x in _kept_tensors(module)]
+        self._functions = list(_lru_caches(module))
+        self._changed: list[tuple[Container, Container]] = []
+        self._written: list[tuple[Tensor, Tensor]] = []
+        self.changing = bool(self._functions)
+
+    def look(self) -> None:
+        """Note what forward passes have changed."""
+        known = {id(container) for container, _ in self._changed}
+        self._changed += [(c, old) for c, old in self._before if id(c) not in known and not _same(c, old)]
+        known = {id(tensor) for tensor, _ in self._written}
+        self._written += [(x, old) for x, version, old in self._tensors if x._version != version and id(x) not in known]
+        self.changing = bool(self._changed or self._written or self._functions)
+
+    def restore(self) -> None:
+        """Everything as it was."""
+        self.look()
+        for container, old in self._changed:
+            if isinstance(container, list):
+                container[:] = old
+                continue
+            kept = {key: container[key] for key in container if key in _EVERY_MODULE}
+            container.clear()
+            container.update(old | kept)  # type: ignore[operator]
+        for tensor, old in self._written:
+            tensor.detach().copy_(old)
+        for function in self._functions:
+            function.cache_clear()
+
+
+def hidden_tensors(module: nn.Module) -> Iterator[Tensor]:
+    """Every tensor that a module keeps beside its parameters and the buffers of its state dict."""
+    state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
+    for _, container in _containers(module, also_torch=True):
+        for value in container.values() if isinstance(container, dict) else container:
+            yield from (x for x in _tensors_of(value) if id(x) not in state)
+
+
+def removable(module: nn.Module, run: Callable[[Removal], nn.Module]) -> Removal:
+    """The places in which a module that was called before keeps tensors that it makes again where they are missing.
+
+    Args:
+        module: a fresh copy.
+        run: calls another fresh copy in which these places are emptied, and returns it.
+    """
+    kinds: dict[Any, list[Address]] = {}
+    for address, kind in _float_places(module):
+        kinds.setdefault(kind, []).append(address)
+    found: Removal = {}
+    for addresses in kinds.values():
+        for deleted in (False, True):
+            removal = dict.fromkeys(addresses, deleted)
+            try:
+                filled = {address for address, _ in _float_places(run(removal))}
+            except Exception:  # noqa: BLE001 (whatever it is that the forward pass misses: a constant, then)
+                continue
+            if set(addresses) <= filled:
+                found |= removal
+                break
+    return found
+
+
+def empty(module: nn.Module, removal: Removal) -> None:
+    """Take away what these places hold: delete it, or put None where attributes and buffers are to stay."""
+    for address, container in list(_containers(module)):
+        for key in list(container) if isinstance(container, dict) else range(len(container)):
+            deleted = removal.get((*address, key))
+            if deleted is None:
+                continue
+            if isinstance(container, dict) and (deleted or not _is_namespace(address)):
+                del container[key]
+            else:
+                container[key] = None
+
+
+def _is_namespace(address: Address) -> bool:
+    """Whether a container holds the attributes of a module or of another object, or the buffers of a module."""
+    return len(address) == 1 or address[-1] == "__dict__" or address[1:] == ("_buffers",)
+
+
+def _float_places(module: nn.Module) -> Iterator[tuple[Address, Any]]:
+    """The address of everything hidden that holds floating-point tensors, and what kind of place it is."""
+    state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
+    classes = {name: type(m) for name, m in module.named_modules()}
+    for address, container in _containers(module):
+        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
+            tensors = [x for x in _tensors_of(value) if x.is_floating_point() or x.is_complex()]
+            if tensors and not any(id(x) in state for x in tensors):
+                kind = (classes[address[0]], address[1:], key if _is_namespace(address) else None)
+                yield (*address, key), kind
+
+
+def _kept_tensors(module: nn.Module) -> list[Tensor]:
+    """Tensors of modules that are not torch's own, each once."""
+    state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
+    found: dict[int, Tensor] = {}
+    for _, container in _containers(module):
+        for value in container.values() if isinstance(container, dict) else container:
+            found |= {id(x): x for x in _tensors_of(value) if id(x) not in state}
+    return list(found.values())
+
+
+def _containers(model: nn.Module, also_torch: bool = False) -> Iterator[tuple[Address, Container]]:
+    """Every dict and list in which modules keep values of their own, with where it is."""
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule) or (is_torch(module) and not also_torch):
+            continue
+        yield (name, "_buffers"), module._buffers
+        yield from _inside((name,), vars(module), seen)
+
+
+def _inside(address: Address, container: Container, seen: set[int]) -> Iterator[tuple[Address, Container]]:
+    if id(container) in seen:
+        return
+    seen.add(id(container))
+    yield address, container
+    for key, value in list(container.items()) if isinstance(container, dict) else list(enumerate(container)):
+        if len(address) == 1 and key in _EVERY_MODULE:
+            continue
+        if isinstance(value, dict | list):
+            yield from _inside((*address, key), value, seen)
+        elif hasattr(value, "__dict__") and not isinstance(value, _NO_OBJECTS):
+            if type(value).__module__.split(".")[0] not in _LIBRARIES:
+                yield from _inside((*address, key, "__dict__"), vars(value), seen)
+
+
+def is_torch(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own, which keep nothing that they derive from weights."""
+    return type(module).__module__.startswith("torch.nn.")
+
+
+def _lru_caches(model: nn.Module) -> Iterator[Any]:
+    """Every function under an lru_cache that modules have, as attributes, methods or properties."""
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule) or is_torch(module):
+            continue
+        own = [value for part in (vars(module), *map(vars, type(module).__mro__[:-1])) for value in part.values()]
+        for value in own:
+            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if isinstance(function, functools._lru_cache_wrapper):
+                yield function
+
+
+def _tensors_of(value: Any) -> list[Tensor]:
+    """The tensors that a value is or, as a tuple, has; those inside dicts and lists are found there."""
+    if isinstance(value, Tensor):
+        return [value]
+    return [x for x in value if isinstance(x, Tensor)] if isinstance(value, tuple) else []
+
+
+def _same(container: Container, old: Container) -> bool:
+    if len(container) != len(old):
+        return False
+    if isinstance(container, list):
+        return all(x is y for x, y in zip(container, old, strict=True))
+    missing = object()
+    return all(old.get(key, missing) is value or key in _EVERY_MODULE for key, value in container.items())  # type: ignore

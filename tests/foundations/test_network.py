@@ -1,0 +1,388 @@
+"""Weights put through modules that keep something beside their state dict."""
+
+import functools
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import lmc
+from lmc.network.network import Network
+
+CPU = torch.device("cpu")
+
+
+class Base(nn.Module):
+    """A network with one hidden layer whose units are scaled by a table of parameters, which subclasses keep a copy of."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 4)
+            self.table = nn.Parameter(1.0 + torch.rand(3))
+        self.cache = {}
+
+    def scale(self) -> torch.Tensor:
+        """(6,), what a derived value is made by."""
+        return 3 * self.table.repeat(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(F.relu(self.a(x) * self.scale()))
+
+
+class DroppedInTraining(Base):
+    """As LeViT, TinyViT and EfficientFormer keep attention biases."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.kept = None
+
+    def train(self, mode: bool = True):
+        self.kept = None if mode else self.kept
+        return super().train(mode)
+
+    def scale(self):
+        if self.training:
+            return super().scale()
+        self.kept = super().scale() if self.kept is None else self.kept
+        return self.kept
+
+
+class MadeInEval(Base):
+    """As TinyViT: the buffer is made when the mode changes."""
+
+    def train(self, mode: bool = True):
+        super().train(mode)
+        if mode and hasattr(self, "kept"):
+            del self.kept
+        elif not mode:
+            self.register_buffer("kept", super().scale().detach(), persistent=False)
+        return self
+
+    def scale(self):
+        return super().scale() if self.training else self.kept
+
+
+class DictByDevice(Base):
+    def scale(self):
+        return self.cache.setdefault("cpu", super().scale())
+
+
+class DictByLength(Base):
+    def scale(self):
+        if 6 not in self.cache:
+            self.cache[6] = (super().scale().detach(), 6)
+        return self.cache[6][0]
+
+
+class LazyBuffer(Base):
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.register_buffer("kept", None, persistent=False)
+
+    def scale(self):
+        if self.kept is None:
+            self.kept = super().scale().detach()
+        return self.kept
+
+
+class AttributeMadeLater(Base):
+    def scale(self):
+        if not hasattr(self, "kept"):
+            self.kept = super().scale().detach()
+        return self.kept
+
+
+class LruMethod(Base):
+    @functools.lru_cache(4)  # noqa: B019
+    def scale(self):
+        return super().scale()
+
+
+class LruProperty(Base):
+    @property
+    @functools.lru_cache(4)  # noqa: B019
+    def kept(self):
+        return super().scale()
+
+    def scale(self):
+        return self.kept
+
+
+class LruOfInstance(Base):
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.scale = functools.lru_cache(2)(self.scale)
+
+
+class CachedProperty(Base):
+    @functools.cached_property
+    def kept(self):
+        return super().scale()
+
+    def scale(self):
+        return self.kept
+
+
+class Helper:
+    def __init__(self) -> None:
+        self.kept = None
+
+
+class InAnObject(Base):
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.helper = Helper()
+
+    def scale(self):
+        if self.helper.kept is None:
+            self.helper.kept = super().scale().detach()
+        return self.helper.kept
+
+
+@functools.lru_cache(64)
+def tripled(table: torch.Tensor) -> torch.Tensor:
+    return 3 * table.detach().repeat(2)
+
+
+class LruFunction(Base):
+    """Kept outside the module, by the identity of its parameter."""
+
+    def scale(self):
+        return tripled(self.table)
+
+
+class MergedInEval(Base):
+    """As adapters of loralib: the parameter itself holds something else in evaluation mode."""
+
+    def train(self, mode: bool = True):
+        if mode != self.training:
+            self.table.data *= 1 / 3 if mode else 3
+        return super().train(mode)
+
+    def scale(self):
+        return (3 * self.table if self.training else self.table).repeat(2)
+
+
+class Renormed(nn.Module):
+    """An embedding whose rows are shortened in place by a forward pass."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.embedding, self.b = nn.Embedding(8, 6, max_norm=1.0), nn.Linear(6, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.embedding(x.argmax(1)))
+
+
+CACHING = [
+    DroppedInTraining,
+    MadeInEval,
+    DictByDevice,
+    DictByLength,
+    LazyBuffer,
+    AttributeMadeLater,
+    LruMethod,
+    LruProperty,
+    LruOfInstance,
+    CachedProperty,
+    InAnObject,
+    LruFunction,
+]
+every = pytest.mark.parametrize("kind", [*CACHING, MergedInEval, Renormed])
+
+
+def own_outputs(kind: type[nn.Module], weights: dict, x: torch.Tensor) -> torch.Tensor:
+    """What a module made for these weights alone gives."""
+    fresh = kind(9)
+    fresh.load_state_dict({name: tensor.clone() for name, tensor in weights.items()})
+    return fresh.eval()(x).detach()
+
+
+@pytest.fixture
+def data():
+    rng = torch.Generator().manual_seed(1)
+    return torch.randn(24, 8, generator=rng), torch.randint(0, 4, (24,), generator=rng)
+
+
+@every
+@pytest.mark.parametrize("before", ["not called", "called", "called in evaluation mode"])
+@pytest.mark.filterwarnings("ignore:.*outside itself")
+def test_each_weight_set_is_computed_as_if_it_were_the_only_one(kind, before, data):
+    x, _ = data
+    model, weights = kind(0), [kind(seed).state_dict() for seed in (1, 2, 3)]
+    copies = [{name: tensor.clone() for name, tensor in state.items()} for state in weights]
+    if before != "not called":
+        model.train(before == "called")(x)
+    network = Network(model, CPU)
+    for state in (*weights, weights[0]):
+        network.load(state)
+        for _ in range(2):
+            assert torch.allclose(network(x), own_outputs(kind, state, x), atol=1e-6)
+    for state, copied in zip(weights, copies, strict=True):
+        assert all(torch.equal(state[name], copied[name]) for name in state)
+
+
+@pytest.mark.parametrize("kind", CACHING)
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.filterwarnings("ignore:.*outside itself")
+def test_functional_calls_use_the_weights_that_are_given(kind, called, data):
+    x, _ = data
+    model, weights = kind(0), [kind(seed).state_dict() for seed in (1, 2)]
+    if called:
+        model.eval()(x)
+    network = Network(model, CPU)
+    network.load(weights[0])
+    network(x)
+    expected = [own_outputs(kind, state, x) for state in weights]
+    assert torch.allclose(network.many(network.stack(weights), x), torch.stack(expected), atol=1e-6)
+    assert torch.allclose(network.outputs(weights[1], x), expected[1], atol=1e-6)
+    network.load(weights[0])
+    assert torch.allclose(network(x), expected[0], atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", CACHING)
+@pytest.mark.parametrize("called", [False, True])
+@pytest.mark.filterwarnings("ignore:.*outside itself")
+def test_path_ends_and_specs_of_modules_that_cache(kind, called, data):
+    x, y = data
+    model, a, b = kind(0), kind(1), kind(2)
+    if called:
+        for module in (model, a, b):
+            module.eval()(x)
+    states = [a.state_dict(), b.state_dict()]
+    path = lmc.loss_path(model, *states, (x, y), alphas=3, progress=False)
+    own = [F.cross_entropy(own_outputs(kind, state, x), y).item() for state in states]
+    ends = path.values["data"]["loss"][[0, -1]]
+    assert abs(ends[0] - own[0]) < 1e-6 and abs(ends[1] - own[1]) < 1e-6
+    spec = lmc.permutation_spec(model, x[:2], progress=False)
+    # Units 0 and 3, 1 and 4, 2 and 5 share an entry of the table, which moves with them.
+    moved = spec.random(0).apply(states[0])
+    assert torch.allclose(own_outputs(kind, moved, x), own_outputs(kind, states[0], x), atol=1e-5)
+    assert not torch.equal(moved["a.weight"], states[0]["a.weight"])
+
+
+def test_the_callers_module_is_left_as_it_was(data):
+    x, y = data
+    model = DictByDevice(0)
+    kept = model.eval()(x), dict(model.cache)
+    lmc.loss_path(model, DictByDevice(1), DictByDevice(2), (x, y), alphas=3, progress=False)
+    lmc.permutation_spec(model, x[:2], progress=False)
+    assert model.cache.keys() == kept[1].keys() and all(model.cache[k] is kept[1][k] for k in kept[1])
+    assert not model.training and torch.equal(model(x), kept[0])
+
+
+class Constants(Base):
+    """Tensors beside the state dict that are no caches, or that only look like it."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.mask = torch.tensor([1.0, 0.0, 1.0, 1.0, 0.0, 1.0])
+        self.optional = torch.full((6,), 2.0)
+        self.tables = {"a": torch.full((6,), 3.0)}
+
+    def scale(self):
+        scale = super().scale() * self.mask * self.tables["a"]
+        return scale if self.optional is None else scale * self.optional
+
+
+def test_constants_stay(data):
+    x, _ = data
+    model, weights = Constants(0), Constants(1).state_dict()
+    model(x)
+    network = Network(model, CPU)
+    network.load(weights)
+    assert torch.equal(network(x), own_outputs(Constants, weights, x))
+
+
+KEPT: dict[str, torch.Tensor] = {}
+
+
+class Elsewhere(Base):
+    def scale(self):
+        return KEPT.setdefault(str(id(self)), super().scale().detach())
+
+
+def test_what_cannot_be_dropped_is_refused(data):
+    x, y = data
+    with pytest.raises(lmc.InputError, match="Elsewhere: what it computes from one set of weights"):
+        lmc.loss_path(Elsewhere(0), Elsewhere(1), Elsewhere(2), (x, y), alphas=3, progress=False)
+
+
+def test_parameters_are_replaced_with_one_warning(data):
+    x, y = data
+    model = LruFunction(0)
+    with pytest.warns(UserWarning, match="LruFunction keeps values derived from its weights outside itself"):
+        lmc.loss_path(model, LruFunction(1), LruFunction(2), (x, y), alphas=3, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lmc.loss_path(model, LruFunction(1), LruFunction(2), (x, y), alphas=3, progress=False)
+
+
+def test_modules_that_only_hold_parameters_keep_weights_by_reference(data):
+    x, _ = data
+    network = Network(Base(0), CPU)
+    weights = Base(1).state_dict()
+    network.load(weights)
+    network(x)
+    assert network.by_reference
+    weights["table"].mul_(2)
+    assert torch.allclose(network(x), own_outputs(Base, weights, x))
+
+
+def test_scripted_modules(data):
+    x, y = data
+    states = [Base(seed).state_dict() for seed in (1, 2)]
+
+    class Plain(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.a, self.b, self.table = nn.Linear(8, 6), nn.Linear(6, 4), nn.Parameter(torch.rand(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.b(F.relu(self.a(x) * 3 * self.table.repeat(2)))
+
+    scripted = torch.jit.script(Plain(0))
+    path = lmc.loss_path(scripted, *states, (x, y), alphas=3, progress=False)
+    plain = lmc.loss_path(Base(0), *states, (x, y), alphas=3, progress=False)
+    assert abs(path.values["data"]["loss"] - plain.values["data"]["loss"]).max() < 1e-6
+
+
+class Fused(nn.Module):
+    """Its state dict holds two of its parameters as one."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.q, self.k, self.o = nn.Linear(8, 6, bias=False), nn.Linear(8, 6, bias=False), nn.Linear(6, 4)
+        self._register_state_dict_hook(Fused.fuse)
+        self._register_load_state_dict_pre_hook(self.split)
+
+    @staticmethod
+    def fuse(module, state, prefix, metadata):
+        state[prefix + "qk"] = torch.cat([state.pop(prefix + "q.weight"), state.pop(prefix + "k.weight")])
+
+    def split(self, state, prefix, *_):
+        state[prefix + "q.weight"], state[prefix + "k.weight"] = state.pop(prefix + "qk").chunk(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(F.relu(self.q(x)) * self.k(x))
+
+
+def test_state_dicts_with_other_names_than_the_module(data):
+    x, y = data
+    model = Fused(0)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    states = [Fused(seed).state_dict() for seed in (1, 2)]
+    path = lmc.loss_path(model, *states, (x, y), alphas=3, progress=False)
+    own = [F.cross_entropy(own_outputs(Fused, state, x), y).item() for state in states]
+    assert abs(path.values["data"]["loss"][[0, -1]] - own).max() < 1e-6
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    with pytest.raises(lmc.InputError, match="qk"):
+        lmc.landscape.curvature(model, states[0], (x, y), progress=False)
