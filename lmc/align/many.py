@@ -4,17 +4,22 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 import torch
 
 from lmc.align.parameters import matched
 from lmc.align.relaxed.frank_wolfe import frank_wolfe, start_near_centre
 from lmc.align.weight_matching.matching import weight_matching
+from lmc.core.extras import require
 from lmc.core.progress import tqdm
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, mean
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 ManyMethod = Literal["merge_many", "cycle_consistent"]
 
@@ -23,7 +28,7 @@ _ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
-class Matchings(Sequence[Permutation]):
+class Matchings(Result, Sequence[Permutation]):
     """One permutation per model, each into the same common order: that of the first model, whose own is the identity.
 
     Attributes:
@@ -53,6 +58,15 @@ class Matchings(Sequence[Permutation]):
     def apply(self, models: Sequence[ModelOrWeights]) -> list[StateDict]:
         """Each model moved by its permutation."""
         return [pi.apply(model) for pi, model in zip(self, models, strict=True)]
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each model and group: model, group, and the share of its units that move."""
+        rows = [
+            (i, group, float((index != torch.arange(len(index))).double().mean()))
+            for i, pi in enumerate(self)
+            for group, index in pi.items()
+        ]
+        return require("pandas").DataFrame(rows, columns=["model", "group", "moved"])
 
     def __repr__(self) -> str:
         return f"Matchings({len(self)} models, objective {self.objective:.6g}, by {self.info.get('method')})"

@@ -21,13 +21,15 @@ import numpy.typing as npt
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmc.core.files import write_bytes
 from lmc.errors import DataError, InputError, LmcError
 
 UNSAVED = {"saved": False}
 MOST_LISTED = 10_000  # entries of an array or index vector that is written as a list of numbers
+
+KINDS: dict[str, type] = {}  # by name, what may stand where no hint names a type
 
 Tensors = dict[str, Tensor]
 FAULTS = (ValueError, KeyError, TypeError, IndexError, AttributeError, SafetensorError, LmcError)
@@ -39,7 +41,7 @@ def write(file: str | Path, form: str, content: Mapping[str, Any], tensors: Tens
         write_bytes(file, json.dumps({"format": form, **content}, allow_nan=False).encode())
         return
     stored = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}  # tied tensors as equal ones
-    write_bytes(file, serialise(stored, {"format": form, "content": json.dumps(content, allow_nan=False)}))
+    write_bytes(file, serialise(stored, {"lmc": json.dumps({"format": form, **content}, allow_nan=False)}))
 
 
 def read(file: str | Path) -> tuple[str, dict[str, Any], Tensors]:
@@ -52,7 +54,8 @@ def read(file: str | Path) -> tuple[str, dict[str, Any], Tensors]:
     with safe_open(file, framework="pt") as stored:
         header = dict(stored.metadata() or {})
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 (no mapping)
-    return header["format"], json.loads(header["content"]) if "content" in header else header, tensors
+    content = json.loads(header["lmc"]) if "lmc" in header else header
+    return content["format"], content, tensors
 
 
 @contextmanager
@@ -89,6 +92,10 @@ def encode(value: Any, hint: Any, tensors: Tensors) -> Any:
         return {"tensor": key}
     if isinstance(value, np.ndarray):
         return _array(value, _dtype(_member(hint, np.ndarray)))
+    if isinstance(value, nn.Module):  # as its weights, which whoever reads it puts into the architecture
+        return encode(value.state_dict(), dict[str, Tensor], tensors)
+    if hint is Any and type(value) in KINDS.values():
+        return {"kind": type(value).__name__, "content": encode(value, type(value), tensors)}
     if hasattr(value, "to_dict"):
         return encode(value.to_dict(), Any, tensors)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -123,6 +130,8 @@ def decode(plain: Any, hint: Any, tensors: Tensors) -> Any:
     if hint is float:
         return math.nan if plain is None else float(plain)
     kind = origin or hint
+    if kind is nn.Module:
+        return decode(plain, dict[str, Tensor], tensors)
     if kind is Tensor:
         return tensors[plain["tensor"]] if isinstance(plain, dict) else torch.tensor(plain, dtype=torch.int64)
     if kind is np.ndarray:
@@ -174,6 +183,8 @@ def _guess(plain: Any, tensors: Tensors) -> Any:
         return [_guess(item, tensors) for item in plain]
     if not isinstance(plain, dict):
         return plain
+    if plain.keys() == {"kind", "content"}:
+        return build(KINDS[plain["kind"]], plain["content"], tensors, {})
     if plain.keys() == {"tensor"}:
         return tensors[plain["tensor"]]
     if plain.keys() == {"dtype", "shape", "values"}:
@@ -193,7 +204,7 @@ def _array(value: npt.NDArray[Any], expected: np.dtype | None) -> Any:
         listed = np.array(flat, dtype=object).reshape(value.shape).tolist()
     else:
         listed = value.tolist()
-    if isinstance(listed, str) or value.dtype != expected or not value.size:
+    if isinstance(listed, str) or expected is None or value.dtype != expected or not value.size:
         return {"dtype": value.dtype.str, "shape": list(value.shape), "values": listed}
     return listed
 

@@ -67,6 +67,10 @@ class Result:
 
     version: ClassVar[int] = 1  # of the file format
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        codec.KINDS[cls.__name__] = cls
+
     plot = cast("View[go.Figure]", View())
     explore = cast("View[anywidget.AnyWidget]", View())
     save_html = cast("View[Path]", View())

@@ -7,7 +7,7 @@ matrix mixes their units without changing what the network computes; a stream's 
 
 import time
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,15 +18,20 @@ from lmc.align.relaxed.task_loss import Loss, TaskLoss
 from lmc.align.rotations.folding import TOLERANCE, Probe, fold_norms
 from lmc.align.rotations.learning import learn_rotations
 from lmc.align.rotations.procrustes import Ascent, nearest_rotation, unmoved
+from lmc.core.extras import require
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _CONVERGED = 1e-12
 
 
 @dataclass(frozen=True, eq=False)
-class RotationMatching:
+class RotationMatching(Result):
     """B moved onto A by permutations and rotations.
 
     Attributes:
@@ -45,6 +50,15 @@ class RotationMatching:
     rotated: frozenset[str]
     objective: float
     info: dict[str, Any] = field(default_factory=dict)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each group: group, units, whether it was rotated, and the mean square of what stays in its place (1:
+        nothing moves)."""
+        rows = [
+            (group, len(matrix), group in self.rotated, float(matrix.diagonal().square().mean()))
+            for group, matrix in self.matrices.items()
+        ]
+        return require("pandas").DataFrame(rows, columns=["group", "units", "rotated", "stays"])
 
     def __repr__(self) -> str:
         learned = f", {self.info['steps']} steps of learning" if self.info["steps"] else ""

@@ -3,13 +3,15 @@
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lmc.align.transport.layerwise import Problem
 from lmc.align.transport.widths import check_alone, guess_inputs
+from lmc.core.extras import require
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.network.batches import to_device
 from lmc.network.inputs import first_of, input_batches
@@ -18,9 +20,12 @@ from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_finite, mean
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 @dataclass(frozen=True, eq=False)
-class Fusion(Mapping[str, Tensor]):
+class Fusion(Result, Mapping[str, Tensor]):
     """Fused weights in the widths of A: a mapping, to be used wherever weights are.
 
     Attributes:
@@ -43,6 +48,16 @@ class Fusion(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.weights)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each transported model and group: model, group, its units, those of A, and the largest share of a
+        unit's mass that goes to one unit of A, averaged over units (1: the plan is a matching)."""
+        rows = [
+            (i, group, *plan.shape, float((plan.amax(1) / plan.sum(1)).mean()))
+            for i, plans in enumerate(self.couplings)
+            for group, plan in plans.items()
+        ]
+        return require("pandas").DataFrame(rows, columns=["model", "group", "units", "units of A", "largest share"])
 
     def __repr__(self) -> str:
         return f"Fusion({len(self.transported) + 1} models, by {self.info.get('metric')}, {len(self)} tensors)"

@@ -56,8 +56,14 @@ class MergedUnits:
         """(m, n): the share of a unit of a network in a new one, M."""
         return self._members[network] / self._members.sum((0, 2))[:, None]
 
+    @property
+    def counts(self) -> tuple[int, int, int]:
+        """Units made of both networks', of A's alone, and of B's alone."""
+        both, a, b = (int((self.owner == owner).sum()) for owner in (BOTH, A, B))
+        return both, a, b
+
     def __repr__(self) -> str:
-        counts = [int((self.owner == owner).sum()) for owner in (BOTH, A, B)]
+        counts = self.counts
         return f"MergedUnits({len(self)} for {self.size} + {self.size}: {counts[0]} of both, {counts[1]} of A, {counts[2]} of B)"
 
 

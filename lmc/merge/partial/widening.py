@@ -1,17 +1,23 @@
 """A module with tensors of other sizes."""
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from lmc.core.extras import require
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.merge.partial.units import MergedUnits
 from lmc.network.copies import fresh_copy
 from lmc.weights import StateDict, Weights, as_weights
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def widened(module: nn.Module, weights: Weights) -> nn.Module:
@@ -69,7 +75,7 @@ def _sizes(layer: Any) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, eq=False)
-class Zipped:
+class Zipped(Result):
     """Two networks in one module, which may be wider than either.
 
     Attributes:
@@ -103,6 +109,21 @@ class Zipped:
         if network not in (0, 1) or not self.heads[0]:
             raise InputError(f"network={network!r}: expected 0 or 1, and heads=[...] named when merging")
         return widened(self.module, self.weights | self.heads[network]).eval()
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each group that may change its size: group, and its units made of both networks', of A's and of B's."""
+        rows = [(group, *units.counts) for group, units in self.units.items()]
+        return require("pandas").DataFrame(rows, columns=["group", "of both", "of A", "of B"])
+
+    @classmethod
+    def load(cls, file: str | Path, model: nn.Module) -> "Zipped":
+        """Read what `save` wrote, weights into a copy of `model` (the architecture of one network) that is made to fit.
+
+        Raises:
+            DataError: a file that holds something else.
+        """
+        found = super().load(file)
+        return replace(found, module=widened(model, cast(Weights, found.module)).eval())  # written as its weights
 
     def __str__(self) -> str:
         stored, used = self.parameters

@@ -2,12 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from lmc.core.extras import require
 from lmc.core.progress import tqdm
+from lmc.core.results import Result
 from lmc.errors import DataError, InputError
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.passes import Pass
@@ -20,11 +22,14 @@ from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, Weights, as_weights
 from lmc.weights.numbers import wide
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Per = Literal["tensor", "task"]
 
 
 @dataclass(frozen=True)
-class AdaMergingReport:
+class AdaMergingReport(Result):
     """What was learned.
 
     Attributes:
@@ -37,6 +42,10 @@ class AdaMergingReport:
     coefficients: dict[str, tuple[float, ...]]
     entropies: tuple[tuple[float, ...], ...]
     predicted: tuple[tuple[float, ...], ...]
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each weight (or for all): a coefficient for each task."""
+        return require("pandas").DataFrame.from_dict(self.coefficients, orient="index").add_prefix("task ")
 
     def __str__(self) -> str:
         lines = ["task  coefficient (mean)  entropy first -> last  most predicted class"]

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lmc.core.extras import require
 from lmc.core.progress import tqdm
+from lmc.core.results import Result
 from lmc.errors import DataError, InputError
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.patterns import matches
@@ -19,13 +21,20 @@ from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, as_weights
 from lmc.weights.depth import model_depths
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 @dataclass(frozen=True)
-class AmaReport:
+class AmaReport(Result):
     """Share of the base in each group of tensors, shallow to deep (their mean is fixed), and the loss of each step."""
 
     shares: tuple[float, ...]
     losses: tuple[float, ...]
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each group of tensors, shallow to deep: share of the base."""
+        return require("pandas").DataFrame({"share": self.shares}).rename_axis("group")
 
     def __str__(self) -> str:
         shares = "  ".join(f"{share:.3f}" for share in self.shares)

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from lmc.core.extras import require
 from lmc.core.progress import tqdm
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.moments import precise
@@ -19,15 +21,23 @@ from lmc.network.batches import to_device
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, Weights, as_weights
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 ROWS = 1 << 14  # of layer inputs that are held in float64 at a time
 
 
 @dataclass(frozen=True)
-class RegMeanReport:
+class RegMeanReport(Result):
     """Which weights were fitted to activations; all others are plain averages."""
 
     fitted: tuple[str, ...]
     averaged: tuple[str, ...]
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each weight: weight, fitted (or averaged)."""
+        rows = [(name, name in self.fitted) for name in (*self.fitted, *self.averaged)]
+        return require("pandas").DataFrame(rows, columns=["weight", "fitted"])
 
     def __str__(self) -> str:
         return f"fitted: {', '.join(self.fitted) or 'none'}\naveraged: {', '.join(self.averaged) or 'none'}"

@@ -17,6 +17,7 @@ from torch import nn
 
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
+from lmc.core.results import Result
 from lmc.errors import InputError, LmcError
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.method import MergeFunction
@@ -35,7 +36,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class SearchReport:
+class SearchReport(Result):
     """The best options found, their score, and all trials in order."""
 
     options: dict[str, Any]

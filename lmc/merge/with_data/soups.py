@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
+from lmc.core.results import Result
 from lmc.errors import DataError, InputError, WeightsError
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.method import linear
@@ -58,7 +59,7 @@ class Ingredient:
 
 
 @dataclass(frozen=True)
-class SoupReport:
+class SoupReport(Result):
     """Which ingredients a greedy soup took, in the order they were tried, and the validation score it ends with."""
 
     ingredients: tuple[Ingredient, ...]
@@ -159,7 +160,7 @@ Per = Literal["model", "layer", "tensor"]
 
 
 @dataclass(frozen=True)
-class LearnedReport:
+class LearnedReport(Result):
     """The coefficients a soup was learned with.
 
     Attributes:

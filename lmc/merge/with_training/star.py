@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.align.weight_matching.matching import weight_matching
+from lmc.core.codec import UNSAVED
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Star(Mapping[str, Tensor]):
+class Star(Result, Mapping[str, Tensor]):
     """The centre of a star: a mapping, to be used wherever weights are.
 
     Attributes:
@@ -46,7 +47,7 @@ class Star(Mapping[str, Tensor]):
     losses: Values
     interrupted: bool
     spec: PermutationSpec | None = field(repr=False)
-    model: nn.Module = field(repr=False)
+    model: nn.Module = field(repr=False, metadata=UNSAVED)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.weights[name]
@@ -79,6 +80,10 @@ class Star(Mapping[str, Tensor]):
         return StarPaths(
             paths([(centre, source) for source in self.sources]), paths([(centre, x) for x in unseen]), paths(pairs)
         )
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each epoch of its training: epoch, loss."""
+        return require("pandas").DataFrame({"epoch": np.arange(1, len(self.losses) + 1), "loss": self.losses})
 
     def __str__(self) -> str:
         trained = f"trained for {len(self.losses)} epochs" + (", interrupted" if self.interrupted else "")

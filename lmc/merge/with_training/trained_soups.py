@@ -10,6 +10,7 @@ from torch import nn
 
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
+from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.merge.engine.patterns import matches
 from lmc.merge.engine.result import Merged
@@ -39,7 +40,7 @@ class FineTuneRun:
 
 
 @dataclass(frozen=True)
-class RunsReport:
+class RunsReport(Result):
     """The runs of a recipe, in the order in which they were made, and the validation score of their average."""
 
     runs: tuple[FineTuneRun, ...]

@@ -1,15 +1,17 @@
-"""Methods of alignment side by side."""
+"""Methods of alignment side by side, and how the singular vectors of two networks meet."""
 
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lmc.align.study.compare import AlignmentComparison
+from lmc.align.study.singular import LayerAlignment, SingularAlignment
 from lmc.core.results import view
-from lmc.views.plots.style import BLUE, GREEN, ORANGE, PURPLE, styled
+from lmc.errors import InputError
+from lmc.views.plots.style import BLUE, GREEN, ORANGE, PURPLE, SCALE, styled
 
 
 @view(AlignmentComparison, "plot")
-def plot(comparison: AlignmentComparison) -> go.Figure:
+def plot_comparison(comparison: AlignmentComparison) -> go.Figure:
     """Draw a row for each method in three panels: barriers plain and repaired, similarity of the weights, seconds (log)."""
     methods = list(comparison)[::-1]  # plotly draws bars from the bottom up
     rows = [comparison[method] for method in methods]
@@ -32,4 +34,52 @@ def plot(comparison: AlignmentComparison) -> go.Figure:
     fig.update_xaxes(title_text="seconds", type="log", nticks=4, tickangle=0, col=3)
     return styled(fig, height=120 + 48 * len(methods)).update_layout(
         hovermode="closest", barmode="group", legend={"y": 1.02, "yanchor": "bottom"}
+    )
+
+
+@view(SingularAlignment, "plot")
+def plot_singular(
+    alignment: SingularAlignment, layer: str | None = None, *, before: SingularAlignment | None = None, top: int = 40
+) -> go.Figure:
+    """Draw the spectra of one layer, and how the `top` left singular vectors of A and B meet, the size of `u_i . u'_j`.
+
+    Args:
+        layer: a key of `layers` (default: the one with most singular values).
+        before: the same networks before they were aligned, drawn beside it.
+
+    Raises:
+        InputError: a layer that neither network has.
+    """
+    layer = layer or max(alignment.layers, key=lambda key: len(alignment.layers[key].values_a))
+    if layer not in alignment.layers or (before is not None and layer not in before.layers):
+        raise InputError(f"layer={layer!r}; expected one of {', '.join(alignment.layers)}")
+    found = alignment.layers[layer]
+    maps = [("before:", before.layers[layer]), ("after:", found)] if before else [("", found)]
+    titles = [f"values of {layer}", *(f"{when} R = {each.r:.2f}".strip() for when, each in maps)]
+    fig = styled(make_subplots(1, 1 + len(maps), subplot_titles=titles, horizontal_spacing=0.09), height=400)
+    for name, values, colour in (("A", found.values_a, BLUE), ("B", found.values_b, ORANGE)):
+        ranks = list(range(1, len(values) + 1))
+        line = go.Scatter(x=ranks, y=values.tolist(), name=name, mode="lines", line={"color": colour, "width": 2.5})
+        fig.add_trace(line, row=1, col=1)
+    for column, (_, each) in enumerate(maps, start=2):
+        fig.add_trace(_meetings(each, top, column == 1 + len(maps)), row=1, col=column)
+        fig.update_xaxes(title_text="vector of B, by size", showgrid=False, col=column)
+        anchor = "x" if column == 1 else f"x{column}"
+        fig.update_yaxes(autorange="reversed", showgrid=False, scaleanchor=anchor, constrain="domain", col=column)
+    fig.update_xaxes(title_text="rank", type="log", dtick=1, col=1)
+    fig.update_yaxes(title_text="vector of A, by size", col=2)
+    return fig.update_layout(hovermode="closest")
+
+
+def _meetings(layer: LayerAlignment, top: int, bar: bool) -> go.Heatmap:
+    return go.Heatmap(
+        z=layer.left[:top, :top].abs().tolist(),
+        x0=1,
+        y0=1,
+        zmin=0.0,
+        zmax=1.0,
+        colorscale=SCALE,
+        showscale=bar,
+        colorbar={"thickness": 12, "outlinewidth": 0},
+        hovertemplate="A's %{y} and B's %{x}: %{z:.2f}<extra></extra>",
     )

@@ -1,13 +1,14 @@
-"""Models before they are merged, and methods of merging side by side."""
+"""Models before they are merged, methods of merging side by side, and networks zipped into one."""
 
 import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lmc.core.results import view
+from lmc.merge.partial.widening import Zipped
 from lmc.merge.study.compare import MergeComparison
 from lmc.merge.study.inspect import Inspection, mean_cosine
-from lmc.views.plots.style import BLUE, GREY, ORANGE, SCALE, SKY, colours, styled
+from lmc.views.plots.style import BLUE, GREEN, GREY, ORANGE, SCALE, SKY, colours, figure, styled
 
 # From opposite to alike, white in the middle.
 DIVERGING = ((0.0, "#D55E00"), (0.5, "#FFFFFF"), (1.0, "#0072B2"))
@@ -86,4 +87,27 @@ def plot_merges(comparison: MergeComparison) -> go.Figure:
     fig.update_yaxes(type="category", autorange="reversed")
     return styled(fig, height=170 + 26 * len(methods)).update_layout(
         hovermode="closest", legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}
+    )
+
+
+@view(Zipped, "plot")
+def plot_zipped(zipped: Zipped) -> go.Figure:
+    """Draw for each group how many units were made of both networks' units, and how many stand for A's or B's alone."""
+    groups = list(zipped.units)
+    fig = figure(height=170 + 30 * max(2, len(groups)))
+    counts = [units.counts for units in zipped.units.values()]
+    for i, (name, colour) in enumerate((("of both", GREEN), ("of A", BLUE), ("of B", ORANGE))):
+        bar = go.Bar(x=[count[i] for count in counts], y=groups, name=name, orientation="h", marker={"color": colour})
+        fig.add_trace(bar.update(hovertemplate=f"%{{y}}: %{{x}} {name}<extra></extra>"))
+    fig.update_xaxes(title_text="units")
+    fig.update_yaxes(type="category", autorange="reversed", showgrid=False)
+    stored, used = zipped.parameters
+    title = f"{used:.2f} times the parameters of one network" + (f" ({stored:.2f} stored)" if stored != used else "")
+    return fig.update_layout(
+        barmode="stack",
+        hovermode="closest",
+        legend={"traceorder": "normal"},
+        title={"text": title, "font": {"size": 15}},
+        margin={"t": 56},
+        bargap=0.35,
     )
