@@ -14,6 +14,7 @@ from lmc.align import (
     straight_through_matching,
     weight_matching,
 )
+from lmc.core.version import __version__ as __version__
 
 # What can go wrong.
 from lmc.errors import (
@@ -41,9 +42,8 @@ from lmc.symmetry.certificate import Certificate
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.group import Group, Table
 from lmc.symmetry.spec import Permutation, PermutationSpec
-from lmc.weights.checkpoints.opening import Checkpoint, open_checkpoint
-
-__version__ = "0.1.0"
+from lmc.weights.checkpoints.checkpoint import Checkpoint
+from lmc.weights.checkpoints.opening import open_checkpoint
 
 __all__ = [
     "Certificate",

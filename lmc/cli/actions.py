@@ -19,7 +19,8 @@ from lmc.landscape.paths.path import loss_path
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
-from lmc.weights.checkpoints.opening import RECIPE, open_checkpoint
+from lmc.weights.checkpoints.checkpoint import RECIPE
+from lmc.weights.checkpoints.opening import open_checkpoint
 
 ALIGNERS = {
     "weight_matching": (),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.errors import InputError, MismatchError, WeightsError
+from lmc.weights.encoded import check_weights
 from lmc.weights.numbers import inexact, wide
 from lmc.weights.state import ModelOrWeights, StateDict, Weights, dtype_name
 from lmc.weights.ties import tied_names
@@ -113,18 +114,51 @@ def fitted(model: nn.Module, weights: Mapping[str, Tensor], name: str = "weights
 
 
 def shared(first: Mapping[str, Tensor], other: Mapping[str, Tensor], names: tuple[str, str]) -> StateDict:
-    """`other` with the optional buffers of `first`: those it lacks are taken from there, further ones are left out."""
+    """`other` under the names of `first`; optional buffers that it lacks are taken from there."""
     if first.keys() == other.keys():
         return StateDict(other)
-    lacking = [name for name in first if name not in other and optional(name, first[name])]
-    further = [name for name in other if name not in first and optional(name, other[name])]
-    for missing, (here, there) in ((lacking, names), (further, names[::-1])):
+    known, lacking = corresponding(first, other, names)
+    found = {
+        name: other[known[name]] if name in known else first[name] for name in first if name in known or name in lacking
+    }
+    rest = {new: other[old] for new, old in known.items() if new not in first}
+    return StateDict({**found, **rest}, like=other)
+
+
+def corresponding(
+    first: Mapping[str, Tensor], other: Mapping[str, Tensor], names: tuple[str, str]
+) -> tuple[dict[str, str], frozenset[str]]:
+    """The names of `first` -> those of `other`, and the optional buffers of `first` that `other` lacks.
+
+    A name that is tied in one to a name that both have stands for the same tensor in the other. Optional buffers that
+    `first` lacks are left out. A warning names the buffers that one side lacks. Names that correspond to nothing stay.
+    """
+    ties, further_ties = tied_names(first), tied_names(other)
+    there = {ties.get(name, name): name for name in reversed(list(first)) if name in other}
+    found: dict[str, str] = {}
+    lacking: list[str] = []
+    for name, tensor in first.items():
+        if name in other:
+            found[name] = name
+        elif (root := ties.get(name, name)) in there:
+            found[name] = there[root]
+        elif optional(name, tensor):
+            lacking.append(name)
+    here = {further_ties.get(name, name) for name in other if name in first}
+    further = []
+    for name, tensor in other.items():
+        if name in first or further_ties.get(name, name) in here:
+            continue
+        if optional(name, tensor):
+            further.append(name)
+        else:
+            found[name] = name
+    for missing, (has, lacks) in ((lacking, names), (further, names[::-1])):
         if missing:
             more = f" and {len(missing) - 1} more buffers" if len(missing) > 1 else ""
-            kept = f"taken from {here} for both" if missing is lacking else "left out"
-            warnings.warn(f"{missing[0]}{more}: in {here}, not in {there}; {kept}", stacklevel=3)
-    found = {name: tensor for name, tensor in other.items() if name not in further}
-    return StateDict({**found, **{name: first[name] for name in lacking}}, like=other)
+            kept = f"taken from {has}" if missing is lacking else "left out"
+            warnings.warn(f"{missing[0]}{more}: in {has}, not in {lacks}; {kept}", stacklevel=4)
+    return found, frozenset(lacking)
 
 
 def optional(name: str, tensor: Tensor) -> bool:
@@ -136,13 +170,17 @@ def optional(name: str, tensor: Tensor) -> bool:
 
 
 def check_compatible(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str] = ("a", "b")) -> None:
-    """Raise `MismatchError` at the first tensor whose presence, shape, kind of numbers or device differs.
+    """Check that two weight sets can be added, tensor by tensor; floating-point dtypes may differ.
 
-    Floating-point dtypes may differ: sums are made in the widest.
+    Raises:
+        MismatchError: the first tensor whose presence, shape, kind of numbers or device differs.
+        WeightsError: codes of quantised weights.
     """
     left, right = names
     if a.keys() != b.keys():
         raise MismatchError(_different_names(a, b, names))
+    for state, what in zip((a, b), names, strict=True):
+        check_weights(state, what)
     for name, x in a.items():
         y = b[name]
         if x.shape != y.shape:

@@ -83,7 +83,7 @@ def test_checkpoints_go_wherever_state_dicts_go(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, expected[name]) for name, tensor in average(opened).items())
     assert all(torch.equal(t, average([states[0], opened[1]])[name]) for name, t in expected.items())
     assert torch.equal(lerp(*opened, 0.25)["weight"], lerp(*states, 0.25)["weight"])
-    assert list(as_weights(opened[0])) == list(states[0])
+    assert list(as_weights(opened[0])) == sorted(states[0])
 
 
 def test_ties_of_pickles_and_of_save_model(tmp_path: Path) -> None:
@@ -168,7 +168,6 @@ def test_a_header_that_lies_is_refused(tmp_path: Path) -> None:
         (lambda m: m | {"weight": "../outside.safetensors"}, "not a plain file name"),
         (lambda m: m | {"weight": "other.safetensors"}, r"other\.safetensors: missing, .* places weight there"),
         (lambda m: m | {"ghost": "part-0.safetensors"}, r"places ghost in part-0\.safetensors, which does not hold it"),
-        (lambda m: {k: v for k, v in m.items() if k != "weight"}, r"part-1\.safetensors: holds weight"),
         (lambda m: m | {"weight": "part-0.safetensors"}, r"part-1\.safetensors: holds weight"),
         (lambda m: m | {"weight": 3}, "should map tensor names"),
         (lambda m: list(m), "should map tensor names"),

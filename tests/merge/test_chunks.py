@@ -10,9 +10,9 @@ from torch import Tensor
 import lmc.merge as merge
 from lmc.errors import InputError
 from lmc.merge.engine import chunks as parts
-from lmc.merge.engine import random_numbers as chance
+from lmc.merge.engine import rng as chance
 from lmc.merge.engine.moments import moments
-from lmc.merge.engine.random_numbers import Uniform
+from lmc.merge.engine.rng import Uniform
 
 SIZE = 6_000_000
 METHODS = {

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lmc.core.files import write_text
+from lmc.core.version import __version__
 from lmc.errors import InputError
 from lmc.merge.engine.method import MergeFunction
 from lmc.weights import ModelOrWeights, as_weights
+from lmc.weights.checkpoints.checkpoint import RECIPE, Checkpoint, read_json
 from lmc.weights.checkpoints.formats import as_bytes
-from lmc.weights.checkpoints.opening import RECIPE, Checkpoint, read_json
 
 Recipe = dict[str, Any]
 
@@ -26,6 +27,7 @@ def make_recipe(
     models: Sequence[ModelOrWeights],
     base: ModelOrWeights | None,
     shard_size: int,
+    dtype: torch.dtype | None,
 ) -> Recipe:
     """All that the result depends on, as JSON holds it."""
     recipe = {
@@ -35,14 +37,17 @@ def make_recipe(
         "models": [_fingerprint(model) for model in models],
         "base": None if base is None else _fingerprint(base),
         "shard_size": shard_size,
+        "dtype": None if dtype is None else str(dtype).removeprefix("torch."),
+        "lmc": __version__,
         "torch": str(torch.__version__),
     }
     return json.loads(json.dumps(recipe))
 
 
-def record(folder: Path, recipe: Recipe, files: Mapping[str, str]) -> None:
-    """Store the recipe, and the checksums of the files that are complete."""
-    write_text(folder / RECIPE, json.dumps(recipe | {"files": files}, indent=2) + "\n")
+def record(folder: Path, recipe: Recipe, files: Mapping[str, str], inputs: Mapping[str, str] | None = None) -> None:
+    """Store the recipe, and the checksums of the files that are complete and, at the end, of those that were read."""
+    read = {} if inputs is None else {"inputs": inputs}
+    write_text(folder / RECIPE, json.dumps(recipe | read | {"files": files}, indent=2) + "\n")
 
 
 def recorded(folder: Path) -> tuple[Recipe | None, dict[str, str]]:
@@ -50,6 +55,7 @@ def recorded(folder: Path) -> tuple[Recipe | None, dict[str, str]]:
     if not (folder / RECIPE).is_file():
         return None, {}
     recipe = read_json(folder / RECIPE)
+    recipe.pop("inputs", None)
     return recipe, recipe.pop("files", {})
 
 

@@ -9,7 +9,8 @@ from lmc.errors import DataError, InputError
 from lmc.merge.disk.recipe import source
 from lmc.merge.disk.write import write
 from lmc.merge.engine.method import MergeFunction
-from lmc.weights.checkpoints.opening import RECIPE, Checkpoint, open_checkpoint, read_json
+from lmc.weights.checkpoints.checkpoint import RECIPE, Checkpoint, checksum, read_json
+from lmc.weights.checkpoints.opening import open_checkpoint
 
 
 def replay(
@@ -40,7 +41,11 @@ def replay(
     options = {key: find_method(v) if _is_method(v) else v for key, v in recipe["options"].items()}
     models = [_input(model, f"models[{i}]") for i, model in enumerate(recipe["models"])]
     base = None if recipe["base"] is None else _input(recipe["base"], "base")
-    merged = write(chosen, models, out, base=base, shard_size=recipe["shard_size"], progress=progress, **options)
+    for file, digest in recipe.get("inputs", {}).items():
+        if Path(file).is_file() and checksum(Path(file)) != digest:
+            raise DataError(f"{file}: is not what was merged: its SHA-256 differs from the one in the recipe")
+    how: dict[str, Any] = {key: recipe.get(key) for key in ("dtype", "shard_size")} | options
+    merged = write(chosen, models, out, base=base, progress=progress, **how)
     made = read_json(merged.path / RECIPE)["files"]
     for file, digest in recipe.get("files", {}).items():
         if made.get(file) != digest:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,11 +16,15 @@ from torch import Tensor
 
 from lmc.errors import InputError
 from lmc.merge.engine.chunks import VALUES, Part
+from lmc.weights.checkpoints.checkpoint import Checkpoint, checksum
 from lmc.weights.checkpoints.formats import DTYPES, as_bytes, size_of
-from lmc.weights.checkpoints.opening import checksum
 
 QUEUE = 4  # parts that wait to be written
 LABELS = {dtype: label for label, dtype in DTYPES.items()}
+NAME = re.compile(
+    r"(?P<stem>model|pytorch_model|diffusion_pytorch_model|open_clip_model)(?P<variant>\.[\w-]+?)??"
+    r"(-\d{5}-of-\d{5}(?P<late>\.[\w-]+)?)?\.(safetensors|bin)$"
+)
 
 
 @dataclass(frozen=True)
@@ -55,22 +60,50 @@ class Shard:
         return len(text).to_bytes(8, "little") + text, {name: start + place for name, place in places.items()}
 
 
-def layout(tensors: Mapping[str, Tensor], limit: int) -> tuple[Shard, ...]:
+@dataclass(frozen=True)
+class Naming:
+    """What the files of a model are called: `model.safetensors`, or with a variant `model.fp16.safetensors`.
+
+    Shards are numbered and have an index beside them, as transformers and diffusers read them.
+    """
+
+    stem: str = "model"
+    variant: str = ""
+
+    def file(self, number: int, count: int) -> str:
+        """The file of shard `number` of `count`, from 1 on."""
+        shard = "" if count == 1 else f"-{number:05}-of-{count:05}"
+        return f"{self.stem}{self.variant}{shard}.safetensors"
+
+    @property
+    def index(self) -> str:
+        return f"{self.stem}.safetensors.index{self.variant}.json"
+
+
+def naming(first: object) -> Naming:
+    """The names of the first model's files, if it is on disk under usual names; pickles become safetensors."""
+    if not isinstance(first, Checkpoint) or not first.files:
+        return Naming()
+    match = NAME.match(first.files[0].name)
+    if not match or match["stem"] == "pytorch_model":
+        return Naming()
+    return Naming(match["stem"], match["variant"] or match["late"] or "")
+
+
+def layout(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: int, names: Naming) -> tuple[Shard, ...]:
     """As many tensors to a file as fit into `limit` bytes, in their order; a larger one has a file of its own."""
     groups: list[dict[str, tuple[torch.dtype, tuple[int, ...]]]] = [{}]
     filled = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in LABELS:
-            raise InputError(f"{name}: {tensor.dtype} is not stored in safetensors files; convert it with .to(dtype)")
-        size = size_of(tensor.dtype, tuple(tensor.shape))
+    for name, (dtype, shape) in tensors.items():
+        if dtype not in LABELS:
+            raise InputError(f"{name}: {dtype} is not stored in safetensors files; choose another one with dtype=")
+        size = size_of(dtype, shape)
         if groups[-1] and filled + size > limit:
             groups.append({})
             filled = 0
-        groups[-1][name] = tensor.dtype, tuple(tensor.shape)
+        groups[-1][name] = dtype, shape
         filled += size
-    if len(groups) == 1:
-        return (Shard("model.safetensors", groups[0]),)
-    return tuple(Shard(f"model-{i:05}-of-{len(groups):05}.safetensors", g) for i, g in enumerate(groups, start=1))
+    return tuple(Shard(names.file(i, len(groups)), group) for i, group in enumerate(groups, start=1))
 
 
 def write_shard(
@@ -133,6 +166,15 @@ def parse_size(size: int | str) -> int:
             if text.lower().endswith(unit.lower()):
                 return _positive(text[: -len(unit)], step**power, size)
     return _positive(text, 1, size)
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point dtype of torch, from itself or its name."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(found, torch.dtype) and found.is_floating_point and found in LABELS):
+        known = ", ".join(str(d).removeprefix("torch.") for d in LABELS if d.is_floating_point)
+        raise InputError(f"dtype={dtype!r}: expected one of {known}")
+    return found
 
 
 def _positive(text: str, unit: int, given: int | str) -> int:

@@ -20,20 +20,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from lmc.core.files import write_text
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.merge.disk.recipe import Recipe, make_recipe, record, recorded
-from lmc.merge.disk.shards import QUEUE, Shard, layout, parse_size, write_shard
+from lmc.merge.disk.shards import QUEUE, Naming, Shard, layout, naming, parse_dtype, parse_size, write_shard
 from lmc.merge.engine.chunks import DEPTH, VALUES, Part, grain
 from lmc.merge.engine.method import MergeFunction, Method
 from lmc.merge.engine.passes import sample_size
 from lmc.merge.engine.quantiles import SAMPLE
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.weights import ModelOrWeights
-from lmc.weights.checkpoints.opening import INDEX, RECIPE, Checkpoint, checksum, open_checkpoint, readable
+from lmc.weights.checkpoints.checkpoint import RECIPE, Checkpoint, checksum, readable
+from lmc.weights.checkpoints.opening import open_checkpoint
 from lmc.weights.numbers import wide
 
 Source: TypeAlias = str | Path | ModelOrWeights
@@ -49,23 +51,29 @@ class Plan:
         out: the folder that the result will be.
         recipe: method, options and inputs, as stored beside the result.
         shards: the files, in order.
+        naming: what they and their index are called: as those of the first model.
         done: the files that an interrupted run has finished, with their SHA-256.
-        ties: second names of stored tensors, which are not stored again.
+        ties: further names of stored tensors, which are not stored again.
         memory: bytes of memory at most, about, besides what the program holds already.
         whole: whether tensors are held whole, so that the largest decides about memory; else in parts.
         one_pass: whether each tensor is read once only; else thresholds of whole models or angles are found first.
         beside: the files that are copied: configuration and tokenizer, of the base or else the first model in a folder.
+        notes: what was unwrapped or stripped in the files of the models.
+        inputs: the files that are read, whose SHA-256 are kept beside the result.
     """
 
     out: Path
     recipe: Recipe
     shards: tuple[Shard, ...]
+    naming: Naming
     done: Mapping[str, str]
     ties: Mapping[str, str]
     memory: int
     whole: bool
     one_pass: bool
     beside: tuple[Path, ...]
+    notes: tuple[str, ...]
+    inputs: tuple[Path, ...]
     _stream: Callable[[frozenset[str]], Iterator[tuple[str, Part, Tensor]]] = field(repr=False)
 
     @property
@@ -79,12 +87,13 @@ class Plan:
         tensors = sum(len(shard.tensors) for shard in self.shards)
         lines = [
             f"{self.recipe['method']}({options}) of {inputs} -> {self.out}",
-            f"  result: {readable(self.size)}, {tensors} tensors (and {len(self.ties)} second names) "
+            f"  result: {readable(self.size)}, {tensors} tensors (and {len(self.ties)} tied names) "
             f"in {len(self.shards)} files",
             f"  memory: about {readable(self.memory)}{' for whole tensors' if self.whole else ''}; every tensor is read {'once' if self.one_pass else 'repeatedly'}",
         ]
         if self.beside:
             lines.append(f"  copied from {self.beside[0].parent}: {', '.join(file.name for file in self.beside)}")
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines + ([f"  {len(self.done)} files are complete already"] if self.done else []))
 
     def write(self, *, progress: bool = True) -> Checkpoint:
@@ -107,12 +116,13 @@ class Plan:
             for shard in todo:
                 files[shard.file] = write_shard(partial / shard.file, shard, self.ties, parts, bar.update)
                 record(partial, self.recipe, files)
+        record(partial, self.recipe, files, {str(file.resolve()): checksum(file) for file in self.inputs})
         for file in self.beside:
             shutil.copyfile(file, partial / file.name)
         if len(self.shards) > 1:
             weight_map = {name: shard.file for shard in self.shards for name in shard.tensors}
             index = {"metadata": {"total_size": self.size}, "weight_map": weight_map}
-            write_text(partial / f"model{INDEX}", json.dumps(index, indent=2) + "\n")
+            write_text(partial / self.naming.index, json.dumps(index, indent=2) + "\n")
         for stray in partial.glob(".*"):  # half-written text of a run that was killed
             stray.unlink()
         _must_not_exist(self.out)
@@ -127,6 +137,7 @@ def write(
     /,
     *,
     base: Source | None = None,
+    dtype: torch.dtype | str | None = None,
     shard_size: int | str = "5GB",
     progress: bool = True,
     **options: Any,
@@ -138,7 +149,7 @@ def write(
 
     Raises: as `plan` and `Plan.write`; after an interrupt or an error, the same call goes on where this one stopped.
     """
-    planned = plan(method, models, out, base=base, shard_size=shard_size, **options)
+    planned = plan(method, models, out, base=base, dtype=dtype, shard_size=shard_size, **options)
     if progress:
         print(planned, flush=True)
     return planned.write(progress=progress)
@@ -151,6 +162,7 @@ def plan(
     /,
     *,
     base: Source | None = None,
+    dtype: torch.dtype | str | None = None,
     shard_size: int | str = "5GB",
     **options: Any,
 ) -> Plan:
@@ -159,9 +171,10 @@ def plan(
     Args:
         method: a function of `lmc.merge` that needs no data, or one of your own made by its decorators.
         models: paths of checkpoints (see `lmc.open_checkpoint`), opened checkpoints, modules or state dicts.
-        out: the folder to make. Names, their order and dtypes are those of the first model. Beside the weights,
+        out: the folder to make. Names of tensors and files, and dtypes, are those of the first model. Beside the weights,
             `merge.json` keeps the recipe and the SHA-256 of every file (`lmc.open_checkpoint(out).verify()`).
         base: the weights that the models were fine-tuned from.
+        dtype: of floating-point tensors in the result, such as "bfloat16" (default: as in the first model).
         shard_size: bytes per file at most, as a number or like "5GB"; a larger tensor has a file of its own.
         options: those of the method.
 
@@ -181,7 +194,7 @@ def plan(
         )
     if isinstance(models, str | Path | nn.Module | Mapping):
         raise InputError("models: expected a sequence of models, got a single one; write [model]")
-    out, limit = Path(os.path.abspath(out)), parse_size(shard_size)
+    out, limit, dtype = Path(os.path.abspath(out)), parse_size(shard_size), parse_dtype(dtype)
     _must_not_exist(out)
     opened = [open_checkpoint(model) if isinstance(model, str | Path) else model for model in models]
     reference = open_checkpoint(base) if isinstance(base, str | Path) else base
@@ -189,9 +202,10 @@ def plan(
     arguments = {k: v for k, v in arguments.items() if k not in ("models", "base", "options")} | (
         arguments.get("options", {})  # further options, of methods on top of others
     )
-    sets = weight_sets(opened, reference)
-    recipe = make_recipe(method, arguments, opened, reference, limit)
-    shards = layout({name: t for name, t in sets.shells.items() if name not in sets.ties}, limit)
+    sets = weight_sets(opened, reference, pairs=True, cast=dtype)
+    recipe = make_recipe(method, arguments, opened, reference, limit, dtype)
+    names = naming(opened[0])
+    shards = layout({name: form for name, form in sets.form.items() if name not in sets.ties}, limit, names)
 
     def stream(done: frozenset[str]) -> Iterator[tuple[str, Part, Tensor]]:
         return how.parts(replace(sets, skip=done | frozenset(sets.ties)), **arguments)
@@ -199,7 +213,10 @@ def plan(
     done = _finished(out, recipe, shards)
     memory, beside = _memory(how, sets, arguments), _beside([reference, *opened])
     whole = how.cuts(arguments) == "whole"
-    return Plan(out, recipe, shards, done, sets.ties, memory, whole, how.one_pass, beside, stream)
+    on_disk = [one for one in (*sets.states, sets.base) if isinstance(one, Checkpoint)]
+    notes = tuple(f"{one.path}: {note}" for one in on_disk for note in one.notes)
+    read = tuple(dict.fromkeys(file for one in on_disk for file in one.files))
+    return Plan(out, recipe, shards, names, done, sets.ties, memory, whole, how.one_pass, beside, notes, read, stream)
 
 
 def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:

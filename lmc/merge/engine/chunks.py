@@ -7,12 +7,12 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from lmc.weights.checkpoints.opening import Checkpoint
+from lmc.weights.checkpoints.checkpoint import Checkpoint
 
 Part: TypeAlias = slice | None  # of the flattened tensor, from start to stop; None is the whole tensor in its shape
 Step = tuple[str, Part]
 Cut = Literal["whole", "filters", "rows", "entries"]
-Load = Callable[[Checkpoint, str, str, Part], Tensor]
+Load = Callable[[Checkpoint, str, Part], Tensor]
 
 VALUES = 1 << 18  # of a part: a few parts fit into the cache of a processor core
 DEPTH = 3  # steps that are read ahead
@@ -67,7 +67,7 @@ class Ahead:
         return None if future is None else future.result()
 
     def walk(
-        self, steps: Iterable[Step], shells: Mapping[str, Tensor], lazy: Sequence[tuple[Checkpoint, str]], load: Load
+        self, steps: Iterable[Step], shells: Mapping[str, Tensor], lazy: Sequence[Checkpoint], load: Load
     ) -> Iterator[Step]:
         """The steps; while one is worked on, `load` reads the next ones from each checkpoint.
 
@@ -94,7 +94,7 @@ class Ahead:
         self,
         step: Step,
         shells: Mapping[str, Tensor],
-        lazy: Sequence[tuple[Checkpoint, str]],
+        lazy: Sequence[Checkpoint],
         load: Load,
         pool: ThreadPoolExecutor,
     ) -> list[tuple[Any, ...]]:
@@ -103,10 +103,10 @@ class Ahead:
         if not small or not shells[name].is_floating_point():
             return []
         keys = []
-        for state, who in lazy:
+        for state in lazy:
             key = _key(state, name, part)
             if key not in self._held:
-                self._held[key] = pool.submit(load, state, name, who, part)
+                self._held[key] = pool.submit(load, state, name, part)
                 keys.append(key)
         return keys
 

@@ -256,14 +256,17 @@ def lift(method: Method) -> MergeFunction:
     open_ended = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     signature = inspect.Signature([*parameters[: len(parameters) - len(open_ended)], PARAMETER, *open_ended])
 
-    def merge(models: Sequence[ModelOrWeights], **options: Any) -> StateDict:
-        arguments = signature.bind(models, **options).arguments
+    def merge(*args: Any, **options: Any) -> StateDict:
+        try:
+            arguments = signature.bind(*args, **options).arguments
+        except TypeError as error:
+            raise InputError(f"{name}: {error}; call it as {name}{signature}") from None
         models, base = arguments.pop("models"), arguments.pop("base", None)
         align = arguments.pop("align", None)
         arguments |= arguments.pop("options", {})  # further options, of methods on top of others
         if align is not None:
             models, base = aligned(models, align, base=base)
-        sets = weight_sets(models, base)
+        sets = weight_sets(models, base, pairs=True)
         return StateDict(method.stream(sets, **arguments), like=sets.states[0])
 
     merge.__name__ = merge.__qualname__ = name

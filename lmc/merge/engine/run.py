@@ -11,7 +11,7 @@ from lmc.merge.engine.chunks import Cut, Part, grain
 from lmc.merge.engine.moments import Moments
 from lmc.merge.engine.passes import Read
 from lmc.merge.engine.patterns import PerName
-from lmc.merge.engine.random_numbers import Uniform, generator
+from lmc.merge.engine.rng import Uniform, generator
 from lmc.merge.engine.tensors import WeightSets
 
 GIVEN = ("base", "name", "generator", "uniform", "moments", "survey")  # parameters of rules that are not options

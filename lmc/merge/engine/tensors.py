@@ -24,10 +24,14 @@ from torch import Tensor, nn
 from lmc.errors import InputError, WeightsError
 from lmc.merge.engine.chunks import Ahead, Cut, Part, parts
 from lmc.merge.engine.roles import equal, infinite, outline, tied
-from lmc.weights import ModelOrWeights, as_weights, check_compatible
+from lmc.weights import ModelOrWeights, as_weights, check_compatible, fitted
+from lmc.weights.agreement import corresponding, prefix_between
+from lmc.weights.checkpoints.checkpoint import Checkpoint
 from lmc.weights.checkpoints.formats import flat
-from lmc.weights.checkpoints.opening import Checkpoint, open_checkpoint
-from lmc.weights.numbers import wide
+from lmc.weights.checkpoints.opening import open_checkpoint
+from lmc.weights.encoded import check_weights
+from lmc.weights.numbers import inexact, narrowed, wide
+from lmc.weights.state import dtype_name
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -43,6 +47,9 @@ class WeightSets:
         statistics: the names that are averaged.
         ties: second names of a stored tensor, each with its first name.
         dtype: the widest dtype that weights are computed in: float32, or float64 if any weight has it.
+        widths: for each of these names the dtype that it is computed in.
+        pairs: names of complex tensors, which are computed as pairs of real numbers, `(*shape, 2)`.
+        cast: the dtype of floating-point tensors in the result; None: as in the first model.
         skip: names that the result is to leave out.
 
     Wherever a `part` is given, only that part of the flattened tensor is read, and `(*shape)` is its length.
@@ -54,6 +61,9 @@ class WeightSets:
     statistics: frozenset[str]
     ties: Mapping[str, str]
     dtype: torch.dtype
+    widths: Mapping[str, torch.dtype]
+    pairs: frozenset[str] = frozenset()
+    cast: torch.dtype | None = None
     skip: frozenset[str] = frozenset()
     _ahead: Ahead = field(default_factory=Ahead, repr=False, compare=False)
 
@@ -62,8 +72,18 @@ class WeightSets:
 
     @cached_property
     def shells(self) -> Mapping[str, Tensor]:
-        """The names with tensors of the right shape and dtype, whose values are not to be read."""
-        return outline(self.states[0])
+        """The names with tensors of the shape that rules are given, whose values are not to be read."""
+        first = outline(self.states[0])
+        real = {
+            n: first[n].new_zeros((), dtype=first[n].dtype.to_real()).expand(*first[n].shape, 2) for n in self.pairs
+        }
+        return {**first, **real} if real else first
+
+    @cached_property
+    def form(self) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """Dtype and shape of every tensor of the result."""
+        first = outline(self.states[0])
+        return {n: (self.cast if self.cast and inexact(t) else t.dtype, tuple(t.shape)) for n, t in first.items()}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -76,32 +96,32 @@ class WeightSets:
         What comes next is read from disk meanwhile, where it is small.
         """
         steps = ((name, part) for name in names for part in parts(self.shells[name], cut))
-        sources = [(s, f"models[{i}]") for i, s in enumerate(self.states)] + [(self.base, "base")]
-        lazy = [(state, who) for state, who in sources if isinstance(state, Checkpoint)]
+        lazy = [state for state in (*self.states, self.base) if isinstance(state, Checkpoint)]
         return self._ahead.walk(steps, self.shells, lazy, self._load)
 
     def stack(self, name: str, part: Part = None) -> Tensor:
         """`(models, *shape)`: the tensor `name` of every model, in float32 or wider."""
-        first = self.tensor(name, 0, part)
+        return self._finite(self._stack(name, part), name, part)
+
+    def _stack(self, name: str, part: Part) -> Tensor:
+        first = self._read(self.states[0], name, part)
         together = first.new_empty((len(self.states), *first.shape))
         together[0] = first
         for i in range(1, len(self.states)):
-            together[i] = self.tensor(name, i, part)
+            together[i] = self._read(self.states[i], name, part)
         return together
 
     def tensor(self, name: str, model: int, part: Part = None) -> Tensor:
         """`(*shape)`: the tensor `name` of one model, in float32 or wider."""
-        return self._read(self.states[model], name, f"models[{model}]", part)
+        return self._finite(self._read(self.states[model], name, part), name, part)
 
     def base_tensor(self, name: str, part: Part = None) -> Tensor:
         """`(*shape)`: the tensor `name` of the base, in float32 or wider."""
-        if self.base is None:
-            raise InputError("this method needs the weights that the models were fine-tuned from: pass base=")
-        return self._read(self.base, name, "base", part)
+        return self._finite(self._base(name, part), name, part)
 
     def deltas(self, name: str, part: Part = None) -> Tensor:
         """`(models, *shape)`: the task vectors, model minus base."""
-        return self.stack(name, part).sub_(self.base_tensor(name, part))
+        return self._finite(self._stack(name, part).sub_(self._base(name, part)), name, part)
 
     def combine(
         self, name: str, coefficients: Sequence[float], base_coefficient: float = 0.0, part: Part = None
@@ -111,92 +131,130 @@ class WeightSets:
         Summed as steps from the first model used, so that equal models give that model bit for bit, as a lone
         coefficient of 1 does. Models with coefficient 0 are not read.
         """
-        terms: list[tuple[Mapping[str, Tensor] | None, float, str]] = [
-            (state, c, f"models[{i}]") for i, (state, c) in enumerate(zip(self.states, coefficients, strict=True))
-        ]
-        used = [term for term in [*terms, (self.base, base_coefficient, "base")] if term[1] != 0.0]
+        terms = [*zip(self.states, coefficients, strict=True), (self.base, base_coefficient)]
+        used = [(state, coefficient) for state, coefficient in terms if coefficient != 0.0]
         if not used:
             raise InputError(f"{name}: all coefficients are zero")
         origin = total = torch.empty(0)
-        for i, (state, coefficient, who) in enumerate(used):
+        for i, (state, coefficient) in enumerate(used):
             if state is None:
                 raise InputError(f"coefficients that do not sum to 1 leave {coefficient:g} to the base: pass base=")
-            tensor = self._read(state, name, who, part)
+            tensor = self._read(state, name, part)
             if i == 0:
                 origin, total = tensor, tensor.clone()
             else:
                 total.add_(tensor - origin, alpha=coefficient)
-        return total
+        return self._finite(total, name, part)
 
-    def _read(self, state: Mapping[str, Tensor], name: str, who: str, part: Part) -> Tensor:
+    def _base(self, name: str, part: Part) -> Tensor:
+        if self.base is None:
+            raise InputError("this method needs the weights that the models were fine-tuned from: pass base=")
+        return self._read(self.base, name, part)
+
+    def _read(self, state: Mapping[str, Tensor], name: str, part: Part) -> Tensor:
         found = self._ahead.take(state, name, part)
-        return self._load(state, name, who, part) if found is None else found
+        return self._load(state, name, part) if found is None else found
 
-    def _load(self, state: Mapping[str, Tensor], name: str, who: str, part: Part) -> Tensor:
-        if isinstance(state, Checkpoint):
+    def _load(self, state: Mapping[str, Tensor], name: str, part: Part) -> Tensor:
+        if name in self.pairs:
+            whole = torch.view_as_real(state[name].detach().resolve_conj())
+            tensor = whole if part is None else flat(whole, part)
+        elif isinstance(state, Checkpoint):
             tensor = state.read(name, part)
         else:
             tensor = state[name].detach() if part is None else flat(state[name].detach(), part)
-        tensor = tensor.to(wide(tensor.dtype))
-        if not bool(torch.isfinite(tensor.sum())) and not bool((finite := torch.isfinite(tensor)).all()):
-            first = int((~finite).flatten().nonzero()[0]) + (0 if part is None else part.start)
-            shape = tuple(outline(state)[name].shape)
-            where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), shape)) if shape else ()
-            place = f" ({state.entry(name).file})" if isinstance(state, Checkpoint) else ""
-            bad = f"{int((~finite).sum())} of {tensor.numel()} values" + (" read" if part else "")
-            raise WeightsError(
-                f"{name} of {who}{place}: {bad} are NaN or infinite, first at {where}; leave this model out"
-            )
+        return tensor.to(self.widths.get(name, tensor.dtype))
+
+    def _finite(self, tensor: Tensor, name: str, part: Part) -> Tensor:
+        """What was made of the models' tensors; one question to the device tells whether they were all finite."""
+        if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+            sources = [(f"models[{i}]", state) for i, state in enumerate(self.states)]
+            for who, state in [*sources, *([] if self.base is None else [("base", self.base)])]:
+                self._check(who, state, name, part)
+            raise WeightsError(f"{name}: sums of the models leave the range of {dtype_name(tensor)}; scale them down")
         return tensor
+
+    def _check(self, who: str, state: Mapping[str, Tensor], name: str, part: Part) -> None:
+        tensor = self._read(state, name, part)
+        if bool((finite := torch.isfinite(tensor)).all()):
+            return
+        first = int((~finite).flatten().nonzero()[0]) + (0 if part is None else part.start)
+        shape = tuple(self.shells[name].shape)
+        where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), shape)) if shape else ()
+        place = f" ({state.entry(name).file})" if isinstance(state, Checkpoint) else ""
+        bad = f"{int((~finite).sum())} of {tensor.numel()} values" + (" read" if part else "")
+        raise WeightsError(f"{name} of {who}{place}: {bad} are NaN or infinite, first at {where}; leave this model out")
 
 
 def weight_sets(
     models: Sequence[ModelOrWeights | str | Path],
     base: ModelOrWeights | str | Path | None = None,
     module: nn.Module | None = None,
+    *,
+    pairs: bool = False,
+    cast: torch.dtype | None = None,
 ) -> WeightSets:
     """Check that all models (and the base) have one architecture, and sort their names by role.
 
     The buffers are known from `module`, or from the first model if it is one; of a plain state dict only those of
-    BatchNorm are, by their names.
+    BatchNorm are, by their names. The names are those of the first model, or of `module`; optional buffers that another
+    model lacks are copied from the first, and where floating-point dtypes differ, sums are made in the widest.
+
+    Args:
+        models: modules, state dicts, opened checkpoints, or paths of checkpoints.
+        base: what they were fine-tuned from.
+        module: the architecture.
+        pairs: take complex tensors, as pairs of real numbers.
+        cast: the dtype of floating-point tensors in the result (default: as in the first model).
 
     Raises:
         InputError: no models at all, or a single model where a sequence is expected.
-        MismatchError: names, shapes, dtypes or devices differ.
-        WeightsError: complex tensors, which no method here is defined for, or tensors without values.
+        MismatchError: names, shapes, kinds of numbers or devices differ.
+        WeightsError: codes of quantised weights, factors of adapters, tensors without values, or complex tensors where
+            they are not taken.
     """
     if isinstance(models, (nn.Module, Mapping, str, Path)):
         raise InputError("models: expected a sequence of modules or state dicts, got a single one; write [model]")
-    states = tuple(_mapping(model) for model in models)
-    if not states:
+    called = [f"models[{i}]" for i in range(len(models))] + ([] if base is None else ["base"])
+    everyone = [_mapping(model) for model in [*models, *([] if base is None else [base])]]
+    if not len(models):
         raise InputError("models is empty: pass at least one module or state dict")
-    reference = None if base is None else _mapping(base)
-    others = [(f"models[{i}]", state) for i, state in enumerate(states[1:], start=1)]
-    others += [] if reference is None else [("base", reference)]
-    first = outline(states[0])
-    for who, other in others:
-        _check_compatible(first, outline(other), ("models[0]", who))
+    if module is not None:
+        everyone = [_under(module, state, who) for state, who in zip(everyone, called, strict=True)]
+    first, constant = everyone[0], frozenset[str]()
+    check_weights(outline(first), called[0], merging=True)
+    for i, who in enumerate(called[1:], start=1):
+        everyone[i], lacking = _fitting(first, everyone[i], (called[0], who))
+        constant |= lacking
+        here = {name: tensor for name, tensor in outline(first).items() if name not in lacking}
+        check_compatible(here, outline(everyone[i]), (called[0], who))
 
+    states, reference = tuple(everyone[: len(models)]), None if base is None else everyone[-1]
     module = models[0] if module is None and isinstance(models[0], nn.Module) else module
     buffers = set() if module is None else {name for name, _ in module.named_buffers()}
-    ties = tied([*states, *([] if reference is None else [reference])])
-    weights, statistics, dtype = [], set(), torch.float32
-    for name in first:
-        tensor = first[name]
-        if tensor.is_complex():
-            raise WeightsError(f"{name}: complex weights are not merged; store torch.view_as_real of them")
+    ties = tied(everyone)
+    outlines = [outline(state) for state in everyone]
+    weights, statistics, widths, paired = [], set(), {}, set()
+    for name, tensor in outlines[0].items():
+        if tensor.is_complex() and not pairs:
+            raise WeightsError(f"{name}: complex weights; this method takes none, those without data do")
         if tensor.is_meta:
             raise WeightsError(f"{name}: on the meta device, which holds no values; load the weights first")
-        if not tensor.is_floating_point() or name in ties:
+        if not inexact(tensor) or name in ties or name in constant or tensor.numel() == 0:
             continue
-        if tensor.numel() == 0 or (infinite(states[0], name) and all(equal(states[0], o, name) for _, o in others)):
+        if infinite(first, name) and all(equal(first, other, name) for other in everyone[1:]):
             continue  # an attention mask with infinities, the same everywhere
+        widths[name] = wide(*(seen[name].dtype for seen in outlines)).to_real()
+        if tensor.is_complex():
+            paired.add(name)
         if name in buffers or name.rpartition(".")[2] in STATISTICS:
             statistics.add(name)
         else:
             weights.append(name)
-            dtype = torch.promote_types(dtype, tensor.dtype)
-    return WeightSets(states, reference, tuple(weights), frozenset(statistics), ties, dtype)
+    dtype = wide(*(widths[name] for name in weights))
+    return WeightSets(
+        states, reference, tuple(weights), frozenset(statistics), ties, dtype, widths, frozenset(paired), cast
+    )
 
 
 def assemble(
@@ -234,7 +292,14 @@ def assemble_parts(
         shape = tuple(original.shape) if part is None else (part.stop - part.start,)
         if tensor.shape != shape:
             raise InputError(f"{name}: the method gave shape {tuple(tensor.shape)}, expected {shape}")
-        yield name, part, tensor.to(original.dtype)
+        dtype = sets.form[name][0]
+        if name in sets.pairs:  # a part of pairs begins and ends with a whole one
+            tensor = torch.view_as_complex(
+                narrowed(tensor, dtype.to_real(), name).contiguous().view(*shape[:-1], -1, 2)
+            )
+            tensor = tensor if part is not None else tensor.view(sets.form[name][1])
+            part = None if part is None else slice(part.start // 2, part.stop // 2)
+        yield name, part, narrowed(tensor, dtype, name) if inexact(tensor) else tensor
 
 
 def joined(sets: WeightSets, found: Iterable[tuple[str, Part, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -254,7 +319,7 @@ def joined(sets: WeightSets, found: Iterable[tuple[str, Part, Tensor]]) -> Itera
     for name, part, tensor in found:
         if part is not None:
             if part.start == 0:
-                whole = torch.empty(first[name].shape, dtype=tensor.dtype, device=tensor.device)
+                whole = torch.empty(sets.form[name][1], dtype=tensor.dtype, device=tensor.device)
             whole.view(-1)[part] = tensor
             if part.stop < whole.numel():
                 continue
@@ -273,11 +338,27 @@ def _mapping(model: ModelOrWeights | str | Path) -> Mapping[str, Tensor]:
     return model if isinstance(model, Mapping) and not isinstance(model, dict) else as_weights(model)
 
 
-def _check_compatible(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str]) -> None:
-    """`check_compatible`, one tensor at a time where a mapping reads from disk."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        check_compatible(a, b, names)
-        return
-    for name in [*a, *(name for name in b if name not in a)]:
-        left, right = ({name: state[name]} if name in state else {} for state in (a, b))
-        check_compatible(left, right, names)
+def _under(module: nn.Module, state: Mapping[str, Tensor], who: str) -> Mapping[str, Tensor]:
+    """The weights under the names of the module."""
+    if not isinstance(state, Checkpoint):
+        return fitted(module, state, who)
+    own = module.state_dict()
+    return state if own.keys() == state.keys() else fitted(module, state.load(), who)
+
+
+def _fitting(
+    first: Mapping[str, Tensor], other: Mapping[str, Tensor], names: tuple[str, str]
+) -> tuple[Mapping[str, Tensor], frozenset[str]]:
+    """`other` under the names of `first`, and the optional buffers that it lacks; a file's prefix is stripped."""
+    if first.keys() == other.keys():
+        return other, frozenset()
+    if isinstance(other, Checkpoint):
+        longer, shorter = prefix_between(list(first), list(other)), prefix_between(list(other), list(first))
+        if longer:
+            other = other.under({n.removeprefix(longer): n for n in other}, f"prefix {longer!r} stripped")
+        elif shorter:
+            other = other.under({shorter + n: n for n in other}, f"prefix {shorter!r} added, which {names[0]} has")
+    known, lacking = corresponding(first, other, names)
+    if isinstance(other, Checkpoint):
+        return other.under(known), lacking
+    return {new: other[old] for new, old in known.items()}, lacking

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lmc.merge.engine.tensors import outline
 from lmc.weights import tied_names
-from lmc.weights.checkpoints.opening import Checkpoint
+from lmc.weights.checkpoints.checkpoint import Checkpoint
 
 Kind = Literal["missing", "shape", "dtype", "tie"]
 

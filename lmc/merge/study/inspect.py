@@ -18,7 +18,8 @@ from lmc.merge.engine.tensors import STATISTICS, outline
 from lmc.merge.study.advice import advice
 from lmc.merge.study.differences import Difference, differences
 from lmc.weights import ModelOrWeights, as_weights, tied_names
-from lmc.weights.checkpoints.opening import Checkpoint, open_checkpoint
+from lmc.weights.checkpoints.checkpoint import Checkpoint
+from lmc.weights.checkpoints.opening import open_checkpoint
 
 if TYPE_CHECKING:
     import pandas

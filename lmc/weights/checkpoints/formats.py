@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmc.errors import DataError
+from lmc.weights.numbers import narrowed
 
 DTYPES = {
     "F64": torch.float64,
@@ -16,10 +17,15 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
     "C64": torch.complex64,
@@ -41,7 +47,7 @@ class Stored(Protocol):
 
 
 @dataclass(frozen=True)
-class Span:
+class Extent:
     """A tensor in a safetensors file, from byte `start` on."""
 
     file: Path
@@ -91,6 +97,32 @@ class Mapped:
     def read(self, part: slice | None = None) -> Tensor:
         """The tensor, or this part of it flattened, in memory of its own."""
         return self.tensor.detach().clone() if part is None else flat(self.tensor.detach(), part).clone()
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A stored tensor that is read in another dtype; `name` is for errors."""
+
+    stored: Stored
+    dtype: torch.dtype
+    name: str
+
+    @property
+    def file(self) -> Path:
+        return self.stored.file
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return self.stored.size
+
+    def read(self, part: slice | None = None) -> Tensor:
+        """The tensor, or this part of it flattened, in memory of its own."""
+        return narrowed(self.stored.read(part), self.dtype, self.name)
 
 
 def size_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

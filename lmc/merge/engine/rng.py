@@ -33,11 +33,13 @@ class Uniform:
         """As many as `like`, `(models, *shape)`, has entries; in its dtype, on its device."""
         start = 0 if self.part is None else self.part.start
         stop = start + like[0].numel()
-        drawn = torch.empty((len(like), stop - start), dtype=like.dtype)
+        drawn = torch.empty(
+            (len(like), stop - start), dtype=torch.float32
+        )  # in float32, so that masks do not depend on the dtype
         for model, row in enumerate(drawn):
             for begin in range(start // BLOCK * BLOCK, stop, BLOCK):
                 own = generator(self.seed, f"{model}/{begin}/{self.name}")
                 low, high = max(begin, start), min(begin + BLOCK, stop)
-                values = torch.rand(BLOCK, generator=own, dtype=like.dtype)
+                values = torch.rand(BLOCK, generator=own, dtype=torch.float32)
                 row[low - start : high - start] = values[low - begin : high - begin]
-        return drawn.reshape(like.shape).to(like.device)
+        return drawn.reshape(like.shape).to(like)

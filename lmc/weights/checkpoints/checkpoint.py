@@ -1,0 +1,160 @@
+"""Opened checkpoints: named tensors on disk, read one at a time, and what was done to find them."""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmc.errors import DataError, InputError
+from lmc.weights.checkpoints.formats import Cast, Stored, size_of
+from lmc.weights.state import StateDict
+
+RECIPE = "merge.json"  # beside merged checkpoints: how they were made, and the checksums of their files
+
+
+class Checkpoint(Mapping[str, Tensor]):
+    """Named tensors on disk; `checkpoint[name]` reads that one, on the CPU, into memory of its own.
+
+    Goes wherever a state dict goes. Made by `open_checkpoint`.
+
+    Attributes:
+        path: the file or folder.
+        stored: name -> where the tensor is, its shape and dtype.
+        ties: further names of a stored tensor -> the name it is stored under.
+        notes: what was unwrapped, stripped or left out on the way to these names, a sentence each.
+        metadata: versions of modules, where the file has them, for `load_state_dict`.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        stored: Mapping[str, Stored],
+        ties: Mapping[str, str],
+        notes: Sequence[str] = (),
+        metadata: Any = None,
+    ) -> None:
+        self.path = path
+        self.stored = dict(stored)
+        self.ties = dict(ties)
+        self.notes = tuple(notes)
+        self.metadata = metadata
+
+    def entry(self, name: str) -> Stored:
+        """Where the tensor `name` is, under this or another name."""
+        return self.stored[self.ties.get(name, name)]
+
+    def read(self, name: str, part: slice | None = None) -> Tensor:
+        """The tensor `name`, or of the flattened tensor the values from `part.start` to `part.stop`."""
+        return self.entry(name).read(part)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self.stored
+        yield from self.ties
+
+    def __len__(self) -> int:
+        return len(self.stored) + len(self.ties)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored or name in self.ties
+
+    def __repr__(self) -> str:
+        files = len(self.files)
+        tied = f", {len(self.ties)} of them tied" if self.ties else ""
+        lines = [
+            f"Checkpoint({str(self.path)!r}: {len(self)} tensors{tied}; "
+            f"{readable(self.size)} in {files} file{'s' if files > 1 else ''})"
+        ]
+        return "\n  ".join([*lines, *self.notes])
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that hold tensors."""
+        return tuple(dict.fromkeys(entry.file for entry in self.stored.values()))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(size_of(entry.dtype, entry.shape) for entry in self.stored.values())
+
+    def outline(self) -> StateDict:
+        """Tensors of the right names, shapes and dtypes that hold no values and take no memory."""
+        return StateDict((name, torch.zeros((), dtype=(e := self.entry(name)).dtype).expand(e.shape)) for name in self)
+
+    def load(self) -> StateDict:
+        """All tensors in memory; tied names share one tensor."""
+        found = StateDict((name, entry.read()) for name, entry in self.stored.items())
+        found.update({name: found[first] for name, first in self.ties.items()})
+        found._metadata = self.metadata
+        return found
+
+    def under(self, names: Mapping[str, str], *notes: str) -> "Checkpoint":
+        """The same tensors under other names, `{new: present}`; names that are not there are left out."""
+        stored: dict[str, Stored] = {}
+        ties: dict[str, str] = {}
+        first: dict[str, str] = {}
+        for new, present in names.items():
+            origin = self.ties.get(present, present)
+            if (home := first.setdefault(origin, new)) == new:
+                stored[new] = self.stored[origin]
+            else:
+                ties[new] = home
+        return Checkpoint(self.path, stored, ties, [*self.notes, *notes], self.metadata)
+
+    def to(self, dtype: torch.dtype) -> "Checkpoint":
+        """The same with floating-point tensors in another dtype, cast as they are read."""
+        stored = {n: Cast(e, dtype, n) if e.dtype.is_floating_point else e for n, e in self.stored.items()}
+        notes = [*self.notes, f"read as {str(dtype).removeprefix('torch.')}"]
+        return Checkpoint(self.path, stored, self.ties, notes, self.metadata)
+
+    def verify(self) -> None:
+        """Compare every file with the checksums that were stored when it was written.
+
+        Raises:
+            InputError: there are none: only merged checkpoints have them.
+            DataError: a file differs; it is named.
+        """
+        recipe = self.path / RECIPE
+        if not recipe.is_file():
+            raise InputError(f"{self.path}: no {RECIPE} with checksums to compare with")
+        recorded = read_json(recipe).get("files")
+        if not isinstance(recorded, dict):
+            raise DataError(f"{recipe}: malformed: 'files' should say the checksum of each file")
+        for file in self.files:
+            if recorded.get(file.name) != checksum(file):
+                raise DataError(f"{file}: not as it was written (its SHA-256 differs from the one in {recipe.name})")
+
+
+def readable(size: int) -> str:
+    """A number of bytes as text."""
+    for unit, step in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= step:
+            return f"{size / step:.3g} {unit}"
+    return f"{size} B"
+
+
+def checksum(file: Path) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        DataError: anything else.
+    """
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file}: expected a JSON object, found {type(content).__name__}")
+    return content

@@ -1,0 +1,70 @@
+"""Tensors that are no coordinates of a weight space: codes of quantised weights, and factors of adapters.
+
+The mean of two codes is not the code of a mean, and the mean of products `B A` is not the product of the means.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lmc.errors import WeightsError
+from lmc.weights.numbers import inexact
+from lmc.weights.state import dtype_name
+
+# What bitsandbytes, GPTQ, AWQ, compressed-tensors, block fp8 and torchao put beside or in place of a weight.
+CODES = re.compile(
+    r"(^|[._])(qweight|qzeros|scales_and_zeros|SCB|weight_format|weight_packed|weight_scale(_inv|_2)?|weight_zero_point|"
+    r"weight_global_scale|weight_g_idx|absmax|nested_absmax|quant_map|nested_quant_map|quant_state(\..*)?)$"
+)
+# Of a LoRA, DoRA, LoHa, LoKr, VeRA, IA3 or prompt adapter.
+FACTORS = re.compile(
+    r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_(down|up)|lora\.(down|up)|hada_w[12]_[ab]|"
+    r"lokr_w[12](_[ab])?|vera_lambda_[bd]|ia3_l|dora_scale|prompt_embeddings)(\.|$)"
+)
+NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)
+DEQUANTISE = (
+    "dequantise it first, by loading it with the library that quantised it and saving float weights, or take the "
+    "weights it was made from"
+)
+
+
+def code(state: Mapping[str, Tensor]) -> str:
+    """Why a weight set holds codes instead of weights, naming the first tensor; empty where it does not."""
+    scaled = {name.rpartition(".")[0] for name in state if "scale" in name.rpartition(".")[2]}
+    for name, tensor in state.items():
+        parent, _, last = name.rpartition(".")
+        if tensor.is_quantized or CODES.search(name):
+            return f"{name} ({dtype_name(tensor)}) belongs to a quantised weight"
+        if last == "weight" and not inexact(tensor) and tensor.dtype in NARROW:
+            return f"{name} holds {dtype_name(tensor)} codes of a quantised weight"
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1 and parent in scaled and "scale" not in last:
+            return f"{name} holds {dtype_name(tensor)} codes with a scale of their own"
+    return ""
+
+
+def factor(state: Mapping[str, Tensor]) -> str:
+    """The first name of an adapter's factor; empty where there is none."""
+    return next((name for name in state if FACTORS.search(name)), "")
+
+
+def check_weights(state: Mapping[str, Tensor], what: str, *, merging: bool = False) -> None:
+    """Raise unless the tensors are coordinates that can be added and scaled.
+
+    Args:
+        state: the tensors; their values are not looked at.
+        what: what messages call them.
+        merging: whether they are going to be merged; factors of an adapter may be interpolated, as any parameters of a
+            module, but their mean is no mean of what the adapter does.
+
+    Raises:
+        WeightsError: codes of quantised weights, or factors of an adapter; the message names the first and the way out.
+    """
+    if reason := code(state):
+        raise WeightsError(f"{what}: {reason}, which are no numbers to add and scale; {DEQUANTISE}")
+    if merging and (name := factor(state)):
+        raise WeightsError(
+            f"{what}: {name} is a factor of an adapter, and the mean of products is not the product of means; merge "
+            "each adapter into its base first (peft: model.merge_and_unload()), and merge those"
+        )
