@@ -16,7 +16,7 @@ from lmc.errors import CertificateError, InputError, LmcError
 from lmc.network.network import Network
 from lmc.symmetry.actions import act, identity_indices, random_indices
 from lmc.symmetry.certificate import Certificate
-from lmc.symmetry.discovery.failures import not_computed, quiet
+from lmc.symmetry.discovery.tracing.failures import not_computed, quiet
 from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, select, tensors_in
 from lmc.symmetry.symmetries import Symmetries
 from lmc.weights import ModelOrWeights, Weights, as_weights, tied_names

@@ -59,54 +59,6 @@ def test_meta_device() -> None:
     assert sizes(spec) == [10]
 
 
-class Branch(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.a, self.b = nn.Linear(5, 10), nn.Linear(10, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x)
-        if h.sum() > 0:  # the graph depends on the data
-            h = torch.relu(h)
-        return self.b(h)
-
-
-class Nonzero(Branch):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x)
-        rows = [row for row in h if row.max().item() > 0.1]
-        return self.b(torch.stack(rows))
-
-
-class Selected(Branch):
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.a(x)
-        return h[h > 0].sum()
-
-
-class Numpy(Branch):
-    def forward(self, x: Tensor) -> Tensor:
-        return self.b(torch.from_numpy(self.a(x).detach().numpy()))
-
-
-@pytest.mark.parametrize(
-    ("module", "line"),
-    [
-        (Branch, "if h.sum() > 0"),
-        (Nonzero, "row.max().item()"),
-        (Selected, "h[h > 0]"),
-        (Numpy, ".numpy()"),
-    ],
-)
-def test_data_dependent_control_flow_names_the_line(module: type[nn.Module], line: str) -> None:
-    with pytest.raises(lmc.TraceError) as caught:
-        lmc.permutation_spec(module(), torch.randn(4, 5))
-    message = str(caught.value)
-    assert "test_bring_your_own.py" in message, message
-    assert line in message or f"{module.__name__}" in message or "line" in message, message
-    assert "from_patterns" in message, message  # what to do instead
-
-
 def test_inputs_that_do_not_fit() -> None:
     with pytest.raises((lmc.TraceError, lmc.InputError), match=r"4.*7|shape|mat1"):
         lmc.permutation_spec(Block(), torch.randn(4, 7))

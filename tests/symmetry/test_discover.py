@@ -282,12 +282,6 @@ def test_choice_among_values_that_may_tie_stays() -> None:
     assert found(differing, torch.randn(3, 4)) == [6]
 
 
-def test_sizes_that_depend_on_data_are_told() -> None:
-    model = Net(lambda m, x: (lambda h: h[h > 0].sum())(m.a(x)), a=nn.Linear(3, 4))
-    with pytest.raises(TraceError, match="test_discover.py:.*depends on the values.*from_patterns"):
-        discover(model, torch.randn(2, 3))
-
-
 def test_tied_weights_have_one_table_under_both_names() -> None:
     embed, out = nn.Embedding(9, 6), nn.Linear(6, 9, bias=False)
     out.weight = embed.weight
@@ -357,14 +351,6 @@ def test_wrong_inputs_tell_the_model_s_own_error() -> None:
     with pytest.raises(TraceError, match=r"cannot trace Sequential\(float32\[2, 4\]\)") as caught:
         discover(nn.Sequential(nn.Linear(3, 5)), torch.randn(2, 4))
     assert isinstance(caught.value, LmcError) and caught.value.__cause__ is not None
-
-
-def test_control_flow_on_data_is_told_with_its_line() -> None:
-    def forward(m: Net, x: Tensor) -> Tensor:
-        return m.a(x) if x.sum() > 0 else m.b(x)
-
-    with pytest.raises(TraceError, match="test_discover.py:.*depends on the values.*from_patterns"):
-        discover(Net(forward, a=nn.Linear(3, 2), b=nn.Linear(3, 2)), torch.randn(2, 3))
 
 
 def test_messages_tell_shapes_not_numbers() -> None:

@@ -12,7 +12,8 @@ from lmc.symmetry.discovery.interpret import Facts, gather_facts
 from lmc.symmetry.discovery.siblings import conforming
 from lmc.symmetry.discovery.solve import Fibre, Solution, solve
 from lmc.symmetry.discovery.tables import Places
-from lmc.symmetry.discovery.trace import Graph, capture
+from lmc.symmetry.discovery.tracing.capture import capture
+from lmc.symmetry.discovery.tracing.graph import Graph
 from lmc.symmetry.group import Group, Table
 from lmc.symmetry.outputs import Inputs, OutputSelector
 
@@ -27,6 +28,8 @@ class Discovery:
         buffers: names of persistent buffers (they move with their units, but are statistics, not weights).
         aliases: second names of tied tensors -> the first name (both names have the same tables).
         frozen: (tensor, axis) -> why it does not move, for every axis of size > 1 that does not.
+        assumed: values of tensors, with the line that reads them, that decide on a size or a branch in the forward
+            pass: the groups are those of the sizes and branches of the example.
     """
 
     groups: dict[str, Group]
@@ -34,6 +37,7 @@ class Discovery:
     buffers: frozenset[str]
     aliases: dict[str, str]
     frozen: dict[tuple[str, int], str]
+    assumed: tuple[str, ...] = ()
 
 
 @dataclass(eq=False)
@@ -105,7 +109,7 @@ def discover(
     }
     frozen = reasons(graph, facts, solution, moved)
     second = {name: first for name, first in graph.aliases.items() if name != first}
-    return Discovery(groups, shapes, graph.buffers, second, frozen)
+    return Discovery(groups, shapes, graph.buffers, second, frozen, tuple(dict.fromkeys(graph.read.values())))
 
 
 def parameter_units(facts: Facts) -> np.ndarray:

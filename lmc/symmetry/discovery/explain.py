@@ -7,7 +7,7 @@ from torch.fx import Node
 
 from lmc.symmetry.discovery.interpret import Facts
 from lmc.symmetry.discovery.solve import Solution
-from lmc.symmetry.discovery.trace import Graph, module_path, source_line
+from lmc.symmetry.discovery.tracing.graph import Graph, module_path, source_line
 from lmc.symmetry.discovery.units import Ids, Units
 
 

@@ -11,14 +11,14 @@ from torch.utils import _pytree as pytree
 
 from lmc.core.progress import tqdm
 from lmc.errors import TraceError
-from lmc.symmetry.discovery.failures import BY_HAND, first_line
 from lmc.symmetry.discovery.provenance import Piece, chooses_without_ties, piece_tag, pieces, sorted_runs
 from lmc.symmetry.discovery.rules import core, interpret
 from lmc.symmetry.discovery.rules.chosen import settle
 from lmc.symmetry.discovery.rules.experts import run_of
 from lmc.symmetry.discovery.rules.registry import Op, Parts, is_operand, operands_in
 from lmc.symmetry.discovery.tags import Tag, along, make, shrink
-from lmc.symmetry.discovery.trace import Graph, Leaf, module_path, movable, source_line
+from lmc.symmetry.discovery.tracing.failures import BY_HAND, first_line
+from lmc.symmetry.discovery.tracing.graph import Graph, Leaf, module_path, movable, source_line
 from lmc.symmetry.discovery.units import Ids, Units
 
 LARGEST_CONSTANT = 1 << 24
@@ -41,6 +41,9 @@ def gather_facts(graph: Graph, progress: bool) -> Facts:
     facts.units.site = -1
     for node in graph.outputs:
         core.freeze(facts.units, settle(facts.units, known[node]), "output")
+    for node in graph.read:
+        if is_operand(known.get(node)):
+            core.freeze(facts.units, settle(facts.units, known[node]), "value that decides on a size or a branch")
     for node, name in graph.mutated:
         buffer = facts.tags.get(graph.aliases.get(name, name))
         if buffer is not None and is_operand(known.get(node)):
@@ -57,10 +60,10 @@ def interpret_nodes(graph: Graph, progress: bool) -> tuple[Facts, dict[Node, Any
     wanted = needed(graph, direct)
     for number, node in enumerate(tqdm(graph.nodes, "units", disable=not progress)):
         units.site = number
-        if node.op != "placeholder" and (node.op != "call_function" or node not in wanted):
+        if node.name not in graph.leaves and (node.op != "call_function" or node not in wanted):
             continue
         try:
-            if node.op == "placeholder":
+            if node.name in graph.leaves:
                 known[node] = leaf_tag(units, graph.leaves[node.name], node, tags, graph)
             elif node in direct:
                 part = settle(units, known[direct[node].part])
@@ -96,7 +99,7 @@ def parameter_tags(units: Units, graph: Graph) -> tuple[dict[str, Tag], dict[tup
 
 def needed(graph: Graph, direct: dict[Node, Piece]) -> set[Node]:
     """The nodes that outputs and overwritten buffers depend on."""
-    stack = [*graph.outputs, *(node for node, _ in graph.mutated)]
+    stack = [*graph.outputs, *graph.read, *(node for node, _ in graph.mutated)]
     seen: set[Node] = set()
     while stack:
         node = stack.pop()
@@ -231,7 +234,17 @@ def call(units: Units, node: Node, known: dict[Node, Any], differ: bool) -> Any:
         and not takes_shape_only(node)
     ):
         return evaluated(units, node, args, kwargs, shapes)
-    return interpret(Op(units, node.target, shapes, differ), args, kwargs)
+    return interpret(Op(units, node.target, shapes, differ, masks_in(node)), args, kwargs)
+
+
+def masks_in(node: Node) -> frozenset[int]:
+    """Which of the indices of an indexing operator are masks."""
+    indices = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) else ()
+    return frozenset(
+        number
+        for number, index in enumerate(indices)
+        if isinstance(index, Node) and index.meta["val"].dtype in (torch.bool, torch.uint8)
+    )
 
 
 def is_deterministic(target: Any) -> bool:
@@ -249,7 +262,7 @@ def evaluated(units: Units, node: Node, args: Any, kwargs: Any, shapes: tuple[tu
     elif not operands_in((args, kwargs)):
         by_rule = tuple(core.still(units, s, reason) for s in shapes)
     else:
-        by_rule = interpret(Op(units, node.target, shapes), args, kwargs)
+        by_rule = interpret(Op(units, node.target, shapes, masks=masks_in(node)), args, kwargs)
     parts = [
         settle(units, by_rule if len(shapes) == 1 and is_operand(by_rule) else by_rule[k]) for k in range(len(shapes))
     ]

@@ -24,7 +24,7 @@ from torch.fx import Node
 
 from lmc.symmetry.discovery.rules.moves import reshape, window
 from lmc.symmetry.discovery.tags import Tag
-from lmc.symmetry.discovery.trace import Graph
+from lmc.symmetry.discovery.tracing.graph import Graph
 from lmc.symmetry.discovery.units import Units
 
 INJECTIVE = set(
@@ -208,24 +208,25 @@ def counted(ends: Node, experts: int) -> Node | None:
         return None
     count = uncast(total.args[0])
     args: tuple[Any, ...] = count.args
-    told = short_name(count) == "histc" and args[1:] == (experts, 0, experts - 1)
-    told |= short_name(count) == "bincount" and args[1:] == (None, experts)
+    given = {"histc": (experts, 0, experts - 1), "bincount": (None, experts)}
+    told = args[1:] == given.get(short_name(count), "no count")
     return uncast(args[0]) if told else None
 
 
 def is_sorted(rows: Node) -> bool:
     """Whether a vector holds its numbers in ascending order: the values of a sort, or looked up in a sort's order."""
-    args: tuple[Any, ...] = rows.args
+    args: Any = rows.args
     if rows.meta["val"].dim() != 1:
         return False
     if short_name(rows) == "index" and len(args[1]) == 1:
-        return is_result(args[1][0], 1) and uncast(args[1][0].args[0].args[0]) is uncast(args[0])
+        order = args[1][0]
+        return is_result(order, 1) and uncast(order.args[0].args[0]) is uncast(args[0])
     return is_result(rows, 0)
 
 
 def is_result(node: Any, number: int) -> bool:
     """Whether a node is the values (0) or the order (1) of an ascending sort."""
-    return (
+    return bool(
         isinstance(node, Node)
         and node.target is operator.getitem
         and node.args[1] == number

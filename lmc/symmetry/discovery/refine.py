@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from lmc.symmetry.discovery.units import Ids, Units
 
@@ -118,7 +116,7 @@ def structure(units: Units) -> Structure:
     locked = both & (size[edges.child] == size[edges.parent])
     owner, count = components(edges.child[locked], edges.parent[locked], units.total, active)
     cells = int(cell.max()) + 1
-    cell_kind = connected_components(_graph(cell[edges.child[locked]], cell[edges.parent[locked]], cells), False)[1]
+    cell_kind = connected(cell[edges.child[locked]], cell[edges.parent[locked]], cells)
     kind = np.zeros(count, np.int64)
     kind[owner[active]] = cell_kind[cell[active]]
     place = np.zeros(units.total, np.int64)
@@ -128,13 +126,18 @@ def structure(units: Units) -> Structure:
     return Structure(edges, cell, active, owner, place, kind, climbs)
 
 
-def _graph(a: Ids, b: Ids, n: int) -> coo_array:
-    return coo_array((np.ones(a.size, np.int8), (a, b)), shape=(n, n))
+def connected(a: Ids, b: Ids, n: int) -> Ids:
+    """For each of n things, the number of its connected component under the pairs (a, b)."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    pairs = coo_array((np.ones(a.size, np.int8), (a, b)), shape=(n, n))
+    return connected_components(pairs, directed=False)[1].astype(np.int64)
 
 
 def components(a: Ids, b: Ids, n: int, active: npt.NDArray[np.bool_]) -> tuple[Ids, int]:
     """Connected components of the active units under the pairs (a, b), numbered by smallest unit; -1 elsewhere."""
-    labels = connected_components(_graph(a, b, n), directed=False)[1].astype(np.int64)
+    labels = connected(a, b, n)
     first = np.full(int(labels.max()) + 1 if n else 0, n)
     members = np.flatnonzero(active)
     np.minimum.at(first, labels[members], members)

@@ -6,6 +6,7 @@ first sibling, carried over by the exchange, serve for every other; what was fou
 places. A family for which that does not hold is left out: fewer groups, but each of them right.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -15,6 +16,7 @@ from lmc.symmetry.group import Group, Table
 
 Groups = dict[str, Group]
 Shapes = dict[str, tuple[int, ...]]
+Within = tuple[tuple[str, int], ...]
 
 
 def conforming(groups: Groups, shapes: Shapes) -> Groups:
@@ -39,7 +41,7 @@ def depth(groups: Groups, group: Group) -> int:
 
 
 def align(
-    group: Group, found: Groups, kept: Groups, by_place: dict[tuple[str, object], Group], shapes: Shapes
+    group: Group, found: Groups, kept: Groups, by_place: Mapping[tuple[str, Within], Group], shapes: Shapes
 ) -> Group | None:
     """The group with the rows of its siblings in unit 0 of each group around it; none where these differ or lack."""
     result = group

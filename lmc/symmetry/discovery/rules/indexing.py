@@ -56,14 +56,32 @@ def at_points(op: Op, x: Tag, dim: int, index: Tag) -> Tag:
 def index(op: Op, x: Tag, indices: Sequence[Tag | None]) -> Operand:
     """Known indices: run. One unknown index: take. Several: the indexed dims are frozen."""
     x = fixed(op.units, x)
-    given = [(d, i) for d, i in enumerate(indices) if i is not None]
-    if all(i.value is not None for _, i in given):
+    if all(i is None or i.value is not None for i in indices):
         known = [i.value if i is not None else slice(None) for i in indices]
         full = range(len(x.shape))
         return picked(op.units, x, op.shape, full, lambda c: torch.from_numpy(np.array(c))[tuple(known)].numpy())
-    if len(given) == 1:
-        return take(op, x, *given[0])
-    return index_many(op, x, given)
+    given = as_integers(op, x, indices)
+    return take(op, x, *given[0]) if len(given) == 1 else index_many(op, x, given)
+
+
+def as_integers(op: Op, x: Tag, indices: Sequence[Tag | None]) -> list[tuple[int, Tag]]:
+    """(dim, integers) for each dim that is indexed. A mask over r dims stands for r vectors of the places at which it is
+    true; how many these are is the last size of what the indices broadcast to, read off the shape of the result."""
+    given: list[tuple[int, Tag | None]] = []
+    d = 0
+    for number, i in enumerate(indices):
+        if i is not None and number in op.masks:
+            core.freeze(op.units, i, "index chosen by data")
+            given += [(d + k, None) for k in range(len(i.shape))]
+            d += len(i.shape)
+        else:
+            given += [(d, i)] if i is not None else []
+            d += 1
+    dims = [d for d, _ in given]
+    place = dims[0] if dims == list(range(dims[0], dims[0] + len(dims))) else 0
+    last = place + len(op.shape) - (len(x.shape) - len(dims)) - 1
+    places = core.still(op.units, (op.shape[last],), "index chosen by data")
+    return [(d, places if i is None else i) for d, i in given]
 
 
 def index_many(op: Op, x: Tag, given: list[tuple[int, Tag]]) -> Tag:

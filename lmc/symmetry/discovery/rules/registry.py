@@ -37,13 +37,21 @@ EXPERTS: set[Rule] = set()
 
 @dataclass(frozen=True)
 class Op:
-    """One node being interpreted: the ledger, the operator, the shapes of its results, and, for an operator that chooses
-    among values, whether these are known to differ from each other."""
+    """One node being interpreted.
+
+    Attributes:
+        units: the ledger.
+        target: the operator.
+        shapes: of its results.
+        no_ties: for an operator that chooses among values, whether these are known to differ from each other.
+        masks: for an indexing operator, which of its indices are masks.
+    """
 
     units: Units
     target: Any
     shapes: tuple[Shape, ...]
     no_ties: bool = False
+    masks: frozenset[int] = frozenset()
 
     @property
     def shape(self) -> Shape:

@@ -1,11 +1,12 @@
 """I, the other way round: values put at, or added to, places chosen by data."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from lmc.symmetry.discovery.rules import core
 from lmc.symmetry.discovery.rules.indexing import at_points
-from lmc.symmetry.discovery.rules.moves import picked
+from lmc.symmetry.discovery.rules.moves import picked, reshape
 from lmc.symmetry.discovery.rules.registry import Op, fixed, named, rule
 from lmc.symmetry.discovery.tags import Tag
 
@@ -61,8 +62,19 @@ def index_add(op: Op, x: Tag, dim: int, index: Tag, src: Any, *_: Any, **__: Any
 
 @rule(*named("index_put _unsafe_index_put"), choices=True)
 def index_put(op: Op, x: Tag, indices: Sequence[Tag | None], values: Tag, accumulate: bool = False) -> Tag:
-    """Only the case of whole slices put at indices along the first dims."""
+    """Where one mask chooses, values that are alike for all places; or whole slices put at indices along the first dim."""
     x, values = fixed(op.units, x), fixed(op.units, values)
+    if op.masks and sum(i is not None for i in indices) == 1 and not accumulate:
+        (d,) = op.masks
+        mask = indices[d]
+        assert mask is not None
+        behind = x.shape[d + len(mask.shape) :]
+        if prod(values.shape[: max(0, len(values.shape) - len(behind))]) == 1 and d == 0:
+            where = Tag(
+                (*mask.shape, *(1,) * len(behind)), tuple(c.reshape(*c.shape, *(1,) * len(behind)) for c in mask.coords)
+            )
+            last = reshape(values, values.shape[max(0, len(values.shape) - len(behind)) :])
+            return core.pointwise(op.units, op.shape, [x, where, last])
     dims = [d for d, i in enumerate(indices) if i is not None]
     given = [i for i in indices if i is not None]
     if (

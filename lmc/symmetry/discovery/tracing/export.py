@@ -1,15 +1,14 @@
 """Module -> graph of tensor operators, by `torch.export` on fake tensors: no weight is read, nothing is computed.
 
-The module runs once, in evaluation mode, with its parameters and example inputs replaced by fakes that carry shapes
-only; in-place operators become ordinary ones, and operators for which we have no rule are decomposed where torch knows
-how. A module on a GPU, in half precision or on the meta device is captured as it is.
+The module runs once, with its parameters and example inputs replaced by fakes that carry shapes only; in-place
+operators become ordinary ones, and operators for which we have no rule are decomposed where torch knows how. A module
+on a GPU, in half precision or on the meta device is captured as it is.
 """
 
 import keyword
 import operator
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,45 +18,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from lmc.errors import InputError, TraceError
-from lmc.network.network import anew, call_with, uncalled
-from lmc.symmetry.discovery.failures import BY_HAND, Stopped, explained, is_user_file, named_lines, quiet, stopping
+from lmc.network.network import anew, call_with
 from lmc.symmetry.discovery.rules import is_pointwise, rule_of
-from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, select
-from lmc.weights import tied_names
-
-PREFIX = "subject."
-
-
-@dataclass(frozen=True)
-class Leaf:
-    """Where a placeholder of the graph comes from: a parameter, a saved buffer, a constant, or an input."""
-
-    kind: str
-    name: str
-    value: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Graph:
-    """The operators of one forward pass, in order.
-
-    Attributes:
-        nodes: the graph's nodes.
-        leaves: for each placeholder, by node name, where it comes from.
-        outputs: the nodes whose values must stay the same.
-        mutated: (node, buffer name) for buffers that the forward pass overwrites.
-        aliases: for each name in the state dict, the first name of the same tensor.
-        tensors: the state dict, by reference (not copied).
-        buffers: names of persistent buffers.
-    """
-
-    nodes: list[Node]
-    leaves: dict[str, Leaf]
-    outputs: list[Node]
-    mutated: list[tuple[Node, str]]
-    aliases: dict[str, str]
-    tensors: dict[str, Tensor]
-    buffers: frozenset[str]
+from lmc.symmetry.discovery.tracing.failures import BY_HAND, Stopped, explained, quiet, stopping
+from lmc.symmetry.discovery.tracing.graph import PREFIX, Graph, Leaf, aliases_of, module_path, movable, source_line
+from lmc.symmetry.outputs import OutputSelector, select
 
 
 class Selected(nn.Module):
@@ -97,20 +62,13 @@ class Renamed(nn.Module):
             return tuple(select(call_with(self.hidden[0], tensors, args, kwargs), self.outputs))
 
 
-def capture(model: nn.Module, example_inputs: Inputs, outputs: OutputSelector = None) -> Graph:
-    """Trace one forward pass of `model` into a graph of operators.
-
-    Args:
-        model: any module; neither its weights nor its modes are changed.
-        example_inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
-        outputs: which part of the output must stay the same, see `lmc.symmetry.outputs.select`.
+def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: OutputSelector) -> Graph:
+    """The graph of a module in evaluation mode.
 
     Raises:
-        TraceError: if the model rejects the inputs, or its forward pass depends on data in a way that no fixed graph
-            can express.
+        TraceError: if the model rejects the inputs, or what it does depends on the values of tensors.
+        InputError: if `outputs` makes no sense.
     """
-    args, kwargs = on_device_of(model, *as_call(example_inputs))
-    model = uncalled(model, kwargs or args)
     subject = wrapped(model, outputs)
     with quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         try:
@@ -156,15 +114,6 @@ def is_understood(node: Node) -> bool:
     return known and schema is not None and not schema.is_mutable
 
 
-def on_device_of(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """For a model without weights (meta device), inputs without values."""
-    if not any(t.is_meta for t in model.parameters()):
-        return args, kwargs
-    return pytree.tree_map(lambda a: a.to("meta") if isinstance(a, Tensor) else a, (args, kwargs))
-
-
 def decompositions() -> dict[Any, Any]:
     """Decompose only what has no rule: fewer, larger operators are faster to interpret and easier to explain."""
     table = torch.export.default_decompositions()
@@ -199,29 +148,9 @@ def graph_of(model: nn.Module, program: Any, names: Mapping[str, str]) -> Graph:
             target = str(spec.target).removeprefix(PREFIX)
             mutated.append((by_name[spec.arg.name], names.get(target, target)))
     buffers = frozenset(name for name in held if name in tensors)
-    aliases = {name: name for name in tensors} | tied_names(tensors)
-    return Graph(list(program.graph.nodes), leaves, outputs, mutated, aliases, tensors, buffers)
-
-
-def movable(tensor: Tensor) -> bool:
-    """Weights and statistics move; counters, masks and indices do not."""
-    return tensor.is_floating_point() or tensor.is_complex()
+    return Graph(list(program.graph.nodes), leaves, outputs, mutated, aliases_of(tensors), tensors, buffers)
 
 
 def input_name(placeholder: str) -> str:
     """`args_0` -> `0`, `kwargs_mask` or `mask` -> `mask`."""
     return re.sub(r"^(args|kwargs)_", "", placeholder)
-
-
-def module_path(node: Node) -> str:
-    """The path of the submodule that issued a node."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(entry[0]) for entry in stack.values()]
-    path = paths[-1] if paths else ""
-    return path.removeprefix("L['self'].").removeprefix(PREFIX).removeprefix(PREFIX[:-1])
-
-
-def source_line(node: Node) -> str:
-    """`file.py:line` of the user's code that issued a node, empty if unknown."""
-    frames = [f for f in named_lines(node.meta.get("stack_trace") or "") if is_user_file(f[0])]
-    return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""

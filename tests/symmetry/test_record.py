@@ -1,0 +1,179 @@
+"""Modules that export refuses: sizes, branches and masks decided by values, code that differs while compiling. One run
+on the example is recorded, what it assumed is kept, and what decides stays in place."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lmc
+from lmc.errors import TraceError
+from lmc.network.network import uncalled
+from lmc.symmetry.discovery.discover import Discovery, discover
+from lmc.symmetry.discovery.tracing.export import export
+from lmc.symmetry.discovery.tracing.record import record
+
+
+class Layers(nn.Module):
+    """Three layers, and what to do with them."""
+
+    def __init__(self, function: Callable[..., Tensor], table: bool = False) -> None:
+        super().__init__()
+        self.function = function
+        self.a: nn.Module = nn.Embedding(9, 8) if table else nn.Linear(5, 8)
+        self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 3)
+        self.edges = torch.tensor([[0, 1, 2, 2], [1, 2, 0, 2]])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self.function(self, *args, **kwargs)
+
+
+def branch(m: Layers, x: Tensor) -> Tensor:
+    h = m.a(x).relu()
+    return m.c(m.b(h).relu() if (x[:, 0] > 100).any().item() else h)
+
+
+def branch_on_units(m: Layers, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.c(h.relu() if h.mean() > -100 else h)
+
+
+def branch_on_one_unit(m: Layers, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.c(h.relu() if h[0, 0] > -100 else h)
+
+
+def lengths(m: Layers, x: Tensor, n: Tensor) -> Tensor:
+    return m.c(torch.cat([m.b(part.relu()).softmax(0) for part in m.a(x).split(n.tolist())]))
+
+
+def array(m: Layers, x: Tensor, n: Tensor) -> Tensor:
+    return m.c(m.a(x)[: int(n.numpy().max())].relu())
+
+
+def rows(m: Layers, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.c(h[x[:, 0] > -100].relu())
+
+
+def units_by_mask(m: Layers, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.c(h.relu()) * h[h > 0].sum()
+
+
+def masked_rows(m: Layers, x: Tensor) -> Tensor:
+    h = m.a(x).relu()
+    h[x[:, 0] > 0] = 0.0
+    return m.c(h[torch.nonzero(x[:, 1] > -100)[:, 0]])
+
+
+def convolve(m: Layers, layer: nn.Module, x: Tensor, edges: Tensor) -> Tensor:
+    edges = edges[:, edges[0] != edges[1]]
+    return layer(x) + torch.zeros_like(layer(x)).index_add(0, edges[1], layer(x)[edges[0]])
+
+
+def graph(m: Layers, x: Tensor, edges: Tensor) -> Tensor:
+    return m.c(convolve(m, m.b, convolve(m, m.a, x, edges).relu(), edges).relu())
+
+
+def stored_graph(m: Layers, x: Tensor) -> Tensor:
+    return graph(m, x, m.edges)
+
+
+def attention_over_edges(m: Layers, x: Tensor, edges: Tensor) -> Tensor:
+    h = m.a(x)
+    edges = edges[:, edges[0] != edges[1]]
+    score = (h[edges[0]] * m.b(h)[edges[1]]).sum(-1).exp()
+    total = x.new_zeros(len(x)).index_add(0, edges[1], score)
+    return m.c(torch.zeros_like(h).index_add(0, edges[1], h[edges[0]] * (score / total[edges[1]])[:, None]).relu())
+
+
+def while_compiling(m: Layers, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    if mask is None and not torch.compiler.is_compiling():
+        mask = torch.ones(len(x))
+    return m.c(m.a(x).relu() * mask[:, None])  # type: ignore[index]
+
+
+def words(m: Layers, ids: Tensor) -> Tensor:
+    return m.c(m.a(ids).relu()) * (2.0 if ids.max().item() > 3 else 1.0)
+
+
+X, N, E = torch.randn(5, 5), torch.tensor([2, 3]), torch.tensor([[0, 1, 2, 3, 2], [1, 2, 0, 4, 2]])
+CASES: dict[Callable[..., Tensor], tuple[tuple[Any, ...], list[int], str]] = {
+    branch: ((X,), [8], "a number that is read"),
+    branch_on_units: ((X,), [8], "a number that is read"),
+    branch_on_one_unit: ((X,), [7], "a number that is read"),
+    lengths: ((X, N), [8, 8], "a number that is read"),
+    array: ((X, N), [8], "a number that is read"),
+    rows: ((X,), [8], "how many are true in a mask"),
+    units_by_mask: ((X,), [], "how many are true in a mask"),
+    masked_rows: ((X,), [8], "the size of nonzero"),
+    graph: ((X, E), [8, 8], "how many are true in a mask"),
+    stored_graph: ((X[:3],), [8, 8], ""),
+    attention_over_edges: ((X, E[:, :3]), [8], "how many are true in a mask"),
+    while_compiling: ((X,), [8], ""),
+    words: ((torch.tensor([0, 5, 5]),), [8], "a number that is read"),
+}
+
+
+@pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
+def test_recorded(function: Callable[..., Tensor]) -> None:
+    inputs, sizes, assumed = CASES[function]
+    model = Layers(function, table=function is words)
+    with pytest.raises(TraceError):
+        export(uncalled(model, inputs), inputs, {}, None)
+    spec = lmc.permutation_spec(model, inputs)
+    assert [group.size for group in spec.groups.values()] == sizes, spec
+    assert spec.certify(model, inputs, seed=3).max_error < 1e-9
+    told = discover(model, inputs).assumed
+    assert any(assumed in line and "test_record.py" in line for line in told) if assumed else True, told
+
+
+def test_rows_of_a_table_that_the_example_does_not_use_stay() -> None:
+    """Integer inputs are data: what holds for these numbers only is no symmetry."""
+    result = discover(Layers(words, table=True), torch.tensor([0, 5, 5]))
+    assert ("a.weight", 0) in result.frozen
+
+
+def test_both_ways_in_agree() -> None:
+    """Where export works, the recorded run has the same symmetries, in-place operators and buffers included."""
+
+    def forward(m: Layers, x: Tensor) -> Tensor:
+        h = m.norm(m.a(x).relu_())
+        h[:, :2] *= 2
+        return m.c(h.view(-1, 2, 4).transpose(1, 2).flatten(1))
+
+    model = Layers(forward)
+    model.norm = nn.BatchNorm1d(8)
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    ways = [way(uncalled(model, X), (X,), {}, None) for way in (export, record)]
+    found = [groups_of(model, way) for way in ways]
+    assert found[0] == found[1]
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+def groups_of(model: nn.Module, graph: Any) -> list[tuple[int, list[str]]]:
+    from unittest.mock import patch
+
+    with patch("lmc.symmetry.discovery.discover.capture", lambda *_: graph):
+        result: Discovery = discover(model, X)
+    return [(group.size, sorted(group.tables)) for group in result.groups.values()]
+
+
+def test_the_module_of_the_caller_is_not_touched() -> None:
+    """What a forward pass keeps in attributes stays in a copy."""
+
+    def forward(m: Layers, x: Tensor) -> Tensor:
+        m.cache = m.a(x) if x.sum() > -1e9 else x
+        return m.c(m.cache)
+
+    model = Layers(forward).train()
+    discover(model, X)
+    assert not hasattr(model, "cache") and model.training
+
+
+def test_a_run_that_fails_tells_the_model_s_own_error() -> None:
+    with pytest.raises(TraceError, match=r"test_record.py:.*reduction dim|mat1 and mat2"):
+        discover(Layers(branch), torch.randn(5, 4))
