@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from scipy.linalg import eigh_tridiagonal
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -15,8 +14,8 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
+from lmc.landscape.evaluation.measured import Values
 from lmc.landscape.evaluation.objective import Objective
-from lmc.landscape.planes.grid import Values
 from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights, agreeing
 
@@ -179,6 +178,8 @@ def lanczos(
     small matrix approach those at the ends of the spectrum first. Every vector is made orthogonal to all before it, twice,
     or rounding would bring copies of converged eigenvalues. Where the space is exhausted, a fresh vector opens another.
     """
+    from scipy.linalg import eigh_tridiagonal  # slow to import
+
     basis = torch.empty(steps, size, dtype=torch.float64)
     diagonal: list[float] = []
     beside: list[float] = []

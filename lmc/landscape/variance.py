@@ -16,7 +16,7 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.landscape.paths.path import Values
+from lmc.landscape.evaluation.measured import Values
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.layers import preactivations, run_seen
 from lmc.network.network import Network, pick_device

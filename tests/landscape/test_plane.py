@@ -14,6 +14,7 @@ from lmc.landscape.evaluation.evaluator import evaluate
 from lmc.landscape.planes.grid import ThroughThree, axis, coarse_to_fine, filter_normalised
 from lmc.landscape.planes.plane import loss_plane, random_plane
 from lmc.landscape.planes.plane_result import Plane
+from lmc.landscape.planes.span import Frame, PlaneSpan
 from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.weights import distance, mean
 
@@ -48,11 +49,17 @@ def test_the_triangle_keeps_all_distances(three):
     assert triangle.places[0] == (0.0, 0.0) and triangle.places[2][1] == 0.0 and triangle.height > 0
 
 
+def shares_in(triangle, x, y):
+    """What the first, second and third model have in the point (x, y)."""
+    third, second = Frame(PlaneSpan({}, [{}, {}]), [], triangle.units).inside(x, y)
+    return 1.0 - second - third, second, third
+
+
 def test_shares_are_exact_at_the_models_and_sum_to_one(three):
     triangle = ThroughThree.of(three, "ABC", three[0])
-    assert [triangle.shares(*place) for place in triangle.places] == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
+    assert [shares_in(triangle, *place) for place in triangle.places] == [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
     for x, y in ((-3.0, 1.5), (2.0, -0.7)):
-        shares = triangle.shares(x, y)
+        shares = shares_in(triangle, x, y)
         assert sum(shares) == pytest.approx(1.0)
         places = np.array(triangle.places)
         np.testing.assert_allclose(shares @ places, (x, y), atol=1e-12)  # the point is the mixture of the places
@@ -61,7 +68,7 @@ def test_shares_are_exact_at_the_models_and_sum_to_one(three):
 def test_points_of_the_plane_are_as_far_apart_as_they_are_drawn(three):
     triangle = ThroughThree.of(three, "ABC", three[0])
     p, q = (-0.3, 0.9), (1.7, 2.2)
-    states = [mean(three, triangle.shares(*point)) for point in (p, q)]
+    states = [mean(three, shares_in(triangle, *point)) for point in (p, q)]
     assert distance(*states) == pytest.approx(math.dist(p, q), rel=1e-5)
 
 
@@ -289,7 +296,7 @@ def test_the_plot_shows_losses_and_the_models_in_their_places(plane):
 
 
 def test_the_cost_of_a_long_plane_is_told(three, monkeypatch, capsys):
-    monkeypatch.setattr("lmc.landscape.planes.survey.LONG", 0.0)
+    monkeypatch.setattr("lmc.landscape.evaluation.evaluation.LONG", 0.0)
     loss_plane(classifier(0, SIZES), three, DATA, resolution=5)
     assert "plane: 22 points to evaluate, about" in capsys.readouterr().out
     loss_plane(classifier(0, SIZES), three, DATA, resolution=5, progress=False)

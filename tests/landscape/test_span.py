@@ -9,9 +9,11 @@ import torch
 from torch import nn
 
 import lmc
+from lmc.landscape.evaluation.evaluation import Evaluation
 from lmc.landscape.evaluation.evaluator import Evaluator, evaluate
+from lmc.landscape.planes.first_layer import FirstLayer, Products, find_first_layer
 from lmc.landscape.planes.plane import loss_plane, random_plane
-from lmc.landscape.planes.span import FirstLayer, Products, Span, find_first_layer
+from lmc.landscape.planes.span import PlaneSpan
 from lmc.landscape.planes.workers import Workers
 from lmc.network.network import Network
 from lmc.weights import mean
@@ -39,7 +41,7 @@ def data(*shape, count=40, dtype=torch.float32):
 
 def test_a_span_gives_the_mean_of_its_three_weight_sets():
     states = [cnn(seed).state_dict() for seed in (1, 2, 3)]
-    span = Span.through(*states)
+    span = PlaneSpan.through(*states)
     for u, v in ((0.0, 0.0), (0.3, 0.6), (-0.4, 1.2)):
         for name, tensor in mean(states, [1 - u - v, u, v]).items():
             np.testing.assert_allclose(span(u, v)[name], tensor, rtol=1e-5, atol=1e-6)
@@ -48,7 +50,7 @@ def test_a_span_gives_the_mean_of_its_three_weight_sets():
 
 def test_what_has_no_direction_stays_and_dtypes_are_kept():
     state = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(2, dtype=torch.float64), "n": torch.tensor(7)}
-    moved = Span(state, [{"a": torch.full((3,), 2.0)}, {}])(0.5, 3.0)
+    moved = PlaneSpan(state, [{"a": torch.full((3,), 2.0)}, {}])(0.5, 3.0)
     assert moved["a"].tolist() == [2.0] * 3 and moved["b"] is state["b"] and moved["n"] is state["n"]
     assert moved["a"].dtype == torch.bfloat16
 
@@ -84,7 +86,7 @@ def test_a_layer_that_is_called_twice_is_left_alone():
 @pytest.mark.parametrize("make", [mlp, cnn])
 def test_mixed_products_are_what_the_layer_puts_out(make):
     inputs, _ = data(4, 5) if make is mlp else data(4, 5, 5)
-    span = Span.through(*(make(seed).double().state_dict() for seed in (1, 2, 3)))
+    span = PlaneSpan.through(*(make(seed).double().state_dict() for seed in (1, 2, 3)))
     inputs = inputs.double()
     plain, network = Network(make(0).double(), CPU), Network(make(0).double(), CPU)
     name = find_first_layer(network, inputs)
@@ -100,12 +102,12 @@ def test_mixed_products_are_what_the_layer_puts_out(make):
 
 def test_products_are_made_once_and_within_the_memory(monkeypatch):
     inputs, _ = data(20)
-    span, layer = Span.through(*(mlp(seed).state_dict() for seed in (1, 2, 3))), mlp(0)[1]
+    span, layer = PlaneSpan.through(*(mlp(seed).state_dict() for seed in (1, 2, 3))), mlp(0)[1]
     products = Products(span, "1", layer, [inputs])
     found = products.of(inputs[:8])
     assert len(found) == 3 and products.of(inputs[:8]) is found
     assert products.of(inputs.clone()) is None
-    monkeypatch.setattr("lmc.landscape.planes.span.PRODUCT_BYTES", 0)
+    monkeypatch.setattr("lmc.landscape.planes.first_layer.PRODUCT_BYTES", 0)
     assert Products(span, "1", layer, [inputs]).of(inputs) is None
 
 
@@ -122,7 +124,7 @@ def test_planes_with_mixed_layers_equal_direct_evaluations(monkeypatch, batch_si
     model, split = mlp(0).double(), data(20, dtype=torch.float64)
     plane = random_points(model, split, batch_size=batch_size)
     assert len(used) >= 24 and all(found is not None for found in used)
-    monkeypatch.setattr("lmc.landscape.planes.span.FEWEST_INPUTS", 10**6)
+    monkeypatch.setattr("lmc.landscape.planes.first_layer.FEWEST_INPUTS", 10**6)
     made = len(used)
     plain = random_points(model, split, batch_size=batch_size)
     assert len(used) == made
@@ -134,7 +136,7 @@ def test_batch_statistics_see_the_mixed_layer_too(monkeypatch):
     models, split = [cnn(seed).double() for seed in (1, 2, 3)], data(4, 5, 5, dtype=torch.float64)
     planes = []
     for fewest in (16, 10**6):
-        monkeypatch.setattr("lmc.landscape.planes.span.FEWEST_INPUTS", fewest)
+        monkeypatch.setattr("lmc.landscape.planes.first_layer.FEWEST_INPUTS", fewest)
         planes.append(loss_plane(cnn(0).double(), models, split, resolution=5, progress=False))
     assert planes[0].recalibrated
     np.testing.assert_allclose(planes[0].losses["data"], planes[1].losses["data"], rtol=1e-6)
@@ -155,7 +157,7 @@ def one_by_one(model, split, **options):
 
 
 def test_a_traveller_is_written_where_it_is():
-    span = Span.through(*states_of(1, 2, 3))
+    span = PlaneSpan.through(*states_of(1, 2, 3))
     weights, go = span.traveller()
     places = {name: tensor.data_ptr() for name, tensor in weights.items()}
     for u, v in ((0.3, 0.6), (-0.4, 1.2), (0.0, 0.0)):
@@ -164,7 +166,7 @@ def test_a_traveller_is_written_where_it_is():
             np.testing.assert_allclose(weights[name], tensor, rtol=0, atol=0)
     assert {name: tensor.data_ptr() for name, tensor in weights.items()} == places
     mixed = states_of(1)[0] | {"3.bias": torch.zeros(3, dtype=torch.bfloat16)}
-    assert Span(mixed, [states_of(2)[0], {}]).traveller() is None
+    assert PlaneSpan(mixed, [states_of(2)[0], {}]).traveller() is None
 
 
 @pytest.mark.parametrize("tallied", [1, 3, 100])
@@ -220,9 +222,9 @@ def test_outputs_that_are_the_weights_themselves_are_kept_apart(monkeypatch):
             return self.logits.expand(len(x), 3)
 
     states = [{"logits": torch.tensor(logits)} for logits in ([0.5, 0.0, 0.1], [0.0, 3.0, 0.0], [-2.0, 0.0, 1.0])]
-    evaluator, span = Evaluator(Constant(), data(4)), Span.through(*states)
-    list(evaluator(states))
-    for i, score in Workers(evaluator, None, span, lambda i: (i / 7, -i / 5))(range(9)):
+    evaluation, span = Evaluation(Constant(), states, data(4)), PlaneSpan.through(*states)
+    evaluation.own()
+    for i, score in Workers(evaluation, span, lambda i: (i / 7, -i / 5))(range(9)):
         direct = evaluate(Constant(), span(i / 7, -i / 5), data(4))["data"]
         assert score["data"].loss == pytest.approx(direct.loss, rel=1e-6)
 
@@ -240,7 +242,10 @@ def three_threads(monkeypatch):
 
 
 def test_threads_give_what_one_gives(three_threads):
-    models, split = [cnn(seed) for seed in (1, 2, 3)], SimpleNamespace(train=data(4, 5, 5), test=data(4, 5, 5, count=20))
+    models, split = (
+        [cnn(seed) for seed in (1, 2, 3)],
+        SimpleNamespace(train=data(4, 5, 5), test=data(4, 5, 5, count=20)),
+    )
     threaded = loss_plane(cnn(0), models, split, resolution=7, progress=False)
     assert torch.get_num_threads() == 3
     torch.set_num_threads(1)
@@ -288,10 +293,10 @@ def test_an_error_in_a_thread_comes_out_and_all_threads_end(three_threads, monke
 
 
 def test_a_crew_that_is_left_early_stops(three_threads):
-    evaluator = Evaluator(mlp(0), data(20))
-    list(evaluator([mlp(0).state_dict()]))
-    span = Span.through(*(mlp(seed).state_dict() for seed in (1, 2, 3)))
-    points = Workers(evaluator, None, span, lambda i: (i / 1e6, 0.0))(range(10**6))
+    evaluation = Evaluation(mlp(0), [mlp(0)], data(20))
+    evaluation.own()
+    span = PlaneSpan.through(*(mlp(seed).state_dict() for seed in (1, 2, 3)))
+    points = Workers(evaluation, span, lambda i: (i / 1e6, 0.0))(range(10**6))
     i, score = next(points)
     direct = evaluate(mlp(0), span(i / 1e6, 0.0), data(20))["data"]
     assert score["data"].loss == pytest.approx(direct.loss, rel=1e-5)

@@ -89,7 +89,7 @@ def test_every_point_equals_a_direct_evaluation(triangle):
     soup = evaluate(MODEL, mean(STATES[:3]), DATA)["test"].loss
     assert triangle.uniform.values["test"]["loss"] == pytest.approx(soup, rel=1e-6)
     shares = [0.11, 0.25, 0.64]
-    assert triangle.exact(shares)["test"]["loss"] == pytest.approx(
+    assert triangle.exact(*shares)["test"].loss == pytest.approx(
         evaluate(MODEL, mean(STATES[:3], shares), DATA)["test"].loss
     )
 
@@ -211,7 +211,7 @@ def test_unusable_arguments_are_named():
 def test_shares_that_are_no_mixture_are_refused(triangle):
     for shares in ([0.5, 0.5], [0.5, 0.5, 0.5], [math.nan, 0.5, 0.5]):
         with pytest.raises(InputError, match="shares"):
-            triangle.exact(shares)
+            triangle.exact(*shares)
         with pytest.raises(InputError, match="shares"):
             triangle.interpolate(shares)
     with pytest.raises(InputError, match="at least 0"):

@@ -16,9 +16,10 @@ from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.curves.training import Schedule, train_bends
+from lmc.landscape.evaluation.evaluation import Evaluation
+from lmc.landscape.evaluation.measured import Values
 from lmc.landscape.evaluation.objective import Objective
-from lmc.landscape.paths.path import Path, mixture_path
-from lmc.landscape.planes.grid import Values
+from lmc.landscape.paths.path import Path, mixture_path, points_of
 from lmc.landscape.planes.plane import loss_plane
 from lmc.landscape.planes.plane_result import Plane
 from lmc.network.copies import fresh_copy
@@ -96,12 +97,12 @@ class Curve(Result):
         """
         if not isinstance(alphas, int) and not all(0.0 <= alpha <= 1.0 for alpha in np.ravel(alphas)):
             raise InputError(f"alphas={alphas}; a curve has points from 0 to 1 only")
-        return mixture_path(
+        bends = [f"bend {j}" for j in range(1, len(self.controls) - 1)]
+        evaluation = Evaluation(
             self.model,
             self.controls,
-            self.shares,
             data,
-            alphas,
+            names=("a", *bends, "b"),
             repair=repair,
             inputs=inputs,
             loss=loss,
@@ -110,7 +111,9 @@ class Curve(Result):
             batch_size=batch_size,
             device=device,
             progress=progress,
+            predictions=True,
         )
+        return mixture_path(evaluation, self.shares, points_of(alphas))
 
     def plane(self, data: Any, *, resolution: int = 41, **options: Any) -> Plane:
         """The plane that holds the curve, with the curve and the straight line drawn in it.

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
+from lmc.landscape.evaluation.measured import Values
 from lmc.landscape.evaluation.objective import Objective
-from lmc.landscape.planes.grid import Values
 from lmc.weights import Weights, tied_names
 
 

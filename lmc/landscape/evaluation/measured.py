@@ -1,12 +1,22 @@
 """What paths, planes and mixtures have in common: values of measures on splits, one for each of their points."""
 
-from lmc.landscape.planes.grid import Values
+import numpy as np
+import numpy.typing as npt
+
+Values = npt.NDArray[np.float64]
 
 
 class Measured:
-    """A result that holds `values`: split -> measure -> one value per point, in the shape of its points."""
+    """A result that holds `values`: split -> measure -> one value per point, in the shape of its points.
+
+    Attributes:
+        unit: of the loss; empty where it is not known.
+        higher: the measures of which higher values are better.
+    """
 
     values: dict[str, dict[str, Values]]
+    unit: str
+    higher: tuple[str, ...]
 
     @property
     def split(self) -> str:

@@ -3,10 +3,9 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -14,24 +13,16 @@ from lmc.core.codec import UNSAVED
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.landscape.evaluation.evaluator import Evaluator
-from lmc.landscape.evaluation.live import Bench, Live
-from lmc.landscape.evaluation.measured import Measured
-from lmc.landscape.evaluation.points import REPAIRS, preparation, renormalizer, run
+from lmc.landscape.evaluation.evaluation import Evaluation, Repair
+from lmc.landscape.evaluation.live import Live
+from lmc.landscape.evaluation.measured import Measured, Values
 from lmc.landscape.evaluation.predictions import Predictions, collect
-from lmc.landscape.evaluation.scores import Score
 from lmc.landscape.paths.barriers import Barrier, Baseline, barrier
-from lmc.network.batches import Split
-from lmc.network.network import pick_device
 from lmc.network.task import Loss, Outputs, Task
-from lmc.weights import ModelOrWeights, Weights, agreeing, mean
+from lmc.weights import ModelOrWeights
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-Values = npt.NDArray[np.float64]
-Repair: TypeAlias = Literal["auto", "repair", "closed_form"] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,13 +31,15 @@ class Path(Measured, Result):
 
     Attributes:
         alphas: (P,) ascending, 0 and 1 among them.
-        values: split -> measure -> (P,): "loss" (nats), "accuracy" (a fraction) and any further metric; NaN at points
-            that an interrupt left out.
+        values: split -> measure -> (P,): "loss", "accuracy" (a fraction) and any further metric; NaN at points that an
+            interrupt left out.
         own: split -> measure -> the values of a and of b as they were given. With batch statistics re-estimated they may
             differ from the ends of the curve, where the statistics are re-estimated as everywhere; otherwise they agree.
         recalibrated: batch statistics were re-estimated at every point.
         predictions: what the networks predict, for `explore`; None for anything but a classification.
         repaired: "repair" or "closed_form" where the statistics of all layers were repaired between the ends.
+        unit: of the loss.
+        higher: the measures of which higher values are better.
         exact: evaluates any other point, `exact(alpha)[split].loss`; it keeps the networks and data alive. None for a
             path that was read from a file.
     """
@@ -57,6 +50,8 @@ class Path(Measured, Result):
     recalibrated: bool = False
     predictions: Predictions | None = field(default=None, repr=False)
     repaired: str | None = None
+    unit: str = "nats"
+    higher: tuple[str, ...] = ("accuracy",)
     exact: Live | None = field(default=None, repr=False, metadata=UNSAVED)
 
     @property
@@ -75,7 +70,12 @@ class Path(Measured, Result):
         return self.barrier_of("error").value if self.split in self.accuracies else math.nan
 
     def barrier_of(self, measure: str, split: str | None = None, baseline: Baseline = "linear") -> Barrier:
-        """The barrier of "loss", "error" (100 - accuracy in percent) or a metric that is lower when better."""
+        """The barrier of "loss", "error" (100 - accuracy in percent) or a metric; of one that is higher when better, it is
+        the deepest fall below the baseline.
+
+        Raises:
+            InputError: a split or a measure that there is not, or an end that is not a number.
+        """
         split = self.split if split is None else split
         if split not in self.values:
             raise InputError(f"split={split!r}; this path has {', '.join(self.values)}")
@@ -84,6 +84,9 @@ class Path(Measured, Result):
         if name not in measures:
             raise InputError(f"measure={measure!r}; {split} has {', '.join(measures)}")
         heights = 100.0 * (1.0 - measures[name]) if measure == "error" else measures[name]
+        if measure in self.higher:
+            found = barrier(self.alphas, -heights, baseline=baseline)
+            return replace(found, midpoint=-found.midpoint, start=-found.start, end=-found.end)
         return barrier(self.alphas, heights, baseline=baseline)
 
     def barriers(self) -> "pd.DataFrame":
@@ -163,22 +166,22 @@ def loss_path(
             averaged statistics, with a warning. "repair" gives every layer between the ends the mean and spread that it
             has in a and b, averaged, whatever the network is normalised by (see `lmc.repair`), "closed_form" does so in
             closed form; both leave the ends as they are.
-        inputs: inputs to estimate all these from (default: 2048 evenly spaced inputs of the train split, or
-            of the only one; labels are not used).
+        inputs: unlabelled, to estimate all these from (default: 2048 evenly spaced ones of the train split, or of the
+            only one).
         loss, metrics, outputs, batch_size, device: as for `lmc.landscape.evaluate`.
         progress: show a bar when it takes more than about two seconds.
 
     Raises:
         MismatchError: a, b and the model are not of one architecture, dtype and device.
-        WeightsError: weights that are not finite. DataError: unusable data. InputError: an unusable argument.
+        WeightsError: weights that are not finite.
+        DataError: unusable data.
+        InputError: an unusable argument.
     """
-    a, b = agreeing([a, b], "ab", model=model)
-    return mixture_path(
+    evaluation = Evaluation(
         model,
         (a, b),
-        lambda alpha: (1.0 - alpha, alpha),
         data,
-        alphas,
+        names=("a", "b"),
         repair=repair,
         inputs=inputs,
         loss=loss,
@@ -187,82 +190,46 @@ def loss_path(
         batch_size=batch_size,
         device=device,
         progress=progress,
+        repairs=True,
+        predictions=True,
+    )
+    return mixture_path(evaluation, lambda alpha: (1.0 - alpha, alpha), points_of(alphas))
+
+
+def mixture_path(evaluation: Evaluation, shares: Callable[[float], Sequence[float]], alphas: Values) -> Path:
+    """The path from the first to the last model of an evaluation on which each has the share `shares(alpha)`."""
+    prepared = evaluation.prepare is not None
+    own = list(evaluation.evaluator([evaluation.states[0], evaluation.states[-1]])) if prepared else None
+    order = _coarse_to_fine(alphas)
+    points = (evaluation.mixed(shares(float(alphas[i]))) for i in order)
+    found = evaluation.run(points, order, "path", fewest=2)
+    scores = [found.get(i) for i in range(len(alphas))]
+    ends = own or [found[i] for i in order[:2]]
+    values: dict[str, dict[str, Values]] = {}
+    for split, first in ends[0].items():
+        curves = {m: [math.nan if s is None else s[split].values[m] for s in scores] for m in first.values}
+        values[split] = {measure: np.array(curve, dtype=np.float64) for measure, curve in curves.items()}
+    kept = {
+        split: {measure: (ends[0][split].values[measure], ends[1][split].values[measure]) for measure in measures}
+        for split, measures in values.items()
+    }
+    shown = evaluation.evaluator.splits[-1]
+    predicted: list[Tensor | None] = [None if score is None else score[shown.name].predictions for score in scores]
+    return Path(
+        alphas,
+        values,
+        kept,
+        prepared,
+        collect(shown, predicted),
+        evaluation.repaired,
+        evaluation.evaluator.task.unit,
+        tuple(evaluation.evaluator.task.higher),
+        Live(evaluation, lambda evaluation, alpha: evaluation.mixed(shares(alpha))),
     )
 
 
-def mixture_path(
-    model: nn.Module,
-    controls: Sequence[Weights],
-    shares: Callable[[float], Sequence[float]],
-    data: Any,
-    alphas: int | Sequence[float],
-    *,
-    repair: Repair,
-    inputs: Any,
-    loss: Loss | Task | None,
-    metrics: Mapping[str, Loss] | None,
-    outputs: Outputs,
-    batch_size: int | None,
-    device: torch.device | str | None,
-    progress: bool,
-) -> Path:
-    """The path from the first of `controls` to the last on which each has the share `shares(alpha)`; see `loss_path`."""
-    grid = _grid(alphas)
-    if repair is not None and repair != "auto" and repair not in REPAIRS:
-        raise InputError(f'repair={repair!r}; expected "auto", "repair", "closed_form" or None')
-
-    def bench() -> Bench:
-        evaluator = Evaluator(
-            model,
-            data,
-            loss=loss,
-            metrics=metrics,
-            outputs=outputs,
-            batch_size=batch_size,
-            device=pick_device(device, controls[0]),
-            predictions=True,
-        )
-        evaluator.network.check(controls[0], "a")
-        moved = [{name: tensor.to(evaluator.device) for name, tensor in weights.items()} for weights in controls]
-        if repair in REPAIRS:
-            average = renormalizer(evaluator, moved, repair, inputs, progress)
-            return evaluator, None, lambda alpha: average(shares(alpha))
-        prepare = preparation(evaluator, repair, inputs, stacklevel=5)
-        return evaluator, prepare, lambda alpha: mean(moved, shares(alpha))
-
-    evaluator, prepare, state_at = bench()
-    own = list(evaluator([controls[0], controls[-1]])) if prepare is not None else None
-    order = _coarse_to_fine(grid)
-    points = (state_at(float(grid[i])) for i in order)
-    states = points if prepare is None else (prepare(state) for state in points)
-    scores = run(evaluator, states, order, "path", progress, fewest=2)
-    path = _assemble(grid, [scores.get(i) for i in range(len(grid))], own, evaluator.splits)
-    return replace(path, repaired=repair if repair in REPAIRS else None, exact=Live(bench, controls))
-
-
-def _assemble(
-    grid: Values,
-    scores: list[dict[str, Score] | None],
-    own: list[dict[str, Score]] | None,
-    splits: list[Split],
-) -> Path:
-    ends = own or [found for alpha, found in zip(grid, scores, strict=True) if alpha in (0.0, 1.0) and found]
-    values: dict[str, dict[str, Values]] = {}
-    for split in splits:
-        values[split.name] = {}
-        for measure in ends[0][split.name].values:
-            curve = [math.nan if score is None else score[split.name].values[measure] for score in scores]
-            values[split.name][measure] = np.array(curve, dtype=np.float64)
-    kept = {
-        name: {measure: (ends[0][name].values[measure], ends[1][name].values[measure]) for measure in measures}
-        for name, measures in values.items()
-    }
-    shown = splits[-1]
-    predicted: list[Tensor | None] = [None if score is None else score[shown.name].predictions for score in scores]
-    return Path(grid, values, kept, own is not None, collect(shown, predicted))
-
-
-def _grid(alphas: int | Sequence[float]) -> Values:
+def points_of(alphas: int | Sequence[float]) -> Values:
+    """The points that `alphas` of `loss_path` stand for, ascending."""
     if isinstance(alphas, int):
         if alphas < 3 or alphas % 2 == 0:
             raise InputError(

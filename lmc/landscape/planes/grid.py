@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from lmc.errors import InputError
-from lmc.landscape.planes.span import difference
+from lmc.landscape.evaluation.measured import Values
+from lmc.landscape.planes.span import as_reals, difference
 from lmc.weights import Weights
-
-Values = npt.NDArray[np.float64]
+from lmc.weights.numbers import inexact
 
 FLATTEST = 1e-3  # height over side below which a triangle counts as a line
 
@@ -57,11 +57,10 @@ class ThroughThree:
         """Where the three models lie."""
         return [(0.0, 0.0), (self.foot, self.height), (self.side, 0.0)]
 
-    def shares(self, x: float, y: float) -> tuple[float, float, float]:
-        """What each model has in the point (x, y): numbers that sum to 1, exactly (1, 0, 0) and so on at the models."""
-        second = y / self.height
-        third = (x - second * self.foot) / self.side
-        return 1.0 - second - third, second, third
+    @property
+    def units(self) -> Values:
+        """(2, 2) the places of the third and of the second model, in columns."""
+        return np.array([[self.side, self.foot], [0.0, self.height]])
 
     @classmethod
     def of(cls, models: Sequence[Weights], names: Sequence[str], parameters: Iterable[str]) -> "ThroughThree":
@@ -138,10 +137,11 @@ def filter_normalised(weights: Weights, parameters: Iterable[str], generator: to
     direction = {}
     for name in parameters:
         tensor = weights[name]
-        if tensor.ndim < 2 or not tensor.is_floating_point():
+        if tensor.ndim < 2 or not inexact(tensor):
             continue
-        random = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor.device)
-        lengths = tensor.float().flatten(1).norm(dim=1) / random.flatten(1).norm(dim=1).clamp_min(1e-10)
+        dtype = torch.complex64 if tensor.is_complex() else torch.float32
+        random = torch.randn(tensor.shape, generator=generator, dtype=dtype).to(tensor.device)
+        lengths = tensor.to(dtype).flatten(1).norm(dim=1) / random.flatten(1).norm(dim=1).clamp_min(1e-10)
         direction[name] = random * lengths.reshape(-1, *[1] * (tensor.ndim - 1))
     return direction
 
@@ -156,7 +156,7 @@ def _mixed(differences: Sequence[Weights], shares: Values) -> Weights:
 
 
 def _difference(a: Tensor, b: Tensor) -> Tensor:
-    return (a.double() - b.double()).flatten()
+    return (as_reals(a).double() - as_reals(b).double()).flatten()
 
 
 def _flat(names: Sequence[str], why: str) -> str:

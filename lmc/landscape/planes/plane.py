@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from lmc.errors import InputError
-from lmc.landscape.planes.grid import Principal, ThroughThree, Values, axis, filter_normalised
+from lmc.landscape.evaluation.evaluation import Evaluation
+from lmc.landscape.evaluation.measured import Values
+from lmc.landscape.planes.grid import Principal, ThroughThree, axis, filter_normalised
 from lmc.landscape.planes.plane_result import Plane
-from lmc.landscape.planes.span import Span
-from lmc.landscape.planes.survey import Layout, Options, Survey
-from lmc.network.task import Loss, Task
+from lmc.landscape.planes.span import Frame, PlaneSpan
+from lmc.landscape.planes.survey import Layout, survey
+from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights
 
 Resolution = int | tuple[int, int]
@@ -33,6 +35,7 @@ def loss_plane(
     inputs: Any = None,
     loss: Loss | Task | None = None,
     metrics: Mapping[str, Loss] | None = None,
+    outputs: Outputs = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -58,13 +61,14 @@ def loss_plane(
             their range, as far as points that are held out can tell, and interpolates the others: of 51 x 51 points,
             most often a tenth. `plane.evaluated` says which, `plane.error` how far off.
         resume: an unfinished plane of the same arguments, whose points are taken over.
-        repair, inputs, loss, metrics, batch_size, device: as for `loss_path`.
+        repair, inputs, loss, metrics, outputs, batch_size, device: as for `loss_path`.
         progress: show a bar, and tell the cost of a long plane before it starts.
 
     Raises:
         InputError: models on one line, or an unusable argument.
         MismatchError: models of different architectures, dtypes or devices.
-        WeightsError: weights that are not finite. DataError: unusable data.
+        WeightsError: weights that are not finite.
+        DataError: unusable data.
     """
     if len(models) != 3 or isinstance(models, Mapping):
         raise InputError(f"models: expected three networks, got {len(models)}")
@@ -72,21 +76,31 @@ def loss_plane(
         raise InputError(f"names={names!r}; expected three different names")
     counts = _counts(resolution)
     _check_margin(margin)
-    options = Options(tolerance, resume, repair, inputs, loss, metrics, batch_size, device, progress)
-    survey = Survey(model, dict(zip(names, models, strict=True)), data, options)
-    first, second, third = survey.states.values()
-    frame = ThroughThree.of((first, second, third), names, survey.parameters)
-    x, y = (_through([place[i] for place in frame.places], margin, counts[i]) for i in (0, 1))
-    return survey.plane(
-        Layout(
-            Span.through(first, second, third),
-            lambda x, y: frame.shares(x, y)[1:],
-            x,
-            y,
-            dict(zip(names, frame.places, strict=True)),
-            (f"distance from {names[0]} towards {names[2]}", f"off this line, towards {names[1]}"),
-        )
+    evaluation = Evaluation(
+        model,
+        models,
+        data,
+        names=names,
+        repair=repair,
+        inputs=inputs,
+        loss=loss,
+        metrics=metrics,
+        outputs=outputs,
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
     )
+    first, second, third = evaluation.states
+    triangle = ThroughThree.of((first, second, third), names, evaluation.parameters)
+    x, y = (_through([place[i] for place in triangle.places], margin, counts[i]) for i in (0, 1))
+    layout = Layout(
+        Frame(PlaneSpan.through(first, third, second), evaluation.parameters, triangle.units),
+        x,
+        y,
+        dict(zip(names, triangle.places, strict=True)),
+        (f"distance from {names[0]} towards {names[2]}", f"off this line, towards {names[1]}"),
+    )
+    return survey(evaluation, layout, tolerance, resume)
 
 
 def random_plane(
@@ -104,6 +118,7 @@ def random_plane(
     inputs: Any = None,
     loss: Loss | Task | None = None,
     metrics: Mapping[str, Loss] | None = None,
+    outputs: Outputs = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -132,13 +147,26 @@ def random_plane(
         )
     if not (math.isfinite(radius) and radius > 0.0):
         raise InputError(f"radius={radius}; expected a positive number")
-    options = Options(tolerance, resume, repair, inputs, loss, metrics, batch_size, device, progress)
-    survey = Survey(model, {name: model if weights is None else weights}, data, options)
-    centre, generator = survey.states[name], torch.Generator().manual_seed(seed)
-    directions = [filter_normalised(centre, survey.parameters, generator) for _ in range(2)]
+    evaluation = Evaluation(
+        model,
+        [model if weights is None else weights],
+        data,
+        names=[name],
+        repair=repair,
+        inputs=inputs,
+        loss=loss,
+        metrics=metrics,
+        outputs=outputs,
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
+    )
+    centre, generator = evaluation.states[0], torch.Generator().manual_seed(seed)
+    directions = [filter_normalised(centre, evaluation.parameters, generator) for _ in range(2)]
     x, y = (axis(-radius, radius, count, [0.0]) for count in counts)
     axes = ("first random direction (filter norms)", "second random direction (filter norms)")
-    return survey.plane(Layout(Span(centre, directions), lambda x, y: (x, y), x, y, {name: (0.0, 0.0)}, axes))
+    frame = Frame(PlaneSpan(centre, directions), evaluation.parameters)
+    return survey(evaluation, Layout(frame, x, y, {name: (0.0, 0.0)}, axes), tolerance, resume)
 
 
 def trajectory_plane(
@@ -155,6 +183,7 @@ def trajectory_plane(
     inputs: Any = None,
     loss: Loss | Task | None = None,
     metrics: Mapping[str, Loss] | None = None,
+    outputs: Outputs = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -181,14 +210,26 @@ def trajectory_plane(
         raise InputError(f"trajectory: expected at least three weight sets, got {len(trajectory)}")
     counts = _counts(resolution)
     _check_margin(margin)
-    options = Options(tolerance, resume, repair, inputs, loss, metrics, batch_size, device, progress)
     names = [*(f"trajectory[{i}]" for i in range(len(trajectory) - 1)), name]
-    survey = Survey(model, dict(zip(names, trajectory, strict=True)), data, options)
-    found = Principal.of(list(survey.states.values()), survey.parameters)
+    evaluation = Evaluation(
+        model,
+        trajectory,
+        data,
+        names=names,
+        repair=repair,
+        inputs=inputs,
+        loss=loss,
+        metrics=metrics,
+        outputs=outputs,
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
+    )
+    found = Principal.of(evaluation.states, evaluation.parameters)
     x, y = (_through(found.track[:, i], margin, counts[i], [0.0]) for i in (0, 1))
     axes = ("first principal component", "second principal component")
-    span = Span(survey.states[name], found.directions)
-    plane = survey.plane(Layout(span, lambda x, y: (x, y), x, y, {name: (0.0, 0.0)}, axes))
+    frame = Frame(PlaneSpan(evaluation.states[-1], found.directions), evaluation.parameters)
+    plane = survey(evaluation, Layout(frame, x, y, {name: (0.0, 0.0)}, axes), tolerance, resume)
     return replace(plane, tracks={"trajectory": found.track}, explained=found.explained)
 
 

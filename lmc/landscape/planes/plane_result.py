@@ -1,6 +1,7 @@
 """What a plane in weight space holds."""
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,9 +10,11 @@ import numpy.typing as npt
 from lmc.core.codec import UNSAVED
 from lmc.core.extras import require
 from lmc.core.results import Result
+from lmc.errors import InputError
 from lmc.landscape.evaluation.live import Live
-from lmc.landscape.evaluation.measured import Measured
-from lmc.landscape.planes.grid import Values
+from lmc.landscape.evaluation.measured import Measured, Values
+from lmc.landscape.planes.span import Frame
+from lmc.weights import ModelOrWeights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,7 +26,7 @@ class Plane(Measured, Result):
 
     Attributes:
         x, y: (X,) and (Y,) ascending, the columns and rows of the grid; the models lie on nodes of it.
-        values: split -> measure -> (Y, X): "loss" (nats), "accuracy" (a fraction) and any further metric; NaN where it is
+        values: split -> measure -> (Y, X): "loss", "accuracy" (a fraction) and any further metric; NaN where it is
             not known.
         places: name of a model -> its (x, y).
         own: split -> measure -> the value of each model, in the order of `places`, as it was given. With batch
@@ -31,11 +34,16 @@ class Plane(Measured, Result):
         done: (Y, X) which points are known; all, unless an interrupt came first.
         axes: what x and y are.
         recalibrated: batch statistics were re-estimated at every point.
-        tracks: name -> (K, 2), curves to be drawn in the plane.
+        tracks: name -> (K, 2), curves to be drawn in the plane; see `with_tracks`.
+        labels: name of a track -> what its K points are called.
+        distances: name of a track -> (K,) how far its weights are off the plane.
         interpolated: (Y, X) which points were not evaluated but interpolated (see `tolerance` of `loss_plane`); none
             where this is a single False.
         error: split -> measure -> the largest error of interpolation at points that were held out to tell it.
         explained: of the plane of a trajectory, the share of the squared distances to its end along each axis.
+        unit: of the loss.
+        higher: the measures of which higher values are better.
+        frame: the plane in weight space, which `project` measures in; None for a plane that was read from a file.
         exact: evaluates any other point, `exact(x, y)[split].loss`; it keeps the networks and data alive. None for a plane
             that was read from a file.
     """
@@ -49,9 +57,14 @@ class Plane(Measured, Result):
     axes: tuple[str, str]
     recalibrated: bool = False
     tracks: dict[str, Values] = field(default_factory=dict, repr=False)
+    labels: dict[str, tuple[str, ...]] = field(default_factory=dict, repr=False)
+    distances: dict[str, Values] = field(default_factory=dict, repr=False)
     interpolated: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros((), dtype=bool))
     error: dict[str, dict[str, float]] = field(default_factory=dict)
     explained: tuple[float, float] | None = None
+    unit: str = "nats"
+    higher: tuple[str, ...] = ("accuracy",)
+    frame: Frame | None = field(default=None, repr=False, metadata=UNSAVED)
     exact: Live | None = field(default=None, repr=False, metadata=UNSAVED)
 
     @property
@@ -70,6 +83,39 @@ class Plane(Measured, Result):
         measures = self.values[self.split]
         nans = {m: np.any([values[m] != values[m] for values in self.values.values()], axis=0) for m in measures}
         return {measure: int((nan & self.done).sum()) for measure, nan in nans.items()}
+
+    def project(self, weights: ModelOrWeights) -> tuple[float, float, float]:
+        """x and y of the point of the plane that is nearest to `weights`, and the distance of the weights off the plane.
+
+        Distances are Euclidean, over parameters; in the plane of `random_plane` x and y are in lengths of filters.
+
+        Raises:
+            InputError: a plane that was read from a file, without its models.
+            MismatchError: weights of another architecture.
+        """
+        if self.frame is None:
+            raise InputError(
+                "this plane was read from a file, without its models: evaluate it again to project weights"
+            )
+        return self.frame.project(weights)
+
+    def with_tracks(self, tracks: Mapping[str, Mapping[int, ModelOrWeights] | Sequence[ModelOrWeights]]) -> "Plane":
+        """This plane with further curves, for example the checkpoints of a run: `{"run": checkpoints}`.
+
+        Args:
+            tracks: name -> weights from start to end, projected onto the plane; or epoch -> weights, which labels them.
+
+        Raises:
+            InputError: a plane that was read from a file, without its models.
+            MismatchError: weights of another architecture.
+        """
+        found, labels, distances = dict(self.tracks), dict(self.labels), dict(self.distances)
+        for name, run in tracks.items():
+            states = dict(run) if isinstance(run, Mapping) else dict(enumerate(run))
+            places = np.array([self.project(state) for state in states.values()], dtype=np.float64).reshape(-1, 3)
+            found[name], distances[name] = places[:, :2], places[:, 2]
+            labels[name] = tuple(map(str, states))
+        return replace(self, tracks=found, labels=labels, distances=distances)
 
     def _off(self, split: str, measure: str) -> float:
         """The error of interpolation as a share of the range."""

@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import binary_dilation
+from numpy.lib.stride_tricks import sliding_window_view
 
-from lmc.landscape.planes.grid import Values
+from lmc.landscape.evaluation.measured import Values
 from lmc.landscape.planes.plane_result import Plane
 
 Mask = npt.NDArray[np.bool_]
@@ -67,6 +67,7 @@ def _sweep(plane: Plane, evaluate: Callable[[Mask], bool], threshold: float) -> 
     meshes = _meshes(*plane.done.shape)
     flagged = np.zeros_like(plane.done)
     flagged[meshes[0]] = True
+    side = 2 * REACH + 1
     if not evaluate(flagged & ~plane.done):
         return None
     guess: Guess = {s: {m: grid.copy() for m, grid in measures.items()} for s, measures in plane.values.items()}
@@ -76,7 +77,7 @@ def _sweep(plane: Plane, evaluate: Callable[[Mask], bool], threshold: float) -> 
             for split, ms in guess.items()
         }
         wanted = np.zeros_like(plane.done)
-        wanted[fine] = binary_dilation(flagged[fine], np.ones((3, 3)), iterations=REACH)
+        wanted[fine] = sliding_window_view(np.pad(flagged[fine], REACH), (side, side)).any((2, 3))
         for grids in predicted.values():
             for grid in grids.values():
                 wanted[fine] |= np.isnan(grid)

@@ -1,50 +1,41 @@
-"""A plane in weight space as one point and two directions, and the first layer of the networks on it.
+"""A plane in weight space: one point, two directions, and coordinates on it."""
 
-The weights of a point are `origin + u U + v V`, and so is what a layer makes of the raw inputs: its products with origin,
-U and V are made once and mixed at every further point. The result is the same up to rounding.
-"""
-
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 
-from lmc.network.batches import tensors
-from lmc.network.copies import fresh_copy
-from lmc.network.network import Network
-from lmc.weights import Weights
-
-LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-FEWEST_INPUTS = 16  # to one output; with fewer, mixing three products takes as long as making one
-PRODUCT_BYTES = 512 << 20
+from lmc.landscape.evaluation.measured import Values
+from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
+from lmc.weights.numbers import inexact
 
 
-class Span:
+class PlaneSpan:
     """`origin + u U + v V`.
 
     Args:
         origin: the weights at (0, 0).
-        directions: U and V. Tensors that both lack do not move, nor do those that hold no floating-point numbers.
+        directions: U and V. Tensors that both lack do not move, nor do integers.
     """
 
     def __init__(self, origin: Weights, directions: Sequence[Weights]) -> None:
         self.origin = origin
-        moving = [n for n, t in origin.items() if t.is_floating_point() and any(n in d for d in directions)]
-        self._shapes = {name: origin[name].shape for name in moving}
+        moving = [n for n, t in origin.items() if inexact(t) and any(n in d for d in directions)]
+        # Complex tensors are moved as pairs of reals; they come first, since a complex view must start at an even place.
+        moving.sort(key=lambda name: not origin[name].is_complex())
+        self._shapes = {name: as_reals(origin[name]).shape for name in moving}
         self._sizes = [shape.numel() for shape in self._shapes.values()]
         self._dtype = torch.float32
         for name in moving:
-            self._dtype = torch.promote_types(self._dtype, origin[name].dtype)
-        self._one_dtype = all(origin[name].dtype == self._dtype for name in moving)
+            self._dtype = torch.promote_types(self._dtype, as_reals(origin[name]).dtype)
+        self._one_dtype = all(as_reals(origin[name]).dtype == self._dtype for name in moving)
         # One vector for all that moves: a point is then two operations, however many tensors there are.
         self._base, self._u, self._v = (self._flat(part) for part in (origin, *directions))
 
     @classmethod
-    def through(cls, first: Weights, second: Weights, third: Weights) -> "Span":
+    def through(cls, first: Weights, second: Weights, third: Weights) -> "PlaneSpan":
         """The second weight set is at (1, 0), the third at (0, 1)."""
         return cls(first, [difference(second, first), difference(third, first)])
 
@@ -68,99 +59,73 @@ class Span:
 
     def _flat(self, part: Weights) -> Tensor:
         pieces = [part[n] if n in part else torch.zeros_like(self.origin[n]) for n in self._shapes]
-        return torch.cat([piece.to(self._dtype).flatten() for piece in pieces]) if pieces else torch.zeros(0)
+        return torch.cat([as_reals(p).to(self._dtype).flatten() for p in pieces]) if pieces else torch.zeros(0)
 
     def _cut(self, flat: Tensor) -> Weights:
         pieces = zip(self._shapes.items(), flat.split(self._sizes), strict=True) if self._sizes else ()
         views = {name: piece.view(shape) for (name, shape), piece in pieces}
+        views = {n: torch.view_as_complex(v) if self.origin[n].is_complex() else v for n, v in views.items()}
         return views if self._one_dtype else {name: view.to(self.origin[name].dtype) for name, view in views.items()}
 
 
+def as_reals(tensor: Tensor) -> Tensor:
+    """A complex tensor as pairs of reals, along a new last axis; any other as it is."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def difference(a: Weights, b: Weights) -> Weights:
-    """`a - b` of all floating-point tensors, in float32 at least."""
-    wide = {n: torch.promote_types(t.dtype, torch.float32) for n, t in a.items() if t.is_floating_point()}
-    return {name: a[name].to(dtype) - b[name].to(dtype) for name, dtype in wide.items()}
+    """`a - b` of all floating-point and complex tensors, in float32 at least."""
+    dtypes = {n: torch.promote_types(t.dtype, torch.float32) for n, t in a.items() if inexact(t)}
+    return {name: a[name].to(dtype) - b[name].to(dtype) for name, dtype in dtypes.items()}
 
 
-class Products:
-    """What the first layer makes of the data at the origin of a plane and along its directions; threads share it.
+class Frame:
+    """Coordinates (x, y) on a span.
 
     Args:
-        layer: it has the name `name` in the network.
-        inputs: the data that the network is evaluated on; they stay where they are as long as this lives.
+        span: the plane; its first model, or the network in its middle, is at (0, 0).
+        parameters: the tensors that distances are measured over.
+        units: (2, 2) the coordinates (x, y), in columns, of the ends of U, which lies on the x axis, and of V (default: x
+            and y are u and v).
     """
 
-    def __init__(self, span: Span, name: str, layer: nn.Module, inputs: Sequence[Tensor]) -> None:
-        self.name = name
-        self._layer = fresh_copy(layer)
-        self._parts = [
-            {key: part.get(f"{name}.{key}", torch.zeros_like(slot)) for key, slot in layer.state_dict().items()}
-            for part in span.parts()
-        ]
-        for key in layer.state_dict():
-            self._parts[0][key] = span.origin[f"{name}.{key}"]
-        self._data = {tensor.data_ptr(): tensor for tensor in inputs}
-        self._known: dict[Any, list[Tensor]] = {}
-        self._left = PRODUCT_BYTES
-        self._lock = threading.Lock()
+    def __init__(self, span: PlaneSpan, parameters: Sequence[str], units: Values | None = None) -> None:
+        self.span = span
+        self._parameters = list(parameters)
+        self._units: list[list[float]] = (np.eye(2) if units is None else units).tolist()
 
-    def of(self, inputs: Tensor) -> list[Tensor] | None:
-        """The three products, made at the first call; None where `inputs` are no view of the data, or memory ends."""
-        key = (inputs.data_ptr(), inputs.shape, inputs.stride())
-        if key not in self._known and inputs.data_ptr() in self._data:
-            with self._lock:
-                if key not in self._known and self._left > 0:
-                    products = [functional_call(self._layer, part, (inputs,)) for part in self._parts]
-                    self._left -= sum(product.nbytes for product in products)
-                    self._known[key] = products
-        return self._known.get(key)
+    def inside(self, x: float, y: float) -> tuple[float, float]:
+        """(u, v) of a point: numbers that are exactly 0 or 1 where U or V end."""
+        (ux, vx), (_, vy) = self._units
+        v = y / vy  # in this order: v is exactly 1 where V ends, and u then exactly 0
+        return (x - v * vx) / ux, v
 
+    def project(self, weights: ModelOrWeights) -> tuple[float, float, float]:
+        """(x, y) of the point of the plane that is nearest to `weights`, and the distance to it, in float64.
 
-class FirstLayer:
-    """Takes the place of `forward` in the first layer of one network, and mixes products where it can.
+        Raises:
+            MismatchError: weights of another architecture.
+        """
+        own, state = self.span.origin, as_weights(weights)
+        there = {name: tensor.to(own[name].device) if name in own else tensor for name, tensor in state.items()}
+        state = agreeing([own, there], ["plane", "weights"])[1]
+        gram, products, square = np.zeros((2, 2)), np.zeros(2), 0.0
+        for offset, along in self._pieces(state):
+            gram += [[float(p @ q) for q in along] for p in along]
+            products += [float(offset @ p) for p in along]
+        u, v = np.linalg.solve(gram, products)
+        for offset, (p, q) in self._pieces(state):  # a difference of squares would be rounding for points on the plane
+            square += float((offset - u * p - v * q).square().sum())
+        x, y = np.array(self._units) @ (u, v)
+        return float(x), float(y), square**0.5
 
-    Attributes:
-        place: (u, v) of the point whose weights the network has; None for weights off the plane.
-    """
-
-    def __init__(self, network: Network, products: Products) -> None:
-        layer = network.module.get_submodule(products.name)
-        self.place: tuple[float, float] | None = None
-        self._products = products
-        self._forward = layer.forward
-        layer.forward = self
-
-    def __call__(self, inputs: Tensor) -> Tensor:
-        products = None if self.place is None else self._products.of(inputs)
-        if products is None or self.place is None:
-            return self._forward(inputs)
-        base, along_u, along_v = products
-        return torch.add(base, along_u, alpha=self.place[0]).add_(along_v, alpha=self.place[1])
-
-
-def find_first_layer(network: Network, inputs: Any) -> str | None:
-    """The name of the layer that sees the raw inputs, or a view of them, once in a forward pass; None where there is no
-    such layer, or mixing its products would not pay."""
-    raw = {leaf.data_ptr() for leaf in tensors(inputs)}
-    layers = {name: module for name, module in network.module.named_modules() if type(module) in LAYERS}
-    calls: list[tuple[str, bool]] = []
-
-    def watch(name: str) -> Any:
-        def note(_module: nn.Module, args: tuple[Any, ...]) -> None:
-            calls.append((name, len(args) == 1 and isinstance(args[0], Tensor) and args[0].data_ptr() in raw))
-
-        return note
-
-    plain = {n: m for n, m in layers.items() if not m._forward_hooks and not m._forward_pre_hooks}
-    hooks = [module.register_forward_pre_hook(watch(name)) for name, module in plain.items()]
-    try:
-        network(inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    name = next((name for name, sees in calls if sees), None)
-    if name is None or [called for called, _ in calls].count(name) > 1:
-        return None
-    weight = network.module.get_parameter(f"{name}.weight")
-    wide = weight.dtype in (torch.float32, torch.float64)
-    return name if wide and weight[0].numel() >= FEWEST_INPUTS else None
+    def _pieces(self, state: Weights) -> Iterator[tuple[Tensor, list[Tensor]]]:
+        """Of each parameter the offset of `state` from the origin, and U and V; all flat, in float64."""
+        origin, *directions = self.span.parts()
+        for name in self._parameters:
+            base = self.span.origin[name]
+            if inexact(base):
+                parts = (state[name], origin.get(name, base), *(part.get(name) for part in directions))
+                flat = [torch.zeros_like(base) if part is None else part for part in parts]
+                there, here, *along = (as_reals(part).double().flatten() for part in flat)
+                yield there - here, along

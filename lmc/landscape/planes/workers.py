@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from lmc.landscape.evaluation.evaluation import Evaluation
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.scores import Score
-from lmc.landscape.planes.span import FirstLayer, Products, Span, find_first_layer
+from lmc.landscape.planes.first_layer import FirstLayer, Products, find_first_layer
+from lmc.landscape.planes.span import PlaneSpan
 from lmc.network.batches import tensors
 from lmc.network.batchnorm import Recalibrator
 from lmc.weights import Weights
@@ -30,12 +32,12 @@ class Workers:
     """Scores points of a span: `for i, score in workers(order)`, as they are done.
 
     Args:
-        evaluator: one that has scored a weight set before, so that it knows its batches.
-        prepare: what is done to the weights of each point.
+        evaluation: one that has scored a weight set before, so that it knows its batches.
         place: (u, v) of the point with a certain index.
     """
 
-    def __init__(self, evaluator: Evaluator, prepare: Recalibrator | None, span: Span, place: Place) -> None:
+    def __init__(self, evaluation: Evaluation, span: PlaneSpan, place: Place) -> None:
+        evaluator, prepare = evaluation.evaluator, evaluation.prepare
         self.place = place
         self.span = span
         products = _products(evaluator, prepare, span)
@@ -105,7 +107,7 @@ class _Worker:
         self.prepare = prepare
         self.first = None if products is None else FirstLayer(evaluator.network, products)
 
-    def scores(self, span: Span, places: Iterable[tuple[float, float]]) -> Iterator[dict[str, Score]]:
+    def scores(self, span: PlaneSpan, places: Iterable[tuple[float, float]]) -> Iterator[dict[str, Score]]:
         network = self.evaluator.network
         plain = self.evaluator.one_by_one and self.prepare is None and not network.buffers() and network.by_reference
         traveller = span.traveller() if plain else None
@@ -115,7 +117,7 @@ class _Worker:
         network.load(weights)  # once: all further points are written where these are
         return self.evaluator.in_turn(self._go(go, u, v) for u, v in places)
 
-    def _state(self, span: Span, u: float, v: float) -> Weights:
+    def _state(self, span: PlaneSpan, u: float, v: float) -> Weights:
         """The weights at (u, v), to be scored before the next are asked for."""
         if self.first is not None:
             self.first.place = (u, v)
@@ -134,7 +136,7 @@ class _Worker:
             self.first.place = None
 
 
-def _products(evaluator: Evaluator, prepare: Recalibrator | None, span: Span) -> Products | None:
+def _products(evaluator: Evaluator, prepare: Recalibrator | None, span: PlaneSpan) -> Products | None:
     """Products of the first layer, where one weight set at a time goes through data that are held."""
     batches = evaluator.held_inputs()
     if evaluator.weight_sets_together != 1 or not batches:

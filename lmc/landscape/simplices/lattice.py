@@ -6,7 +6,8 @@ from math import comb
 import numpy as np
 import numpy.typing as npt
 
-Values = npt.NDArray[np.float64]
+from lmc.landscape.evaluation.measured import Values
+
 Counts = npt.NDArray[np.int64]
 
 

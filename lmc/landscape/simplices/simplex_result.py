@@ -1,6 +1,6 @@
 """What mixtures of several models hold: losses over a simplex of shares, a triangle where they are three."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +11,12 @@ from lmc.core.codec import UNSAVED
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
+from lmc.landscape.evaluation.live import Live
 from lmc.landscape.evaluation.measured import Measured
 from lmc.landscape.simplices.lattice import Counts, Values, interpolate, lattice
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-# Shares -> split -> measure -> value.
-Exact = Callable[[Sequence[float]], dict[str, dict[str, float]]]
 
 
 @dataclass(frozen=True)
@@ -53,15 +50,17 @@ class Simplex(Measured, Result):
     Attributes:
         names: what the models are called.
         counts: (P, K) whole numbers; the shares of a point are `counts / resolution`.
-        values: split -> measure -> (P,): "loss" (nats), "accuracy" (a fraction) and any further metric; NaN where it is
+        values: split -> measure -> (P,): "loss", "accuracy" (a fraction) and any further metric; NaN where it is
             not known.
         own: split -> measure -> the value of each model as it was given. With batch statistics re-estimated they may
             differ from the corners of the lattice, otherwise they agree.
         uniform: the mixture of equal shares, which need not lie on the lattice.
         done: (P,) which points were evaluated; all, unless an interrupt came first.
         recalibrated: batch statistics were re-estimated at every point.
-        exact: evaluates any other mixture, shares (K,) -> split -> measure -> value; it keeps models and data alive. None
-            for a result that was read from a file.
+        unit: of the loss.
+        higher: the measures of which higher values are better.
+        exact: evaluates any other mixture, `exact(*shares)[split].loss`; it keeps models and data alive. None for a
+            result that was read from a file.
     """
 
     names: tuple[str, ...]
@@ -71,7 +70,9 @@ class Simplex(Measured, Result):
     uniform: Mixture
     done: npt.NDArray[np.bool_]
     recalibrated: bool = False
-    exact: Exact | None = field(default=None, repr=False, metadata=UNSAVED)
+    unit: str = "nats"
+    higher: tuple[str, ...] = ("accuracy",)
+    exact: Live | None = field(default=None, repr=False, metadata=UNSAVED)
 
     @property
     def resolution(self) -> int:

@@ -9,15 +9,12 @@ import torch
 from torch import nn
 
 from lmc.errors import InputError
-from lmc.landscape.evaluation.evaluator import Evaluator
-from lmc.landscape.evaluation.points import preparation
-from lmc.landscape.evaluation.scores import Score
+from lmc.landscape.evaluation.evaluation import Evaluation
+from lmc.landscape.evaluation.live import Live
 from lmc.landscape.simplices.lattice import coarse_to_fine, lattice, lattice_size
-from lmc.landscape.simplices.mixer import Mixer
 from lmc.landscape.simplices.simplex_result import Mixture, Simplex, Triangle
-from lmc.network.network import pick_device
-from lmc.network.task import Loss, Task
-from lmc.weights import ModelOrWeights, agreeing
+from lmc.network.task import Loss, Outputs, Task
+from lmc.weights import ModelOrWeights, Weights
 
 MOST_POINTS = 500  # of a lattice whose resolution is not given
 
@@ -34,6 +31,7 @@ def loss_triangle(
     inputs: Any = None,
     loss: Loss | Task | None = None,
     metrics: Mapping[str, Loss] | None = None,
+    outputs: Outputs = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -51,32 +49,33 @@ def loss_triangle(
         resolution: steps along each edge, at least 2: (resolution + 1) (resolution + 2) / 2 points.
         names: what the three are called in print and in plots.
         resume: an unfinished triangle of the same arguments, whose points are taken over.
-        repair, inputs, loss, metrics, batch_size, device: as for `loss_path`.
+        repair, inputs, loss, metrics, outputs, batch_size, device: as for `loss_path`.
         progress: show a bar, and tell the cost of a long survey before it starts.
 
     Raises:
         InputError: an unusable argument.
         MismatchError: models of different architectures, dtypes or devices.
-        WeightsError: weights that are not finite. DataError: unusable data.
+        WeightsError: weights that are not finite.
+        DataError: unusable data.
     """
     if isinstance(models, Mapping) or len(models) != 3:
         raise InputError(f"models: expected three networks, got {len(models)}; for more use loss_simplex")
-    made = loss_simplex(
+    names = _checked_names(names, models)
+    evaluation = Evaluation(
         model,
         models,
         data,
-        resolution=resolution,
         names=names,
-        resume=resume,
         repair=repair,
         inputs=inputs,
         loss=loss,
         metrics=metrics,
+        outputs=outputs,
         batch_size=batch_size,
         device=device,
         progress=progress,
     )
-    return Triangle(**vars(made))
+    return Triangle(**vars(_survey(evaluation, names, resolution, resume)))
 
 
 def loss_simplex(
@@ -91,6 +90,7 @@ def loss_simplex(
     inputs: Any = None,
     loss: Loss | Task | None = None,
     metrics: Mapping[str, Loss] | None = None,
+    outputs: Outputs = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -104,34 +104,54 @@ def loss_simplex(
         model: the architecture.
         models: at least two weight sets of it.
         names: default "A", "B", ...
-        data, resolution, resume, repair, inputs, loss, metrics, batch_size, device, progress: as for
+        data, resolution, resume, repair, inputs, loss, metrics, outputs, batch_size, device, progress: as for
             `loss_triangle`.
     """
     if isinstance(models, Mapping) or len(models) < 2:
         raise InputError(f"models: expected at least two networks, got {len(models)}")
-    names = [_letter(i) for i in range(len(models))] if names is None else list(names)
-    if len(names) != len(models) or len(set(names)) != len(names):
-        raise InputError(f"names={names!r}; expected {len(models)} different names")
-    counts = lattice(len(models), _resolution(len(models), resolution))
-    states = agreeing(models, names, model=model)
-    chosen = pick_device(device, states[0])
-    evaluator = Evaluator(model, data, loss=loss, metrics=metrics, batch_size=batch_size, device=chosen)
-    prepare = preparation(evaluator, repair, inputs)
-    moved = [{key: tensor.to(evaluator.device) for key, tensor in state.items()} for state in states]
-    mixer = Mixer(evaluator, moved, prepare)
-    blank = _blank(mixer, names, counts)
-    if resume is not None:
-        _take_over(blank, resume)
-    order = [i for i in coarse_to_fine(counts) if not blank.done[i]]
+    names = _checked_names(names, models)
+    evaluation = Evaluation(
+        model,
+        models,
+        data,
+        names=names,
+        repair=repair,
+        inputs=inputs,
+        loss=loss,
+        metrics=metrics,
+        outputs=outputs,
+        batch_size=batch_size,
+        device=device,
+        progress=progress,
+    )
+    return _survey(evaluation, names, resolution, resume)
 
-    def note(i: int, score: Mapping[str, Score]) -> None:
-        blank.done[i] = True
-        for split, measures in blank.values.items():
+
+def _survey(evaluation: Evaluation, names: Sequence[str], resolution: int | None, resume: Simplex | None) -> Simplex:
+    """Evaluate the mixtures on a lattice, from coarse to fine."""
+    simplex = _blank(evaluation, names, lattice(len(names), _resolution(len(names), resolution)))
+    if resume is not None:
+        _take_over(simplex, resume)
+    order = [i for i in coarse_to_fine(simplex.counts) if not simplex.done[i]]
+    shares = simplex.shares
+
+    def point(i: int) -> Weights:
+        return evaluation.mixed(shares[i].tolist())
+
+    evaluation.tell("mixtures", len(order), lambda: evaluation.seconds_for(lambda: point(order[0])))
+    for i, score in evaluation.run((point(i) for i in order), order, "mixtures").items():
+        simplex.done[i] = True
+        for split, measures in simplex.values.items():
             for measure, values in measures.items():
                 values[i] = score[split].values[measure]
+    return simplex
 
-    mixer.survey(blank.shares, order, note, "mixtures", progress)
-    return blank
+
+def _checked_names(names: Sequence[str] | None, models: Sequence[Any]) -> list[str]:
+    found = [_letter(i) for i in range(len(models))] if names is None else list(names)
+    if len(found) != len(models) or len(set(found)) != len(found):
+        raise InputError(f"names={found!r}; expected {len(models)} different names")
+    return found
 
 
 def _resolution(models: int, given: int | None) -> int:
@@ -149,17 +169,42 @@ def _letter(i: int) -> str:
     return chr(ord("A") + i) if i < 26 else f"model {i}"
 
 
-def _blank(mixer: Mixer, names: Sequence[str], counts: np.ndarray) -> Simplex:
+def _blank(evaluation: Evaluation, names: Sequence[str], counts: np.ndarray) -> Simplex:
     """Mixtures of which no point is known, but the models themselves and the uniform soup."""
-    own = mixer.own()
+    own = evaluation.own()
     kept = {
         split: {m: tuple(score[split].values[m] for score in own) for m in own[0][split].values} for split in own[0]
     }
     values = {s: {m: np.full(len(counts), math.nan) for m in measures} for s, measures in kept.items()}
     equal = [1.0 / len(names)] * len(names)
-    uniform = Mixture(dict(zip(names, equal, strict=True)), mixer(equal))
-    done = np.zeros(len(counts), dtype=bool)
-    return Simplex(tuple(names), counts, values, kept, uniform, done, mixer.prepare is not None, mixer)
+    score = next(evaluation.evaluator([evaluation.mixed(equal)]))
+    uniform = Mixture(
+        dict(zip(names, equal, strict=True)), {split: dict(found.values) for split, found in score.items()}
+    )
+    return Simplex(
+        tuple(names),
+        counts,
+        values,
+        kept,
+        uniform,
+        np.zeros(len(counts), dtype=bool),
+        evaluation.prepare is not None,
+        evaluation.evaluator.task.unit,
+        tuple(evaluation.evaluator.task.higher),
+        Live(evaluation, _mixture),
+    )
+
+
+def _mixture(evaluation: Evaluation, *shares: float) -> Weights:
+    """The weights of a mixture, for `Simplex.exact`.
+
+    Raises:
+        InputError: not one finite share for each model, or shares that do not sum to 1.
+    """
+    count = len(evaluation.states)
+    if len(shares) != count or not all(map(math.isfinite, shares)) or abs(sum(shares) - 1.0) > 1e-6:
+        raise InputError(f"shares={list(shares)}: expected {count} finite numbers that sum to 1")
+    return evaluation.mixed(shares)
 
 
 def _take_over(fresh: Simplex, earlier: Simplex) -> None:

@@ -13,11 +13,9 @@ from torch import nn
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.landscape.evaluation.evaluator import Evaluator
-from lmc.landscape.evaluation.points import preparation, run
+from lmc.landscape.evaluation.evaluation import Evaluation
 from lmc.merge.rules.averaging import ema, lawa, swa
-from lmc.network.network import pick_device
-from lmc.weights import ModelOrWeights, Weights, agreeing
+from lmc.weights import ModelOrWeights, Weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,16 +98,17 @@ def trajectory_averages(
     Raises:
         InputError: an unusable argument. MismatchError, WeightsError, DataError: checkpoints or data that do not fit.
     """
-    states = agreeing(trajectory, [f"trajectory[{i}]" for i in range(len(trajectory))], model=model)
-    if not states:
+    count = len(trajectory)
+    if not count:
         raise InputError("trajectory: expected at least one checkpoint")
-    axis = np.arange(len(states), dtype=np.float64) if steps is None else np.asarray(steps, dtype=np.float64)
-    if axis.shape != (len(states),):
-        raise InputError(f"steps: expected {len(states)} numbers, one for each checkpoint, got shape {axis.shape}")
-    if not 0 <= start < len(states):
-        raise InputError(f"start={start}; expected the place of a checkpoint, 0 to {len(states) - 1}")
-    evaluator = Evaluator(model, data, device=pick_device(device, states[0]))
-    prepare = preparation(evaluator, "auto", inputs)
+    axis = np.arange(count, dtype=np.float64) if steps is None else np.asarray(steps, dtype=np.float64)
+    if axis.shape != (count,):
+        raise InputError(f"steps: expected {count} numbers, one for each checkpoint, got shape {axis.shape}")
+    if not 0 <= start < count:
+        raise InputError(f"start={start}; expected the place of a checkpoint, 0 to {count - 1}")
+    names = [f"trajectory[{i}]" for i in range(count)]
+    evaluation = Evaluation(model, trajectory, data, names=names, inputs=inputs, device=device, progress=progress)
+    states = evaluation.states
 
     def at(name: str, t: int) -> Weights:
         so_far = states[: t + 1]
@@ -119,12 +118,11 @@ def trajectory_averages(
             "LAWA": lambda: lawa(so_far, window=window),
             "EMA": lambda: ema(so_far, decay=decay),
         }[name]()
-        made = {key: tensor.to(evaluator.device) for key, tensor in made.items()}
-        return made if prepare is None else prepare(made)
+        return evaluation.ready(made)
 
     places = [(name, t) for name in AVERAGES for t in range(len(states))]
     points: Iterable[Weights] = (at(name, t) for name, t in places)
-    found = run(evaluator, points, range(len(places)), "averages", progress)
+    found = evaluation.run(points, range(len(places)), "averages")
     splits = {split: list(score.values) for split, score in found[0].items()}
     values = {
         name: {split: {m: np.full(len(states), math.nan) for m in measures} for split, measures in splits.items()}

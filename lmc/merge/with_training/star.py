@@ -16,8 +16,8 @@ from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.curves.training import Schedule, finite_loss, forked, with_parameters
+from lmc.landscape.evaluation.evaluation import some_inputs
 from lmc.landscape.evaluation.objective import Objective
-from lmc.landscape.evaluation.points import some_inputs
 from lmc.landscape.paths.path import Path, Values, loss_path
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
 from lmc.network.copies import fresh_copy

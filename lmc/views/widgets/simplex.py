@@ -122,7 +122,7 @@ def _evaluated(mixtures: Simplex, shares: Sequence[float]) -> dict[str, Any]:
     if mixtures.exact is None:
         return {"error": "read from a file, without the models"}
     total = sum(shares)
-    found = mixtures.exact([share / total for share in shares])
+    found = {split: score.values for split, score in mixtures.exact(*(share / total for share in shares)).items()}
     return {
         "values": {s: {m: _number(_unit(m) * value) for m, value in measures.items()} for s, measures in found.items()}
     }

@@ -1,0 +1,189 @@
+"""The evaluation of points of a landscape: made where a public function is called, and handed on as it is."""
+
+import time
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from lmc.core.progress import tqdm
+from lmc.errors import InputError
+from lmc.landscape.evaluation.evaluator import Evaluator
+from lmc.landscape.evaluation.scores import Score
+from lmc.network.batches import Split, take
+from lmc.network.batchnorm import Recalibrator, equal_batches, has_batchnorm
+from lmc.network.network import pick_device
+from lmc.network.repair import Method, Renormalizer
+from lmc.network.task import Loss, Outputs, Task
+from lmc.weights import ModelOrWeights, Weights, agreeing, mean
+
+Repair: TypeAlias = Literal["auto", "repair", "closed_form"] | None
+
+STATISTICS_EXAMPLES = 2048  # inputs that statistics are estimated from at every point
+STATISTICS_BATCH = 256
+LONG = 10.0  # seconds from which on the cost is told before it starts
+
+REPAIRS: dict[str, Method] = {"repair": "passes", "closed_form": "closed_form"}
+
+
+class Evaluation:
+    """Given models of one architecture, and how their mixtures and neighbours are evaluated.
+
+    Args:
+        model: the architecture.
+        models, names: its weight sets, and how messages call them.
+        data, loss, metrics, outputs, batch_size, device: as for `lmc.landscape.evaluate`.
+        repair: what is done about statistics of averaged weights, as for `lmc.loss_path`; None warns where there are any.
+        inputs: from which they are estimated (default: of the first split).
+        repairs: whether the statistics of all layers may be repaired, which is possible for mixtures of the models only.
+        predictions: keep predicted classes.
+
+    Attributes:
+        given, states: the weights of the models, as they came and where they are evaluated.
+        evaluator: scores weights.
+        repaired: "repair" or "closed_form" where the statistics of all layers of mixtures are repaired, else None.
+        prepare: re-estimates batch statistics; None where there are none, or they are to stay.
+        again: makes an equal evaluation, which shares nothing with this one but the models and data that were given.
+
+    Raises:
+        MismatchError: models of several architectures, dtypes or devices.
+        WeightsError: weights that are not finite.
+        DataError: unusable data.
+        InputError: an unusable argument.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        models: Sequence[ModelOrWeights],
+        data: Any,
+        *,
+        names: Sequence[str] | None = None,
+        repair: Repair = "auto",
+        inputs: Any = None,
+        loss: Loss | Task | None = None,
+        metrics: Mapping[str, Loss] | None = None,
+        outputs: Outputs = None,
+        batch_size: int | None = None,
+        device: torch.device | str | None = None,
+        progress: bool = True,
+        repairs: bool = False,
+        predictions: bool = False,
+    ) -> None:
+        if repair not in ("auto", None, *(REPAIRS if repairs else ())):
+            known = ['"auto"', *(f'"{name}"' for name in (REPAIRS if repairs else ()))]
+            raise InputError(f"repair={repair!r}; expected {', '.join(known)} or None")
+        self.given = agreeing(models, names, model=model)
+        self.progress = progress
+        judged: dict[str, Any] = {"loss": loss, "metrics": metrics, "outputs": outputs, "batch_size": batch_size}
+        judged |= {"device": pick_device(device, self.given[0]), "predictions": predictions}
+        self.evaluator = Evaluator(model, data, **judged)
+        self.states = [{name: x.to(self.evaluator.device) for name, x in state.items()} for state in self.given]
+        self.again = partial(
+            Evaluation,
+            model,
+            self.given,
+            data,
+            repair=repair,
+            inputs=inputs,
+            progress=progress,
+            repairs=repairs,
+            **judged,
+        )
+        self.repaired = repair if repair in REPAIRS else None
+        self.prepare: Recalibrator | None = None
+        self._renormalize: Renormalizer | None = None
+        network = self.evaluator.network
+        if self.repaired is not None:
+            calls = equal_batches(self._statistics_inputs(inputs), STATISTICS_BATCH)
+            self._renormalize = Renormalizer(
+                network, self.states, calls, REPAIRS[self.repaired], batch_size=None, progress=progress
+            )
+        elif has_batchnorm(network.module) and repair is None:
+            warnings.warn(
+                "this model has batch normalisation and repair=None: averaged running statistics fit neither network, and "
+                "the barrier mostly looks higher than it is; leave repair='auto' to re-estimate them",
+                stacklevel=3,
+            )
+        elif has_batchnorm(network.module):
+            self.prepare = Recalibrator(network, self._statistics_inputs(inputs), STATISTICS_BATCH)
+
+    @property
+    def parameters(self) -> list[str]:
+        """The tensors that distances are measured over: each parameter once, no buffers."""
+        return [name for name, _ in self.evaluator.network.module.named_parameters()]
+
+    def mixed(self, shares: Sequence[float]) -> Weights:
+        """The mixture `sum_i s_i theta_i` of the models, ready to be evaluated."""
+        if self._renormalize is not None:
+            return self._renormalize(shares)
+        return self.ready(mean(self.states, shares))
+
+    def ready(self, weights: Weights) -> Weights:
+        """Weights of a point, with statistics of their own where there are any."""
+        return weights if self.prepare is None else self.prepare(weights)
+
+    def own(self) -> list[dict[str, Score]]:
+        """The scores of the models as they were given."""
+        return list(self.evaluator(self.states))
+
+    def run(
+        self, points: Iterable[Weights], order: Sequence[int], name: str, fewest: int = 1
+    ) -> dict[int, dict[str, Score]]:
+        """The scores of `points` by the indices in `order`; fewer, with a warning, where an interrupt came first.
+
+        Args:
+            points: weights that are ready to be evaluated.
+            name: of what is evaluated, for the bar.
+            fewest: an interrupt before so many points are done is passed on.
+        """
+        scores: dict[int, dict[str, Score]] = {}
+        with tqdm(total=len(order), desc=name, unit="point", disable=not self.progress) as bar:
+            try:
+                for i, score in zip(order, self.evaluator(points), strict=True):
+                    scores[i] = score
+                    bar.update()
+            except KeyboardInterrupt:
+                if len(scores) < fewest:
+                    raise
+                warnings.warn(
+                    f"interrupted: {len(scores)} of {len(order)} points were evaluated, the others are NaN",
+                    stacklevel=4,
+                )
+        return scores
+
+    def tell(self, name: str, points: int, seconds_each: Callable[[], float], most: str = "") -> None:
+        """Write what a long evaluation will cost, judged by one point, unless progress is not shown."""
+        if not self.progress or not points:
+            return
+        each = seconds_each()
+        if points * each > LONG:
+            cost = f"about {points * each:.0f} s ({1e3 * each:.1f} ms each, on {self.evaluator.device})"
+            tqdm.write(f"{name}: {most}{points} points to evaluate, {cost}; an interrupt keeps those that are done")
+
+    def seconds_for(self, point: Callable[[], Weights]) -> float:
+        """How long it takes to make and score the weights of a point."""
+        start = time.perf_counter()
+        next(self.evaluator([point()]))
+        return time.perf_counter() - start
+
+    def _statistics_inputs(self, given: Any) -> Any:
+        return some_inputs(self.evaluator.splits[0]) if given is None else given
+
+
+def some_inputs(split: Split) -> Any:
+    """Evenly spaced inputs of a split given whole, else its first batches: about `STATISTICS_EXAMPLES` of them."""
+    if split.whole:
+        inputs, targets = next(iter(split.batches))
+        return take(inputs, slice(None, None, -(-len(targets) // STATISTICS_EXAMPLES)))
+    found, count = [], 0
+    for inputs, targets in split.batches:
+        if len(targets) > 1:  # a loader's last batch may be one example, which has no variance
+            found.append(inputs)
+        count += len(targets)
+        if count >= STATISTICS_EXAMPLES:
+            break
+    return found
