@@ -5,7 +5,8 @@ from lmc.align.many import Matchings, match_many
 from lmc.align.relaxed.sinkhorn import sinkhorn_matching
 from lmc.align.relaxed.straight_through import straight_through_matching
 from lmc.align.rotations.folding import fold_norms
-from lmc.align.rotations.matching import RotationMatching, rotatable_groups, rotation_matching
+from lmc.align.rotations.matching import RotationMatching, rotation_matching
+from lmc.align.rotations.rotatable import RotatableGroups, rotatable_groups
 from lmc.align.study.compare import METHODS, Alignment, AlignmentComparison, compare
 from lmc.align.study.epochs import Epochs, barrier_over_time
 from lmc.align.study.inspect import Matching, inspect_matching
@@ -21,6 +22,7 @@ __all__ = [
     "Fusion",
     "Matching",
     "Matchings",
+    "RotatableGroups",
     "RotationMatching",
     "SingularAlignment",
     "activation_matching",

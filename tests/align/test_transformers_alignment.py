@@ -2,6 +2,7 @@
 
 from functools import cache
 
+import handwritten
 import pytest
 import torch
 from alignment_cases import CASES, Case, random_weights
@@ -32,7 +33,8 @@ def wide(weights) -> Weights:
 
 def error(case: Case, weights: Weights, reference=None) -> float:
     """Largest change of the outputs, as a share of their size, in float64."""
-    return Probe(case.model, reference or case.model.state_dict(), case.inputs).error(weights)
+    generator = torch.Generator().manual_seed(0)
+    return Probe(case.model, reference or case.model.state_dict(), case.inputs, generator).error(weights)
 
 
 def folded(name: str) -> Weights:
@@ -161,11 +163,29 @@ def test_streams_and_insides_of_heads_rotate_and_nothing_else(name):
     assert set(plain) == inside  # scales of norms hold the stream in place
 
 
-def test_no_hidden_layer_of_an_mlp_rotates():
-    model = mlp(6, [5, 4], 3)
-    inputs = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    spec = lmc.permutation_spec(model, inputs)
-    assert lmc.align.rotatable_groups(spec, model, model, inputs) == {}
+@pytest.mark.parametrize("bias", [0.0, 10.0, -10.0])
+@pytest.mark.parametrize("seed", range(6))
+def test_no_hidden_layer_of_an_mlp_rotates(seed, bias):
+    """Also where all of its units are on, or off, for the few examples at hand, so that it is linear there."""
+    model, inputs = mlp(6, [5, 4], 3), torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
+    spec = lmc.PermutationSpec.from_patterns(handwritten.mlp(2), model)
+    weights = random_weights(model, seed)
+    weights["fc1.bias"] = torch.full((5,), bias)
+    assert lmc.align.rotatable_groups(spec, model, weights, inputs) == {}
+
+
+def test_a_verdict_states_its_power():
+    """Behind a layer that is switched off, a rotation changes nothing, and neither does half a rotation."""
+    model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 3))
+    spec = lmc.PermutationSpec.from_patterns({"0.weight": "h .", "0.bias": "h", "1.weight": ". h"}, model)
+    inputs, weights = torch.randn(4, 6, generator=torch.Generator().manual_seed(0)), random_weights(model, 1)
+    found = lmc.align.rotatable_groups(spec, model, weights, inputs)
+    assert found == {"h": False} and found.errors["h"] < 1e-12 < 1e-3 < found.powers["h"]
+    assert "h: error" in repr(found)
+    blind = weights | {"2.weight": torch.zeros(3, 4)}
+    with pytest.warns(UserWarning, match="h: rotations change nothing, but neither do broken ones"):
+        found = lmc.align.rotatable_groups(spec, model, blind, inputs)
+    assert found == {} and found.unverified == ("h",) and "h: not verified" in repr(found)
 
 
 def test_the_nearest_rotation_is_a_rotation_and_best():

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmc.errors import SpecError
+from lmc.errors import SpecError, WeightsError
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_finite
 
 TOLERANCE = 1e-9
+EXAMPLES = 8
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
@@ -31,23 +32,24 @@ def fold_norms(
 
     The linear layers that read a norm take its scale into their columns and its shift into their biases; where one of
     them has no bias, the shift stays, divided by the scale. What is written to a stream loses its mean over the units if
-    that changes nothing, as where layer normalisations alone read the stream. Proved on `inputs` in float64.
+    that changes nothing, as where layer normalisations alone read the stream. Checked in float64.
 
     Args:
         spec: the symmetries of the architecture.
         model: the architecture; not touched.
         weights: a module or state dict; not changed. The result has its dtypes.
-        inputs: labelled or not; the first two examples are used.
+        inputs: labelled or not; the first eight examples are used, and as many made up from them.
 
     Raises:
         SpecError: the spec does not fit; a scale is 0 whose shift no bias can take; weights are tied (an embedding that is
             the output layer as well); or something other than linear layers reads a norm.
-        WeightsError: weights that are not finite.
+        WeightsError: weights that are not finite, or complex.
+        DataError: no inputs.
     """
     weights = as_weights(weights)
     spec = spec.bind(weights)
     check_finite(weights)
-    probe = Probe(model, weights, inputs)
+    probe = Probe(model, weights, inputs, torch.Generator().manual_seed(0))
     folded = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     readers = probe.readers(spec)
     for norm, behind in readers.items():
@@ -60,30 +62,48 @@ def fold_norms(
             f"folding {', '.join(readers)} changes the outputs by {error:.1e} of their size: something other than the "
             "linear layers that were seen reads one of them"
         )
-    for stream in {group for norm in readers for group, _ in spec.tables_by_tensor[f"{norm}.weight"]}:
+    streams = dict.fromkeys(group for norm in readers for group, _ in spec.tables_by_tensor[f"{norm}.weight"])
+    for stream in streams:
         centred = folded | _centred(spec, folded, stream, readers)
         folded = centred if probe.error(centred) <= TOLERANCE else folded
     return StateDict(((name, tensor.to(weights[name].dtype)) for name, tensor in folded.items()), like=weights)
 
 
 class Probe:
-    """An architecture in float64, two examples to run it on, and the outputs of some weights as a reference."""
+    """An architecture in float64, examples to run it on, and the outputs of some weights as a reference.
 
-    def __init__(self, model: nn.Module, weights: Weights, inputs: Any) -> None:
+    The examples are the first of the caller's and as many made up from them, which the caller did not choose: a unit that
+    is off for a few examples hides what it reads. Where the module takes no made-up ones, the caller's alone are used.
+    """
+
+    def __init__(self, model: nn.Module, weights: Weights, inputs: Any, generator: torch.Generator) -> None:
+        if name := next((name for name, tensor in weights.items() if tensor.is_complex()), None):
+            raise WeightsError(f"{name}: complex weights cannot be rotated; match them with weight_matching")
         self.network = Network(model, pick_device(None, weights), dtype=torch.float64)
-        self._call = _double(first_of(next(input_batches(model, inputs, 2)), 2))
+        call = first_of(next(input_batches(model, inputs, EXAMPLES)), EXAMPLES)
+        self._calls = [_double(call)]
         self._reference = self(weights)
+        self._calls.append(_double(_made_up(call, generator)))
+        try:
+            reference = self(weights)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            reference = torch.full((1,), torch.nan)
+        if bool(reference.isfinite().all()):
+            self._reference = reference
+        else:
+            del self._calls[1]
 
     @torch.no_grad()
     def __call__(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """The outputs in float64."""
+        """The outputs in float64, those of all examples in one row."""
         wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-        return self.network.outputs(wide, self._call)
+        return torch.cat([self.network.outputs(wide, call).flatten() for call in self._calls])
 
-    def error(self, weights: Mapping[str, Tensor]) -> float:
-        """The largest difference to the reference, as a share of its largest value."""
-        scale = self._reference.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-        return float((self(weights) - self._reference).abs().max() / scale)
+    def error(self, weights: Mapping[str, Tensor], reference: Tensor | None = None) -> float:
+        """The largest difference to the reference (default: outputs of the weights given first), relative to its largest value."""
+        expected = self._reference if reference is None else reference
+        scale = expected.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
+        return float((self(weights) - expected).abs().max() / scale)
 
     @torch.no_grad()
     def readers(self, spec: PermutationSpec) -> dict[str, list[str]]:
@@ -112,7 +132,7 @@ class Probe:
             elif isinstance(module, nn.Linear):
                 handles.append(module.register_forward_pre_hook(read(name)))
         try:
-            self.network.result(self._call)
+            self.network.result(self._calls[0])
         finally:
             for handle in handles:
                 handle.remove()
@@ -154,3 +174,16 @@ def _double(call: Any) -> Any:
     if isinstance(call, tuple):
         return tuple(_double(value) for value in call)
     return call.double() if isinstance(call, Tensor) and call.is_floating_point() else call
+
+
+def _made_up(call: Any, generator: torch.Generator) -> Any:
+    """Other examples of the same kind: integers that occur, elsewhere; real numbers too, with noise as large as their spread."""
+    if isinstance(call, Mapping):
+        return {name: _made_up(value, generator) for name, value in call.items()}
+    if isinstance(call, tuple):
+        return tuple(_made_up(value, generator) for value in call)
+    mixed = call.flatten()[torch.randperm(call.numel(), generator=generator).to(call.device)].reshape(call.shape)
+    if not call.is_floating_point():
+        return mixed
+    noise = torch.randn(call.shape, generator=generator, dtype=torch.float64).to(call)
+    return mixed + call.std(correction=0) * noise

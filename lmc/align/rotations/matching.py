@@ -6,23 +6,24 @@ matrix mixes their units without changing what the network computes; a stream's 
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from lmc.align.parameters import matched
 from lmc.align.relaxed.soft import SoftMoves
 from lmc.align.relaxed.task_loss import Loss, TaskLoss
-from lmc.align.rotations.folding import TOLERANCE, Probe, fold_norms
+from lmc.align.rotations.folding import fold_norms
 from lmc.align.rotations.learning import learn_rotations
-from lmc.align.rotations.procrustes import Ascent, nearest_rotation, unmoved
+from lmc.align.rotations.procrustes import Ascent
+from lmc.align.rotations.rotatable import rotatable_groups
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
+from lmc.weights import ModelOrWeights, Weights, agreeing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,40 +67,6 @@ class RotationMatching(Result):
             f"RotationMatching({len(self.rotated)} groups rotated, {len(self.matrices) - len(self.rotated)} permuted"
             f"{learned}, objective {self.objective:.6g})"
         )
-
-
-def rotatable_groups(
-    spec: PermutationSpec | UnboundSpec, model: nn.Module, weights: ModelOrWeights, inputs: Any, *, seed: int = 0
-) -> dict[str, bool]:
-    """The groups whose units any orthogonal matrix may mix, found by trying a random one in float64.
-
-    Args:
-        spec: the symmetries of the architecture.
-        model: the architecture; not touched.
-        weights: with folded norms (see `fold_norms`), if residual streams are to be found; not changed.
-        inputs: the first two examples are used.
-        seed: decides the matrices.
-
-    Returns:
-        group -> whether the matrix must leave the vector of ones alone, as behind layer normalisations.
-    """
-    weights = as_weights(weights)
-    spec = spec.bind(weights)
-    probe = Probe(model, weights, inputs)
-    wide = {name: t.double() if t.is_floating_point() else t for name, t in weights.items()}
-    still = unmoved(spec, next(t for t in wide.values() if t.is_floating_point()))
-    mix = SoftMoves(spec, wide, probe.network.device)
-    generator = torch.Generator().manual_seed(seed)
-    found: dict[str, bool] = {}
-    for names in spec.families.values():
-        noise = {name: torch.randn(still[name].shape, generator=generator).to(still[name]) for name in names}
-        largest = max(spec.groups[name].size for name in names)
-        for ones in (False, True) if largest > 2 else (False,):  # two units and their sum: only an exchange is left
-            turned = {name: nearest_rotation(x, ones) for name, x in noise.items()}
-            if probe.error(mix(still | turned, wide)) <= TOLERANCE:
-                found |= dict.fromkeys(names, ones)
-                break
-    return found
 
 
 def rotation_matching(
@@ -151,6 +118,7 @@ def rotation_matching(
     started = time.perf_counter()
     a, b = agreeing([a, b], "ab", model=model)
     spec = spec.bind(a)
+    data = list(data) if isinstance(data, Iterator) else data  # read several times
     a, b = (fold_norms(spec, model, weights, data) for weights in (a, b))
     rotated = rotatable_groups(spec, model, b, data, seed=seed)
     ours, theirs = ({name: tensor.double() for name, tensor in matched(spec, w).items()} for w in (a, b))

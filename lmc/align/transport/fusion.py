@@ -117,6 +117,7 @@ def ot_fusion(
         raise InputError(f"{len(sources)} models, {regularization=}, {share=}: expected at least 1, >= 0, and 0 to 1")
     if importance not in (None, "l1", "l2"):
         raise InputError(f"{importance=}: expected 'l1', 'l2', or None for equal masses")
+    inputs = list(inputs) if isinstance(inputs, Iterator) else inputs  # read several times
     anchor = as_weights(a)
     check_finite(anchor, "a")
     chosen = pick_device(device, anchor)
