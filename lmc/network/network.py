@@ -121,10 +121,13 @@ class Network:
             self.module.load_state_dict(state)
             return
         for name, slot in self._slots.items():
-            tensor = weights[name].to(self.device)
-            if self._dtype is not None and tensor.is_floating_point():
-                tensor = tensor.to(self._dtype)
+            tensor = self._taken(weights[name])
             slot.data = tensor if isinstance(slot, nn.Parameter) and not self._copies else tensor.clone()
+
+    def _taken(self, tensor: Tensor) -> Tensor:
+        """A tensor of the weights on this network's device, and in its dtype."""
+        dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
+        return tensor.to(self.device, dtype)
 
     def _forget(self) -> None:
         """Drop what forward passes have left beside the state dict."""
@@ -304,9 +307,9 @@ class Network:
         trial.load(between)
         functional = False
         with contextlib.suppress(Exception):  # what cannot be called so is not
-            own = {name: weights[name].to(self.device, copy=True) for name in self._own_names}
+            own = {name: self._taken(weights[name]).clone() for name in self._own_names}
             functional = _equal(_seeded(trial, inputs, own), expected)
-            functional &= all(torch.equal(tensor, weights[name].to(self.device)) for name, tensor in own.items())
+            functional &= all(torch.equal(tensor, self._taken(weights[name])) for name, tensor in own.items())
         return _Verdict(caches, renews, functional)
 
     @property

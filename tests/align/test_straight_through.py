@@ -5,7 +5,7 @@ from torch import nn
 
 import lmc
 from lmc.align.relaxed.straight_through import straight_through_matching
-from lmc.align.relaxed.task_loss import TaskLoss, cross_entropy
+from lmc.align.relaxed.task_loss import TaskLoss
 from lmc.errors import DataError, InputError, MismatchError
 from lmc.models.mlp import mlp
 from lmc.symmetry.spec import PermutationSpec
@@ -32,7 +32,7 @@ def test_the_loss_falls_and_the_best_is_kept(name: str):
     )
     losses = pi.info["losses"]
     assert len(losses) == 7 and min(losses) < losses[0] and pi.objective == -min(losses)
-    task = TaskLoss(case.model, data, None, 30, torch.device("cpu"))
+    task = TaskLoss(case.model, case.model.state_dict(), data, None, 30, torch.device("cpu"))
     assert task.mean(lmc.weights.lerp(a, pi.apply(b), 0.5)) == pytest.approx(min(losses), rel=1e-6)
 
 
@@ -42,7 +42,7 @@ def test_trained_networks_come_closer_and_no_less_than_by_weight_matching():
     pi = straight_through_matching(trained.spec, trained.model, a, b, trained.data, epochs=8, progress=False)
     assert trained.barrier(a, pi.apply(b)) < trained.barrier(a, b) / 3
     matched = lmc.weight_matching(trained.spec, a, b, progress=False)
-    task = TaskLoss(trained.model, trained.data, None, 256, torch.device("cpu"))
+    task = TaskLoss(trained.model, trained.weights[0], trained.data, None, 256, torch.device("cpu"))
     assert pi.info["losses"][0] == pytest.approx(task.mean(lmc.weights.lerp(a, matched.apply(b), 0.5)))
     assert -pi.objective <= pi.info["losses"][0]
 
@@ -92,28 +92,30 @@ def test_a_loss_of_ones_own():
     assert pi.info["losses"][0] == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_cross_entropy_takes_one_target_per_example_or_per_position():
-    logits, targets = torch.randn(4, 6, 5), torch.randint(5, (4, 6))
-    expected = nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
-    assert torch.equal(cross_entropy(logits, targets), expected)
-    assert torch.allclose(cross_entropy(logits.transpose(1, 2), targets), expected)
-    assert torch.equal(cross_entropy(logits[0], targets[0]), nn.functional.cross_entropy(logits[0], targets[0]))
-
-
 def test_tied_and_normalised_networks_have_a_loss():
     from lmc.models.gpt import gpt
 
     model = gpt(7, 5, dim=8, heads=2, tied=True)
     tokens = torch.randint(7, (4, 5))
-    task = TaskLoss(model, (tokens, tokens), None, 2, torch.device("cpu"))
+    task = TaskLoss(model, model.state_dict(), (tokens, tokens), None, 2, torch.device("cpu"))
     with torch.no_grad():
-        expected = cross_entropy(model(tokens), tokens)
+        expected = nn.functional.cross_entropy(model(tokens).flatten(0, 1), tokens.flatten())
     assert task.mean(model.state_dict()) == pytest.approx(float(expected), rel=1e-6)
     case = CASES["vgg-bn"]()
-    task = TaskLoss(case.model, (case.inputs, case.targets), None, 1000, torch.device("cpu"))
+    task = TaskLoss(case.model, case.model.state_dict(), (case.inputs, case.targets), None, 1000, torch.device("cpu"))
     with torch.no_grad():
-        expected = cross_entropy(case.model.train()(case.inputs), case.targets)
+        expected = nn.functional.cross_entropy(case.model.train()(case.inputs), case.targets)
     assert task.mean(case.model.state_dict()) == pytest.approx(float(expected), rel=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [2, 6, 256])
+def test_no_example_is_left_alone_in_a_batch(batch_size):
+    """An example by itself has no batch statistics: 7 of them in batches of 2 would leave one."""
+    case = CASES["vgg-bn"]()
+    data = (case.inputs[:7], case.targets[:7])
+    task = TaskLoss(case.model, case.model.state_dict(), data, None, batch_size, torch.device("cpu"))
+    assert task.mean(case.model.state_dict()) > 0.0
+    assert all(len(targets) > 1 for _, targets in task.epoch(torch.Generator().manual_seed(0)))
 
 
 def test_bad_input():

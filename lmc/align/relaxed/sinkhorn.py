@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from lmc.align.parameters import in_form_of, matched
 from lmc.align.relaxed.soft import SoftMoves, sinkhorn
-from lmc.align.relaxed.task_loss import Loss, TaskLoss
+from lmc.align.relaxed.task_loss import TaskLoss
 from lmc.align.weight_matching.assignment import assign
 from lmc.core.progress import tqdm
 from lmc.errors import DataError, InputError
 from lmc.network.network import Network, pick_device
+from lmc.network.task import Loss, Task
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing, lerp
 
@@ -40,7 +41,7 @@ def sinkhorn_matching(
     measure_every: int = 10,
     patience: int = 10,
     batch_size: int = 256,
-    loss: Loss | None = None,
+    loss: Loss | Task | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -65,7 +66,8 @@ def sinkhorn_matching(
         steps: at most.
         measure_every: steps between two measurements.
         patience: end after this many measurements without a better permutation.
-        batch_size, loss: examples in a step; of outputs and targets (default: cross-entropy).
+        batch_size: examples in a step, where the data are given whole.
+        loss: of outputs and targets, or an `lmc.Task` (default: cross-entropy).
         seed: decides the noise, the order of the data and the random points.
         device: where to run (default: where the weights are).
         progress: show a bar when it takes longer than two seconds.
@@ -146,7 +148,7 @@ def _objective(
     b: Weights,
     data: Any,
     target: Target,
-    loss: Loss | None,
+    loss: Loss | Task | None,
     batch_size: int,
     generator: torch.Generator,
 ) -> tuple[Callable[[Matrices], Tensor], Callable[[Permutation], float]]:
@@ -158,8 +160,8 @@ def _objective(
             lambda matrices: distance(ours, mix(matrices, theirs), target),
             lambda pi: float(distance(ours, matched(spec, pi.apply(b)), target)),
         )
-    task = TaskLoss(model, data, loss, batch_size, next(iter(b.values())).device)
-    batches = _forever(task, generator)
+    task = TaskLoss(model, a, data, loss, batch_size, next(iter(b.values())).device)
+    batches = task.epochs(generator)
 
     def step_loss(matrices: Matrices) -> Tensor:
         alpha = 0.5 if target == "midpoint" else float(torch.rand((), generator=generator))
@@ -168,11 +170,6 @@ def _objective(
         return task(a | between, next(batches))
 
     return step_loss, lambda pi: task.mean(lerp(a, pi.apply(b), 0.5))
-
-
-def _forever(task: TaskLoss, generator: torch.Generator) -> Iterator[Any]:
-    while True:
-        yield from task.shuffled(generator)
 
 
 def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor], target: Target) -> Tensor:

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from lmc.align.parameters import matched
-from lmc.align.relaxed.task_loss import Loss, TaskLoss
+from lmc.align.relaxed.task_loss import TaskLoss
 from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
-from lmc.network.network import Network, pick_device
+from lmc.network.network import pick_device
+from lmc.network.task import Loss, Task
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing, lerp
 
@@ -34,7 +35,7 @@ def straight_through_matching(
     momentum: float = 0.9,
     batch_size: int = 256,
     patience: int = 10,
-    loss: Loss | None = None,
+    loss: Loss | Task | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -55,7 +56,7 @@ def straight_through_matching(
         lr, momentum: of SGD on the latent weights (the authors: 0.01 for 250 epochs of MNIST).
         batch_size: examples in a step, where the data are given whole.
         patience: end after this many epochs without a better permutation.
-        loss: of outputs and targets (default: cross-entropy).
+        loss: of outputs and targets, or an `lmc.Task` (default: cross-entropy).
         seed: decides the order of the data.
         device: where to run (default: where the weights are).
         progress: show a bar when it takes longer than two seconds.
@@ -74,9 +75,8 @@ def straight_through_matching(
     a, b = agreeing([a, b], "ab", model=model)
     spec = spec.bind(a)
     chosen = pick_device(device, a)
-    Network(model, chosen).check(a, "a")
     a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
-    task = TaskLoss(model, data, loss, batch_size, chosen)
+    task = TaskLoss(model, a, data, loss, batch_size, chosen)
     generator = torch.Generator().manual_seed(seed)
 
     latent = {name: tensor.clone() for name, tensor in matched(spec, a).items()}
@@ -86,7 +86,7 @@ def straight_through_matching(
     best, losses, stale = pi, [task.mean(lerp(a, pi.apply(b), 0.5))], 0
     try:
         for _ in tqdm(range(epochs), desc="straight-through", disable=not progress):
-            for batch in task.shuffled(generator):
+            for batch in task.epoch(generator):
                 _step(task, batch, a, pi.apply(b), latent, optimizer)
                 pi = _project(spec, blocks, latent, b, pi)
             losses.append(task.mean(lerp(a, pi.apply(b), 0.5)))

@@ -2,8 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -41,7 +40,7 @@ def learn_rotations(
     """
     generator = torch.Generator().manual_seed(seed)
     names = {tensor for group in rotated for tensor in spec.groups[group].tables if tensor in b}
-    mix = SoftMoves(spec, names, task.device)
+    mix = SoftMoves(spec, names, task.network.device)
     theirs = {name: b[name].double() for name in names}
     free = {name: torch.zeros_like(start[name], requires_grad=True) for name in rotated}
 
@@ -53,7 +52,7 @@ def learn_rotations(
 
     optimizer = torch.optim.Adam(list(free.values()), lr=lr)
     best, values = start, [task.mean(lerp(a, moved(start), 0.5))]
-    batches = _forever(task, generator)
+    batches = task.epochs(generator)
     try:
         for step in tqdm(range(1, steps + 1), desc="rotations", disable=not progress):
             optimizer.param_groups[0]["lr"] = 0.5 * lr * (1.0 + math.cos(math.pi * (step - 1) / steps))
@@ -81,8 +80,3 @@ def _skew(x: Tensor, ones: bool) -> Tensor:
         skew = skew - skew.mean(0, keepdim=True)
         skew = skew - skew.mean(1, keepdim=True)
     return skew
-
-
-def _forever(task: TaskLoss, generator: torch.Generator) -> Iterator[Any]:
-    while True:
-        yield from task.shuffled(generator)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lmc.align.parameters import matched
 from lmc.align.relaxed.soft import SoftMoves
-from lmc.align.relaxed.task_loss import Loss, TaskLoss
+from lmc.align.relaxed.task_loss import TaskLoss
 from lmc.align.rotations.folding import fold_norms
 from lmc.align.rotations.learning import learn_rotations
 from lmc.align.rotations.procrustes import Ascent
@@ -22,6 +22,7 @@ from lmc.align.rotations.rotatable import rotatable_groups
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
+from lmc.network.task import Loss, Task
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
@@ -80,7 +81,7 @@ def rotation_matching(
     lr: float = 0.02,
     batch_size: int = 128,
     max_sweeps: int = 100,
-    loss: Loss | None = None,
+    loss: Loss | Task | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> RotationMatching:
@@ -101,7 +102,7 @@ def rotation_matching(
         lr: of Adam on the generators of the rotations.
         batch_size: examples in a step, where the data are given whole.
         max_sweeps: bound on the passes over all groups.
-        loss: of outputs and targets (default: cross-entropy).
+        loss: of outputs and targets, or an `lmc.Task` (default: cross-entropy).
         seed: decides the trial of rotations, the order of the data and the random points.
         progress: show a bar when it takes longer than two seconds.
 
@@ -130,7 +131,7 @@ def rotation_matching(
         sweeps += 1
     matrices, losses = ascent.matrices, []
     if steps:
-        task = TaskLoss(model, data, loss, batch_size, next(iter(a.values())).device)
+        task = TaskLoss(model, a, data, loss, batch_size, next(iter(a.values())).device)
         matrices, losses = learn_rotations(
             spec, task, a, b, matrices, rotated, steps=steps, lr=lr, seed=seed, progress=progress
         )
