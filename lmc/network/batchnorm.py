@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lmc.errors import DataError, InputError, LmcError
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, tied_names
+from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted, tied_names
 
 
 def recalibrate_batchnorm(
@@ -39,7 +39,7 @@ def recalibrate_batchnorm(
         MismatchError: weights of another architecture.
         DataError: no inputs, or a batch with a single value per channel, whose variance is unknown.
     """
-    source = as_weights(model if weights is None else weights)
+    source = fitted(model, as_weights(model if weights is None else weights))
     network = Network(model, pick_device(device, source))
     network.check(source, "weights")
     return Recalibrator(network, inputs, batch_size)(source)

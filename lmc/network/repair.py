@@ -18,7 +18,7 @@ from lmc.network.batchnorm import Recalibrator, has_batchnorm
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.layers import Layer, rescalable, run_seen
 from lmc.network.network import Network, pick_device
-from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_compatible, check_finite, mean
+from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_compatible, check_finite, fitted, mean
 
 Method = Literal["passes", "closed_form"]
 
@@ -62,7 +62,7 @@ def repair(
     """
     if method not in get_args(Method):
         raise InputError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(Method)))}")
-    states = [as_weights(other) for other in models]
+    states = [fitted(model, as_weights(other), f"models[{k}]") for k, other in enumerate(models)]
     if not states:
         raise InputError("repair of no models at all: pass at least one")
     network = Network(model, pick_device(device, states[0]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.errors import InputError, MismatchError, WeightsError
-from lmc.weights.encoded import check_weights
+from lmc.weights.encoded import check_codes
 from lmc.weights.numbers import inexact, wide
 from lmc.weights.state import ModelOrWeights, StateDict, Weights, dtype_name
 from lmc.weights.ties import tied_names
@@ -180,7 +180,7 @@ def check_compatible(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tu
     if a.keys() != b.keys():
         raise MismatchError(_different_names(a, b, names))
     for state, what in zip((a, b), names, strict=True):
-        check_weights(state, what)
+        check_codes(state, what)
     for name, x in a.items():
         y = b[name]
         if x.shape != y.shape:

@@ -49,22 +49,23 @@ def factor(state: Mapping[str, Tensor]) -> str:
     return next((name for name in state if FACTORS.search(name)), "")
 
 
-def check_weights(state: Mapping[str, Tensor], what: str, *, merging: bool = False) -> None:
-    """Raise unless the tensors are coordinates that can be added and scaled.
+def unmergeable(state: Mapping[str, Tensor]) -> str:
+    """Why a weight set cannot be merged, and the way out; empty where it can."""
+    if reason := code(state):
+        return f"{reason}, which are no numbers to add and scale; {DEQUANTISE}"
+    if name := factor(state):
+        return (
+            f"{name} is a factor of an adapter, and the mean of products is not the product of means; merge each "
+            "adapter into its base first (peft: model.merge_and_unload()), and merge those"
+        )
+    return ""
 
-    Args:
-        state: the tensors; their values are not looked at.
-        what: what messages call them.
-        merging: whether they are going to be merged; factors of an adapter may be interpolated, as any parameters of a
-            module, but their mean is no mean of what the adapter does.
+
+def check_codes(state: Mapping[str, Tensor], what: str) -> None:
+    """Check that tensors are no codes of quantised weights; factors of an adapter are parameters like others.
 
     Raises:
-        WeightsError: codes of quantised weights, or factors of an adapter; the message names the first and the way out.
+        WeightsError: they are; the message names the first and the way out.
     """
-    if reason := code(state):
-        raise WeightsError(f"{what}: {reason}, which are no numbers to add and scale; {DEQUANTISE}")
-    if merging and (name := factor(state)):
-        raise WeightsError(
-            f"{what}: {name} is a factor of an adapter, and the mean of products is not the product of means; merge "
-            "each adapter into its base first (peft: model.merge_and_unload()), and merge those"
-        )
+    if code(state):
+        raise WeightsError(f"{what}: {unmergeable(state)}")

@@ -18,7 +18,7 @@ from lmc.errors import SpecError, WeightsError
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_finite
+from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing
 
 TOLERANCE = 1e-9
 EXAMPLES = 8
@@ -46,9 +46,8 @@ def fold_norms(
         WeightsError: weights that are not finite, or complex.
         DataError: no inputs.
     """
-    weights = as_weights(weights)
+    weights = agreeing([weights], ["weights"], model=model)[0]
     spec = spec.bind(weights)
-    check_finite(weights)
     probe = Probe(model, weights, inputs, torch.Generator().manual_seed(0))
     folded = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
     readers = probe.readers(spec)

@@ -18,7 +18,7 @@ from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_finite, mean
+from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights, mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -118,12 +118,10 @@ def ot_fusion(
     if importance not in (None, "l1", "l2"):
         raise InputError(f"{importance=}: expected 'l1', 'l2', or None for equal masses")
     inputs = list(inputs) if isinstance(inputs, Iterator) else inputs  # read several times
-    anchor = as_weights(a)
-    check_finite(anchor, "a")
+    anchor = agreeing([a], ["a"], model=model)[0]
     chosen = pick_device(device, anchor)
     anchor = {name: tensor.to(chosen) for name, tensor in anchor.items()}
     network = Network(model, chosen)
-    network.check(anchor, "a")
     network.load(anchor)
     spec = (_found(model, network, inputs, progress) if spec is None else spec).bind(anchor)
     check_alone(spec)

@@ -29,7 +29,7 @@ from lmc.weights.agreement import corresponding, prefix_between
 from lmc.weights.checkpoints.checkpoint import Checkpoint
 from lmc.weights.checkpoints.formats import flat
 from lmc.weights.checkpoints.opening import open_checkpoint
-from lmc.weights.encoded import check_weights
+from lmc.weights.encoded import unmergeable
 from lmc.weights.numbers import inexact, narrowed, wide
 from lmc.weights.state import dtype_name
 
@@ -222,9 +222,11 @@ def weight_sets(
     if module is not None:
         everyone = [_under(module, state, who) for state, who in zip(everyone, called, strict=True)]
     first, constant = everyone[0], frozenset[str]()
-    check_weights(outline(first), called[0], merging=True)
+    for state, who in zip(everyone, called, strict=True):
+        if reason := unmergeable(outline(state)):
+            raise WeightsError(f"{who}: {reason}")
     for i, who in enumerate(called[1:], start=1):
-        everyone[i], lacking = _fitting(first, everyone[i], (called[0], who))
+        everyone[i], lacking = fitting(first, everyone[i], (called[0], who))
         constant |= lacking
         here = {name: tensor for name, tensor in outline(first).items() if name not in lacking}
         check_compatible(here, outline(everyone[i]), (called[0], who))
@@ -346,7 +348,7 @@ def _under(module: nn.Module, state: Mapping[str, Tensor], who: str) -> Mapping[
     return state if own.keys() == state.keys() else fitted(module, state.load(), who)
 
 
-def _fitting(
+def fitting(
     first: Mapping[str, Tensor], other: Mapping[str, Tensor], names: tuple[str, str]
 ) -> tuple[Mapping[str, Tensor], frozenset[str]]:
     """`other` under the names of `first`, and the optional buffers that it lacks; a file's prefix is stripped."""

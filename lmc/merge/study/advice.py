@@ -23,11 +23,14 @@ def advice(
     names: Sequence[str],
     differences: Sequence[Difference],
     faults: Mapping[str, str],
+    unusable: Mapping[str, str],
     matrices: "Layer",
     based: bool,
     barriers: np.ndarray | None,
 ) -> tuple[str, ...]:
     """One sentence for each thing that a person should know before merging."""
+    if unusable:
+        return tuple(f"{who}: {why}." for who, why in unusable.items())
     said = [
         *_fit(differences),
         *(f"{who} is not finite, first in {name}: leave it out." for who, name in faults.items()),
@@ -51,7 +54,9 @@ def _fit(differences: Sequence[Difference]) -> list[str]:
             "what follows is about the tensors that all share."
         )
     if kinds["dtype"]:
-        said.append(f"{kinds['dtype']} tensors differ in dtype: convert one side with .to(dtype) before merging.")
+        said.append(
+            f"{kinds['dtype']} tensors differ in dtype: sums are made in the widest, and the result has the first model's."
+        )
     if kinds["tie"]:
         said.append(f"{kinds['tie']} tensors are tied in one model and not in another: untie or tie them first.")
     return said

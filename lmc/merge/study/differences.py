@@ -8,9 +8,10 @@ from torch import Tensor
 
 from lmc.merge.engine.tensors import outline
 from lmc.weights import tied_names
+from lmc.weights.agreement import optional
 from lmc.weights.checkpoints.checkpoint import Checkpoint
 
-Kind = Literal["missing", "shape", "dtype", "tie"]
+Kind = Literal["missing", "shape", "dtype", "tie", "buffer"]
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,8 @@ class Difference:
 
     Attributes:
         name: of the tensor.
-        kind: what differs: it is "missing" somewhere, its "shape", its "dtype", or what it is a "tie" with.
+        kind: what differs: it is "missing" somewhere (or an optional "buffer" is, which does no harm), its "shape", its
+            "dtype", or what it is a "tie" with.
         found: what each model (and last the base, if there is one) has, in words.
     """
 
@@ -40,6 +42,8 @@ def differences(states: Sequence[Mapping[str, Tensor]]) -> tuple[Difference, ...
         kind: Kind | None = (
             "missing" if None in shapes else "shape" if len(shapes) > 1 else "dtype" if len(dtypes) > 1 else None
         )
+        if kind == "missing" and any(tensor is not None and optional(name, tensor) for tensor in tensors):
+            kind = "buffer"
         if kind:
             rows.append(Difference(name, kind, tuple(map(_describe, tensors))))
         elif len(partners := {tied.get(name) for tied in ties}) > 1 and None in partners:

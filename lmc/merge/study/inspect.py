@@ -14,12 +14,14 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.merge.engine.tensors import STATISTICS, outline
+from lmc.merge.engine.tensors import STATISTICS, fitting, outline
 from lmc.merge.study.advice import advice
 from lmc.merge.study.differences import Difference, differences
 from lmc.weights import ModelOrWeights, as_weights, tied_names
 from lmc.weights.checkpoints.checkpoint import Checkpoint
 from lmc.weights.checkpoints.opening import open_checkpoint
+from lmc.weights.encoded import unmergeable
+from lmc.weights.numbers import inexact, wide
 
 if TYPE_CHECKING:
     import pandas
@@ -144,19 +146,24 @@ def inspect(
     reference = None if base is None else _opened(base)
     if data is not None and model is None:
         raise InputError("barriers on data need the architecture as well: pass model=")
-    everyone = states if reference is None else [*states, reference]
+    everyone = [*states, *([] if reference is None else [reference])]
+    heads = (*called, "base")
+    everyone[1:] = [fitting(states[0], other, (called[0], heads[i]))[0] for i, other in enumerate(everyone) if i]
+    states, reference = everyone[: len(states)], None if reference is None else everyone[-1]
     different = differences(everyone)
-    skipped = {d.name for d in different if d.kind in ("missing", "shape")}
+    skipped = {d.name for d in different if d.kind in ("missing", "shape", "buffer")}
+    unusable = {heads[i]: why for i, state in enumerate(everyone) if (why := unmergeable(outline(state)))}
     survey = _Survey(states, reference)
-    for name in tqdm(_compared(states[0], model, skipped), desc="inspect", unit=" tensors", disable=not progress):
+    compared = [] if unusable else _compared(states[0], model, skipped)
+    for name in tqdm(compared, desc="inspect", unit=" tensors", disable=not progress):
         survey.add(name)
-    faults = {(*called, "base")[i]: text for i, text in survey.faults.items()}
+    faults = {heads[i]: text for i, text in survey.faults.items()}
     barriers = None
-    if data is not None and model is not None and not skipped and not faults:
+    if data is not None and model is not None and not (skipped or faults or unusable):
         barriers = _barriers(model, [as_weights(state) for state in states], data, alphas, device, progress)
     layers = tuple(survey.layer(name, sums) for name, sums in survey.layers.items())
     total, matrices = survey.layer("all", survey.total), survey.layer("matrices", survey.matrices)
-    said = advice(called, different, faults, matrices, reference is not None, barriers)
+    said = advice(called, different, faults, unusable, matrices, reference is not None, barriers)
     return Inspection(called, reference is not None, different, faults, layers, total, matrices, barriers, said)
 
 
@@ -199,6 +206,7 @@ class _Survey:
     def add(self, name: str) -> None:
         tensors = [state[name].detach() for state in self.states]
         tensors += [] if self.base is None else [self.base[name].detach()]
+        tensors = [tensor.to(wide(*(t.dtype for t in tensors))) for tensor in tensors]
         bad = [i for i, tensor in enumerate(tensors) if not bool(torch.isfinite(tensor).all())]
         for i in bad:
             self.faults.setdefault(i, name)
@@ -206,6 +214,7 @@ class _Survey:
             return
         sums = [self.total, self.layers.setdefault(name.rpartition(".")[0], _Sums(len(self.states)))]
         sums += [self.matrices] if tensors[0].ndim > 1 else []
+        tensors = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
         flat = [tensor.reshape(-1) for tensor in tensors]
         for start in range(0, len(flat[0]), COLUMNS_AT_ONCE):
             part = torch.stack([tensor[start : start + COLUMNS_AT_ONCE].double().cpu() for tensor in flat])
@@ -245,7 +254,7 @@ def _compared(state: Mapping[str, Tensor], model: nn.Module | None, skipped: set
     return [
         name
         for name, tensor in outline(state).items()
-        if tensor.is_floating_point()
+        if inexact(tensor)
         and tensor.numel()
         and not (name in skipped or name in ties or name in buffers or name.rpartition(".")[2] in STATISTICS)
     ]

@@ -18,7 +18,7 @@ from lmc.merge.engine.patterns import matches
 from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.rules.task_vectors import task_arithmetic
 from lmc.merge.with_data.examples import Scorer, scorer
-from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
+from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted
 from lmc.weights.depth import modules_in_order
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def mixer(
     if len(called) != len(sets) or len(set(called)) != len(called):
         raise InputError(f"names={list(called)}; expected a different one for each of {len(sets)} models")
     chosen = _thirds(modules_in_order(model, sets.weights)) if groups is None else _given(groups, sets.weights)
-    states, origin = [as_weights(m) for m in models], as_weights(base)
+    *states, origin = [fitted(model, as_weights(one)) for one in (*models, base)]
     scorers = [scorer(model, part, "accuracy", device=device, weights=origin)[0] for part in data.values()]
     own = np.array([[score(state) for score in scorers] for state in [*states, origin]])
     levels = np.array(LEVELS.get(len(sets), (0.0, 1.0) if 2 ** len(sets) <= MOST_POINTS else (0.0,)))

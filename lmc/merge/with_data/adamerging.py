@@ -19,7 +19,7 @@ from lmc.merge.rules.ties import thresholds, trim
 from lmc.merge.with_data.examples import each, gather
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights import ModelOrWeights, Weights, as_weights
+from lmc.weights import ModelOrWeights, Weights, as_weights, fitted
 from lmc.weights.numbers import wide
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def adamerging(
     if per not in ("tensor", "task"):
         raise InputError(f"per must be 'tensor' or 'task', got {per!r}")
     sets = weight_sets(models, base, module=model)
-    state = as_weights(base)
+    state = fitted(model, as_weights(base), "base")
     network = Network(model, pick_device(device, state))
     equal = [1.0 / len(sets)] * len(sets)
     network.load(dict(assemble(sets, sets.base_tensor, lambda _: (equal, 0.0))))

@@ -18,7 +18,7 @@ from lmc.merge.engine.tensors import assemble, weight_sets
 from lmc.merge.with_data.examples import cross_entropy, gather
 from lmc.network.batches import take, to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights import ModelOrWeights, as_weights
+from lmc.weights import ModelOrWeights, as_weights, fitted
 from lmc.weights.depth import model_depths
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def ama(
     sets = weight_sets(models, base, module=model)
     place = _groups(sets.weights, groups, model)
     count = max(place.values()) + 1
-    state = as_weights(base)
+    state = fitted(model, as_weights(base), "base")
     network = Network(model, pick_device(device, state))
     even = [(1.0 - mean) / len(sets)] * len(sets)
     network.load(dict(assemble(sets, sets.base_tensor, lambda _: (even, mean))))

@@ -16,7 +16,7 @@ from lmc.merge.with_data.examples import Metric, chosen, finite
 from lmc.merge.with_data.soups import greedy_soup, learned_soup
 from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.network.network import pick_device
-from lmc.weights import ModelOrWeights, Weights, as_weights
+from lmc.weights import ModelOrWeights, Weights, as_weights, fitted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,7 +125,7 @@ def compare_soups(
     Raises:
         InputError: names that do not fit. WeightsError: no model is finite.
     """
-    states = [as_weights(one) for one in models]
+    states = [fitted(model, as_weights(one), f"models[{i}]") for i, one in enumerate(models)]
     names = [f"model {i}" for i in range(len(states))] if names is None else list(names)
     if len(names) != len(states) or len(set(names)) != len(names):
         raise InputError(f"names={names!r}; expected {len(states)} different names")

@@ -20,7 +20,7 @@ from lmc.merge.engine.tensors import WeightSets, assemble, weight_sets
 from lmc.merge.with_data.examples import batches, each
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
+from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted
 from lmc.weights.numbers import wide
 
 Labels = Literal["expected", "sampled", "true"]
@@ -158,7 +158,7 @@ def fisher_information(
         raise InputError(f"labels must be 'expected', 'sampled' or 'true', got {labels!r}")
     if likelihood not in (None, "categorical", "bernoulli", "gaussian"):
         raise InputError(f"likelihood must be 'categorical', 'bernoulli' or 'gaussian', got {likelihood!r}")
-    state = as_weights(model if weights is None else weights)
+    state = fitted(model, as_weights(model if weights is None else weights))
     network = Network(model, pick_device(device, state))
     network.check(state, "weights")
     network.load(state)

@@ -83,7 +83,7 @@ def regmean(
     left: dict[str, Tensor] = {}
     right: dict[str, Tensor] = {}
     for t in tqdm(range(len(job.sets)), desc="RegMean", disable=not progress):
-        job.network.load(as_weights(models[t]))
+        job.network.load(as_weights(job.sets.states[t]))
         for name, gram in job.grams(t, list(job.layers)).items():
             pull = gram @ (job.matrix(name, t) - job.mean(name))
             left[name] = left[name] + gram if t else gram
@@ -232,8 +232,7 @@ def _prepare(
     if not 0.0 <= shrink <= 1.0:
         raise InputError(f"shrink must be in [0, 1], got {shrink}")
     sets = weight_sets(models, module=model)
-    network = Network(model, pick_device(device, as_weights(models[0])))
-    network.check(as_weights(models[0]), "models[0]")
+    network = Network(model, pick_device(device, as_weights(sets.states[0])))
     tied = set(sets.ties.values())
     found = {f"{path}.weight".removeprefix("."): module for path, module in network.module.named_modules()}
     layers = {n: m for n, m in found.items() if n in sets.weights and n not in tied and fits(m)}

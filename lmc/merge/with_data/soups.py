@@ -121,8 +121,7 @@ def greedy_soup(
     Raises:
         WeightsError: no model is finite.
     """
-    states = [as_weights(m) for m in models]
-    weight_sets(states, module=model)
+    states = [as_weights(state) for state in weight_sets(models, module=model).states]
     score, renew = scorer(model, validation, metric, inputs=inputs, device=device, weights=states[0])
     faults = [finite(state) for state in states]
     bar = tqdm(total=2 * len(states) - 1, desc="greedy soup", disable=not progress)
@@ -217,7 +216,7 @@ def learned_soup(
     if per not in ("model", "layer", "tensor"):
         raise InputError(f"per must be 'model', 'layer' or 'tensor', got {per!r}")
     sets = weight_sets(models, module=model)
-    state = as_weights(models[0])
+    state = as_weights(sets.states[0])
     network = Network(model, pick_device(device, state))
     network.load(uniform_soup(models))  # what is not learned: statistics, masks
     stacks = {name: sets.stack(name).to(network.device) for name in sets.weights}
