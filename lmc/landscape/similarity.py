@@ -10,7 +10,7 @@ from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import DataError, InputError
 from lmc.landscape.evaluation.evaluator import Evaluator
-from lmc.network.batches import Split, take, to_device
+from lmc.network.batches import Split, head, take, to_device
 from lmc.network.network import Network, pick_device
 from lmc.network.task import Outputs
 from lmc.weights import ModelOrWeights, Weights, agreeing
@@ -166,7 +166,9 @@ def _grams(network: Network, weights: Weights, inputs: Any) -> dict[str, Tensor]
 
 
 def _some(split: Split, examples: int) -> Any:
-    """Evenly spaced inputs of a split given whole, else the start of its first batch."""
+    """Evenly spaced inputs of a split given whole, else the start of its first batch, all of one that cannot be cut."""
     inputs, targets = next(iter(split.batches))
-    step = -(-len(targets) // examples) if split.whole else 1
-    return take(take(inputs, slice(None, None, step)), slice(examples))
+    if split.whole:
+        inputs = take(inputs, slice(None, None, -(-len(targets) // examples)))
+        targets = targets[:: -(-len(targets) // examples)]
+    return head((inputs, targets), examples)[0]

@@ -146,7 +146,10 @@ def _split(data: Any, name: str, targets_of: TargetsOf | None) -> Split:
         data = DataLoader(data, batch_size=DATASET_BATCH)
     one = isinstance(data, Tensor | Mapping) or _is_object(data)
     if isinstance(data, (tuple, list)):
-        one = len(data) == 2 and isinstance(data[1], Tensor)
+        unlabelled = (
+            targets_of is not None and isinstance(data, list) and isinstance(data[0], Tensor) if data else False
+        )
+        one = len(data) == 2 and isinstance(data[1], Tensor) and not unlabelled  # a list of tensors may be batches
         one = one or (isinstance(data, tuple) and len(data) != 2 and all(isinstance(part, Tensor) for part in data))
     if one:
         inputs, targets = batch = _pair(data, name, targets_of)

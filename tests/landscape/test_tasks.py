@@ -1,0 +1,528 @@
+"""Tasks: any form of data, outputs and losses gives what torch computes on all the examples at once, at any batch size."""
+
+import copy
+import functools
+import math
+import warnings
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lmc.errors import DataError, InputError
+from lmc.landscape.curvature import curvature
+from lmc.landscape.curves.curve import bezier_curve
+from lmc.landscape.evaluation.evaluator import evaluate
+from lmc.landscape.paths.path import loss_path
+from lmc.landscape.planes.plane import loss_plane, random_plane, trajectory_plane
+from lmc.landscape.similarity import similarity
+from lmc.landscape.simplices.triangle import loss_simplex, loss_triangle
+from lmc.landscape.variance import variance_ratios
+from lmc.network.batchnorm import recalibrate_batchnorm
+from lmc.network.task import Task
+
+RANDOM = torch.Generator().manual_seed(0)
+X, Y = torch.randn(24, 6, generator=RANDOM), torch.randint(0, 4, (24,), generator=RANDOM)
+IMAGES, MASKS = torch.randn(10, 3, 6, 6, generator=RANDOM), torch.randint(0, 4, (10, 6, 6), generator=RANDOM)
+MASKS[0], MASKS[1, :5] = 255, 255
+SIZES = (None, 7, 3, 1)
+
+
+def linear(inputs=6, outputs=4, seed=0):
+    torch.manual_seed(seed)
+    return nn.Linear(inputs, outputs)
+
+
+def conv(seed=0):
+    torch.manual_seed(seed)
+    return nn.Conv2d(3, 4, 3, padding=1)
+
+
+class Returning(nn.Module):
+    """A network whose result has a certain form."""
+
+    def __init__(self, form, inputs=6, outputs=4, seed=0):
+        super().__init__()
+        self.layer, self.form = linear(inputs, outputs, seed), form
+
+    def forward(self, x):
+        return self.form(self.layer(x))
+
+
+@dataclass
+class Sample:
+    sample: torch.Tensor
+
+
+FORMS = {
+    "tuple": (lambda out: (out, None), lambda result: result[0]),
+    "dict": (lambda out: {"x": out}, lambda result: result["x"]),
+    "namespace": (lambda out: SimpleNamespace(sample=out), lambda result: result.sample),
+    "dataclass": (Sample, lambda result: result.sample),
+    "two heads": (lambda out: (out, {"aux": out[:, :1]}), lambda result: result[0]),
+    "logits and loss": (lambda out: (out, out.square().mean()), lambda result: result[0]),
+}
+
+
+# ---- outputs of any form
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [None, 7])
+def test_a_loss_is_given_what_the_module_returns_or_the_outputs_chosen(form, size):
+    make, pick = FORMS[form]
+    model = Returning(make)
+    want = F.cross_entropy(model.layer(X), Y).item()
+    own = evaluate(model, None, (X, Y), loss=lambda o, t: F.cross_entropy(pick(o), t), batch_size=size)["data"]
+    assert own.loss == pytest.approx(want, rel=1e-5)
+    chosen = evaluate(model, None, (X, Y), outputs=pick, batch_size=size)["data"]
+    assert chosen.loss == pytest.approx(want, rel=1e-5)
+    assert chosen.accuracy == pytest.approx((model.layer(X).argmax(1) == Y).float().mean().item())
+
+
+@pytest.mark.parametrize("outputs", ["x", 0])
+def test_outputs_are_chosen_by_key_or_position(outputs):
+    model = Returning(FORMS["dict"][0])
+    assert evaluate(model, None, (X, Y), outputs=outputs)["data"].loss == pytest.approx(
+        F.cross_entropy(model.layer(X), Y).item()
+    )
+    with pytest.raises(InputError, match="outputs='y'.*no such entry"):
+        evaluate(model, None, (X, Y), outputs="y")
+    with pytest.raises(InputError, match="outputs="):
+        evaluate(model, None, (X, Y))
+
+
+# ---- losses of any signature, whatever the batch size
+
+WEIGHTS = torch.tensor([0.2, 1.0, 3.0, 0.5])
+SCALED = {
+    "torch's function": F.cross_entropy,
+    "module": nn.CrossEntropyLoss(),
+    "class weights": nn.CrossEntropyLoss(weight=WEIGHTS),
+    "class weights in a function": lambda o, t: F.cross_entropy(o, t, weight=WEIGHTS),
+    "one value an example": functools.partial(F.cross_entropy, reduction="none"),
+    "sum": lambda o, t: F.cross_entropy(o, t, reduction="sum"),
+    "smoothed": nn.CrossEntropyLoss(label_smoothing=0.1),
+    "contrastive": lambda o, t: ((o[:, None] - o[None]) ** 2).mean(),
+    "the inputs too": lambda o, t, x: F.cross_entropy(o, t) + x.square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_values_do_not_depend_on_the_batch_size(name):
+    loss, model = SCALED[name], linear()
+    want = loss(*((model(X), Y, X) if name == "the inputs too" else (model(X), Y))).mean().item()
+    for size in SIZES:
+        assert evaluate(model, None, (X, Y), loss=loss, batch_size=size)["data"].loss == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        nn.CrossEntropyLoss(ignore_index=255),
+        functools.partial(F.cross_entropy, ignore_index=255),
+        lambda o, t: F.cross_entropy(o, t, ignore_index=255),
+        lambda o, t: F.cross_entropy(o, t, ignore_index=255, reduction="none").sum() / (t != 255).sum(),
+        Task.segmentation(),
+        Task(ignore=255),
+    ],
+)
+@pytest.mark.parametrize("size", [None, 3, 1])
+def test_ignored_targets_do_not_count(loss, size):
+    model = conv()
+    found = evaluate(model, None, (IMAGES, MASKS), loss=loss, batch_size=size)["data"]
+    assert found.loss == pytest.approx(F.cross_entropy(model(IMAGES), MASKS, ignore_index=255).item(), rel=1e-5)
+    if isinstance(loss, Task):
+        counted = MASKS != 255
+        right = (model(IMAGES).argmax(1) == MASKS)[counted].float().mean().item()
+        assert found.accuracy == pytest.approx(right) and found.count == int(counted.sum())
+
+
+@pytest.mark.parametrize("size", [3, 1])
+def test_beyond_memory_means_of_batches_are_weighted_by_what_counts(monkeypatch, size):
+    monkeypatch.setattr("lmc.landscape.evaluation.evaluator.MEASURED_BYTES", 0)
+    model, masks = conv(), MASKS.masked_fill(MASKS == 255, -100)
+    want = F.cross_entropy(model(IMAGES), masks).item()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for loss in (F.cross_entropy, lambda o, t: F.cross_entropy(o, t), functools.partial(F.cross_entropy)):
+            found = evaluate(model, None, (IMAGES, masks), loss=loss, batch_size=size)["data"].loss
+            assert found == pytest.approx(want, rel=1e-5)
+        total = lambda o, t: F.cross_entropy(o, t, reduction="sum")  # noqa: E731
+        found = evaluate(model, None, (IMAGES, masks), loss=total, batch_size=5)["data"].loss
+        assert found == pytest.approx(total(model(IMAGES), masks).item(), rel=1e-5)
+
+
+def test_beyond_memory_a_value_that_depends_on_the_batches_is_warned_of(monkeypatch):
+    monkeypatch.setattr("lmc.landscape.evaluation.evaluator.MEASURED_BYTES", 0)
+    with pytest.warns(UserWarning, match="depends on how the data are batched"):
+        evaluate(linear(), None, (X, Y), loss=SCALED["contrastive"], batch_size=8)
+
+
+# ---- ready-made tasks
+
+
+def test_regression_is_in_its_own_unit_and_takes_targets_without_a_last_axis():
+    model, targets = linear(6, 1), torch.randn(24, generator=RANDOM)
+    path = loss_path(model, linear(6, 1, 1), linear(6, 1, 2), (X, targets), alphas=3, loss=Task.regression())
+    want = F.mse_loss(linear(6, 1, 1)(X)[:, 0], targets).item()
+    assert path.losses["data"][0] == pytest.approx(want, rel=1e-5) and path.unit == "squared error"
+    assert "accuracy" not in path.values["data"]
+    assert loss_path(model, model, model, (X, targets[:, None]), alphas=3, loss=nn.MSELoss()).unit == "squared error"
+    assert loss_path(model, model, model, (X, targets[:, None]), alphas=3, loss=lambda o, t: (o - t).abs()).unit == ""
+    with pytest.raises(DataError, match="expected the same shape"):
+        evaluate(linear(6, 3), None, (X, targets), loss=Task.regression())
+
+
+@pytest.mark.parametrize("labels", [1, 5])
+def test_binary_and_multi_label(labels):
+    model = linear(6, labels)
+    goal = torch.randint(0, 2, (24, labels), generator=RANDOM)
+    goal = goal[:, 0] if labels == 1 else goal
+    found = evaluate(model, None, (X, goal), loss=Task.binary(), batch_size=5)["data"]
+    outputs = model(X)[:, 0] if labels == 1 else model(X)
+    assert found.loss == pytest.approx(F.binary_cross_entropy_with_logits(outputs, goal.float()).item(), rel=1e-5)
+    assert found.accuracy == pytest.approx(((outputs > 0) == (goal > 0)).float().mean().item())
+
+
+class Tokens(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.head = nn.Embedding(11, 8), nn.Linear(8, 11)
+
+    def forward(self, input_ids, attention_mask=None):
+        return SimpleNamespace(logits=self.head(self.embed(input_ids)))
+
+
+IDS = torch.randint(0, 11, (6, 5), generator=RANDOM)
+PADDED = {"input_ids": IDS, "attention_mask": (torch.arange(5) < torch.tensor([[5], [5], [3], [2], [5], [4]])).long()}
+
+
+@pytest.mark.parametrize(
+    "data", [IDS, PADDED, [PADDED], {**PADDED, "labels": IDS.masked_fill(PADDED["attention_mask"] == 0, -100)}]
+)
+@pytest.mark.parametrize("unit", ["nats", "bits"])
+def test_language_models_predict_the_next_token(data, unit):
+    model = Tokens()
+    goal = IDS if data is IDS else IDS.masked_fill(PADDED["attention_mask"] == 0, -100)
+    nats = F.cross_entropy(model(IDS).logits[:, :-1].reshape(-1, 11), goal[:, 1:].reshape(-1)).item()
+    found = evaluate(model, None, data, loss=Task.language(unit), batch_size=2)["data"]
+    assert found.loss == pytest.approx(nats / (math.log(2) if unit == "bits" else 1.0), rel=1e-5)
+    assert found.values["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
+
+
+def test_reconstruction_needs_no_targets():
+    model = linear(6, 6)
+    want = F.mse_loss(model(X), X).item()
+    for data in (X, [X[:10], X[10:]], (X, Y), TensorDataset(X), DataLoader(TensorDataset(X), batch_size=5)):
+        assert evaluate(model, None, data, loss=Task.reconstruction())["data"].loss == pytest.approx(want, rel=1e-5)
+
+
+# ---- the module's own loss
+
+
+class Own(nn.Module):
+    """Like a model of Hugging Face: it takes labels, shifts them and computes its loss."""
+
+    def __init__(self, form, seed=0):
+        super().__init__()
+        self.inner, self.form = Tokens(seed), form
+
+    def forward(self, input_ids, labels=None):
+        logits = self.inner(input_ids).logits
+        if labels is None:
+            return self.form(logits[:, -1:], None)
+        return self.form(logits, F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()))
+
+
+OWN = {
+    "object": lambda logits, loss: SimpleNamespace(logits=logits, loss=loss),
+    "dict": lambda logits, loss: {"loss": loss, "logits": logits},
+    "tuple": lambda logits, loss: (logits, loss),
+}
+
+
+@pytest.mark.parametrize("form", OWN)
+@pytest.mark.parametrize("size", [6, 4, 2, 1])
+def test_a_module_that_takes_labels_is_judged_by_its_own_loss(form, size):
+    model, labels = Own(OWN[form]), IDS.masked_fill(PADDED["attention_mask"] == 0, -100)
+    want = F.cross_entropy(model.inner(IDS).logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()).item()
+    data = [{"input_ids": i, "labels": t} for i, t in zip(IDS.split(size), labels.split(size), strict=True)]
+    found = evaluate(model, None, data)["data"]
+    assert found.loss == pytest.approx(want, rel=1e-5) and "accuracy" not in found.values
+    whole = evaluate(model, None, {"input_ids": IDS, "labels": labels}, batch_size=size)["data"].loss
+    assert whole == pytest.approx(want, rel=1e-5)
+    pair = evaluate(model, None, (IDS, labels), loss=Task.own_loss("labels"), batch_size=size)["data"].loss
+    assert pair == pytest.approx(want, rel=1e-5)
+
+
+def test_hugging_face_models_are_judged_by_their_own_loss():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
+    models = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        models.append(transformers.GPT2LMHeadModel(config).eval())
+    data = DataLoader([{"input_ids": ids, "labels": ids} for ids in IDS], batch_size=4)
+    path = loss_path(models[0], *models, data, alphas=3, progress=False)
+    for model, loss in zip(models, path.own["data"]["loss"], strict=True):
+        assert loss == pytest.approx(model(input_ids=IDS, labels=IDS).loss.item(), rel=1e-4)
+
+
+# ---- data of any form
+
+
+class Pairs(Dataset):
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, i):
+        return X[i], int(Y[i])
+
+
+class Dicts(Dataset):
+    def __len__(self):
+        return len(X)
+
+    def __getitem__(self, i):
+        return {"x": X[i], "label": Y[i]}
+
+
+class Keyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = linear()
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+SETS = {
+    "pair": (X, Y),
+    "tensor dataset": TensorDataset(X, Y),
+    "map-style dataset": Pairs(),
+    "loader of a dataset": DataLoader(Pairs(), batch_size=7, shuffle=True),
+    "dataset of dicts": Dicts(),
+    "loader of dicts": DataLoader(Dicts(), batch_size=7),
+    "a dict": {"x": X, "labels": Y},
+    "splits": {"train": (X, Y)},
+    "generator": ((X[i : i + 5], Y[i : i + 5]) for i in range(0, 24, 5)),
+}
+
+
+@pytest.mark.parametrize("form", SETS)
+def test_data_of_any_form(form):
+    model = Keyword()
+    score = next(iter(evaluate(model, None, SETS[form]).values()))
+    assert score.loss == pytest.approx(F.cross_entropy(model(X), Y).item(), rel=1e-5) and score.count == 24
+
+
+def test_splits_of_a_mapping_are_named_train_first_and_test_last():
+    data = {"test": (X[:4], Y[:4]), "val": (X[4:8], Y[4:8]), "train": (X[8:], Y[8:])}
+    scores = evaluate(linear(), None, data)
+    assert list(scores) == ["train", "val", "test"] and [s.count for s in scores.values()] == [16, 4, 4]
+    assert loss_path(linear(), linear(), linear(seed=1), data, alphas=3).split == "test"
+
+
+def test_the_last_of_several_tensors_holds_the_targets():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = linear()
+
+        def forward(self, a, b):
+            return self.layer(a + b)
+
+    model, want = Sum(), F.cross_entropy(linear()(2 * X), Y).item()
+    for data in ((X, X, Y), TensorDataset(X, X, Y), [(X, X, Y)], ((X, X), Y)):
+        assert evaluate(model, None, data)["data"].loss == pytest.approx(want, rel=1e-5)
+
+
+class GCN(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        self.layer = linear(8, 3, seed)
+
+    def forward(self, x, edge_index):
+        return self.layer(x.index_add(0, edge_index[1], x[edge_index[0]]))
+
+
+class Wrapped(nn.Module):
+    """Takes a data object as its only argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = GCN()
+
+    def forward(self, data):
+        return self.inner(data.x, data.edge_index)
+
+
+class Graph(SimpleNamespace):
+    """Like a `torch_geometric` data object: it yields pairs of names and values, and makes a mapping of itself."""
+
+    def to_dict(self):
+        return dict(vars(self))
+
+    def __iter__(self):
+        return iter(vars(self).items())
+
+
+NODES = torch.randn(5, 8, generator=RANDOM)
+EDGES = torch.tensor([[0, 1, 2, 3, 4, 0], [1, 2, 3, 4, 0, 2]])
+CLASSES = torch.tensor([0, 1, 2, 1, 0])
+
+
+@pytest.mark.parametrize("kind", [SimpleNamespace, Graph])
+def test_a_graph_is_one_call_with_targets_for_its_outputs(kind):
+    want = F.cross_entropy(GCN()(NODES, EDGES), CLASSES).item()
+    data = kind(x=NODES, edge_index=EDGES, y=CLASSES)
+    forms = [
+        ((NODES, EDGES), CLASSES),
+        [((NODES, EDGES), CLASSES)],
+        data,
+        [data, data],
+        DataLoader([data], collate_fn=list),
+    ]
+    for given in forms:
+        given = [given.dataset[0]] if isinstance(given, DataLoader) else given
+        assert evaluate(GCN(), None, given)["data"].loss == pytest.approx(want, rel=1e-5)
+    assert evaluate(Wrapped(), None, data)["data"].loss == pytest.approx(want, rel=1e-5)
+    assert loss_path(GCN(), GCN(0), GCN(1), data, alphas=3).losses["data"][0] == pytest.approx(want, rel=1e-5)
+
+
+def test_masks_of_a_graph_are_its_splits():
+    train = torch.tensor([True, True, False, False, True])
+    data = Graph(x=NODES, edge_index=EDGES, y=CLASSES, train_mask=train, test_mask=~train)
+    scores, outputs = evaluate(GCN(), None, data), GCN()(NODES, EDGES)
+    for name, mask in (("train", train), ("test", ~train)):
+        assert scores[name].loss == pytest.approx(F.cross_entropy(outputs[mask], CLASSES[mask]).item(), rel=1e-5)
+        assert scores[name].count == int(mask.sum())
+
+
+def test_sequences_of_several_lengths():
+    model = Tokens()
+    batches = [(IDS, IDS), (IDS[:3, :4], IDS[:3, :4])]
+    logits = torch.cat([model(x).logits.flatten(0, 1) for x, _ in batches])
+    want = F.cross_entropy(logits, torch.cat([y.flatten() for _, y in batches])).item()
+    assert evaluate(model, None, batches)["data"].loss == pytest.approx(want, rel=1e-5)
+    flat = lambda o, t: F.cross_entropy(o.flatten(0, 1), t.flatten())  # noqa: E731
+    assert evaluate(model, None, batches, loss=flat)["data"].loss == pytest.approx(want, rel=1e-5)
+
+
+# ---- every function understands every task
+
+TASKS = {
+    "classes": (linear, (X, Y), {}),
+    "regression": (functools.partial(linear, 6, 1), (X, X[:, 0]), {"loss": Task.regression()}),
+    "with the data": (functools.partial(linear, 6, 1), Task.regression().on((X, X[:, 0])), {}),
+    "outputs": (lambda seed=0: Returning(FORMS["tuple"][0], seed=seed), (X, Y), {"outputs": 0}),
+    "own loss": (lambda seed=0: Own(OWN["object"], seed), [{"input_ids": IDS, "labels": IDS}], {}),
+    "graph": (GCN, Graph(x=NODES, edge_index=EDGES, y=CLASSES), {}),
+    "language": (Tokens, IDS, {"loss": Task.language()}),
+    "segmentation": (lambda seed=0: conv(seed), (IMAGES, MASKS), {"loss": Task.segmentation()}),
+}
+
+
+def three(make):
+    torch.manual_seed(1)
+    return [make(seed=seed) for seed in (0, 1, 2)]
+
+
+@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("kind", ["path", "plane", "random", "trajectory", "triangle", "simplex", "curve"])
+def test_functions_of_the_landscape_judge_a_task_alike(name, kind):
+    make, data, options = TASKS[name]
+    models, model = three(make), make(seed=0)
+    own = [next(iter(evaluate(model, other, data, **options).values())).loss for other in models]
+    options = {**options, "progress": False}
+    if kind == "path":
+        found = loss_path(model, *models[:2], data, alphas=3, **options)
+        assert found.losses[found.split][[0, -1]] == pytest.approx(own[:2], rel=1e-4)
+    elif kind == "curve":
+        curve = bezier_curve(model, *models[:2], data, epochs=2, batch_size=8, **options)
+        assert np.isfinite(curve.losses).all()
+        found = curve.path(data, alphas=3, **options)
+        assert found.losses[found.split][[0, -1]] == pytest.approx(own[:2], rel=1e-4)
+    elif kind in ("plane", "random", "trajectory"):
+        function = {"plane": loss_plane, "random": random_plane, "trajectory": trajectory_plane}[kind]
+        found = function(model, models[0] if kind == "random" else models, data, resolution=5, **options)
+        ends = {"plane": own, "random": own[:1], "trajectory": own[2:]}[kind]
+        assert found.own[found.split]["loss"] == pytest.approx(ends, rel=1e-4) and found.complete
+        assert np.isfinite(found.losses[found.split]).all()
+    else:
+        function = loss_triangle if kind == "triangle" else loss_simplex
+        found = function(model, models, data, resolution=2, **options)
+        assert found.own[found.split]["loss"] == pytest.approx(own, rel=1e-4)
+    if kind != "curve":
+        assert found.unit == {
+            "classes": "nats",
+            "outputs": "nats",
+            "graph": "nats",
+            "segmentation": "nats",
+            "language": "nats per token",
+            "own loss": "",
+        }.get(name, "squared error")
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_curvature_understands_tasks(name):
+    make, data, options = TASKS[name]
+    found = curvature(make(seed=0), None, data, top=1, probes=1, steps=8, progress=False, **options)
+    assert math.isfinite(found.eigenvalues[0]) and abs(found.eigenvalues[0]) > 0
+
+
+@pytest.mark.parametrize("name", ["classes", "outputs", "graph"])
+def test_similarity_understands_tasks(name):
+    make, data, options = TASKS[name]
+    first, second, _ = three(make)
+    assert similarity(first, first, second, data, examples=24, **options).count == (5 if name == "graph" else 24)
+
+
+@pytest.mark.parametrize("name", ["classes", "with the data", "own loss", "graph", "segmentation"])
+def test_functions_of_inputs_drop_targets(name):
+    make, data, _ = TASKS[name]
+    first, second, third = three(make)
+    assert variance_ratios(first, first, [second, third], data, progress=False).ratios
+    inputs = [data] if name == "graph" else data
+    if name in ("classes", "segmentation"):
+        assert recalibrate_batchnorm(first, None, data[0]).keys() == first.state_dict().keys()
+    assert inputs is not None
+
+
+def test_units_and_direction_stay_with_results(tmp_path):
+    model, goal = linear(6, 1), X[:, 0]
+    metrics = {"closeness": lambda o, t: -(o[:, 0] - t).abs()}
+    task = Task.regression(metrics=metrics, higher=("closeness",))
+    path = loss_path(model, linear(6, 1, 1), linear(6, 1, 2), (X, goal), alphas=5, loss=task, progress=False)
+    drop = path.barrier_of("closeness")
+    values = path.values["data"]["closeness"]
+    assert drop.start == pytest.approx(values[0]) and drop.end == pytest.approx(values[-1]) and drop.value >= 0.0
+    path.save(tmp_path / "path.json")
+    again = type(path).load(tmp_path / "path.json")
+    assert again.unit == "squared error" and again.higher == ("closeness",)
+    assert copy.deepcopy(path).unit == "squared error"
+
+
+# ---- what is wrong is said
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "error", "message"),
+    [
+        ((X, torch.randn(24)), {}, DataError, r"lmc.Task.regression\(\)"),
+        ((X, Y + 3), {}, DataError, r"ignore=255"),
+        ([{"input_ids": IDS}], {}, DataError, r"lmc.Task.language\(\)"),
+        (((NODES, EDGES), CLASSES[:4]), {}, DataError, r"\[\(inputs, targets\)\]"),
+        ((X, Y), {"loss": "mse"}, InputError, "lmc.Task"),
+    ],
+)
+def test_messages_name_the_way_out(data, options, error, message):
+    with pytest.raises(error, match=message):
+        evaluate(linear(), None, data, **options)
