@@ -36,6 +36,7 @@ from lmc.landscape.planes.plane import Plane, loss_plane, random_plane, trajecto
 from lmc.landscape.simplices.triangle import Simplex, Triangle, loss_simplex, loss_triangle
 from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.network.repair import repair
+from lmc.network.task import Task
 
 # What may move: the symmetries of a network.
 from lmc.symmetry.certificate import Certificate
@@ -63,6 +64,7 @@ __all__ = [
     "Simplex",
     "SpecError",
     "Table",
+    "Task",
     "TraceError",
     "Triangle",
     "WeightsError",

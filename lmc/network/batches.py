@@ -25,10 +25,21 @@ IGNORED = -100  # target of positions that do not count, the convention of torch
 
 @dataclass(frozen=True)
 class TaskData:
-    """Data together with the task by which they are judged; `Task.on` makes it."""
+    """Data together with the task by which they are judged; `Task.on` makes it.
+
+    The splits of the data, `.train`, `.validation` and `.test` where it has them, come with the task, too.
+    """
 
     data: Any
     task: Any
+
+    def __getattr__(self, name: str) -> "TaskData":
+        if name in ("train", "validation", "test"):
+            if isinstance(self.data, Mapping) and name in self.data:
+                return TaskData(self.data[name], self.task)
+            if hasattr(self.data, name):
+                return TaskData(getattr(self.data, name), self.task)
+        raise AttributeError(name)
 
 
 @dataclass(frozen=True)

@@ -224,6 +224,17 @@ def test_reconstruction_needs_no_targets():
         assert evaluate(model, None, data, loss=Task.reconstruction())["data"].loss == pytest.approx(want, rel=1e-5)
 
 
+def test_data_that_carry_their_task_have_splits_that_do():
+    parts = {"train": (X[:16], X[:16, 0]), "test": (X[16:], X[16:, 0])}
+    model, task = linear(6, 1), Task.regression()
+    for data in (parts, SimpleNamespace(**parts)):
+        whole = evaluate(model, None, task.on(data))
+        for name in ("train", "test"):
+            alone = evaluate(model, None, getattr(task.on(data), name))["data"]
+            assert alone.loss == whole[name].loss == evaluate(model, None, parts[name], loss=task)["data"].loss
+    assert not hasattr(task.on((X, Y)), "train")
+
+
 # ---- the module's own loss
 
 
