@@ -43,8 +43,8 @@ def plot_curve(curve: Curve) -> go.Figure:
 @view(Star, "plot")
 def plot_star(star: Star) -> go.Figure:
     """Draw the training loss over the epochs, the mean over random points of the lines; `paths` evaluates the lines."""
-    fig = figure(height=360)
-    _training(fig, star.losses, None)
+    fig = styled(make_subplots(1, 1), height=360)
+    _training(fig, star.losses, 1)
     return fig
 
 
@@ -80,13 +80,9 @@ def _corners(curve: Curve) -> np.ndarray:
     return np.stack([along, up if up.sum() >= 0.0 else -up], axis=1)
 
 
-def _training(fig: go.Figure, losses: np.ndarray, column: int | None) -> None:
+def _training(fig: go.Figure, losses: np.ndarray, column: int) -> None:
     epochs = list(range(1, len(losses) + 1))
     line = go.Scatter(x=epochs, y=losses, mode="lines+markers", line={"color": BLUE, "width": 3}, showlegend=False)
-    place = {} if column is None else {"row": 1, "col": column}
-    fig.add_trace(line.update(hovertemplate="epoch %{x}: %{y:.4g} nats<extra></extra>"), **place)
-    fig.update_xaxes(
-        title_text="epoch", rangemode="tozero", tickformat="d", nticks=8, **({} if column is None else {"col": column})
-    )
-    title = "training loss (nats)"
-    fig.update_yaxes(title_text=title, rangemode="tozero", **({} if column is None else {"col": column}))
+    fig.add_trace(line.update(hovertemplate="epoch %{x}: %{y:.4g} nats<extra></extra>"), row=1, col=column)
+    fig.update_xaxes(title_text="epoch", rangemode="tozero", tickformat="d", nticks=8, col=column)
+    fig.update_yaxes(title_text="training loss (nats)", rangemode="tozero", col=column)
