@@ -1,5 +1,7 @@
-"""Helpers of many tests: comparing weights, small classification data, small classifiers."""
+"""Helpers of many tests: comparing weights, small classification data, small classifiers, what pages hold."""
 
+import json
+import re
 from collections.abc import Mapping
 from types import SimpleNamespace
 
@@ -51,3 +53,10 @@ def trained(model: nn.Module, data: Split, steps: int = 40, lr: float = 2e-2) ->
         nn.functional.cross_entropy(model(data[0]), data[1]).backward()
         optimiser.step()
     return model
+
+
+def embedded(document: str) -> dict:
+    """The state of the explorer in a page, or in the output of a notebook."""
+    found = re.search(r"^const state = (.*);$", document, re.MULTILINE)
+    assert found and "<" not in found[1]
+    return json.loads(found[1])

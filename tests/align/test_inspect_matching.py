@@ -1,7 +1,6 @@
 """Matchings carried out step by step: partial permutations, similarities, receptive fields, and the explorer of them."""
 
 import base64
-import html
 import json
 import re
 import shutil
@@ -11,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import traitlets
+from support import embedded
 from torch import nn
 
 import lmc
@@ -169,11 +169,7 @@ def test_the_widgets_of_one_matching_stay_in_step(matching):
     assert repr(first) == f"MatchingExplorer({FIRST}, {SECOND}; 6 steps)"
     bundle = first._repr_mimebundle_()
     data = bundle[0] if isinstance(bundle, tuple) else bundle
-    assert embedded(html.unescape(data["text/html"]))["placed"] == 0.4
-
-
-def embedded(document: str) -> dict:
-    return json.loads(re.search(r'<script type="application/json" id="state">(.*?)</script>', document, re.S).group(1))
+    assert embedded(data["text/html"])["placed"] == 0.4
 
 
 def test_the_page_stands_alone_and_holds_the_matching(matching, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from acts import NETWORKS, drag, until, write
+from conftest import KERNEL_IDLE
 
 from lmc.landscape.paths.path import loss_path
 from lmc.models import mlp
@@ -40,7 +41,7 @@ def test_the_saved_page_shows_the_path_that_is_chosen(window, explorer):
 
 
 def test_two_widgets_of_a_path_stay_in_step_and_the_kernel_gives_exact_values(server, open_notebook):
-    make = "path, naive = lmc.loss_path(model, a, b, data, 9), lmc.loss_path(model, a, c, data, 9)"
+    make = "path, naive = lmc.loss_path(model, a, b, data, alphas=9), lmc.loss_path(model, a, c, data, alphas=9)"
     cells = NETWORKS + make, "w = path.explore(naive=naive)\nw", "v = path.explore()\nv"
     lab = open_notebook(write(server, "path.ipynb", *cells))
     lab.run_all()
@@ -59,3 +60,24 @@ def test_two_widgets_of_a_path_stay_in_step_and_the_kernel_gives_exact_values(se
     second.get_by_role("slider").press("ArrowRight")
     until(lab, "(w.alpha, v.alpha)", lambda both: both == (0.375, 0.375))
     first.locator(".lmc-reading").filter(has_text="α = 0.375").wait_for()
+
+
+def test_what_is_saved_is_alive_when_it_is_opened_again(server, window, open_notebook):
+    """With no setting touched: without a kernel the explorer interpolates, with one it asks for exact values."""
+    cells = NETWORKS + "path = lmc.loss_path(model, a, b, data, alphas=9)", "w = path.explore()\nw"
+    lab = open_notebook(write(server, "kept.ipynb", *cells))
+    lab.run_all()
+    drag(lab.page, lab.page.locator(".lmc-path").get_by_role("slider"), (0.5, 0.5), (0.3, 0.5))
+    lab.page.locator(".lmc-note[data-state=exact]").wait_for()
+    lab.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    lab.page.wait_for_function("!window.jupyterapp.shell.currentWidget.content.model.dirty")
+    lab.page.reload()
+    lab.page.wait_for_function(KERNEL_IDLE)
+    drag(lab.page, lab.page.locator(".lmc-path").get_by_role("slider"), (0.5, 0.5), (0.7, 0.5))
+    lab.page.locator(".lmc-note[data-state=exact]").wait_for()  # the kernel of before is still there
+    lab.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    again = open_notebook("kept.ipynb").page
+    drag(again, again.locator(".lmc-path").get_by_role("slider"), (0.5, 0.5), (0.3, 0.5))
+    again.locator(".lmc-reading").filter(has_text="α = 0.3").wait_for()
+    again.locator(".lmc-note[data-state=static]").wait_for()
+    assert "model not found" not in again.locator(".jp-Notebook").inner_text()

@@ -50,10 +50,6 @@ class EpochsExplorer(Explorer):
         path = self.result[epoch][name]
         return answer(path.exact, [float(alpha)], path.split)
 
-    @classmethod
-    def height(cls, state: Mapping[str, Any]) -> int:
-        return 720
-
     def __repr__(self) -> str:
         return f"EpochsExplorer({', '.join(self.result.paths)}; {len(self.result.epochs)} epochs)"
 

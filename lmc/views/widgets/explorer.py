@@ -4,6 +4,9 @@ The file of each explorer holds its state (what it draws, as plain data), its cl
 its result.
 """
 
+import os
+import secrets
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,7 +17,7 @@ import traitlets
 
 from lmc.core.files import write_text
 from lmc.errors import LmcError
-from lmc.views.widgets.page import frame, page
+from lmc.views.widgets.page import inline, page
 
 _OPEN: WeakKeyDictionary[Any, WeakSet["Explorer"]] = WeakKeyDictionary()  # result -> its explorers
 
@@ -32,10 +35,12 @@ class Explorer(anywidget.AnyWidget):
     title: ClassVar[str]
     shared: ClassVar[tuple[str, ...]] = ()
     data = traitlets.Dict().tag(sync=True)
+    key = traitlets.Unicode().tag(sync=True)  # by which pages in the notebook find this model
 
     def __init__(self, results: Sequence[Any], state: Mapping[str, Any]) -> None:
         self._results, self._kind = list(results), type(self)  # anywidget will make a class of its own of it
-        super().__init__(**state)
+        self._summary = "\n\n".join(str(result) for result in results)
+        super().__init__(key=secrets.token_hex(8), **state)
         others = self._peers()
         if others:
             for name in self.shared:
@@ -48,16 +53,6 @@ class Explorer(anywidget.AnyWidget):
     def answer(self, place: Any) -> dict[str, Any]:
         """The values at a place that was not evaluated before."""
         raise NotImplementedError
-
-    @classmethod
-    def height(cls, state: Mapping[str, Any]) -> int:
-        """Pixels that it takes in a notebook, in this state."""
-        raise NotImplementedError
-
-    @classmethod
-    def inline(cls, state: Mapping[str, Any]) -> str:
-        """The explorer in a frame, for a notebook that is read without a kernel."""
-        return frame(cls._esm, cls._css, state, title=cls.title, height=cls.height(state))
 
     @classmethod
     def write(
@@ -98,9 +93,20 @@ class Explorer(anywidget.AnyWidget):
         self.send({**told, "ticket": content["ticket"], "place": content["place"]})
 
     def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        """The live view, and the same figure as a page of its own for where no kernel runs."""
+        """The figure as HTML that finds the kernel's model, if there is one; a widget view only where that is needed."""
         bundle = super()._repr_mimebundle_(**kwargs)
         data = bundle[0] if isinstance(bundle, tuple) else bundle
         if data is not None:
-            data["text/html"] = self._kind.inline({name: getattr(self, name) for name in ("data", *self.shared)})
+            state = {name: getattr(self, name) for name in ("data", *self.shared)}
+            data["text/html"] = inline(self._kind._esm, self._kind._css, state, key=self.key, summary=self._summary)
+            if not _views_wanted():
+                data.pop("application/vnd.jupyter.widget-view+json", None)
         return bundle
+
+
+def _views_wanted() -> bool:
+    """Whether the front end keeps a notebook's outputs apart, so that a page does not find the model of the kernel.
+
+    Elsewhere a bundle without a widget view is better: what is saved stays alive when the notebook is opened again.
+    """
+    return "google.colab" in sys.modules or "VSCODE_PID" in os.environ

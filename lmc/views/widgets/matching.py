@@ -44,10 +44,6 @@ class MatchingExplorer(Explorer):
             raise traitlets.TraitError(f"group={proposal['value']!r}; expected one of {known}")
         return proposal["value"]
 
-    @classmethod
-    def height(cls, state: Mapping[str, Any]) -> int:
-        return 980 if any(group["fields"] for group in state["data"]["groups"]) else 720
-
     def __repr__(self) -> str:
         return f"MatchingExplorer({', '.join(self.matching.groups)}; {len(self.matching.shares)} steps)"
 

@@ -42,10 +42,6 @@ class MixerExplorer(Explorer):
     def answer(self, place: Any) -> dict[str, Any]:
         return {"values": [100.0 * value for value in self.mixer.scores(place).values()]}
 
-    @classmethod
-    def height(cls, state: Mapping[str, Any]) -> int:
-        return 560
-
     def __repr__(self) -> str:
         return f"MixerExplorer({', '.join(self.mixer.names)}; {', '.join(self.mixer.groups)})"
 

@@ -10,13 +10,26 @@ from typing import Any
 
 FOLDER = Path(__file__).parent
 
-# The page keeps the state that a kernel would keep; nobody else changes it, so there is nothing to listen to.
+# A page keeps the state that a kernel would keep; nobody else changes it, so there is nothing to listen to.
+_STILL = """import widget from "data:text/javascript;base64,{module}";
+const state = {state};
+const still = {{ get: (key) => state[key], set: (key, value) => (state[key] = value), save_changes() {{}}, on() {{}}, off() {{}} }};
+"""
 _START = """<script type="module">
-import widget from "data:text/javascript;base64,{module}";
-const state = JSON.parse(document.getElementById("state").textContent);
-const model = {{ get: (key) => state[key], set: (key, value) => (state[key] = value),
-  save_changes() {{}}, on() {{}}, off() {{}} }};
-widget.render({{ model, el: document.getElementById("widget") }});
+{still}widget.render({{ model: still, el: document.getElementById("widget") }});
+</script>"""
+# In a notebook the script runs wherever its output is shown; with a kernel, the model comes sooner or later, or again.
+_OPEN = """<script type="module">
+{still}for (const el of document.querySelectorAll('[data-lmc="{key}"]:not([data-open])')) {{
+  el.dataset.open = "";
+  let close;
+  const open = async () => {{
+    close?.();
+    close = await widget.render({{ model: globalThis.lmcModels?.get("{key}") ?? still, el }});
+  }};
+  addEventListener("lmc-model", (event) => event.detail === "{key}" && open());
+  open();
+}}
 </script>"""
 
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./([\w.]+)";\n', re.MULTILINE)
@@ -80,28 +93,30 @@ def page(
     """
     heading = f"<h1>{html.escape(title)}</h1>" + "".join(f"<p>{html.escape(line)}</p>" for line in text)
     inner = f'<main>{heading}{_table(rows)}<div id="widget"></div></main>'
-    return _document(module, style, state, title, inner)
-
-
-def frame(module: str, style: str, state: Mapping[str, Any], *, title: str, height: int) -> str:
-    """The widget alone, in a frame for the output of a notebook cell that is shown without a kernel."""
-    content = _document(module, style, state, title, '<div id="widget"></div>')
-    return (
-        f'<iframe title="{html.escape(title)}" srcdoc="{html.escape(content)}" '
-        f'style="width: 100%; height: {height}px; border: 0"></iframe>'
-        "<p><small>No figure above? Trust this notebook, or run it: the figure is a small program.</small></p>"
-    )
-
-
-def _document(module: str, style: str, state: Mapping[str, Any], title: str, body: str) -> str:
-    data = json.dumps(state, separators=(",", ":")).replace("</", "<\\/")
-    start = _START.format(module=base64.b64encode(module.encode()).decode())
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{html.escape(title)}</title><style>{_STYLE}\n{style}</style></head>"
-        f'<body class="lmc-page">{body}<script type="application/json" id="state">{data}</script>{start}</body></html>\n'
+        f'<body class="lmc-page">{inner}{_START.format(still=_still(module, state))}</body></html>\n'
     )
+
+
+def inline(module: str, style: str, state: Mapping[str, Any], *, key: str, summary: str) -> str:
+    """The widget alone, for the output of a notebook cell: live while the kernel's model of this key is there.
+
+    `summary` stands in its place where scripts do not run, as in a notebook that is not trusted yet.
+    """
+    start = _OPEN.format(still=_still(module, state), key=key)
+    return (
+        f'<div data-lmc="{key}"><pre>{html.escape(summary)}</pre>'
+        "<p><small>Trust this notebook, or run it, to see the figure: it is a small program.</small></p></div>"
+        f"<style>{style}</style>{start}"
+    )
+
+
+def _still(module: str, state: Mapping[str, Any]) -> str:
+    data = json.dumps(state, separators=(",", ":")).replace("<", "\\u003c")
+    return _STILL.format(module=base64.b64encode(module.encode()).decode(), state=data)
 
 
 def _table(rows: Sequence[Mapping[str, str]]) -> str:

@@ -51,10 +51,6 @@ class PathExplorer(Explorer):
         path = self.paths[name]
         return answer(path.exact, [float(alpha)], path.split)
 
-    @classmethod
-    def height(cls, state: Mapping[str, Any]) -> int:
-        return 740 if state["data"]["images"] else 620
-
     def __repr__(self) -> str:
         points = len(next(iter(self.paths.values())).alphas)
         return f"PathExplorer({', '.join(self.paths)}; {points} points)"

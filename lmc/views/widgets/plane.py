@@ -51,10 +51,6 @@ class PlaneExplorer(Explorer):
         split, x, y = place
         return answer(self.plane.exact, [float(x), float(y)], split)
 
-    @classmethod
-    def height(cls, state: Mapping[str, Any]) -> int:
-        return 640
-
     def __repr__(self) -> str:
         return f"PlaneExplorer({len(self.plane.x)} x {len(self.plane.y)} points; {', '.join(self.plane.places)})"
 

@@ -61,10 +61,6 @@ class SimplexExplorer(Explorer):
         self.exact = told.get("values", {})
         return told
 
-    @classmethod
-    def height(cls, state: Mapping[str, Any]) -> int:
-        return max(640, 280 + 82 * len(state["shares"]))
-
     def __repr__(self) -> str:
         return f"SimplexExplorer({', '.join(self.mixtures.names)}; {len(self.mixtures.counts)} mixtures)"
 

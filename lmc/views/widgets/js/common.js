@@ -9,6 +9,15 @@ export const SPEAK_AFTER = 400; // milliseconds of rest before a screen reader i
 export const SETTLE_AFTER = 150; // milliseconds of rest after a key before the kernel is asked
 export const PATIENCE = 5000; // milliseconds without an answer after which the reader is told so
 
+// ---- the kernel: a notebook keeps pages of explorers, which take the model of a living kernel from here, by its key
+
+export function initialize({ model }) {
+  const key = model.get("key");
+  (globalThis.lmcModels ??= new Map()).set(key, model);
+  globalThis.dispatchEvent(new CustomEvent("lmc-model", { detail: key }));
+  return () => globalThis.lmcModels.delete(key);
+}
+
 // ---- the stage: an element in the page, redrawn at most once a frame, that may have a kernel behind it
 
 // `draw()` draws everything; `redraw` asks for it, and is first called here. `speak(text)` tells a screen reader once things are at rest.

@@ -2,8 +2,8 @@
 // changes, epoch by epoch. All of it was computed beforehand; where a slider is let go of, a kernel evaluates the network.
 
 import {
-  clamp, colourScale, drag, exactly, format, nearest, node, SETTLE_AFTER, shape, slider, stage,
-  stepped, tabs, tell, valueAt,
+  clamp, colourScale, drag, exactly, format, initialize, nearest, node, SETTLE_AFTER, shape, slider, stage, stepped,
+  tabs, tell, valueAt,
 } from "./common.js";
 import { CHART, frame, pathChart, track } from "./charts.js";
 import { heatMap, rangeOf } from "./grid.js";
@@ -211,4 +211,4 @@ function landscape({ epochs, runs, scale }, pick, release) {
   };
 }
 
-export default { render };
+export default { initialize, render };

@@ -1,7 +1,7 @@
 // The matching explorer: a slider that carries out a permutation. B's units find their places beside A's, the matrix of
 // similarities gets its diagonal, and the barrier on the way from A to B shrinks; B stays the same function throughout.
 
-import { bytes, clamp, colourScale, fit, format, nearest, node, shape, stage, stepped, tabs, tell, theme, ticks } from "./common.js";
+import { bytes, clamp, colourScale, fit, format, initialize, nearest, node, shape, stage, stepped, tabs, tell, theme, ticks } from "./common.js";
 import { frame, track } from "./charts.js";
 import { placing, positions } from "./matching_steps.js";
 
@@ -307,4 +307,4 @@ function tile(pictures, which, unit) {
   return made;
 }
 
-export default { render };
+export default { initialize, render };

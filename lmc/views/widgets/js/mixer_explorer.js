@@ -2,7 +2,7 @@
 // while the sliders move, the latest position first; until it answers, and where there is none, bars are interpolated in
 // a grid over the coefficients of whole models.
 
-import { format, node, stage, tell } from "./common.js";
+import { format, initialize, node, stage, tell } from "./common.js";
 
 function render({ model, el }) {
   const data = model.get("data");
@@ -182,4 +182,4 @@ function taskBars(data) {
   };
 }
 
-export default { render };
+export default { initialize, render };

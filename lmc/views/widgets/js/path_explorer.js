@@ -2,7 +2,7 @@
 // it answers within a frame, with a kernel (as an anywidget) or without (in a saved page). Where the slider is let go
 // of, a kernel evaluates the network that is there.
 
-import { clamp, exactly, format, nearest, node, SETTLE_AFTER, slider, stage, stepped, tabs, tell, valueAt } from "./common.js";
+import { clamp, exactly, format, initialize, nearest, node, SETTLE_AFTER, slider, stage, stepped, tabs, tell, valueAt } from "./common.js";
 import { pathChart } from "./charts.js";
 import { predictions, unpackImages, unpackShown } from "./pictures.js";
 
@@ -85,4 +85,4 @@ function describe(path, alpha, exact) {
   return lines;
 }
 
-export default { render };
+export default { initialize, render };

@@ -3,7 +3,8 @@
 // evaluates the network that is there.
 
 import {
-  clamp, colourScale, drag, exactly, fit, floats, format, logTicks, node, rgb, SETTLE_AFTER, stage, stepped, tabs, tell, theme, ticks,
+  clamp, colourScale, drag, exactly, fit, floats, format, initialize, logTicks, node, rgb, SETTLE_AFTER, stage,
+  stepped, tabs, tell, theme, ticks,
 } from "./common.js";
 import { contour, heatMap, rangeOf, valueIn } from "./grid.js";
 import { predictions, unpackImages, unpackShown } from "./pictures.js";
@@ -387,4 +388,4 @@ function disc(pen, px, py, radius, fill, edge, width) {
   pen.stroke();
 }
 
-export default { render };
+export default { initialize, render };

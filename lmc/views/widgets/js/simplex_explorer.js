@@ -1,7 +1,7 @@
 // The soup triangle, and its sisters for more models: a polygon of mixtures in which a point is dragged, and a slider for
 // each model's share. While it moves, values come from the lattice of evaluated mixtures; at rest a kernel evaluates it.
 
-import { bytes, clamp, colourScale, drag, exactly, fit, floats, format, logTicks, node, rgb, SETTLE_AFTER, stage, tabs, tell, theme, ticks } from "./common.js";
+import { bytes, clamp, colourScale, drag, exactly, fit, floats, format, initialize, logTicks, node, rgb, SETTLE_AFTER, stage, tabs, tell, theme, ticks } from "./common.js";
 import { coordinates, corners, inside, interpolator, isolines } from "./simplex_geometry.js";
 import { mixturePanel } from "./simplex_sliders.js";
 
@@ -296,4 +296,4 @@ function legend(pen, shown, { x, y, height, ink, soft }) {
   pen.fillText(shown.title, x + 60, y - 12);
 }
 
-export default { render };
+export default { initialize, render };
