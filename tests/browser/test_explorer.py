@@ -3,8 +3,8 @@
 import pytest
 import torch
 from acts import NETWORKS, drag, until, write
-from conftest import KERNEL_IDLE
 
+from conftest import KERNEL_IDLE
 from lmc.landscape.paths.path import loss_path
 from lmc.models import mlp
 
