@@ -1,12 +1,14 @@
 """From a module to its certified specification in one call."""
 
+import warnings
 from dataclasses import replace
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from lmc.errors import InputError
 from lmc.symmetry.discovery.discover import discover
-from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, tensors_in
+from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, kept, tensors_in
 from lmc.symmetry.spec import PermutationSpec
 
 
@@ -29,15 +31,18 @@ def permutation_spec(
             numbers) symmetries are found but cannot be certified.
         inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; small shapes with at
             least two examples (and two tokens) are best.
-        outputs: which output must stay the same: an attribute or key, a position, or a function of the result; by default
-            the tensor itself, the `.logits`, or every tensor of the result but a cache for the next tokens.
-        certify: prove the result in float64: `trials` random elements of the whole group on perturbed weights.
+        outputs: the output that must stay the same: an attribute or key, a position, or a function of the result; by
+            default every floating-point tensor of the result but caches and records (`past_key_values`,
+            `hidden_states`, `attentions` and their kin). The spec's `outputs` names them.
+        certify: prove the result in float64: `trials` random elements of the whole group, each on other weights, and each
+            family of groups broken on purpose, to see that an error would show.
         also: a second, larger input to certify on as well.
         tolerance: allowed difference of outputs, relative to their largest value.
         progress: show bars when it takes longer than two seconds.
 
     Returns:
-        The spec, with its `certificate` (None on the meta device or with `certify=False`).
+        The spec, with its `certificate` (None on the meta device or with `certify=False`). Groups for which an error would
+        not have been seen are named by a warning, in `certificate.unverified` and where the spec is printed.
 
     Raises:
         TraceError: the forward pass cannot be captured as a graph of operators; says where.
@@ -46,11 +51,25 @@ def permutation_spec(
         InputError: inputs or `outputs` that the module cannot take.
     """
     _check(model, inputs)
-    found = discover(model, inputs, outputs, progress=progress)
-    spec = PermutationSpec(found.groups, found.shapes, found.buffers, found.frozen, found.aliases)
+    names: dict[str, None] = {}
+
+    def selected(result: Any) -> list[Tensor]:
+        chosen = kept(result, outputs)
+        names.update(dict.fromkeys(name for name in chosen if name))
+        return list(chosen.values())
+
+    found = discover(model, inputs, selected, progress=progress)
+    spec = PermutationSpec(found.groups, found.shapes, found.buffers, found.frozen, found.aliases, outputs=tuple(names))
     if not certify or any(tensor.is_meta for tensor in model.state_dict().values()):
         return spec
     proof = spec.certify(model, inputs, trials=trials, seed=seed, outputs=outputs, also=also, tolerance=tolerance)
+    if proof.unverified:
+        warnings.warn(
+            f"not verified: {', '.join(proof.unverified)}. These groups follow from the operators, but breaking them on "
+            "purpose does not change the outputs on these inputs, so a mistake would not be seen; pass larger inputs, or "
+            "outputs= that depend on them",
+            stacklevel=2,
+        )
     return replace(spec, certificate=proof)
 
 

@@ -12,11 +12,21 @@ _MAX_LINES = 60
 
 def headline(spec: Symmetries) -> str:
     total = sum(spec.parameters.values())
-    proof = "not certified" if spec.certificate is None else f"certified to {spec.certificate.max_error:.0e}"
     return (
         f"{len(spec.groups)} groups, 10^{spec.log10_order:.1f} symmetries, "
-        f"{spec.coverage:.1%} of {total:,} parameters move, {proof}"
+        f"{spec.coverage:.1%} of {total:,} parameters move, {proof(spec)}"
     )
+
+
+def proof(spec: Symmetries) -> str:
+    """How far the spec is proven, and what it keeps: `certified to 1e-15 (broken: 2e-02), keeps logits, boxes`."""
+    found = spec.certificate
+    text = "not certified" if found is None else f"certified to {found.max_error:.0e}"
+    if found is not None and found.power:
+        text += f" (broken: {found.power:.0e})"
+    if found is not None and found.unverified:
+        text += f", not verified: {_shorten(found.unverified)}"
+    return f"{text}, keeps {_shorten(spec.outputs)}" if spec.outputs else text
 
 
 def ordered_families(spec: Symmetries) -> list[str]:

@@ -15,13 +15,13 @@ from lmc.errors import InputError, SpecError
 from lmc.symmetry import compare, report
 from lmc.symmetry.actions import act, identity_indices, random_indices, sources
 from lmc.symmetry.certificate import Certificate
-from lmc.symmetry.certify import certify_permutation, certify_spec
 from lmc.symmetry.group import Group
 from lmc.symmetry.notation.edit import edited, expand_wildcards
 from lmc.symmetry.notation.grammar import parse
 from lmc.symmetry.notation.layout import groups_from_axes
 from lmc.symmetry.notation.store import groups_as_data, groups_from_data
 from lmc.symmetry.outputs import Inputs, OutputSelector
+from lmc.symmetry.proof.certify import certify_permutation, certify_spec
 from lmc.symmetry.symmetries import Symmetries
 from lmc.weights import ModelOrWeights, StateDict, as_weights, tied_names
 

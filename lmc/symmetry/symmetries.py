@@ -1,5 +1,6 @@
 """The permutation symmetries of one architecture as data: the groups, and where they lie in its tensors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -88,17 +89,21 @@ class Symmetries:
             if name not in self.buffers and name not in self.aliases
         }
 
-    def moving_share(self, tensor: str) -> float:
-        """Share of one tensor's entries that lie on a moving position of some axis."""
+    def moving_share(self, tensor: str, moving: Mapping[str, np.ndarray] | None = None) -> float:
+        """Share of one tensor's entries that lie on a moving position of some axis.
+
+        Args:
+            moving: for each group a mask of the units that move (default: all).
+        """
         shape = self.shapes[tensor]
         # Disjoint sets of axes, each with the positions over it that move; the shares that stay multiply over the sets.
         blocks: dict[tuple[int, ...], np.ndarray] = {}
-        for _, table in self.tables_by_tensor.get(tensor, ()):
+        for name, table in self.tables_by_tensor.get(tensor, ()):
             moves = np.zeros([shape[d] for d in table.dims], dtype=bool)
-            moves.reshape(-1)[table.rows] = True
+            moves.reshape(-1)[table.rows if moving is None else table.rows[moving[name]]] = True
             met = [dims for dims in blocks if set(dims) & set(table.dims)]
             joint = tuple(sorted(set(table.dims).union(*met)))
             for dims, mask in [(table.dims, moves), *((dims, blocks.pop(dims)) for dims in met)]:
                 spread = mask.reshape([shape[d] if d in dims else 1 for d in joint])
                 blocks[joint] = blocks[joint] | spread if joint in blocks else spread
-        return 1.0 - float(np.prod([1.0 - mask.mean() for mask in blocks.values()]))
+        return 1.0 - float(np.prod([1.0 - mask.mean() for mask in blocks.values() if mask.size]))

@@ -238,7 +238,7 @@ def _solve_sum(axis: Sum, length: int, sizes: dict[str, int], where: str) -> Non
         return
     (size, (factor,)) = open_terms[0]
     left = length - total
-    if left < min(1, length) or left % max(1, size):
+    if size == 0 or left < min(1, length) or left % size:
         raise SpecError(f"{where}: {length} positions cannot be divided as the pattern says ({left} over {size})")
     if isinstance(factor, Name):
         sizes[factor.name] = left // size

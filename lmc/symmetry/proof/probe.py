@@ -1,0 +1,126 @@
+"""A copy of a module in double precision on which weights are tried out; the caller's module is not touched."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from lmc.errors import CertificateError, InputError
+from lmc.network.copies import copy_module
+from lmc.symmetry.discovery.failures import not_computed, quiet
+from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, kept
+from lmc.weights import Weights
+
+WIDE = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+    torch.complex32: torch.complex128,
+}
+
+
+class Probe:
+    """One architecture in evaluation mode, in float64 and complex128.
+
+    Raises:
+        CertificateError: the model has no numbers (meta device).
+    """
+
+    def __init__(self, model: nn.Module, outputs: OutputSelector) -> None:
+        if any(tensor.is_meta for tensor in model.state_dict().values()):
+            raise CertificateError(
+                "the model lies on the meta device, so there are no numbers to certify on: "
+                "certify a smaller twin of the same architecture"
+            )
+        self.outputs = outputs
+        self.module = copy_module(model)
+        slots = self.module.state_dict(keep_vars=True)
+        if any(tensor.device.type == "mps" for tensor in slots.values()):  # which has no float64
+            self.module.cpu()
+        self.module._apply(lambda t: t.to(WIDE.get(t.dtype, t.dtype))).requires_grad_(False)
+        self.device = next((tensor.device for tensor in slots.values()), torch.device("cpu"))
+        self.loaded: Weights = {}
+        self.names: tuple[str, ...] = ()
+        self.dtype = "complex128" if any(t.is_complex() for t in slots.values()) else "float64"
+
+    def outputs_of(self, inputs: Inputs, weights: Weights) -> list[Tensor]:
+        """What the module makes of the inputs with these weights.
+
+        Raises:
+            CertificateError: the module cannot be computed in double precision.
+            InputError: inputs without values, or on a device from which they cannot be brought to the module's.
+        """
+        self._load(weights)
+        args, kwargs = tree_map(self._input, as_call(inputs))
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), quiet(), _double():
+            torch.manual_seed(0)
+            try:
+                result = self.module(*args, **kwargs)
+            except Exception as error:
+                raise not_computed(self.module, args, kwargs, error) from error
+        found = kept(result, self.outputs)
+        self.names = tuple(found) if set(found) != {""} else ()
+        return [tensor.detach().clone() for tensor in found.values()]
+
+    def _load(self, weights: Weights) -> None:
+        """Take on weights; a parameter that holds them already is not written again."""
+        # What a module computed from its weights and keeps for evaluation is dropped when its mode changes.
+        self.module.train()
+        self.module.eval()
+        for name, slot in self.module.state_dict(keep_vars=True).items():
+            if self.loaded.get(name) is not weights[name] or not isinstance(slot, nn.Parameter):
+                slot.detach().copy_(weights[name])
+        self.loaded = weights
+
+    def _input(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if value.is_meta:
+            raise InputError(f"inputs lie on the meta device, the model on {self.device}: pass inputs with values")
+        return value.to(self.device).to(WIDE.get(value.dtype, value.dtype))
+
+
+@contextmanager
+def _double() -> Iterator[None]:
+    """Computation in double precision throughout, also where a model casts down or names no dtype."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), _Widened():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+class _Widened(TorchDispatchMode):
+    """Turn casts to lower precision inside a model (norms, rotary embeddings) into casts to double precision."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map(_wide, args), tree_map(_wide, kwargs or {})
+        if str(func).startswith("aten._grouped_mm"):
+            return _grouped_product(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _wide(value: Any) -> Any:
+    return WIDE.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+def _grouped_product(
+    x: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, **_: Any
+) -> Tensor:
+    """What torch computes in single precision only: rows of x (t, i) up to `offs[e]` times weight[e] (i, o), one after
+    the other, for weights (e, i, o)."""
+    if x.ndim != 2 or weight.ndim != 3 or offs is None or bias is not None:
+        raise NotImplementedError("a grouped product of other than sorted rows (t, i) and matrices (e, i, o)")
+    result = x.new_zeros(len(x), weight.shape[2])
+    ends = offs.tolist()
+    for start, end, matrix in zip([0, *ends], ends, weight, strict=False):
+        result[start:end] = x[start:end] @ matrix
+    return result
