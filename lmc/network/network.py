@@ -59,7 +59,7 @@ class Network:
         model: the architecture; neither called nor changed.
         device: where to compute.
         read: what is taken of the module's result (default: the tensor, or its `.logits`); see `Task.read`.
-        dtype: of all floating-point tensors (default: that of the weights).
+        dtype: of all floating-point tensors, and the precision of complex ones (default: that of the weights).
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Network:
         self._copies = writes_parameters(model)
         self.module = fresh_copy(model, share=not self._renamed).to(device)
         if dtype is not None:
-            self.module.to(dtype)
+            self.module._apply(lambda tensor: _cast(tensor, dtype))
         self.module.eval()
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
@@ -126,8 +126,8 @@ class Network:
 
     def _taken(self, tensor: Tensor) -> Tensor:
         """A tensor of the weights on this network's device, and in its dtype."""
-        dtype = self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
-        return tensor.to(self.device, dtype)
+        tensor = tensor.to(self.device)
+        return tensor if self._dtype is None else _cast(tensor, self._dtype)
 
     def _forget(self) -> None:
         """Drop what forward passes have left beside the state dict."""
@@ -449,6 +449,13 @@ def _leaves(result: Any) -> list[Tensor]:
     for leaf in pytree.tree_leaves(result):
         found += [leaf] if isinstance(leaf, Tensor) else pytree.tree_leaves(getattr(leaf, "__dict__", None))
     return [leaf for leaf in found if isinstance(leaf, Tensor)]
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A floating-point tensor in a dtype, a complex one in the complex dtype of its precision, others as they are."""
+    if tensor.is_complex():
+        return tensor.to(dtype.to_complex())
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _shapes_only(weights: Mapping[str, Tensor]) -> Weights:

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from lmc.errors import CertificateError, InputError
-from lmc.network.copies import copy_module
-from lmc.symmetry.discovery.failures import not_computed, quiet
+from lmc.errors import CertificateError, InputError, LmcError
+from lmc.network.network import Network
+from lmc.symmetry.discovery.tracing.failures import not_computed, quiet
 from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, kept
 from lmc.weights import Weights
 
@@ -37,16 +37,15 @@ class Probe:
                 "the model lies on the meta device, so there are no numbers to certify on: "
                 "certify a smaller twin of the same architecture"
             )
+        state = model.state_dict()
+        device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
+        if device.type == "mps":  # which has no float64
+            device = torch.device("cpu")
+        self.network = Network(model, device, dtype=torch.float64)
         self.outputs = outputs
-        self.module = copy_module(model)
-        slots = self.module.state_dict(keep_vars=True)
-        if any(tensor.device.type == "mps" for tensor in slots.values()):  # which has no float64
-            self.module.cpu()
-        self.module._apply(lambda t: t.to(WIDE.get(t.dtype, t.dtype))).requires_grad_(False)
-        self.device = next((tensor.device for tensor in slots.values()), torch.device("cpu"))
-        self.loaded: Weights = {}
         self.names: tuple[str, ...] = ()
-        self.dtype = "complex128" if any(t.is_complex() for t in slots.values()) else "float64"
+        self.dtype = "complex128" if any(tensor.is_complex() for tensor in state.values()) else "float64"
+        self._wide: dict[int, tuple[Tensor, Tensor]] = {}
 
     def outputs_of(self, inputs: Inputs, weights: Weights) -> list[Tensor]:
         """What the module makes of the inputs with these weights.
@@ -57,33 +56,38 @@ class Probe:
         """
         self._load(weights)
         args, kwargs = tree_map(self._input, as_call(inputs))
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices), quiet(), _double():
+        device = self.network.device
+        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), quiet(), _double():
             torch.manual_seed(0)
             try:
-                result = self.module(*args, **kwargs)
+                result = self.network.result(kwargs or args)
+            except LmcError:
+                raise
             except Exception as error:
-                raise not_computed(self.module, args, kwargs, error) from error
+                raise not_computed(self.network.module, args, kwargs, error) from error
         found = kept(result, self.outputs)
         self.names = tuple(found) if set(found) != {""} else ()
         return [tensor.detach().clone() for tensor in found.values()]
 
     def _load(self, weights: Weights) -> None:
-        """Take on weights; a parameter that holds them already is not written again."""
-        # What a module computed from its weights and keeps for evaluation is dropped when its mode changes.
-        self.module.train()
-        self.module.eval()
-        for name, slot in self.module.state_dict(keep_vars=True).items():
-            if self.loaded.get(name) is not weights[name] or not isinstance(slot, nn.Parameter):
-                slot.detach().copy_(weights[name])
-        self.loaded = weights
+        """Take on weights; tensors that were loaded just before are not widened again."""
+        before, self._wide = self._wide, {}
+        for tensor in weights.values():
+            if id(tensor) not in self._wide:
+                wide = before.pop(id(tensor), (tensor, None))[1]
+                if wide is None:
+                    wide = tensor.detach().to(self.network.device, WIDE.get(tensor.dtype, tensor.dtype))
+                self._wide[id(tensor)] = (tensor, wide)
+        self.network.load({name: self._wide[id(tensor)][1] for name, tensor in weights.items()})
 
     def _input(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
             return value
         if value.is_meta:
-            raise InputError(f"inputs lie on the meta device, the model on {self.device}: pass inputs with values")
-        return value.to(self.device).to(WIDE.get(value.dtype, value.dtype))
+            raise InputError(
+                f"inputs are on the meta device, the model on {self.network.device}: pass inputs with values"
+            )
+        return value.to(self.network.device).to(WIDE.get(value.dtype, value.dtype))
 
 
 @contextmanager
