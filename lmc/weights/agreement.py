@@ -94,6 +94,7 @@ def fitted(model: nn.Module, weights: Mapping[str, Tensor], name: str = "weights
     own = model.state_dict(keep_vars=True)
     if own.keys() == weights.keys():
         return StateDict(weights)
+    _check_prefix(own, weights, ("model", name))
     first = tied_names(model)
     held: Weights = {}
     for n, tensor in weights.items():
@@ -133,6 +134,7 @@ def corresponding(
     A name that is tied in one to a name that both have stands for the same tensor in the other. Optional buffers that
     `first` lacks are left out. A warning names the buffers that one side lacks. Names that correspond to nothing stay.
     """
+    _check_prefix(first, other, names)
     ties, further_ties = tied_names(first), tied_names(other)
     there = {ties.get(name, name): name for name in reversed(list(first)) if name in other}
     found: dict[str, str] = {}
@@ -178,6 +180,7 @@ def check_compatible(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tu
     """
     left, right = names
     if a.keys() != b.keys():
+        _check_prefix(a, b, names)
         raise MismatchError(_different_names(a, b, names))
     for state, what in zip((a, b), names, strict=True):
         check_codes(state, what)
@@ -229,16 +232,19 @@ def prefix_between(a: Sequence[str], b: Sequence[str]) -> str:
     return ""
 
 
+def _check_prefix(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str]) -> None:
+    for short, long, without, having in ((a, b, *names), (b, a, *names[::-1])):
+        if prefix := prefix_between(list(short), list(long)):
+            raise MismatchError(
+                f"{next(iter(long))}: all names in {having} have the prefix {prefix!r}, those in {without} have not "
+                "(DataParallel, torch.compile and Lightning put one before every name): take the weights of the module "
+                f"inside, strip it with name.removeprefix({prefix!r}), or open the file with prefix={prefix!r}"
+            )
+
+
 def _different_names(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str]) -> str:
     """The first name that is on one side only, and what may be the reason."""
     left, right = names
-    for long, short, other, here in ((list(b), list(a), left, right), (list(a), list(b), right, left)):
-        if prefix := prefix_between(short, long):
-            return (
-                f"{long[0]}: all names in {here} have the prefix {prefix!r}, those in {other} have not (DataParallel, "
-                "torch.compile and Lightning put one before every name): take the weights of the module inside, strip "
-                f"it with name.removeprefix({prefix!r}), or open the file with prefix={prefix!r}"
-            )
     for x, y, here, there in ((a, b, left, right), (b, a, right, left)):
         for name, tensor in x.items():
             if name in y:

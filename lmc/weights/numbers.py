@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from lmc.errors import WeightsError
-from lmc.weights.state import dtype_name
 
 
 def inexact(tensor: Tensor) -> bool:
@@ -26,12 +25,12 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     Raises:
         WeightsError: a finite value leaves the range of `dtype`, such as 65504 of float16; the tensor is named.
     """
-    result = tensor.to(dtype)
     if dtype.itemsize < tensor.dtype.itemsize and dtype.is_floating_point and tensor.numel():
-        check = result.float() if dtype.itemsize == 1 else result
-        if not bool(torch.isfinite(check).all()) and not bool((torch.isfinite(check) | ~torch.isfinite(tensor)).all()):
+        values = tensor.to(wide(tensor.dtype)).abs()
+        # Asked of the values, not of the result: casts to float8 may stop at its largest number.
+        if bool(((values > torch.finfo(dtype).max) & torch.isfinite(values)).any()):
             raise WeightsError(
-                f"{name}: the result leaves the range of {dtype_name(result)}, up to {torch.finfo(dtype).max:g}; "
-                "convert the models to float32 or bfloat16 first, or use a smaller scale"
+                f"{name}: the result leaves the range of {str(dtype).removeprefix('torch.')}, up to "
+                f"{torch.finfo(dtype).max:g}; convert the models to float32 or bfloat16 first, or use a smaller scale"
             )
-    return result
+    return tensor.to(dtype)

@@ -18,7 +18,7 @@ from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights, mean
+from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, as_weights, mean
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -120,7 +120,7 @@ def ot_fusion(
     inputs = list(inputs) if isinstance(inputs, Iterator) else inputs  # read several times
     anchor = agreeing([a], ["a"], model=model)[0]
     chosen = pick_device(device, anchor)
-    anchor = {name: tensor.to(chosen) for name, tensor in anchor.items()}
+    anchor = StateDict(((name, tensor.to(chosen)) for name, tensor in anchor.items()), like=anchor)
     network = Network(model, chosen)
     network.load(anchor)
     spec = (_found(model, network, inputs, progress) if spec is None else spec).bind(anchor)

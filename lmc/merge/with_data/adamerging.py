@@ -19,7 +19,7 @@ from lmc.merge.rules.ties import thresholds, trim
 from lmc.merge.with_data.examples import each, gather
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights import ModelOrWeights, Weights, as_weights, fitted
+from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted
 from lmc.weights.numbers import wide
 
 if TYPE_CHECKING:
@@ -139,7 +139,7 @@ def adamerging(
         predicted = tuple(_predicted(network, weights(t), stream) for t, stream in enumerate(streams))
         result = dict(assemble(sets, lambda name: merged(name).to(state[name].device), lambda _: (equal, 0.0)))
     found = {group: tuple(scale.detach().tolist()) for group, scale in scales.items()}
-    return Merged(result, AdaMergingReport(found, tuple(history), predicted))
+    return Merged(StateDict(result, like=state), AdaMergingReport(found, tuple(history), predicted))
 
 
 def _deltas(sets: WeightSets, density: float) -> Weights:

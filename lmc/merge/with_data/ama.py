@@ -18,7 +18,7 @@ from lmc.merge.engine.tensors import assemble, weight_sets
 from lmc.merge.with_data.examples import cross_entropy, gather
 from lmc.network.batches import take, to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights import ModelOrWeights, as_weights, fitted
+from lmc.weights import ModelOrWeights, StateDict, as_weights, fitted
 from lmc.weights.depth import model_depths
 
 if TYPE_CHECKING:
@@ -115,7 +115,7 @@ def ama(
         losses.append(loss.item())
     with torch.no_grad():
         result = dict(assemble(sets, lambda name: merged(name).to(state[name].device), lambda _: (even, mean)))
-        return Merged(result, AmaReport(tuple(shares().tolist()), tuple(losses)))
+        return Merged(StateDict(result, like=state), AmaReport(tuple(shares().tolist()), tuple(losses)))
 
 
 def _groups(names: Sequence[str], groups: int | Sequence[str], model: nn.Module) -> dict[str, int]:

@@ -19,7 +19,7 @@ from lmc.merge.with_data.examples import batches, each
 from lmc.merge.with_data.linear_layers import as_matrix, as_weight, fits, rows
 from lmc.network.batches import to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights import ModelOrWeights, Weights, as_weights
+from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -217,7 +217,7 @@ class _Job:
     def result(self, merged: Mapping[str, Tensor]) -> Merged[RegMeanReport]:
         weights: Weights = dict(assemble(self.sets, lambda name: self.tensor(name, merged), self.shares))
         averaged = tuple(name for name in self.sets.weights if name not in merged)
-        return Merged(weights, RegMeanReport(tuple(merged), averaged))
+        return Merged(StateDict(weights, like=self.sets.states[0]), RegMeanReport(tuple(merged), averaged))
 
 
 def _prepare(

@@ -24,7 +24,7 @@ from lmc.merge.rules.averaging import average
 from lmc.merge.with_data.examples import Metric, cross_entropy, finite, gather, scorer
 from lmc.network.batches import take, to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights import ModelOrWeights, Weights, as_weights
+from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
 
 uniform_soup = average
 
@@ -251,4 +251,5 @@ def learned_soup(
 
 def _soup(sets: WeightSets, groups: dict[str, str], shares: dict[str, tuple[float, ...]]) -> Weights:
     equal = [1.0 / len(sets)] * len(sets)
-    return dict(assemble(sets, lambda name: sets.combine(name, shares[groups[name]]), lambda name: (equal, 0.0)))
+    merged = assemble(sets, lambda name: sets.combine(name, shares[groups[name]]), lambda name: (equal, 0.0))
+    return StateDict(merged, like=sets.states[0])
