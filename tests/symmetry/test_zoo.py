@@ -1,7 +1,10 @@
 """Every architecture of the zoo: the symmetries found are the ones derived by hand, and they hold."""
 
 import functools
+import math
+import re
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +47,8 @@ def check_certificate(entry: Entry, model: nn.Module, spec: lmc.PermutationSpec)
         model, entry.example(1), trials=2, seed=1, outputs=entry.outputs, also=entry.larger_example(1)
     )
     assert certificate.max_error < 1e-9
+    assert set(certificate.families) == set(spec.families)
+    assert certificate.unverified == ()  # each group, broken on purpose, is noticed
     check_tables(spec.groups.values(), spec.shapes)
     twin = entry.build(seed=5).double()
     for example in (entry.example(2), entry.larger_example(2)):
@@ -55,6 +60,35 @@ def check_certificate(entry: Entry, model: nn.Module, spec: lmc.PermutationSpec)
 def check_coverage(entry: Entry, model: nn.Module, spec: lmc.PermutationSpec) -> None:
     if not entry.found:
         assert spec.coverage == pytest.approx(entry.share_moving(model), abs=1e-9), spec.frozen
+
+
+A_TENTH = [pytest.param(n, marks=[pytest.mark.thorough] if n % 10 else []) for n in range(len(ENTRIES))]
+
+
+@pytest.mark.parametrize("number", A_TENTH, ids=ids)
+def test_a_wrong_edit_is_refused(number: int) -> None:
+    """A family that forgets one of the tensors that it must move is refused, by the shapes or by the certificate."""
+    entry = ENTRIES[number]
+    model, spec = discovered(number)
+    families = {
+        family: tensors
+        for family, names in spec.families.items()
+        if len(tensors := {spec.aliases.get(t, t) for t in spec.groups[names[0]].tables}) > 1
+    }
+    if not families:
+        assert all(len(group.tables) == 1 for group in spec.groups.values())
+        return
+    family = sorted(families)[number % len(families)]
+    forgotten = max(sorted(families[family]), key=lambda t: math.prod(spec.shapes[t]))
+    groups = {
+        name: replace(group, tables={t: x for t, x in group.tables.items() if spec.aliases.get(t, t) != forgotten})
+        if group.family == family
+        else group
+        for name, group in spec.groups.items()
+    }
+    with pytest.raises((lmc.CertificateError, lmc.SpecError), match=re.escape(family)):
+        wrong = lmc.PermutationSpec(groups, spec.shapes, spec.buffers, aliases=spec.aliases)
+        wrong.certify(model, entry.example(1), trials=2, seed=1, outputs=entry.outputs, also=entry.larger_example(1))
 
 
 @pytest.mark.parametrize(
