@@ -1,4 +1,4 @@
-"""How group elements act: on flat positions of a tensor, and on each other when groups are nested."""
+"""The action of group elements: on flat positions of a tensor, and on each other when groups are nested."""
 
 from collections.abc import Mapping, Sequence
 
@@ -32,10 +32,16 @@ def act(spec: Symmetries, indices: Indices, weights: Weights) -> Weights:
 
 
 def permute_tensor(tensor: Tensor, tables: TablesOfTensor, indices: Indices) -> Tensor:
-    """Permute one tensor by all its groups; `tables` are ordered outermost group first.
+    """Permute one tensor by all its groups.
 
     Consecutive tables over the same axes are merged into one index, so each run of them costs one gather.
+
+    Args:
+        tables: (group, table) pairs, outermost group first: units are carried to their place, then permuted inside.
+        indices: group -> (n,) unit of the old tensor for each unit of the new.
     """
+    # For each set of axes met, which old flat position each new one takes. Sets of axes that share none commute, so several
+    # may be pending; one that overlaps must be carried out before the next.
     pending: dict[tuple[int, ...], np.ndarray] = {}
     for name, table in tables:
         clash = [dims for dims in pending if dims != table.dims and set(dims) & set(table.dims)]
@@ -44,6 +50,7 @@ def permute_tensor(tensor: Tensor, tables: TablesOfTensor, indices: Indices) -> 
         index = pending.get(table.dims)
         if index is None:
             index = np.arange(int(np.prod([tensor.shape[d] for d in table.dims])))
+        # Position rows[i, c] takes what position rows[p[i], c] would have taken: this move after those before it.
         moved = index.copy()
         moved[table.rows] = index[table.rows[indices[name].numpy()]]
         pending[table.dims] = moved
@@ -65,7 +72,8 @@ def gather_positions(tensor: Tensor, dims: Sequence[int], index: np.ndarray) -> 
 def sources(spec: Symmetries, indices: Indices) -> dict[str, str]:
     """For each group the group of its family whose units arrive in it when outer groups move.
 
-    A group inside unit i of a parent receives the units of the sibling inside unit `p[i]` of the parent's source.
+    A group inside unit i of a parent receives the units of the sibling inside unit `p[i]` of the parent's source. So in
+    the wreath product S_n wr S_m an element is (p; q_1, ..., q_m), and what q_i orders came from block p[i].
     """
     found: dict[str, str] = {}
 
@@ -81,7 +89,11 @@ def sources(spec: Symmetries, indices: Indices) -> dict[str, str]:
 
 
 def compose_moves(spec: Symmetries, step: Mapping[str, Tensor], first: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`step` after `first`, where groups that are not named stay; only the groups that may move are named in the result."""
+    """`step` after `first`, where groups that are not named stay; only groups that may move are named in the result.
+
+    As `first` acts before `step` has moved outer groups, a group of the result composes with the order that `first` gave to
+    its source, not to itself.
+    """
     found: dict[str, str] = {}
 
     def source(name: str) -> str:

@@ -58,8 +58,8 @@ def outermost_first(groups: Mapping[str, Group]) -> list[Group]:
 
 
 def absence(name: str, aliases: Mapping[str, str], weights: Mapping[str, object]) -> str:
-    """Why weights may lack a tensor that a spec knows, and what to do: files keep tied tensors once, wrappers of modules
-    put a word before every name."""
+    """A reason for which weights may lack a tensor that a spec knows, and what to do: files keep tied tensors once, wrappers
+    of modules put a prefix before every name. Empty if there is none."""
     first = aliases.get(name, name)
     tied = [other for other in (first, *(n for n, f in aliases.items() if f == first)) if other in weights]
     if tied:
@@ -105,7 +105,11 @@ def _check_carried(parent: Group, first: Group, member: Group, unit: int, shapes
 
 
 def carried(parent: Group, unit: int, tensor: str, table: Table, shape: Shape) -> np.ndarray:
-    """The rows of a table of `tensor` after units 0 and `unit` of `parent` changed places."""
+    """The rows of a table of `tensor` after units 0 and `unit` of `parent` changed places.
+
+    The parent may act on fewer axes than the table spans: each position is taken apart into coordinates, those on the
+    parent's axes go through its exchange, and all are put together again.
+    """
     sizes = [shape[d] for d in table.dims]
     coordinates = list(np.unravel_index(table.rows, sizes))
     for held in parent.tables.get(tensor, ()):

@@ -45,9 +45,9 @@ def permutation_spec(
         not have been seen are named by a warning, in `certificate.unverified` and where the spec is printed.
 
     Raises:
-        TraceError: the forward pass cannot be captured as a graph of operators; says where.
-        CertificateError: a group that was found does not keep the function; says which. Or the module cannot be computed
-            in float64; says where.
+        TraceError: the forward pass cannot be captured as a graph of operators, with the place where it stops.
+        CertificateError: a group that was found, given by name, does not keep the function, or the module cannot be computed
+            in double precision.
         InputError: inputs or `outputs` that the module cannot take.
     """
     _check(model, inputs)

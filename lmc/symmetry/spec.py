@@ -52,7 +52,7 @@ class PermutationSpec(Symmetries, Result):
     def from_patterns(
         cls, patterns: Mapping[str, str], weights: ModelOrWeights | None = None, **sizes: int
     ) -> "PermutationSpec | UnboundSpec":
-        """A spec written by hand, one axis pattern per tensor (see `lmc.symmetry.notation`).
+        """A spec written by hand, one axis pattern per tensor (see `lmc.symmetry.notation.grammar`).
 
         Args:
             patterns: tensor name (or a wildcard such as "blocks.*.fc.weight"; the texts that match `*` may be used
@@ -95,13 +95,23 @@ class PermutationSpec(Symmetries, Result):
         also: Inputs | None = None,
         tolerance: float = 1e-9,
     ) -> Certificate:
-        """Prove the symmetries on examples: random elements of the whole group, in float64, on perturbed weights.
+        """Prove the symmetries on examples: random elements of the whole group keep the outputs, in float64 or complex128.
+
+        Weights are drawn so that signals survive whatever the module's own are, and each family of groups is broken on
+        purpose, to see that an error would show. Those that cannot be seen are the certificate's `unverified`.
 
         Args:
+            model: gives the architecture and the size of its weights; not changed.
+            inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; brought to the model's device.
+            trials: number of random elements, each on other weights; where a family cannot be seen, up to two more.
+            outputs: the outputs that must stay the same, as in `lmc.permutation_spec`.
             also: a second, larger input; some tensors (positions, buckets) are only used by longer inputs.
+            tolerance: allowed difference of outputs, relative to their largest value.
 
         Raises:
-            CertificateError: naming the groups that change the function.
+            CertificateError: groups, given by name, change the function, or the module cannot be computed.
+            InputError: inputs without values, or `outputs` that the result lacks.
+            SpecError: the spec does not fit the module.
         """
         return certify_spec(
             self, model, inputs, trials=trials, seed=seed, outputs=outputs, also=also, tolerance=tolerance
@@ -319,13 +329,20 @@ class Permutation(Result, Mapping[str, Tensor]):
         outputs: OutputSelector = None,
         tolerance: float = 1e-9,
     ) -> Certificate:
-        """Prove on an example, in float64, that the permuted weights compute the same function.
+        """Prove on an example, in float64 or complex128, that the permuted weights compute the same function.
 
         Args:
             model: gives the architecture, and the weights unless `weights` are given.
+            inputs: as in `PermutationSpec.certify`.
+            outputs: the outputs that must stay the same, as in `lmc.permutation_spec`.
+            tolerance: allowed difference of outputs, relative to their largest value.
+
+        Returns:
+            The certificate; families that this permutation moves and these weights hide are its `unverified`.
 
         Raises:
-            CertificateError: the outputs differ by more than `tolerance` relative to their largest value.
+            CertificateError: the outputs differ by more than `tolerance`, or the module cannot be computed.
+            SpecError: the spec does not fit the weights.
         """
         return certify_permutation(
             self.spec, self.indices, model, inputs, weights=weights, outputs=outputs, tolerance=tolerance

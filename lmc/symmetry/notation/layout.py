@@ -23,6 +23,7 @@ def groups_from_axes(
             raise SpecError(f"{tensor}: the pattern has {len(axes)} axes, the tensor has shape {shapes[tensor]}")
     sizes = solve_sizes(patterns, shapes, sizes)
     inside = ancestors(patterns)
+    # For each tensor and axis, and each name on that axis, the unit that owns each position.
     units: dict[str, list[dict[str, Units]]] = {
         tensor: [axis_units(axis, shapes[tensor][k], sizes) for k, axis in enumerate(axes)]
         for tensor, axes in patterns.items()
@@ -30,6 +31,7 @@ def groups_from_axes(
     groups: dict[str, Group] = {}
     for family in _outermost_first(inside):
         around = inside[family]
+        # `around` holds all ancestors; a group lives within its nearest ones, which have their own parents.
         parents = [p for p in around if not any(p in inside[q] for q in around)]
         for index in itertools.product(*(range(sizes[p]) for p in around)):
             place = dict(zip(around, index, strict=True))
@@ -61,6 +63,11 @@ def _outermost_first(inside: Mapping[str, tuple[str, ...]]) -> list[str]:
 def _tables(
     family: str, place: Mapping[str, int], axes: list[dict[str, Units]], shape: tuple[int, ...], size: int, tensor: str
 ) -> tuple[Table, ...]:
+    """The tables of one group in one tensor: one for each axis that has its family.
+
+    A table spans its own axis and, for each ancestor that does not stand on this axis, the first axis where it does: in
+    "e e/f d" the units of f inside expert 2 are positions over both axes.
+    """
     tables = []
     for k, owners in enumerate(axes):
         if family not in owners:
@@ -73,6 +80,7 @@ def _tables(
                     raise SpecError(f"{tensor}: {family!r} lives in {name!r}, which this tensor does not have")
                 dims.append(others[0])
         dims = sorted(set(dims))
+        # Flat positions over `dims`, those of them inside the units of `place`, and the unit of the family at each.
         grid = np.arange(int(np.prod([shape[d] for d in dims]))).reshape([shape[d] for d in dims])
         mine = np.ones(grid.shape, dtype=bool)
         for name, unit in place.items():
@@ -92,6 +100,7 @@ def _along(values: npt.NDArray, axis: int, ndim: int) -> npt.NDArray:
 
 
 def _sum_units(axis: Sum, sizes: Mapping[str, int], free: int) -> dict[str, Units]:
+    """Owners of a sum of products: terms follow each other, and in a product the position is a number in mixed radix."""
     parts = []
     for term in axis.terms:
         lengths = [_length(factor, sizes, free) for factor in term.factors]
@@ -99,6 +108,7 @@ def _sum_units(axis: Sum, sizes: Mapping[str, int], free: int) -> dict[str, Unit
         for position, factor in enumerate(term.factors):
             before = int(np.prod(lengths[:position], dtype=int))
             after = int(np.prod(lengths[position + 1 :], dtype=int))
+            # The digit of this factor: each value lasts for the product of the factors behind, and all repeat before.
             for name, owner in _factor_units(factor, sizes, free).items():
                 units[name] = np.tile(np.repeat(owner, after), before)
         parts.append((int(np.prod(lengths, dtype=int)), units))
