@@ -99,8 +99,10 @@ def match_many(
         progress: show a bar when it takes longer than two seconds.
 
     Raises:
-        InputError: fewer than two models, or an unknown method. MismatchError: models of different architectures.
-        SpecError: the spec does not fit. WeightsError: NaN or infinity in the weights.
+        InputError: fewer than two models, or an unknown method.
+        MismatchError: models of different architectures.
+        SpecError: the spec does not fit.
+        WeightsError: NaN or infinity in the weights.
     """
     if method not in get_args(ManyMethod):
         raise InputError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(ManyMethod)))}")
@@ -133,9 +135,10 @@ def match_many(
 
 def objective(spec: PermutationSpec, states: Sequence[Weights]) -> float:
     """`sum_{i<j} <theta_i, theta_j>` over the parameters that matching looks at, in float64."""
+    compared = [matched(spec, state) for state in states]
     total = 0.0
-    for name in matched(spec, states[0]):
-        stack = torch.stack([state[name].double() for state in states])
+    for name in compared[0]:
+        stack = torch.stack([tensors[name].double() for tensors in compared])
         total += float(stack.sum(0).square().sum() - stack.square().sum()) / 2
     return total
 

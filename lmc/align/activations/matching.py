@@ -65,8 +65,10 @@ def activation_matching(
         constant units of each group and the groups that were matched by weights.
 
     Raises:
-        MismatchError: `a` and `b` differ in keys, shapes, dtype or device. SpecError: the spec does not fit them.
-        DataError: no inputs, or activations that are not finite. WeightsError: weights that are not finite.
+        MismatchError: `a` and `b` differ in keys, shapes or device.
+        SpecError: the spec does not fit them.
+        DataError: no inputs, or activations that are not finite.
+        WeightsError: weights that are not finite.
     """
     if method not in get_args(Method):
         raise InputError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(Method)))}")

@@ -79,8 +79,10 @@ def sinkhorn_matching(
     Warns when the matrices at the end are not doubly stochastic, which makes training soft on something else.
 
     Raises:
-        MismatchError: `a` and `b` differ in keys, shapes, dtype or device. SpecError: the spec does not fit them.
-        DataError: no data for a target that needs them. WeightsError: weights that are not finite.
+        MismatchError: `a` and `b` differ in keys, shapes or device.
+        SpecError: the spec does not fit them.
+        DataError: no data for a target that needs them.
+        WeightsError: weights that are not finite.
     """
     target = target or ("l2" if data is None else "midpoint")
     _check(target, data, tau, iterations, lr, steps, measure_every, patience)

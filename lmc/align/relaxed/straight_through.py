@@ -66,8 +66,10 @@ def straight_through_matching(
         weight matching on. An interrupt ends the search with a warning and returns the best so far.
 
     Raises:
-        MismatchError: `a` and `b` differ in keys, shapes, dtype or device. SpecError: the spec does not fit them.
-        DataError: no labelled data. WeightsError: weights that are not finite.
+        MismatchError: `a` and `b` differ in keys, shapes or device.
+        SpecError: the spec does not fit them.
+        DataError: no labelled data.
+        WeightsError: weights that are not finite.
     """
     if epochs < 1 or patience < 1 or batch_size < 2 or lr <= 0:
         raise InputError(f"{epochs=}, {patience=}, {batch_size=}, {lr=}: expected at least 1, 1, 2, and lr above 0")

@@ -41,8 +41,8 @@ def fold_norms(
         inputs: labelled or not; the first eight examples are used, and as many made up from them.
 
     Raises:
-        SpecError: the spec does not fit; a scale is 0 whose shift no bias can take; weights are tied (an embedding that is
-            the output layer as well); or something other than linear layers reads a norm.
+        SpecError: the spec does not fit; a scale is 0 whose shift no bias can take; weights are tied (an embedding that
+            is the output layer as well); or something other than linear layers reads a norm.
         WeightsError: weights that are not finite, or complex.
         DataError: no inputs.
     """

@@ -111,8 +111,10 @@ def rotation_matching(
         warning and returns the best so far.
 
     Raises:
-        MismatchError: `a` and `b` differ in keys, shapes, dtype or device. SpecError: the spec does not fit them, or the
-        norms cannot be folded. DataError: no labels to learn from. WeightsError: weights that are not finite.
+        MismatchError: `a` and `b` differ in keys, shapes or device.
+        SpecError: the spec does not fit them, or the norms cannot be folded.
+        DataError: no labels to learn from.
+        WeightsError: weights that are not finite.
     """
     if steps < 0 or lr <= 0 or batch_size < 2 or max_sweeps < 1:
         raise InputError(f"{steps=}, {lr=}, {batch_size=}, {max_sweeps=}: expected at least 0, above 0, 2 and 1")

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
 from lmc.align.activations.matching import activation_matching
 from lmc.align.many import match_many
@@ -19,8 +18,10 @@ from lmc.align.study.singular import singular_alignment
 from lmc.align.transport.fusion import ot_fusion
 from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.extras import require
+from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError, SpecError
+from lmc.landscape.paths.path import loss_path
 from lmc.network.network import pick_device
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights, distance, dot
@@ -108,10 +109,14 @@ class AlignmentComparison(Result):
 
     def __repr__(self) -> str:
         best = min(self.alignments, key=lambda method: self.alignments[method].barrier)
-        return (
-            f"AlignmentComparison({len(self)} methods; lowest barrier {self[best].barrier:.4g} on {self.split} by {best!r}; "
-            "to_frame() shows them all)" + "".join(f"\n  without {name}: {why}" for name, why in self.skipped.items())
-        )
+        lines = [
+            f"AlignmentComparison({len(self)} methods; lowest barrier {self[best].barrier:.4g} on {self.split} by {best!r})",
+            f"  {'':20}{'barrier':>9}{'repaired':>9}{'distance':>9}{'cosine':>8}{'R':>7}{'seconds':>9}",
+        ]
+        for method, found in self.alignments.items():
+            measured = f"{found.barrier:9.4g}{found.barrier_repaired:9.4g}{found.distance:9.4g}"
+            lines.append(f"  {method:20}{measured}{found.cosine:8.3f}{found.r:7.3f}{found.seconds:9.2f}")
+        return "\n".join(lines + [f"  without {name}: {why}" for name, why in self.skipped.items()])
 
 
 def compare(
@@ -142,11 +147,9 @@ def compare(
         progress: show a bar when it takes longer than two seconds.
 
     Raises:
-        InputError: a name that is not in `METHODS`. What the methods raise; but a method that refuses the architecture is
-            skipped unless `methods` names it.
+        InputError: a name that is not in `METHODS`. What the methods raise; but a method that refuses the architecture
+            is skipped unless `methods` names it.
     """
-    from lmc.landscape.paths.path import loss_path
-
     aligners = _chosen(methods)
     a, b = agreeing([a, b], "ab", model=model)
     chosen = pick_device(device, a)
@@ -155,7 +158,7 @@ def compare(
     data = list(data) if isinstance(data, Iterator) else data  # every method reads it again
     found, skipped = {}, {}
     split = "data"
-    for name in tqdm(aligners, desc="compare", unit=" methods", delay=2, disable=not progress, leave=False):
+    for name in tqdm(aligners, desc="compare", unit=" methods", disable=not progress):
         started = perf_counter()
         try:
             result = aligners[name](spec, model, a, b, data)

@@ -140,8 +140,10 @@ def inspect_matching(
     An interrupt keeps the steps that are done, with a warning; the first and the last come first.
 
     Raises:
-        MismatchError, WeightsError: weights that do not fit together or are not finite.
-        SpecError: a permutation that does not fit them. InputError: an unusable argument.
+        MismatchError: weights that do not fit together.
+        WeightsError: weights that are not finite.
+        SpecError: a permutation that does not fit them.
+        InputError: an unusable argument.
     """
     if steps < 1:
         raise InputError(f"steps={steps}; expected at least 1")

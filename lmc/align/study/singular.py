@@ -91,7 +91,9 @@ def singular_alignment(a: ModelOrWeights, b: ModelOrWeights, *, gamma: float = 0
         gamma: in [0, 1]; 0 counts every singular vector, 0.3 those that carry most of the signal.
 
     Raises:
-        InputError: gamma outside [0, 1]. MismatchError: different architectures. WeightsError: not finite.
+        InputError: gamma outside [0, 1].
+        MismatchError: different architectures.
+        WeightsError: not finite.
     """
     if not 0.0 <= gamma <= 1.0:
         raise InputError(f"gamma={gamma}: expected a share between 0 and 1")

@@ -48,7 +48,7 @@ def weight_matching(
         ends the search with a warning and returns the best permutation of the restarts that had finished.
 
     Raises:
-        MismatchError: `a` and `b` differ in keys, shapes, dtype or device.
+        MismatchError: `a` and `b` differ in keys, shapes or device.
         SpecError: the spec does not fit the weights.
         WeightsError: NaN or infinity in the weights.
     """
