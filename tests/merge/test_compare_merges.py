@@ -140,7 +140,8 @@ def test_bad_input(bench: Bench) -> None:
         "expected a list of names": {"methods": "ties"},
         "evaluations=0": {"evaluations": 0},
         "test has the tasks": {"test": {"other": bench.test[0]}},
-        "metric must be": {"metric": "f1"},
+        "give one of these": {"metric": "f1"},
+        "positive budget": {"seconds": 0.0},
         "expected method": {"methods": {"x": 3}},
     }.items():
         with pytest.raises(lmc.InputError, match=match):

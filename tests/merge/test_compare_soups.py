@@ -61,7 +61,7 @@ def test_shares_say_how_the_soups_are_mixed(soups):
         for key, tensor in found.weights[soup].items():
             torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-4)
     assert rows["stranger"].shares["learned"] < rows["one"].shares["learned"]
-    assert rows["stranger"].shares["greedy"] == 0.0 and "lowers" in rows["stranger"].reason
+    assert rows["stranger"].shares["greedy"] == 0.0 and "worsens" in rows["stranger"].reason
     assert set(rows["spoiled"].shares.values()) == {0.0} and "NaN" in rows["spoiled"].reason
     assert set(found.layers) == {"0", "2"} and all(
         sum(s) == pytest.approx(1.0, abs=1e-5) for s in found.layers.values()
@@ -158,8 +158,8 @@ def test_restricted_diwa_is_the_greedy_soup_of_its_runs():
     soup = merge.diwa(
         MODEL, BASE, VALIDATION, fine_tune=uneven, runs=3, select="restricted", metric="loss", progress=False
     )
-    assert [run.taken for run in soup.report.runs][1] is False and "lowers" in soup.report.runs[1].reason
-    assert soup.report.score >= max(run.score for run in soup.report.runs)
+    assert [run.taken for run in soup.report.runs][1] is False and "worsens" in soup.report.runs[1].reason
+    assert soup.report.score <= min(run.score for run in soup.report.runs)
     assert list(soup.report.to_frame()["start"]) == [0, 0, 0]
 
 

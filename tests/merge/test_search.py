@@ -194,7 +194,7 @@ def test_merges_that_fail_count_as_the_worst(tasks) -> None:
     model, base, models, _ = tasks
     space = {"density": (-0.5, 0.9)}
     found = merge.evolve(model, models, lambda w: 1.0, method=merge.ties, base=base, space=space, evaluations=40)
-    assert found.report.score == 1.0 and min(t.score for t in found.report.trials) == -math.inf
+    assert found.report.score == 1.0 and any(math.isnan(t.score) for t in found.report.trials)
     with pytest.raises(InputError, match="density"):
         merge.evolve(
             model, models, lambda w: 1.0, method=merge.ties, base=base, space={"density": (-2, -1)}, evaluations=10

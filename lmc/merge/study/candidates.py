@@ -16,6 +16,7 @@ from lmc.merge.with_data.adamerging import adamerging
 from lmc.merge.with_data.fisher import fisher
 from lmc.merge.with_data.regmean import regmean, regmean_plus_plus
 from lmc.merge.with_data.soups import greedy_soup, learned_soup, wise_ft
+from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, Weights
 from lmc.weights.depth import modules_in_order, numbered_depths
 
@@ -30,6 +31,7 @@ class MergeTask:
         inputs: one data set per model, for methods that look at inputs.
         labelled: validation data, for methods that learn from labels.
         score: a function of weights, larger is better, on validation data.
+        loss: how outputs are judged.
     """
 
     model: nn.Module
@@ -38,6 +40,7 @@ class MergeTask:
     inputs: Sequence[Any]
     labelled: Any
     score: Callable[[Weights], float]
+    loss: Loss | Task | None = None
 
 
 Runner = Callable[..., Weights]
@@ -91,7 +94,9 @@ CANDIDATES: dict[str, Candidate] = {
     "karcher_mean": Candidate(_plain(karcher_mean)),
     "greedy_soup": Candidate(lambda task: greedy_soup(task.model, task.models, task.score, progress=False)),
     "learned_soup": Candidate(
-        lambda task, **options: learned_soup(task.model, task.models, task.labelled, progress=False, **options),
+        lambda task, **options: learned_soup(
+            task.model, task.models, task.labelled, loss=task.loss, progress=False, **options
+        ),
         {"per": ("model", "layer")},
     ),
     "fisher": Candidate(_on_inputs(fisher), {"normalize": (False, True)}),

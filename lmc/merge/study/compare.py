@@ -3,27 +3,33 @@
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError, LmcError
 from lmc.merge.engine.aligning import Align, aligned
+from lmc.merge.rules.averaging import average
 from lmc.merge.study.candidates import Candidate, MergeTask, chosen, models_of
-from lmc.merge.with_data.examples import Metric, gather, scorer
-from lmc.network.batches import take, tensors
+from lmc.merge.with_data import examples
+from lmc.merge.with_data.examples import gather
+from lmc.merge.with_data.judge import Judge
+from lmc.network.batches import TaskData, take, tensors
+from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
 if TYPE_CHECKING:
     import pandas
 
-Judge = Callable[[Weights], dict[str, float]]
+SAID = 10.0  # seconds from which on it is said beforehand how long it will take
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,12 @@ class Entry:
 
     Attributes:
         method, options: what was run.
-        validation: the score it was chosen by, the mean over tasks; larger is better.
+        validation: the score it was chosen by, the mean over tasks.
         test: score on data that nothing was chosen by, the mean over tasks; NaN without such data.
         tasks: test score of each task.
         tried: combinations of options.
         seconds: for all of them, evaluation included.
-        note: what went wrong, if all failed.
+        note: what went wrong, if all failed, or why nothing was tried.
     """
 
     method: str
@@ -57,12 +63,16 @@ class MergeComparison(Result):
     Attributes:
         entries: best first; the single models and the base are among them, to compare with.
         weights: of the best merge (single models and base excluded).
-        metric: "accuracy" (share) or "loss" (nats, negative, so that larger is better).
+        metric: what scores are: "accuracy" (a share), "loss", or a metric of the task.
+        higher: whether larger scores are better.
+        unit: of the loss.
     """
 
     entries: tuple[Entry, ...]
     weights: Weights = field(repr=False)
-    metric: Metric
+    metric: str
+    higher: bool = True
+    unit: str = ""
 
     @property
     def best(self) -> Entry:
@@ -102,8 +112,10 @@ def compare(
     test: Any = None,
     data: Sequence[Any] | None = None,
     methods: Iterable[str] | Mapping[str, Any] | None = None,
-    metric: Metric = "accuracy",
+    metric: str | None = None,
+    loss: Loss | Task | None = None,
     evaluations: int = 12,
+    seconds: float | None = None,
     align: Align | None = None,
     inputs: Any = None,
     device: torch.device | str | None = None,
@@ -126,8 +138,13 @@ def compare(
             many, else all of it for each).
         methods: names (see `lmc.merge.candidates.CANDIDATES`), or a mapping of names to `method(models, base=...,
             **options)` or to pairs `(method, {option: values})`. Default: all that the models allow.
-        metric: "accuracy" or "loss".
+        metric: "accuracy", "loss" or a metric of the task (default: the accuracy where targets are classes, else the
+            loss).
+        loss: how outputs are judged, as for `lmc.loss_path`: a function of outputs and targets, or an `lmc.Task`.
         evaluations: most combinations of options to try for each method.
+        seconds: a budget. Every method has an equal share of what is left; its options are tried in an order that
+            covers the grid early; methods whose turn does not come stay in the table with a note. What has begun is
+            finished, so that it takes a little longer.
         align: bring independently trained models into one order first, as for every method.
         inputs: unlabelled; BatchNorm statistics of every merge are re-estimated from them.
         device: where to evaluate (default: where the weights are).
@@ -139,28 +156,74 @@ def compare(
     """
     if evaluations < 1:
         raise InputError(f"evaluations={evaluations}; expected at least 1")
+    if seconds is not None and not seconds > 0.0:
+        raise InputError(f"seconds={seconds}; expected a positive budget")
+    deadline = math.inf if seconds is None else time.perf_counter() + seconds
     candidates = chosen(methods, base is not None, models_of(models))
     states, origin = _weights(model, models, base, align)
     tasks, held_out = _split(validation, test)
-    judge, renew = _judge(model, tasks, metric, inputs, device, states[0])
-    final = _judge(model, held_out, metric, None, device, states[0])[0] if held_out else None
+    known = states if origin is None else [*states, origin]
+    options: dict[str, Any] = {"loss": loss, "device": device, "models": known}
+    judge = _Panel({name: Judge(model, part, metric, inputs=inputs, **options) for name, part in tasks.items()})
+    final = _Panel({name: Judge(model, part, metric, **options) for name, part in held_out.items()})
     parts = data if data is not None else list(tasks.values()) if len(tasks) == len(states) else None
-    labelled = next(iter(tasks.values())) if len(tasks) == 1 else [gather(part, name) for name, part in tasks.items()]
-    task = MergeTask(model, states, origin, parts or [labelled] * len(states), labelled, lambda w: _mean(judge(w)))
-    trial = _Trial(task, judge, final, renew, evaluations)
+    labelled = next(iter(tasks.values())) if len(tasks) == 1 else _together(tasks)
+    task = MergeTask(
+        model, states, origin, parts or [labelled] * len(states), labelled, lambda w: judge.gain(_mean(judge(w))), loss
+    )
+    trial = _Trial(task, judge, final, evaluations)
     entries, best = trial.references(), (-math.inf, states[0])
+    if progress:
+        trial.announce(candidates, deadline)
     try:
-        for name in tqdm(candidates, desc="compare", unit=" methods", disable=not progress):
-            entry, weights = trial.run(name, candidates[name])
+        for i, name in enumerate(tqdm(candidates, desc="compare", unit=" methods", disable=not progress)):
+            now = time.perf_counter()
+            if now >= deadline:
+                entries.append(_untried(name, f"not tried: the budget of {seconds:g} s was spent"))
+                continue
+            entry, weights = trial.run(name, candidates[name], now + (deadline - now) / (len(candidates) - i))
             entries.append(entry)
-            if weights is not None and entry.validation > best[0]:
-                best = (entry.validation, weights)
+            if weights is not None and judge.gain(entry.validation) > best[0]:
+                best = (judge.gain(entry.validation), weights)
     except KeyboardInterrupt:
         warnings.warn("interrupted: the methods that were not finished are missing", stacklevel=2)
     if best[0] == -math.inf:
         raise InputError("no method worked: " + "; ".join(f"{e.method}: {e.note}" for e in entries if e.note))
-    ranked = sorted(entries, key=lambda e: -math.inf if math.isnan(e.validation) else e.validation, reverse=True)
-    return MergeComparison(tuple(ranked), best[1], metric)
+    ranked = sorted(entries, key=lambda e: judge.gain(e.validation), reverse=True)
+    return MergeComparison(tuple(ranked), best[1], judge.measure, judge.higher, judge.unit)
+
+
+class _Panel:
+    """The judges of several tasks, all of one measure."""
+
+    def __init__(self, judges: Mapping[str, Judge]) -> None:
+        self.judges = judges
+
+    def __call__(self, weights: Weights) -> dict[str, float]:
+        scores = {name: judge(weights) for name, judge in self.judges.items()}
+        measures = {name: judge.measure for name, judge in self.judges.items()}
+        if len(set(measures.values())) > 1:
+            raise InputError(f"tasks are measured differently ({measures}): pass metric='loss'")
+        return scores
+
+    @property
+    def first(self) -> Judge:
+        return next(iter(self.judges.values()))
+
+    @property
+    def measure(self) -> str:
+        return self.first.measure or ""
+
+    @property
+    def higher(self) -> bool:
+        return self.first.higher
+
+    @property
+    def unit(self) -> str:
+        return self.first.unit
+
+    def gain(self, value: float) -> float:
+        return self.first.gain(value)
 
 
 @dataclass(frozen=True)
@@ -168,16 +231,15 @@ class _Trial:
     """How one method is tried."""
 
     task: MergeTask
-    judge: Judge
-    final: Judge | None
-    renew: Callable[[Weights], Weights]
+    judge: _Panel
+    final: _Panel
     evaluations: int
 
     def references(self) -> list[Entry]:
         """The base, and the model that is best alone on validation data."""
         started = time.perf_counter()
-        scores = [self.task.score(state) for state in self.task.models]
-        first = max(range(len(scores)), key=lambda i: -math.inf if math.isnan(scores[i]) else scores[i])
+        scores = [_mean(self.judge(state)) for state in self.task.models]
+        first = max(range(len(scores)), key=lambda i: self.judge.gain(scores[i]))
         found = [
             self._entry(
                 "best single model", {"model": first}, scores[first], self.task.models[first], len(scores), started
@@ -185,34 +247,48 @@ class _Trial:
         ]
         if self.task.base is not None:
             started = time.perf_counter()
-            found.append(self._entry("base", {}, self.task.score(self.task.base), self.task.base, 1, started))
+            score = _mean(self.judge(self.task.base))
+            found.append(self._entry("base", {}, score, self.task.base, 1, started))
         return found
 
-    def run(self, name: str, candidate: Candidate) -> tuple[Entry, Weights | None]:
+    def announce(self, candidates: Mapping[str, Candidate], deadline: float) -> None:
+        """Print how long it will take at least, where that is long: as many averages and evaluations as are tried."""
+        started = time.perf_counter()
+        self.judge(average(self.task.models))
+        merges = sum(len(candidate.options(self.evaluations)) for candidate in candidates.values())
+        expected = min(merges * (time.perf_counter() - started), deadline - started)
+        if expected >= SAID:
+            about = f"{expected:.0f} s" if expected < 100 else f"{expected / 60:.0f} minutes"
+            print(f"{merges} merges by {len(candidates)} methods: about {about} or longer", flush=True)
+
+    def run(self, name: str, candidate: Candidate, until: float) -> tuple[Entry, Weights | None]:
         started = time.perf_counter()
         best: tuple[float, dict[str, Any], Weights] | None = None
         note, tried = "", 0
-        for options in candidate.options(self.evaluations):
+        combinations = candidate.options(self.evaluations)
+        for options in combinations if until == math.inf else _spread(combinations):
+            if (tried or note) and time.perf_counter() >= until:
+                break
             try:
-                weights = self.renew(dict(candidate.run(self.task, **options)))
-                score = self.task.score(weights)
+                weights = self.judge.first.renew(candidate.run(self.task, **options))
+                score = _mean(self.judge(weights))
             except LmcError as error:
                 note = note or str(error)
                 continue
             tried += 1
-            if math.isfinite(score) and (best is None or score > best[0]):
+            if math.isfinite(score) and (best is None or self.judge.gain(score) > self.judge.gain(best[0])):
                 best = score, options, weights
         if best is None:
             seconds = time.perf_counter() - started
-            return Entry(name, {}, math.nan, math.nan, {}, tried, seconds, note or "no finite score"), None
+            return replace(_untried(name, note or "no finite score"), tried=tried, seconds=seconds), None
         return self._entry(name, best[1], best[0], best[2], tried, started), best[2]
 
     def _entry(
         self, name: str, options: dict[str, Any], score: float, weights: Weights, tried: int, started: float
     ) -> Entry:
-        tasks = {} if self.final is None else self.final(weights)
+        tasks = self.final(weights)
         seconds = time.perf_counter() - started
-        return Entry(name, options, score, _mean(tasks) if tasks else math.nan, tasks, tried, seconds)
+        return Entry(name, options, score, _mean(tasks), tasks, tried, seconds)
 
 
 def _weights(
@@ -229,45 +305,81 @@ def _weights(
 
 def _split(validation: Any, test: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Tasks to choose by and tasks to report, by name."""
-    named = dict(validation) if isinstance(validation, Mapping) else {"all": validation}
+    named = _named(validation)
     if not named:
         raise InputError("validation is empty: expected labelled data, or a mapping of task names to labelled data")
     if test is not None:
-        held = dict(test) if isinstance(test, Mapping) else {"all": test}
+        held = _named(test)
         if set(held) != set(named):
             raise InputError(f"test has the tasks {', '.join(held)}; validation has {', '.join(named)}")
-        return named, {name: getattr(part, "test", part) for name, part in held.items()}
+        return named, {name: _part(part, "test") for name, part in held.items()}
     kept, held = {}, {}
     for name, part in named.items():
         if callable(part):
             return named, {}
-        if hasattr(part, "test"):
-            kept[name], held[name] = getattr(part, "validation", part.train), part.test
+        if _part(part, "test") is not part:
+            kept[name], held[name] = examples.chosen(part), _part(part, "test")
         else:
-            whole = gather(part, name)
-            if len(tensors(whole[0])[0]) < 2:
-                raise InputError(f"validation {name!r}: one example cannot be split; pass test= as well")
-            kept[name], held[name] = (_every_second(whole, start) for start in (0, 1))
+            kept[name], held[name] = (_every_second(part, name, start) for start in (0, 1))
     return kept, held
 
 
-def _every_second(whole: tuple[Any, Any], start: int) -> tuple[Any, Any]:
+def _named(data: Any) -> dict[str, Any]:
+    """Data of several tasks by name; those of a single one, which may be a mapping of tensors or of splits, as "all"."""
+    if examples.splits(data):
+        return {"all": SimpleNamespace(**data)}
+    tasks = isinstance(data, Mapping) and not any(isinstance(value, Tensor) for value in data.values())
+    return dict(data) if tasks else {"all": data}
+
+
+def _part(data: Any, split: str) -> Any:
+    """A split of a data set, with its task; data that are none as they are."""
+    if isinstance(data, TaskData):
+        part = _part(data.data, split)
+        return data if part is data.data else data.task.on(part)
+    return getattr(data, split, data)
+
+
+def _every_second(data: Any, name: str, start: int) -> Any:
+    """Every second example of data given whole, with their task."""
+    if isinstance(data, TaskData):
+        return data.task.on(_every_second(data.data, name, start))
     index = slice(start, None, 2)
-    return take(whole[0], index), None if whole[1] is None else whole[1][index]
+    inputs, targets = (data, None) if isinstance(data, Tensor | Mapping) else gather(data, name)
+    if len(tensors(inputs)[0]) < 2:
+        raise InputError(f"validation {name!r}: one example cannot be split; pass test= as well")
+    return take(inputs, index) if targets is None else (take(inputs, index), targets[index])
 
 
-def _judge(
-    model: nn.Module, tasks: Mapping[str, Any], metric: Metric, inputs: Any, device: Any, weights: Weights
-) -> tuple[Judge, Callable[[Weights], Weights]]:
-    renew: Callable[[Weights], Weights] = dict
-    scores = {}
-    for name, part in tasks.items():
-        scores[name], renew = scorer(model, part, metric, inputs=inputs, device=device, weights=weights)
-    return lambda state: {name: score(state) for name, score in scores.items()}, renew
+def _together(tasks: Mapping[str, Any]) -> Any:
+    """The data of all tasks as batches, for methods that learn from labels."""
+    if any(callable(part) for part in tasks.values()):
+        return None
+    judged = next((part.task for part in tasks.values() if isinstance(part, TaskData)), None)
+    plain = {name: part.data if isinstance(part, TaskData) else part for name, part in tasks.items()}
+    batches = [gather(part, name) for name, part in plain.items()]
+    return batches if judged is None else judged.on(batches)
+
+
+def _untried(name: str, note: str) -> Entry:
+    return Entry(name, {}, math.nan, math.nan, {}, 0, 0.0, note)
+
+
+def _spread(options: Sequence[Any]) -> list[Any]:
+    """In an order whose beginnings cover all of it: the middle, then the middles of what lies beside, and so on."""
+    order, todo = [], deque([(0, len(options))])
+    while todo:
+        start, stop = todo.popleft()
+        if start < stop:
+            middle = (start + stop) // 2
+            order.append(options[middle])
+            todo += [(start, middle), (middle + 1, stop)]
+    return order
 
 
 def _mean(scores: Mapping[str, float]) -> float:
-    return sum(scores.values()) / len(scores)
+    """The mean over tasks; NaN without any."""
+    return math.nan if not scores else sum(scores.values()) / len(scores)
 
 
 def _short(value: Any) -> str:

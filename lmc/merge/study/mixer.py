@@ -1,6 +1,6 @@
 """The mixer: a coefficient for each model and group of layers, and what each task makes of the sum."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from lmc.errors import InputError
 from lmc.merge.engine.patterns import matches
 from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.rules.task_vectors import task_arithmetic
-from lmc.merge.with_data.examples import Scorer, scorer
+from lmc.merge.with_data.judge import Judge
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted
 from lmc.weights.depth import modules_in_order
 
@@ -60,7 +60,7 @@ class Mixer(Result):
     own: np.ndarray
     models: Sequence[Weights] = field(repr=False)
     base: Weights = field(repr=False)
-    scorers: Sequence[Scorer] = field(default=(), repr=False, metadata=UNSAVED)
+    scorers: Sequence[Callable[[Weights], float]] = field(default=(), repr=False, metadata=UNSAVED)
 
     def options(self, coefficients: Coefficients) -> dict[str, Any]:
         """The options with which `task_arithmetic(models, base=base, ...)` gives this mixture.
@@ -139,8 +139,9 @@ def mixer(
         raise InputError(f"names={list(called)}; expected a different one for each of {len(sets)} models")
     chosen = _thirds(modules_in_order(model, sets.weights)) if groups is None else _given(groups, sets.weights)
     *states, origin = [fitted(model, as_weights(one)) for one in (*models, base)]
-    scorers = [scorer(model, part, "accuracy", device=device, weights=origin)[0] for part in data.values()]
-    own = np.array([[score(state) for score in scorers] for state in [*states, origin]])
+    known = [*states, origin]
+    scorers = [Judge(model, part, "accuracy", device=device, models=known) for part in data.values()]
+    own = np.array([[score(state) for score in scorers] for state in known])
     levels = np.array(LEVELS.get(len(sets), (0.0, 1.0) if 2 ** len(sets) <= MOST_POINTS else (0.0,)))
     count = len(levels)
     grid = np.zeros((*(count,) * len(sets), len(data)))

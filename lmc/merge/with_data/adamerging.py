@@ -14,18 +14,17 @@ from lmc.errors import DataError, InputError
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.passes import Pass
 from lmc.merge.engine.result import Merged
-from lmc.merge.engine.tensors import WeightSets, assemble, weight_sets
+from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.merge.rules.ties import thresholds, trim
 from lmc.merge.with_data.examples import each, gather
+from lmc.merge.with_data.mixture import Mixture
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
-from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted
+from lmc.weights import ModelOrWeights, Weights, as_weights, fitted
 from lmc.weights.numbers import wide
 
 if TYPE_CHECKING:
     import pandas as pd
-
-Per = Literal["tensor", "task"]
 
 
 @dataclass(frozen=True)
@@ -65,7 +64,7 @@ def adamerging(
     inputs: Sequence[Any],
     *,
     base: ModelOrWeights,
-    per: Per = "tensor",
+    per: Literal["tensor", "task"] = "tensor",
     heads: Sequence[Mapping[str, Tensor]] | None = None,
     density: float = 1.0,
     initial: float = 0.3,
@@ -101,25 +100,20 @@ def adamerging(
     if per not in ("tensor", "task"):
         raise InputError(f"per must be 'tensor' or 'task', got {per!r}")
     sets = weight_sets(models, base, module=model)
-    state = fitted(model, as_weights(base), "base")
-    network = Network(model, pick_device(device, state))
-    equal = [1.0 / len(sets)] * len(sets)
-    network.load(dict(assemble(sets, sets.base_tensor, lambda _: (equal, 0.0))))
-    deltas = {name: delta.to(network.device) for name, delta in _deltas(sets, density).items()}
-    origin = {name: sets.base_tensor(name).to(network.device) for name in sets.weights}
+    network = Network(model, pick_device(device, fitted(model, as_weights(base), "base")))
+    deltas = _deltas(sets, density)
     groups = {name: name if per == "tensor" else "*" for name in sets.weights}
+    equal = ([1.0 / len(sets)] * len(sets), 0.0)
+    mixture = Mixture(sets, sets.base_tensor, deltas.__getitem__, groups, equal, network.device)
     scales = {g: torch.full((len(sets),), initial, device=network.device, requires_grad=True) for g in groups.values()}
+    network.load(mixture.whole(scales))
     optimizer = torch.optim.Adam(list(scales.values()), lr=lr)
     parts = each(inputs, len(sets), "inputs")
     streams = [_Examples(part, f"inputs[{t}]", batch_size, seed + t) for t, part in enumerate(parts)]
 
-    def merged(name: str) -> Tensor:
-        scale = scales[groups[name]].to(deltas[name].dtype)
-        return (origin[name] + torch.einsum("t,t...->...", scale, deltas[name])).to(state[name].dtype)
-
     def weights(task: int) -> Weights:
         head = {} if heads is None else {name: tensor.to(network.device) for name, tensor in heads[task].items()}
-        return {name: merged(name) for name in sets.weights} | head
+        return mixture(scales) | head
 
     history = []
     for _ in tqdm(range(steps), desc="AdaMerging", disable=not progress):
@@ -137,9 +131,8 @@ def adamerging(
 
     with torch.no_grad():
         predicted = tuple(_predicted(network, weights(t), stream) for t, stream in enumerate(streams))
-        result = dict(assemble(sets, lambda name: merged(name).to(state[name].device), lambda _: (equal, 0.0)))
     found = {group: tuple(scale.detach().tolist()) for group, scale in scales.items()}
-    return Merged(StateDict(result, like=state), AdaMergingReport(found, tuple(history), predicted))
+    return Merged(mixture.whole(scales), AdaMergingReport(found, tuple(history), predicted))
 
 
 def _deltas(sets: WeightSets, density: float) -> Weights:

@@ -1,6 +1,6 @@
 """Adaptive model averaging: between a model before and after alignment, with a ratio of its own for each depth."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +10,16 @@ from torch import Tensor, nn
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
-from lmc.errors import DataError, InputError
+from lmc.errors import InputError
+from lmc.landscape.evaluation.objective import Objective
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.patterns import matches
 from lmc.merge.engine.result import Merged
-from lmc.merge.engine.tensors import assemble, weight_sets
-from lmc.merge.with_data.examples import cross_entropy, gather
-from lmc.network.batches import take, to_device
-from lmc.network.network import Network, pick_device
-from lmc.weights import ModelOrWeights, StateDict, as_weights, fitted
+from lmc.merge.engine.tensors import weight_sets
+from lmc.merge.with_data.examples import chosen
+from lmc.merge.with_data.mixture import Mixture
+from lmc.network.task import Loss, Task
+from lmc.weights import ModelOrWeights, as_weights, fitted
 from lmc.weights.depth import model_depths
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def ama(
     base: ModelOrWeights,
     mean: float = 0.2,
     epsilon: float = 0.2,
+    loss: Loss | Task | None = None,
     groups: int | Sequence[str] = 3,
     steps: int = 200,
     lr: float = 0.02,
@@ -69,8 +71,9 @@ def ama(
     Args:
         model: the architecture; its weights are not used and not touched.
         models: the tuned model, in a list; of several, their average.
-        data: `(inputs, targets)` with class targets, an iterable of batches, or a data set (see `greedy_soup`).
+        data: labelled data as for `greedy_soup`.
         base: the model before tuning.
+        loss: as for `greedy_soup` (default: cross-entropy).
         groups: name patterns, or how many groups of blocks of equal depth (numbered modules, or where none are numbered
             all modules in the model's order); with fewer blocks there are fewer groups.
         steps, lr, batch_size, seed: of Adam, and of the order of examples.
@@ -82,40 +85,43 @@ def ama(
     sets = weight_sets(models, base, module=model)
     place = _groups(sets.weights, groups, model)
     count = max(place.values()) + 1
-    state = fitted(model, as_weights(base), "base")
-    network = Network(model, pick_device(device, state))
-    even = [(1.0 - mean) / len(sets)] * len(sets)
-    network.load(dict(assemble(sets, sets.base_tensor, lambda _: (even, mean))))
-    ends = {name: (sets.base_tensor(name), sets.stack(name).mean(0)) for name in sets.weights}
-    ends = {name: (a.to(network.device), b.to(network.device)) for name, (a, b) in ends.items()}
-    logits = torch.zeros(count, device=network.device, requires_grad=True)
+    objective = Objective(
+        model, fitted(model, as_weights(base), "base"), chosen(data), loss=loss, device=device, name="base"
+    )
+    device = objective.network.device
+    outside = -1  # the group of tensors in none
+    mixture = Mixture(
+        sets,
+        lambda name: sets.stack(name).mean(0),
+        lambda name: (sets.base_tensor(name) - sets.stack(name).mean(0))[None],
+        {name: place.get(name, outside) for name in sets.weights},
+        ([(1.0 - mean) / len(sets)] * len(sets), mean),
+        device,
+    )
+    logits = torch.zeros(count, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([logits], lr=lr)
 
-    def shares() -> Tensor:
+    def shares() -> dict[Any, Tensor]:
         raw = torch.sigmoid(logits) + epsilon
-        return mean * count * raw / raw.sum()
+        learned = mean * count * raw / raw.sum()
+        return {outside: torch.full((1,), mean, device=device)} | {k: learned[k : k + 1] for k in range(count)}
 
-    def merged(name: str) -> Tensor:
-        before, after = ends[name]
-        share = shares()[place[name]] if name in place else torch.tensor(mean)
-        return (after + share.to(after) * (before - after)).to(state[name].dtype)
-
-    inputs, targets = gather(data, "data")
-    if targets is None:
-        raise DataError("data: expected (inputs, targets), got inputs alone")
+    objective.network.load(mixture.whole(shares()))
     generator = torch.Generator().manual_seed(seed)
+    batches: Iterator[Any] = iter(())
     losses = []
     for _ in tqdm(range(steps), desc="AMA", disable=not progress):
-        index = torch.randint(len(targets), (batch_size,), generator=generator)
-        outputs = network.outputs({name: merged(name) for name in ends}, to_device(take(inputs, index), network.device))
-        loss = cross_entropy(outputs, targets[index].to(network.device), "data")
+        batch = next(batches, None)
+        if batch is None:
+            batches = objective.split.shuffled(batch_size, generator)
+            batch = next(batches)
+        value = objective(mixture(shares()), batch)
         optimizer.zero_grad()
-        loss.backward()
+        value.backward()
         optimizer.step()
-        losses.append(loss.item())
-    with torch.no_grad():
-        result = dict(assemble(sets, lambda name: merged(name).to(state[name].device), lambda _: (even, mean)))
-        return Merged(StateDict(result, like=state), AmaReport(tuple(shares().tolist()), tuple(losses)))
+        losses.append(value.item())
+    found = shares()
+    return Merged(mixture.whole(found), AmaReport(tuple(found[k].item() for k in range(count)), tuple(losses)))
 
 
 def _groups(names: Sequence[str], groups: int | Sequence[str], model: nn.Module) -> dict[str, int]:

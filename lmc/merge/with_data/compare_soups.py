@@ -12,10 +12,12 @@ from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.merge.rules.averaging import average
-from lmc.merge.with_data.examples import Metric, chosen, finite
+from lmc.merge.with_data.examples import chosen
+from lmc.merge.with_data.judge import finite
 from lmc.merge.with_data.soups import greedy_soup, learned_soup
 from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.network.network import pick_device
+from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, Weights, as_weights, fitted
 
 if TYPE_CHECKING:
@@ -30,7 +32,7 @@ class SoupIngredient:
 
     Attributes:
         name: what it is called.
-        alone: its own validation score, larger is better (loss counts negative); NaN where it has none.
+        alone: its own validation score; NaN where it has none.
         shares: soup -> its share, for "learned per layer" the mean over the layers.
         reason: why the greedy soup took it or not.
     """
@@ -97,7 +99,8 @@ def compare_soups(
     *,
     test: Any = None,
     names: Sequence[str] | None = None,
-    metric: Metric = "accuracy",
+    metric: str | None = None,
+    loss: Loss | Task | None = None,
     epochs: int = 5,
     lr: float = 0.05,
     seed: int = 0,
@@ -116,7 +119,7 @@ def compare_soups(
         validation: labelled data that shares are chosen by: `(inputs, targets)`, batches, or a data set, see `greedy_soup`.
         test: labelled data that the soups are judged by.
         names: of the models (default: their places).
-        metric: what the greedy soup looks at, "accuracy" or "loss".
+        metric, loss: what the greedy soup looks at, and how outputs are judged, as for `greedy_soup`.
         epochs, lr, seed: of the learned soups.
         inputs: unlabelled; BatchNorm statistics of every soup are re-estimated from them.
         device: where to compute (default: where the weights are).
@@ -130,10 +133,10 @@ def compare_soups(
     if len(names) != len(states) or len(set(names)) != len(names):
         raise InputError(f"names={names!r}; expected {len(states)} different names")
     options: dict[str, Any] = {"device": device, "progress": progress}
-    greedy = greedy_soup(model, states, validation, metric=metric, inputs=inputs, **options)
+    greedy = greedy_soup(model, states, validation, metric=metric, loss=loss, inputs=inputs, **options)
     usable = [i for i, state in enumerate(states) if not finite(state)]
     good = [states[i] for i in usable]
-    learning = {"epochs": epochs, "lr": lr, "seed": seed, **options}
+    learning = {"loss": loss, "epochs": epochs, "lr": lr, "seed": seed, **options}
     learned, layered = (learned_soup(model, good, validation, per=per, **learning) for per in ("model", "layer"))
     taken = greedy.report.taken
     per_layer = {layer: _spread(share, usable, len(states)) for layer, share in layered.report.coefficients.items()}
@@ -156,7 +159,7 @@ def compare_soups(
     scores: dict[str, dict[str, dict[str, float]]] = {soup: {} for soup in judged}
     for split, data in (("validation", chosen(validation)), ("test", test)):
         if data is not None:
-            evaluator = Evaluator(model, data, device=pick_device(device, states[0]))
+            evaluator = Evaluator(model, data, loss=loss, device=pick_device(device, states[0]))
             for soup, score in zip(judged, evaluator(judged.values()), strict=True):
                 scores[soup][split] = dict(score["data"].values)
     return Soups(weights, rows, {layer: tuple(share) for layer, share in per_layer.items()}, scores)

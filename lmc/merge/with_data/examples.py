@@ -1,27 +1,27 @@
 """Examples for methods that look at data: with targets or without, all of them or a few."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmc.errors import DataError, InputError, WeightsError
-from lmc.landscape.evaluation.evaluator import Evaluator
-from lmc.network.batches import as_splits, take, tensors
-from lmc.network.batchnorm import Recalibrator
-from lmc.network.network import Network, pick_device
-from lmc.network.task import class_last
-from lmc.weights import Weights, check_finite
-from lmc.weights.numbers import wide
+from lmc.errors import DataError, InputError
+from lmc.network.batches import TaskData, as_splits, take, tensors
 
-Metric = Literal["accuracy", "loss"]
-Scorer = Callable[[Weights], float]
+
+def splits(data: Any) -> bool:
+    """Whether data are a mapping of splits, `{"train": ..., "test": ...}`."""
+    return isinstance(data, Mapping) and {"train", "test"} <= data.keys() and not isinstance(data["train"], Tensor)
 
 
 def chosen(data: Any) -> Any:
     """The one set of examples in `data`: `.validation` of a data set that has it, else `.train`, never `.test`."""
+    if isinstance(data, TaskData):
+        return data.task.on(chosen(data.data))
+    if splits(data):
+        data = SimpleNamespace(**data)
     for name in ("validation", "train"):
         if hasattr(data, name) and not isinstance(data, nn.Module):
             return getattr(data, name)
@@ -72,58 +72,8 @@ def gather(data: Any, what: str) -> tuple[Any, Tensor | None]:
     return tuple(torch.cat(column) for column in zip(*columns, strict=True)), targets
 
 
-def cross_entropy(outputs: Tensor, targets: Tensor, what: str) -> Tensor:
-    """The mean cross-entropy in nats of outputs `(N, C)`, `(N, T, C)` or `(N, C, ...)`, in float32 or wider."""
-    rows = class_last(outputs[None], targets)
-    if rows is None:
-        raise DataError(
-            f"{what}: integer class targets that fit the outputs needed, got {targets.dtype} {tuple(targets.shape)} "
-            f"for outputs {tuple(outputs.shape)}"
-        )
-    return F.cross_entropy(rows[0].to(wide(outputs.dtype)), targets.reshape(-1))
-
-
 def each(data: Any, count: int, what: str) -> list[Any]:
     """`data` as a list with one entry per model."""
     if isinstance(data, (Tensor, Mapping)) or not hasattr(data, "__len__") or len(data) != count:
         raise InputError(f"{what}: expected a list with one data set for each of the {count} models")
     return list(data)
-
-
-def scorer(
-    model: nn.Module,
-    validation: Any,
-    metric: Metric,
-    *,
-    inputs: Any = None,
-    device: torch.device | str | None = None,
-    weights: Weights,
-) -> tuple[Scorer, Callable[[Weights], Weights]]:
-    """How good weights are on validation data (larger is better), and what is done to averaged weights before that.
-
-    `validation` may be a function of the weights instead, larger being better. With `inputs`, averaged
-    weights get BatchNorm statistics of their own.
-    """
-    if metric not in ("accuracy", "loss"):
-        raise InputError(f"metric must be 'accuracy' or 'loss', got {metric!r}")
-    where = pick_device(device, weights)
-    renew = (lambda state: state) if inputs is None else Recalibrator(Network(model, where), inputs)
-    if callable(validation):
-        judge: Callable[[Weights], Any] = validation
-        return lambda state: float(judge(state)), renew
-    evaluator = Evaluator(model, chosen(validation), at_once=1, device=where)
-
-    def score(state: Weights) -> float:
-        found = next(evaluator([state]))["data"]
-        return found.accuracy if metric == "accuracy" else -found.loss
-
-    return score, renew
-
-
-def finite(state: Weights) -> str:
-    """Empty if all weights are finite, else what is not."""
-    try:
-        check_finite(state)
-    except WeightsError as error:
-        return str(error)
-    return ""

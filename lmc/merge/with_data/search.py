@@ -23,13 +23,14 @@ from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.method import MergeFunction
 from lmc.merge.engine.result import Merged
 from lmc.merge.rules.averaging import average
-from lmc.merge.with_data.examples import Metric, scorer
-from lmc.weights import ModelOrWeights, as_weights
+from lmc.merge.with_data.judge import Judge
+from lmc.network.task import Loss, Task
+from lmc.weights import ModelOrWeights, as_weights, fitted
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One merge that was tried: its options and its score (larger is better; minus infinity if it failed)."""
+    """One merge that was tried: its options and its score (NaN if it failed)."""
 
     options: dict[str, Any]
     score: float
@@ -37,11 +38,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchReport(Result):
-    """The best options found, their score, and all trials in order."""
+    """The best options found, their score, all trials in order, and what scores are: an accuracy, a loss, a metric."""
 
     options: dict[str, Any]
     score: float
     trials: tuple[Trial, ...] = field(repr=False)
+    measure: str = "score"
 
     def to_frame(self) -> Any:
         """A pandas data frame, one row per trial."""
@@ -51,7 +53,7 @@ class SearchReport(Result):
 
     def __str__(self) -> str:
         chosen = "\n".join(f"{name}: {_format(value)}" for name, value in self.options.items())
-        return f"best of {len(self.trials)} trials, score {self.score:.4f}\n{chosen}"
+        return f"best of {len(self.trials)} trials, {self.measure} {self.score:.4f}\n{chosen}"
 
 
 @alignable
@@ -64,7 +66,8 @@ def evolve(
     space: Mapping[str, tuple[float, float]],
     base: ModelOrWeights | None = None,
     groups: Sequence[str] = (),
-    metric: Metric = "accuracy",
+    metric: str | None = None,
+    loss: Loss | Task | None = None,
     evaluations: int = 100,
     sigma: float = 1 / 6,
     inputs: Any = None,
@@ -82,7 +85,7 @@ def evolve(
 
     Args:
         method: any merging method of this package or of your own.
-        model, models, validation, metric, inputs, device: as for `greedy_soup`.
+        model, models, validation, metric, loss, inputs, device: as for `greedy_soup`.
         space: lower and upper bound of each option.
         base: given to the method.
         groups: name patterns; options become `{pattern: value}`.
@@ -95,7 +98,8 @@ def evolve(
     for name, (low, high) in space.items():
         if not low < high:
             raise InputError(f"space: {name} from {low} to {high} is empty")
-    score, renew = scorer(model, validation, metric, inputs=inputs, device=device, weights=as_weights(models[0]))
+    known = [fitted(model, as_weights(one)) for one in [*models, *([] if base is None else [base])]]
+    judge = Judge(model, validation, metric, loss=loss, inputs=inputs, device=device, models=known)
     places = [(group, name) for group in groups or [""] for name in space]
     sizes = [len(models) if name == "weights" else 1 for _, name in places]
 
@@ -110,10 +114,11 @@ def evolve(
         return options
 
     def build(options: dict[str, Any]) -> Any:
-        return renew(method(models, base=base, **fixed, **options))
+        return judge.renew(method(models, base=base, **fixed, **options))
 
     trials = _search(
-        lambda genome: _try(build, score, decode(genome)),
+        lambda genome: _try(build, judge, decode(genome)),
+        judge.gain,
         [[0.5] * sum(sizes)],
         sigma,
         evaluations,
@@ -121,10 +126,10 @@ def evolve(
         [0.0, 1.0],
         tqdm(total=evaluations, desc="evolve", disable=not progress),
     )
-    best = max(trials, key=lambda trial: trial.score)
-    if best.score == -math.inf:
+    best = max(trials, key=lambda trial: judge.gain(trial.score))
+    if math.isnan(best.score):
         build(best.options)  # raises what went wrong
-    return Merged(build(best.options), SearchReport(best.options, best.score, tuple(trials)))
+    return Merged(build(best.options), SearchReport(best.options, best.score, tuple(trials), judge.measure or ""))
 
 
 def lcsc(
@@ -132,7 +137,8 @@ def lcsc(
     models: Sequence[ModelOrWeights],
     validation: Any,
     *,
-    metric: Metric = "loss",
+    metric: str | None = None,
+    loss: Loss | Task | None = None,
     evaluations: int = 500,
     sigma: float = 0.3,
     inputs: Any = None,
@@ -148,18 +154,22 @@ def lcsc(
     result as for `evolve`; the report's option is `weights`.
     """
     count = len(models)
-    score, renew = scorer(model, validation, metric, inputs=inputs, device=device, weights=as_weights(models[0]))
+    if metric is None and not callable(validation):
+        metric = "loss"
+    states = [fitted(model, as_weights(m)) for m in models]
+    judge = Judge(model, validation, metric, loss=loss, inputs=inputs, device=device, models=states)
 
     def decode(free: Sequence[float]) -> dict[str, Any]:
         values = [float(v) for v in free]
         return {"weights": [*values, 1.0 - sum(values)]}
 
     def build(options: dict[str, Any]) -> Any:
-        return renew(average(models, **options))
+        return judge.renew(average(models, **options))
 
     corners = [[float(i == j) for j in range(count - 1)] for i in range(count)]
     trials = _search(
-        lambda free: _try(build, score, decode(free)),
+        lambda free: _try(build, judge, decode(free)),
+        judge.gain,
         [*corners, [1.0 / count] * (count - 1)],
         sigma,
         evaluations,
@@ -167,20 +177,21 @@ def lcsc(
         None,
         tqdm(total=evaluations, desc="LCSC", disable=not progress),
     )
-    best = max(trials, key=lambda trial: trial.score)
-    return Merged(build(best.options), SearchReport(best.options, best.score, tuple(trials)))
+    best = max(trials, key=lambda trial: judge.gain(trial.score))
+    return Merged(build(best.options), SearchReport(best.options, best.score, tuple(trials), judge.measure or ""))
 
 
 def _try(build: Callable[[dict[str, Any]], Any], score: Callable[[Any], float], options: dict[str, Any]) -> Trial:
     try:
         found = score(build(options))
     except LmcError:
-        found = -math.inf
-    return Trial(options, found if math.isfinite(found) else -math.inf)
+        found = math.nan
+    return Trial(options, found if math.isfinite(found) else math.nan)
 
 
 def _search(
     attempt: Callable[[Sequence[float]], Trial],
+    gain: Callable[[float], float],
     starts: list[list[float]],
     sigma: float,
     evaluations: int,
@@ -194,7 +205,7 @@ def _search(
     for start in starts:
         trials.append(attempt(start))
         bar.update()
-    origin = starts[max(range(len(starts)), key=lambda i: trials[i].score)]
+    origin = starts[max(range(len(starts)), key=lambda i: gain(trials[i].score))]
     # CMA-ES wants two dimensions at least; an unused one does no harm. Its random numbers are numpy's global ones.
     padded = [*origin, 0.5] if len(origin) == 1 else origin
     state = np.random.get_state()
@@ -213,7 +224,7 @@ def _search(
             while len(trials) < evaluations and not strategy.stop():
                 genomes = strategy.ask()
                 found = [attempt(list(genome[: len(origin)])) for genome in genomes]
-                strategy.tell(genomes, _losses(found))
+                strategy.tell(genomes, _losses([gain(trial.score) for trial in found]))
                 trials += found
                 bar.update(len(found))
             restart += 1
@@ -223,10 +234,10 @@ def _search(
     return trials
 
 
-def _losses(trials: Sequence[Trial]) -> list[float]:
+def _losses(gains: Sequence[float]) -> list[float]:
     """What CMA-ES minimises: failures count a little more than the worst that worked."""
-    worst = min((trial.score for trial in trials if trial.score > -math.inf), default=0.0)
-    return [-trial.score if trial.score > -math.inf else 1.0 - worst + abs(worst) for trial in trials]
+    worst = min((gain for gain in gains if gain > -math.inf), default=0.0)
+    return [-gain if gain > -math.inf else 1.0 - worst + abs(worst) for gain in gains]
 
 
 def _cma() -> Any:

@@ -5,7 +5,7 @@ train their ingredients (DiWA, model ratatouille) are in `with_training/trained_
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,16 +15,19 @@ from torch import Tensor, nn
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
-from lmc.errors import DataError, InputError, WeightsError
+from lmc.errors import InputError, WeightsError
+from lmc.landscape.evaluation.objective import Objective
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.method import linear
 from lmc.merge.engine.result import Merged
-from lmc.merge.engine.tensors import WeightSets, assemble, weight_sets
+from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.rules.averaging import average
-from lmc.merge.with_data.examples import Metric, cross_entropy, finite, gather, scorer
-from lmc.network.batches import take, to_device
-from lmc.network.network import Network, pick_device
-from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
+from lmc.merge.with_data.examples import chosen
+from lmc.merge.with_data.judge import Judge, finite
+from lmc.merge.with_data.mixture import Mixture
+from lmc.network.batches import to_device
+from lmc.network.task import Loss, Task
+from lmc.weights import ModelOrWeights, as_weights
 
 uniform_soup = average
 
@@ -45,7 +48,7 @@ class Ingredient:
 
     Attributes:
         model: its place in the list given.
-        score: its own validation score, larger is better (loss counts negative); NaN if it was not evaluated.
+        score: its own validation score; NaN if it was not evaluated.
         soup: score of the soup with it; NaN if it was not tried.
         taken: whether it is in the soup.
         reason: why, in words.
@@ -60,10 +63,17 @@ class Ingredient:
 
 @dataclass(frozen=True)
 class SoupReport(Result):
-    """Which ingredients a greedy soup took, in the order they were tried, and the validation score it ends with."""
+    """Which ingredients a greedy soup took, in the order they were tried, and the validation score it ends with.
+
+    Attributes:
+        ingredients: the best on its own first.
+        score: of the soup.
+        measure: what scores are: "accuracy" (a share), "loss", or a metric.
+    """
 
     ingredients: tuple[Ingredient, ...]
     score: float
+    measure: str = "accuracy"
 
     @property
     def taken(self) -> tuple[int, ...]:
@@ -81,7 +91,9 @@ class SoupReport(Result):
         for row in self.ingredients:
             taken = "yes" if row.taken else "no"
             lines.append(f"{row.model:>5}  {row.score:>8.4f}  {row.soup:>8.4f}  {taken:5}  {row.reason}")
-        return "\n".join([*lines, f"{len(self.taken)} of {len(self.ingredients)} models, score {self.score:.4f}"])
+        return "\n".join(
+            [*lines, f"{len(self.taken)} of {len(self.ingredients)} models, {self.measure} {self.score:.4f}"]
+        )
 
 
 @alignable
@@ -90,7 +102,8 @@ def greedy_soup(
     models: Sequence[ModelOrWeights],
     validation: Any,
     *,
-    metric: Metric = "accuracy",
+    metric: str | None = None,
+    loss: Loss | Task | None = None,
     strict: bool = False,
     min_gain: float = 0.0,
     inputs: Any = None,
@@ -106,10 +119,12 @@ def greedy_soup(
     Args:
         model: the architecture; its weights are not used and not touched.
         models: the ingredients.
-        validation: `(inputs, targets)`, an iterable of batches, a data set with `.validation` (or its `.train`; never
-            its `.test`), or a function from weights to a score, larger being better.
-        metric: "accuracy" or "loss".
-        strict: take only what raises the score.
+        validation: labelled data as for `lmc.loss_path` (of a data set `.validation`, or its `.train`; never its
+            `.test`), or a function from weights to a score, larger being better (smaller with `metric="loss"`).
+        metric: "accuracy", "loss" or a metric of the task (default: the accuracy where targets are classes, else the
+            loss).
+        loss: how outputs are judged, as for `lmc.loss_path`: a function of outputs and targets, or an `lmc.Task`.
+        strict: take only what improves the score.
         min_gain: how much an ingredient must add at least.
         inputs: unlabelled; BatchNorm statistics of every soup are re-estimated from them before it is evaluated.
         device: where to evaluate (default: where the weights are).
@@ -122,16 +137,16 @@ def greedy_soup(
         WeightsError: no model is finite.
     """
     states = [as_weights(state) for state in weight_sets(models, module=model).states]
-    score, renew = scorer(model, validation, metric, inputs=inputs, device=device, weights=states[0])
+    judge = Judge(model, validation, metric, loss=loss, inputs=inputs, device=device, models=states)
     faults = [finite(state) for state in states]
     bar = tqdm(total=2 * len(states) - 1, desc="greedy soup", disable=not progress)
     alone = [math.nan] * len(states)
     for i, state in enumerate(states):
         if not faults[i]:
-            alone[i] = score(state)
-            faults[i] = "" if math.isfinite(alone[i]) else f"score {alone[i]}"
+            alone[i] = judge(state)
+            faults[i] = "" if math.isfinite(alone[i]) else f"{judge.measure} {alone[i]}"
         bar.update()
-    order = sorted((i for i in range(len(states)) if not faults[i]), key=lambda i: -alone[i])
+    order = sorted((i for i in range(len(states)) if not faults[i]), key=lambda i: -judge.gain(alone[i]))
     if not order:
         raise WeightsError("no ingredient can be used: " + "; ".join(f"models[{i}]: {f}" for i, f in enumerate(faults)))
 
@@ -140,19 +155,19 @@ def greedy_soup(
     best, soup = alone[first], {name: tensor.clone() for name, tensor in states[first].items()}
     taken = [first]
     for i in order[1:]:
-        candidate = renew(average([states[j] for j in [*taken, i]]))
-        found = score(candidate)
-        accept = found > best + min_gain if strict else found >= best + min_gain
-        word = "raises" if found > best else "keeps" if found == best else "lowers"
-        rows.append(
-            Ingredient(i, alone[i], found, accept, f"{word} the score of the soup from {best:.4f} to {found:.4f}")
-        )
+        candidate = judge.renew(average([states[j] for j in [*taken, i]]))
+        found = judge(candidate)
+        gain = judge.gain(found) - judge.gain(best)
+        accept = gain > min_gain if strict else gain >= min_gain
+        word = "improves" if gain > 0 else "keeps" if gain == 0 else "worsens"
+        reason = f"{word} the {judge.measure} of the soup from {best:.4f} to {found:.4f}"
+        rows.append(Ingredient(i, alone[i], found, accept, reason))
         if accept:
-            best, soup, taken = max(best, found), candidate, [*taken, i]
+            best, soup, taken = max(best, found, key=judge.gain), candidate, [*taken, i]
         bar.update()
     bar.close()
     rows += [Ingredient(i, alone[i], math.nan, False, fault) for i, fault in enumerate(faults) if fault]
-    return Merged(soup, SoupReport(tuple(rows), best))
+    return Merged(soup, SoupReport(tuple(rows), best, judge.measure or ""))
 
 
 Per = Literal["model", "layer", "tensor"]
@@ -192,6 +207,7 @@ def learned_soup(
     validation: Any,
     *,
     per: Per = "model",
+    loss: Loss | Task | None = None,
     epochs: int = 5,
     lr: float = 0.05,
     batch_size: int = 256,
@@ -202,11 +218,12 @@ def learned_soup(
     """Learn the shares of the models by gradient descent on validation data (2203.05482, appendix I).
 
     Minimises the cross-entropy of `beta f(x; sum_i softmax(a)_i theta_i)` over logits `a`, which start equal, and the
-    temperature `beta`, which starts at 1, with AdamW without decay. `per="layer"` learns shares for each module,
+    temperature `beta`, which starts at 1 and stays there under a loss of your own, with Adam. `per="layer"` learns shares for each module,
     `"tensor"` for each tensor. All models are held in memory at once. BatchNorm statistics are averaged equally.
 
     Args:
-        validation: as for `greedy_soup`, with class targets; not a function.
+        validation: labelled data as for `greedy_soup`; not a function.
+        loss: as for `greedy_soup`.
         epochs: passes over the data; 0 gives the uniform soup.
         seed: of the order of examples.
 
@@ -216,40 +233,43 @@ def learned_soup(
     if per not in ("model", "layer", "tensor"):
         raise InputError(f"per must be 'model', 'layer' or 'tensor', got {per!r}")
     sets = weight_sets(models, module=model)
-    state = as_weights(sets.states[0])
-    network = Network(model, pick_device(device, state))
-    network.load(uniform_soup(models))  # what is not learned: statistics, masks
-    stacks = {name: sets.stack(name).to(network.device) for name in sets.weights}
+    objective = Objective(
+        model, as_weights(sets.states[0]), chosen(validation), loss=loss, device=device, name="models[0]"
+    )
+    network, split, task = objective.network, objective.split, objective.task
+    classes = task.loss is None and task.labels is None
     names = {name: {"model": "*", "layer": name.rpartition(".")[0], "tensor": name}[per] for name in sets.weights}
+    equal = ([1.0 / len(sets)] * len(sets), 0.0)
+    mixture = Mixture(
+        sets,
+        lambda name: sets.tensor(name, 0),
+        lambda name: sets.stack(name) - sets.tensor(name, 0),
+        names,
+        equal,
+        network.device,
+    )
     logits = {group: torch.zeros(len(sets), device=network.device, requires_grad=True) for group in names.values()}
+    network.load(mixture.whole(_softmax(logits)))
     beta = torch.ones((), device=network.device, requires_grad=True)
-    optimizer = torch.optim.AdamW([*logits.values(), beta], lr=lr, weight_decay=0.0)
-
-    def mixed(name: str) -> Tensor:
-        share = torch.softmax(logits[names[name]], 0).to(stacks[name].dtype)
-        return torch.einsum("m,m...->...", share, stacks[name]).to(state[name].dtype)
-
-    inputs, targets = gather(validation, "validation")
-    if targets is None:
-        raise DataError("validation: expected (inputs, targets), got inputs alone")
+    optimizer = torch.optim.Adam([*logits.values(), beta], lr=lr)
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for _ in tqdm(range(epochs), desc="learned soup", disable=not progress):
-        total = 0.0
-        for index in torch.randperm(len(targets), generator=generator).split(batch_size):
-            batch, goal = to_device(take(inputs, index), network.device), targets[index].to(network.device)
-            outputs = network.outputs({name: mixed(name) for name in names}, batch)
-            loss = cross_entropy(beta * outputs, goal, "validation")
+        seen = []
+        for inputs, goal in split.shuffled(batch_size, generator):
+            goal = goal.to(network.device)
+            call = task.call(to_device(inputs, network.device), goal)
+            outputs = network.outputs(mixture(_softmax(logits)), call)
+            value = task.mean_loss(beta * outputs if classes else outputs, goal, call)
             optimizer.zero_grad()
-            loss.backward()
+            value.backward()
             optimizer.step()
-            total += loss.item() * len(goal)
-        losses.append(total / len(targets))
-    shares = {group: tuple(torch.softmax(a.detach(), 0).tolist()) for group, a in logits.items()}
-    return Merged(_soup(sets, names, shares), LearnedReport(shares, tuple(losses), float(beta.detach())))
+            seen.append((value.item(), len(goal)))
+        losses.append(sum(value * count for value, count in seen) / sum(count for _, count in seen))
+    shares = _softmax({group: a.detach() for group, a in logits.items()})
+    report = LearnedReport({g: tuple(a.tolist()) for g, a in shares.items()}, tuple(losses), float(beta.detach()))
+    return Merged(mixture.whole(shares), report)
 
 
-def _soup(sets: WeightSets, groups: dict[str, str], shares: dict[str, tuple[float, ...]]) -> Weights:
-    equal = [1.0 / len(sets)] * len(sets)
-    merged = assemble(sets, lambda name: sets.combine(name, shares[groups[name]]), lambda name: (equal, 0.0))
-    return StateDict(merged, like=sets.states[0])
+def _softmax(logits: Mapping[Any, Tensor]) -> dict[Any, Tensor]:
+    return {group: torch.softmax(a, 0) for group, a in logits.items()}

@@ -15,8 +15,9 @@ from lmc.errors import InputError
 from lmc.merge.engine.patterns import matches
 from lmc.merge.engine.result import Merged
 from lmc.merge.rules.averaging import average
-from lmc.merge.with_data.examples import Metric, scorer
+from lmc.merge.with_data.judge import Judge
 from lmc.merge.with_data.soups import greedy_soup
+from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_compatible
 
 if TYPE_CHECKING:
@@ -41,10 +42,17 @@ class FineTuneRun:
 
 @dataclass(frozen=True)
 class RunsReport(Result):
-    """The runs of a recipe, in the order in which they were made, and the validation score of their average."""
+    """The runs of a recipe, in the order in which they were made.
+
+    Attributes:
+        runs: one row each.
+        score: the validation score of their average.
+        measure: what scores are: "accuracy" (a share), "loss", or a metric.
+    """
 
     runs: tuple[FineTuneRun, ...]
     score: float
+    measure: str = "score"
 
     def to_frame(self) -> "pd.DataFrame":
         """A row for each run."""
@@ -58,7 +66,7 @@ class RunsReport(Result):
             taken = "yes" if run.taken else "no"
             lines.append(f"{run.run:>3}  {run.start:>5}  {run.score:>8.4f}  {taken:5}  {run.reason}")
         count = sum(run.taken for run in self.runs)
-        return "\n".join([*lines, f"{count} of {len(self.runs)} runs, score {self.score:.4f}"])
+        return "\n".join([*lines, f"{count} of {len(self.runs)} runs, {self.measure} {self.score:.4f}"])
 
 
 def diwa(
@@ -69,7 +77,8 @@ def diwa(
     fine_tune: FineTune,
     runs: int = 6,
     select: Select = "uniform",
-    metric: Metric = "accuracy",
+    metric: str | None = None,
+    loss: Loss | Task | None = None,
     inputs: Any = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -86,7 +95,7 @@ def diwa(
         fine_tune: `(weights, run) -> weights or module`: train from these weights; `run` decides seed and hyperparameters.
         runs: how many.
         select: "uniform", the average of all runs, or "restricted", greedily by validation score.
-        metric, inputs, device: as for `greedy_soup`.
+        metric, loss, inputs, device: as for `greedy_soup`.
 
     Returns:
         The average, a state dict whose `.report` is the table of runs.
@@ -94,7 +103,9 @@ def diwa(
     Raises:
         InputError: an unusable argument. MismatchError: a run that comes back with another architecture.
     """
-    return _average([as_weights(base)], model, fine_tune, validation, runs, select, metric, inputs, device, progress)
+    return _average(
+        [as_weights(base)], model, fine_tune, validation, runs, select, metric, loss, inputs, device, progress
+    )
 
 
 def ratatouille(
@@ -107,7 +118,8 @@ def ratatouille(
     head: str | Sequence[str],
     runs: int = 6,
     select: Select = "uniform",
-    metric: Metric = "accuracy",
+    metric: str | None = None,
+    loss: Loss | Task | None = None,
     inputs: Any = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -121,7 +133,7 @@ def ratatouille(
         models: fine-tuned from the base on other, auxiliary tasks. Their heads may have any shape: they are not used.
         base: the common ancestor, with a head trained on the target task alone; its head starts every run.
         head: name patterns of the head's tensors, such as "fc" or "classifier.*".
-        model, fine_tune, validation, runs, select, metric, inputs, device, progress: as for `diwa`.
+        model, fine_tune, validation, runs, select, metric, loss, inputs, device, progress: as for `diwa`.
 
     Raises:
         As `diwa`; InputError too for a pattern that fits no tensor, or all of them.
@@ -140,7 +152,7 @@ def ratatouille(
         trunk = {name: tensor for name, tensor in as_weights(other).items() if name in ancestor and name not in own}
         check_compatible({n: t for n, t in ancestor.items() if n not in own}, trunk, ("base", f"models[{i}]"))
         starts.append({name: ancestor[name] if name in own else trunk[name] for name in ancestor})
-    return _average(starts, model, fine_tune, validation, runs, select, metric, inputs, device, progress)
+    return _average(starts, model, fine_tune, validation, runs, select, metric, loss, inputs, device, progress)
 
 
 def _average(
@@ -150,7 +162,8 @@ def _average(
     validation: Any,
     runs: int,
     select: Select,
-    metric: Metric,
+    metric: str | None,
+    loss: Loss | Task | None,
     inputs: Any,
     device: torch.device | str | None,
     progress: bool,
@@ -169,14 +182,17 @@ def _average(
         check_compatible(starts[0], trained, ("start", f"run {run}"))
         made.append(trained)
     if select == "restricted":
-        soup = greedy_soup(model, made, validation, metric=metric, inputs=inputs, device=device, progress=progress)
+        soup = greedy_soup(
+            model, made, validation, metric=metric, loss=loss, inputs=inputs, device=device, progress=progress
+        )
         rows = sorted(soup.report.ingredients, key=lambda row: row.model)
         found = tuple(FineTuneRun(row.model, row.model % len(starts), row.score, row.taken, row.reason) for row in rows)
-        return Merged(dict(soup), RunsReport(found, soup.report.score))
-    soup, alone, score = average(made), [math.nan] * runs, math.nan
+        return Merged(soup, RunsReport(found, soup.report.score, soup.report.measure))
+    soup, alone, score, measure = average(made), [math.nan] * runs, math.nan, "score"
     if validation is not None:
-        judge, renew = scorer(model, validation, metric, inputs=inputs, device=device, weights=made[0])
-        soup = renew(soup)
+        judge = Judge(model, validation, metric, loss=loss, inputs=inputs, device=device, models=made)
+        soup = judge.renew(soup)
         alone, score = [judge(weights) for weights in made], judge(soup)
+        measure = judge.measure or measure
     found = tuple(FineTuneRun(run, run % len(starts), alone[run], True, "all are taken") for run in range(runs))
-    return Merged(soup, RunsReport(found, score))
+    return Merged(soup, RunsReport(found, score, measure))

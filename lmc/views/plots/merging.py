@@ -62,7 +62,7 @@ def plot_merges(comparison: MergeComparison) -> go.Figure:
     """Draw a row for each method, best on top: validation and held-out scores, and the single tasks small behind them."""
     entries = [entry for entry in comparison.entries if not entry.note]
     methods = [entry.method for entry in entries]
-    sign, unit = (100.0, "accuracy (%)") if comparison.metric == "accuracy" else (-1.0, "loss (nats)")
+    sign, unit = (100.0, "%") if comparison.metric == "accuracy" else (1.0, comparison.unit)
     fig = go.Figure()
     if any(len(entry.tasks) > 1 for entry in entries):
         dots = [(entry.method, task, sign * score) for entry in entries for task, score in entry.tasks.items()]
@@ -83,7 +83,7 @@ def plot_merges(comparison: MergeComparison) -> go.Figure:
             scores = [sign * value for value in values]
             points = go.Scatter(x=scores, y=methods, mode="markers", name=name, marker=marker)
             fig.add_trace(points.update(hovertemplate="%{y}: %{x:.4g}"))
-    fig.update_xaxes(title_text=unit)
+    fig.update_xaxes(title_text=f"{comparison.metric} ({unit})" if unit else comparison.metric)
     fig.update_yaxes(type="category", autorange="reversed")
     return styled(fig, height=170 + 26 * len(methods)).update_layout(
         hovermode="closest", legend={"orientation": "h", "y": 1.02, "yanchor": "bottom"}
