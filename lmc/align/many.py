@@ -1,7 +1,6 @@
 """Matching more than two models at once, so that all of them can be averaged."""
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, get_args, overload
@@ -11,6 +10,7 @@ import torch
 from lmc.align.parameters import matched
 from lmc.align.relaxed.frank_wolfe import frank_wolfe, start_near_centre
 from lmc.align.weight_matching.matching import weight_matching
+from lmc.core.context import own_context, warn
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -72,6 +72,7 @@ class Matchings(Result, Sequence[Permutation]):
         return f"Matchings({len(self)} models, objective {self.objective:.6g}, by {self.info.get('method')})"
 
 
+@own_context
 def match_many(
     spec: PermutationSpec | UnboundSpec,
     models: Sequence[ModelOrWeights],
@@ -125,7 +126,7 @@ def match_many(
             if found > value:
                 best, value = moves, found
     except KeyboardInterrupt:
-        warnings.warn(f"interrupted: the best of {len(info['runs'])} finished runs is returned", stacklevel=2)
+        warn(f"interrupted: the best of {len(info['runs'])} finished runs is returned")
     finally:
         bar.close()
     back = best[0].inverse()

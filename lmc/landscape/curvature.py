@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -64,6 +65,7 @@ class Curvature(Result):
     __repr__ = __str__
 
 
+@own_context
 def curvature(
     model: nn.Module,
     weights: ModelOrWeights | None,

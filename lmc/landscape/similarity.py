@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import DataError, InputError
@@ -62,6 +63,7 @@ class Similarity(Result):
     __repr__ = __str__
 
 
+@own_context
 def similarity(
     model: nn.Module,
     a: ModelOrWeights,
@@ -123,6 +125,7 @@ def similarity(
     )
 
 
+@own_context
 def linear_cka(x: Tensor, y: Tensor) -> float:
     """`|Y'X|^2 / (|X'X| |Y'Y|)` of features (N, p) and (N, q) of the same N examples, centred; NaN for constant ones."""
     value = _alignment(_gram(x), _gram(y))

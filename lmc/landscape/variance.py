@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -60,6 +61,7 @@ class VarianceRatios(Result):
         return f"VarianceRatios({shares})"
 
 
+@own_context
 def variance_ratios(
     model: nn.Module,
     merged: ModelOrWeights,

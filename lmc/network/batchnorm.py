@@ -7,12 +7,14 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lmc.core.context import own_context
 from lmc.errors import DataError, InputError, LmcError
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted, tied_names
 
 
+@own_context
 def recalibrate_batchnorm(
     model: nn.Module,
     weights: ModelOrWeights | None,

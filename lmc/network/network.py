@@ -8,7 +8,6 @@ give what a fresh copy gives.
 """
 
 import contextlib
-import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
+from lmc.core.context import callers_dtype, default_dtype, warn
 from lmc.errors import DataError, InputError, LmcError
 from lmc.network.batches import tensors, to_device
 from lmc.network.caches import Hidden, Removal, empty, is_torch, removable
@@ -73,6 +73,8 @@ class Network:
             raise InputError(f"model: expected an nn.Module, which says what to compute, got {type(model).__name__}")
         self.device, self.read = device, read
         self._model, self._dtype = model, dtype
+        # What modules make without saying of which dtype.
+        self._default = torch.float64 if dtype == torch.float64 else callers_dtype()
         self._renamed = renamed_entries(model)
         self._switches = switches(model)
         self._copies = writes_parameters(model)
@@ -163,7 +165,13 @@ class Network:
         """All that the module returns for inputs of any accepted form."""
         self._examine(inputs)
         args, kwargs = self._call(inputs)
-        return self.module(*args, **kwargs)
+        return self._run(self.module, args, kwargs)
+
+    def _run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if torch.get_default_dtype() == self._default:
+            return function(*args, **kwargs)
+        with default_dtype(self._default):
+            return function(*args, **kwargs)
 
     @torch.no_grad()
     def many(self, stacked: Weights, inputs: Any) -> Tensor:
@@ -208,9 +216,9 @@ class Network:
 
     def _with(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._verdict == _PLAIN:
-            return functional_call(self.module, weights, args, kwargs)
+            return self._run(functional_call, (self.module, weights, args, kwargs), {})
         self._forget()
-        return call_with(self.module, weights, args, kwargs)
+        return self._run(call_with, (self.module, weights, args, kwargs), {})
 
     def stack(self, states: Sequence[Weights]) -> Weights:
         """K weight sets as one, each tensor with a new first axis."""
@@ -297,10 +305,9 @@ class Network:
                 "module, or drop them in its train method"
             )
         if renews:
-            warnings.warn(
+            warn(
                 f"{self._name} keeps values derived from its weights outside itself: its parameters are replaced for each "
-                "weight set, which takes longer",
-                stacklevel=2,
+                "weight set, which takes longer"
             )
         trial._forget()
         caches = trial._hidden.changing
@@ -323,7 +330,7 @@ def _seeded(network: Network, inputs: Any, weights: Weights | None = None) -> An
     if network.device.type == "cuda":
         torch.cuda.manual_seed(0)
     args, kwargs = network._call(inputs)
-    return network.module(*args, **kwargs) if weights is None else network._with(weights, args, kwargs)
+    return network._run(network.module, args, kwargs) if weights is None else network._with(weights, args, kwargs)
 
 
 def _few(inputs: Any) -> Any:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lmc.core.context import own_context
 from lmc.core.progress import tqdm
 from lmc.errors import DataError, InputError
 from lmc.network.batchnorm import Recalibrator, has_batchnorm
@@ -26,6 +27,7 @@ Method = Literal["passes", "closed_form"]
 _DEAD = 1e-6
 
 
+@own_context
 def repair(
     model: nn.Module,
     models: Sequence[ModelOrWeights],

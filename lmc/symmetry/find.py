@@ -1,17 +1,18 @@
 """From a module to its certified specification in one call."""
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from lmc.core.context import own_context, warn
 from lmc.errors import InputError
 from lmc.symmetry.discovery.discover import discover
 from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, kept, tensors_in
 from lmc.symmetry.spec import PermutationSpec
 
 
+@own_context
 def permutation_spec(
     model: nn.Module,
     inputs: Inputs,
@@ -64,11 +65,10 @@ def permutation_spec(
         return spec
     proof = spec.certify(model, inputs, trials=trials, seed=seed, outputs=outputs, also=also, tolerance=tolerance)
     if proof.unverified:
-        warnings.warn(
+        warn(
             f"not verified: {', '.join(proof.unverified)}. These groups follow from the operators, but breaking them on "
             "purpose does not change the outputs on these inputs, so a mistake would not be seen; pass larger inputs, or "
-            "outputs= that depend on them",
-            stacklevel=2,
+            "outputs= that depend on them"
         )
     return replace(spec, certificate=proof)
 

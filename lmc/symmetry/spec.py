@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError, SpecError
@@ -84,6 +85,7 @@ class PermutationSpec(Symmetries, Result):
         """A uniformly random element of the symmetry group."""
         return Permutation(self, random_indices(self, seed))
 
+    @own_context
     def certify(
         self,
         model: nn.Module,
@@ -291,6 +293,7 @@ class Permutation(Result, Mapping[str, Tensor]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    @own_context
     def apply(self, model: ModelOrWeights) -> StateDict:
         """The weights of the same function with permuted units; tensors that do not move are copied.
 
@@ -320,6 +323,7 @@ class Permutation(Result, Mapping[str, Tensor]):
     def is_identity(self) -> bool:
         return all(torch.equal(index, torch.arange(len(index))) for index in self.indices.values())
 
+    @own_context
     def certify(
         self,
         model: nn.Module,

@@ -3,13 +3,13 @@
 import contextlib
 import math
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.network.copies import fresh_copy
@@ -25,6 +25,7 @@ SCHEDULES = ("cosine", "constant")
 ORDER_STREAM = 1 << 40  # added to a seed, so that the order of the data does not repeat the draws of the init
 
 
+@own_context
 def train(
     model: nn.Module,
     data: object,
@@ -174,10 +175,10 @@ def _collect(
             history.append(History(losses, tuple(accuracy[i] for _, accuracy in run.history)))
             trajectory.append({epoch: states[i] for epoch, states in run.snapshots.items()})
             if losses and not math.isfinite(losses[-1]):
-                warnings.warn(f"seed {seed} diverged: its loss is {losses[-1]}; try a smaller lr", stacklevel=3)
+                warn(f"seed {seed} diverged: its loss is {losses[-1]}; try a smaller lr")
     if interrupted:
         done = max(len(run.history) for run in runs)
-        warnings.warn(f"training interrupted after {done} of {recipe.epochs} epochs", stacklevel=3)
+        warn(f"training interrupted after {done} of {recipe.epochs} epochs")
     name = str(getattr(data, "name", "data"))
     groups = (tuple(seeds), tuple(weights), tuple(history), tuple(trajectory))
     return Trained(type(model).__name__, name, *groups, recipe, seconds, interrupted)

@@ -1,13 +1,13 @@
 """Whether weight sets fit each other and a module: the one check at the door of every function that takes several."""
 
 import re
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import warn
 from lmc.errors import InputError, MismatchError, WeightsError
 from lmc.weights.encoded import check_codes
 from lmc.weights.numbers import inexact, wide
@@ -159,7 +159,7 @@ def corresponding(
         if missing:
             more = f" and {len(missing) - 1} more buffers" if len(missing) > 1 else ""
             kept = f"taken from {has}" if missing is lacking else "left out"
-            warnings.warn(f"{missing[0]}{more}: in {has}, not in {lacks}; {kept}", stacklevel=4)
+            warn(f"{missing[0]}{more}: in {has}, not in {lacks}; {kept}")
     return found, frozenset(lacking)
 
 

@@ -11,18 +11,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.weights.agreement import as_weights, check_compatible, shared
 from lmc.weights.numbers import inexact, narrowed, wide
 from lmc.weights.state import ModelOrWeights, StateDict
 
 
+@own_context
 def lerp(a: ModelOrWeights, b: ModelOrWeights, alpha: float) -> StateDict:
     """`(1 - alpha) a + alpha b`; exactly `a` at 0 and exactly `b` at 1 (integers come from `a`)."""
     a, b = _pair(a, b)
     return StateDict({name: _combine(name, [x, b[name]], [1.0 - alpha, alpha]) for name, x in a.items()}, like=a)
 
 
+@own_context
 def mean(models: Sequence[ModelOrWeights], weights: Sequence[float] | None = None) -> StateDict:
     """The weighted mean of several weight sets; `weights` sum to 1 (default: all equal)."""
     states = [as_weights(model) for model in models]
@@ -41,12 +44,14 @@ def mean(models: Sequence[ModelOrWeights], weights: Sequence[float] | None = Non
     )
 
 
+@own_context
 def dot(a: ModelOrWeights, b: ModelOrWeights) -> float:
     """`sum <a, b>` over all floating-point and complex tensors, in float64; of complex numbers the real part."""
     a, b = _pair(a, b)
     return sum(float((_real(x) * _real(b[name])).sum()) for name, x in a.items() if inexact(x))
 
 
+@own_context
 def distance(a: ModelOrWeights, b: ModelOrWeights) -> float:
     """Euclidean distance over all floating-point and complex tensors, in float64."""
     a, b = _pair(a, b)

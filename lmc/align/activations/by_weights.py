@@ -1,6 +1,5 @@
 """What activations leave open, decided by weights: groups that no activation shows, and units that never change."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.assignment import assign, opening_prices
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
+from lmc.core.context import warn
 from lmc.symmetry.actions import permute_tensor
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
@@ -20,10 +20,9 @@ def match_unseen(
     spec: PermutationSpec, names: Sequence[str], fixed: Weights, moving: Weights, indices: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The indices with the named groups matched by their weights, all others staying in place. Says so in a warning."""
-    warnings.warn(
+    warn(
         f"no module takes in or gives out the units of {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}: "
-        "these groups are matched by their weights",
-        stacklevel=3,
+        "these groups are matched by their weights"
     )
     blocks = [block for block in build_blocks(spec, fixed) if block.name in names]
     return Descent(spec, blocks, fixed, permuted(spec, moving, indices), indices).grow_outwards().run(_SWEEPS).pi

@@ -1,7 +1,6 @@
 """Activation matching: units that do the same on the same inputs (Li et al. 2015; Ainsworth et al. 2023, section 3.1)."""
 
 import time
-import warnings
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any, Literal, get_args
@@ -14,6 +13,7 @@ from lmc.align.activations.clusters import clusters
 from lmc.align.activations.collect import CrossMoments, collect
 from lmc.align.activations.taps import choose, live_taps
 from lmc.align.parameters import matched
+from lmc.core.context import own_context, warn
 from lmc.errors import InputError
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
@@ -23,6 +23,7 @@ from lmc.weights import ModelOrWeights, agreeing
 Method = Literal["correlation", "cross-product"]
 
 
+@own_context
 def activation_matching(
     spec: PermutationSpec | UnboundSpec,
     model: nn.Module,
@@ -118,9 +119,8 @@ def _warn_if_few(moments: Mapping[str, CrossMoments]) -> None:
     few = [name for name, m in moments.items() if m.samples < len(m.product)]
     if few:
         m = moments[few[0]]
-        warnings.warn(
+        warn(
             f"{few[0]}: {m.samples} samples for {len(m.product)} units leave the matching open"
             + (f" (and {len(few) - 1} more groups)" if len(few) > 1 else "")
-            + "; pass more inputs",
-            stacklevel=3,
+            + "; pass more inputs"
         )

@@ -1,7 +1,6 @@
 """Sinkhorn re-basin: permutations learned as doubly stochastic matrices (Peña et al. 2023, arXiv:2212.12042)."""
 
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -12,6 +11,7 @@ from lmc.align.parameters import in_form_of, matched
 from lmc.align.relaxed.soft import SoftMoves, sinkhorn
 from lmc.align.relaxed.task_loss import TaskLoss
 from lmc.align.weight_matching.assignment import assign
+from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import DataError, InputError
 from lmc.network.network import Network, pick_device
@@ -26,6 +26,7 @@ _NOISE = 0.1
 _UNEVEN = 0.25
 
 
+@own_context
 def sinkhorn_matching(
     spec: PermutationSpec | UnboundSpec,
     model: nn.Module,
@@ -114,13 +115,12 @@ def sinkhorn_matching(
                 if stale >= patience:
                     break
     except KeyboardInterrupt:
-        warnings.warn(f"interrupted: the best of {len(values)} permutations is returned", stacklevel=2)
+        warn(f"interrupted: the best of {len(values)} permutations is returned")
     uneven = max(_unevenness(x.detach() / tau, iterations) for x in scores.values())
     if uneven > _UNEVEN:
-        warnings.warn(
+        warn(
             f"Sinkhorn has not converged: after {iterations} iterations at tau={tau:g} a column sums to 1 only within "
-            f"{uneven:.2g}; raise iterations or tau, or lower lr",
-            stacklevel=2,
+            f"{uneven:.2g}; raise iterations or tau, or lower lr"
         )
     info = {
         "method": "sinkhorn_matching",

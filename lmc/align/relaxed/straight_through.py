@@ -1,7 +1,6 @@
 """Straight-through matching: the permutation whose midpoint has the lowest loss (Ainsworth et al. 2023, section 3.3)."""
 
 import time
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from lmc.align.relaxed.task_loss import TaskLoss
 from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.matching import weight_matching
+from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.network.network import pick_device
@@ -23,6 +23,7 @@ from lmc.weights import ModelOrWeights, Weights, agreeing, lerp
 _SWEEPS = 20
 
 
+@own_context
 def straight_through_matching(
     spec: PermutationSpec | UnboundSpec,
     model: nn.Module,
@@ -97,7 +98,7 @@ def straight_through_matching(
             if stale >= patience:
                 break
     except KeyboardInterrupt:
-        warnings.warn(f"interrupted: the best of {len(losses)} permutations is returned", stacklevel=2)
+        warn(f"interrupted: the best of {len(losses)} permutations is returned")
     info = {
         "method": "straight_through_matching",
         "seed": seed,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import own_context
 from lmc.errors import SpecError, WeightsError
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
@@ -25,6 +26,7 @@ EXAMPLES = 8
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 
 
+@own_context
 def fold_norms(
     spec: PermutationSpec | UnboundSpec, model: nn.Module, weights: ModelOrWeights, inputs: Any
 ) -> StateDict:

@@ -1,7 +1,6 @@
 """Rotations learned on labelled data, from a matching on (Theus et al. 2025, arXiv:2506.22712, learned matching)."""
 
 import math
-import warnings
 from collections.abc import Mapping
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from lmc.align.relaxed.soft import SoftMoves
 from lmc.align.relaxed.task_loss import TaskLoss
+from lmc.core.context import warn
 from lmc.core.progress import tqdm
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights, lerp
@@ -69,7 +69,7 @@ def learn_rotations(
                     values.append(task.mean(lerp(a, moved(found), 0.5)))
                 best = found if values[-1] < min(values[:-1]) else best
     except KeyboardInterrupt:
-        warnings.warn(f"interrupted: the best of {len(values)} matchings is returned", stacklevel=2)
+        warn(f"interrupted: the best of {len(values)} matchings is returned")
     return best, values
 
 

@@ -19,6 +19,7 @@ from lmc.align.rotations.folding import fold_norms
 from lmc.align.rotations.learning import learn_rotations
 from lmc.align.rotations.procrustes import Ascent
 from lmc.align.rotations.rotatable import rotatable_groups
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
@@ -70,6 +71,7 @@ class RotationMatching(Result):
         )
 
 
+@own_context
 def rotation_matching(
     spec: PermutationSpec | UnboundSpec,
     model: nn.Module,

@@ -5,7 +5,6 @@ seems to rotate. So a trial is made on perturbed weights, too, and on more input
 each verdict stands its power: how much the outputs change when the rotation is broken on purpose.
 """
 
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from lmc.align.relaxed.soft import SoftMoves
 from lmc.align.rotations.folding import TOLERANCE, Probe
 from lmc.align.rotations.procrustes import Matrices, nearest_rotation, unmoved
+from lmc.core.context import own_context, warn
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, as_weights
 
@@ -55,6 +55,7 @@ class RotatableGroups(Mapping[str, bool]):
         return "\n".join(lines + [f"  {name}: not verified" for name in self.unverified])
 
 
+@own_context
 def rotatable_groups(
     spec: PermutationSpec | UnboundSpec, model: nn.Module, weights: ModelOrWeights, inputs: Any, *, seed: int = 0
 ) -> RotatableGroups:
@@ -119,9 +120,8 @@ def rotatable_groups(
                     unverified.append(name)
             break
     if unverified:
-        warnings.warn(
-            f"{', '.join(unverified[:4])}: rotations change nothing, but neither do broken ones; not taken as rotatable",
-            stacklevel=2,
+        warn(
+            f"{', '.join(unverified[:4])}: rotations change nothing, but neither do broken ones; not taken as rotatable"
         )
     return RotatableGroups(ones_of, errors, powers, tuple(unverified))
 

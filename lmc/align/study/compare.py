@@ -17,6 +17,7 @@ from lmc.align.relaxed.straight_through import straight_through_matching
 from lmc.align.study.singular import singular_alignment
 from lmc.align.transport.fusion import ot_fusion
 from lmc.align.weight_matching.matching import weight_matching
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -119,6 +120,7 @@ class AlignmentComparison(Result):
         return "\n".join(lines + [f"  without {name}: {why}" for name, why in self.skipped.items()])
 
 
+@own_context
 def compare(
     spec: PermutationSpec | UnboundSpec,
     model: nn.Module,

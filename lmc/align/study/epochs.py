@@ -1,7 +1,6 @@
 """Barriers between two training runs, epoch by epoch."""
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +9,7 @@ import numpy as np
 from torch import nn
 
 from lmc.align.weight_matching.matching import weight_matching
+from lmc.core.context import own_context, warn
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -82,6 +82,7 @@ class Epochs(Result):
     __repr__ = __str__
 
 
+@own_context
 def barrier_over_time(
     model: nn.Module,
     a: Mapping[int, ModelOrWeights],
@@ -134,7 +135,7 @@ def barrier_over_time(
     except KeyboardInterrupt:
         if not paths["naive"]:
             raise
-        warnings.warn(f"interrupted: {len(paths['naive'])} of {len(chosen)} epochs were evaluated", stacklevel=2)
+        warn(f"interrupted: {len(paths['naive'])} of {len(chosen)} epochs were evaluated")
     kept = tuple(chosen[: len(paths["naive"])])
     return Epochs(kept, {name: tuple(found) for name, found in paths.items()})
 

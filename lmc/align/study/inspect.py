@@ -1,7 +1,6 @@
 """What a matching does, step by step: which unit goes where, how alike the units become, how the barrier shrinks."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from lmc.align.parameters import matched
 from lmc.align.study.placing import alikeness, placed, receptive_fields
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.gains import inner_product
+from lmc.core.context import own_context, warn
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -105,6 +105,7 @@ class Matching(Result):
     __repr__ = __str__
 
 
+@own_context
 def inspect_matching(
     permutation: Permutation,
     a: ModelOrWeights,
@@ -170,7 +171,7 @@ def inspect_matching(
     except KeyboardInterrupt:
         if len(done) < 2:
             raise
-        warnings.warn(f"interrupted: {len(done)} of {steps + 1} steps were made", stacklevel=2)
+        warn(f"interrupted: {len(done)} of {steps + 1} steps were made")
     seen = [done[t] for t in sorted(done)]
     return Matching(
         shares[sorted(done)],

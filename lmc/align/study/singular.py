@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
@@ -80,6 +81,7 @@ class SingularAlignment(Result):
         return f"SingularAlignment(R = {self.r:.3f} at gamma = {self.gamma:g}, {len(self.layers)} layers)"
 
 
+@own_context
 def singular_alignment(a: ModelOrWeights, b: ModelOrWeights, *, gamma: float = 0.3) -> SingularAlignment:
     """R and what it is made of, for two networks that are aligned already (`b = pi.apply(b)`).
 

@@ -1,6 +1,5 @@
 """Optimal-transport couplings between the units of two networks, nested where units lie within units."""
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmc.align.weight_matching.assignment import assign, opening_prices
+from lmc.core.context import warn
 from lmc.core.extras import require
 from lmc.errors import SpecError
 from lmc.symmetry.group import Group, Table
@@ -76,10 +76,9 @@ def plan(cost: Tensor, regularization: float, name: str, masses: tuple[Tensor, T
     )
     off = max(float((coupling.sum(1 - k) / mass - 1).abs().max()) for k, mass in enumerate(sides))
     if not off < _MARGIN:
-        warnings.warn(
+        warn(
             f"{name}: Sinkhorn has not converged in {_SCALINGS} iterations, marginals are off by {off:.1g} of their "
-            f"value; raise regularization above {regularization:g}, or take 0 for the exact coupling",
-            stacklevel=2,
+            f"value; raise regularization above {regularization:g}, or take 0 for the exact coupling"
         )
     return coupling.to(cost.device)
 

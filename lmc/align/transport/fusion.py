@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from lmc.align.transport.layerwise import Problem
 from lmc.align.transport.widths import check_alone, guess_inputs
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
@@ -63,6 +64,7 @@ class Fusion(Result, Mapping[str, Tensor]):
         return f"Fusion({len(self.transported) + 1} models, by {self.info.get('metric')}, {len(self)} tensors)"
 
 
+@own_context
 def ot_fusion(
     model: nn.Module,
     a: ModelOrWeights,

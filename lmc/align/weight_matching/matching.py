@@ -1,7 +1,6 @@
 """Weight matching: the permutation that brings B's weights closest to A's (Ainsworth, Hayase, Srinivasa 2023)."""
 
 import time
-import warnings
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from lmc.align.parameters import matched
 from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.gains import inner_product
+from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.symmetry.actions import permute_tensor
@@ -18,6 +18,7 @@ from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
 
+@own_context
 def weight_matching(
     spec: PermutationSpec | UnboundSpec,
     a: ModelOrWeights,
@@ -81,7 +82,7 @@ def weight_matching(
                 if value >= naive:
                     break
     except KeyboardInterrupt:
-        warnings.warn(f"weight matching interrupted: the best of {len(runs)} finished runs is returned", stacklevel=2)
+        warn(f"weight matching interrupted: the best of {len(runs)} finished runs is returned")
     finally:
         bar.close()
     value, best = max(candidates, key=_value)

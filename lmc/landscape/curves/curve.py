@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from lmc.core.codec import UNSAVED
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
@@ -61,6 +62,7 @@ class Curve(Result):
             return tuple(max(0.0, 1.0 - abs(t * last - j)) for j in range(last + 1))
         return tuple(math.comb(last, j) * t**j * (1.0 - t) ** (last - j) for j in range(last + 1))
 
+    @own_context
     def at(self, t: float) -> StateDict:
         """The weights `phi(t)`, bit by bit those of a at 0 and of b at 1.
 
@@ -77,6 +79,7 @@ class Curve(Result):
             return StateDict(((name, tensor.clone()) for name, tensor in control.items()), like=control)
         return mean(self.controls, shares)
 
+    @own_context
     def path(
         self,
         data: Any,
@@ -115,6 +118,7 @@ class Curve(Result):
         )
         return mixture_path(evaluation, self.shares, points_of(alphas))
 
+    @own_context
     def plane(self, data: Any, *, resolution: int = 41, **options: Any) -> Plane:
         """The plane that holds the curve, with the curve and the straight line drawn in it.
 
@@ -138,6 +142,7 @@ class Curve(Result):
         return require("pandas").DataFrame({"epoch": np.arange(1, len(self.losses) + 1), "loss": self.losses})
 
     @classmethod
+    @own_context
     def load(cls, file: str | FilePath, model: nn.Module) -> "Curve":
         """Read a curve of the architecture `model` that `save` wrote; weights are on the CPU.
 
@@ -171,6 +176,7 @@ class Curve(Result):
     __repr__ = __str__
 
 
+@own_context
 def bezier_curve(
     model: nn.Module,
     a: ModelOrWeights,
@@ -220,6 +226,7 @@ def bezier_curve(
     return _curve("bezier", model, a, b, data, bends, schedule, loss, outputs, device)
 
 
+@own_context
 def polygonal_chain(
     model: nn.Module,
     a: ModelOrWeights,

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.landscape.evaluation.measured import Values
@@ -93,7 +93,7 @@ def train_bends(
                 bar.update()
         except KeyboardInterrupt:
             interrupted = True
-            warnings.warn(f"interrupted: the curve was trained for {len(losses)} epochs", stacklevel=4)
+            warn(f"interrupted: the curve was trained for {len(losses)} epochs")
     bends = [with_parameters(old, new, network.module) for old, new in zip(controls[1:-1], points[1:-1], strict=True)]
     return Bends(tuple(bends), np.array(losses), interrupted)
 

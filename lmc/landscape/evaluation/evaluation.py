@@ -1,7 +1,6 @@
 """The evaluation of points of a landscape: made where a public function is called, and handed on as it is."""
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, TypeAlias
@@ -9,6 +8,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
+from lmc.core.context import warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluator import Evaluator
@@ -103,10 +103,9 @@ class Evaluation:
                 network, self.states, calls, REPAIRS[self.repaired], batch_size=None, progress=progress
             )
         elif has_batchnorm(network.module) and repair is None:
-            warnings.warn(
+            warn(
                 "this model has batch normalisation and repair=None: averaged running statistics fit neither network, and "
-                "the barrier mostly looks higher than it is; leave repair='auto' to re-estimate them",
-                stacklevel=3,
+                "the barrier mostly looks higher than it is; leave repair='auto' to re-estimate them"
             )
         elif has_batchnorm(network.module):
             self.prepare = Recalibrator(network, self._statistics_inputs(inputs), STATISTICS_BATCH)
@@ -149,10 +148,7 @@ class Evaluation:
             except KeyboardInterrupt:
                 if len(scores) < fewest:
                     raise
-                warnings.warn(
-                    f"interrupted: {len(scores)} of {len(order)} points were evaluated, the others are NaN",
-                    stacklevel=4,
-                )
+                warn(f"interrupted: {len(scores)} of {len(order)} points were evaluated, the others are NaN")
         return scores
 
     def tell(self, name: str, points: int, seconds_each: Callable[[], float], most: str = "") -> None:

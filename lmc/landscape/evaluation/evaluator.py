@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import own_context
 from lmc.errors import DataError, InputError, LmcError
 from lmc.landscape.evaluation.scores import Judging, Score, Tally, measures_of, weighing
 from lmc.network.batches import HELD_BYTES, Split, as_splits, check_numbers, cuttable, head, take, tensors, to_device
@@ -55,6 +56,7 @@ def _budget(device: torch.device, weights: int) -> _Budget:
     return _Budget(batch=batch, examples=2048, together=4 << 20, fewest=24)
 
 
+@own_context
 def evaluate(
     model: nn.Module,
     weights: ModelOrWeights | None,

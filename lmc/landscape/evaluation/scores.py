@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lmc.core.context import warn
 from lmc.errors import DataError
 from lmc.network.task import Loss, Task, class_last, measured, no_classes, own_loss
 
@@ -228,11 +228,10 @@ def weighing(judging: Judging, name: str, value_of: Callable[[Tensor], Tensor], 
             return weigh
     if math.isclose(sum(halves), value, rel_tol=1e-3, abs_tol=1e-6):
         return None
-    warnings.warn(
+    warn(
         f"{name} on {judging.split}: its value {value:.6g} for {len(both)} examples is no mean of those for their halves, "
         f"{halves[0]:.6g} and {halves[1]:.6g}; it depends on how the data are batched. Return one value for each example, "
-        "or pass a batch_size that takes them all",
-        stacklevel=2,
+        "or pass a batch_size that takes them all"
     )
     return candidates[0]
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.core.codec import UNSAVED
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
@@ -134,6 +135,7 @@ class Path(Measured, Result):
     __repr__ = __str__
 
 
+@own_context
 def loss_path(
     model: nn.Module,
     a: ModelOrWeights,

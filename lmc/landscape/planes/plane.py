@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluation import Evaluation
 from lmc.landscape.evaluation.measured import Values
@@ -21,6 +22,7 @@ from lmc.weights import ModelOrWeights
 Resolution = int | tuple[int, int]
 
 
+@own_context
 def loss_plane(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
@@ -103,6 +105,7 @@ def loss_plane(
     return survey(evaluation, layout, tolerance, resume)
 
 
+@own_context
 def random_plane(
     model: nn.Module,
     weights: ModelOrWeights | None,
@@ -169,6 +172,7 @@ def random_plane(
     return survey(evaluation, Layout(frame, x, y, {name: (0.0, 0.0)}, axes), tolerance, resume)
 
 
+@own_context
 def trajectory_plane(
     model: nn.Module,
     trajectory: Sequence[ModelOrWeights],

@@ -1,12 +1,12 @@
 """The points of a plane, evaluated from coarse to fine."""
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from lmc.core.context import warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluation import Evaluation
@@ -79,7 +79,7 @@ def _evaluate(plane: Plane, workers: Workers, wanted: Mask, bar: tqdm) -> bool:
     except KeyboardInterrupt:
         count = int(plane.done[wanted].sum())
         message = f"interrupted: {count} of {len(order)} points were evaluated, the others are NaN"
-        warnings.warn(message, stacklevel=5)
+        warn(message)
         return False
     return True
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from lmc.core.context import callers_dtype
 from lmc.landscape.evaluation.evaluation import Evaluation
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.scores import Score
@@ -150,6 +151,9 @@ def _products(evaluator: Evaluator, prepare: Recalibrator | None, span: PlaneSpa
 
 def _threads(evaluator: Evaluator) -> int:
     """How many threads take points. One where the caller's own code would run in them, or data come from an iterator."""
+    # The default dtype is one for all threads, and modules are run under the caller's.
+    if callers_dtype() != torch.float32:
+        return 1
     if evaluator.device.type != "cpu" or not evaluator.plain or not evaluator.held_inputs():
         return 1
     return max(min(torch.get_num_threads(), MOST), 1)

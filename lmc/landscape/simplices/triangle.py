@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluation import Evaluation
 from lmc.landscape.evaluation.live import Live
@@ -19,6 +20,7 @@ from lmc.weights import ModelOrWeights, Weights
 MOST_POINTS = 500  # of a lattice whose resolution is not given
 
 
+@own_context
 def loss_triangle(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
@@ -78,6 +80,7 @@ def loss_triangle(
     return Triangle(**vars(_survey(evaluation, names, resolution, resume)))
 
 
+@own_context
 def loss_simplex(
     model: nn.Module,
     models: Sequence[ModelOrWeights],

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lmc.merge as catalogue
+from lmc.core.context import own_context
 from lmc.errors import DataError, InputError
 from lmc.merge.disk.recipe import source
 from lmc.merge.disk.write import write
@@ -13,6 +14,7 @@ from lmc.weights.checkpoints.checkpoint import RECIPE, Checkpoint, checksum, rea
 from lmc.weights.checkpoints.opening import open_checkpoint
 
 
+@own_context
 def replay(
     recipe: str | Path | Mapping[str, Any],
     out: str | Path,

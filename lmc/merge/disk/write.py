@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import own_context
 from lmc.core.files import write_text
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
@@ -130,6 +131,7 @@ class Plan:
         return open_checkpoint(self.out)
 
 
+@own_context
 def write(
     method: MergeFunction,
     models: Sequence[Source],
@@ -155,6 +157,7 @@ def write(
     return planned.write(progress=progress)
 
 
+@own_context
 def plan(
     method: MergeFunction,
     models: Sequence[Source],

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeAlias, TypeVar
 
 from lmc.align.many import match_many
+from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
@@ -29,6 +30,7 @@ R = TypeVar("R")
 PARAMETER = inspect.Parameter("align", inspect.Parameter.KEYWORD_ONLY, default=None)
 
 
+@own_context
 def aligned(
     models: Sequence[ModelOrWeights], align: Align, *, base: ModelOrWeights | None = None
 ) -> tuple[list[Weights], Weights | None]:

@@ -38,6 +38,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
+from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.merge.engine.aligning import PARAMETER, aligned
 from lmc.merge.engine.chunks import Cut, Part
@@ -256,6 +257,7 @@ def lift(method: Method) -> MergeFunction:
     open_ended = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     signature = inspect.Signature([*parameters[: len(parameters) - len(open_ended)], PARAMETER, *open_ended])
 
+    @own_context
     def merge(*args: Any, **options: Any) -> StateDict:
         try:
             arguments = signature.bind(*args, **options).arguments

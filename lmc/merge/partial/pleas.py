@@ -14,6 +14,7 @@ import torch
 from scipy.optimize import minimize
 from torch import Tensor, nn
 
+from lmc.core.context import own_context
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.merge.partial.least_squares import fit_layers
@@ -28,6 +29,7 @@ from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights
 
 
+@own_context
 def pleas(
     model: nn.Module,
     models: Sequence[ModelOrWeights],

@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.align.activations.collect import CrossMoments
+from lmc.core.context import own_context, warn
 from lmc.merge.partial.pair import check_share, per_group, prepare
 from lmc.merge.partial.units import MergedUnits, paired
 from lmc.merge.partial.widening import Zipped
@@ -21,6 +21,7 @@ from lmc.weights import ModelOrWeights
 _STAY = 1e-9
 
 
+@own_context
 def zipit(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
@@ -80,7 +81,7 @@ def zipit(
         if name in seen:
             units[name] = greedy(likeness(seen[name]), size - separate, alpha, beta)
         else:
-            warnings.warn(f"{name}: its units pass no module that we know; they are paired as matched", stacklevel=2)
+            warn(f"{name}: its units pass no module that we know; they are paired as matched")
             units[name] = paired(size, range(size - separate, size))
     info = {"method": "zipit", "ratio": apart, "alpha": alpha, "beta": beta, "permutation": pair.permutation}
     return pair.finish(units, pair.zipped(units), info | {"seconds": time.perf_counter() - started}, own)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.merge.engine.chunks import Cut
 from lmc.merge.engine.coefficients import coefficients
@@ -59,6 +60,7 @@ def metrics_weighted(
     return torch.softmax(values.log() * (-power if losses is not None else power), 0).tolist()
 
 
+@own_context
 def swa(checkpoints: Iterable[ModelOrWeights]) -> StateDict:
     """Stochastic weight averaging: the running mean of the checkpoints (Izmailov et al. 2018, 1803.05407, Algorithm 1).
 
@@ -68,6 +70,7 @@ def swa(checkpoints: Iterable[ModelOrWeights]) -> StateDict:
     return _running(checkpoints, lambda t: 1.0 / t)
 
 
+@own_context
 def ema(checkpoints: Iterable[ModelOrWeights], *, decay: float = 0.999, bias_correction: bool = False) -> StateDict:
     """The exponential moving average `m <- decay m + (1 - decay) theta` over any iterable, read once.
 
@@ -81,6 +84,7 @@ def ema(checkpoints: Iterable[ModelOrWeights], *, decay: float = 0.999, bias_cor
     return _running(checkpoints, lambda t: 1.0 if t == 1 else 1.0 - decay)
 
 
+@own_context
 def lawa(checkpoints: Iterable[ModelOrWeights], *, window: int = 6) -> StateDict:
     """The mean of the `window` latest checkpoints (LAWA: Kaddour 2022, 2209.14981; the paper's default is 6)."""
     if window < 1:

@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.merge.rules.averaging import average
 from lmc.weights import ModelOrWeights, StateDict
 
 
+@own_context
 def mix_experts(models: Sequence[ModelOrWeights], *, beta: float) -> list[StateDict]:
     """Each expert takes a share of all others: `(1 - beta) E_i + beta / (E - 1) sum_{j != i} E_j`.
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
+from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.merge.engine.chunks import Cut
 from lmc.merge.engine.coefficients import coefficients
@@ -129,6 +130,7 @@ def tall_mask(merged: Tensor, deltas: Tensor, *, task: int, threshold: float = 0
     return merged * _tall_masks(merged, deltas, threshold)[task]
 
 
+@own_context
 def tall_masks(
     models: Sequence[ModelOrWeights],
     *,

@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.merge.engine.chunks import Cut
 from lmc.merge.engine.coefficients import coefficients
@@ -27,6 +28,7 @@ Rescale = Literal["keep", "l1", "l2", "none"]
 Uniform = Callable[[Tensor], Tensor]
 
 
+@own_context
 def task_vector(weights: ModelOrWeights, *, base: ModelOrWeights) -> StateDict:
     """`weights - base` for every weight, in float32 or wider; not for statistics, integers and aliases of a tied tensor.
 

@@ -2,7 +2,6 @@
 
 import math
 import time
-import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import own_context, warn
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -103,6 +103,7 @@ class MergeComparison(Result):
 _REFERENCES = ("base", "best single model")
 
 
+@own_context
 def compare(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
@@ -186,7 +187,7 @@ def compare(
             if weights is not None and judge.gain(entry.validation) > best[0]:
                 best = (judge.gain(entry.validation), weights)
     except KeyboardInterrupt:
-        warnings.warn("interrupted: the methods that were not finished are missing", stacklevel=2)
+        warn("interrupted: the methods that were not finished are missing")
     if best[0] == -math.inf:
         raise InputError("no method worked: " + "; ".join(f"{e.method}: {e.note}" for e in entries if e.note))
     ranked = sorted(entries, key=lambda e: judge.gain(e.validation), reverse=True)

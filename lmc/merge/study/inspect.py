@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -111,6 +112,7 @@ class Inspection(Result):
         return f"<ul>{said}</ul>{table.to_html(float_format='{:.3f}'.format, max_rows=40)}"
 
 
+@own_context
 def inspect(
     models: Sequence[ModelOrWeights | str | Path],
     base: ModelOrWeights | str | Path | None = None,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lmc.core.codec import UNSAVED
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -77,10 +78,12 @@ class Mixer(Result):
         parts = zip(self.groups.values(), rows, strict=True)
         return {"weights": {pattern: row.tolist() for patterns, row in parts for pattern in patterns}}
 
+    @own_context
     def weights(self, coefficients: Coefficients) -> StateDict:
         """The merged weights."""
         return task_arithmetic(self.models, base=self.base, **self.options(coefficients))
 
+    @own_context
     def scores(self, coefficients: Coefficients) -> dict[str, float]:
         """The accuracy of the merged weights on each task."""
         merged = self.weights(coefficients)
@@ -105,6 +108,7 @@ class Mixer(Result):
         return f"Mixer({', '.join(self.names)} on {', '.join(self.tasks)}; groups {', '.join(self.groups)})"
 
 
+@own_context
 def mixer(
     model: nn.Module,
     models: Sequence[ModelOrWeights],

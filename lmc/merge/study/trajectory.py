@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
@@ -70,6 +71,7 @@ class TrajectoryAverages(Result):
     __repr__ = __str__
 
 
+@own_context
 def trajectory_averages(
     model: nn.Module,
     trajectory: Sequence[ModelOrWeights],

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -57,6 +58,7 @@ class AdaMergingReport(Result):
         return "\n".join(lines)
 
 
+@own_context
 @alignable
 def adamerging(
     model: nn.Module,

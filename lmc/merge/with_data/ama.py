@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -42,6 +43,7 @@ class AmaReport(Result):
         return f"share of the base, shallow to deep: {shares}\nloss {self.losses[0]:.4f} -> {self.losses[-1]:.4f}"
 
 
+@own_context
 @alignable
 def ama(
     model: nn.Module,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
@@ -92,6 +93,7 @@ class Soups(Result):
     __repr__ = __str__
 
 
+@own_context
 def compare_soups(
     model: nn.Module,
     models: Sequence[ModelOrWeights],

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
+from lmc.core.context import own_context
 from lmc.core.progress import tqdm
 from lmc.errors import DataError, InputError, MismatchError
 from lmc.merge.engine.aligning import alignable
@@ -28,6 +29,7 @@ Likelihood = Literal["categorical", "bernoulli", "gaussian"]
 GRADIENT_BYTES = 256 << 20  # most memory for the gradients of single examples
 
 
+@own_context
 @alignable
 def fisher(
     model: nn.Module,
@@ -74,6 +76,7 @@ def fisher(
     return fisher_weighted(states, informations, weights=weights, normalize=normalize, floor=floor, model=model)
 
 
+@own_context
 def fisher_weighted(
     models: Sequence[ModelOrWeights],
     informations: Iterable[Weights],
@@ -119,6 +122,7 @@ def _shares(factors: list[float]) -> tuple[list[float], float]:
     return [factor / sum(factors) for factor in factors], 0.0
 
 
+@own_context
 def fisher_information(
     model: nn.Module,
     weights: ModelOrWeights | None,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -43,6 +44,7 @@ class RegMeanReport(Result):
         return f"fitted: {', '.join(self.fitted) or 'none'}\naveraged: {', '.join(self.averaged) or 'none'}"
 
 
+@own_context
 @alignable
 def regmean(
     model: nn.Module,
@@ -91,6 +93,7 @@ def regmean(
     return job.result({name: _fit(job.mean(name), left[name], right[name]) for name in left})
 
 
+@own_context
 @alignable
 def regmean_plus_plus(
     model: nn.Module,

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -56,6 +57,7 @@ class SearchReport(Result):
         return f"best of {len(self.trials)} trials, {self.measure} {self.score:.4f}\n{chosen}"
 
 
+@own_context
 @alignable
 def evolve(
     model: nn.Module,
@@ -132,6 +134,7 @@ def evolve(
     return Merged(build(best.options), SearchReport(best.options, best.score, tuple(trials), judge.measure or ""))
 
 
+@own_context
 def lcsc(
     model: nn.Module,
     models: Sequence[ModelOrWeights],

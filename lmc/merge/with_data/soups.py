@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -96,6 +97,7 @@ class SoupReport(Result):
         )
 
 
+@own_context
 @alignable
 def greedy_soup(
     model: nn.Module,
@@ -200,6 +202,7 @@ class LearnedReport(Result):
         return "\n".join(["share of each model", *rows, f"{losses}, temperature {self.temperature:.3f}"])
 
 
+@own_context
 @alignable
 def learned_soup(
     model: nn.Module,

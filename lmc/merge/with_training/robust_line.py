@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
@@ -73,6 +74,7 @@ class WiseLine(Result):
     __repr__ = __str__
 
 
+@own_context
 def wise_ft_line(
     model: nn.Module,
     weights: ModelOrWeights,

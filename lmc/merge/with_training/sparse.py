@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import own_context
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.merge.engine.quantiles import kth_smallest
@@ -18,6 +19,7 @@ Retrain = Callable[[Weights, Masks, int], ModelOrWeights]
 Selector = Literal["global", "uniform"]
 
 
+@own_context
 def magnitude_masks(
     weights: ModelOrWeights, *, sparsity: float, selector: Selector = "global", model: nn.Module | None = None
 ) -> Masks:
@@ -45,6 +47,7 @@ def magnitude_masks(
     }
 
 
+@own_context
 def sparse_soup(
     weights: ModelOrWeights,
     *,

@@ -1,6 +1,5 @@
 """Star models: one network with low lines to all others (Sonthalia et al. 2024, arXiv:2403.07968)."""
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.codec import UNSAVED
+from lmc.core.context import own_context, warn
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -58,6 +58,7 @@ class Star(Result, Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.weights)
 
+    @own_context
     def paths(
         self, data: Any, *, held_out: Sequence[ModelOrWeights] = (), alphas: int = 11, **options: Any
     ) -> "StarPaths":
@@ -137,6 +138,7 @@ class StarPaths(Result):
     __repr__ = __str__
 
 
+@own_context
 def star_model(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
@@ -247,7 +249,7 @@ def _train(
                 bar.update()
         except KeyboardInterrupt:
             interrupted = True
-            warnings.warn(f"interrupted: the star was trained for {len(losses)} epochs", stacklevel=3)
+            warn(f"interrupted: the star was trained for {len(losses)} epochs")
     return with_parameters(start, centre, network.module), np.array(losses), interrupted
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
+from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -69,6 +70,7 @@ class RunsReport(Result):
         return "\n".join([*lines, f"{count} of {len(self.runs)} runs, {self.measure} {self.score:.4f}"])
 
 
+@own_context
 def diwa(
     model: nn.Module,
     base: ModelOrWeights,
@@ -108,6 +110,7 @@ def diwa(
     )
 
 
+@own_context
 def ratatouille(
     model: nn.Module,
     models: Sequence[ModelOrWeights],

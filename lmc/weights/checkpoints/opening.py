@@ -7,13 +7,13 @@ file of each tensor. A further name of one stored tensor (embedding and output h
 """
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from lmc.core.context import warn
 from lmc.errors import DataError, InputError
 from lmc.weights.checkpoints.checkpoint import Checkpoint
 from lmc.weights.checkpoints.folders import INDEX, PICKLES, one_of_shards, open_folder, open_sharded
@@ -62,7 +62,7 @@ def open_checkpoint(
         opened = open_sharded(path, open_file)
     else:
         if count := one_of_shards(path):
-            warnings.warn(f"{path}: one of {count} shards; open the folder for the whole model", stacklevel=2)
+            warn(f"{path}: one of {count} shards; open the folder for the whole model")
         opened = open_file(path)
     opened = _unwrapped(opened) if prefix is None else _stripped(opened, prefix)
     return opened if dtype is None else opened.to(dtype)

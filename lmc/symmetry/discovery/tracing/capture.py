@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
+from lmc.core.context import callers_dtype, default_dtype
 from lmc.errors import InputError, TraceError
 from lmc.network.network import uncalled
 from lmc.symmetry.discovery.tracing.export import export
@@ -28,18 +29,19 @@ def capture(model: nn.Module, inputs: Inputs, outputs: OutputSelector = None) ->
         InputError: if `outputs` makes no sense.
     """
     args, kwargs = on_device_of(model, *as_call(inputs))
-    try:
-        return export(uncalled(model, kwargs or args), args, kwargs, outputs)
-    except TraceError:
-        if not can_run(model):
-            raise
+    with default_dtype(callers_dtype()):
         try:
-            return record(uncalled(model, kwargs or args), args, kwargs, outputs)
-        except InputError:
+            return export(uncalled(model, kwargs or args), args, kwargs, outputs)
+        except TraceError:
+            if not can_run(model):
+                raise
+            try:
+                return record(uncalled(model, kwargs or args), args, kwargs, outputs)
+            except InputError:
+                raise
+            except Exception:
+                pass
             raise
-        except Exception:
-            pass
-        raise
 
 
 def can_run(model: nn.Module) -> bool:

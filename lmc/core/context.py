@@ -1,0 +1,107 @@
+"""The public doors: inside, torch is in one known state, whatever the caller's is, and warnings point at the caller.
+
+Autocast, `no_grad`, `inference_mode`, a default dtype or a default device that surround a call are meant for the caller's
+own computations. Inside they would change results (a Gram matrix in bfloat16) or end in errors of torch.
+"""
+
+import copy
+import functools
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_HOME, _TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
+_DTYPES = [torch.float32]  # the default dtypes of callers, the innermost last
+
+
+def own_context(function: Callable[P, R]) -> Callable[P, R]:
+    """Decorate a public function: gradients are on, autocast is off, the defaults are float32 and the CPU; afterwards all
+    is as it was. Inference tensors among the arguments, of which autograd can make nothing, are copied.
+
+    Modules are run under the caller's default dtype, see `callers_dtype`.
+    """
+
+    @functools.wraps(function)
+    def inside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with ExitStack() as stack:
+            _enter(stack)
+            plain_args = [_plain(value) for value in args]
+            plain_kwargs = {name: _plain(value) for name, value in kwargs.items()}
+            return function(*plain_args, **plain_kwargs)  # type: ignore[arg-type]
+
+    return inside
+
+
+def _enter(stack: ExitStack) -> None:
+    """Set what is not as it should be; each setting costs more than to look."""
+    if torch.is_inference_mode_enabled():
+        stack.enter_context(torch.inference_mode(False))
+    if not torch.is_grad_enabled():
+        stack.enter_context(torch.enable_grad())
+    for device in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(device):
+            stack.enter_context(torch.autocast(device, enabled=False))
+    if torch.get_default_device().type != "cpu":
+        stack.enter_context(torch.device("cpu"))
+    if (dtype := torch.get_default_dtype()) != torch.float32:
+        _DTYPES.append(dtype)
+        stack.callback(_DTYPES.pop)
+        stack.enter_context(default_dtype(torch.float32))
+
+
+def callers_dtype() -> torch.dtype:
+    """The default dtype under which the caller's modules were made and are run."""
+    return _DTYPES[-1]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Another default dtype inside; it is the same for all threads."""
+    before = torch.get_default_dtype()
+    if before == dtype:
+        yield
+        return
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _plain(value: Any) -> Any:
+    """The value itself, or a copy in which inference tensors are ordinary ones."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, nn.Module):
+        found = [t for t in (*value.parameters(), *value.buffers()) if t.is_inference()]
+        memo = {id(t): nn.Parameter(t.clone()) if isinstance(t, nn.Parameter) else t.clone() for t in found}
+        return copy.deepcopy(value, memo) if found else value
+    if isinstance(value, Mapping):
+        changed = {key: new for key, old in value.items() if (new := _plain(old)) is not old}
+        return {**value, **changed} if changed else value
+    if type(value) in (list, tuple):
+        new = [_plain(item) for item in value]
+        return value if all(x is y for x, y in zip(new, value, strict=True)) else type(value)(new)
+    if hasattr(value, "train") and hasattr(value, "test") and hasattr(value, "__dict__"):
+        changed = {key: new for key, old in vars(value).items() if (new := _plain(old)) is not old}
+        if changed:
+            value = copy.copy(value)
+            vars(value).update(changed)
+    return value
+
+
+def warn(message: str) -> None:
+    """A `UserWarning` that points at the line of the caller's which called this package."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_HOME, _TORCH)):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
