@@ -34,7 +34,7 @@ GIVEN = ("spec", "model", "a", "b", "data", "inputs", "progress")
 def inspect(arguments: Namespace) -> None:
     model = architecture(arguments.model) if arguments.model else None
     loaded = data(arguments.data) if arguments.data else None
-    found = lmc.merge.inspect(arguments.models, arguments.base, model=model, data=loaded, progress=not arguments.quiet)
+    found = lmc.merge.inspect(arguments.models, base=arguments.base, model=model, data=loaded, progress=not arguments.quiet)
     print(found)
     for difference in found.differences:
         print(f"  {difference.name}: {difference.kind}: {', '.join(map(str, difference.found))}")

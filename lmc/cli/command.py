@@ -19,7 +19,7 @@ examples:
   lmc inspect math/ code/ --base base/ --layers          one line per layer
   lmc inspect a.safetensors b.safetensors --model "mlp(64, [64, 64, 64], 10)" --data digits
 
-In Python: lmc.merge.inspect(models, base, model=..., data=...)"""
+In Python: lmc.merge.inspect(models, base=base, model=..., data=...)"""
 
 MERGE = """Merge models into a new folder, tensor by tensor, with little memory.
 

@@ -2,10 +2,10 @@
 original files, and the stored checkpoints that the notebooks open."""
 
 from lmc.data.bundled import digits
-from lmc.data.checkpoints import Checkpoint, checkpoint
+from lmc.data.checkpoints import CheckpointSet, checkpoint
 from lmc.data.cifar import cifar10
 from lmc.data.dataset import Dataset
 from lmc.data.idx import fashion_mnist, mnist
 from lmc.data.sentences import Text, toy_text
 
-__all__ = ["Checkpoint", "Dataset", "Text", "checkpoint", "cifar10", "digits", "fashion_mnist", "mnist", "toy_text"]
+__all__ = ["CheckpointSet", "Dataset", "Text", "checkpoint", "cifar10", "digits", "fashion_mnist", "mnist", "toy_text"]

@@ -24,7 +24,7 @@ REMEDY = "Stored checkpoints are part of the repository, not of the installed pa
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Checkpoint(Sequence[StateDict]):
+class CheckpointSet(Sequence[StateDict]):
     """Stored weight sets of one architecture, float32, on the CPU; `a, b = checkpoint(...)` unpacks a pair.
 
     `seeds[i]` and `epochs[i]` say which network `weights[i]` is, and when. `manifest` holds the rest: recipe, data,
@@ -61,7 +61,7 @@ class Checkpoint(Sequence[StateDict]):
         return model.eval()
 
     def __repr__(self) -> str:
-        lines = [f"Checkpoint({self.name}: {self.manifest['description']})"]
+        lines = [f"CheckpointSet({self.name}: {self.manifest['description']})"]
         for entry in self.manifest["files"]:
             lines.append(
                 f"  seed {entry['seed']}, epoch {entry['epoch']}: test loss {entry['test']['loss']:.4f}, "
@@ -70,7 +70,7 @@ class Checkpoint(Sequence[StateDict]):
         return "\n".join(lines)
 
 
-def checkpoint(name: str, folder: str | Path | None = None) -> Checkpoint:
+def checkpoint(name: str, folder: str | Path | None = None) -> CheckpointSet:
     """The stored checkpoint `name`, each file checked against the sha256 in its manifest before it is read.
 
     Looked for in `folder`, or in the folder `data` of the repository this package runs from, of the current folder,
@@ -94,7 +94,7 @@ def checkpoint(name: str, folder: str | Path | None = None) -> Checkpoint:
             StateDict({n: stored[n].float() if stored[n].is_floating_point() else stored[n] for n in order})
         )
     seeds, epochs = (tuple(entry[field] for entry in entries) for field in ("seed", "epoch"))
-    return Checkpoint(name, tuple(weights), seeds, epochs, manifest)
+    return CheckpointSet(name, tuple(weights), seeds, epochs, manifest)
 
 
 def _find(name: str, folder: str | Path | None) -> Path:

@@ -21,7 +21,7 @@ your own is a function of one tensor under `@on_tensors`, `@on_task_vectors`, `@
 `lmc.merge.method`) and goes wherever these go. BatchNorm statistics are averaged: re-estimate them with
 `lmc.recalibrate_batchnorm`.
 
-Before: `inspect(models, base)` says whether they fit, how they differ and which method suits them. With validation data
+Before: `inspect(models, base=base)` says whether they fit, how they differ and which method suits them. With validation data
 at hand: `compare(model, models, validation, base=...)` tries them all, ranks them and reports scores on other data,
 and `mixer(model, models, data, base=...).explore()` puts task vectors under sliders.
 

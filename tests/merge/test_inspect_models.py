@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 import lmc
-from lmc.merge.study.inspect import COLUMNS_AT_ONCE, mean_cosine
+from lmc.merge.study.inspect import mean_cosine
+from lmc.merge.study.survey import COLUMNS_AT_ONCE
 
 
 def state(seed: int, scale: float = 1.0) -> dict[str, torch.Tensor]:
@@ -23,7 +24,7 @@ def moved(base, by, scale=1.0):
 
 def test_numbers_equal_those_of_flat_vectors() -> None:
     base, models = state(0), [moved(state(0), state(i), 0.1) for i in (1, 2, 3)]
-    found = lmc.merge.inspect(models, base)
+    found = lmc.merge.inspect(models, base=base)
     names = ("a.weight", "a.bias", "b.weight")  # running means are no weights
     flat = np.stack([torch.cat([(m[n] - base[n]).double().flatten() for n in names]).numpy() for m in models])
     assert np.allclose(found.total.norms, np.linalg.norm(flat, axis=1), rtol=1e-6)
@@ -61,7 +62,7 @@ def test_long_tensors_are_read_in_pieces() -> None:
     ],
 )
 def test_advice_for_relations_that_are_known(models, base, words) -> None:
-    said = lmc.merge.inspect(models, base).advice
+    said = lmc.merge.inspect(models, base=base).advice
     assert any(re.search(words, sentence) for sentence in said), said
 
 
@@ -104,9 +105,9 @@ def test_checkpoints_on_disk_give_the_same_numbers(tmp_path) -> None:
     models = [moved(state(0), state(i), 0.1) for i in (1, 2)]
     for i, weights in enumerate([*models, state(0)]):
         save_file(weights, tmp_path / f"m{i}.safetensors")
-    expected = lmc.merge.inspect(models, state(0))
+    expected = lmc.merge.inspect(models, base=state(0))
     found = lmc.merge.inspect(
-        [tmp_path / "m0.safetensors", str(tmp_path / "m1.safetensors")], tmp_path / "m2.safetensors"
+        [tmp_path / "m0.safetensors", str(tmp_path / "m1.safetensors")], base=tmp_path / "m2.safetensors"
     )
     assert found.names == ("m0.safetensors", "m1.safetensors")
     assert np.array_equal(found.total.cosines, expected.total.cosines)

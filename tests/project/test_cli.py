@@ -96,7 +96,7 @@ def test_inspect(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixtu
     base, *models = folders
     assert main(["inspect", *models, "--base", base, "--layers"]) == 0
     printed = capsys.readouterr().out
-    found = merge.inspect(models, base, progress=False)
+    found = merge.inspect(models, base=base, progress=False)
     assert str(found) in printed and "layers.2" in printed
     save_file(state(1) | {"head.weight": torch.ones(2)}, tmp_path / "other.safetensors")
     assert main(["inspect", models[0], str(tmp_path / "other.safetensors")]) == 0

@@ -18,7 +18,7 @@ from lmc.weights import ModelOrWeights, as_weights
 from lmc.weights.checkpoints.checkpoint import RECIPE, Checkpoint, read_json
 from lmc.weights.checkpoints.formats import as_bytes
 
-Recipe = dict[str, Any]
+MergeRecipe = dict[str, Any]
 
 
 def make_recipe(
@@ -28,7 +28,7 @@ def make_recipe(
     base: ModelOrWeights | None,
     shard_size: int,
     dtype: torch.dtype | None,
-) -> Recipe:
+) -> MergeRecipe:
     """All that the result depends on, as JSON holds it."""
     recipe = {
         "method": method.__name__,
@@ -44,13 +44,15 @@ def make_recipe(
     return json.loads(json.dumps(recipe))
 
 
-def record(folder: Path, recipe: Recipe, files: Mapping[str, str], inputs: Mapping[str, str] | None = None) -> None:
+def record(
+    folder: Path, recipe: MergeRecipe, files: Mapping[str, str], inputs: Mapping[str, str] | None = None
+) -> None:
     """Store the recipe, and the checksums of the files that are complete and, at the end, of those that were read."""
     read = {} if inputs is None else {"inputs": inputs}
     write_text(folder / RECIPE, json.dumps(recipe | read | {"files": files}, indent=2) + "\n")
 
 
-def recorded(folder: Path) -> tuple[Recipe | None, dict[str, str]]:
+def recorded(folder: Path) -> tuple[MergeRecipe | None, dict[str, str]]:
     """What `record` has stored in a folder; no recipe if there is none."""
     if not (folder / RECIPE).is_file():
         return None, {}
@@ -68,7 +70,7 @@ def source(method: MergeFunction) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _fingerprint(model: ModelOrWeights) -> Recipe:
+def _fingerprint(model: ModelOrWeights) -> MergeRecipe:
     """Path, sizes and times of files, or the SHA-256 of what is in memory."""
     if isinstance(model, Checkpoint):
         stats = {file.name: file.stat() for file in model.files}

@@ -1,4 +1,4 @@
-"""Which tensor of a merged checkpoint goes into which file, and writing such a file part by part."""
+"""Which tensor of a merged checkpoint goes into which file, and writing such a file chunk by chunk."""
 
 import hashlib
 import json
@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from lmc.errors import InputError
-from lmc.merge.engine.chunks import VALUES, Part
+from lmc.merge.engine.chunks import VALUES, Chunk
 from lmc.weights.checkpoints.checkpoint import Checkpoint, checksum
 from lmc.weights.checkpoints.formats import DTYPES, as_bytes, size_of
 
-QUEUE = 4  # parts that wait to be written
+QUEUE = 4  # chunks that wait to be written
 LABELS = {dtype: label for label, dtype in DTYPES.items()}
 NAME = re.compile(
     r"(?P<stem>model|pytorch_model|diffusion_pytorch_model|open_clip_model)(?P<variant>\.[\w-]+?)??"
@@ -110,12 +110,12 @@ def write_shard(
     path: Path,
     shard: Shard,
     ties: Mapping[str, str],
-    parts: Iterator[tuple[str, Part, Tensor]],
+    chunks: Iterator[tuple[str, Chunk, Tensor]],
     written: Callable[[int], object],
 ) -> str:
-    """Write each part of each tensor to its place as it comes, and say how many bytes it had.
+    """Write each chunk of each tensor to its place as it comes, and say how many bytes it had.
 
-    A thread writes while the next parts are made. On return all is on the disk.
+    A thread writes while the next chunks are made. On return all is on the disk.
 
     Returns:
         The SHA-256 of the file.
@@ -126,8 +126,8 @@ def write_shard(
         pending = deque([pool.submit(file.write, 0, header)])
         left = len(shard.tensors)
         while left:
-            name, part, tensor = next(parts)
-            start, stop = (0, tensor.numel()) if part is None else (part.start, part.stop)
+            name, chunk, tensor = next(chunks)
+            start, stop = (0, tensor.numel()) if chunk is None else (chunk.start, chunk.stop)
             values = as_bytes(tensor.cpu().contiguous()) if tensor.numel() else b""
             pending.append(pool.submit(file.write, places[name] + start * tensor.element_size(), values))
             written(len(values))

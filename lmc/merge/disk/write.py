@@ -1,7 +1,7 @@
 """Merge checkpoints on disk, tensor by tensor: memory for a few copies of the largest tensor, not for the models.
 
-The methods of `lmc.merge` work on parts of large tensors and need some 100 MB whatever the models' size; DARE and DELLA
-that restore norms (`rescale="l1"`), and rules of your own that do not say that they may be given parts, hold whole
+The methods of `lmc.merge` work on chunks of large tensors and need some 100 MB whatever the models' size; DARE and DELLA
+that restore norms (`rescale="l1"`), and rules of your own that do not say that they may be given chunks, hold whole
 tensors of all models. Threads read what comes next and write what is done meanwhile.
 
     plan = lmc.merge.plan(lmc.merge.ties, ["math/", "code/"], "merged/", base="base/", density=0.3)
@@ -27,9 +27,9 @@ from lmc.core.context import own_context
 from lmc.core.files import write_text
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
-from lmc.merge.disk.recipe import Recipe, make_recipe, record, recorded
+from lmc.merge.disk.recipe import MergeRecipe, make_recipe, record, recorded
 from lmc.merge.disk.shards import QUEUE, Naming, Shard, layout, naming, parse_dtype, parse_size, write_shard
-from lmc.merge.engine.chunks import DEPTH, VALUES, Part, grain
+from lmc.merge.engine.chunks import DEPTH, VALUES, Chunk, grain
 from lmc.merge.engine.method import MergeFunction, Method
 from lmc.merge.engine.passes import sample_size
 from lmc.merge.engine.quantiles import SAMPLE
@@ -56,7 +56,7 @@ class Plan:
         done: the files that an interrupted run has finished, with their SHA-256.
         ties: further names of stored tensors, which are not stored again.
         memory: bytes of memory at most, about, besides what the program holds already.
-        whole: whether tensors are held whole, so that the largest decides about memory; else in parts.
+        whole: whether tensors are held whole, so that the largest decides about memory; else in chunks.
         one_pass: whether each tensor is read once only; else thresholds of whole models or angles are found first.
         beside: the files that are copied: configuration and tokenizer, of the base or else the first model in a folder.
         notes: what was unwrapped or stripped in the files of the models.
@@ -64,7 +64,7 @@ class Plan:
     """
 
     out: Path
-    recipe: Recipe
+    recipe: MergeRecipe
     shards: tuple[Shard, ...]
     naming: Naming
     done: Mapping[str, str]
@@ -75,7 +75,7 @@ class Plan:
     beside: tuple[Path, ...]
     notes: tuple[str, ...]
     inputs: tuple[Path, ...]
-    _stream: Callable[[frozenset[str]], Iterator[tuple[str, Part, Tensor]]] = field(repr=False)
+    _stream: Callable[[frozenset[str]], Iterator[tuple[str, Chunk, Tensor]]] = field(repr=False)
 
     @property
     def size(self) -> int:
@@ -112,10 +112,10 @@ class Plan:
         partial, files = _partial(self.out), dict(self.done)
         partial.mkdir(parents=True, exist_ok=True)
         record(partial, self.recipe, files)
-        parts = self._stream(frozenset(name for s in self.shards if s.file in files for name in s.tensors))
+        chunks = self._stream(frozenset(name for s in self.shards if s.file in files for name in s.tensors))
         with tqdm(total=needed, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
             for shard in todo:
-                files[shard.file] = write_shard(partial / shard.file, shard, self.ties, parts, bar.update)
+                files[shard.file] = write_shard(partial / shard.file, shard, self.ties, chunks, bar.update)
                 record(partial, self.recipe, files)
         record(partial, self.recipe, files, {str(file.resolve()): checksum(file) for file in self.inputs})
         for file in self.beside:
@@ -210,8 +210,8 @@ def plan(
     names = naming(opened[0])
     shards = layout({name: form for name, form in sets.form.items() if name not in sets.ties}, limit, names)
 
-    def stream(done: frozenset[str]) -> Iterator[tuple[str, Part, Tensor]]:
-        return how.parts(replace(sets, skip=done | frozenset(sets.ties)), **arguments)
+    def stream(done: frozenset[str]) -> Iterator[tuple[str, Chunk, Tensor]]:
+        return how.chunks(replace(sets, skip=done | frozenset(sets.ties)), **arguments)
 
     done = _finished(out, recipe, shards)
     memory, beside = _memory(how, sets, arguments), _beside([reference, *opened])
@@ -223,9 +223,9 @@ def plan(
 
 
 def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:
-    """Working copies of a part or of the largest tensor, and what a survey of the whole models collects.
+    """Working copies of a chunk or of the largest tensor, and what a survey of the whole models collects.
 
-    The greediest rule (DELLA, which ranks) has eight copies per model, and moments are taken of two more in float64; parts
+    The greediest rule (DELLA, which ranks) has eight copies per model, and moments are taken of two more in float64; chunks
     that were read ahead or wait to be written come on top. Where tensors are small, the C library's allocator may keep more than is in use.
     """
     cut = how.cuts(options)
@@ -261,7 +261,7 @@ def _must_not_exist(out: Path) -> None:
         raise InputError(f"{out}: exists already; remove it or choose another name")
 
 
-def _finished(out: Path, recipe: Recipe, shards: Sequence[Shard]) -> dict[str, str]:
+def _finished(out: Path, recipe: MergeRecipe, shards: Sequence[Shard]) -> dict[str, str]:
     """The files that an interrupted merge of the same recipe has completed, checked against their checksums."""
     partial = _partial(out)
     if not partial.exists() or not any(partial.iterdir()):

@@ -1,4 +1,4 @@
-"""Parts of large tensors, and reading from disk what comes next while the present part is worked on."""
+"""Parts of large tensors, and reading from disk what comes next while the present chunk is worked on."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -9,12 +9,12 @@ from torch import Tensor
 
 from lmc.weights.checkpoints.checkpoint import Checkpoint
 
-Part: TypeAlias = slice | None  # of the flattened tensor, from start to stop; None is the whole tensor in its shape
-Step = tuple[str, Part]
+Chunk: TypeAlias = slice | None  # of the flattened tensor, from start to stop; None is the whole tensor in its shape
+Step = tuple[str, Chunk]
 Cut = Literal["whole", "filters", "rows", "entries"]
-Load = Callable[[Checkpoint, str, Part], Tensor]
+Load = Callable[[Checkpoint, str, Chunk], Tensor]
 
-VALUES = 1 << 18  # of a part: a few parts fit into the cache of a processor core
+VALUES = 1 << 18  # of a chunk: a few chunks fit into the cache of a processor core
 DEPTH = 3  # steps that are read ahead
 
 
@@ -32,8 +32,8 @@ def grain(tensor: Tensor, cut: Cut) -> int:
     return tensor.shape[-1] if cut == "rows" and tensor.ndim > 1 else size
 
 
-def parts(tensor: Tensor, cut: Cut = "entries") -> list[Part]:
-    """The parts of a tensor: of one on an accelerator, whose memory this does not spare, the whole."""
+def chunks(tensor: Tensor, cut: Cut = "entries") -> list[Chunk]:
+    """The chunks of a tensor: of one on an accelerator, whose memory this does not spare, the whole."""
     size = tensor.numel()
     if size <= VALUES or tensor.device.type not in ("cpu", "meta"):
         return [None]
@@ -61,9 +61,9 @@ class Ahead:
     def __init__(self) -> None:
         self._held: dict[tuple[Any, ...], Future[Tensor]] = {}
 
-    def take(self, state: Mapping[str, Tensor], name: str, part: Part) -> Tensor | None:
+    def take(self, state: Mapping[str, Tensor], name: str, chunk: Chunk) -> Tensor | None:
         """The tensor, if it was read ahead."""
-        future = self._held.get(_key(state, name, part))
+        future = self._held.get(_key(state, name, chunk))
         return None if future is None else future.result()
 
     def walk(
@@ -98,15 +98,15 @@ class Ahead:
         load: Load,
         pool: ThreadPoolExecutor,
     ) -> list[tuple[Any, ...]]:
-        name, part = step
-        small = part is not None or shells[name].numel() <= VALUES
+        name, chunk = step
+        small = chunk is not None or shells[name].numel() <= VALUES
         if not small or not shells[name].is_floating_point():
             return []
         keys = []
         for state in lazy:
-            key = _key(state, name, part)
+            key = _key(state, name, chunk)
             if key not in self._held:
-                self._held[key] = pool.submit(load, state, name, part)
+                self._held[key] = pool.submit(load, state, name, chunk)
                 keys.append(key)
         return keys
 
@@ -115,5 +115,5 @@ class Ahead:
             self._held.pop(key).cancel()
 
 
-def _key(state: Mapping[str, Tensor], name: str, part: Part) -> tuple[Any, ...]:
-    return (id(state), name) if part is None else (id(state), name, part.start, part.stop)
+def _key(state: Mapping[str, Tensor], name: str, chunk: Chunk) -> tuple[Any, ...]:
+    return (id(state), name) if chunk is None else (id(state), name, chunk.start, chunk.stop)

@@ -23,10 +23,10 @@ parameters receives it:
 - `survey`: what the method's survey found in a first pass over all tensors (thresholds of whole models).
 
 Every method reads one tensor of all models at a time; one with a survey reads them all more than once. A rule that
-treats every entry alike says so, `elementwise=True`, and is given large tensors in parts, flattened to
+treats every entry alike says so, `elementwise=True`, and is given large tensors in chunks, flattened to
 `(models, entries)`; linear rules always are. One that treats every row alike, `cut="rows"`, is given some rows,
 `(models, rows, last axis)`, and a vector, which is one row, whole; `cut="filters"` keeps together what is at one place
-of the first axis, `(models, filters, rest)`. With parts, memory does not depend on the size of tensors.
+of the first axis, `(models, filters, rest)`. With chunks, memory does not depend on the size of tensors.
 """
 
 import inspect
@@ -41,20 +41,20 @@ from torch import Tensor
 from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.merge.engine.aligning import PARAMETER, aligned
-from lmc.merge.engine.chunks import Cut, Part
+from lmc.merge.engine.call import GIVEN, MethodCall
+from lmc.merge.engine.chunks import Chunk, Cut
 from lmc.merge.engine.coefficients import affine, coefficients, convex
 from lmc.merge.engine.moments import moments
 from lmc.merge.engine.passes import Pass, Read
 from lmc.merge.engine.patterns import PerName
-from lmc.merge.engine.run import GIVEN, Run
-from lmc.merge.engine.tensors import WeightSets, assemble_parts, joined, weight_sets
+from lmc.merge.engine.tensors import WeightSets, assemble_chunks, joined, weight_sets
 from lmc.weights import ModelOrWeights, StateDict
 
 Rule = Callable[..., Any]
 Survey = Callable[..., Any]
-Delta = Callable[..., Tensor]  # the merged task vector of a name, or of a part of it
+Delta = Callable[..., Tensor]  # the merged task vector of a name, or of a chunk of it
 Kind = Literal["linear", "tensors", "task vectors"]
-Cutting = Cut | Callable[..., Cut]  # which parts a rule may be given, or a function that tells from its options
+Cutting = Cut | Callable[..., Cut]  # which chunks a rule may be given, or a function that tells from its options
 
 
 class MergeFunction(Protocol):
@@ -78,7 +78,7 @@ class Method:
         survey: a function of a `Pass` and the options, called once before the rule; None if one tensor at a time
             suffices.
         shares: for rules on tensors, from the options to the share of each model in averaged statistics.
-        cut: which parts of large tensors the rule may be given; of linear rules, any.
+        cut: which chunks of large tensors the rule may be given; of linear rules, any.
     """
 
     rule: Rule
@@ -117,50 +117,50 @@ class Method:
         return inspect.Signature([models, base, *own, *extra])
 
     def cuts(self, options: Mapping[str, Any]) -> Cut:
-        """Which parts of large tensors are worked on at a time."""
+        """Which chunks of large tensors are worked on at a time."""
         if self.kind == "linear":
             return "entries"
         return self.cut(**options) if callable(self.cut) else self.cut
 
     def stream(self, sets: WeightSets, **options: Any) -> Iterator[tuple[str, Tensor]]:
         """The merged weights, `(name, tensor)` one at a time in the order of the first model."""
-        return joined(sets, self.parts(sets, **options))
+        return joined(sets, self.chunks(sets, **options))
 
-    def parts(self, sets: WeightSets, **options: Any) -> Iterator[tuple[str, Part, Tensor]]:
-        """The same in parts of tensors, `(name, part, values)`, without second names of ties."""
+    def chunks(self, sets: WeightSets, **options: Any) -> Iterator[tuple[str, Chunk, Tensor]]:
+        """The same in chunks of tensors, `(name, chunk, values)`, without second names of ties."""
         cut = self.cuts(options)
         if self.kind == "task vectors":
             shares = self._shares(sets, options)
             return _add_deltas(sets, self.deltas(sets, **options), shares, cut)
         if self.kind == "linear":
-            run = self._prepare(sets, options, lambda name, part: (len(sets),), cut)
+            call = self._prepare(sets, options, lambda name, chunk: (len(sets),), cut)
 
             def chosen(name: str) -> tuple[list[float], float]:
-                return affine(self._rule(run, name, None))
+                return affine(self._rule(call, name, None))
 
-            def combined(name: str, part: Part) -> Tensor:
-                return sets.combine(name, *chosen(name), part=part)
+            def combined(name: str, chunk: Chunk) -> Tensor:
+                return sets.combine(name, *chosen(name), chunk=chunk)
 
-            return assemble_parts(sets, combined, lambda name: convex(chosen(name)), cut)
-        run = self._prepare(sets, options, lambda name, part: (sets.stack(name, part),), cut)
+            return assemble_chunks(sets, combined, lambda name: convex(chosen(name)), cut)
+        call = self._prepare(sets, options, lambda name, chunk: (sets.stack(name, chunk),), cut)
 
-        def merged(name: str, part: Part) -> Tensor:  # an average of one model is that model, bit for bit
-            return sets.combine(name, [1.0], part=part) if len(sets) == 1 else self._rule(run, name, part)
+        def merged(name: str, chunk: Chunk) -> Tensor:  # an average of one model is that model, bit for bit
+            return sets.combine(name, [1.0], chunk=chunk) if len(sets) == 1 else self._rule(call, name, chunk)
 
-        return assemble_parts(sets, merged, lambda name: self._average(run, name), cut)
+        return assemble_chunks(sets, merged, lambda name: self._average(call, name), cut)
 
     def deltas(self, sets: WeightSets, **options: Any) -> Delta:
         """For methods on task vectors: the merged task vector of a name, `scale` included, in float32 or wider."""
         if self.kind != "task vectors":
             raise InputError(f"{self.rule.__name__} is not a method on task vectors: it has no merged task vector")
-        return self._scaled(sets, options, lambda name, part: (sets.deltas(name, part),), self.cuts(options))
+        return self._scaled(sets, options, lambda name, chunk: (sets.deltas(name, chunk),), self.cuts(options))
 
     def _scaled(self, sets: WeightSets, options: dict[str, Any], read: Read, cut: Cut) -> Delta:
         scales = PerName({"scale": options.pop("scale", 1.0)}, {"scale": 1.0}, sets.names)
-        run = self._prepare(sets, options, read, cut)
-        return lambda name, part=None: self._rule(run, name, part) * scales(name)["scale"]
+        call = self._prepare(sets, options, read, cut)
+        return lambda name, chunk=None: self._rule(call, name, chunk) * scales(name)["scale"]
 
-    def _prepare(self, sets: WeightSets, options: dict[str, Any], read: Read, cut: Cut) -> Run:
+    def _prepare(self, sets: WeightSets, options: dict[str, Any], read: Read, cut: Cut) -> MethodCall:
         if self.needs_base and sets.base is None:
             raise InputError(f"{self.rule.__name__} needs the weights that the models were fine-tuned from: pass base=")
         seed = int(options.pop("seed", 0))
@@ -171,17 +171,17 @@ class Method:
         options = defaults | options
         found = self.survey(Pass(sets, read, cut), **options) if self.survey else None
         from_base = "base" in self.parameters and sets.base is not None
-        apart = Pass(sets, (lambda name, part: (sets.deltas(name, part),)) if from_base else read, cut)
-        latest = lru_cache(maxsize=1)(lambda name: moments(apart.of(name)))  # parts of a tensor come together
-        return Run(sets, PerName(options, defaults, sets.names), read, cut, seed, found, latest)
+        apart = Pass(sets, (lambda name, chunk: (sets.deltas(name, chunk),)) if from_base else read, cut)
+        latest = lru_cache(maxsize=1)(lambda name: moments(apart.of(name)))  # chunks of a tensor come together
+        return MethodCall(sets, PerName(options, defaults, sets.names), read, cut, seed, found, latest)
 
-    def _rule(self, run: Run, name: str, part: Part) -> Any:
-        return run.apply(self.rule, self.parameters, name, part)
+    def _rule(self, call: MethodCall, name: str, chunk: Chunk) -> Any:
+        return call.apply(self.rule, self.parameters, name, chunk)
 
-    def _average(self, run: Run, name: str) -> tuple[list[float], float]:
+    def _average(self, call: MethodCall, name: str) -> tuple[list[float], float]:
         """Shares of the models in a statistic: the rule's own if it says so, in proportion to `weights`, or equal."""
-        options = run.options(name)
-        values = self.shares(**options) if self.shares else coefficients(options.get("weights"), len(run.sets))
+        options = call.options(name)
+        values = self.shares(**options) if self.shares else coefficients(options.get("weights"), len(call.sets))
         return convex(([value / sum(values) for value in values], 0.0))
 
     def _shares(self, sets: WeightSets, options: dict[str, Any]) -> Callable[[str], tuple[list[float], float]]:
@@ -200,17 +200,17 @@ class Method:
 
 def _add_deltas(
     sets: WeightSets, delta: Delta, shares: Callable[[str], tuple[Sequence[float], float]], cut: Cut
-) -> Iterator[tuple[str, Part, Tensor]]:
+) -> Iterator[tuple[str, Chunk, Tensor]]:
     """`base + delta` for every weight; where the delta is that of a lone model, that model's own bits."""
 
-    def merged(name: str, part: Part) -> Tensor:
-        move = delta(name, part)
-        result = sets.base_tensor(name, part) + move
+    def merged(name: str, chunk: Chunk) -> Tensor:
+        move = delta(name, chunk)
+        result = sets.base_tensor(name, chunk) + move
         if len(sets) == 1:  # base + (model - base) differs from the model in the last bit
-            result = torch.where(move == sets.deltas(name, part)[0], sets.stack(name, part)[0], result)
+            result = torch.where(move == sets.deltas(name, chunk)[0], sets.stack(name, chunk)[0], result)
         return result
 
-    return assemble_parts(sets, merged, shares, cut)
+    return assemble_chunks(sets, merged, shares, cut)
 
 
 def linear(rule: Rule) -> MergeFunction:
@@ -228,7 +228,7 @@ def on_tensors(
     """Lift `rule(tensors, *, ...) -> tensor`: from `(models, *shape)` to `(*shape)`; a lone model is given back.
 
     `shares(**options)` says how much of each model goes into averaged statistics (default: `weights`, or equal).
-    `elementwise` and `cut` say which parts of large tensors the rule may be given.
+    `elementwise` and `cut` say which chunks of large tensors the rule may be given.
     """
     if rule is None:
         return partial(on_tensors, shares=shares, elementwise=elementwise, cut=cut)
@@ -240,8 +240,8 @@ def on_task_vectors(
 ) -> Any:
     """Lift `rule(deltas, *, ...) -> delta`: task vectors `(models, *shape)` into one; `scale` of it is added.
 
-    `elementwise`: the rule treats every entry alike, so that it may be given parts of flattened tensors; `cut` says
-    which other parts it may be given.
+    `elementwise`: the rule treats every entry alike, so that it may be given chunks of flattened tensors; `cut` says
+    which other chunks it may be given.
     """
     if rule is None:
         return partial(on_task_vectors, survey=survey, elementwise=elementwise, cut=cut)
@@ -252,7 +252,7 @@ def lift(method: Method) -> MergeFunction:
     """The function `method(models, *, base=None, ..., align=None) -> weights`, with the rule's name and docstring."""
     name = method.rule.__name__
     if "generator" in method.parameters and method.cut != "whole":
-        raise InputError(f"{name}: a generator would begin anew in every part; name `uniform` instead of `generator`")
+        raise InputError(f"{name}: a generator would begin anew in every chunk; name `uniform` instead of `generator`")
     parameters = list(method.signature.parameters.values())
     open_ended = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     signature = inspect.Signature([*parameters[: len(parameters) - len(open_ended)], PARAMETER, *open_ended])

@@ -1,4 +1,4 @@
-"""Means and inner products of the tensors of several models, collected part by part in float64."""
+"""Means and inner products of the tensors of several models, collected chunk by chunk in float64."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Moments:
 
 
 def moments(tensors: Iterable[Tensor]) -> Moments:
-    """Of `(models, *shape)` tensors, the parts of one, by the pairwise update of Chan, Golub and LeVeque (1983).
+    """Of `(models, *shape)` tensors, the chunks of one, by the pairwise update of Chan, Golub and LeVeque (1983).
 
     Sums of products of centred entries lose no digits where the mean is large against the spread.
     """

@@ -1,13 +1,13 @@
-"""All weights of all models, one part after the other: what the surveys of merging methods look at."""
+"""All weights of all models, one chunk after the other: what the surveys of merging methods look at."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lmc.merge.engine.chunks import Cut, Part, blocks
+from lmc.merge.engine.chunks import Chunk, Cut, blocks
 from lmc.merge.engine.tensors import WeightSets
 
-Read = Callable[[str, Part], tuple[Any, ...]]
+Read = Callable[[str, Chunk], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Pass:
     """What a rule is given for every weight, one at a time: a survey iterates over it as often as it likes.
 
     Iterating gives `(models, *shape)` tensors, or a tuple of tensors if the rule takes several; all of one dtype. Of
-    rules that can be given parts (`cut`), large tensors come in parts, flattened.
+    rules that can be given chunks (`cut`), large tensors come in chunks, flattened.
     """
 
     sets: WeightSets
@@ -28,22 +28,22 @@ class Pass:
         return sum(self.sets.shells[name].numel() for name in self.sets.weights)
 
     def __iter__(self) -> Iterator[Any]:
-        for name, part in self.sets.walk(self.sets.weights, self.cut):
-            yield self._values(name, part)
+        for name, chunk in self.sets.walk(self.sets.weights, self.cut):
+            yield self._values(name, chunk)
 
     def sample(self) -> Iterator[Any]:
         """The same for up to 2048 short slices, spread evenly over the model; nothing else is read."""
         sizes = {name: self.sets.shells[name].numel() for name in self.sets.weights}
         count = min(2048, max(32, self.size >> 16))
-        for name, part in blocks(sizes, count, sample_size(self.size) // count):
-            yield self._values(name, part)
+        for name, chunk in blocks(sizes, count, sample_size(self.size) // count):
+            yield self._values(name, chunk)
 
     def of(self, name: str) -> "Pass":
         """The same for one tensor alone."""
         return replace(self, sets=replace(self.sets, weights=(name,)))
 
-    def _values(self, name: str, part: Part) -> Any:
-        first, *rest = (value.to(self.sets.dtype) for value in self.read(name, part))
+    def _values(self, name: str, chunk: Chunk) -> Any:
+        first, *rest = (value.to(self.sets.dtype) for value in self.read(name, chunk))
         return (first, *rest) if rest else first
 
 

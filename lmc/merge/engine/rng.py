@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lmc.merge.engine.chunks import Part
+from lmc.merge.engine.chunks import Chunk
 
 BLOCK = 1 << 14  # entries that are drawn together
 
@@ -19,7 +19,7 @@ def generator(seed: int, name: str) -> torch.Generator:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Numbers from [0, 1) for the entries of a tensor, or of a part of it.
+    """Numbers from [0, 1) for the entries of a tensor, or of a chunk of it.
 
     What an entry is given depends on the seed, the tensor's name, the model's place in the list, and the entry's place
     in the tensor: each block of entries has a generator of its own.
@@ -27,11 +27,11 @@ class Uniform:
 
     seed: int
     name: str
-    part: Part = None
+    chunk: Chunk = None
 
     def __call__(self, like: Tensor) -> Tensor:
         """As many as `like`, `(models, *shape)`, has entries; in its dtype, on its device."""
-        start = 0 if self.part is None else self.part.start
+        start = 0 if self.chunk is None else self.chunk.start
         stop = start + like[0].numel()
         drawn = torch.empty(
             (len(like), stop - start), dtype=torch.float32

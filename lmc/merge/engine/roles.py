@@ -1,11 +1,11 @@
-"""Which tensors of a state dict are second names of another, and which are masks; read from disk in parts."""
+"""Which tensors of a state dict are second names of another, and which are masks; read from disk in chunks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from lmc.merge.engine.chunks import parts
+from lmc.merge.engine.chunks import chunks
 from lmc.weights import tied_names
 from lmc.weights.checkpoints.checkpoint import Checkpoint
 from lmc.weights.numbers import wide
@@ -29,7 +29,7 @@ def infinite(state: Mapping[str, Tensor], name: str) -> bool:
         ends = (slice(0, edge), slice(shell.numel() - edge, shell.numel()))
         if not any(_holds_infinity([state.read(name, end)]) for end in ends):
             return False
-    return _holds_infinity(state.read(name, part) for part in parts(shell))
+    return _holds_infinity(state.read(name, chunk) for chunk in chunks(shell))
 
 
 def _holds_infinity(pieces: Iterable[Tensor]) -> bool:
@@ -45,7 +45,7 @@ def _holds_infinity(pieces: Iterable[Tensor]) -> bool:
 
 def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor], name: str) -> bool:
     if isinstance(a, Checkpoint) and isinstance(b, Checkpoint):
-        return all(torch.equal(a.read(name, part), b.read(name, part)) for part in parts(outline(a)[name]))
+        return all(torch.equal(a.read(name, chunk), b.read(name, chunk)) for chunk in chunks(outline(a)[name]))
     return torch.equal(a[name].detach(), b[name].detach())
 
 

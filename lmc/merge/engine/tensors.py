@@ -9,7 +9,7 @@ Each name of a state dict is one of four things, and each is treated once, here,
   again;
 - anything else (integers, booleans, masks with infinities that are the same everywhere): copied from the first model.
 
-A method that treats every entry, or every row, alike is given large tensors in parts, so that memory does not depend on
+A method that treats every entry, or every row, alike is given large tensors in chunks, so that memory does not depend on
 their size.
 """
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.errors import InputError, WeightsError
-from lmc.merge.engine.chunks import Ahead, Cut, Part, parts
+from lmc.merge.engine.chunks import Ahead, Chunk, Cut, chunks
 from lmc.merge.engine.roles import equal, infinite, outline, tied
 from lmc.weights import ModelOrWeights, as_weights, check_compatible, fitted
 from lmc.weights.agreement import corresponding, prefix_between
@@ -52,7 +52,7 @@ class WeightSets:
         cast: the dtype of floating-point tensors in the result; None: as in the first model.
         skip: names that the result is to leave out.
 
-    Wherever a `part` is given, only that part of the flattened tensor is read, and `(*shape)` is its length.
+    Wherever a `chunk` is given, only that chunk of the flattened tensor is read, and `(*shape)` is its length.
     """
 
     states: tuple[Mapping[str, Tensor], ...]
@@ -90,41 +90,41 @@ class WeightSets:
         """The names of weights and statistics: those that options per name pattern can speak of."""
         return (*self.weights, *sorted(self.statistics))
 
-    def walk(self, names: Iterable[str], cut: Cut) -> Iterator[tuple[str, Part]]:
-        """Every name with each part of its tensor (None is the whole), in order.
+    def walk(self, names: Iterable[str], cut: Cut) -> Iterator[tuple[str, Chunk]]:
+        """Every name with each chunk of its tensor (None is the whole), in order.
 
         What comes next is read from disk meanwhile, where it is small.
         """
-        steps = ((name, part) for name in names for part in parts(self.shells[name], cut))
+        steps = ((name, chunk) for name in names for chunk in chunks(self.shells[name], cut))
         lazy = [state for state in (*self.states, self.base) if isinstance(state, Checkpoint)]
         return self._ahead.walk(steps, self.shells, lazy, self._load)
 
-    def stack(self, name: str, part: Part = None) -> Tensor:
+    def stack(self, name: str, chunk: Chunk = None) -> Tensor:
         """`(models, *shape)`: the tensor `name` of every model, in float32 or wider."""
-        return self._finite(self._stack(name, part), name, part)
+        return self._finite(self._stack(name, chunk), name, chunk)
 
-    def _stack(self, name: str, part: Part) -> Tensor:
-        first = self._read(self.states[0], name, part)
+    def _stack(self, name: str, chunk: Chunk) -> Tensor:
+        first = self._read(self.states[0], name, chunk)
         together = first.new_empty((len(self.states), *first.shape))
         together[0] = first
         for i in range(1, len(self.states)):
-            together[i] = self._read(self.states[i], name, part)
+            together[i] = self._read(self.states[i], name, chunk)
         return together
 
-    def tensor(self, name: str, model: int, part: Part = None) -> Tensor:
+    def tensor(self, name: str, model: int, chunk: Chunk = None) -> Tensor:
         """`(*shape)`: the tensor `name` of one model, in float32 or wider."""
-        return self._finite(self._read(self.states[model], name, part), name, part)
+        return self._finite(self._read(self.states[model], name, chunk), name, chunk)
 
-    def base_tensor(self, name: str, part: Part = None) -> Tensor:
+    def base_tensor(self, name: str, chunk: Chunk = None) -> Tensor:
         """`(*shape)`: the tensor `name` of the base, in float32 or wider."""
-        return self._finite(self._base(name, part), name, part)
+        return self._finite(self._base(name, chunk), name, chunk)
 
-    def deltas(self, name: str, part: Part = None) -> Tensor:
+    def deltas(self, name: str, chunk: Chunk = None) -> Tensor:
         """`(models, *shape)`: the task vectors, model minus base."""
-        return self._finite(self._stack(name, part).sub_(self._base(name, part)), name, part)
+        return self._finite(self._stack(name, chunk).sub_(self._base(name, chunk)), name, chunk)
 
     def combine(
-        self, name: str, coefficients: Sequence[float], base_coefficient: float = 0.0, part: Part = None
+        self, name: str, coefficients: Sequence[float], base_coefficient: float = 0.0, chunk: Chunk = None
     ) -> Tensor:
         """`base_coefficient * base + sum_i coefficients[i] * model_i`, one model at a time; all coefficients sum to 1.
 
@@ -139,50 +139,50 @@ class WeightSets:
         for i, (state, coefficient) in enumerate(used):
             if state is None:
                 raise InputError(f"coefficients that do not sum to 1 leave {coefficient:g} to the base: pass base=")
-            tensor = self._read(state, name, part)
+            tensor = self._read(state, name, chunk)
             if i == 0:
                 origin, total = tensor, tensor.clone()
             else:
                 total.add_(tensor - origin, alpha=coefficient)
-        return self._finite(total, name, part)
+        return self._finite(total, name, chunk)
 
-    def _base(self, name: str, part: Part) -> Tensor:
+    def _base(self, name: str, chunk: Chunk) -> Tensor:
         if self.base is None:
             raise InputError("this method needs the weights that the models were fine-tuned from: pass base=")
-        return self._read(self.base, name, part)
+        return self._read(self.base, name, chunk)
 
-    def _read(self, state: Mapping[str, Tensor], name: str, part: Part) -> Tensor:
-        found = self._ahead.take(state, name, part)
-        return self._load(state, name, part) if found is None else found
+    def _read(self, state: Mapping[str, Tensor], name: str, chunk: Chunk) -> Tensor:
+        found = self._ahead.take(state, name, chunk)
+        return self._load(state, name, chunk) if found is None else found
 
-    def _load(self, state: Mapping[str, Tensor], name: str, part: Part) -> Tensor:
+    def _load(self, state: Mapping[str, Tensor], name: str, chunk: Chunk) -> Tensor:
         if name in self.pairs:
             whole = torch.view_as_real(state[name].detach().resolve_conj())
-            tensor = whole if part is None else flat(whole, part)
+            tensor = whole if chunk is None else flat(whole, chunk)
         elif isinstance(state, Checkpoint):
-            tensor = state.read(name, part)
+            tensor = state.read(name, chunk)
         else:
-            tensor = state[name].detach() if part is None else flat(state[name].detach(), part)
+            tensor = state[name].detach() if chunk is None else flat(state[name].detach(), chunk)
         return tensor.to(self.widths.get(name, tensor.dtype))
 
-    def _finite(self, tensor: Tensor, name: str, part: Part) -> Tensor:
+    def _finite(self, tensor: Tensor, name: str, chunk: Chunk) -> Tensor:
         """What was made of the models' tensors; one question to the device tells whether they were all finite."""
         if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
             sources = [(f"models[{i}]", state) for i, state in enumerate(self.states)]
             for who, state in [*sources, *([] if self.base is None else [("base", self.base)])]:
-                self._check(who, state, name, part)
+                self._check(who, state, name, chunk)
             raise WeightsError(f"{name}: sums of the models leave the range of {dtype_name(tensor)}; scale them down")
         return tensor
 
-    def _check(self, who: str, state: Mapping[str, Tensor], name: str, part: Part) -> None:
-        tensor = self._read(state, name, part)
+    def _check(self, who: str, state: Mapping[str, Tensor], name: str, chunk: Chunk) -> None:
+        tensor = self._read(state, name, chunk)
         if bool((finite := torch.isfinite(tensor)).all()):
             return
-        first = int((~finite).flatten().nonzero()[0]) + (0 if part is None else part.start)
+        first = int((~finite).flatten().nonzero()[0]) + (0 if chunk is None else chunk.start)
         shape = tuple(self.shells[name].shape)
         where = tuple(int(i) for i in torch.unravel_index(torch.tensor(first), shape)) if shape else ()
         place = f" ({state.entry(name).file})" if isinstance(state, Checkpoint) else ""
-        bad = f"{int((~finite).sum())} of {tensor.numel()} values" + (" read" if part else "")
+        bad = f"{int((~finite).sum())} of {tensor.numel()} values" + (" read" if chunk else "")
         raise WeightsError(f"{name} of {who}{place}: {bad} are NaN or infinite, first at {where}; leave this model out")
 
 
@@ -269,43 +269,43 @@ def assemble(
         merged: the merged tensor for the name of a weight; any dtype, cast here.
         shares: for the name of a statistic the share of each model and of the base in its average; they sum to 1.
     """
-    return joined(sets, assemble_parts(sets, lambda name, part: merged(name), shares, "whole"))
+    return joined(sets, assemble_chunks(sets, lambda name, chunk: merged(name), shares, "whole"))
 
 
-def assemble_parts(
+def assemble_chunks(
     sets: WeightSets,
-    merged: Callable[[str, Part], Tensor],
+    merged: Callable[[str, Chunk], Tensor],
     shares: Callable[[str], tuple[Sequence[float], float]],
     cut: Cut,
-) -> Iterator[tuple[str, Part, Tensor]]:
-    """As `assemble`, large tensors in parts that `cut` allows; second names of ties are left out."""
+) -> Iterator[tuple[str, Chunk, Tensor]]:
+    """As `assemble`, large tensors in chunks that `cut` allows; second names of ties are left out."""
     weights = frozenset(sets.weights)
     first = sets.shells
     names = [name for name in first if name not in sets.skip and name not in sets.ties]
-    for name, part in sets.walk(names, cut):
+    for name, chunk in sets.walk(names, cut):
         original = first[name]
         if name in weights:
-            tensor = merged(name, part)
+            tensor = merged(name, chunk)
         elif name in sets.statistics:
-            tensor = sets.combine(name, *shares(name), part=part)
+            tensor = sets.combine(name, *shares(name), chunk=chunk)
         else:
             whole = sets.states[0][name].detach()
-            tensor = whole.clone() if part is None else flat(whole, part).clone()
-        shape = tuple(original.shape) if part is None else (part.stop - part.start,)
+            tensor = whole.clone() if chunk is None else flat(whole, chunk).clone()
+        shape = tuple(original.shape) if chunk is None else (chunk.stop - chunk.start,)
         if tensor.shape != shape:
             raise InputError(f"{name}: the method gave shape {tuple(tensor.shape)}, expected {shape}")
         dtype = sets.form[name][0]
-        if name in sets.pairs:  # a part of pairs begins and ends with a whole one
+        if name in sets.pairs:  # a chunk of pairs begins and ends with a whole one
             tensor = torch.view_as_complex(
                 narrowed(tensor, dtype.to_real(), name).contiguous().view(*shape[:-1], -1, 2)
             )
-            tensor = tensor if part is not None else tensor.view(sets.form[name][1])
-            part = None if part is None else slice(part.start // 2, part.stop // 2)
-        yield name, part, narrowed(tensor, dtype, name) if inexact(tensor) else tensor
+            tensor = tensor if chunk is not None else tensor.view(sets.form[name][1])
+            chunk = None if chunk is None else slice(chunk.start // 2, chunk.stop // 2)
+        yield name, chunk, narrowed(tensor, dtype, name) if inexact(tensor) else tensor
 
 
-def joined(sets: WeightSets, found: Iterable[tuple[str, Part, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors from `assemble_parts`, and the second names of ties, in the order of the first model."""
+def joined(sets: WeightSets, found: Iterable[tuple[str, Chunk, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors from `assemble_chunks`, and the second names of ties, in the order of the first model."""
     first = sets.shells
     names = iter([name for name in first if name not in sets.skip])
     again = {sets.ties[name] for name in first if name in sets.ties and name not in sets.skip}
@@ -318,12 +318,12 @@ def joined(sets: WeightSets, found: Iterable[tuple[str, Part, Tensor]]) -> Itera
             yield name, done[sets.ties[name]]
 
     whole = torch.empty(0)
-    for name, part, tensor in found:
-        if part is not None:
-            if part.start == 0:
+    for name, chunk, tensor in found:
+        if chunk is not None:
+            if chunk.start == 0:
                 whole = torch.empty(sets.form[name][1], dtype=tensor.dtype, device=tensor.device)
-            whole.view(-1)[part] = tensor
-            if part.stop < whole.numel():
+            whole.view(-1)[chunk] = tensor
+            if chunk.stop < whole.numel():
                 continue
             tensor = whole
         yield from ties_before(name)

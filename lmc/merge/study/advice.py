@@ -2,14 +2,11 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lmc.merge.study.differences import Difference
-
-if TYPE_CHECKING:
-    from lmc.merge.study.inspect import Layer
+from lmc.merge.study.survey import LayerReport
 
 FAR = 0.5  # a task vector longer than this share of the base is no usual fine-tuning
 RELATIVES, STRANGERS = 0.9, 0.5  # cosines of weights: above, one origin; below, separate ones
@@ -24,7 +21,7 @@ def advice(
     differences: Sequence[Difference],
     faults: Mapping[str, str],
     unusable: Mapping[str, str],
-    matrices: "Layer",
+    matrices: LayerReport,
     based: bool,
     barriers: np.ndarray | None,
 ) -> tuple[str, ...]:
@@ -62,7 +59,7 @@ def _fit(differences: Sequence[Difference]) -> list[str]:
     return said
 
 
-def _task_vectors(names: Sequence[str], matrices: "Layer") -> list[str]:
+def _task_vectors(names: Sequence[str], matrices: LayerReport) -> list[str]:
     norms, base = matrices.norms, matrices.base_norm
     said = []
     for name, norm in zip(names, norms, strict=True):
@@ -103,7 +100,7 @@ def _task_vectors(names: Sequence[str], matrices: "Layer") -> list[str]:
     return said
 
 
-def _weights(matrices: "Layer") -> list[str]:
+def _weights(matrices: LayerReport) -> list[str]:
     if not matrices.size:
         return []
     values = matrices.cosines[np.triu_indices(len(matrices.norms), 1)]

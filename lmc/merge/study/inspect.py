@@ -18,37 +18,16 @@ from lmc.errors import InputError
 from lmc.merge.engine.tensors import STATISTICS, fitting, outline
 from lmc.merge.study.advice import advice
 from lmc.merge.study.differences import Difference, differences
+from lmc.merge.study.survey import LayerReport, Survey
 from lmc.weights import ModelOrWeights, as_weights, tied_names
 from lmc.weights.checkpoints.checkpoint import Checkpoint
 from lmc.weights.checkpoints.opening import open_checkpoint
 from lmc.weights.encoded import unmergeable
-from lmc.weights.numbers import inexact, wide
+from lmc.weights.numbers import inexact
 
 if TYPE_CHECKING:
     import pandas
 
-COLUMNS_AT_ONCE = 1 << 20  # values of each model that are compared at a time, in float64
-
-
-@dataclass(frozen=True, eq=False)
-class Layer:
-    """How the models compare in one layer (the tensors of one module), or in all of them.
-
-    Attributes:
-        name: of the module.
-        size: number of values of each model.
-        base_norm: Euclidean norm of the base; NaN without one.
-        norms: (M,) of the task vectors, or of the weights where there is no base.
-        cosines: (M, M) between them; NaN where one is zero.
-        conflict: share of the values moved by at least two task vectors whose signs disagree; NaN without a base.
-    """
-
-    name: str
-    size: int
-    base_norm: float
-    norms: np.ndarray
-    cosines: np.ndarray
-    conflict: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +39,7 @@ class Inspection(Result):
         based: whether there is a base, so that norms and cosines are those of task vectors.
         differences: tensors that differ in presence, shape, dtype or tying; the rest of the report is on the others.
         faults: model -> the first tensor of it that is not finite; such tensors are left out of the report.
-        layers: one `Layer` per module, in the order of the first model.
+        layers: one `LayerReport` per module, in the order of the first model.
         total: all weights together. matrices: those with two axes or more, which tell relatives from strangers.
         barriers: (M, M) barriers of the loss on the lines between the models, in nats; None without data.
         advice: what to do, one sentence each.
@@ -70,9 +49,9 @@ class Inspection(Result):
     based: bool
     differences: tuple[Difference, ...]
     faults: Mapping[str, str]
-    layers: tuple[Layer, ...]
-    total: Layer
-    matrices: Layer
+    layers: tuple[LayerReport, ...]
+    total: LayerReport
+    matrices: LayerReport
     barriers: np.ndarray | None
     advice: tuple[str, ...]
 
@@ -115,8 +94,8 @@ class Inspection(Result):
 @own_context
 def inspect(
     models: Sequence[ModelOrWeights | str | Path],
-    base: ModelOrWeights | str | Path | None = None,
     *,
+    base: ModelOrWeights | str | Path | None = None,
     names: Sequence[str] | None = None,
     model: nn.Module | None = None,
     data: Any = None,
@@ -155,7 +134,7 @@ def inspect(
     different = differences(everyone)
     skipped = {d.name for d in different if d.kind in ("missing", "shape", "buffer")}
     unusable = {heads[i]: why for i, state in enumerate(everyone) if (why := unmergeable(outline(state)))}
-    survey = _Survey(states, reference)
+    survey = Survey(states, reference)
     compared = [] if unusable else _compared(states[0], model, skipped)
     for name in tqdm(compared, desc="inspect", unit=" tensors", disable=not progress):
         survey.add(name)
@@ -174,64 +153,6 @@ def mean_cosine(cosines: np.ndarray) -> float:
     values = cosines[np.triu_indices(len(cosines), 1)]
     values = values[~np.isnan(values)]
     return float(values.mean()) if len(values) else float("nan")
-
-
-class _Sums:
-    """What is added up over tensors: inner products of the models' vectors, the base's square, counts of signs."""
-
-    def __init__(self, count: int) -> None:
-        self.size = self.contested = self.conflicting = 0
-        self.base_square = 0.0
-        self.dots = np.zeros((count, count))
-
-    def add(self, vectors: Tensor, base: Tensor | None) -> None:
-        """`vectors` (M, n) in float64: task vectors, or weights where `base` (n,) is None."""
-        self.size += vectors.shape[1]
-        self.dots += (vectors @ vectors.T).cpu().numpy()
-        if base is None:
-            return
-        self.base_square += float(base @ base)
-        up, down = (vectors > 0.0), (vectors < 0.0)
-        self.contested += int(((up | down).sum(0) > 1).sum())
-        self.conflicting += int((up.any(0) & down.any(0)).sum())
-
-
-class _Survey:
-    """Goes through the tensors of all models once."""
-
-    def __init__(self, states: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None) -> None:
-        self.states, self.base = states, base
-        self.total, self.matrices = _Sums(len(states)), _Sums(len(states))
-        self.layers: dict[str, _Sums] = {}
-        self.faults: dict[int, str] = {}
-
-    def add(self, name: str) -> None:
-        tensors = [state[name].detach() for state in self.states]
-        tensors += [] if self.base is None else [self.base[name].detach()]
-        tensors = [tensor.to(wide(*(t.dtype for t in tensors))) for tensor in tensors]
-        bad = [i for i, tensor in enumerate(tensors) if not bool(torch.isfinite(tensor).all())]
-        for i in bad:
-            self.faults.setdefault(i, name)
-        if bad:
-            return
-        sums = [self.total, self.layers.setdefault(name.rpartition(".")[0], _Sums(len(self.states)))]
-        sums += [self.matrices] if tensors[0].ndim > 1 else []
-        tensors = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
-        flat = [tensor.reshape(-1) for tensor in tensors]
-        for start in range(0, len(flat[0]), COLUMNS_AT_ONCE):
-            part = torch.stack([tensor[start : start + COLUMNS_AT_ONCE].double().cpu() for tensor in flat])
-            base = None if self.base is None else part[-1]
-            vectors = part if base is None else part[:-1] - base
-            for each in sums:
-                each.add(vectors, base)
-
-    def layer(self, name: str, sums: _Sums) -> Layer:
-        norms = np.sqrt(np.diag(sums.dots))
-        products = np.outer(norms, norms)
-        cosines = np.divide(sums.dots, products, out=np.full_like(products, np.nan), where=products > 0.0)
-        missing = float("nan")
-        conflict = sums.conflicting / sums.contested if sums.contested else missing
-        return Layer(name, sums.size, missing if self.base is None else sums.base_square**0.5, norms, cosines, conflict)
 
 
 def _opened(model: ModelOrWeights | str | Path) -> Mapping[str, Tensor]:

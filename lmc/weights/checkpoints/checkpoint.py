@@ -47,9 +47,9 @@ class Checkpoint(Mapping[str, Tensor]):
         """Where the tensor `name` is, under this or another name."""
         return self.stored[self.ties.get(name, name)]
 
-    def read(self, name: str, part: slice | None = None) -> Tensor:
-        """The tensor `name`, or of the flattened tensor the values from `part.start` to `part.stop`."""
-        return self.entry(name).read(part)
+    def read(self, name: str, chunk: slice | None = None) -> Tensor:
+        """The tensor `name`, or of the flattened tensor the values from `chunk.start` to `chunk.stop`."""
+        return self.entry(name).read(chunk)
 
     def __getitem__(self, name: str) -> Tensor:
         return self.read(name)

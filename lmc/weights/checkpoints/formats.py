@@ -1,4 +1,4 @@
-"""One tensor in a file: what is known of it without reading it, and reading it or a part of it."""
+"""One tensor in a file: what is known of it without reading it, and reading it or a chunk of it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ class Stored(Protocol):
     def shape(self) -> tuple[int, ...]: ...
     @property
     def size(self) -> int: ...
-    def read(self, part: slice | None = None) -> Tensor: ...
+    def read(self, chunk: slice | None = None) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -60,9 +60,9 @@ class Extent:
         """The number of values."""
         return torch.Size(self.shape).numel()
 
-    def read(self, part: slice | None = None) -> Tensor:
-        """The tensor, or this part of it flattened, in memory of its own."""
-        first, shape = (0, self.shape) if part is None else (part.start, (part.stop - part.start,))
+    def read(self, chunk: slice | None = None) -> Tensor:
+        """The tensor, or this chunk of it flattened, in memory of its own."""
+        first, shape = (0, self.shape) if chunk is None else (chunk.start, (chunk.stop - chunk.start,))
         tensor = torch.empty(shape, dtype=self.dtype)
         if tensor.numel() == 0:
             return tensor
@@ -94,9 +94,9 @@ class Mapped:
         """The number of values."""
         return self.tensor.numel()
 
-    def read(self, part: slice | None = None) -> Tensor:
-        """The tensor, or this part of it flattened, in memory of its own."""
-        return self.tensor.detach().clone() if part is None else flat(self.tensor.detach(), part).clone()
+    def read(self, chunk: slice | None = None) -> Tensor:
+        """The tensor, or this chunk of it flattened, in memory of its own."""
+        return self.tensor.detach().clone() if chunk is None else flat(self.tensor.detach(), chunk).clone()
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,9 @@ class Cast:
         """The number of values."""
         return self.stored.size
 
-    def read(self, part: slice | None = None) -> Tensor:
-        """The tensor, or this part of it flattened, in memory of its own."""
-        return narrowed(self.stored.read(part), self.dtype, self.name)
+    def read(self, chunk: slice | None = None) -> Tensor:
+        """The tensor, or this chunk of it flattened, in memory of its own."""
+        return narrowed(self.stored.read(chunk), self.dtype, self.name)
 
 
 def size_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -130,11 +130,11 @@ def size_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def flat(tensor: Tensor, part: slice) -> Tensor:
-    """The values from `part.start` to `part.stop` of a flattened tensor, without copying the others."""
+def flat(tensor: Tensor, chunk: slice) -> Tensor:
+    """The values from `chunk.start` to `chunk.stop` of a flattened tensor, without copying the others."""
     if tensor.is_contiguous():
-        return tensor.view(-1)[part]
-    places = torch.arange(part.start, part.stop, device=tensor.device)
+        return tensor.view(-1)[chunk]
+    places = torch.arange(chunk.start, chunk.stop, device=tensor.device)
     return tensor[torch.unravel_index(places, tensor.shape)]
 
 

@@ -1,0 +1,93 @@
+"""Norms, cosines and conflicts of several models, added up tensor by tensor."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lmc.weights.numbers import wide
+
+COLUMNS_AT_ONCE = 1 << 20  # values of each model that are compared at a time, in float64
+
+
+@dataclass(frozen=True, eq=False)
+class LayerReport:
+    """How the models compare in one layer (the tensors of one module), or in all of them.
+
+    Attributes:
+        name: of the module.
+        size: number of values of each model.
+        base_norm: Euclidean norm of the base; NaN without one.
+        norms: (M,) of the task vectors, or of the weights where there is no base.
+        cosines: (M, M) between them; NaN where one is zero.
+        conflict: share of the values moved by at least two task vectors whose signs disagree; NaN without a base.
+    """
+
+    name: str
+    size: int
+    base_norm: float
+    norms: np.ndarray
+    cosines: np.ndarray
+    conflict: float
+
+
+class _Sums:
+    """What is added up over tensors: inner products of the models' vectors, the base's square, counts of signs."""
+
+    def __init__(self, count: int) -> None:
+        self.size = self.contested = self.conflicting = 0
+        self.base_square = 0.0
+        self.dots = np.zeros((count, count))
+
+    def add(self, vectors: Tensor, base: Tensor | None) -> None:
+        """`vectors` (M, n) in float64: task vectors, or weights where `base` (n,) is None."""
+        self.size += vectors.shape[1]
+        self.dots += (vectors @ vectors.T).cpu().numpy()
+        if base is None:
+            return
+        self.base_square += float(base @ base)
+        up, down = (vectors > 0.0), (vectors < 0.0)
+        self.contested += int(((up | down).sum(0) > 1).sum())
+        self.conflicting += int((up.any(0) & down.any(0)).sum())
+
+
+class Survey:
+    """Goes through the tensors of all models once."""
+
+    def __init__(self, states: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None) -> None:
+        self.states, self.base = states, base
+        self.total, self.matrices = _Sums(len(states)), _Sums(len(states))
+        self.layers: dict[str, _Sums] = {}
+        self.faults: dict[int, str] = {}
+
+    def add(self, name: str) -> None:
+        tensors = [state[name].detach() for state in self.states]
+        tensors += [] if self.base is None else [self.base[name].detach()]
+        tensors = [tensor.to(wide(*(t.dtype for t in tensors))) for tensor in tensors]
+        bad = [i for i, tensor in enumerate(tensors) if not bool(torch.isfinite(tensor).all())]
+        for i in bad:
+            self.faults.setdefault(i, name)
+        if bad:
+            return
+        sums = [self.total, self.layers.setdefault(name.rpartition(".")[0], _Sums(len(self.states)))]
+        sums += [self.matrices] if tensors[0].ndim > 1 else []
+        tensors = [torch.view_as_real(tensor) if tensor.is_complex() else tensor for tensor in tensors]
+        flat = [tensor.reshape(-1) for tensor in tensors]
+        for start in range(0, len(flat[0]), COLUMNS_AT_ONCE):
+            part = torch.stack([tensor[start : start + COLUMNS_AT_ONCE].double().cpu() for tensor in flat])
+            base = None if self.base is None else part[-1]
+            vectors = part if base is None else part[:-1] - base
+            for each in sums:
+                each.add(vectors, base)
+
+    def layer(self, name: str, sums: _Sums) -> LayerReport:
+        norms = np.sqrt(np.diag(sums.dots))
+        products = np.outer(norms, norms)
+        cosines = np.divide(sums.dots, products, out=np.full_like(products, np.nan), where=products > 0.0)
+        missing = float("nan")
+        conflict = sums.conflicting / sums.contested if sums.contested else missing
+        return LayerReport(
+            name, sums.size, missing if self.base is None else sums.base_square**0.5, norms, cosines, conflict
+        )
