@@ -1,4 +1,4 @@
-"""Which move: permutations, rotations and couplings that bring one network onto another."""
+"""Permutations, rotations and couplings that bring one network onto another."""
 
 from lmc.align.activations.matching import activation_matching
 from lmc.align.many import Matchings, match_many

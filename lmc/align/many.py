@@ -52,7 +52,7 @@ class Matchings(Result, Sequence[Permutation]):
         return self.permutations[index]
 
     def pairwise(self, i: int, j: int) -> Permutation:
-        """What moves model j onto model i. Going round any cycle of models gives the identity, exactly."""
+        """The permutation that moves model j onto model i. Going round any cycle of models gives the identity, exactly."""
         return self[i].inverse().compose(self[j])
 
     def apply(self, models: Sequence[ModelOrWeights]) -> list[StateDict]:

@@ -26,5 +26,5 @@ def matched(spec: PermutationSpec, weights: Mapping[str, Tensor]) -> Weights:
 
 
 def in_form_of(like: Tensor, tensor: Tensor) -> Tensor:
-    """What `matched` made of a tensor of this form, or a mixture of such, as it was: complex again, and in its dtype."""
+    """A tensor that `matched` made of one in the form of `like`, or a mixture of such, as it was: complex, in its dtype."""
     return (torch.view_as_complex(tensor.contiguous()) if like.is_complex() else tensor).to(like.dtype)

@@ -355,7 +355,7 @@ def test_bad_input():
 
 def test_groups_that_transport_cannot_follow_are_named():
     experts = PermutationSpec.from_patterns({"up": "e e/f ."}, {"up": torch.zeros(3, 4, 5)})
-    with pytest.raises(SpecError, match="up: group 'f\\[0\\]' lies over axes \\(0, 1\\); leave it out"):
+    with pytest.raises(SpecError, match="up: group 'f\\[0\\]' spans axes \\(0, 1\\); leave it out"):
         check_alone(experts)
     same_in_all = PermutationSpec.from_patterns({"q": "(head /v) ."}, {"q": torch.zeros(6, 5)}, head=2)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""What activations leave open, decided by weights: groups that no activation shows, and units that never change."""
+"""Decisions by weights that activations leave open: groups that no activation shows, and units that never change."""
 
 from collections.abc import Mapping, Sequence
 

@@ -38,7 +38,7 @@ class Cluster:
         return self.groups[0]
 
     def sites(self, spec: PermutationSpec) -> list[Site]:
-        """What to observe: the units of a lone group, else all channels of each tap."""
+        """The channels to observe: the units of a lone group, else all channels of each tap."""
         if len(self.groups) == 1:
             return [
                 Site(tap, self.name, torch.from_numpy(table.rows), torch.from_numpy(table.rows))

@@ -1,4 +1,4 @@
-"""Where the units of a group can be seen in a forward pass: taps, found from the modules, without a graph.
+"""Taps: the places where units of a group can be seen in a forward pass, found from the modules, without a graph.
 
 A tap is the input or the output of a module, and the axis of it that counts channels. The channels are the positions of
 one axis of one of the module's parameters: the columns of `Linear.weight` are the channels of its input, its rows those

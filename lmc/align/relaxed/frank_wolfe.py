@@ -97,7 +97,7 @@ def _value_and_gradients(
 
 
 def _line_search(nodes: np.ndarray, segment: Sequence[Sequence[Weights]]) -> tuple[float, float]:
-    """Where f is largest on the segment whose u_p are known at the nodes, and its value there.
+    """The point where f is largest on the segment whose u_p are known at the nodes, and its value there.
 
     The u_p are polynomials that the nodes determine, so f is one of twice their degree, known from the inner products
     of the u_p at all pairs of nodes.

@@ -154,7 +154,7 @@ def _objective(
     batch_size: int,
     generator: torch.Generator,
 ) -> tuple[Callable[[Matrices], Tensor], Callable[[Permutation], float]]:
-    """What a training step makes small, as a function of soft matrices, and what is measured, of a permutation."""
+    """The loss of a training step, as a function of soft matrices, and the measure of a permutation."""
     ours, theirs = matched(spec, a), matched(spec, b)
     mix = SoftMoves(spec, theirs, next(iter(b.values())).device)
     if target in ("l2", "l1", "cosine"):

@@ -17,7 +17,7 @@ Matrices = Mapping[str, Tensor]
 
 
 class SoftMoves:
-    """How the units of all groups lie in some tensors, worked out once.
+    """The places of the units of all groups in some tensors, worked out once.
 
     Calling it with matrices and weights gives the weights with all groups mixed; tensors that no group touches are
     passed on as they are.
@@ -70,7 +70,7 @@ def as_matrices(indices: Mapping[str, Tensor], like: Tensor) -> dict[str, Tensor
 def degree(spec: PermutationSpec, tensors: Sequence[str]) -> int:
     """The degree in the matrices of the mixed tensor that depends on most of them.
 
-    Groups of one family lie apart, so they count once; a group on two axes counts twice.
+    Groups of one family are apart, so they count once; a group on two axes counts twice.
     """
     largest = 0
     for tensor in tensors:

@@ -38,7 +38,7 @@ def unmoved(spec: PermutationSpec, like: Tensor) -> Matrices:
 
 
 class Ascent:
-    """Matrices for all groups, improved group by group; heads together with what lies in them.
+    """Matrices for all groups, improved group by group; heads together with what is in them.
 
     Args:
         rotated: group -> whether its rotations leave the vector of ones alone; the other groups are permuted.
@@ -56,7 +56,7 @@ class Ascent:
         for group in spec.groups.values():
             for parent, _ in group.within:
                 if len(group.within) > 1 or spec.groups[parent].within:
-                    raise SpecError(f"group {group.name!r} lies more than one level deep; rotations are matched on one")
+                    raise SpecError(f"group {group.name!r} is more than one level deep; rotations are matched on one")
                 self._inside.setdefault(parent, []).append(group)
         self.matrices = start or self._outwards()
         self.value = self._objective(self.matrices)

@@ -1,4 +1,4 @@
-"""Which groups admit every orthogonal matrix, found by trying random ones.
+"""Groups that admit every orthogonal matrix, found by trying random ones.
 
 A hidden unit that is always off, or always on, for the inputs at hand is as good as linear, and a layer of such units
 seems to rotate. So a trial is made on perturbed weights, too, and on more inputs than the caller has chosen, and beside

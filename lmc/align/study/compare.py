@@ -51,7 +51,7 @@ METHODS: dict[str, Aligner] = {
 
 @dataclass(frozen=True)
 class Alignment:
-    """What one method made of B.
+    """B as one method moved it, and its distance and barrier to A.
 
     Attributes:
         weights: B moved onto A.

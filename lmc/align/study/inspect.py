@@ -1,4 +1,4 @@
-"""What a matching does, step by step: which unit goes where, how alike the units become, how the barrier shrinks."""
+"""A matching, step by step: which unit goes where, how alike the units become, how the barrier shrinks."""
 
 import math
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Why matching works: how far two networks' singular vectors agree (Ito, Yamada and Kumagai 2025, arXiv:2402.04051).
+"""The agreement of two networks' singular vectors, which is why matching works (Ito, Yamada and Kumagai 2025, arXiv:2402.04051).
 
 With the singular value decompositions `W = U S V^T` of a layer in two aligned networks,
 

@@ -1,4 +1,4 @@
-"""Optimal-transport couplings between the units of two networks, nested where units lie within units."""
+"""Optimal-transport couplings between the units of two networks, nested where units are within units."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ _LEAST_MASS = 1e-7
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """What units weigh: the norm of the given order of their incoming weights.
+    """Masses of units: the norm of the given order of their incoming weights.
 
     Attributes:
         order: 1 or 2.
@@ -85,7 +85,7 @@ def plan(cost: Tensor, regularization: float, name: str, masses: tuple[Tensor, T
 
 @dataclass(frozen=True, eq=False)
 class Coupling:
-    """How the units of a group of B are spread over those of the same group of A, and what is nested in each pair of units.
+    """The spread of the units of a group of B over those of the same group of A, with that of groups nested in them.
 
     Attributes:
         moving, anchor: the group in B and in A.

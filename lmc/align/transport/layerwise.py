@@ -84,7 +84,7 @@ class Problem:
         return Importance(order, found)
 
     def _views(self, root: str, todo: Mapping[str, None]) -> Iterator[View]:
-        """Axes of parameters that the group lies on and whose other axes are expressed in units of A already."""
+        """Axes of parameters on which the group has units and whose other axes are expressed in units of A already."""
         spec = self.specs[1]
         for tensor, tables in spec.groups[root].tables.items():
             roots_here = [(_root(spec, name), table.dims) for name, table in spec.tables_by_tensor[tensor]]
@@ -94,7 +94,7 @@ class Problem:
                     yield tensor, table.dims[0]
 
     def _weight(self, views: Iterable[View]) -> float:
-        """How many numbers the tensors have in which units are computed; a trifle for each one in which they are not."""
+        """The count of numbers in the tensors in which units are computed; a trifle for each one in which they are not."""
         return sum(self.a[tensor].numel() if self.producing[tensor, axis] else 1e-6 for tensor, axis in views)
 
     def _compare(self, view: View) -> Tensor:
@@ -198,5 +198,5 @@ def _root(spec: PermutationSpec, name: str) -> str:
 
 
 def _side(tensor: str, axis: int, weights: Weights) -> str:
-    """What a parameter outside the known modules does with an axis: matrices have inputs second."""
+    """The use that a parameter outside the known modules makes of an axis: matrices have inputs second."""
     return "input" if axis == 1 and weights[tensor].ndim == 2 and tensor.endswith("weight") else "output"

@@ -40,7 +40,7 @@ def check_alone(spec: PermutationSpec) -> None:
             axis = table.dims[0]
             if table.dims != (axis,):
                 raise SpecError(
-                    f"{tensor}: group {name!r} lies over axes {table.dims}; leave it out: spec.without({name!r})"
+                    f"{tensor}: group {name!r} spans axes {table.dims}; leave it out: spec.without({name!r})"
                 )
             for position in table.rows.ravel().tolist():
                 other = owner.get((axis, position))

@@ -1,6 +1,6 @@
 """A spec arranged for coordinate descent: blocks of groups that are solved together, and what each one sees.
 
-A block is an outermost group with everything nested in its units. What lies in one unit of it is again such a problem,
+A block is an outermost group with everything nested in its units. Inside one unit of it there is again such a problem,
 the same for every unit, so nested groups are solved by nested assignment: the gain of putting B's unit j into A's
 unit i is the optimum of the inner problem between the two.
 """
@@ -61,10 +61,10 @@ class Shift(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class UnitBlock:
-    """A group, where it lies, and the blocks nested in each of its units (given for unit 0, relative to it).
+    """A group, its places in tensors, and the blocks nested in each of its units (given for unit 0, relative to it).
 
     Attributes:
-        places: where the units of the group lie.
+        places: the positions of the units of the group.
         tables: for each tensor the tables of the group and of all groups nested in it, outermost first.
         inner: the blocks of the problem inside unit 0, whose tensors are the slices that `places` give to it.
         names: `names[i]` are the names of all groups below unit i, in the same order for each i.
@@ -99,7 +99,7 @@ class UnitBlock:
         return result
 
     def _along(self, step: Step, name: str, tensor: Tensor) -> Shift | None:
-        """How the positions of one axis move, if the tables of that tensor all lie along one axis."""
+        """The move of the positions of one axis, if all tables of that tensor are along one axis."""
         tables = self._moving(step, name)
         axes = {table.dims for _, table in tables}
         if len(axes) != 1 or len(dims := axes.pop()) != 1:
@@ -211,17 +211,22 @@ def _relative(tables: Tables, held: Sequence[tuple[str, Table]], shapes: Shapes)
     """Tables of a group nested in unit 0, in the coordinates of what the places `held` give to that unit."""
     found: dict[str, tuple[Table, ...]] = {}
     for k, (tensor, parent) in enumerate(held):
+        # Unit 0 of the parent owns the positions `parent.rows[0]` over the axes `parent.dims`; its slice of the tensor has
+        # them in one first axis, in that order, and the other axes after it.
         column = {int(position): c for c, position in enumerate(parent.rows[0])}
         shape = shapes[tensor]
         left = [d for d in range(len(shape)) if d not in parent.dims]
         for table in tables.get(tensor, ()):
             if not set(parent.dims) <= set(table.dims):
                 continue
+            # The child's positions, one coordinate for each of its axes; those along the parent's axes together give the
+            # parent's position, of which the child belongs to unit 0 if all are in `column`.
             sizes = [shape[d] for d in table.dims]
             coordinates = dict(zip(table.dims, np.unravel_index(table.rows, sizes), strict=True))
             flat = np.ravel_multi_index([coordinates[d] for d in parent.dims], [shape[d] for d in parent.dims])
             if not all(int(position) in column for position in flat.ravel()):
                 continue
+            # In the slice: axis 0 by column, then the axes that the child has beyond its parent's.
             columns = np.vectorize(column.__getitem__, otypes=[np.int64])(flat)
             extra = [d for d in table.dims if d not in parent.dims]
             dims = (0, *(1 + left.index(d) for d in extra))
