@@ -7,7 +7,7 @@ each verdict stands its power: how much the outputs change when the rotation is 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,15 +16,20 @@ from lmc.align.relaxed.soft import SoftMoves
 from lmc.align.rotations.folding import TOLERANCE, Probe
 from lmc.align.rotations.procrustes import Matrices, nearest_rotation, unmoved
 from lmc.core.context import own_context, warn
+from lmc.core.extras import require
+from lmc.core.results import Result
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, as_weights
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _FACTORS = (0.1, -1.0, 3.0)  # one for each perturbed copy of the weights: of tensors that hold one value throughout
 _VISIBLE = 1e-6  # a broken rotation that changes the outputs by less is not seen
 
 
 @dataclass(frozen=True, eq=False)
-class RotatableGroups(Mapping[str, bool]):
+class RotatableGroups(Result, Mapping[str, bool]):
     """Group -> whether the matrix must leave the vector of ones alone, as behind layer normalisations.
 
     Attributes:
@@ -46,6 +51,11 @@ class RotatableGroups(Mapping[str, bool]):
 
     def __len__(self) -> int:
         return len(self.ones)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each group: group, whether the vector of ones stays, error, power."""
+        rows = [(name, ones, self.errors[name], self.powers[name]) for name, ones in self.items()]
+        return require("pandas").DataFrame(rows, columns=["group", "ones stay", "error", "power"])
 
     def __repr__(self) -> str:
         lines = [f"RotatableGroups({len(self)} groups)"]
