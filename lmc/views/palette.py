@@ -20,6 +20,13 @@ CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, GOLD, BLACK)
 SCALE = ((0.0, "#F7FBFF"), (0.25, "#C6DBEF"), (0.5, "#6BAED6"), (0.75, "#2171B5"), (1.0, "#08306B"))
 
 
+def track_colours(names: list[str]) -> dict[str, str]:
+    """A colour for each curve on a map in `SCALE`: no blue, which does not stand out there."""
+    chosen = {name: COLOURS[name] for name in names if COLOURS.get(name, BLUE) != BLUE}
+    free = [colour for colour in (ORANGE, PURPLE, GREEN, GOLD, BLACK) if colour not in chosen.values()]
+    return {name: chosen[name] if name in chosen else free.pop(0) if free else BLACK for name in names}
+
+
 def colours(names: list[str]) -> dict[str, str]:
     """A colour for each name: its own where it has one, else the next of the cycle that is not taken."""
     chosen = {name: COLOURS[name] for name in names if name in COLOURS}

@@ -73,8 +73,9 @@ def test_what_is_saved_is_alive_when_it_is_opened_again(server, window, open_not
     lab.page.wait_for_function("!window.jupyterapp.shell.currentWidget.content.model.dirty")
     lab.page.reload()
     lab.page.wait_for_function(KERNEL_IDLE)
+    lab.page.wait_for_function("globalThis.lmcModels?.size")  # the kernel of before is still there
     drag(lab.page, lab.page.locator(".lmc-path").get_by_role("slider"), (0.5, 0.5), (0.7, 0.5))
-    lab.page.locator(".lmc-note[data-state=exact]").wait_for()  # the kernel of before is still there
+    lab.page.locator(".lmc-note[data-state=exact]").wait_for()
     lab.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
     again = open_notebook("kept.ipynb").page
     drag(again, again.locator(".lmc-path").get_by_role("slider"), (0.5, 0.5), (0.3, 0.5))

@@ -37,7 +37,7 @@ def plane() -> Plane:
 
 @pytest.fixture
 def static(window, plane, tmp_path):
-    plane.save_html(tmp_path / "plane.html", paths={"naive": [plane.places["A"], plane.places["B"]]})
+    plane.save_html(tmp_path / "plane.html", tracks={"naive": [plane.places["A"], plane.places["B"]]})
     return window.open((tmp_path / "plane.html").as_uri())
 
 

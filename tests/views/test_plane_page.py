@@ -47,8 +47,8 @@ def test_the_state_holds_what_the_plane_holds(plane):
 
 
 @pytest.mark.parametrize("path", [[[0, 0]], [[0, 0, 0], [1, 1, 1]], [[0, 0], [np.nan, 1]], [0, 1]])
-def test_paths_that_are_no_curves_in_the_plane_are_refused(plane, path):
-    with pytest.raises(InputError, match=r"paths\['p'\]: expected finite points \(K, 2\)"):
+def test_tracks_that_are_no_curves_in_the_plane_are_refused(plane, path):
+    with pytest.raises(InputError, match=r"tracks\['p'\]: expected weights or finite points \(K, 2\)"):
         state(plane, {"p": path})
 
 

@@ -2,9 +2,12 @@
 
 import numpy as np
 import pytest
+import torch
 
 from lmc.errors import InputError
 from lmc.landscape.paths.path import Path
+from lmc.landscape.planes.plane_result import Plane
+from lmc.merge.study.inspect import inspect
 from lmc.views.plots.style import BLUE, ORANGE, colours
 
 
@@ -66,3 +69,57 @@ def test_names_are_told_apart():
         made_path(1.0).plot(naive=3)
     for names in (["path", "aligned"], ["naive", "aligned", "repaired", "x", "y", "z"]):
         assert len(set(colours(names).values())) == len(names)
+
+
+def boxes(figure) -> list[tuple[float, float]]:
+    """The places of the numbers beside arrows, left panel first."""
+    return [(note.x, note.y) for note in figure.layout.annotations if note.text and ("nats" in note.text or "points" in note.text)]
+
+
+def test_barrier_labels_stand_on_no_curve_and_on_no_other_label():
+    alphas = np.linspace(0.0, 1.0, 25)
+    hump = 4.0 * alphas * (1.0 - alphas)
+
+    def bump(height: float) -> Path:
+        values = {"data": {"loss": 0.2 + height * hump, "accuracy": 0.95 - 0.3 * height * hump}}
+        ends = {"data": {"loss": (0.2, 0.2), "accuracy": (0.95, 0.95)}}
+        return Path(alphas, values, ends)
+
+    tall, low = bump(1.5), bump(0.6)
+    figure = low.plot(naive=tall)
+    places = boxes(figure)
+    assert len(places) == 4
+    for x, y in places[:2]:
+        for path in (tall, low):
+            near = np.abs(alphas - x) < 0.1  # half of a label
+            curve = path.losses["data"][near]
+            assert (np.abs(curve - y) > 0.03).all()
+    (x, y), (u, v) = places[:2]
+    assert abs(x - u) > 0.2 or abs(y - v) > 0.1
+
+
+def test_tracks_stand_out_and_name_their_points():
+    grid = np.linspace(1.0, 2.0, 9).reshape(3, 3)
+    plane = Plane(
+        np.arange(3.0), np.arange(3.0), {"data": {"loss": grid, "accuracy": 0.1 * grid}}, {"A": (0.0, 0.0)},
+        {"data": {"loss": (1.0,), "accuracy": (0.1,)}}, np.ones((3, 3), dtype=bool), ("across", "up"),
+        tracks={"run": np.array([[0.0, 0.0], [1.0, 1.0], [2.0, 2.0]])}, labels={"run": ("0", "5", "10")},
+    )  # fmt: skip
+    figure = plane.plot(tracks={"aligned": [[0.0, 2.0], [1.0, 2.0]]})
+    names = [note.text for note in figure.layout.annotations if note.xref == "x"]
+    assert [name for name in names if "<b>" not in name] == ["run 0", "5", "run 10"]
+    lines = {trace.name: trace.line.color for trace in figure.data if trace.type == "scatter" and trace.name}
+    assert len(set(lines.values())) == 2 and not {BLUE, "#56B4E9"} & set(lines.values())
+    ticks = [trace.colorbar.ticktext for trace in figure.data if trace.type == "contour"]
+    assert ticks[1] == ("10", "12", "14", "16", "18", "20")
+    with pytest.raises(InputError, match="read from a file"):
+        plane.plot(tracks={"weights": [{"w": 1}]})
+
+
+def test_names_of_many_layers_are_thinned_and_shortened():
+    layers = [f"encoder.layers.{i}.self_attention.projection" for i in range(24)]
+    states = [{f"{name}.weight": torch.randn(3, 3) for name in layers} for _ in range(2)]
+    figure = inspect(states).plot()
+    axis = next(axis for axis in figure.select_xaxes() if axis.ticktext)
+    assert len(axis.ticktext) <= 10 and all(len(name) <= 16 for name in axis.ticktext)
+    assert set(axis.tickvals) <= set(layers)

@@ -230,3 +230,25 @@ def test_a_module_holds_what_it_imports_once_and_first():
     for name in ("stage", "clamp", "pathChart", "predictions"):
         assert text.count(f"function {name}(") == 1
     assert text.index("function stage(") < text.index("function pathChart(") < text.index("function render(")
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed; the browser tests run this code too")
+@pytest.mark.parametrize("name", sorted(file.name for file in WIDGETS.glob("*_explorer.js")))
+def test_the_files_of_an_explorer_make_one_module_without_a_name_twice(name):
+    subprocess.run(["node", "--input-type=module", "--check", "-"], input=page.module(name), text=True, check=True)
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed; the browser tests run this code too")
+def test_ink_is_read_on_every_colour():
+    script = """
+    import { inkOn } from "./common.js";
+    const light = (c) => c.map((v) => v / 255).map((v) => (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
+    const luminance = (c) => light(c).reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+    let worst = Infinity;
+    for (let r = 0; r < 256; r += 15) for (let g = 0; g < 256; g += 15) for (let b = 0; b < 256; b += 15) {
+      const l = luminance([r, g, b]);
+      worst = Math.min(worst, inkOn([r, g, b]) === "#000" ? (l + 0.05) / 0.05 : 1.05 / (l + 0.05));
+    }
+    console.log(worst);
+    """
+    assert float(run_module(script)) > 4.5

@@ -9,6 +9,8 @@ from lmc.core.results import view
 from lmc.errors import InputError
 from lmc.views.plots.style import BLUE, GREEN, ORANGE, PURPLE, SCALE, styled
 
+SHORTEST = 1e-3  # seconds; what takes less is drawn there
+
 
 @view(AlignmentComparison, "plot")
 def plot_comparison(comparison: AlignmentComparison) -> go.Figure:
@@ -25,9 +27,11 @@ def plot_comparison(comparison: AlignmentComparison) -> go.Figure:
     for name, values, colour, column in bars:
         bar = go.Bar(x=values, y=methods, name=name, orientation="h", marker={"color": colour})
         fig.add_trace(bar.update(hovertemplate="%{x:.3g}"), row=1, col=column)
-    time = go.Scatter(x=[row.seconds for row in rows], y=methods, mode="markers", showlegend=False)
+    seconds = [row.seconds for row in rows]
+    at = [max(value, SHORTEST) for value in seconds]
+    time = go.Scatter(x=at, y=methods, text=seconds, mode="markers", showlegend=False)
     fig.add_trace(
-        time.update(marker={"color": "black", "size": 9}, hovertemplate="%{x:.2g} s<extra></extra>"), row=1, col=3
+        time.update(marker={"color": "black", "size": 9}, hovertemplate="%{text:.2g} s<extra></extra>"), row=1, col=3
     )
     fig.update_xaxes(title_text=f"{comparison.split} loss barrier (nats)", rangemode="tozero", col=1)
     fig.update_xaxes(title_text="similarity to A", nticks=4, col=2)

@@ -10,6 +10,7 @@ from lmc.merge.study.compare import MergeComparison
 from lmc.merge.study.inspect import Inspection, mean_cosine
 from lmc.views.plots.style import BLUE, GREEN, GREY, ORANGE, SCALE, SKY, colours, figure, styled
 
+MOST_NAMED, LONGEST = 10, 16  # names of layers under an axis, and their letters
 # From opposite to alike, white in the middle.
 DIVERGING = ((0.0, "#D55E00"), (0.5, "#FFFFFF"), (1.0, "#0072B2"))
 
@@ -34,8 +35,20 @@ def plot_inspection(inspection: Inspection) -> go.Figure:
     fig.update_xaxes(type="category")  # names of models and layers may be numbers
     fig.update_yaxes(type="category", autorange="reversed", row=1)
     fig.update_yaxes(rangemode="tozero", row=2)
-    fig.update_xaxes(showticklabels=len(inspection.layers) <= 16, tickangle=40, row=2)
-    return styled(fig, height=680).update_layout(hovermode="closest")
+    step = -(-len(inspection.layers) // MOST_NAMED)
+    named = [_layer(layer.name) for layer in inspection.layers][::step]
+    fig.update_xaxes(tickvals=named, ticktext=[_short(name) for name in named], tickangle=-45, row=2)
+    # Slanted names of layers take room that a legend below would cover.
+    return styled(fig, height=720).update_layout(hovermode="closest", legend={"y": 1.07, "yanchor": "bottom"})
+
+
+def _layer(name: str) -> str:
+    return name or "(top)"
+
+
+def _short(name: str) -> str:
+    """The end of a long name, which tells it from its neighbours."""
+    return name if len(name) <= LONGEST else "…" + name[1 - LONGEST :]
 
 
 def _matrix(names: list[str], values: np.ndarray, scale, limits: tuple[float, float]) -> go.Heatmap:
@@ -46,7 +59,7 @@ def _matrix(names: list[str], values: np.ndarray, scale, limits: tuple[float, fl
 
 
 def _add_layers(fig: go.Figure, inspection: Inspection) -> None:
-    layers = [layer.name or "(top)" for layer in inspection.layers]
+    layers = [_layer(layer.name) for layer in inspection.layers]
     unit = np.array([layer.base_norm if inspection.based and layer.base_norm else 1.0 for layer in inspection.layers])
     palette = colours(list(inspection.names))
     for i, name in enumerate(inspection.names):

@@ -31,9 +31,10 @@ def plot(path: Path, label: str | None = None, **others: Path) -> go.Figure:
     fig = styled(make_subplots(1, len(panels), horizontal_spacing=0.11), height=430)
     tints = colours(list(paths))
     for column, panel in enumerate(panels, start=1):
+        labels = _Labels(shown, panel)
         for name, path in paths.items():
             _curves(fig, name, path, panel, tints[name], column)
-            _barrier(fig, path, panel, tints[name], column, 0.05 * _span(shown, panel))
+            _barrier(fig, path, panel, tints[name], column, labels)
         fig.update_xaxes(title_text="α, from A (0) to B (1)", col=column)
         fig.update_yaxes(title_text=titles[panel], rangemode="tozero" if panel == "loss" else "normal", col=column)
     _dash_legend(fig, {split for path in shown for split in path.values})
@@ -59,22 +60,14 @@ def _curves(fig: go.Figure, name: str, path: Path, panel: str, colour: str, colu
         fig.add_trace(trace, row=1, col=column)
 
 
-def _span(paths: list[Path], panel: str) -> float:
-    """The height of what a panel shows, in its unit."""
-    heights = np.concatenate([measures[panel] for path in paths for measures in path.values.values()])
-    if panel == "accuracy":
-        return 100.0 * float(np.nanmax(heights) - np.nanmin(heights))
-    return float(np.nanmax(heights))
-
-
-def _barrier(fig: go.Figure, path: Path, panel: str, colour: str, column: int, shortest: float) -> None:
-    """An arrow from the baseline up to the loss (down to the accuracy) where the barrier is attained."""
+def _barrier(fig: go.Figure, path: Path, panel: str, colour: str, column: int, labels: "_Labels") -> None:
+    """An arrow from the baseline up to the loss (down to the accuracy) where the barrier is attained, and its height."""
     found = path.barrier_of("loss" if panel == "loss" else "error")
     base = (1.0 - found.alpha) * found.start + found.alpha * found.end
     ends = (base, base + found.value)
     if panel == "accuracy":
         ends = (100.0 - base, 100.0 - base - found.value)
-    if found.value < shortest:
+    if found.value < 0.05 * labels.span:
         return  # too short to be seen; the legend says what it is
     fig.add_annotation(
         {"x": found.alpha, "y": ends[1], "ax": found.alpha, "ay": ends[0]},
@@ -83,18 +76,54 @@ def _barrier(fig: go.Figure, path: Path, panel: str, colour: str, column: int, s
         row=1,
         col=column,
     )
-    fig.add_annotation(
-        x=found.alpha,
-        y=0.5 * (ends[0] + ends[1]),
-        text=f"{found.value:.2f} nats" if panel == "loss" else f"{found.value:.1f} points",
-        font={"color": colour},
-        bgcolor="rgba(255, 255, 255, 0.85)",
-        showarrow=False,
-        xanchor="left",
-        xshift=6,
-        row=1,
-        col=column,
-    )
+    text = f"{found.value:.2f} nats" if panel == "loss" else f"{found.value:.1f} points"
+    place = labels.place(found.alpha, 0.5 * (ends[0] + ends[1]), len(text))
+    if place is not None:
+        fig.add_annotation(
+            x=place[0], y=place[1], text=text, font={"color": colour}, showarrow=False, row=1, col=column
+        )
+
+
+class _Labels:
+    """Places for labels of one panel on which no curve runs and no other label stands.
+
+    The size of the panel in pixels is not known before it is shown; labels are taken to be large on a small one.
+    """
+
+    WIDTH, HEIGHT = 330.0, 300.0  # pixels of the panel
+    LETTER, LINE = 8.5, 22.0  # pixels of a letter across, of a line of text down
+
+    def __init__(self, paths: list[Path], panel: str) -> None:
+        scale = 100.0 if panel == "accuracy" else 1.0
+        curves = [(path.alphas, scale * measures[panel]) for path in paths for measures in path.values.values()]
+        known = np.concatenate([heights[np.isfinite(heights)] for _, heights in curves])
+        self.low = min(0.0, float(known.min())) if panel == "loss" else float(known.min())
+        self.span = float(known.max()) - self.low or 1.0
+        self.left = min(float(alphas[0]) for alphas, _ in curves)
+        self.across = max(float(alphas[-1]) for alphas, _ in curves) - self.left
+        points = np.linspace(self.left, self.left + self.across, 400)
+        drawn = [np.interp(points, alphas[np.isfinite(h)], h[np.isfinite(h)]) for alphas, h in curves]
+        self.taken = [self._pixels(np.tile(points, len(drawn)), np.concatenate(drawn))]
+
+    def _pixels(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.stack([(x - self.left) / self.across * self.WIDTH, (y - self.low) / self.span * self.HEIGHT], axis=1)
+
+    def place(self, x: float, y: float, letters: int) -> tuple[float, float] | None:
+        """The middle of a free place beside (x, y), as near to it as may be; None if there is none."""
+        ((px, py),) = self._pixels(np.array([x]), np.array([y]))
+        half = np.array([0.5 * self.LETTER * letters, 0.5 * self.LINE])
+        occupied = np.concatenate(self.taken)
+        for step in range(2 * int(self.HEIGHT) // 4):
+            down = py + (-1.0) ** step * 4.0 * ((step + 1) // 2)
+            for away in (8.0, -8.0, 48.0, -48.0, 88.0, -88.0):
+                middle = np.array([px + away + np.sign(away) * half[0], down])
+                inside = (middle >= half).all() and (middle <= np.array([self.WIDTH, self.HEIGHT]) - half).all()
+                if inside and not (np.abs(occupied - middle) < half).all(1).any():
+                    grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, 9) * h for h in half)), axis=-1)
+                    self.taken.append(middle + grid.reshape(-1, 2))  # its own box, for labels to come
+                    across = self.left + middle[0] / self.WIDTH * self.across
+                    return float(across), float(self.low + middle[1] / self.HEIGHT * self.span)
+        return None
 
 
 def _dash_legend(fig: go.Figure, splits: set[str]) -> None:

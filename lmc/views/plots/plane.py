@@ -1,6 +1,7 @@
 """Contours of loss and accuracy over planes in weight space."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -9,7 +10,9 @@ from plotly.subplots import make_subplots
 from lmc.core.results import view
 from lmc.errors import InputError
 from lmc.landscape.planes.plane_result import Plane
-from lmc.views.plots.style import BLACK, GRID, SCALE, colours, styled
+from lmc.views.palette import track_colours
+from lmc.views.plots.style import BLACK, GRID, SCALE, styled
+from lmc.views.tracks import named_points, tracked
 
 LEVELS = 14  # contours
 SPACING = 0.4  # between panels, as a share of the figure, divided by their number
@@ -17,7 +20,13 @@ FEW = 40  # points of a track that are marked one by one
 
 
 @view(Plane, "plot")
-def plot(plane: Plane, split: str | None = None, measures: Sequence[str] | None = None) -> go.Figure:
+def plot(
+    plane: Plane,
+    split: str | None = None,
+    measures: Sequence[str] | None = None,
+    *,
+    tracks: Mapping[str, Any] | None = None,
+) -> go.Figure:
     """Draw a panel for each measure over the plane: loss and (for classifications) accuracy in percent unless named; dark is bad.
 
     Losses span orders of magnitude, so their colours go by the logarithm where all are positive. What is not known, and
@@ -27,10 +36,12 @@ def plot(plane: Plane, split: str | None = None, measures: Sequence[str] | None 
     Args:
         split: the data (default: the test split, if there is one).
         measures: which to draw.
+        tracks: further curves, name -> points (K, 2) in the plane or weights, as `{"run": checkpoints}`.
 
     Raises:
         InputError: a split or a measure that the plane lacks.
     """
+    plane = tracked(plane, tracks)
     split = plane.split if split is None else split
     if split not in plane.values:
         raise InputError(f"split={split!r}; this plane has {', '.join(plane.values)}")
@@ -45,9 +56,12 @@ def plot(plane: Plane, split: str | None = None, measures: Sequence[str] | None 
         right = column * (1.0 + spacing) / len(panels) - spacing  # where this panel ends
         fig.add_trace(_contours(plane, split, panel, right), row=1, col=column)
         _draw(fig, plane, column)
-        fig.update_xaxes(title_text=plane.axes[0], showgrid=False, constrain="domain", col=column)
+        fig.update_xaxes(
+            title_text=plane.axes[0], showgrid=False, range=[plane.x[0], plane.x[-1]], constrain="domain", col=column
+        )
         anchor = "x" if column == 1 else f"x{column}"
         fig.update_yaxes(title_text=plane.axes[1], showgrid=False, scaleanchor=anchor, constrain="domain", col=column)
+        fig.update_yaxes(range=[plane.y[0], plane.y[-1]], col=column)
     return fig.update_layout(hovermode="closest", plot_bgcolor=GRID)
 
 
@@ -64,6 +78,8 @@ def _contours(plane: Plane, split: str, panel: str, right: float) -> go.Contour:
     if panel == "loss" and len(known) and known.min() > 0.0:
         shown = np.log10(shown)
         bar = _ticks(float(known.min()), float(known.max()))
+    elif len(known):
+        bar = round_ticks(float(known.min()), float(known.max()))
     unit = " %" if panel == "accuracy" else ""
     low, high = (float(edge(shown)) for edge in (np.nanmin, np.nanmax)) if len(known) else (0.0, 1.0)
     return go.Contour(
@@ -82,6 +98,14 @@ def _contours(plane: Plane, split: str, panel: str, right: float) -> go.Contour:
     )
 
 
+def round_ticks(low: float, high: float) -> dict[str, list]:
+    """Round numbers to be named on a colour bar, about five of them."""
+    step = 10.0 ** np.floor(np.log10(max(high - low, 1e-12) / 4.0))
+    step *= next(factor for factor in (1, 2, 5, 10) if (high - low) / (factor * step) <= 5.0)
+    values = [float(i * step) for i in range(int(np.ceil(low / step - 1e-9)), int(np.floor(high / step + 1e-9)) + 1)]
+    return {"tickvals": values, "ticktext": [f"{value:.6g}" for value in values]}
+
+
 def _ticks(low: float, high: float) -> dict[str, list]:
     """Losses to be named on a logarithmic colour bar: 1, 2 and 5 times powers of ten, or the ends of a narrow range."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
@@ -95,12 +119,17 @@ def _ticks(low: float, high: float) -> dict[str, list]:
 
 def _draw(fig: go.Figure, plane: Plane, column: int) -> None:
     """The tracks, and the models on top of them."""
-    tints = colours(list(plane.tracks))
+    tints = track_colours(list(plane.tracks))
     for name, track in plane.tracks.items():
         line = {"color": tints[name], "width": 3}
         mode = "lines+markers" if len(track) <= FEW else "lines"
+        halo = go.Scatter(x=track[:, 0], y=track[:, 1], mode="lines", line={"color": "white", "width": 6}, opacity=0.7)
+        fig.add_trace(halo.update(showlegend=False, hoverinfo="skip"), row=1, col=column)
         trace = go.Scatter(x=track[:, 0], y=track[:, 1], mode=mode, name=name, line=line, legendgroup=name)
         fig.add_trace(trace.update(showlegend=column == 1, hoverinfo="name"), row=1, col=column)
+        for i, text in named_points(plane, name).items():
+            label = {"text": text, "font": {"size": 12, "color": tints[name]}, "bgcolor": "rgba(255, 255, 255, 0.85)"}
+            fig.add_annotation(x=track[i, 0], y=track[i, 1], **label, showarrow=False, yshift=-14, row=1, col=column)
     x, y = zip(*plane.places.values(), strict=True)
     marker = {"size": 12, "color": "white", "line": {"color": BLACK, "width": 2}}
     models = go.Scatter(x=x, y=y, mode="markers", marker=marker, text=list(plane.places), showlegend=False)

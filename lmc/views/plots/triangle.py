@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 from lmc.core.results import view
 from lmc.errors import InputError
 from lmc.landscape.simplices.simplex_result import Mixture, Simplex, Triangle
-from lmc.views.plots.plane import LEVELS
+from lmc.views.plots.plane import LEVELS, round_ticks
 from lmc.views.plots.style import BLACK, BLUE, ORANGE, SCALE, styled
 
 HEIGHT = math.sqrt(3.0) / 2.0
@@ -109,6 +109,8 @@ def _contours(triangle: Triangle, split: str, panel: str, right: float) -> go.Co
     heights = _values(triangle, split, panel, x, y) * (100.0 if panel == "accuracy" else 1.0)
     shown, bar = (heights, {}) if panel == "accuracy" else _logarithmic(heights)
     known = shown[np.isfinite(shown)]
+    if panel == "accuracy" and len(known):
+        bar = round_ticks(float(known.min()), float(known.max()))
     low, high = (float(known.min()), float(known.max())) if len(known) else (0.0, 1.0)
     unit = " %" if panel == "accuracy" else ""
     return go.Contour(

@@ -9,9 +9,9 @@ import numpy.typing as npt
 import traitlets
 
 from lmc.core.results import view
-from lmc.errors import InputError
 from lmc.landscape.planes.plane_result import Plane
-from lmc.views.palette import SCALE, colours
+from lmc.views.palette import SCALE, track_colours
+from lmc.views.tracks import named_points, tracked
 from lmc.views.widgets.explorer import Explorer
 from lmc.views.widgets.page import module, style
 from lmc.views.widgets.pictures import answer, encode
@@ -35,9 +35,9 @@ class PlaneExplorer(Explorer):
     split = traitlets.Unicode().tag(sync=True)
     measure = traitlets.Unicode().tag(sync=True)
 
-    def __init__(self, plane: Plane, paths: Mapping[str, npt.ArrayLike]) -> None:
+    def __init__(self, plane: Plane, tracks: Mapping[str, Any] | None = None) -> None:
         self.plane = plane
-        super().__init__([plane], state(plane, paths))
+        super().__init__([plane], state(plane, tracks))
 
     @traitlets.validate("split", "measure")
     def _known(self, proposal: Any) -> str:
@@ -56,23 +56,23 @@ class PlaneExplorer(Explorer):
 
 
 @view(Plane, "explore")
-def explore(plane: Plane, paths: Mapping[str, npt.ArrayLike] | None = None) -> PlaneExplorer:
+def explore(plane: Plane, tracks: Mapping[str, Any] | None = None) -> PlaneExplorer:
     """Open a widget with a point to be dragged over the plane, as a map and as a surface.
 
     Args:
-        paths: further curves to be drawn, name -> (K, 2).
+        tracks: further curves, name -> points (K, 2) in the plane or weights, as `{"run": checkpoints}`.
 
     Raises:
-        InputError: paths that are no curves in the plane.
+        InputError: tracks that are no curves in the plane, or weights where the plane was read from a file.
     """
-    return PlaneExplorer(plane, paths or {})
+    return PlaneExplorer(plane, tracks)
 
 
 @view(Plane, "save_html")
 def save_html(
     plane: Plane,
     file: str | FilePath,
-    paths: Mapping[str, npt.ArrayLike] | None = None,
+    tracks: Mapping[str, Any] | None = None,
     *,
     title: str | None = None,
     text: Sequence[str] = (),
@@ -81,20 +81,20 @@ def save_html(
     """Write the explorer as one page that needs neither a kernel nor a network, and return where it is.
 
     Args:
-        paths: as for `explore`.
+        tracks: as for `explore`.
         title, text, rows: heading, paragraphs, and a table (column -> cell) above the explorer.
     """
-    return PlaneExplorer.write(file, state(plane, paths or {}), title, text, rows)
+    return PlaneExplorer.write(file, state(plane, tracks), title, text, rows)
 
 
-def state(plane: Plane, paths: Mapping[str, npt.ArrayLike]) -> dict[str, Any]:
+def state(plane: Plane, tracks: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The state of the explorer: all that it draws, and a point in the middle of the models.
 
     Raises:
-        InputError: paths that are no curves in the plane.
+        InputError: see `explore`.
     """
-    tracks = {**plane.tracks, **{name: _track(name, path) for name, path in paths.items()}}
-    tints = colours(list(tracks))
+    plane = tracked(plane, tracks)
+    tints = track_colours(list(plane.tracks))
     measures = list(plane.values[plane.split])
     data = {
         "x": plane.x.tolist(),
@@ -104,7 +104,10 @@ def state(plane: Plane, paths: Mapping[str, npt.ArrayLike]) -> dict[str, Any]:
         "measures": [{"name": name, "unit": _unit(name), "reversed": name == "accuracy"} for name in measures],
         "values": {s: {m: encode(_shown(m, grid)) for m, grid in ms.items()} for s, ms in plane.values.items()},
         "models": [{"name": name, "place": list(place)} for name, place in plane.places.items()],
-        "tracks": [{"name": n, "colour": tints[n], "points": track.tolist()} for n, track in tracks.items()],
+        "tracks": [
+            {"name": n, "colour": tints[n], "points": track.tolist(), "labels": named_points(plane, n)}
+            for n, track in plane.tracks.items()
+        ],
         "scale": [list(stop) for stop in SCALE],
         "missing": int((~plane.done).sum()),
         "interpolated": np.flatnonzero(plane.interpolated).tolist() if plane.interpolated.any() else [],
@@ -112,15 +115,6 @@ def state(plane: Plane, paths: Mapping[str, npt.ArrayLike]) -> dict[str, Any]:
     }
     centre = np.mean(list(plane.places.values()), axis=0)
     return {"data": data, "point": centre.tolist(), "split": plane.split, "measure": measures[0]}
-
-
-def _track(name: str, path: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    track = np.asarray(path, dtype=np.float64)
-    if track.ndim != 2 or track.shape[1] != 2 or len(track) < 2 or not np.isfinite(track).all():
-        raise InputError(
-            f"paths[{name!r}]: expected finite points (K, 2) in the plane, K at least 2, got {track.shape}"
-        )
-    return track
 
 
 def _unit(measure: str) -> str:

@@ -45,9 +45,14 @@ export function pathChart({ panel, paths, low, high, pick, release }) {
   const behind = shape("g", {});
   chart.node.append(behind, ...groups.map((group) => group.node));
   chart.dragged(pick, release);
+  const label = () => groups.forEach((group) => group.label(groups.flatMap((each) => each.tracks())));
+  label();
   return {
     node: chart.node,
-    redraw: (others) => others.forEach((path, i) => groups[i].redraw(path)),
+    redraw(others) {
+      others.forEach((path, i) => groups[i].redraw(path));
+      label();
+    },
     // Further paths, thin and behind the others.
     trail(others) {
       const points = ({ alphas, series, split }) => track(alphas, series[split][panel.measure], chart.x, chart.y);
@@ -78,10 +83,19 @@ function drawPath(first, panel, { x, y }) {
     for (const [split, line] of lines) line.setAttribute("points", track(path.alphas, path.series[split][panel.measure], x, y));
     arrow.replaceChildren(...barrierArrow(path.barriers[panel.measure], x, y));
   }
+  const tracks = () => lines.map(([, line]) => line.getAttribute("points").split(" ").map((point) => point.split(",").map(Number)));
+  function label(others) {
+    if (!arrow.firstChild) return;
+    const { text } = path.barriers[panel.measure];
+    const place = clear(arrow.firstChild, 7.2 * text.length, others);
+    if (place) arrow.append(shape("text", place, text));
+  }
   redraw(first);
   return {
     node: group,
     redraw,
+    tracks,
+    label,
     update(alpha, chosen, exact) {
       group.classList.toggle("lmc-faded", !chosen);
       const value = exact ?? valueAt(path.alphas, path.series[path.split][panel.measure], alpha);
@@ -102,9 +116,33 @@ export function track(grid, values, x, y) {
 function barrierArrow(barrier, x, y) {
   if (!barrier || Math.abs(y(barrier.top) - y(barrier.base)) <= 8) return [];
   const at = x(barrier.alpha);
-  const middle = 0.5 * (y(barrier.base) + y(barrier.top)) + 5;
-  return [
-    shape("line", { x1: at, x2: at, y1: y(barrier.base), y2: y(barrier.top) }),
-    shape("text", { x: at + 7, y: middle }, barrier.text),
-  ];
+  return [shape("line", { x1: at, x2: at, y1: y(barrier.base), y2: y(barrier.top) })];
+}
+
+// Where a text at an arrow stands on no line: right or left of it, or across where it ends; null if nowhere near.
+function clear(arrow, width, tracks) {
+  const [at, from, to] = ["x1", "y1", "y2"].map((name) => Number(arrow.getAttribute(name)));
+  const middle = 0.5 * (from + to);
+  const heights = Array.from({ length: 60 }, (_, i) => middle + (i % 2 ? -1 : 1) * 3 * Math.ceil(i / 2));
+  for (const y of heights.filter((height) => height > CHART.top + 10 && height < CHART.height - CHART.bottom - 10)) {
+    const beyond = y < Math.min(from, to) - 12 || y > Math.max(from, to) + 12;
+    for (const x of [at + 9, at - 9 - width, ...(beyond ? [at - width / 2] : [])]) {
+      const inside = x > CHART.left && x + width < CHART.width - CHART.right;
+      if (inside && !tracks.some((points) => crosses(points, [x - 3, x + width + 3], [y - 9, y + 9]))) return { x, y: y + 5 };
+    }
+  }
+  return null;
+}
+
+// Whether a polyline enters a box; steps are shorter than the box is high.
+function crosses(points, [left, right], [top, bottom]) {
+  for (let i = 1; i < points.length; i++) {
+    const [[x, y], [u, v]] = [points[i - 1], points[i]];
+    const steps = Math.ceil(Math.hypot(u - x, v - y) / 6) || 1;
+    for (let k = 0; k <= steps; k++) {
+      const [px, py] = [x + ((u - x) * k) / steps, y + ((v - y) * k) / steps];
+      if (px >= left && px <= right && py >= top && py <= bottom) return true;
+    }
+  }
+  return false;
 }

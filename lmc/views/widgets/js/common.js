@@ -311,7 +311,7 @@ export function logTicks(low, high, most = 7) {
 
 // ---- colours
 
-// `stops` are [share, "#rrggbb"] from 0 to 1, as in lmc/views/plots/style.py; gives t -> [r, g, b], NaN -> null.
+// `stops` are [share, "#rrggbb"] from 0 to 1, as in lmc/views/palette.py; gives t -> [r, g, b], NaN -> null.
 export function colourScale(stops) {
   const known = stops.map(([at, text]) => [at, [1, 3, 5].map((i) => parseInt(text.slice(i, i + 2), 16))]);
   const table = Array.from({ length: 256 }, (_, i) => {
@@ -321,6 +321,12 @@ export function colourScale(stops) {
     return a.map((value, c) => Math.round(value + ((b[c] - value) * (t - from)) / (to - from)));
   });
   return (t) => (Number.isNaN(t) ? null : table[Math.round(255 * clamp(t, 0, 1))]);
+}
+
+// Black or white, whichever is read more easily on a colour (contrast at least 4.5, as WCAG 2.2 wants it).
+export function inkOn(colour) {
+  const [r, g, b] = colour.map((value) => (value / 255 <= 0.04045 ? value / 3294.6 : ((value / 255 + 0.055) / 1.055) ** 2.4));
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b > 0.179 ? "#000" : "#fff";
 }
 
 export function rgb([r, g, b], alpha = 1) {

@@ -122,7 +122,7 @@ function interpolated(data, coefficients) {
 function mixingDesk(data, set) {
   const desk = node("div", {
     class: "lmc-mixer-desk",
-    style: `grid-template-columns: minmax(4.5em, auto) repeat(${data.names.length}, minmax(0, 1fr))`,
+    style: `grid-template-columns: minmax(4em, 9em) repeat(${data.names.length}, minmax(0, 1fr))`,
   });
   const cells = [];
   desk.append(node("span", {}));

@@ -1,6 +1,6 @@
 // What a network confuses, and the inputs that it gets wrong.
 
-import { bytes, node, theme } from "./common.js";
+import { bytes, inkOn, node, theme } from "./common.js";
 
 export const TILES = 24;
 
@@ -71,7 +71,7 @@ function paintConfusion(canvas, { confusion, classes }, point) {
   const ratio = window.devicePixelRatio || 1;
   const dots = Math.round(side * ratio);
   if (canvas.width !== dots || canvas.height !== dots) canvas.width = canvas.height = dots;
-  const [ink, right, wrong] = theme(canvas, "--fg", "--right", "--wrong");
+  const [ink, paper, right, wrong] = theme(canvas, "--fg", "--bg", "--right", "--wrong");
   const pen = canvas.getContext("2d");
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
   pen.clearRect(0, 0, side, side);
@@ -94,7 +94,7 @@ function paintConfusion(canvas, { confusion, classes }, point) {
       pen.fillRect(px + 0.5, py + 0.5, cell - 1, cell - 1);
       pen.globalAlpha = 1;
       if (count === 0 || classes > 12) continue;
-      pen.fillStyle = Math.sqrt(count / total) > 0.55 ? "#fff" : ink;
+      pen.fillStyle = inkOn(blended(pen, row === column ? right : wrong, paper, 0.06 + 0.84 * Math.sqrt(count / total)));
       pen.fillText(count, px + cell / 2, py + cell / 2 + 0.5);
     }
     if (classes > 20) continue;
@@ -102,6 +102,15 @@ function paintConfusion(canvas, { confusion, classes }, point) {
     pen.fillText(row, margin / 2, margin + (row + 0.5) * cell);
     pen.fillText(row, margin + (row + 0.5) * cell, margin / 2);
   }
+}
+
+// The colour that is seen where one lies over another, as [r, g, b]; the pen knows every way to write a colour.
+function blended(pen, over, under, share) {
+  const [top, low] = [over, under].map((colour) => {
+    pen.fillStyle = colour;
+    return [1, 3, 5].map((i) => parseInt(pen.fillStyle.slice(i, i + 2), 16));
+  });
+  return top.map((value, i) => share * value + (1 - share) * low[i]);
 }
 
 function galleryFigure() {

@@ -292,9 +292,25 @@ function drawMap(canvas, { map, chart }, data, point, [ink, paper]) {
   const { pen, width, height } = fit(canvas);
   pen.drawImage(map, 0, 0, width, height);
   const font = getComputedStyle(canvas).fontFamily;
-  for (const { points, colour } of data.tracks) line(pen, points.map(([px, py]) => chart.at(px, py)), colour);
+  for (const { points, colour, labels } of data.tracks) {
+    const places = points.map(([px, py]) => chart.at(px, py));
+    line(pen, places, colour);
+    for (const [i, text] of Object.entries(labels)) tag(pen, ...places[i], text, colour, font);
+  }
   for (const { name, place: at } of data.models) label(pen, ...chart.at(...at), name, font);
   marker(pen, ...chart.at(...point));
+}
+
+// The name of a point of a track, under it.
+function tag(pen, x, y, text, colour, font) {
+  pen.font = `600 12px ${font}`;
+  pen.textAlign = "center";
+  pen.lineWidth = 4;
+  pen.lineJoin = "round";
+  pen.strokeStyle = "#fff";
+  pen.strokeText(text, x, y + 17);
+  pen.fillStyle = colour;
+  pen.fillText(text, x, y + 17);
 }
 
 function drawSurface(canvas, { surface, eye }, data, field, point, [ink]) {

@@ -25,8 +25,8 @@ export function mixturePanel(data, move, release) {
       move(withShare(now, i, end ?? now[i] + 0.02 * step));
       release(SETTLE_AFTER);
     });
-    const label = node("span", { class: "lmc-mix-name", style: `--c: ${data.colours[i]}` }, name);
-    return { canvas, input, share, node: node("label", { class: "lmc-mix-row" }, label, node("div", {}, canvas, input), share) };
+    const label = node("span", { class: "lmc-mix-name" }, name);
+    return { canvas, input, share, node: node("label", { class: "lmc-mix-row", style: `--c: ${data.colours[i]}` }, label, node("div", {}, canvas, input), share) };
   });
   return {
     node: node("div", { style: `--longest: ${Math.max(...data.names.map((name) => name.length)) + 3}ch` }, bar, excess, ...rows.map((row) => row.node)),
