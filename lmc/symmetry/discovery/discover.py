@@ -10,7 +10,7 @@ from lmc.symmetry.discovery import naming
 from lmc.symmetry.discovery.explain import reasons
 from lmc.symmetry.discovery.interpret import Facts, gather_facts
 from lmc.symmetry.discovery.siblings import conforming
-from lmc.symmetry.discovery.solve import Fibre, Solution, solve
+from lmc.symmetry.discovery.solve import Fibre, Links, Solution, links, solve
 from lmc.symmetry.discovery.tables import Places
 from lmc.symmetry.discovery.tracing.capture import capture
 from lmc.symmetry.discovery.tracing.graph import Graph
@@ -82,14 +82,17 @@ def discover(
         TraceError: if the forward pass cannot be captured as a graph of operators.
         InputError: if `example_inputs` or `outputs` make no sense.
     """
-    with tqdm(total=3, desc="symmetries: capturing the graph", disable=not progress) as bar:
+    with tqdm(total=2, desc="symmetries: capturing the graph", disable=not progress) as bar:
         graph = capture(model, example_inputs, outputs)
         bar.update()
-        bar.set_description("symmetries: following units", refresh=False)
-        facts = gather_facts(graph, progress)
-        bar.update()
-        bar.set_description("symmetries: solving", refresh=False)
-        solution = solve(facts.units, parameter_units(facts))
+        bar.set_description("symmetries: following units and solving", refresh=False)
+        return read_off(graph, progress)
+
+
+def read_off(graph: Graph, progress: bool = False) -> Discovery:
+    """The symmetries of a captured graph: interpret its operators on units, solve, name the groups."""
+    facts = gather_facts(graph, progress)
+    solution = solve(facts.units, parameter_units(facts))
     drafts = draft_groups(facts, solution)
     shapes = {name: tuple(tensor.shape) for name, tensor in graph.tensors.items()}
     used = first_uses(graph)
@@ -142,20 +145,17 @@ def draft_groups(facts: Facts, solution: Solution) -> list[Draft]:
     return drafts
 
 
-def parents_of(solution: Solution) -> dict[int, list[int]]:
+def parents_of(solution: Solution) -> Links:
     """For each super-unit, the super-units it lives in."""
     found = solution.structure
     climbs = np.flatnonzero(found.climbs)
-    pairs = np.stack([found.owner[found.edges.child[climbs]], found.owner[found.edges.parent[climbs]]])
-    above: dict[int, list[int]] = {}
-    for child, parent in np.unique(pairs, axis=1).T.tolist():
-        above.setdefault(child, []).append(parent)
-    return above
+    child, parent = found.owner[found.edges.child[climbs]], found.owner[found.edges.parent[climbs]]
+    pairs = np.unique(child * found.kind.size + parent)
+    above = links(pairs // found.kind.size, found.kind.size)
+    return Links((pairs % found.kind.size)[above.items], above.start)
 
 
-def outer_units(
-    parents: list[int], root: dict[int, tuple[Draft, int]], above: dict[int, list[int]]
-) -> list[tuple[Draft, int]]:
+def outer_units(parents: list[int], root: dict[int, tuple[Draft, int]], above: Links) -> list[tuple[Draft, int]]:
     """The units of other groups that super-units live in: the nearest on each way up."""
     found: list[tuple[Draft, int]] = []
     queue, seen = list(parents), set(parents)
@@ -165,7 +165,7 @@ def outer_units(
             if root[unit] not in found:
                 found.append(root[unit])
             continue
-        for higher in above.get(unit, []):
+        for higher in above.of(np.array([unit])).tolist():
             if higher not in seen:
                 seen.add(higher)
                 queue.append(higher)

@@ -7,12 +7,13 @@ wrong proposal can cost a symmetry but never let a wrong one through.
 """
 
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 import numpy.typing as npt
 
-from lmc.symmetry.discovery.refine import Structure, components, mix, rank_within, structure, summed
-from lmc.symmetry.discovery.units import Ids, Units
+from lmc.symmetry.discovery.refine import Structure, connected, mix, rank_within, structure, summed
+from lmc.symmetry.discovery.units import Ids, Units, first_codes
 
 ROUNDS = 8
 
@@ -87,40 +88,40 @@ def add_quotients(units: Units, found: Structure, seen: set[tuple[int, ...]]) ->
     coarse level: key heads, when query units live in query heads and in key units."""
     climbs = np.flatnonzero(found.climbs)
     child, parent = found.owner[found.edges.child[climbs]], found.owner[found.edges.parent[climbs]]
-    pairs = np.unique(np.stack([found.kind[child], found.kind[parent]]), axis=1)
-    parents_of: dict[int, list[int]] = {}
-    for k, p in pairs.T.tolist():
-        parents_of.setdefault(k, []).append(p)
+    kinds = int(found.kind.max(initial=0)) + 1
+    # the climbs sorted by the classes that they join, so that each pair of classes is one stretch of them
+    key = found.kind[child] * kinds + found.kind[parent]
+    order = np.argsort(key, kind="stable")
+    joined, starts = np.unique(key[order], return_index=True)
+    stretches = np.split(order, starts[1:])
+    parents_of: dict[int, dict[int, Ids]] = {}
+    for code, stretch in zip(joined.tolist(), stretches, strict=False):
+        parents_of.setdefault(code // kinds, {})[code % kinds] = stretch
     any_unit = np.zeros(found.kind.size, np.int64)
     any_unit[found.owner[found.active][::-1]] = np.flatnonzero(found.active)[::-1]
     added = False
-    for k, kinds in parents_of.items():
-        mine = found.kind[child] == k if len(kinds) > 1 else None
-        for i, p in enumerate(kinds):
-            for q in kinds[i + 1 :]:
-                if q in parents_of.get(p, []) or p in parents_of.get(q, []):
-                    continue
-                added |= relate(units, found, seen, any_unit, child[mine], parent[mine], p, q)
+    for above in parents_of.values():
+        for (p, to_p), (q, to_q) in combinations(above.items(), 2):
+            if q not in parents_of.get(p, ()) and p not in parents_of.get(q, ()):
+                sides = (child[to_p], parent[to_p]), (child[to_q], parent[to_q])
+                added |= relate(units, seen, any_unit, *sides)
     return added
 
 
 def relate(
-    units: Units, found: Structure, seen: set[tuple[int, ...]], any_unit: Ids, child: Ids, parent: Ids, p: int, q: int
+    units: Units, seen: set[tuple[int, ...]], any_unit: Ids, to_p: tuple[Ids, Ids], to_q: tuple[Ids, Ids]
 ) -> bool:
-    """Record the common quotient of the parent classes p and q of one child class."""
-    count = found.kind.size
-    to_p, to_q = found.kind[parent] == p, found.kind[parent] == q
-    a = np.concatenate([child[to_p], child[to_q]]) + count
-    b = np.concatenate([parent[to_p], parent[to_q]])
-    label, _ = components(a, b, 2 * count, np.arange(2 * count) < count)
-    members = np.unique(b)
-    code = np.unique(label[members], return_inverse=True)[1]
+    """Record the common quotient of two classes of parents, given (children, parents) of each."""
+    children, child = np.unique(np.concatenate([to_p[0], to_q[0]]), return_inverse=True)
+    members, parent = np.unique(np.concatenate([to_p[1], to_q[1]]), return_inverse=True)
+    label = connected(child.ravel() + members.size, parent.ravel(), members.size + children.size)[: members.size]
+    code, size = first_codes(label)
     key = (hash(any_unit[members].tobytes()), hash(code.tobytes()))
-    if code.max(initial=0) == 0 or key in seen:
+    if size < 2 or key in seen:
         return False
     seen.add(key)
-    quotient = units.fresh(int(code.max()) + 1)[code]
-    in_p = found.kind[members] == p
+    quotient = units.fresh(size)[code]
+    in_p = np.isin(members, to_p[1])
     for side in (in_p, ~in_p):
         units.map(any_unit[members[side]], quotient[side])
     return True

@@ -134,7 +134,9 @@ def ordered(units: Units, tag: Tag, dims: tuple[int, ...], reason: str, out: Sha
 
 
 def on_dim(vector: Tag, dim: int, ndim: int) -> Tag:
-    """A vector laid along one dim of a tensor of rank `ndim`."""
+    """A vector laid along one dim of a tensor of rank `ndim`; a scalar belongs to all positions alike."""
+    if not vector.shape:
+        return vector
     shape = tuple(vector.shape[0] if d == dim else 1 for d in range(ndim))
     return Tag(shape, tuple(along(c.ravel(), dim, ndim) for c in vector.coords))
 

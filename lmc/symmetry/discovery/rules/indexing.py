@@ -21,7 +21,7 @@ def embedding(op: Op, weight: Tag, index: Tag, *_: Any, **__: Any) -> Operand:
     return take(op, weight, 0, index)
 
 
-@rule(*named("index_select"), choices=True)
+@rule(*named("index_select"), choices=True, axes=True)
 def index_select(op: Op, x: Tag, dim: int, index: Tag) -> Operand:
     x = fixed(op.units, x)
     return take(op, x, dim % len(x.shape), index)
@@ -102,7 +102,7 @@ def index_many(op: Op, x: Tag, given: list[tuple[int, Tag]]) -> Tag:
     return make(op.units, op.shape, coords)
 
 
-@rule(*named("gather"), choices=True)
+@rule(*named("gather"), choices=True, axes=True)
 def gather(op: Op, x: Tag, dim: int, index: Tag, **_: Any) -> Tag:
     """out[p] = x[p with p[dim] replaced by index[p]]; other dims may be cut short."""
     x = fixed(op.units, x)

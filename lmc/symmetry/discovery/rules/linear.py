@@ -34,9 +34,16 @@ def linear(op: Op, x: Tag, weight: Tag, bias: Tag | None = None) -> chosen.Opera
     return product if bias is None else chosen.pointwise(op.units, op.shape, [product, bias])
 
 
-@rule(*named("addmm baddbmm addmv addbmm"), experts=True)
+@rule(*named("addmm baddbmm addmv"), experts=True)
 def addmm(op: Op, bias: Tag, a: Tag, b: Tag, **_: Any) -> chosen.Operand:
     return chosen.pointwise(op.units, op.shape, [bias, matmul(op, a, b)])
+
+
+@rule(*named("addbmm"), experts=True)
+def addbmm(op: Op, bias: Tag, a: Tag, b: Tag, **_: Any) -> chosen.Operand:
+    """(n, o) + (k, n, m) x (k, m, o), summed over k."""
+    product = chosen.contract(op.units, [(a, ["k", "n", "m"]), (b, ["k", "m", "o"])], ["n", "o"])
+    return chosen.pointwise(op.units, op.shape, [bias, product])
 
 
 @rule(*named("einsum"), experts=True)

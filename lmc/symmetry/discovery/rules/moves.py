@@ -43,7 +43,7 @@ def also_for_experts(*dims_at: int) -> Callable[[Callable[..., Any]], Callable[.
 
 
 @rule(
-    *named("view _unsafe_view reshape flatten unflatten view_copy _reshape_alias squeeze unsqueeze"),
+    *named("view _unsafe_view reshape flatten unflatten view_copy view_as reshape_as _reshape_alias squeeze unsqueeze"),
     choices=True,
     experts=True,
 )
@@ -205,7 +205,7 @@ def roll(op: Op, x: Tag, shifts: Any, dims: Any = ()) -> Tag:
 
 @rule(
     *named(
-        "clone contiguous alias detach lift_fresh_copy _to_copy to type_as lift view_as positive resolve_conj "
+        "clone contiguous alias detach lift_fresh_copy _to_copy to type_as lift positive resolve_conj "
         "resolve_neg _assert_tensor_metadata"
     ),
     choices=True,

@@ -67,8 +67,7 @@ def group_norm(op: Op, x: Tag, *args: Any) -> Any:
     y = reshape(normalise(op, grouped, tuple(range(2, len(grouped.shape)))), x.shape)
     affine = [core.on_dim(v, 1, len(x.shape)) for v in present(weight, bias)]
     result = core.pointwise(op.units, x.shape, [y, *affine])
-    return (
-        result
-        if len(op.shapes) == 1
-        else (result, *(core.still(op.units, s, "group statistics") for s in op.shapes[1:]))
-    )
+    if len(op.shapes) == 1:
+        return result
+    statistics = core.reduce(op.units, grouped, tuple(range(2, len(grouped.shape))), keepdim=False)
+    return (result, *(statistics for _ in op.shapes[1:]))

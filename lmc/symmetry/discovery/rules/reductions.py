@@ -36,7 +36,7 @@ def extremum(op: Op, x: Tag, dim: Any = None, *_: Any, **__: Any) -> Any:
     return values, core.choice(op.units, x, dim % len(x.shape), op.shape, op.no_ties)
 
 
-@rule(*named("argmax argmin"))
+@rule(*named("argmax argmin"), axes=True)
 def argument(op: Op, x: Tag, dim: int | None = None, *_: Any, **__: Any) -> Tag:
     if dim is None:
         core.freeze(op.units, x, op.name)
@@ -44,7 +44,7 @@ def argument(op: Op, x: Tag, dim: int | None = None, *_: Any, **__: Any) -> Tag:
     return core.choice(op.units, x, dim % len(x.shape), op.shape, op.no_ties)
 
 
-@rule(*named("sort topk"))
+@rule(*named("sort topk"), axes=True)
 def sort(op: Op, x: Tag, *args: Any, **kwargs: Any) -> tuple[Tag, Tag]:
     """The values in order are a symmetric function of the values along the dim; only their ranks are told apart."""
     is_topk = "topk" in op.name
@@ -55,7 +55,7 @@ def sort(op: Op, x: Tag, *args: Any, **kwargs: Any) -> tuple[Tag, Tag]:
     return values, core.choice(op.units, x, d, op.shape, op.no_ties)
 
 
-@rule(*named("cumsum cumprod logcumsumexp cummax cummin"))
+@rule(*named("cumsum cumprod logcumsumexp cummax cummin"), axes=True)
 def cumulative(op: Op, x: Tag, dim: int, *_: Any, **__: Any) -> Any:
     result = core.ordered(op.units, x, (dim % len(x.shape),), op.name, op.shape)
     return result if len(op.shapes) == 1 else (result,) * len(op.shapes)

@@ -33,6 +33,7 @@ R = TypeVar("R", bound=Rule)
 RULES: dict[Any, Rule] = {}
 CHOICES: set[Rule] = set()
 EXPERTS: set[Rule] = set()
+AXES: set[Rule] = set()
 
 
 @dataclass(frozen=True)
@@ -62,12 +63,12 @@ class Op:
         return str(self.target).removesuffix(".default")
 
 
-def rule(*packets: Any, choices: bool = False, experts: bool = False) -> Callable[[R], R]:
+def rule(*packets: Any, choices: bool = False, experts: bool = False, axes: bool = False) -> Callable[[R], R]:
     """Register a rule for some operators (all overloads).
 
     `choices`: it knows what to do with integers that stand for units (`Tag.points`), in any argument but the first of
     an indexing operator; for other rules they become fixed. `experts`: it knows tensors computed for chosen experts
-    (`Chosen`); other rules get them settled.
+    (`Chosen`); other rules get them settled. `axes`: it needs a first operand that has axes; scalars have nothing to move.
     """
 
     def register(function: R) -> R:
@@ -77,6 +78,8 @@ def rule(*packets: Any, choices: bool = False, experts: bool = False) -> Callabl
             CHOICES.add(function)
         if experts:
             EXPERTS.add(function)
+        if axes:
+            AXES.add(function)
         return function
 
     return register
@@ -100,6 +103,8 @@ def interpret(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
         args, kwargs = pytree.tree_map(partial(fixed, op.units), (args, kwargs), is_leaf=is_operand)
     if found not in EXPERTS:
         args, kwargs = pytree.tree_map(partial(settled, op.units), (args, kwargs), is_leaf=is_operand)
+    if found in AXES and is_operand(args[0]) and not args[0].shape:
+        return unknown(op, tags_in((args, kwargs)))
     return found(op, *args, **kwargs) if found is not None else unknown(op, tags_in((args, kwargs)))
 
 

@@ -11,7 +11,7 @@ from lmc.symmetry.discovery.rules.registry import Op, fixed, named, rule
 from lmc.symmetry.discovery.tags import Tag
 
 
-@rule(*named("scatter scatter_add scatter_reduce"), choices=True)
+@rule(*named("scatter scatter_add scatter_reduce"), choices=True, axes=True)
 def scatter(op: Op, x: Tag, dim: int, index: Tag, src: Any, *_: Any, **__: Any) -> Tag:
     """x with src[p] put at (or added to) p with p[dim] replaced by index[p]."""
     x = fixed(op.units, x)
@@ -36,7 +36,7 @@ def scatter(op: Op, x: Tag, dim: int, index: Tag, src: Any, *_: Any, **__: Any) 
     return core.pointwise(op.units, op.shape, [target, seen])
 
 
-@rule(*named("index_add index_copy index_reduce index_fill"), choices=True)
+@rule(*named("index_add index_copy index_reduce index_fill"), choices=True, axes=True)
 def index_add(op: Op, x: Tag, dim: int, index: Tag, src: Any, *_: Any, **__: Any) -> Tag:
     """x with slices of src added to (or put at) chosen indices along one dim."""
     x = fixed(op.units, x)

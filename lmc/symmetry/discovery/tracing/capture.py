@@ -11,6 +11,7 @@ from lmc.core.context import callers_dtype, default_dtype
 from lmc.errors import InputError, TraceError
 from lmc.network.network import uncalled
 from lmc.symmetry.discovery.tracing.export import export
+from lmc.symmetry.discovery.tracing.failures import LAZY, call_of
 from lmc.symmetry.discovery.tracing.graph import Graph
 from lmc.symmetry.discovery.tracing.record import record
 from lmc.symmetry.outputs import Inputs, OutputSelector, as_call
@@ -29,6 +30,8 @@ def capture(model: nn.Module, inputs: Inputs, outputs: OutputSelector = None) ->
         InputError: if `outputs` makes no sense.
     """
     args, kwargs = on_device_of(model, *as_call(inputs))
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise TraceError(f"cannot trace {call_of(model, args, kwargs)}. {LAZY}")
     with default_dtype(callers_dtype()):
         try:
             return export(uncalled(model, kwargs or args), args, kwargs, outputs)
@@ -46,9 +49,8 @@ def capture(model: nn.Module, inputs: Inputs, outputs: OutputSelector = None) ->
 
 def can_run(model: nn.Module) -> bool:
     """Whether a module can be called here and now on real tensors, operator by operator."""
-    parts = list(model.modules())
-    return not any(isinstance(p, UninitializedParameter) or p.is_meta for p in model.parameters()) and not any(
-        isinstance(m, torch.jit.ScriptModule) for m in parts
+    return not any(p.is_meta for p in model.parameters()) and not any(
+        isinstance(m, torch.jit.ScriptModule) for m in model.modules()
     )
 
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 
 from lmc.errors import CertificateError, TraceError
 
@@ -84,8 +83,6 @@ def where(model: nn.Module, error: BaseException) -> str:
 
 def advice(model: nn.Module, place: str) -> str:
     """What to do about it, where the module or the library that it comes from tells."""
-    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
-        return LAZY
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         return SCRIPTED
     if any("quantized" in type(m).__module__ for m in model.modules()):
