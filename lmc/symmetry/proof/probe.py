@@ -45,7 +45,7 @@ class Probe:
         self.outputs = outputs
         self.names: tuple[str, ...] = ()
         self.dtype = "complex128" if any(tensor.is_complex() for tensor in state.values()) else "float64"
-        self._wide: dict[int, tuple[Tensor, Tensor]] = {}
+        self._wide: dict[str, tuple[Tensor, Tensor]] = {}  # name -> what was given, and as it was loaded
 
     def outputs_of(self, inputs: Inputs, weights: Weights) -> list[Tensor]:
         """What the module makes of the inputs with these weights.
@@ -70,15 +70,18 @@ class Probe:
         return [tensor.detach().clone() for tensor in found.values()]
 
     def _load(self, weights: Weights) -> None:
-        """Take on weights; tensors that were loaded just before are not widened again."""
-        before, self._wide = self._wide, {}
-        for tensor in weights.values():
-            if id(tensor) not in self._wide:
-                wide = before.pop(id(tensor), (tensor, None))[1]
-                if wide is None:
-                    wide = tensor.detach().to(self.network.device, WIDE.get(tensor.dtype, tensor.dtype))
-                self._wide[id(tensor)] = (tensor, wide)
-        self.network.load({name: self._wide[id(tensor)][1] for name, tensor in weights.items()})
+        """Take on weights. Tensors that were loaded just before are not widened again, and where the module derives nothing
+        from its weights, the memory of those that are replaced is used again."""
+        device, in_place = self.network.device, self.network.by_reference
+        for name, tensor in weights.items():
+            source, wide = self._wide.get(name, (None, None))
+            if source is not tensor:
+                if wide is not None and in_place:
+                    wide.copy_(tensor)
+                else:
+                    wide = tensor.detach().to(device, WIDE.get(tensor.dtype, tensor.dtype), copy=True)
+                self._wide[name] = (tensor, wide)
+        self.network.load({name: wide for name, (_, wide) in self._wide.items()})
 
     def _input(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
