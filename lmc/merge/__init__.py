@@ -3,10 +3,11 @@
 Models are modules or state dicts of one architecture; the result is a state dict; nothing given is changed. What a
 method needs besides the models:
 
-- nothing: `average` (and `uniform_soup`), `slerp`, `karcher_mean`, `variance_corrected`; over the checkpoints of one
-  run `swa`, `ema`, `lawa`, and with a metric for each `metrics_weighted`;
+- nothing: `average` (and `uniform_soup`), `slerp`, `nuslerp`, `multislerp`, `karcher_mean`, `variance_corrected`; over
+  the checkpoints of one run `swa`, `ema`, `lawa`, and with a metric for each `metrics_weighted`;
 - the base they were fine-tuned from: `model_stock`, `wise_ft`, and on task vectors `task_arithmetic`, `ties`, `dare`,
-  `della`, `breadcrumbs`, `pcb`; as postprocessing of one of these six `lines`, `consensus`, `tall_mask`;
+  `della`, `breadcrumbs`, `pcb`, `sce`, `ram`, `magmax`, `nearswap`, `arcee_fusion`, `emr`, by singular vectors `tsv_m`,
+  `iso_c`, `iso_cts`, `wudi`; as postprocessing of any of these `lines`, `consensus`, `tall_mask`;
 - unlabelled inputs, `method(model, models, inputs)`: `fisher`, `regmean`, `regmean_plus_plus`, `adamerging`;
 - labelled validation data, `method(model, models, validation)`: `greedy_soup`, `learned_soup`, `ama`, `lcsc`, `evolve`;
 - training: `sparse_soup`, `mix_experts`, `balanced_batch`, `diwa`, `ratatouille`, `star_model`.
@@ -54,6 +55,9 @@ from lmc.merge.rules.averaging import (
 from lmc.merge.rules.balanced_batch import balanced_batch
 from lmc.merge.rules.experts import mix_experts
 from lmc.merge.rules.postprocess import consensus, lines, on_merged, tall_mask, tall_masks
+from lmc.merge.rules.selection import arcee_fusion, emr, magmax, nearswap, ram, sce
+from lmc.merge.rules.spectral import iso_c, iso_cts, tsv_m, wudi
+from lmc.merge.rules.spherical import multislerp, nuslerp
 from lmc.merge.rules.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
 from lmc.merge.rules.ties import pcb, ties
 from lmc.merge.study.compare import MergeComparison, compare
@@ -86,6 +90,7 @@ __all__ = [
     "adamerging",
     "aligned",
     "ama",
+    "arcee_fusion",
     "average",
     "balanced_batch",
     "breadcrumbs",
@@ -96,33 +101,42 @@ __all__ = [
     "della",
     "diwa",
     "ema",
+    "emr",
     "evolve",
     "fisher",
     "fisher_information",
     "fisher_weighted",
     "greedy_soup",
     "inspect",
+    "iso_c",
+    "iso_cts",
     "karcher_mean",
     "lawa",
     "lcsc",
     "learned_soup",
     "linear",
     "lines",
+    "magmax",
     "magnitude_masks",
     "metrics_weighted",
     "mix_experts",
     "mixer",
     "model_stock",
+    "multislerp",
+    "nearswap",
+    "nuslerp",
     "on_merged",
     "on_task_vectors",
     "on_tensors",
     "pcb",
     "plan",
     "pleas",
+    "ram",
     "ratatouille",
     "regmean",
     "regmean_plus_plus",
     "replay",
+    "sce",
     "slerp",
     "sparse_soup",
     "star_model",
@@ -133,11 +147,13 @@ __all__ = [
     "task_vector",
     "ties",
     "trajectory_averages",
+    "tsv_m",
     "uniform_soup",
     "variance_corrected",
     "wise_ft",
     "wise_ft_line",
     "write",
+    "wudi",
     "zipit",
 ]
 

@@ -122,7 +122,7 @@ class Pair:
     def finish(
         self, units: dict[str, MergedUnits], weights: Weights, info: dict[str, Any], heads: Sequence[str] = ()
     ) -> Zipped:
-        """The merged module; running statistics are estimated anew where any units were merged and inputs are there."""
+        """The merged module; running statistics are re-estimated where any units were merged and inputs are there."""
         module = widened(self.network.module, weights)
         merged = bool(self.growth.kept) or any(bool((found.owner == BOTH).any()) for found in units.values())
         if merged and self.batches and has_batchnorm(module):

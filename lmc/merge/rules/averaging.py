@@ -257,7 +257,7 @@ def model_stock(
     return base + move
 
 
-@on_tensors(cut="rows")  # which tells vectors, that are never cut, from the rest
+@on_tensors(cut="rows")  # vectors, which are averaged plainly, are never cut
 def variance_corrected(
     tensors: Tensor, *, moments: Callable[[], Moments], weights: Sequence[float] | None = None
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""BANG: fine-tune with soft labels, so that the tuned model does not shout the base down when both are averaged."""
+"""BANG: fine-tuning with soft labels, so that the tuned model does not dominate its average with the base."""
 
 import torch
 import torch.nn.functional as F

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import pandas
 
 
-
 @dataclass(frozen=True, eq=False)
 class Inspection(Result):
     """What `inspect` found: a table (`to_frame`), a figure (`plot`), and advice in words (`advice`).

@@ -98,7 +98,10 @@ def trajectory_averages(
         steps: what they are called on the axis (default: 0, 1, ...).
 
     Raises:
-        InputError: an unusable argument. MismatchError, WeightsError, DataError: checkpoints or data that do not fit.
+        InputError: an unusable argument.
+        MismatchError: checkpoints of different architectures.
+        WeightsError: a checkpoint that is not finite.
+        DataError: unusable data.
     """
     count = len(trajectory)
     if not count:

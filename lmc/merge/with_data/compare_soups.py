@@ -128,7 +128,8 @@ def compare_soups(
         progress: show bars.
 
     Raises:
-        InputError: names that do not fit. WeightsError: no model is finite.
+        InputError: names that do not fit.
+        WeightsError: no model is finite.
     """
     states = [fitted(model, as_weights(one), f"models[{i}]") for i, one in enumerate(models)]
     names = [f"model {i}" for i in range(len(states))] if names is None else list(names)

@@ -162,7 +162,7 @@ def star_model(
     Every step draws a source, a point t and a batch, and lowers the loss at `(1 - t) centre + t source`; the gradient
     reaches the centre with the factor 1 - t. With a spec, sources are matched to the moving centre by weights at the
     start of every epoch. Adam, with the schedule of `lmc.bezier_curve`. Batch normalisation and dropout are in train mode;
-    running statistics of the centre are estimated anew at the end. Nothing of the caller's is touched.
+    running statistics of the centre are re-estimated at the end. Nothing of the caller's is touched.
 
     Args:
         model: the architecture.

@@ -103,7 +103,8 @@ def diwa(
         The average, a state dict whose `.report` is the table of runs.
 
     Raises:
-        InputError: an unusable argument. MismatchError: a run that comes back with another architecture.
+        InputError: an unusable argument.
+        MismatchError: a run that comes back with another architecture.
     """
     return _average(
         [as_weights(base)], model, fine_tune, validation, runs, select, metric, loss, inputs, device, progress

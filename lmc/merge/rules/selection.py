@@ -1,0 +1,181 @@
+"""Task vectors of which single entries are chosen: by closeness, size, uniqueness, variance or importance.
+
+All are called `method([a, b, ...], base=base, scale=1.0, ...)`; none needs data.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmc.errors import InputError
+from lmc.merge.engine.method import on_task_vectors
+from lmc.merge.engine.passes import Pass
+from lmc.merge.rules.task_vectors import per_model
+
+
+@on_task_vectors(elementwise=True)
+def nearswap(deltas: Tensor, *, t: float) -> Tensor:
+    """Every entry of the base moved towards another model by `t` at most: `base + clip(model - base, -t, t)`.
+
+    After mergekit's `nearswap`, where t is about 1e-4 for large language models. `t=0` gives the base, a `t` of at least
+    the largest difference the model.
+
+    Raises:
+        InputError: more or fewer than one model besides the base, or a negative `t`.
+    """
+    if len(deltas) != 1:
+        raise InputError(f"nearswap takes exactly one model and a base, got {len(deltas)} models")
+    if not t >= 0.0:
+        raise InputError(f"t must not be negative, got {t}")
+    return deltas[0].clamp(-t, t)
+
+
+@on_task_vectors(elementwise=True)
+def magmax(deltas: Tensor) -> Tensor:
+    """MagMax (Marczak et al. 2024, 2407.06322): each entry from the task vector in which it is largest by magnitude.
+
+    Of entries that are equally large the later model's counts. The paper's scale is 0.5.
+    """
+    largest = deltas[0]
+    for delta in deltas[1:]:
+        largest = torch.where(delta.abs() >= largest.abs(), delta, largest)
+    return largest
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """RAM+'s first pass, `(models,)`: by how much entries that one model alone changes are enlarged."""
+
+    factors: Tensor
+
+
+def _survey_ram(deltas: Pass, *, epsilon: Any, boost: Any, cap: Any, **_: Any) -> Overlap | None:
+    if boost == 0.0:
+        return None
+    if any(isinstance(value, Mapping) for value in (epsilon, boost, cap)):
+        raise InputError("epsilon, boost and cap must be numbers: they hold for the whole model")
+    shared, unique = torch.zeros(2, len(deltas.sets), dtype=torch.float64)
+    for tensor in deltas:
+        used = tensor.reshape(len(tensor), -1).abs() > epsilon
+        several = used.sum(0) > 1
+        shared += (used & several).sum(1).cpu()
+        unique += (used & ~several).sum(1).cpu()
+    ratio = (shared / unique).where(unique > 0, 0.0)
+    return Overlap(1.0 + boost * ratio.clamp(0.0, cap))
+
+
+@on_task_vectors(survey=_survey_ram, elementwise=True)
+def ram(
+    deltas: Tensor, *, survey: Overlap | None, epsilon: float = 1e-5, boost: float = 0.0, cap: float = 0.2
+) -> Tensor:
+    """RAM and RAM+ (Yuan et al. 2026, 2601.13572): what one task alone changes is kept, what several change is averaged.
+
+    A task changes an entry where `|tau| > epsilon`; entries changed by several are the mean over those. `boost` (the
+    paper's r, 0.1 for RAM+) multiplies what is model t's alone by `1 + boost clip(shared_t / unique_t, 0, cap)`, counted
+    over the whole model.
+    """
+    used = deltas.abs() > epsilon
+    count = used.sum(0)
+    kept = deltas * used
+    if survey is not None:
+        kept = kept * torch.where(count == 1, per_model(survey.factors, deltas), 1.0)
+    return kept.sum(0) / count.clamp_min(1)
+
+
+@on_task_vectors
+def sce(deltas: Tensor, *, select: float = 1.0, dense: bool = False) -> Tensor:
+    """SCE (Wan et al. 2024, FuseChat, 2408.07990): select, calculate, erase, tensor by tensor.
+
+    1. Select the share `select` of the positions whose variance over the models is not zero, the largest variances.
+    2. Calculate the share of each model in proportion to its mean square there.
+    3. Erase the entries that disagree with the sign of the sum; the rest is averaged with these shares.
+
+    As in mergekit, what is not selected stays at the base; with `dense=True`, as in the authors' script, the selection
+    decides the shares alone. Where nothing is selected (identical models and `select < 1`) shares are equal. mergekit
+    takes equal shares wherever squares sum to less than 1e-6, as those of fine-tuned language models do; here only zero
+    counts.
+
+    Raises:
+        InputError: `select` outside [0, 1].
+    """
+    if not 0.0 <= select <= 1.0:
+        raise InputError(f"select, the share of positions, must be in [0, 1], got {select}")
+    flat = deltas.reshape(len(deltas), -1)
+    chosen = flat
+    if select < 1.0:
+        variance = flat.var(0, correction=0)
+        count = int(select * int(torch.count_nonzero(variance)))
+        mask = torch.zeros_like(variance).scatter_(0, variance.topk(count).indices, 1.0)
+        chosen = flat * mask
+    energy = chosen.square().mean(1)
+    share = energy / energy.sum() if float(energy.sum()) > 0.0 else torch.full_like(energy, 1.0 / len(flat))
+    acting = flat if dense else chosen
+    sign = torch.where(acting.sum(0) >= 0, 1.0, -1.0).to(acting)
+    votes = (acting * sign > 0) * share[:, None]
+    total = votes.sum(0)
+    return ((votes * acting).sum(0) / total.where(total > 0, 1.0)).reshape(deltas.shape[1:])
+
+
+@on_task_vectors
+def arcee_fusion(deltas: Tensor, *, base: Tensor) -> Tensor:
+    """The important entries of one model in place of the base's, all others of the base (mergekit's `arcee_fusion`).
+
+    An entry's importance is `|b - a| KL(softmax(b) || softmax(a))`, the softmax and its divergence over its row (last
+    axis); important is what reaches the median plus 1.5 times the distance of the quartiles within the tensor. Quantiles
+    are exact here, where mergekit draws two samples of large tensors. Every entry is one of the two models'.
+
+    Raises:
+        InputError: more or fewer than one model besides the base.
+    """
+    if len(deltas) != 1:
+        raise InputError(f"arcee_fusion takes exactly one model and a base, got {len(deltas)} models")
+    delta = deltas[0]
+    if delta.ndim == 0:
+        return delta * 0.0
+    p, q = ((x.softmax(-1) + 1e-8) for x in (base + delta, base))
+    importance = delta.abs() * (p * (p / q).log()).sum(-1, keepdim=True)
+    ordered = importance.flatten().sort().values
+    low, middle, high = (ordered[int(share * (len(ordered) - 1))] for share in (0.25, 0.5, 0.75))
+    return torch.where(importance >= middle + 1.5 * (high - low), delta, 0.0)
+
+
+def _survey_emr(deltas: Pass, *, task: Any, **_: Any) -> Tensor:
+    """`(models,)`: the sums over tensors of the mean `|tau_t|`, relative to those of what its mask leaves."""
+    own, left = torch.zeros(2, len(deltas.sets), dtype=torch.float64)
+    for name in deltas.sets.weights:
+        size = deltas.sets.shells[name].numel()
+        for tensor in deltas.of(name):
+            united, masks = _united(tensor)
+            own += tensor.abs().reshape(len(tensor), -1).sum(1).cpu() / size
+            left += (united.abs() * masks).reshape(len(tensor), -1).sum(1).cpu() / size
+    return (own / left).where(left > 0, 1.0)
+
+
+@on_task_vectors(survey=_survey_emr, elementwise=True)
+def emr(deltas: Tensor, *, survey: Tensor, task: int) -> Tensor:
+    """EMR-Merging (Huang et al. 2024, 2405.17461): one united task vector under the mask and scale of one task.
+
+    Elected is the sign of the mean (a mean of 0 counts as negative), united the largest magnitude that agrees with it.
+    Task t's mask is where its own sign agrees; its scale restores the mean magnitude of its task vector. To keep all
+    tasks, one vector, a bit per entry and task, and a number per task are stored.
+
+    Args (besides those of all methods):
+        task: the place of the model.
+
+    Raises:
+        InputError: a task that there is not.
+    """
+    if not 0 <= task < len(deltas):
+        raise InputError(f"task must be the place of a model, 0 to {len(deltas) - 1}, got {task}")
+    united, masks = _united(deltas)
+    return float(survey[task]) * united * masks[task]
+
+
+def _united(deltas: Tensor) -> tuple[Tensor, Tensor]:
+    """The united task vector `(*shape)` and where each task agrees with it, `(models, *shape)`."""
+    sign = torch.where(deltas.mean(0) > 0, 1.0, -1.0).to(deltas)
+    masks = deltas * sign > 0
+    return sign * (deltas.abs() * masks).amax(0), masks
