@@ -6,10 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lmc.core.context import own_context
 from lmc.errors import DataError, InputError, LmcError
 from lmc.network.batches import take, tensors, to_device
+from lmc.network.derived import settled
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted, tied_names
 
@@ -44,30 +46,41 @@ def recalibrate_batchnorm(
     source = fitted(model, as_weights(model if weights is None else weights))
     network = Network(model, pick_device(device, source))
     network.check(source, "weights")
+    if inputs is None:
+        raise DataError("inputs: None; pass a tensor (N, ...), a tuple or mapping of such, or a list of batches")
     return Recalibrator(network, inputs, batch_size)(source)
 
 
 class Recalibrator:
-    """`recalibrate_batchnorm` for many weight sets: the network and the batches are made once."""
+    """`recalibrate_batchnorm` for many weight sets: the network and the batches are made once.
 
-    def __init__(self, network: Network, inputs: Any, batch_size: int = 256) -> None:
+    Args:
+        network: the architecture, where to compute.
+        inputs: from which statistics are estimated; None: they stay as they are.
+        batch_size: examples at a time.
+        mixed: weights are averages of gauged ones, whose derived tensors are made to fit (`lmc.network.derived`).
+    """
+
+    def __init__(self, network: Network, inputs: Any, batch_size: int = 256, *, mixed: bool = False) -> None:
         if batch_size < 2:
             raise InputError(f"batch_size={batch_size}; a variance needs at least 2 examples")
-        self.network = network
-        self.norms = _norms(network.module)
-        self.batches = [to_device(batch, network.device) for batch in equal_batches(inputs, batch_size)]
-        if not self.batches:
+        self.network, self.mixed = network, mixed
+        self.norms = [] if inputs is None else _norms(network.module)
+        calls = [] if inputs is None else equal_batches(inputs, batch_size)
+        self.batches = [to_device(batch, network.device) for batch in calls]
+        if inputs is not None and not self.batches:
             raise DataError("inputs: no examples to estimate batch statistics from")
 
     def on(self, network: Network) -> "Recalibrator":
         """The same batches for another copy of the network, for another thread."""
         twin = copy.copy(self)
-        twin.network, twin.norms = network, _norms(network.module)
+        twin.network, twin.norms = network, _norms(network.module) if self.norms else []
         return twin
 
     def __call__(self, weights: Weights) -> StateDict:
         """The weights with new statistics, on the device they were on."""
         statistics: Weights = {}
+        weights = settled(weights) if self.mixed else weights
         if self.norms:
             self.network.load(weights)
             self._estimate()
@@ -112,9 +125,9 @@ def has_batchnorm(model: nn.Module) -> bool:
     return bool(_norms(model))
 
 
-def _norms(model: nn.Module) -> list[_BatchNorm]:
-    """The batch normalisation layers that keep running statistics."""
-    found = (module for module in model.modules() if isinstance(module, _BatchNorm))
+def _norms(model: nn.Module) -> list[_BatchNorm | _InstanceNorm]:
+    """The batch and instance normalisation layers that keep running statistics."""
+    found = (module for module in model.modules() if isinstance(module, _BatchNorm | _InstanceNorm))
     return [module for module in found if module.track_running_stats and module.running_mean is not None]
 
 

@@ -2,7 +2,6 @@
 
 import numpy as np
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 # Below this size an assignment is quicker than finding prices for it.
@@ -22,6 +21,8 @@ def assign(gain: Tensor, prices: Tensor | None = None) -> tuple[Tensor, float]:
     """
     matrix = gain.detach().to("cpu", torch.float64).numpy()
     cost = -matrix if prices is None else prices.to("cpu", torch.float64).numpy() - matrix
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     rows, columns = linear_sum_assignment(cost)
     improvement = float(matrix[rows, columns].sum() - np.trace(matrix))
     return torch.from_numpy(columns.astype(np.int64)), improvement

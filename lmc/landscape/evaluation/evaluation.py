@@ -15,6 +15,7 @@ from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.scores import Score
 from lmc.network.batches import Split, take
 from lmc.network.batchnorm import Recalibrator, equal_batches, has_batchnorm
+from lmc.network.derived import derived_in, gauged, warn_of_lagging
 from lmc.network.network import pick_device
 from lmc.network.repair import Method, Renormalizer
 from lmc.network.task import Loss, Outputs, Task
@@ -45,7 +46,7 @@ class Evaluation:
         given, states: the weights of the models, as they came and where they are evaluated.
         evaluator: scores weights.
         repaired: "repair" or "closed_form" where the statistics of all layers of mixtures are repaired, else None.
-        prepare: re-estimates batch statistics; None where there are none, or they are to stay.
+        prepare: re-estimates statistics and computes derived tensors (`lmc.network.derived`); None where there are none.
         again: makes an equal evaluation, which shares nothing with this one but the models and data that were given.
 
     Raises:
@@ -81,7 +82,10 @@ class Evaluation:
         judged: dict[str, Any] = {"loss": loss, "metrics": metrics, "outputs": outputs, "batch_size": batch_size}
         judged |= {"device": pick_device(device, self.given[0]), "predictions": predictions}
         self.evaluator = Evaluator(model, data, **judged)
-        self.states = [{name: x.to(self.evaluator.device) for name, x in state.items()} for state in self.given]
+        warn_of_lagging(self.given)
+        # Averages are made where a spectral or weight normalisation has one form only.
+        placed = [{name: x.to(self.evaluator.device) for name, x in state.items()} for state in self.given]
+        self.states: list[Weights] = [gauged(state) for state in placed]
         self.again = partial(
             Evaluation,
             model,
@@ -108,7 +112,9 @@ class Evaluation:
                 "the barrier mostly looks higher than it is; leave repair='auto' to re-estimate them"
             )
         elif has_batchnorm(network.module):
-            self.prepare = Recalibrator(network, self._statistics_inputs(inputs), STATISTICS_BATCH)
+            self.prepare = Recalibrator(network, self._statistics_inputs(inputs), STATISTICS_BATCH, mixed=True)
+        if self.prepare is None and derived_in(self.states[0]):
+            self.prepare = Recalibrator(network, None, mixed=True)
 
     @property
     def parameters(self) -> list[str]:

@@ -14,16 +14,18 @@ their size.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from lmc.core.context import warn
 from lmc.errors import InputError, WeightsError
 from lmc.merge.engine.chunks import Ahead, Chunk, Cut, chunks
 from lmc.merge.engine.roles import equal, infinite, outline, tied
+from lmc.network.derived import derived_names, gauged, settled, warn_of_lagging
 from lmc.weights import ModelOrWeights, as_weights, check_compatible, fitted
 from lmc.weights.agreement import corresponding, prefix_between
 from lmc.weights.checkpoints.checkpoint import Checkpoint
@@ -51,6 +53,7 @@ class WeightSets:
         pairs: names of complex tensors, which are computed as pairs of real numbers, `(*shape, 2)`.
         cast: the dtype of floating-point tensors in the result; None: as in the first model.
         skip: names that the result is to leave out.
+        derived: the states are gauged: the result has tensors that are computed from others, see `lmc.network.derived`.
 
     Wherever a `chunk` is given, only that chunk of the flattened tensor is read, and `(*shape)` is its length.
     """
@@ -65,6 +68,7 @@ class WeightSets:
     pairs: frozenset[str] = frozenset()
     cast: torch.dtype | None = None
     skip: frozenset[str] = frozenset()
+    derived: bool = False
     _ahead: Ahead = field(default_factory=Ahead, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -231,6 +235,7 @@ def weight_sets(
         here = {name: tensor for name, tensor in outline(first).items() if name not in lacking}
         check_compatible(here, outline(everyone[i]), (called[0], who))
 
+    everyone, derived = _gauged(everyone)
     states, reference = tuple(everyone[: len(models)]), None if base is None else everyone[-1]
     module = models[0] if module is None and isinstance(models[0], nn.Module) else module
     buffers = set() if module is None else {name for name, _ in module.named_buffers()}
@@ -249,13 +254,22 @@ def weight_sets(
         widths[name] = wide(*(seen[name].dtype for seen in outlines)).to_real()
         if tensor.is_complex():
             paired.add(name)
-        if name in buffers or name.rpartition(".")[2] in STATISTICS:
+        if name in buffers or name in derived or name.rpartition(".")[2] in STATISTICS:
             statistics.add(name)
         else:
             weights.append(name)
     dtype = wide(*(widths[name] for name in weights))
     return WeightSets(
-        states, reference, tuple(weights), frozenset(statistics), ties, dtype, widths, frozenset(paired), cast
+        states,
+        reference,
+        tuple(weights),
+        frozenset(statistics),
+        ties,
+        dtype,
+        widths,
+        frozenset(paired),
+        cast,
+        derived=bool(derived),
     )
 
 
@@ -306,6 +320,9 @@ def assemble_chunks(
 
 def joined(sets: WeightSets, found: Iterable[tuple[str, Chunk, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors from `assemble_chunks`, and the second names of ties, in the order of the first model."""
+    if sets.derived:
+        yield from settled(dict(joined(replace(sets, derived=False), found))).items()
+        return
     first = sets.shells
     names = iter([name for name in first if name not in sets.skip])
     again = {sets.ties[name] for name in first if name in sets.ties and name not in sets.skip}
@@ -338,6 +355,21 @@ def _mapping(model: ModelOrWeights | str | Path) -> Mapping[str, Tensor]:
     if isinstance(model, str | Path):
         return open_checkpoint(model)
     return model if isinstance(model, Mapping) and not isinstance(model, dict) else as_weights(model)
+
+
+def _gauged(states: list[Mapping[str, Tensor]]) -> tuple[list[Mapping[str, Tensor]], frozenset[str]]:
+    """The states in coordinates of which averages make sense, and the names that are computed from others."""
+    derived = derived_names(outline(states[0])) if len(states) > 1 else frozenset[str]()
+    if derived and any(isinstance(state, Checkpoint) for state in states):
+        name = next(iter(sorted(derived)))
+        warn(
+            f"{name}: a spectral or weight normalisation, whose tensors are averaged one by one on disk, which is another "
+            "network than the average of the weights in use; merge in memory: load the models, or pass modules"
+        )
+        return states, frozenset()
+    if not any(isinstance(state, Checkpoint) for state in states):
+        warn_of_lagging(states)
+    return ([gauged(dict(state)) for state in states] if derived else states), derived
 
 
 def _under(module: nn.Module, state: Mapping[str, Tensor], who: str) -> Mapping[str, Tensor]:

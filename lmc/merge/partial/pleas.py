@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor, nn
 
 from lmc.core.context import own_context
@@ -172,6 +171,8 @@ def spend(pair: Pair, worth: Mapping[str, float], budget: float) -> dict[str, fl
 
     The quadratic constraint is not convex, so the programme is solved from several starting points.
     """
+    from scipy.optimize import minimize  # slow to import
+
     names = list(worth)
     if not names:
         return {}
