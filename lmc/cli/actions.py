@@ -18,7 +18,7 @@ from lmc.errors import InputError
 from lmc.landscape.paths.path import loss_path
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights import Weights
+from lmc.weights import StateDict, fitted
 from lmc.weights.checkpoints.checkpoint import RECIPE
 from lmc.weights.checkpoints.opening import open_checkpoint
 
@@ -57,7 +57,7 @@ def merge(arguments: Namespace) -> None:
         raise InputError("say where the result goes: --out FOLDER")
     show = not arguments.quiet
     if arguments.recipe:
-        if arguments.models or arguments.base or arguments.set or arguments.dry_run:
+        if arguments.models or arguments.base or arguments.set or arguments.dry_run or arguments.dtype:
             raise InputError(
                 "a recipe says all: --recipe goes with --out, and METHOD where it is a function of your own"
             )
@@ -75,6 +75,7 @@ def merge(arguments: Namespace) -> None:
             arguments.models,
             arguments.out,
             base=arguments.base,
+            dtype=arguments.dtype,
             shard_size=arguments.shard_size,
             **settings,
         )
@@ -95,8 +96,8 @@ def align(arguments: Namespace) -> None:
     loaded = data(arguments.data) if arguments.data else None
     if "model" in needs and (model is None or loaded is None):
         raise InputError(f"--method {arguments.method} looks at what the networks do: give --model and --data")
-    a, b = (open_checkpoint(path).load() for path in (arguments.a, arguments.b))
     spec = _spec(arguments, model, loaded)
+    a, b = (_load(path, model) for path in (arguments.a, arguments.b))
     given: list[Any] = [model, _cast(a, model), _cast(b, model), loaded] if "model" in needs else [a, b]
     pi = aligner(spec, *given, progress=not arguments.quiet, **settings)
     moved = lmc.merge.write(lmc.merge.average, [pi.apply(b)], arguments.out, progress=False)
@@ -107,11 +108,11 @@ def align(arguments: Namespace) -> None:
 
 
 def barrier(arguments: Namespace) -> None:
-    if arguments.points < 3 or arguments.points % 2 == 0:
-        raise InputError(f"--points {arguments.points}: expected an odd number, so that the middle is among them")
+    if arguments.alphas < 3 or arguments.alphas % 2 == 0:
+        raise InputError(f"--alphas {arguments.alphas}: expected an odd number, so that the middle is among them")
     model, loaded = architecture(arguments.model), data(arguments.data)
-    a, b = (_cast(open_checkpoint(path).load(), model) for path in (arguments.a, arguments.b))
-    path = loss_path(model, a, b, loaded, alphas=arguments.points, progress=not arguments.quiet)
+    a, b = (_cast(_load(path, model), model) for path in (arguments.a, arguments.b))
+    path = loss_path(model, a, b, loaded, alphas=arguments.alphas, progress=not arguments.quiet)
     middle = int(np.argmin(np.abs(path.alphas - 0.5)))
     ends = [int(np.argmin(np.abs(path.alphas - alpha))) for alpha in (0.0, 1.0)]
     for split, measures in path.values.items():
@@ -145,10 +146,18 @@ def catalogue() -> str:
     return "\n".join(lines)
 
 
-def _cast(weights: Weights, model: torch.nn.Module | None) -> Weights:
+def _load(path: str, model: torch.nn.Module | None) -> StateDict:
+    """Stored weights, under the names of the architecture; what was unwrapped is printed."""
+    opened = open_checkpoint(path)
+    for note in opened.notes:
+        print(f"{path}: {note}")
+    return opened.load() if model is None else fitted(model, opened.load(), path)
+
+
+def _cast(weights: StateDict, model: torch.nn.Module | None) -> StateDict:
     """The weights in the architecture's precision, in which they are run; they may be stored in half."""
     own = {} if model is None else model.state_dict()
-    return {name: t.to(own[name].dtype) if name in own else t for name, t in weights.items()}
+    return StateDict(((n, t.to(own[n].dtype) if n in own else t) for n, t in weights.items()), like=weights)
 
 
 def _spec(arguments: Namespace, model: torch.nn.Module | None, loaded: Any) -> PermutationSpec:

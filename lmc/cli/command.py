@@ -5,12 +5,13 @@ import sys
 from collections.abc import Sequence
 
 from lmc.cli import actions
+from lmc.core.version import __version__
 from lmc.errors import InputError, LmcError
 
 ABOUT = """Find what may move, choose the move, look at the landscape, combine the weights.
 
-Models are folders of safetensors shards (as Hugging Face lays them out), single .safetensors files, or .pt files without
-code in them. Every command is a thin skin on the Python call of the same name."""
+Models are folders as transformers, diffusers and timm write them, .safetensors files, or files of torch.save without code
+in them; what was unwrapped is printed. Every command is a thin skin on the Python call of the same name."""
 
 INSPECT = """Compare models before merging: do they fit, are they relatives, do they agree, and what to do then.
 
@@ -24,8 +25,8 @@ In Python: lmc.merge.inspect(models, base=base, model=..., data=...)"""
 MERGE = """Merge models into a new folder, tensor by tensor, with little memory.
 
 An interrupted merge goes on where it stopped when the same command is given again; the result is the same, bit for bit.
-Beside the weights lie merge.json (the recipe, and the SHA-256 of every file) and the configuration and tokenizer of the
-base, or else of the first model.
+Files are called as those of the first model. Beside them are merge.json (the recipe, the version of lmc, and the SHA-256
+of every file read and written) and the configuration and tokenizer of the base, or else of the first model.
 
 examples:
   lmc merge average a/ b/ c/ --out soup/
@@ -78,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="lmc", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
+    top.add_argument("--version", action="version", version=f"lmc {__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _inspect(_command(commands, "inspect", INSPECT, actions.inspect))
     _merge(_command(commands, "merge", MERGE + actions.catalogue(), actions.merge))
@@ -109,6 +111,7 @@ def _merge(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base", help="what the models were fine-tuned from")
     command.add_argument("--out", help="the folder to make; it must not exist")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the method")
+    command.add_argument("--dtype", help="of the result, such as bfloat16 (default: as in the first model)")
     command.add_argument("--shard-size", default="5GB", help="bytes per file at most (default 5GB)")
     command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     command.add_argument("--recipe", metavar="FILE", help="do again what this recipe says, with --out only")
@@ -134,7 +137,7 @@ def _barrier(command: argparse.ArgumentParser) -> None:
     command.add_argument("b", metavar="B")
     command.add_argument("--model", required=True, help="the architecture, module:factory(arguments)")
     command.add_argument("--data", required=True, help="a data set of lmc.data, or a file .npz or .safetensors")
-    command.add_argument("--points", type=int, default=25, help="points on the line (default 25)")
+    command.add_argument("--alphas", type=int, default=25, help="points on the line (default 25)")
     command.add_argument("--html", metavar="FILE", help="save the explorer of the path as a page")
 
 

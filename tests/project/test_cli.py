@@ -114,7 +114,7 @@ def test_align_and_barrier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     aligned = lmc.open_checkpoint(out)
     assert same(aligned, pi.apply(b)) and same(lmc.Permutation.load(kept).apply(b), pi.apply(b))
     capsys.readouterr()
-    assert main(["barrier", SEEDS[0], out, *common, "--points", "5", "--html", str(tmp_path / "path.html")]) == 0
+    assert main(["barrier", SEEDS[0], out, *common, "--alphas", "5", "--html", str(tmp_path / "path.html")]) == 0
     printed = capsys.readouterr().out
     ends = [{name: t.float() for name, t in weights.items()} for weights in (a, pi.apply(b))]  # stored in half
     path = lmc.loss_path(lmc.models.mlp(*MODEL["arguments"]), *ends, digits, alphas=5, progress=False)
@@ -135,7 +135,7 @@ def test_data_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     both = {"train_inputs": inputs, "train_targets": targets, "test_inputs": inputs[:50], "test_targets": targets[:50]}
     save_file({name: tensor.clone() for name, tensor in both.items()}, tmp_path / "two.safetensors")
     for file, splits in (("one.npz", {"data"}), ("two.safetensors", {"train", "test"})):
-        arguments = ["barrier", *SEEDS, "--model", FACTORY, "--data", str(tmp_path / file), "--points", "3"]
+        arguments = ["barrier", *SEEDS, "--model", FACTORY, "--data", str(tmp_path / file), "--alphas", "3"]
         assert main(arguments) == 0
         assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == splits
     np.savez(tmp_path / "wrong.npz", pictures=inputs.numpy())
@@ -161,7 +161,7 @@ def test_data_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["align", "A", "B", "--out", "OUT"], 2, "--model"),
         (["align", "A", "B", "--out", "OUT", "--model", "mlp(5, [6], 6)"], 2, "--data"),
         (["align", "A", "B", "--out", "OUT", "--model", "mlp(__import__('os'))"], 2, "expected module:name"),
-        (["barrier", "A", "B", "--model", "mlp(64, [3], 10)", "--data", "digits", "--points", "4"], 2, "odd"),
+        (["barrier", "A", "B", "--model", "mlp(64, [3], 10)", "--data", "digits", "--alphas", "4"], 2, "odd"),
         (["barrier", "A", "B", "--model", "mlp(64, [3], 10)", "--data", "digits"], 1, "different architectures"),
     ],
 )
@@ -213,3 +213,39 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
         [sys.executable, "-m", "lmc", "merge", "--help"], capture_output=True, text=True, check=True
     )
     assert "density=0.2, weights=None, scope='model'" in module.stdout
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0 and capsys.readouterr().out == f"lmc {lmc.__version__}\n"
+
+
+def test_dtypes_and_wrapped_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [str(tmp_path / f"{i}.{ending}") for i, ending in enumerate(("safetensors", "th"))]
+    save_file(state(0), paths[0])
+    torch.save({"model": {f"module.{n}": t.bfloat16() for n, t in state(1).items()}}, paths[1])
+    out = str(tmp_path / "out")
+    assert main(["merge", "average", *paths, "--out", out, "--dtype", "float16"]) == 0
+    printed = capsys.readouterr().out
+    assert "the entry 'model'" in printed and "prefix 'module.'" in printed
+    expected = merge.average([state(0), {n: t.bfloat16().float() for n, t in state(1).items()}])
+    merged = lmc.open_checkpoint(out)
+    assert all(torch.equal(merged[n], t.half()) for n, t in expected.items())
+    status, error = failing(capsys, "merge", "average", *paths, "--out", out + "2", "--dtype", "int8")
+    assert status == 2 and "dtype='int8'" in error
+    quantised = str(tmp_path / "q.safetensors")
+    save_file({"l.weight": torch.ones(2, 2, dtype=torch.int8), "l.scale": torch.ones(2)}, quantised)
+    status, error = failing(capsys, "merge", "average", quantised, quantised, "--out", out + "3")
+    assert status == 1 and "dequantise it first" in error
+    assert main(["inspect", quantised, quantised]) == 0 and "dequantise" in capsys.readouterr().out
+
+
+def test_a_barrier_of_wrapped_and_half_precision_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = ["barrier", *SEEDS, "--model", FACTORY, "--data", "digits", "--alphas", "3"]
+    assert main(plain) == 0
+    expected = capsys.readouterr().out
+    wrapped = str(tmp_path / "b.pth")
+    torch.save({"state_dict": {f"_orig_mod.{n}": t for n, t in lmc.open_checkpoint(SEEDS[1]).load().items()}}, wrapped)
+    assert main([*plain[:2], wrapped, *plain[3:]]) == 0
+    assert capsys.readouterr().out.splitlines()[2:] == expected.splitlines()
