@@ -1,4 +1,4 @@
-"""What the landscape looks like: losses of many weight sets over paths, planes and curves between networks."""
+"""The landscape: losses of many weight sets over paths, planes and curves between networks."""
 
 from lmc.landscape.curvature import Curvature, curvature
 from lmc.landscape.curves.curve import Curve, bezier_curve, polygonal_chain

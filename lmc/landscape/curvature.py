@@ -104,8 +104,10 @@ def curvature(
         progress: show a bar.
 
     Raises:
-        MismatchError: weights of another architecture. WeightsError: weights that are not finite.
-        DataError: unusable data. InputError: an unusable argument.
+        MismatchError: weights of another architecture.
+        WeightsError: weights that are not finite.
+        DataError: unusable data.
+        InputError: an unusable argument.
     """
     for name, value, least in (
         ("top", top, 1),

@@ -1,4 +1,4 @@
-"""How alike two networks are in what they compute: representations layer by layer, and predictions."""
+"""Similarity of what two networks compute: representations layer by layer, and predictions."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -78,7 +78,7 @@ def similarity(
     """Compare what two networks of one architecture compute, in eval mode.
 
     Linear CKA (Kornblith et al. 2019, arXiv:1905.00414, section 3) does not change when units are permuted, so that it
-    tells what alignment could at best achieve; equal units in equal places it does not prove. With fewer examples than
+    bounds what alignment could achieve; it does not prove that equal units are in equal places. With fewer examples than
     about ten times the units of a layer it comes out too high.
 
     Args:
@@ -90,7 +90,8 @@ def similarity(
 
     Raises:
         MismatchError: a, b and the model are not of one architecture, dtype and device.
-        WeightsError: weights that are not finite. DataError: data that are unusable or no classification.
+        WeightsError: weights that are not finite.
+        DataError: data that are unusable or no classification.
         InputError: fewer than 2 examples asked for.
     """
     if not (isinstance(examples, int) and examples >= 2):

@@ -1,6 +1,6 @@
-"""Variance collapse: how much less the units of a merged network vary than those of the networks it was made from.
+"""Variance collapse: units of a merged network vary less than those of the networks it was made from.
 
-Averaging units that are correlated but not equal takes variance away, in each layer anew, so the deeper the less is left
+Averaging units that are correlated but not equal takes variance away in each layer, so the deeper the less is left
 (Jordan et al. 2023, arXiv:2211.08403, section 3 and figure 2).
 """
 
@@ -88,8 +88,10 @@ def variance_ratios(
         progress: show a bar when it takes longer than two seconds.
 
     Raises:
-        MismatchError: networks of different architectures. DataError: no inputs. WeightsError: NaN or infinity in the
-            weights. InputError: no ends.
+        MismatchError: networks of different architectures.
+        DataError: no inputs.
+        WeightsError: NaN or infinity in the weights.
+        InputError: no ends.
     """
     if not ends:
         raise InputError("ends: pass at least one of the networks that were merged")

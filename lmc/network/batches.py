@@ -189,7 +189,7 @@ class _Batches:
 
 
 def _hold(batches: Iterable[Any], name: str, targets_of: TargetsOf | None) -> tuple[Iterable[Batch], Any]:
-    """The batches as a list, or read anew each time when they are long and can be; and the first one as it came."""
+    """The batches as a list, or read again each time when they are long and can be; and the first one as it came."""
     one_shot = iter(batches) is batches
     held, size, first = [], 0, None
     for batch in batches:
@@ -260,7 +260,7 @@ def _label_of(batch: Any) -> str | None:
 
 
 def _is_object(batch: Any) -> bool:
-    """Whether this is a data object: neither a form that torch collates to nor an iterable of batches."""
+    """True for a data object: neither a form that torch collates to nor an iterable of batches."""
     if batch is None or isinstance(
         batch, Tensor | Mapping | tuple | list | str | Dataset | DataLoader | torch.nn.Module
     ):
@@ -277,7 +277,7 @@ def fields(data: Any) -> dict[str, Any]:
 
 
 def cuttable(inputs: Any, targets: Tensor) -> bool:
-    """Whether every tensor counts the examples along axis 0, so that a batch can be cut."""
+    """True where every tensor counts the examples along axis 0, so that a batch can be cut."""
     return not _is_object(inputs) and all(leaf.ndim and len(leaf) == len(targets) for leaf in tensors(inputs))
 
 

@@ -58,7 +58,7 @@ def _training_inputs(inputs: Any) -> Any:
 
 
 def required_arguments(model: nn.Module) -> int:
-    """How many positional arguments the module's forward cannot do without."""
+    """The number of positional arguments that the module's forward cannot do without."""
     parameters = inspect.signature(model.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in positional and p.default is p.empty for p in parameters)
@@ -74,7 +74,7 @@ def _iterable(inputs: Any) -> Iterable[Any]:
 
 
 def _is_loader(inputs: Any) -> bool:
-    """Whether this is an iterable of batches that happens to have tensors as attributes."""
+    """True for an iterable of batches that happens to have tensors as attributes."""
     plain = isinstance(inputs, Tensor | Mapping | tuple | list)
     return not plain and isinstance(inputs, Iterable) and not hasattr(inputs, "to_dict")
 

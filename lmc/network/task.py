@@ -1,4 +1,4 @@
-"""Tasks: how a module is called on a batch, which of its outputs count, and how they are judged."""
+"""Tasks: descriptions of how a module is called on a batch, which of its outputs count, and how they are judged."""
 
 import functools
 import math
@@ -27,7 +27,7 @@ UNITS = {
 
 @dataclass(frozen=True)
 class Task:
-    """How a module is called and judged. Given as `loss=`, or with the data: `task.on(data)`.
+    """A description of how a module is called and judged, given as `loss=`, or with the data: `task.on(data)`.
 
     The default is classification: cross-entropy and accuracy of outputs (N, C), (N, ..., C) or (N, C, ...) against
     integer targets (N,) or (N, ...). `Task.regression()` and its kin are ready-made.
@@ -149,7 +149,7 @@ class Task:
     # ---- what a batch is made of
 
     def call(self, inputs: Any, targets: Tensor) -> Any:
-        """What the module is called with."""
+        """The arguments that the module is called with."""
         if self.labels is None:
             return inputs
         if isinstance(inputs, Mapping):
@@ -157,7 +157,7 @@ class Task:
         return (*tensors(inputs), targets)
 
     def read(self, result: Any) -> Any:
-        """What is judged of the module's result: a tensor (N, ...), or what a loss of one's own takes.
+        """The part of the module's result that is judged: a tensor (N, ...), or what a loss of one's own takes.
 
         Raises:
             InputError: a result without the outputs asked for, or, for classes, of which none is known to be the logits.
@@ -185,7 +185,7 @@ class Task:
         return None if rows is None else rows[0]
 
     def counted(self, targets: Tensor) -> int:
-        """How many targets count."""
+        """The number of targets that count."""
         return int((targets != self.ignore).sum()) if _are_classes(targets) else targets.numel()
 
     def mean_loss(self, outputs: Any, targets: Tensor, inputs: Any = None) -> Tensor:

@@ -56,7 +56,7 @@ class Curve(Result):
     model: nn.Module = field(repr=False, metadata=UNSAVED)
 
     def shares(self, t: float) -> tuple[float, ...]:
-        """What each control has in `phi(t)`; they sum to 1."""
+        """The share of each control in `phi(t)`; they sum to 1."""
         last = len(self.controls) - 1
         if self.kind == "chain":
             return tuple(max(0.0, 1.0 - abs(t * last - j)) for j in range(last + 1))
@@ -219,7 +219,8 @@ def bezier_curve(
 
     Raises:
         MismatchError: a, b and the model are not of one architecture, dtype and device.
-        WeightsError: weights that are not finite. DataError: unusable data.
+        WeightsError: weights that are not finite.
+        DataError: unusable data.
         InputError: an unusable argument, or a loss that became NaN or infinite.
     """
     schedule = Schedule(epochs, lr, weight_decay, batch_size, seed, progress)

@@ -19,7 +19,7 @@ from lmc.weights import Weights, tied_names
 
 @dataclass(frozen=True)
 class Schedule:
-    """How bends are trained; the arguments of `bezier_curve`."""
+    """The schedule by which bends are trained; arguments of `bezier_curve`."""
 
     epochs: int
     lr: float

@@ -25,7 +25,7 @@ Repair: TypeAlias = Literal["auto", "repair", "closed_form"] | None
 
 STATISTICS_EXAMPLES = 2048  # inputs that statistics are estimated from at every point
 STATISTICS_BATCH = 256
-LONG = 10.0  # seconds from which on the cost is told before it starts
+LONG = 10.0  # seconds from which on the cost is written before it starts
 
 REPAIRS: dict[str, Method] = {"repair": "passes", "closed_form": "closed_form"}
 
@@ -167,7 +167,7 @@ class Evaluation:
             tqdm.write(f"{name}: {most}{points} points to evaluate, {cost}; an interrupt keeps those that are done")
 
     def seconds_for(self, point: Callable[[], Weights]) -> float:
-        """How long it takes to make and score the weights of a point."""
+        """Seconds that it takes to make and score the weights of a point."""
         start = time.perf_counter()
         next(self.evaluator([point()]))
         return time.perf_counter() - start

@@ -31,7 +31,7 @@ MEASURED_BYTES = 256 << 20  # of outputs that are kept so that a measure of the 
 
 @dataclass(frozen=True)
 class _Budget:
-    """What a device is given to work on at once.
+    """Limits of what a device works on at once.
 
     Attributes:
         batch: bytes of activations in one batch.
@@ -182,7 +182,7 @@ class Evaluator:
 
     @property
     def one_by_one(self) -> bool:
-        """Whether one weight set at a time goes through data that all stay in memory."""
+        """True where one weight set at a time goes through data that all stay in memory."""
         return self.weight_sets_together == 1 and len(self._ready) == len(self.splits)
 
     def in_turn(self, steps: Iterable[object]) -> Iterator[dict[str, Score]]:
@@ -253,7 +253,7 @@ class Evaluator:
         return not measures_of(self.task) and not callable(self.task.outputs)
 
     def _judging(self, split: Split, outputs: Any, targets: Tensor) -> Judging:
-        """How a split is judged, from the outputs of a few examples.
+        """The judging of a split, from the outputs of a few examples.
 
         Raises:
             DataError: targets that are no classes of the outputs, where nothing says what else they are.
@@ -298,7 +298,7 @@ class Evaluator:
             yield
 
     def _bytes_of(self, inputs: Any, split: str) -> int:
-        """What the activations of a first few inputs take; `DataError` where the module fails on them."""
+        """Bytes of the activations of a first few inputs; `DataError` where the module fails on them."""
         try:
             return activation_bytes(self.network, inputs)
         except (LmcError, torch.cuda.OutOfMemoryError):

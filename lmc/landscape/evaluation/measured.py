@@ -1,4 +1,4 @@
-"""What paths, planes and mixtures have in common: values of measures on splits, one for each of their points."""
+"""Common ground of paths, planes and mixtures: values of measures on splits, one for each of their points."""
 
 import numpy as np
 import numpy.typing as npt

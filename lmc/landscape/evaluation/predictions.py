@@ -1,4 +1,4 @@
-"""What the networks along a path predict, kept small enough to travel with the path into a page."""
+"""The predictions of networks along a path, kept small enough to travel with the path into a page."""
 
 import math
 from collections.abc import Sequence

@@ -49,7 +49,7 @@ Weighing = Callable[[Tensor], float]
 
 @dataclass(frozen=True)
 class Judging:
-    """How the outputs of one split are judged.
+    """The measures that are taken of the outputs of one split.
 
     Attributes:
         split: its name.
@@ -139,7 +139,7 @@ class Tally:
         self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def _measure_stored(self) -> None:
-        """What was put aside to be measured at once, or batch by batch where it cannot be joined."""
+        """Measure what was put aside, at once, or batch by batch where it cannot be joined."""
         stored, self._stored = self._stored, []
         if len(stored) == 1:
             self._measure(*stored[0], alone=True)
@@ -204,7 +204,7 @@ def joined(parts: Sequence[Any]) -> Any:
 
 
 def weighing(judging: Judging, name: str, value_of: Callable[[Tensor], Tensor], targets: Tensor) -> Weighing | None:
-    """How the mean over a batch is weighted, found by what weights make a batch of its halves.
+    """The weight of the mean over a batch, found by the weights that make a batch of its halves.
 
     Tried are the targets that count, those behind the first of each sequence (for a loss that shifts them), the examples,
     and none, for a sum. A warning says that none fits: the value then depends on how the data are batched.

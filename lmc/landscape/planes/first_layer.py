@@ -23,7 +23,7 @@ PRODUCT_BYTES = 512 << 20
 
 
 class Products:
-    """What the first layer makes of the data at the origin of a plane and along its directions; threads share it.
+    """Products of the first layer with the data, at the origin of a plane and along its directions; threads share them.
 
     Args:
         layer: it has the name `name` in the network.

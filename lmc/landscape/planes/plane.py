@@ -60,11 +60,11 @@ def loss_plane(
         names: what the three are called in print and in plots.
         margin: how far the grid reaches beyond the models, as a share of their extent along the axis.
         tolerance: None evaluates every point. 0.01 evaluates only as many as it takes to know the losses within 1 % of
-            their range, as far as points that are held out can tell, and interpolates the others: of 51 x 51 points,
-            most often a tenth. `plane.evaluated` says which, `plane.error` how far off.
+            their range, as far as points that are held out show, and interpolates the others: of 51 x 51 points,
+            most often a tenth. `plane.evaluated` and `plane.error` hold which points and how large the errors are.
         resume: an unfinished plane of the same arguments, whose points are taken over.
         repair, inputs, loss, metrics, outputs, batch_size, device: as for `loss_path`.
-        progress: show a bar, and tell the cost of a long plane before it starts.
+        progress: show a bar, and the cost of a long plane before it starts.
 
     Raises:
         InputError: models on one line, or an unusable argument.
@@ -141,7 +141,10 @@ def random_plane(
         data, and all that follows `name`: as for `loss_plane`.
 
     Raises:
-        As `loss_plane`, but for models on one line.
+        InputError: an unusable argument.
+        MismatchError: weights that do not fit the architecture.
+        WeightsError: weights that are not finite.
+        DataError: unusable data.
     """
     counts = _counts(resolution)
     if not all(count % 2 for count in counts):
@@ -208,7 +211,10 @@ def trajectory_plane(
         data, and all that follows `name`: as for `loss_plane`.
 
     Raises:
-        As `loss_plane`.
+        InputError: weights on one line, or an unusable argument.
+        MismatchError: weights of different architectures, dtypes or devices.
+        WeightsError: weights that are not finite.
+        DataError: unusable data.
     """
     if isinstance(trajectory, Mapping) or len(trajectory) < 3:
         raise InputError(f"trajectory: expected at least three weight sets, got {len(trajectory)}")

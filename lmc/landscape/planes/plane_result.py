@@ -1,4 +1,4 @@
-"""What a plane in weight space holds."""
+"""The result of evaluating a plane in weight space."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,7 +39,7 @@ class Plane(Measured, Result):
         distances: name of a track -> (K,) how far its weights are off the plane.
         interpolated: (Y, X) which points were not evaluated but interpolated (see `tolerance` of `loss_plane`); none
             where this is a single False.
-        error: split -> measure -> the largest error of interpolation at points that were held out to tell it.
+        error: split -> measure -> the largest error of interpolation at points that were held out to measure it.
         explained: of the plane of a trajectory, the share of the squared distances to its end along each axis.
         unit: of the loss.
         higher: the measures of which higher values are better.
@@ -132,8 +132,8 @@ class Plane(Measured, Result):
             pd.DataFrame({"x": x, "y": y, "split": split, **{name: grid.ravel() for name, grid in measures.items()}})
             for split, measures in self.values.items()
         ]
-        told = {"evaluated": self.evaluated.ravel()} if self.interpolated.any() else {}
-        return pd.concat([frame.assign(**told) for frame in frames], ignore_index=True)
+        flags = {"evaluated": self.evaluated.ravel()} if self.interpolated.any() else {}
+        return pd.concat([frame.assign(**flags) for frame in frames], ignore_index=True)
 
     def __str__(self) -> str:
         head = f"Plane of {len(self.x)} x {len(self.y)} points"

@@ -4,7 +4,7 @@ The grid is the finest of a chain of meshes, each twice as fine as the one befor
 predicted by polynomials through the nearest points; where a prediction was off, the points around it are evaluated on
 the next mesh as well, elsewhere predictions stand for values (interpolating wavelets: Harten 1996, Comm. Pure Appl. Math.
 48, 1305; Holmstrom 1999, SIAM J. Sci. Comput. 21, 405). Points drawn at random among those that were interpolated are
-then evaluated after all and tell the error; where it is too large, all is done again with a smaller threshold.
+then evaluated after all and show the error; where it is too large, all is done again with a smaller threshold.
 """
 
 from collections.abc import Callable
@@ -31,10 +31,10 @@ REACH = 2  # nodes of the next mesh, around one where a prediction was off, that
 
 
 def refine(plane: Plane, evaluate: Callable[[Mask], bool], tolerance: float) -> Plane:
-    """The plane with every point known: losses within `tolerance` of their range, as far as held-out points tell.
+    """The plane with every point known: losses within `tolerance` of their range, as far as held-out points show.
 
     Other measures than the loss do not decide where points are evaluated (accuracies go in steps of one example); they
-    are interpolated linearly, and their error is told too.
+    are interpolated linearly, and their error is measured too.
 
     Args:
         plane: some of its points may be known already.

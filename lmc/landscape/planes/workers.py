@@ -47,7 +47,7 @@ class Workers:
         self._workers += [_Worker(twin, prepare and prepare.on(twin.network), products) for twin in twins]
 
     def seconds_each(self) -> float:
-        """How long a point takes with all threads at work, judged by the one with index 0."""
+        """Seconds that a point takes with all threads at work, judged by the one with index 0."""
         with _intra_op_threads(torch.get_num_threads() // len(self._workers)):
             list(self._work(self._workers[0], iter([0])))  # makes the products of the first layer
             start = time.perf_counter()
@@ -101,7 +101,7 @@ class Workers:
 
 
 class _Worker:
-    """What one thread evaluates with."""
+    """The evaluator and the first layer of one thread."""
 
     def __init__(self, evaluator: Evaluator, prepare: Recalibrator | None, products: Products | None) -> None:
         self.evaluator = evaluator
@@ -132,7 +132,7 @@ class _Worker:
         go(u, v)
 
     def leave(self) -> None:
-        """What comes next is no point of the span."""
+        """Leave the span: the next weights are no point of it."""
         if self.first is not None:
             self.first.place = None
 
@@ -150,7 +150,7 @@ def _products(evaluator: Evaluator, prepare: Recalibrator | None, span: PlaneSpa
 
 
 def _threads(evaluator: Evaluator) -> int:
-    """How many threads take points. One where the caller's own code would run in them, or data come from an iterator."""
+    """The number of threads that take points. One where the caller's own code would run in them, or data come from an iterator."""
     # The default dtype is one for all threads, and modules are run under the caller's.
     if callers_dtype() != torch.float32:
         return 1
@@ -170,7 +170,7 @@ def _intra_op_threads(count: int) -> Iterator[None]:
 
 
 def _until_ended(done: "queue.SimpleQueue[Any]", threads: int) -> Iterator[tuple[int, dict[str, Score]]]:
-    """What comes through the queue until every thread has said that it ended; an error is raised."""
+    """The entries of the queue until every thread has said that it ended; an error is raised."""
     while threads:
         found = done.get()
         if found is None:

@@ -1,4 +1,4 @@
-"""What mixtures of several models hold: losses over a simplex of shares, a triangle where they are three."""
+"""Results of mixtures of several models: losses over a simplex of shares, a triangle where they are three."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

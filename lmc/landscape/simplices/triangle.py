@@ -52,7 +52,7 @@ def loss_triangle(
         names: what the three are called in print and in plots.
         resume: an unfinished triangle of the same arguments, whose points are taken over.
         repair, inputs, loss, metrics, outputs, batch_size, device: as for `loss_path`.
-        progress: show a bar, and tell the cost of a long survey before it starts.
+        progress: show a bar, and the cost of a long survey before it starts.
 
     Raises:
         InputError: an unusable argument.
