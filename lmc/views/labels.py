@@ -27,3 +27,9 @@ def labelled_paths(path: Shown, label: str | None, others: Mapping[str, Shown]) 
     return labelled(
         path, label or ("aligned" if "naive" in others else "naive" if "aligned" in others else "path"), others
     )
+
+
+def measure_title(measure: str, unit: str) -> str:
+    """A measure with its unit: "loss (nats)", "accuracy (%)"; that of the loss is `unit`, and may be empty."""
+    known = {"loss": unit, "accuracy": "%"}.get(measure)
+    return f"{measure} ({known})" if known else measure

@@ -82,3 +82,4 @@ def test_what_is_saved_is_alive_when_it_is_opened_again(server, window, open_not
     again.locator(".lmc-reading").filter(has_text="α = 0.3").wait_for()
     again.locator(".lmc-note[data-state=static]").wait_for()
     assert "model not found" not in again.locator(".jp-Notebook").inner_text()
+    assert not again.evaluate("window.jupyterapp.shell.currentWidget.content.model.dirty")

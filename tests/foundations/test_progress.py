@@ -1,6 +1,7 @@
 import pytest
+from tqdm import notebook
 
-from lmc.core.progress import tqdm
+from lmc.core.progress import Quiet, tqdm
 
 
 @pytest.mark.parametrize(("value", "disabled"), [("1", True), ("0", False), ("", False)])
@@ -14,3 +15,20 @@ def test_quick_loops_show_nothing(monkeypatch, capsys):
     monkeypatch.delenv("TQDM_DISABLE", raising=False)
     assert list(tqdm(range(3), desc="work")) == [0, 1, 2]
     assert "work" not in capsys.readouterr().err
+
+
+def test_a_bar_in_a_notebook_empties_its_output(monkeypatch):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    told = []
+
+    class Output:
+        def update(self, data, raw):
+            told.append((data, raw))
+
+    class Bar(Quiet, notebook.tqdm):
+        pass
+
+    monkeypatch.setattr("IPython.display.display", lambda shown, display_id: told.append(shown) or Output())
+    bar = Bar(range(3), delay=1e-9, mininterval=0.0)
+    assert list(bar) == [0, 1, 2]
+    assert told == [bar.container, ({"text/html": "", "text/plain": ""}, True)]

@@ -19,7 +19,11 @@ def plot(matching: Matching, group: str | None = None) -> go.Figure:
     """
     group = matching.known(group)
     shown = matching.groups[group]
-    titles = [f"{group}: before", f"{group}: after", "barrier (nats)" if matching.paths else "mean cosine"]
+    titles = [
+        f"{group}: before",
+        f"{group}: after",
+        f"barrier ({matching.paths[0].unit})" if matching.paths else "mean cosine",
+    ]
     fig = styled(make_subplots(1, 3, subplot_titles=titles, horizontal_spacing=0.09), height=390)
     high = max(0.1, float(np.quantile(shown.similarity[-1].diagonal(), 0.9)))
     for column, step in ((1, 0), (2, -1)):

@@ -6,7 +6,7 @@ from plotly.subplots import make_subplots
 
 from lmc.core.results import view
 from lmc.landscape.paths.path import Path
-from lmc.views.labels import labelled_paths
+from lmc.views.labels import labelled_paths, measure_title
 from lmc.views.plots.style import BLACK, DASHES, colours, styled
 
 
@@ -27,7 +27,6 @@ def plot(path: Path, label: str | None = None, **others: Path) -> go.Figure:
     paths = labelled_paths(path, label, others)
     shown = list(paths.values())
     panels = ["loss", *(["accuracy"] if all(path.accuracies for path in shown) else [])]
-    titles = {"loss": "loss (nats)", "accuracy": "accuracy (%)"}
     fig = styled(make_subplots(1, len(panels), horizontal_spacing=0.11), height=430)
     tints = colours(list(paths))
     for column, panel in enumerate(panels, start=1):
@@ -36,7 +35,9 @@ def plot(path: Path, label: str | None = None, **others: Path) -> go.Figure:
             _curves(fig, name, path, panel, tints[name], column)
             _barrier(fig, path, panel, tints[name], column, labels)
         fig.update_xaxes(title_text="α, from A (0) to B (1)", col=column)
-        fig.update_yaxes(title_text=titles[panel], rangemode="tozero" if panel == "loss" else "normal", col=column)
+        fig.update_yaxes(
+            title_text=measure_title(panel, path.unit), rangemode="tozero" if panel == "loss" else "normal", col=column
+        )
     _dash_legend(fig, {split for path in shown for split in path.values})
     return fig
 
@@ -50,7 +51,7 @@ def _curves(fig: go.Figure, name: str, path: Path, panel: str, colour: str, colu
             x=path.alphas[known],
             y=heights[known],
             mode="lines+markers" if main else "lines",
-            name=f"{name}: barrier {path.barrier:.3f} nats" if panel == "loss" else name,
+            name=f"{name}: barrier {path.barrier:.3f} {path.unit}".rstrip() if panel == "loss" else name,
             legendgroup=name,
             showlegend=main and column == 1,
             line={"color": colour, "width": 3 if main else 2, "dash": DASHES.get(split, "dash")},
@@ -76,7 +77,7 @@ def _barrier(fig: go.Figure, path: Path, panel: str, colour: str, column: int, l
         row=1,
         col=column,
     )
-    text = f"{found.value:.2f} nats" if panel == "loss" else f"{found.value:.1f} points"
+    text = f"{found.value:.2f} {path.unit}".rstrip() if panel == "loss" else f"{found.value:.1f} points"
     place = labels.place(found.alpha, 0.5 * (ends[0] + ends[1]), len(text))
     if place is not None:
         fig.add_annotation(

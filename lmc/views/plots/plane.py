@@ -10,6 +10,7 @@ from plotly.subplots import make_subplots
 from lmc.core.results import view
 from lmc.errors import InputError
 from lmc.landscape.planes.plane_result import Plane
+from lmc.views.labels import measure_title
 from lmc.views.palette import track_colours
 from lmc.views.plots.style import BLACK, GRID, SCALE, styled
 from lmc.views.tracks import named_points, tracked
@@ -66,9 +67,8 @@ def plot(
 
 
 def _title(plane: Plane, split: str, panel: str) -> str:
-    unit = {"loss": " (nats)", "accuracy": " (%)"}.get(panel, "")
     gaps = int((np.isnan(plane.values[split][panel]) & plane.done).sum())
-    return f"{split} {panel}{unit}" + (f", NaN at {gaps} point{'s' * (gaps > 1)}" if gaps else "")
+    return f"{split} {measure_title(panel, plane.unit)}" + (f", NaN at {gaps} point{'s' * (gaps > 1)}" if gaps else "")
 
 
 def _contours(plane: Plane, split: str, panel: str, right: float) -> go.Contour:

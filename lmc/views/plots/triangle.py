@@ -9,6 +9,7 @@ from plotly.subplots import make_subplots
 from lmc.core.results import view
 from lmc.errors import InputError
 from lmc.landscape.simplices.simplex_result import Mixture, Simplex, Triangle
+from lmc.views.labels import measure_title
 from lmc.views.plots.plane import LEVELS, round_ticks
 from lmc.views.plots.style import BLACK, BLUE, ORANGE, SCALE, styled
 
@@ -30,7 +31,7 @@ def plot_triangle(triangle: Triangle, split: str | None = None) -> go.Figure:
     """
     split = triangle.split if split is None else split
     panels = _panels(triangle, split)
-    titles = [f"{split} {'loss (nats)' if panel == 'loss' else 'accuracy (%)'}" for panel in panels]
+    titles = [f"{split} {measure_title(panel, triangle.unit)}" for panel in panels]
     fig = styled(make_subplots(1, len(panels), horizontal_spacing=0.2, subplot_titles=titles), height=440)
     for column, panel in enumerate(panels, start=1):
         fig.add_trace(_contours(triangle, split, panel, 0.43 if column < len(panels) else 1.03), row=1, col=column)
@@ -79,7 +80,9 @@ def plot_simplex(mixtures: Simplex, split: str | None = None) -> go.Figure:
     low, high = np.nanmin(mixtures.losses[split]), np.nanmax(mixtures.losses[split])
     wide = high > 5.0 * low > 0.0  # wide enough to hold two of 1, 2, 5, 10, ...
     kind = "log" if low > 0 else "linear"
-    fig.update_yaxes(title_text=f"{split} loss (nats)", type=kind, dtick="D2" if wide else None, col=2)
+    fig.update_yaxes(
+        title_text=f"{split} {measure_title('loss', mixtures.unit)}", type=kind, dtick="D2" if wide else None, col=2
+    )
     fig.update_xaxes(title_text="effective number of models, 1 / Σ s²", col=2)
     return fig.update_layout(hovermode="closest")
 

@@ -85,6 +85,7 @@ def state(result: Epochs) -> dict[str, Any]:
     barriers = {name: [_number(value) for value in found] for name, found in result.barriers.items()}
     data = {
         "epochs": list(result.epochs),
+        "unit": every[0].unit,
         "runs": [
             {
                 "name": name,
@@ -95,7 +96,7 @@ def state(result: Epochs) -> dict[str, Any]:
             for name, paths in result.paths.items()
         ],
         "panels": [panel_state(measure, {str(i): path for i, path in enumerate(every)}) for measure in measures],
-        "barrier": {"title": f"barrier over the epochs (nats, {every[0].split})"}
+        "barrier": {"title": f"barrier over the epochs ({every[0].unit}, {every[0].split})"}
         | axis_state(0.0, max(1e-3, *(value or 0.0 for found in barriers.values() for value in found))),
         "scale": [list(stop) for stop in SCALE],
     }

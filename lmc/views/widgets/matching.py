@@ -86,6 +86,7 @@ def state(matching: Matching, group: str) -> dict[str, Any]:
     data = {
         "shares": matching.shares.tolist(),
         "split": paths[0].split if paths else "",
+        "unit": paths[0].unit if paths else "",
         "alphas": paths[0].alphas.tolist() if paths else [],
         "paths": [[_number(loss) for loss in path.losses[path.split]] for path in paths],
         "barriers": [_number(barrier) for barrier in matching.barriers],

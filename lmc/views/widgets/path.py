@@ -12,7 +12,7 @@ import traitlets
 from lmc.core.results import view
 from lmc.errors import InputError
 from lmc.landscape.paths.path import Path
-from lmc.views.labels import labelled_paths
+from lmc.views.labels import labelled_paths, measure_title
 from lmc.views.palette import colours
 from lmc.views.widgets.explorer import Explorer
 from lmc.views.widgets.page import module, style
@@ -140,7 +140,7 @@ def _barrier(path: Path, measure: str) -> dict[str, Any] | None:
     except InputError:  # an end that is not a number
         return None
     base = (1.0 - found.alpha) * found.start + found.alpha * found.end
-    ends, text = (base, base + found.value), f"barrier {found.value:.2f} nats"
+    ends, text = (base, base + found.value), f"barrier {found.value:.2f} {path.unit}".rstrip()
     if measure == "accuracy":
         ends, text = (100.0 - base, 100.0 - base - found.value), f"{found.value:.1f} points"
     return {"alpha": found.alpha, "base": ends[0], "top": ends[1], "text": text}
@@ -154,7 +154,9 @@ def panel_state(measure: str, paths: Mapping[str, Path]) -> dict[str, Any]:
         low = min([0.0, *known])
         high = max([low + 1e-3, *known])
         split = next(iter(paths.values())).split
-        title = "loss (nats)" + (f" – {split} solid, train dotted" if len(series) > len(paths) else "")
+        title = measure_title("loss", next(iter(paths.values())).unit) + (
+            f" – {split} solid, train dotted" if len(series) > len(paths) else ""
+        )
     else:
         low, high, title = min([99.0, *known]), 100.0, "accuracy (%)"
     return {"measure": measure, "title": title, **axis_state(low, high)}

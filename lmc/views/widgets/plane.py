@@ -101,7 +101,7 @@ def state(plane: Plane, tracks: Mapping[str, Any] | None = None) -> dict[str, An
         "y": plane.y.tolist(),
         "axes": list(plane.axes),
         "splits": [plane.split, *(split for split in plane.values if split != plane.split)],
-        "measures": [{"name": name, "unit": _unit(name), "reversed": name == "accuracy"} for name in measures],
+        "measures": [{"name": name, "unit": _unit(plane, name), "reversed": name == "accuracy"} for name in measures],
         "values": {s: {m: encode(_shown(m, grid)) for m, grid in ms.items()} for s, ms in plane.values.items()},
         "models": [{"name": name, "place": list(place)} for name, place in plane.places.items()],
         "tracks": [
@@ -117,8 +117,8 @@ def state(plane: Plane, tracks: Mapping[str, Any] | None = None) -> dict[str, An
     return {"data": data, "point": centre.tolist(), "split": plane.split, "measure": measures[0]}
 
 
-def _unit(measure: str) -> str:
-    return {"loss": "nats", "accuracy": "%"}.get(measure, "")
+def _unit(plane: Plane, measure: str) -> str:
+    return {"loss": plane.unit, "accuracy": "%"}.get(measure, "")
 
 
 def _shown(measure: str, grid: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

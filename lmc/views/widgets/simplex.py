@@ -10,6 +10,7 @@ import traitlets
 
 from lmc.core.results import view
 from lmc.landscape.simplices.simplex_result import Simplex
+from lmc.views.labels import measure_title
 from lmc.views.palette import CYCLE, GREY, SCALE
 from lmc.views.widgets.explorer import Explorer
 from lmc.views.widgets.page import module, style
@@ -135,7 +136,7 @@ def _measure(name: str, mixtures: Simplex) -> dict[str, Any]:
     accuracy = name == "accuracy"
     return {
         "name": name,
-        "title": "loss (nats)" if name == "loss" else "accuracy (%)" if accuracy else name,
+        "title": measure_title(name, mixtures.unit),
         "unit": " %" if accuracy else "",
         "digits": 1 if accuracy else 3,
         "log": name == "loss" and low > 0.0,

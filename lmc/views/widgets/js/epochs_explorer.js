@@ -83,7 +83,7 @@ function render({ model, el }) {
     const here = (name) => exact?.values[name] ?? valueAt(path.alphas, series[name], alpha);
     const lines = [`epoch ${epochs[epoch]}`, `α = ${alpha.toFixed(3)}`, `loss ${format(here("loss"))}`];
     if (series.accuracy) lines.push(`accuracy ${format(here("accuracy"), 1)} %`);
-    lines.push(`barrier ${format(run.barriers[epoch], 2)} nats`);
+    lines.push(`barrier ${format(run.barriers[epoch], 2)} ${data.unit}`);
     reading.textContent = lines.join(" · ");
     names.update(active);
     along.update(alpha, `α = ${alpha.toFixed(3)}`);

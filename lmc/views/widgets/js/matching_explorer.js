@@ -61,7 +61,7 @@ function render({ model, el }) {
     const group = groups[active];
     const step = nearest(data.shares, placed);
     const near = Math.abs(data.shares[step] - placed) < 0.006 ? "" : ` (at ${Math.round(100 * data.shares[step])} %)`;
-    const barrier = data.paths.length ? `barrier ${format(data.barriers[step])} nats${near}` : null;
+    const barrier = data.paths.length ? `barrier ${format(data.barriers[step])} ${data.unit}${near}` : null;
     const agreement = `mean similarity ${format(group.agreement[step], 2)}`;
     const lines = [`${Math.round(100 * placed)} % of B's units in place`, ...(barrier ? [barrier] : []), agreement];
     reading.textContent = lines.join(" · ");
@@ -129,9 +129,9 @@ function span(numbers) {
 }
 
 // The line from A to B now, in front of the first and the last.
-function lineChart({ alphas, paths, split }) {
+function lineChart({ alphas, paths, split, unit }) {
   const numbers = paths.flat().filter((value) => value !== null);
-  const chart = frame({ panel: { title: `${split === "data" ? "" : `${split} `}loss on the way from A to B (nats)`, ...span(numbers) }, low: 0, high: 1, marks: [0, 0.25, 0.5, 0.75, 1] });
+  const chart = frame({ panel: { title: `${split === "data" ? "" : `${split} `}loss on the way from A to B (${unit})`, ...span(numbers) }, low: 0, high: 1, marks: [0, 0.25, 0.5, 0.75, 1] });
   const draw = (kind) => {
     const made = shape("polyline", { class: `lmc-line ${kind}` });
     chart.node.append(made);
@@ -151,9 +151,9 @@ function lineChart({ alphas, paths, split }) {
 }
 
 // The barrier (or how alike the units are, where no line was evaluated) while the places are filled.
-function courseChart({ shares, barriers, paths }, groups, pick) {
+function courseChart({ shares, barriers, paths, unit }, groups, pick) {
   const own = paths.length > 0;
-  const title = own ? "barrier (nats) over the share of units in place" : "mean similarity over the share of units in place";
+  const title = own ? `barrier (${unit}) over the share of units in place` : "mean similarity over the share of units in place";
   const numbers = own ? barriers : groups.flatMap(({ agreement }) => agreement);
   const names = (share) => `${Math.round(100 * share)} %`;
   const chart = frame({ panel: { title, ...span(numbers) }, low: 0, high: 1, marks: [0, 0.25, 0.5, 0.75, 1], names });
