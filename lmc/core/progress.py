@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import auto
 
-
 _Bar = auto.tqdm if TYPE_CHECKING else object
 
 
