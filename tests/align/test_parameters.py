@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 import lmc
 from lmc.align.parameters import in_form_of, matched
-from lmc.errors import WeightsError
+from lmc.errors import DataError, MismatchError, WeightsError
 
 QUIET = {"progress": False}
 METHODS = {
@@ -86,3 +86,53 @@ def test_complex_tensors_come_back_as_they_were():
     assert list(found) == ["b", "w"] and found["w"].shape == (3, 2, 2) and found["b"].dtype == torch.float32
     for name, tensor in weights.items():
         assert torch.equal(in_form_of(tensor, found[name]), tensor)
+
+
+ROTATIONS = {
+    "rotatable_groups": lambda spec, model, a, b, data: lmc.align.rotatable_groups(spec, model, a, data),
+    "fold_norms": lambda spec, model, a, b, data: lmc.align.fold_norms(spec, model, a, data),
+    "rotations": lambda spec, model, a, b, data: lmc.align.rotation_matching(spec, model, a, b, data, steps=1, **QUIET),
+}
+ON_DATA = ROTATIONS | {
+    name: METHODS[name] for name in METHODS if name not in ("weights", "Sinkhorn, l2", "many", "OT, weights")
+}
+
+
+def spoiled(weights, value: float) -> dict[str, Tensor]:
+    return weights | {"fc1.weight": torch.full_like(weights["fc1.weight"], value)}
+
+
+@pytest.mark.parametrize("method", ON_DATA)
+def test_unusable_weights_and_data_are_named(method: str):
+    case = CASES["mlp"]()
+    a, b, run = case.other(1), case.other(2), ON_DATA[method]
+    cases = {
+        "empty data": ((a, b, (case.inputs[:0], case.targets[:0])), DataError, "axis 0"),
+        "NaN in the inputs": ((a, b, (torch.full_like(case.inputs, torch.nan), case.targets)), DataError, "NaN"),
+        "NaN in the weights": ((spoiled(a, torch.nan), b, (case.inputs, case.targets)), WeightsError, "fc1.weight"),
+        "another architecture": ((a | {"foo": a["fc1.bias"]}, b, (case.inputs, case.targets)), MismatchError, "foo"),
+    }
+    for arguments, error, text in cases.values():
+        with pytest.raises(error, match=text):
+            run(case.spec, case.model, *arguments)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("method", METHODS | ROTATIONS)
+def test_dead_units_and_equal_networks_are_no_obstacle(method: str):
+    case = CASES["mlp"]()
+    dead = spoiled(case.other(1), 0.0) | {"fc1.bias": torch.zeros(16)}
+    for weights in (dead, case.other(1)):
+        found = {**METHODS, **ROTATIONS}[method](case.spec, case.model, weights, weights, (case.inputs, case.targets))
+        if isinstance(found, lmc.Permutation) and method != "Sinkhorn, midpoint":  # untrained, the middle may be better
+            moved_weights = found.apply(weights)
+            assert all(torch.equal(moved_weights[name], tensor) for name, tensor in weights.items())
+
+
+def test_the_network_whose_activations_are_unusable_is_named():
+    case = CASES["mlp"]()
+    huge = {name: 1e30 * tensor for name, tensor in case.other(2).items()}
+    with pytest.raises(DataError, match="activations of b hold NaN"):
+        lmc.ot_fusion(case.model, case.other(1), huge, case.inputs, spec=case.spec, progress=False)
+    with pytest.raises(DataError, match="activations of a hold NaN"):
+        lmc.activation_matching(case.spec, case.model, huge, case.other(1), case.inputs, progress=False)

@@ -117,10 +117,10 @@ class CrossMoments:
         scale_b = torch.where(still_b, 0.0, self.square_b.clamp_min(torch.finfo(torch.float64).tiny).rsqrt())
         return scale_a[:, None] * self.product * scale_b
 
-    def check_finite(self, target: str) -> None:
+    def check_finite(self, target: str, names: tuple[str, str]) -> None:
         """Raise `DataError` if the activations held NaN or infinity."""
         if not bool(torch.isfinite(self.square_a.sum() + self.square_b.sum())):
-            which = "a" if not bool(torch.isfinite(self.square_a.sum())) else "b"
+            which = names[0] if not bool(torch.isfinite(self.square_a.sum())) else names[1]
             where = ", ".join(sorted({site.tap.name for site in self._means}))
             raise DataError(
                 f"{target}: activations of {which} hold NaN or infinity (seen at {where}); check the inputs"
@@ -133,8 +133,12 @@ def collect(
     sites: Sequence[Site],
     batches: Iterable[Call],
     progress: bool,
+    names: tuple[str, str] = ("a", "b"),
 ) -> dict[str, CrossMoments]:
-    """Run both networks over the batches and sum up what the sites show; the networks may be one and the same object."""
+    """Run both networks over the batches and sum up what the sites show; the networks may be one and the same object.
+
+    `names` are what messages call the two.
+    """
     device = networks[0].device
     moments: dict[str, CrossMoments] = {}
     for site in sites:
@@ -148,7 +152,7 @@ def collect(
             for a, b in zip(seen_a[site], seen_b[site], strict=True):
                 moments[site.target].update(site, a, b)
     for target, found in moments.items():
-        found.check_finite(target)
+        found.check_finite(target, names)
     return moments
 
 

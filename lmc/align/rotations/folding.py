@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.core.context import own_context
-from lmc.errors import SpecError, WeightsError
+from lmc.errors import DataError, SpecError, WeightsError
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
@@ -46,7 +46,7 @@ def fold_norms(
         SpecError: the spec does not fit; a scale is 0 whose shift no bias can take; weights are tied (an embedding that
             is the output layer as well); or something other than linear layers reads a norm.
         WeightsError: weights that are not finite, or complex.
-        DataError: no inputs.
+        DataError: no inputs, or outputs that are not finite.
     """
     weights = agreeing([weights], ["weights"], model=model)[0]
     spec = spec.bind(weights)
@@ -84,6 +84,8 @@ class Probe:
         call = first_of(next(input_batches(model, inputs, EXAMPLES)), EXAMPLES)
         self._calls = [_double(call)]
         self._reference = self(weights)
+        if not bool(self._reference.isfinite().all()):
+            raise DataError("the outputs for the first inputs hold NaN or infinity; check the inputs")
         self._calls.append(_double(_made_up(call, generator)))
         try:
             reference = self(weights)

@@ -134,7 +134,7 @@ def rotation_matching(
         ascent.sweep()
         sweeps += 1
     matrices, losses = ascent.matrices, []
-    if steps:
+    if steps and rotated:  # else there is nothing to learn
         task = TaskLoss(model, a, data, loss, batch_size, next(iter(a.values())).device)
         matrices, losses = learn_rotations(
             spec, task, a, b, matrices, rotated, steps=steps, lr=lr, seed=seed, progress=progress
@@ -142,7 +142,13 @@ def rotation_matching(
     mixed = SoftMoves(spec, theirs, next(iter(a.values())).device)(matrices, theirs)
     moved = b | {name: tensor.to(b[name].dtype) for name, tensor in mixed.items()}
     moved |= {second: moved[first] for second, first in spec.aliases.items()}
-    info = {"method": "rotation_matching", "sweeps": sweeps, "steps": steps, "losses": losses, "seed": seed}
+    info = {
+        "method": "rotation_matching",
+        "sweeps": sweeps,
+        "steps": steps if rotated else 0,
+        "losses": losses,
+        "seed": seed,
+    }
     info["seconds"] = time.perf_counter() - started
     objective = sum(float((x.double() * moved[name].double()).sum()) for name, x in ours.items())
     return RotationMatching(a, moved, matrices, frozenset(rotated), objective, info)

@@ -19,7 +19,7 @@ from lmc.core.context import own_context, warn
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, Weights, as_weights
+from lmc.weights import ModelOrWeights, Weights, agreeing
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -87,10 +87,11 @@ def rotatable_groups(
 
     Raises:
         SpecError: the spec does not fit the weights.
-        WeightsError: complex weights.
-        DataError: no inputs.
+        MismatchError: weights of another architecture than the model's.
+        WeightsError: weights that are not finite, or complex.
+        DataError: no inputs, or outputs that are not finite.
     """
-    weights = as_weights(weights)
+    weights = agreeing([weights], ["weights"], model=model)[0]
     spec = spec.bind(weights)
     generator = torch.Generator().manual_seed(seed)
     probe = Probe(model, weights, inputs, generator)

@@ -124,7 +124,8 @@ class Problem:
         for tap in taps:
             lengths = (self.b[tap.tensor].shape[tap.axis], self.a[tap.tensor].shape[tap.axis])
             sites.append(Site(tap, f"{tap.tensor}|{tap.axis}", *(torch.arange(n)[:, None] for n in lengths)))
-        moments = collect((other, self.network), (self.b, self.a), sites, chain([first], batches), progress)
+        networks, called = (other, self.network), (self.name, "a")
+        moments = collect(networks, (self.b, self.a), sites, chain([first], batches), progress, called)
         found = {}
         for tap in taps:
             m = moments[f"{tap.tensor}|{tap.axis}"]
