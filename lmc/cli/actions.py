@@ -1,4 +1,4 @@
-"""What each command does with its arguments."""
+"""The commands, each a function of its arguments."""
 
 import inspect as introspect
 import shutil
@@ -59,7 +59,7 @@ def merge(arguments: Namespace) -> None:
     if arguments.recipe:
         if arguments.models or arguments.base or arguments.set or arguments.dry_run or arguments.dtype:
             raise InputError(
-                "a recipe says all: --recipe goes with --out, and METHOD where it is a function of your own"
+                "a recipe holds everything: --recipe goes with --out, and METHOD where it is a function of your own"
             )
         own = method(arguments.method) if arguments.method else None
         merged = lmc.merge.replay(arguments.recipe, arguments.out, method=own, progress=show)
@@ -136,7 +136,7 @@ def explain(name: str) -> str:
 
 def catalogue() -> str:
     """The methods with their options, one line each."""
-    lines = ["methods, and what --set knows (--explain METHOD says more):"]
+    lines = ["methods, and what --set knows (--explain METHOD prints more):"]
     for name, function in methods().items():
         parameters = introspect.signature(function).parameters.values()
         known = [p for p in parameters if p.name not in NOT_OPTIONS]

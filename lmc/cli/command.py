@@ -114,7 +114,7 @@ def _merge(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", help="of the result, such as bfloat16 (default: as in the first model)")
     command.add_argument("--shard-size", default="5GB", help="bytes per file at most (default 5GB)")
     command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    command.add_argument("--recipe", metavar="FILE", help="do again what this recipe says, with --out only")
+    command.add_argument("--recipe", metavar="FILE", help="repeat the merge of this recipe, with --out only")
     command.add_argument("--save-recipe", metavar="FILE", help="write a copy of the recipe there")
     command.add_argument("--explain", metavar="METHOD", help="print what a method does and its options")
 

@@ -1,4 +1,4 @@
-"""What a command line can say about options, methods, architectures and data, as text."""
+"""Options, methods, architectures and data, read from the text of a command line."""
 
 import ast
 import importlib
@@ -96,7 +96,7 @@ def data(text: str) -> Any:
 
 
 def imported(text: str, call: bool = False) -> Any:
-    """What `module:name` names, or with `call` what `module:name(arguments)` gives; arguments are literals."""
+    """The object `module:name`, or with `call` the result of `module:name(arguments)`; arguments are literals."""
     place, _, expression = text.partition(":")
     try:
         tree = ast.parse(expression, mode="eval").body

@@ -1,4 +1,4 @@
-"""Whether weight sets fit each other and a module: the one check at the door of every function that takes several."""
+"""The check that weight sets fit each other and a module, made by every function that takes several."""
 
 import re
 from collections import defaultdict
@@ -164,7 +164,7 @@ def corresponding(
 
 
 def optional(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor is a buffer that weights may lack: a counter, a table of positions, or a mask."""
+    """True for a buffer that weights may lack: a counter, a table of positions, or a mask."""
     parent, _, last = name.rpartition(".")
     if last == "bias" and parent.rpartition(".")[2] in ("attn", "attention"):
         return tensor.ndim == 4 and tensor.shape[:2] == (1, 1)  # GPT-2's causal mask, which is called a bias
@@ -207,8 +207,8 @@ def check_finite(weights: Mapping[str, Tensor], what: str = "weights") -> None:
         if inexact(tensor):
             total = tensor.to(wide(tensor.dtype)).sum()
             sums[tensor.device].append((total.real + total.imag if total.is_complex() else total).float())
-    # One sum of sums says it nearly always, and waits once for the device; as it may overflow, a suspicious one is
-    # looked into.
+    # One sum for each tensor, and one question to the device for all. A sum may overflow, so a suspicious one is looked
+    # into.
     if all(bool(torch.isfinite(torch.stack(found)).all()) for found in sums.values()):
         return
     for name, tensor in weights.items():

@@ -7,7 +7,7 @@ from lmc.errors import WeightsError
 
 
 def inexact(tensor: Tensor) -> bool:
-    """Whether the values take part in sums: floating-point or complex, not integers or booleans."""
+    """True where the values take part in sums: floating-point or complex, not integers or booleans."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 

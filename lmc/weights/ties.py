@@ -22,7 +22,7 @@ def tied_names(model: ModelOrWeights) -> dict[str, str]:
 
 
 def memory(tensor: Tensor) -> Hashable:
-    """The place of a tensor's values: equal for two tensors that are one; tensors without values are told by identity."""
+    """The place of a tensor's values: equal for two tensors that are one; tensors without values are compared by identity."""
     if tensor.is_meta or tensor.numel() == 0:
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype

@@ -149,3 +149,20 @@ def test_rules_of_ones_own_take_rows_filters_and_random_numbers(monkeypatch: pyt
         @merge.on_task_vectors(elementwise=True)
         def repeated(deltas: Tensor, *, generator: torch.Generator) -> Tensor:
             return deltas[0]
+
+
+@pytest.mark.parametrize("chunk", [None, slice(3, 9)])
+def test_random_numbers_do_not_depend_on_the_dtype(chunk: slice | None) -> None:
+    draw = chance.Uniform(7, "w", chunk)
+    single, double = (draw(torch.zeros(2, 6, dtype=dtype)) for dtype in (torch.float32, torch.float64))
+    assert torch.equal(single.double(), double) and len(set(single.flatten().tolist())) == 12
+
+
+def test_dare_drops_the_same_entries_in_every_dtype() -> None:
+    base = {"w": torch.zeros(500)}
+    tuned = {"w": torch.linspace(1.0, 2.0, 500)}
+    kept = [
+        merge.dare([{"w": tuned["w"].to(dtype)}], base={"w": base["w"].to(dtype)}, density=0.4)["w"] != 0
+        for dtype in (torch.bfloat16, torch.float32, torch.float64)
+    ]
+    assert torch.equal(kept[0], kept[1]) and torch.equal(kept[1], kept[2]) and 100 < int(kept[0].sum()) < 300

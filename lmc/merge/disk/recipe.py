@@ -1,4 +1,4 @@
-"""The record of a merge: which method, options and inputs, so that the same merge can be told from another."""
+"""The record of a merge: method, options and inputs, by which merges are compared and repeated."""
 
 import hashlib
 import inspect
@@ -53,7 +53,7 @@ def record(
 
 
 def recorded(folder: Path) -> tuple[MergeRecipe | None, dict[str, str]]:
-    """What `record` has stored in a folder; no recipe if there is none."""
+    """The recipe and checksums that `record` has stored in a folder; no recipe if there is none."""
     if not (folder / RECIPE).is_file():
         return None, {}
     recipe = read_json(folder / RECIPE)

@@ -1,4 +1,4 @@
-"""Do again what a recipe says: the same inputs, method and options give the same files, bit for bit."""
+"""Repeating a merge from its recipe: the same inputs, method and options give the same files, bit for bit."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +22,7 @@ def replay(
     method: MergeFunction | None = None,
     progress: bool = True,
 ) -> Checkpoint:
-    """Merge again as a recipe says, into a new folder.
+    """Repeat the merge of a recipe, into a new folder.
 
     Args:
         recipe: `merge.json` of a merged checkpoint, its folder, another copy of that file, or what it holds.

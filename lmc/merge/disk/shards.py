@@ -1,4 +1,4 @@
-"""Which tensor of a merged checkpoint goes into which file, and writing such a file chunk by chunk."""
+"""The files of a merged checkpoint: their names, the tensors in each, and writing them chunk by chunk."""
 
 import hashlib
 import json
@@ -42,7 +42,7 @@ class Shard:
     def header(self, ties: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
         """The first bytes of the file, and where each tensor begins.
 
-        Wide dtypes lie first, so that every tensor begins at a multiple of its item size.
+        Wide dtypes come first, so that every tensor begins at a multiple of its item size.
         """
         places: dict[str, int] = {}
         end = 0
@@ -62,7 +62,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Naming:
-    """What the files of a model are called: `model.safetensors`, or with a variant `model.fp16.safetensors`.
+    """Names of the files of a model: `model.safetensors`, or with a variant `model.fp16.safetensors`.
 
     Shards are numbered and have an index beside them, as transformers and diffusers read them.
     """

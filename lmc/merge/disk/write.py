@@ -46,7 +46,7 @@ TRAINING = ("trainer_state.json", "optimizer.json")  # of the run, not of the mo
 
 @dataclass(frozen=True)
 class Plan:
-    """What a merge to disk is going to do. `print` it, then `write()`.
+    """A merge to disk that has not begun. `print` it, then `write()`.
 
     Attributes:
         out: the folder that the result will be.
@@ -203,7 +203,7 @@ def plan(
     reference = open_checkpoint(base) if isinstance(base, str | Path) else base
     arguments = how.signature.bind(opened, **({} if base is None else {"base": reference}), **options).arguments
     arguments = {k: v for k, v in arguments.items() if k not in ("models", "base", "options")} | (
-        arguments.get("options", {})  # further options, of methods on top of others
+        arguments.get("options", {})  # further options, of postprocessing methods
     )
     sets = weight_sets(opened, reference, pairs=True, cast=dtype)
     recipe = make_recipe(method, arguments, opened, reference, limit, dtype)
@@ -225,8 +225,8 @@ def plan(
 def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:
     """Working copies of a chunk or of the largest tensor, and what a survey of the whole models collects.
 
-    The greediest rule (DELLA, which ranks) has eight copies per model, and moments are taken of two more in float64; chunks
-    that were read ahead or wait to be written come on top. Where tensors are small, the C library's allocator may keep more than is in use.
+    The rule that needs most (DELLA, which ranks) has eight copies per model, and moments are taken of two more in float64; chunks
+    that were read ahead or wait to be written are added. Where tensors are small, the C library's allocator may keep more than is in use.
     """
     cut = how.cuts(options)
     sizes = {name: sets.shells[name].numel() for name in sets.names}

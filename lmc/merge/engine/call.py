@@ -40,7 +40,7 @@ class MethodCall:
     moments: Callable[[str], Moments]
 
     def apply(self, rule: Callable[..., Any], wanted: Container[str], name: str, chunk: Chunk) -> Any:
-        """What the rule, which wants those of `GIVEN`, makes of a tensor or of a chunk of it, flattened."""
+        """The result of the rule, which wants those of `GIVEN`, for a tensor or a chunk of it, flattened."""
         rows = chunk is not None and self.cut != "entries"
 
         def shaped(value: Any) -> Any:

@@ -19,7 +19,7 @@ DEPTH = 3  # steps that are read ahead
 
 
 def grain(tensor: Tensor, cut: Cut) -> int:
-    """How many values in sequence no cut may part.
+    """The number of values in sequence that no cut may part.
 
     Those of an entry, of a row (last axis; a vector is one row), of a filter (everything at one place of the first
     axis; a vector is one filter), or all.
@@ -56,7 +56,7 @@ def blocks(sizes: Mapping[str, int], count: int, length: int) -> Iterator[tuple[
 
 
 class Ahead:
-    """What threads have read, or are reading, of the steps to come. Tensors in it are shared: nothing changes them."""
+    """Tensors that threads have read, or are reading, for the steps to come. Tensors in it are shared: nothing changes them."""
 
     def __init__(self) -> None:
         self._held: dict[tuple[Any, ...], Future[Tensor]] = {}

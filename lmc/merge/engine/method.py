@@ -1,4 +1,4 @@
-"""How a few lines about one tensor become a merging method for whole models.
+"""Lifting a few lines about one tensor to a merging method for whole models.
 
 A method is written as a plain function of one named tensor and lifted by one of three decorators:
 
@@ -23,7 +23,7 @@ parameters receives it:
 - `survey`: what the method's survey found in a first pass over all tensors (thresholds of whole models).
 
 Every method reads one tensor of all models at a time; one with a survey reads them all more than once. A rule that
-treats every entry alike says so, `elementwise=True`, and is given large tensors in chunks, flattened to
+treats every entry alike is declared `elementwise=True` and given large tensors in chunks, flattened to
 `(models, entries)`; linear rules always are. One that treats every row alike, `cut="rows"`, is given some rows,
 `(models, rows, last axis)`, and a vector, which is one row, whole; `cut="filters"` keeps together what is at one place
 of the first axis, `(models, filters, rest)`. With chunks, memory does not depend on the size of tensors.
@@ -54,11 +54,11 @@ Rule = Callable[..., Any]
 Survey = Callable[..., Any]
 Delta = Callable[..., Tensor]  # the merged task vector of a name, or of a chunk of it
 Kind = Literal["linear", "tensors", "task vectors"]
-Cutting = Cut | Callable[..., Cut]  # which chunks a rule may be given, or a function that tells from its options
+Cutting = Cut | Callable[..., Cut]  # which chunks a rule may be given, or a function of its options
 
 
 class MergeFunction(Protocol):
-    """A merging method: `method(models, *, base=None, ...) -> weights`; `.method` says how it is made."""
+    """A merging method: `method(models, *, base=None, ...) -> weights`; `.method` holds how it is made."""
 
     __name__: str
 
@@ -95,7 +95,7 @@ class Method:
 
     @property
     def one_pass(self) -> bool:
-        """Whether each tensor is read once only."""
+        """True where each tensor is read once only."""
         return self.survey is None and "moments" not in self.parameters
 
     @property
@@ -117,7 +117,7 @@ class Method:
         return inspect.Signature([models, base, *own, *extra])
 
     def cuts(self, options: Mapping[str, Any]) -> Cut:
-        """Which chunks of large tensors are worked on at a time."""
+        """The chunks of large tensors that are worked on at a time."""
         if self.kind == "linear":
             return "entries"
         return self.cut(**options) if callable(self.cut) else self.cut
@@ -127,7 +127,7 @@ class Method:
         return joined(sets, self.chunks(sets, **options))
 
     def chunks(self, sets: WeightSets, **options: Any) -> Iterator[tuple[str, Chunk, Tensor]]:
-        """The same in chunks of tensors, `(name, chunk, values)`, without second names of ties."""
+        """The same in chunks of tensors, `(name, chunk, values)`, without aliases."""
         cut = self.cuts(options)
         if self.kind == "task vectors":
             shares = self._shares(sets, options)
@@ -179,7 +179,7 @@ class Method:
         return call.apply(self.rule, self.parameters, name, chunk)
 
     def _average(self, call: MethodCall, name: str) -> tuple[list[float], float]:
-        """Shares of the models in a statistic: the rule's own if it says so, in proportion to `weights`, or equal."""
+        """Shares of the models in a statistic: the rule's own if it has them, in proportion to `weights`, or equal."""
         options = call.options(name)
         values = self.shares(**options) if self.shares else coefficients(options.get("weights"), len(call.sets))
         return convex(([value / sum(values) for value in values], 0.0))
@@ -227,7 +227,7 @@ def on_tensors(
 ) -> Any:
     """Lift `rule(tensors, *, ...) -> tensor`: from `(models, *shape)` to `(*shape)`; a lone model is given back.
 
-    `shares(**options)` says how much of each model goes into averaged statistics (default: `weights`, or equal).
+    `shares(**options)` gives how much of each model goes into averaged statistics (default: `weights`, or equal).
     `elementwise` and `cut` say which chunks of large tensors the rule may be given.
     """
     if rule is None:
@@ -252,7 +252,7 @@ def lift(method: Method) -> MergeFunction:
     """The function `method(models, *, base=None, ..., align=None) -> weights`, with the rule's name and docstring."""
     name = method.rule.__name__
     if "generator" in method.parameters and method.cut != "whole":
-        raise InputError(f"{name}: a generator would begin anew in every chunk; name `uniform` instead of `generator`")
+        raise InputError(f"{name}: a generator would start again in every chunk; name `uniform` instead of `generator`")
     parameters = list(method.signature.parameters.values())
     open_ended = [p for p in parameters if p.kind is inspect.Parameter.VAR_KEYWORD]
     signature = inspect.Signature([*parameters[: len(parameters) - len(open_ended)], PARAMETER, *open_ended])
@@ -265,7 +265,7 @@ def lift(method: Method) -> MergeFunction:
             raise InputError(f"{name}: {error}; call it as {name}{signature}") from None
         models, base = arguments.pop("models"), arguments.pop("base", None)
         align = arguments.pop("align", None)
-        arguments |= arguments.pop("options", {})  # further options, of methods on top of others
+        arguments |= arguments.pop("options", {})  # further options, of postprocessing methods
         if align is not None:
             models, base = aligned(models, align, base=base)
         sets = weight_sets(models, base, pairs=True)

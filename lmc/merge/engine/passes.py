@@ -12,7 +12,7 @@ Read = Callable[[str, Chunk], tuple[Any, ...]]
 
 @dataclass(frozen=True)
 class Pass:
-    """What a rule is given for every weight, one at a time: a survey iterates over it as often as it likes.
+    """The arguments of a rule for every weight, one at a time; a survey may iterate over it several times.
 
     Iterating gives `(models, *shape)` tensors, or a tuple of tensors if the rule takes several; all of one dtype. Of
     rules that can be given chunks (`cut`), large tensors come in chunks, flattened.
@@ -48,5 +48,5 @@ class Pass:
 
 
 def sample_size(size: int) -> int:
-    """How many values are a fair sample of so many: a sixteenth of few, a million of most, a five hundredth of very many."""
+    """The number of values that are a fair sample of `size`: a sixteenth of few, a million of most, a five hundredth of very many."""
     return max(size >> 9, min(size >> 4, 1 << 20))

@@ -45,7 +45,7 @@ class PerName:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether `pattern` fits the tensor `name` or a module that contains it."""
+    """True where `pattern` fits the tensor `name` or a module that contains it."""
     return _compile(pattern).match(name) is not None
 
 

@@ -1,6 +1,6 @@
 """The exact k-th smallest value of tensors that are seen one at a time, without sorting or holding them all.
 
-A sample tells between which two values the wanted one lies, almost surely; one pass counts what is below and collects
+A sample gives two values that the wanted one is between, almost surely; one pass counts what is below and collects
 what is between, a few values in a thousand. Should the sample have misled, the bounds are widened.
 """
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 SAMPLE = 1 << 19  # up to so many values per model are simply held
-GROUPS = 16  # parts of a sample, whose disagreement tells how far it is to be trusted
+GROUPS = 16  # parts of a sample, whose disagreement measures its error
 
 
 def kth_smallest(
@@ -80,7 +80,7 @@ class _Search:
         self.high = sample[place + margin] if place + margin < count else sample.dtype.type(np.inf)
         self.rank = rank
         self.counts = np.zeros(4, dtype=np.int64)
-        # One array that grows: many small ones, made between large ones that come and go, would tear the heap.
+        # One array that grows: many small ones, made between large ones that come and go, would fragment the heap.
         self.between, self.collected = np.empty(1 << 16, dtype=sample.dtype), 0
 
     def see(self, values: np.ndarray) -> None:
@@ -101,7 +101,7 @@ class _Search:
         self.collected = end
 
     def result(self) -> float | None:
-        """The value of the wanted rank, or None if it lies outside the bounds."""
+        """The value of the wanted rank, or None if it is outside the bounds."""
         below_low, upto_low, below_high, upto_high = self.counts
         if not below_low < self.rank <= upto_high:
             return None

@@ -1,4 +1,4 @@
-"""Which tensors of a state dict are second names of another, and which are masks; read from disk in chunks."""
+"""Aliases and masks among the tensors of state dicts; read from disk in chunks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -17,7 +17,7 @@ def outline(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def infinite(state: Mapping[str, Tensor], name: str) -> bool:
-    """Whether the tensor holds an infinity and no NaN.
+    """True where the tensor holds an infinity and no NaN.
 
     On disk, reading all tensors for this would take as long as the merge: those called "weight" and "bias" are looked
     into at both ends only, where a causal mask has some.

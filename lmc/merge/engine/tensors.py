@@ -5,7 +5,7 @@ Each name of a state dict is one of four things, and each is treated once, here,
 - a weight: a floating-point tensor; merged by the method, in float32 or wider, and cast back;
 - a statistic: BatchNorm's running mean and variance (of a module: any floating-point buffer). It is averaged and
   takes no part in norms, cosines, masks or quantiles; re-estimate it afterwards (`lmc.recalibrate_batchnorm`);
-- a tie: a second name of the same storage (embedding and output head). It is merged under its first name and tied
+- an alias: a further name of the same storage (embedding and output head). It is merged under its first name and tied
   again;
 - anything else (integers, booleans, masks with infinities that are the same everywhere): copied from the first model.
 
@@ -47,7 +47,7 @@ class WeightSets:
         base: the weights that all models were fine-tuned from, or None.
         weights: the names merged by the method, each stored tensor once, in the order of the first model.
         statistics: the names that are averaged.
-        ties: second names of a stored tensor, each with its first name.
+        ties: aliases, further names of a stored tensor, each with its first name.
         dtype: the widest dtype that weights are computed in: float32, or float64 if any weight has it.
         widths: for each of these names the dtype that it is computed in.
         pairs: names of complex tensors, which are computed as pairs of real numbers, `(*shape, 2)`.
@@ -170,7 +170,7 @@ class WeightSets:
         return tensor.to(self.widths.get(name, tensor.dtype))
 
     def _finite(self, tensor: Tensor, name: str, chunk: Chunk) -> Tensor:
-        """What was made of the models' tensors; one question to the device tells whether they were all finite."""
+        """`tensor`, which was made of the models' tensors; one question to the device checks that all were finite."""
         if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
             sources = [(f"models[{i}]", state) for i, state in enumerate(self.states)]
             for who, state in [*sources, *([] if self.base is None else [("base", self.base)])]:
@@ -292,7 +292,7 @@ def assemble_chunks(
     shares: Callable[[str], tuple[Sequence[float], float]],
     cut: Cut,
 ) -> Iterator[tuple[str, Chunk, Tensor]]:
-    """As `assemble`, large tensors in chunks that `cut` allows; second names of ties are left out."""
+    """As `assemble`, large tensors in chunks that `cut` allows; aliases are left out."""
     weights = frozenset(sets.weights)
     first = sets.shells
     names = [name for name in first if name not in sets.skip and name not in sets.ties]
@@ -319,7 +319,7 @@ def assemble_chunks(
 
 
 def joined(sets: WeightSets, found: Iterable[tuple[str, Chunk, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors from `assemble_chunks`, and the second names of ties, in the order of the first model."""
+    """Whole tensors from `assemble_chunks`, and the aliases, in the order of the first model."""
     if sets.derived:
         yield from settled(dict(joined(replace(sets, derived=False), found))).items()
         return

@@ -1,4 +1,4 @@
-"""What the numbers of an inspection suggest, in words. Rules of thumb, each with the number it rests on."""
+"""Advice from the numbers of an inspection, in words. Rules of thumb, each with the number it rests on."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -67,7 +67,7 @@ def _task_vectors(names: Sequence[str], matrices: LayerReport) -> list[str]:
             said.append(f"{name} equals the base: it adds nothing.")
         elif norm > FAR * base:
             said.append(
-                f"{name} lies {norm / base:.2g} times the base's norm away from it: was it really fine-tuned from this "
+                f"{name} is {norm / base:.2g} times the base's norm away from it: was it really fine-tuned from this "
                 "base? If not, use align= and no task vectors."
             )
     if not norms.all():

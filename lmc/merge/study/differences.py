@@ -1,4 +1,4 @@
-"""Where several weight sets do not fit together, as a table instead of the first error."""
+"""Differences between weight sets that do not fit together, as a table instead of the first error."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Inspection(Result):
-    """What `inspect` found: a table (`to_frame`), a figure (`plot`), and advice in words (`advice`).
+    """The result of `inspect`: a table (`to_frame`), a figure (`plot`), and advice in words (`advice`).
 
     Attributes:
         names: of the models.
@@ -39,7 +39,7 @@ class Inspection(Result):
         differences: tensors that differ in presence, shape, dtype or tying; the rest of the report is on the others.
         faults: model -> the first tensor of it that is not finite; such tensors are left out of the report.
         layers: one `LayerReport` per module, in the order of the first model.
-        total: all weights together. matrices: those with two axes or more, which tell relatives from strangers.
+        total: all weights together. matrices: those with two axes or more, by which relatives and strangers are distinguished.
         barriers: (M, M) barriers of the loss on the lines between the models, in nats; None without data.
         advice: what to do, one sentence each.
     """
@@ -104,7 +104,7 @@ def inspect(
 ) -> Inspection:
     """Compare models before they are merged: do they fit, are they relatives, do they agree, and what to do then.
 
-    Checkpoints on disk are read one tensor at a time. Statistics of normalisations, integers and second names of tied
+    Checkpoints on disk are read one tensor at a time. Statistics of normalisations, integers and aliases of tied
     tensors take no part in norms and cosines. Nothing given is changed.
 
     Args:

@@ -14,7 +14,7 @@ COLUMNS_AT_ONCE = 1 << 20  # values of each model that are compared at a time, i
 
 @dataclass(frozen=True, eq=False)
 class LayerReport:
-    """How the models compare in one layer (the tensors of one module), or in all of them.
+    """Comparison of the models in one layer (the tensors of one module), or in all of them.
 
     Attributes:
         name: of the module.
@@ -34,7 +34,7 @@ class LayerReport:
 
 
 class _Sums:
-    """What is added up over tensors: inner products of the models' vectors, the base's square, counts of signs."""
+    """Sums over tensors: inner products of the models' vectors, the base's square, counts of signs."""
 
     def __init__(self, count: int) -> None:
         self.size = self.contested = self.conflicting = 0

@@ -44,7 +44,7 @@ class Checkpoint(Mapping[str, Tensor]):
         self.metadata = metadata
 
     def entry(self, name: str) -> Stored:
-        """Where the tensor `name` is, under this or another name."""
+        """The place of the tensor `name`, under this or another name."""
         return self.stored[self.ties.get(name, name)]
 
     def read(self, name: str, chunk: slice | None = None) -> Tensor:

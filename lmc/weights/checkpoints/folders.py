@@ -74,7 +74,7 @@ def open_sharded(index: Path, open_file: Open) -> Checkpoint:
     opened: dict[str, Checkpoint] = {}
     for shard in dict.fromkeys(weight_map.values()):
         if shard in ("", ".", "..") or Path(shard).name != shard or "\\" in shard:
-            raise DataError(f"{index}: shard {shard!r} is not a plain file name; shards lie beside the index")
+            raise DataError(f"{index}: shard {shard!r} is not a plain file name; shards are beside the index")
         file = index.parent / shard
         if not file.is_file():
             raise DataError(f"{file}: missing, but {index.name} places {_some(weight_map, shard)} there")

@@ -83,7 +83,7 @@ def _open_file(file: Path, key: str | None) -> Checkpoint:
 
 
 def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
-    """Where each tensor is, and the ties, of one safetensors file; that the file fits its header is checked."""
+    """Places of the tensors and ties of one safetensors file; checks that the file fits its header."""
     try:
         with safe_open(file, "pt"):  # checks that the tensors fill the file, without gaps and overlaps
             pass

@@ -78,7 +78,7 @@ def _unwrapped(file: Path, content: Any) -> tuple[Mapping[Any, Any], list[str]]:
 
 
 def _has_tensors(content: Mapping[Any, Any]) -> bool:
-    """Whether weights are in it; the state of an optimiser has tensors too, under numbers."""
+    """True where weights are in it; the state of an optimiser has tensors too, under numbers."""
     return any(
         isinstance(name, str) and (isinstance(value, Tensor) or (isinstance(value, Mapping) and _has_tensors(value)))
         for name, value in content.items()
