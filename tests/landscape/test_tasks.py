@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from lmc.errors import DataError, InputError
 from lmc.landscape.curvature import curvature
 from lmc.landscape.curves.curve import bezier_curve
-from lmc.landscape.evaluation.evaluator import evaluate
+from lmc.landscape.evaluation.evaluator import Evaluator, evaluate
 from lmc.landscape.paths.path import loss_path
 from lmc.landscape.planes.plane import loss_plane, random_plane, trajectory_plane
 from lmc.landscape.similarity import similarity
@@ -162,6 +162,15 @@ def test_beyond_memory_a_value_that_depends_on_the_batches_is_warned_of(monkeypa
     monkeypatch.setattr("lmc.landscape.evaluation.evaluator.MEASURED_BYTES", 0)
     with pytest.warns(UserWarning, match="depends on how the data are batched"):
         evaluate(linear(), None, (X, Y), loss=SCALED["contrastive"], batch_size=8)
+
+
+@pytest.mark.parametrize("room", [64, 30, 1])
+def test_outputs_that_are_kept_to_be_measured_at_once_have_their_share_of_memory(monkeypatch, room):
+    monkeypatch.setattr("lmc.landscape.evaluation.evaluator.MEASURED_BYTES", room * 24 * 4 * 4)
+    evaluator = Evaluator(linear(), (X, Y), loss=F.cross_entropy)
+    losses = [score["data"].loss for score in evaluator([linear(seed=seed).state_dict() for seed in range(70)])]
+    assert evaluator.weight_sets_together == room
+    assert losses == pytest.approx([F.cross_entropy(linear(seed=seed)(X), Y).item() for seed in range(70)], rel=1e-5)
 
 
 # ---- ready-made tasks

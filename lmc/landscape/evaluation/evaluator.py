@@ -163,6 +163,7 @@ class Evaluator:
         # Batches that stay on the device, by split: on a CPU views of the data, on a GPU a copy of data that are small.
         self._ready: dict[str, list[tuple[Any, Tensor, int]]] = {}
         self._judgings: dict[str, Judging] = {}
+        self._kept = 0.0  # bytes of outputs of a weight set that are kept until all of a split is measured
         self._checked = False
 
     def __call__(self, states: Iterable[Weights]) -> Iterator[dict[str, Score]]:
@@ -240,7 +241,7 @@ class Evaluator:
         self._batch = self.batch_size or int(min(max(budget.batch / max(each, 1), 8), budget.examples))
         if self.weight_sets_together is None:
             one = each * max(split.largest(self._batch) for split in self.splits) + weights
-            fit = int((self.memory or budget.together) / max(one, 1))
+            fit = int(min((self.memory or budget.together) / max(one, 1), MEASURED_BYTES / max(self._kept, 1)))
             self.weight_sets_together = min(fit, MOST_AT_ONCE) if fit >= budget.fewest else 1
             self._fit = fit if self.plain else 1  # a measure of the caller's own is asked point by point
         self._ready = {split.name: list(self._batches(split)) for split in self.splits if split.nbytes <= HELD_BYTES}
@@ -271,7 +272,9 @@ class Evaluator:
         known = split.held and self.task.labels is None
         size = sum(tensor.nbytes for tensor in tensors(outputs)) / len(targets) if known else 0.0
         count = sum(len(goal) for _inputs, goal in split.batches) if known else 0
-        return Judging(split.name, self.task, classes, known and size * count <= MEASURED_BYTES)
+        at_once = known and size * count <= MEASURED_BYTES
+        self._kept += size * count if own and at_once else 0.0
+        return Judging(split.name, self.task, classes, at_once)
 
     def _weighed(self, split: Split) -> Judging:
         """The judging of a split whose batches are measured one by one, with weights for their means."""
