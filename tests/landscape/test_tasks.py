@@ -546,3 +546,17 @@ def test_units_and_direction_stay_with_results(tmp_path):
 def test_messages_name_the_way_out(data, options, error, message):
     with pytest.raises(error, match=message):
         evaluate(linear(), None, data, **options)
+
+
+def test_plots_name_the_unit_of_the_loss():
+    pytest.importorskip("plotly")
+    model, goal = linear(6, 1), X[:, 0]
+    for task, label in ((Task.regression(), "loss (squared error)"), (lambda o, t: (o[:, 0] - t).abs(), "loss")):
+        options = {"loss": task, "progress": False}
+        models = [linear(6, 1, seed) for seed in (1, 2, 3)]
+        path = loss_path(model, *models[:2], (X, goal), alphas=3, **options)
+        plane = loss_plane(model, models, (X, goal), resolution=5, **options)
+        triangle = loss_triangle(model, models, (X, goal), resolution=2, **options)
+        assert path.plot().layout.yaxis.title.text == label
+        for figure in (path.plot(), plane.plot(), triangle.plot()):
+            assert "nats" not in figure.to_json() and label in figure.to_json()

@@ -132,7 +132,10 @@ class StarPaths(Result):
     def __str__(self) -> str:
         lines = ["Star paths, mean barrier (largest):"]
         for kind, values in self.barriers.items():
-            lines.append(f"  {kind}: {values.mean():.3f} ({values.max():.3f}) nats over {len(values)}")
+            unit = self.kinds[kind][0].unit
+            lines.append(
+                f"  {kind}: {values.mean():.3f} ({values.max():.3f})" + f" {unit} over {len(values)}".replace("  ", " ")
+            )
         return "\n".join(lines)
 
     __repr__ = __str__

@@ -7,6 +7,7 @@ from plotly.subplots import make_subplots
 from lmc.core.results import view
 from lmc.landscape.curves.curve import Curve
 from lmc.merge.with_training.star import Star, StarPaths
+from lmc.views.labels import measure_title
 from lmc.views.plots.style import BLACK, BLUE, COLOURS, GREEN, ORANGE, figure, styled
 from lmc.weights.arithmetic import distance
 
@@ -59,7 +60,7 @@ def plot_star_paths(paths: StarPaths) -> go.Figure:
                 x=path.alphas,
                 y=path.losses[path.split],
                 mode="lines",
-                name=f"{text}: barrier {paths.barriers[kind].mean():.3f} nats",
+                name=f"{text}: barrier {paths.barriers[kind].mean():.3f} {path.unit}".rstrip(),
                 legendgroup=kind,
                 showlegend=i == 0,
                 line={"color": colour, "width": 2.5},
@@ -67,7 +68,8 @@ def plot_star_paths(paths: StarPaths) -> go.Figure:
             )
             fig.add_trace(trace)
     fig.update_xaxes(title_text="α, from the centre (0), or one solution, to another (1)")
-    return fig.update_yaxes(title_text="loss (nats)", rangemode="tozero")
+    unit = next(iter(paths.kinds.values()))[0].unit
+    return fig.update_yaxes(title_text=measure_title("loss", unit), rangemode="tozero")
 
 
 def _corners(curve: Curve) -> np.ndarray:
