@@ -110,8 +110,15 @@ def test_unusable_weights_and_data_are_named(method: str):
         "empty data": ((a, b, (case.inputs[:0], case.targets[:0])), DataError, "axis 0"),
         "NaN in the inputs": ((a, b, (torch.full_like(case.inputs, torch.nan), case.targets)), DataError, "NaN"),
         "NaN in the weights": ((spoiled(a, torch.nan), b, (case.inputs, case.targets)), WeightsError, "fc1.weight"),
+        "inputs of another dtype": (
+            (a, b, (case.inputs.double(), case.targets)),
+            DataError,
+            "inputs are torch.float64",
+        ),
         "another architecture": ((a | {"foo": a["fc1.bias"]}, b, (case.inputs, case.targets)), MismatchError, "foo"),
     }
+    if method in ROTATIONS:  # which compute in float64, whatever is given
+        del cases["inputs of another dtype"]
     for arguments, error, text in cases.values():
         with pytest.raises(error, match=text):
             run(case.spec, case.model, *arguments)

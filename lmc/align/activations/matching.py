@@ -84,6 +84,7 @@ def activation_matching(
     batches = input_batches(model, inputs, batch_size)
     first = next(batches)
     probe = first_of(first, 1)
+    network.check_inputs(a, probe, "inputs")
     taps = choose(spec, live_taps(spec, network.module, lambda: network.result(probe)))
     seen, unseen = clusters(spec, taps)
     sites = [site for cluster in seen for site in cluster.sites(spec)]

@@ -117,6 +117,7 @@ class Problem:
         batches = input_batches(self.network.module, inputs, batch_size)
         first = next(batches)
         probe = first_of(first, 1)
+        self.network.check_inputs(self.a, probe, "inputs")
         self.network.load(self.a)
         run = lambda: self.network.result(probe)  # noqa: E731
         taps = choose(self.specs[1], live_taps(self.specs[1], self.network.module, run), "output")
