@@ -1,5 +1,6 @@
 """Run random programs through discovery and hold the result against the programs themselves."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,7 +9,10 @@ from torch import Tensor, nn
 from zoo.certificate import check_tables, error, state_of
 
 from lmc.errors import TraceError
-from lmc.symmetry.discovery.discover import discover
+from lmc.symmetry.discovery.discover import read_off
+from lmc.symmetry.discovery.rules import is_pointwise, rule_of
+from lmc.symmetry.discovery.rules.registry import all_pointwise
+from lmc.symmetry.discovery.tracing.capture import capture
 from lmc.symmetry.group import Group
 
 from .program import Program
@@ -58,20 +62,30 @@ class SideBySide(nn.Module):
         return tuple(part(x) for part, x in zip(self.parts, inputs, strict=True))
 
 
-def outcomes(programs: Sequence[Program], trials: int = 2) -> list[Outcome]:
-    """One outcome per program. They are traced together; if that fails, one by one, to tell which cannot be traced."""
+def outcomes(programs: Sequence[Program], trials: int = 2, met: Counter[str] | None = None) -> list[Outcome]:
+    """One outcome per program. They are traced together; if that fails, one by one, to tell which cannot be traced.
+    `met` counts the nodes that each rule was used for."""
     try:
-        found = discover(SideBySide(programs), tuple(program.inputs() for program in programs), progress=False)
+        graph = capture(SideBySide(programs), tuple(program.inputs() for program in programs))
+        found = read_off(graph)
     except TraceError as refused:
         if len(programs) == 1:
             return [Outcome(programs[0], (), 0.0, untraced=str(refused))]
-        return [outcome for program in programs for outcome in outcomes([program], trials)]
+        return [outcome for program in programs for outcome in outcomes([program], trials, met)]
+    if met is not None:
+        met.update(name for node in graph.nodes if node.op == "call_function" and (name := rule_name(node.target)))
     own: list[list[Group]] = [[] for _ in programs]
     for group in found.groups.values():
         (number,) = {int(name.split(".")[1]) for name in group.tables}  # no group spans two programs
         tables = {name.split(".", 2)[2]: table for name, table in group.tables.items()}
         own[number].append(replace(group, tables=tables))
     return [certified(program, groups, trials) for program, groups in zip(programs, own, strict=True)]
+
+
+def rule_name(target: Any) -> str:
+    """`module.function` of the rule of an operator, empty if it has none."""
+    rule = rule_of(target) or (all_pointwise if is_pointwise(target) else None)
+    return "" if rule is None else f"{rule.__module__.rpartition('.')[2]}.{rule.__name__}"
 
 
 def certified(program: Program, groups: Sequence[Group], trials: int) -> Outcome:

@@ -8,16 +8,18 @@ import torch
 from .computations import COMPUTATIONS
 from .moves import MOVES
 from .program import Draft, Program, source_of
+from .rare import RARE
 
 INPUTS = ((2, 3), (3, 4), (2, 3, 4), (2, 4, 3), (2, 3, 4, 4), (2, 4, 3, 3))
 
 
-def swarm(choices: random.Random) -> list[Callable[[Draft], str]]:
+def swarm(choices: random.Random, every_rule: bool) -> list[Callable[[Draft], str]]:
     """The kinds of statements one program draws from: a few, so that programs differ more than their average would.
 
     (Swarm testing: Groce et al. 2012, leaving features out finds more faults than using all of them everywhere.)
     """
-    return choices.sample(MOVES, choices.randint(2, 8)) + choices.sample(COMPUTATIONS, choices.randint(2, 7))
+    kinds = choices.sample(MOVES, choices.randint(2, 8)) + choices.sample(COMPUTATIONS, choices.randint(2, 7))
+    return kinds + 2 * choices.sample(RARE, choices.randint(2, 6)) if every_rule else kinds
 
 
 def close(d: Draft) -> str:
@@ -58,9 +60,11 @@ def random_program(
     sizes: tuple[int, ...] = (2, 3, 4, 6),
     inputs: tuple[tuple[int, ...], ...] = INPUTS,
     limit: int = 3000,
+    every_rule: bool = False,
 ) -> Program:
     """The program of a seed: `steps` (at least, at most) random statements between the input and the result.
 
+    `every_rule`: also from the statements for rules that are rarely needed.
     Statements that do not fit the values at hand (wrong shape, too large, not finite) are drawn again.
     """
     with torch.random.fork_rng(devices=[]):
@@ -70,7 +74,7 @@ def random_program(
         d.values["x"] = torch.randn(shape)
         lift(d)
         del d.values["x"]  # the input is read again only through what was made of it
-        kinds = swarm(d.random)
+        kinds = swarm(d.random, every_rule)
         wanted = len(d.lines) + d.random.randint(*steps)
         for _ in range(20 * wanted):
             if len(d.lines) >= wanted:
@@ -78,6 +82,6 @@ def random_program(
             statement = d.random.choice(kinds)
             try:
                 statement(d)
-            except (LookupError, ValueError, RuntimeError, IndexError):
+            except (LookupError, ValueError, RuntimeError, IndexError, ZeroDivisionError):
                 continue  # does not fit
         return Program(seed, source_of(d, close(d)), shape)

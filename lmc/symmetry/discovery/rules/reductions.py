@@ -9,8 +9,8 @@ from lmc.symmetry.discovery.tags import Tag
 
 
 @rule(*named("sum mean var std amax amin any all logsumexp nansum prod var_mean std_mean count_nonzero aminmax"))
-def reduction(op: Op, x: Tag, dims: Any = None, *_: Any, **__: Any) -> Any:
-    dims = None if isinstance(dims, bool) else dims
+def reduction(op: Op, x: Tag, dims: Any = None, *_: Any, **kwargs: Any) -> Any:
+    dims = kwargs.get("dim", None if isinstance(dims, bool) else dims)
     return _reduced(op, x, core.normal_dims(dims, len(x.shape)))
 
 
@@ -25,7 +25,7 @@ def _reduced(op: Op, x: Tag, dims: tuple[int, ...]) -> Any:
     return result if len(op.shapes) == 1 else (result,) * len(op.shapes)
 
 
-@rule(*named("max min median"))
+@rule(*named("max min median"), axes=True)
 def extremum(op: Op, x: Tag, dim: Any = None, *_: Any, **__: Any) -> Any:
     """Overall, pairwise of two tensors, or along a dim with the position of the extremum."""
     if isinstance(dim, Tag):
