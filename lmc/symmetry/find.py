@@ -60,7 +60,15 @@ def permutation_spec(
         return list(chosen.values())
 
     found = discover(model, inputs, selected, progress=progress)
-    spec = PermutationSpec(found.groups, found.shapes, found.buffers, found.frozen, found.aliases, outputs=tuple(names))
+    spec = PermutationSpec(
+        found.groups,
+        found.shapes,
+        found.buffers,
+        found.frozen,
+        found.aliases,
+        outputs=tuple(names),
+        assumed=found.assumed,
+    )
     if not certify or any(tensor.is_meta for tensor in model.state_dict().values()):
         return spec
     proof = spec.certify(model, inputs, trials=trials, seed=seed, outputs=outputs, also=also, tolerance=tolerance)

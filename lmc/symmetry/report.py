@@ -122,6 +122,9 @@ def as_text(spec: Symmetries) -> str:
     if stays:
         lines.append("  stays:")
         lines += [f"    {places}: {reason}" for reason, places in stays[:_MAX_LINES]]
+    if spec.assumed:
+        lines.append("  as on the example:")
+        lines += [f"    {what}" for what in spec.assumed[:_MAX_LINES]]
     return "\n".join(lines)
 
 
@@ -140,6 +143,9 @@ def as_html(spec: Symmetries) -> str:
     if stays:
         rows = [(places, reason) for reason, places in stays[:_MAX_LINES]]
         parts.append(f"<details><summary>what stays, and why</summary>{table(('axes', 'reason'), rows)}</details>")
+    if spec.assumed:
+        rows = [(what,) for what in spec.assumed[:_MAX_LINES]]
+        parts.append(f"<details><summary>as on the example</summary>{table(('value',), rows)}</details>")
     return "".join(parts)
 
 

@@ -47,6 +47,8 @@ class PermutationSpec(Symmetries, Result):
         aliases: further names of tied tensors -> the first name; counted and matched on once, moved under every name.
         certificate: the proof made when the spec was discovered, if one was made.
         outputs: the names of the outputs that stay the same, if the model returns several.
+        assumed: values of tensors, with the line that reads them, that decide on a size or a branch of the model: the
+            symmetries are those of the sizes and branches of the example.
     """
 
     @classmethod
@@ -179,6 +181,7 @@ class PermutationSpec(Symmetries, Result):
             "aliases": self.aliases,
             "frozen": [[tensor, axis, reason] for (tensor, axis), reason in self.frozen.items()],
             "outputs": list(self.outputs),
+            "assumed": list(self.assumed),
             **groups_as_data(self.groups, self.shapes),
         }
 
@@ -195,8 +198,9 @@ class PermutationSpec(Symmetries, Result):
         shapes = {name: tuple(shape) for name, shape in content["shapes"].items()}
         groups = groups_from_data(content, shapes)
         frozen = {(tensor, axis): reason for tensor, axis, reason in content["frozen"]}
-        outputs = tuple(content.get("outputs", ()))
-        return cls(groups, shapes, frozenset(content["buffers"]), frozen, content["aliases"], outputs=outputs)
+        outputs, assumed = (tuple(content.get(key, ())) for key in ("outputs", "assumed"))
+        buffers = frozenset(content["buffers"])
+        return cls(groups, shapes, buffers, frozen, content["aliases"], outputs=outputs, assumed=assumed)
 
     def to_frame(self) -> "pd.DataFrame":
         """A row for each group: group, family, size, and the number of tensors that it moves in."""

@@ -25,6 +25,7 @@ class Symmetries:
     aliases: dict[str, str] = field(default_factory=dict)
     certificate: Certificate | None = None
     outputs: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         groups = Groups({group.name: group for group in outermost_first(self.groups) if group.size > 1})
