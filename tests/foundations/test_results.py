@@ -58,6 +58,7 @@ MAKE: dict[str, Any] = {
     "Matchings": lambda: lmc.match_many(SPEC, MODELS, **QUIET),
     "Fusion": lambda: lmc.ot_fusion(MODEL, A, B, INPUTS, spec=SPEC, **QUIET),
     "RotationMatching": lambda: align.rotation_matching(SPEC, MODEL, A, B, DATA, steps=0, **QUIET),
+    "RotatableGroups": lambda: align.RotatableGroups({"stream": True}, {"stream": 1e-12}, {"stream": 0.5}),
     "Matching": lambda: align.inspect_matching(
         lmc.weight_matching(SPEC, A, B, **QUIET), A, B, model=MODEL, data=DATA, steps=2, alphas=3, **QUIET
     ),
@@ -77,7 +78,7 @@ MAKE: dict[str, Any] = {
     "TrajectoryAverages": lambda: merge.trajectory_averages(MODEL, MODELS, DATA, **QUIET),
 }
 EXPLORED = {"Path", "Plane", "Triangle", "Simplex", "Matching", "Epochs", "Mixer"}
-NOT_DRAWN = {"Certificate", "Mixer"}
+NOT_DRAWN = {"Certificate", "Mixer", "RotatableGroups"}
 LEFT_BEHIND = {"Curve": {"model": MODEL}, "Star": {"model": MODEL}, "Zipped": {"model": MODEL}}
 
 

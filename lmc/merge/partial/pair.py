@@ -90,7 +90,7 @@ class Pair:
                 ours.clear()
                 theirs.clear()
         for name, found in moments.items():
-            found.check_finite(name)
+            found.check_finite(name, ("the two networks", "the two networks"))
         return moments
 
     def head_tensors(self, patterns: Sequence[str]) -> list[str]:
