@@ -55,6 +55,15 @@ def test_buffers_have_no_part_in_distances():
     assert plane.project(moved) == pytest.approx((*plane.places["B"], 0.0), abs=1e-4)
 
 
+def test_weight_normalised_models_are_found_at_their_places():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(16, 4)), nn.ReLU(), nn.Linear(4, 3))
+    states = [{k: torch.rand(v.shape, generator=RANDOM) for k, v in model.state_dict().items()} for _ in range(3)]
+    plane = loss_plane(model, states, DATA, resolution=5, progress=False)
+    for state, place in zip(states, plane.places.values(), strict=True):
+        assert plane.project(state) == pytest.approx((*place, 0.0), abs=1e-4)
+    assert not plane.recalibrated and "batch statistics" not in str(plane)
+
+
 def test_coordinates_of_a_random_plane_are_in_lengths_of_filters():
     plane = random_plane(MODEL, STATES[0], DATA, resolution=5, progress=False)
     there = plane.frame.span(*plane.frame.inside(0.3, -0.7))

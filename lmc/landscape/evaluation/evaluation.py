@@ -117,6 +117,11 @@ class Evaluation:
             self.prepare = Recalibrator(network, None, mixed=True)
 
     @property
+    def recalibrated(self) -> bool:
+        """Batch statistics are re-estimated at every point."""
+        return self.prepare is not None and bool(self.prepare.norms)
+
+    @property
     def parameters(self) -> list[str]:
         """The tensors that distances are measured over: each parameter once, no buffers."""
         return [name for name, _ in self.evaluator.network.module.named_parameters()]

@@ -221,7 +221,7 @@ def mixture_path(evaluation: Evaluation, shares: Callable[[float], Sequence[floa
         alphas,
         values,
         kept,
-        prepared,
+        evaluation.recalibrated,
         collect(shown, predicted),
         evaluation.repaired,
         evaluation.evaluator.task.unit,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lmc.landscape.evaluation.measured import Values
+from lmc.network.derived import gauged
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
 from lmc.weights.numbers import inexact
 
@@ -106,7 +107,7 @@ class Frame:
         Raises:
             MismatchError: weights of another architecture.
         """
-        own, state = self.span.origin, as_weights(weights)
+        own, state = self.span.origin, gauged(as_weights(weights))  # the form in which the plane was made
         there = {name: tensor.to(own[name].device) if name in own else tensor for name, tensor in state.items()}
         state = agreeing([own, there], ["plane", "weights"])[1]
         gram, products, square = np.zeros((2, 2)), np.zeros(2), 0.0

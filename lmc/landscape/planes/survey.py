@@ -96,7 +96,7 @@ def _blank(evaluation: Evaluation, layout: Layout, own: list[dict[str, Score]]) 
         own={s: {m: tuple(score[s].values[m] for score in own) for m in names} for s, names in measures.items()},
         done=np.zeros(shape, dtype=bool),
         axes=layout.axes,
-        recalibrated=evaluation.prepare is not None,
+        recalibrated=evaluation.recalibrated,
         unit=task.unit,
         higher=tuple(task.higher),
         frame=frame,

@@ -191,7 +191,7 @@ def _blank(evaluation: Evaluation, names: Sequence[str], counts: np.ndarray) -> 
         kept,
         uniform,
         np.zeros(len(counts), dtype=bool),
-        evaluation.prepare is not None,
+        evaluation.recalibrated,
         evaluation.evaluator.task.unit,
         tuple(evaluation.evaluator.task.higher),
         Live(evaluation, _mixture),
