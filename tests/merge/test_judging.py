@@ -147,3 +147,13 @@ def test_options_are_tried_from_the_middle_outwards() -> None:
         assert sorted(order) == list(range(count))
         reached = sorted(order[: count // 2])  # half of it leaves no wide gap
         assert max(b - a for a, b in zip([-1, *reached], [*reached, count], strict=True)) <= 4
+
+
+def test_what_takes_long_is_said_beforehand(case, capsys, monkeypatch) -> None:
+    model, models, x, y = case
+    options = {"loss": nn.functional.mse_loss, "methods": ["average", "slerp"], "seconds": 1000.0}
+    merge.compare(model, models[:2], (x, y), progress=True, **options)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("lmc.merge.study.compare.SAID", 0.0)
+    merge.compare(model, models[:2], (x, y), progress=True, **options)
+    assert "4 merges by 2 methods: about 0 s or longer" in capsys.readouterr().out

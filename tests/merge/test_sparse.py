@@ -56,7 +56,9 @@ def test_a_sparse_soup_has_the_support_of_its_mask(selector: str) -> None:
         seen.append({k: m.clone() for k, m in masks.items()})
         return retrain(weights, masks, seed)
 
-    soup, masks = merge.sparse_soup(dense, retrain=watched, sparsity=0.9, phases=3, copies=2, selector=selector)
+    soup = merge.sparse_soup(dense, retrain=watched, sparsity=0.9, phases=3, copies=2, selector=selector)
+    masks = soup.report.masks
+    assert "32 of 320 weights kept" in str(soup.report) and torch.equal(soup.weights["0.weight"], soup["0.weight"])
     assert all(torch.equal(soup[k] != 0, m) for k, m in masks.items())
     density = sum(int(m.sum()) for m in masks.values()) / 320
     assert abs(density - 0.1) < 0.01
@@ -71,7 +73,7 @@ def test_a_sparse_soup_has_the_support_of_its_mask(selector: str) -> None:
 
 
 def test_one_copy_is_iterative_magnitude_pruning() -> None:
-    soup, _ = merge.sparse_soup(net(), retrain=retrain, sparsity=0.8, phases=2, copies=1)
+    soup = merge.sparse_soup(net(), retrain=retrain, sparsity=0.8, phases=2, copies=1)
     weights = net().state_dict()
     for phase, seed in ((1, 0), (2, 1)):
         masks = merge.magnitude_masks(weights, sparsity=1 - 0.2 ** (phase / 2))

@@ -152,7 +152,7 @@ def test_data_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["merge", "ties", "A", "--base", "BASE", "--out", "OUT", "--set", "density"], 2, "KEY=VALUE"),
         (["merge", "ties", "A", "--base", "BASE", "--out", "OUT", "--set", "density=2"], 2, "density"),
         (["merge", "fisher", "A", "B", "--out", "OUT"], 2, "call it in Python"),
-        (["merge", "avrage", "A", "B", "--out", "OUT"], 2, "choose from average"),
+        (["merge", "avrage", "A", "B", "--out", "OUT"], 2, "choose from arcee_fusion, average"),
         (["merge", "average", "A", "B"], 2, "--out FOLDER"),
         (["merge", "average", "A", "B", "--out", "BASE"], 2, "exists already"),
         (["merge", "average", "A", "NOWHERE", "--out", "OUT"], 1, "no such file or folder"),

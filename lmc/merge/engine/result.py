@@ -20,5 +20,10 @@ class Merged(StateDict, Generic[Report]):
         super().__init__(weights)
         self.report = report
 
+    @property
+    def weights(self) -> StateDict:
+        """The weights without the report."""
+        return StateDict(self)
+
     def __repr__(self) -> str:
         return f"{super().__repr__()}\n{self.report}"

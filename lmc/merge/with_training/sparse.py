@@ -1,6 +1,7 @@
 """Sparse soups: prune, retrain several copies under one mask, average them, and again."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -10,13 +11,25 @@ from lmc.core.context import own_context
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.merge.engine.quantiles import kth_smallest
+from lmc.merge.engine.result import Merged
 from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.rules.averaging import average
-from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
+from lmc.weights import ModelOrWeights, Weights, as_weights
 
 Masks = dict[str, Tensor]
 Retrain = Callable[[Weights, Masks, int], ModelOrWeights]
 Selector = Literal["global", "uniform"]
+
+
+@dataclass(frozen=True)
+class SparseReport:
+    """The masks of a sparse soup: name -> true where a weight is kept."""
+
+    masks: Masks
+
+    def __str__(self) -> str:
+        kept, size = (sum(f(m) for m in self.masks.values()) for f in (lambda m: int(m.sum()), lambda m: m.numel()))
+        return f"{kept:,} of {size:,} weights kept in {len(self.masks)} masked tensors ({1 - kept / max(size, 1):.1%} zero)"
 
 
 @own_context
@@ -59,7 +72,7 @@ def sparse_soup(
     merge: Callable[[list[Weights]], Weights] = average,
     model: nn.Module | None = None,
     progress: bool = True,
-) -> tuple[StateDict, Masks]:
+) -> Merged[SparseReport]:
     """Sparse model soups (Zimmer, Spiegel, Pokutta 2024, 2306.16788): averages that stay sparse.
 
     In each phase the current weights are pruned by magnitude, `copies` are retrained from them with different seeds and
@@ -75,7 +88,7 @@ def sparse_soup(
         model: the architecture, to tell buffers from weights.
 
     Returns:
-        The soup and its masks.
+        The soup, a state dict whose `.report` has its masks.
 
     Raises:
         InputError: arguments out of range, or retrained weights that are not zero where the mask is.
@@ -97,7 +110,7 @@ def sparse_soup(
                 ingredients.append({name: tensor.clone() for name, tensor in tuned.items()})
                 bar.update()
             soup = merge(ingredients)
-    return StateDict(soup), masks
+    return Merged(soup, SparseReport(masks))
 
 
 def _masked(weights: Mapping[str, Tensor], masks: Masks) -> Weights:
