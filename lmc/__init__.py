@@ -40,6 +40,7 @@ from lmc.network.task import Task
 
 # What may move: the symmetries of a network.
 from lmc.symmetry.certificate import Certificate
+from lmc.symmetry.continuous.algebra import ContinuousSymmetries, continuous_symmetries
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.group import Group, Table
 from lmc.symmetry.spec import Permutation, PermutationSpec
@@ -50,6 +51,7 @@ __all__ = [
     "Certificate",
     "CertificateError",
     "Checkpoint",
+    "ContinuousSymmetries",
     "Curve",
     "DataError",
     "Group",
@@ -71,6 +73,7 @@ __all__ = [
     "activation_matching",
     "align",
     "bezier_curve",
+    "continuous_symmetries",
     "data",
     "landscape",
     "loss_path",

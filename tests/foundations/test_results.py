@@ -55,6 +55,7 @@ MAKE: dict[str, Any] = {
     "Permutation": lambda: lmc.weight_matching(SPEC, A, B, **QUIET),
     "PermutationSpec": lambda: SPEC,
     "Certificate": lambda: SPEC.certify(MODEL, INPUTS),
+    "ContinuousSymmetries": lambda: lmc.continuous_symmetries(SPEC, MODEL, INPUTS, **QUIET),
     "Matchings": lambda: lmc.match_many(SPEC, MODELS, **QUIET),
     "Fusion": lambda: lmc.ot_fusion(MODEL, A, B, INPUTS, spec=SPEC, **QUIET),
     "RotationMatching": lambda: align.rotation_matching(SPEC, MODEL, A, B, DATA, steps=0, **QUIET),
@@ -78,7 +79,7 @@ MAKE: dict[str, Any] = {
     "TrajectoryAverages": lambda: merge.trajectory_averages(MODEL, MODELS, DATA, **QUIET),
 }
 EXPLORED = {"Path", "Plane", "Triangle", "Simplex", "Matching", "Epochs", "Mixer"}
-NOT_DRAWN = {"Certificate", "Mixer", "RotatableGroups"}
+NOT_DRAWN = {"Certificate", "ContinuousSymmetries", "Mixer", "RotatableGroups"}
 LEFT_BEHIND = {"Curve": {"model": MODEL}, "Star": {"model": MODEL}, "Zipped": {"model": MODEL}}
 
 

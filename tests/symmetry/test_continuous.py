@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmc
-from lmc.symmetry.continuous.algebra import Kind, continuous_symmetries
+from lmc.symmetry.continuous.algebra import Kind
 
 
 class Perceptron(nn.Module):
@@ -41,7 +41,7 @@ class Attention(nn.Module):
 def kinds(model: nn.Module, inputs: Tensor) -> dict[str, Kind]:
     torch.manual_seed(0)
     spec = lmc.permutation_spec(model, inputs, certify=False)
-    return continuous_symmetries(spec, model, inputs, progress=False).kinds
+    return lmc.continuous_symmetries(spec, model, inputs, progress=False).kinds
 
 
 SCALE = {"a.weight": 1.0, "a.bias": 1.0, "b.weight": -1.0}
@@ -105,8 +105,8 @@ def test_units_before_a_norm_rotate(centred, mixing):
 def test_the_result_prints_and_becomes_a_table():
     model, x = Perceptron(F.relu), torch.randn(20, 6)
     spec = lmc.permutation_spec(model, x, certify=False)
-    found = continuous_symmetries(spec, model, x, progress=False)
+    found = lmc.continuous_symmetries(spec, model, x, progress=False)
     assert "a  permutation + scale (a.weight +1, a.bias +1, b.weight -1)" in repr(found)
     assert list(found.to_frame().scales) == [1]
     with pytest.raises(lmc.InputError, match="draws=0"):
-        continuous_symmetries(spec, model, x, draws=0)
+        lmc.continuous_symmetries(spec, model, x, draws=0)

@@ -35,7 +35,13 @@ LAYER = S(HIDDEN) + heads(H, UNIT)
 
 
 def images_and_texts(images: int, texts: int):
-    return lambda g: {"input_ids": tokens(texts, 4, VOCABULARY)(g), "pixel_values": vectors(images, 3, 16, 16)(g)}
+    """Texts end with token 30, at which they are read: the first token alone would see no other, nor keys and queries."""
+
+    def make(g: torch.Generator) -> dict[str, torch.Tensor]:
+        ids = torch.cat([tokens(texts, 4, 30)(g), torch.full((texts, 1), 30)], dim=1)
+        return {"input_ids": ids, "pixel_values": vectors(images, 3, 16, 16)(g)}
+
+    return make
 
 
 def steps(batch: int, length: int):

@@ -201,7 +201,15 @@ ENTRIES = [
     Entry("embedding_bag", BagOfTokens, tokens(3, 4, 13), S(8) + S(6), larger=tokens(2, 6, 13), still=("head.bias",)),
     Entry("masked", Masked, presence(2, 4), S(8), larger=presence(3, 6), still=("score.bias", "head.bias")),
     Entry("lists", Lists, vectors(2, 3, 5), S(8), larger=vectors(4, 3, 5), still=("parts.out.bias",)),
-    Entry("buffers_and_dict", Statistics, vectors(2, 5), S(10), larger=vectors(4, 5), still=("b.bias", "head.*"), outputs="logits"),
+    Entry(
+        "buffers_and_dict",
+        Statistics,
+        vectors(2, 5),
+        S(10),
+        larger=vectors(4, 5),
+        still=("b.bias", "head.*"),
+        outputs="logits",
+    ),
     # the 3 columns that are sliced off would be free too, but nobody sees them
     Entry(
         "dead_parts", Dead, vectors(2, 5), S(9), still=("unused.*", "thrown.*", "head.bias"), still_entries=3 * 5 + 3

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 STEP = 1e-7  # of central differences in float64: small, as none may step over the kink of a ReLU
 RANK = 1e-5  # singular values below this share of the largest are zero: the noise of differences is 1e-9
 DEAD = 1e-6  # columns below this share of the largest: nothing depends on the occurrence
+MOST_TRIED = 6  # occurrences of which all subsets are tried for signs
 MIXINGS = {
     2: {2: "general linear", 1: "orthogonal"},
     3: {6: "general linear", 3: "orthogonal", 1: "orthogonal fixing 1"},
