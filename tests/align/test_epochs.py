@@ -85,7 +85,7 @@ def test_an_end_that_diverged_is_a_gap(bench):
 
 def test_an_interrupt_keeps_the_epochs_that_are_done(bench, monkeypatch):
     model, runs, data = bench
-    module, calls = barrier_over_time.__globals__, []
+    calls = []
 
     def breaks(*args, **options):
         calls.append(1)
@@ -93,7 +93,7 @@ def test_an_interrupt_keeps_the_epochs_that_are_done(bench, monkeypatch):
             raise KeyboardInterrupt
         return loss_path(*args, **options)
 
-    monkeypatch.setitem(module, "loss_path", breaks)
+    monkeypatch.setattr("lmc.align.study.epochs.loss_path", breaks)
     with pytest.warns(UserWarning, match="2 of 4 epochs"):
         result = barrier_over_time(model, *runs, data, alphas=3, progress=False)
     assert result.epochs == (0, 1) and len(result.paths["naive"]) == 2
