@@ -129,6 +129,9 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], list[int]]]
     "argmax, gathered": (lambda a, b: b[a.argmax(1)], [A, B], [4, 6, 5]),
     "top-k weights scattered": (lambda a: torch.zeros(4, 6).double().scatter(1, *reversed(a.topk(2, 1))), [A], [4, 6]),
     "one-hot of argmax": (lambda a: F.one_hot(a.argmax(1), 6).double(), [A], [4, 6]),
+    "index_fill": (lambda a, b: a.index_fill(0, INDEX, b), [A, ()], [6]),
+    "addbmm": (lambda a, b, c: torch.addbmm(c, a, b), [(3, 4, 6), (3, 6, 5), (4, 5)], [3, 4, 5, *[6] * 3]),
+    "smallest and largest": (lambda a: torch.aminmax(a, dim=1).max, [A], [4, 6]),
     "index_add": (lambda a, b: a.index_add(0, INDEX, b), [A, A], [6]),
 }  # fmt: skip
 

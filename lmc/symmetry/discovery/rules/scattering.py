@@ -43,7 +43,7 @@ def index_add(op: Op, x: Tag, dim: int, index: Tag, src: Any, *_: Any, **__: Any
     d = dim % len(x.shape)
     target = at_points(op, x, d, index)
     src = fixed(op.units, src)
-    if not isinstance(src, Tag):
+    if not isinstance(src, Tag) or not src.shape:  # one number put at all places
         return target
     flat = Tag(
         tuple(src.shape[d] if e == d else 1 for e in range(len(x.shape))),
