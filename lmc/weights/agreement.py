@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lmc.core.context import warn
 from lmc.errors import InputError, MismatchError, WeightsError
+from lmc.weights.checkpoints.checkpoint import Checkpoint
 from lmc.weights.encoded import check_codes
 from lmc.weights.numbers import inexact, wide
 from lmc.weights.state import ModelOrWeights, StateDict, Weights, dtype_name
@@ -34,8 +35,8 @@ def as_weights(model: ModelOrWeights) -> StateDict:
     state = model.state_dict() if isinstance(model, nn.Module) else model
     if not isinstance(state, Mapping):
         raise WeightsError(f"expected an nn.Module or a mapping of names to tensors, got {type(model).__name__}")
-    if not isinstance(state, dict) and hasattr(state, "load"):
-        state = state.load()  # type: ignore[attr-defined]  # a checkpoint on disk: aliases share their tensor
+    if isinstance(state, Checkpoint):
+        state = state.load()  # aliases share their tensor
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise WeightsError(
