@@ -14,7 +14,7 @@ from lmc.align import (
     straight_through_matching,
     weight_matching,
 )
-from lmc.core.version import __version__ as __version__
+from lmc.core.files import __version__ as __version__
 
 # What can go wrong.
 from lmc.errors import (
@@ -44,8 +44,8 @@ from lmc.symmetry.continuous.algebra import ContinuousSymmetries, continuous_sym
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.group import Group, Table
 from lmc.symmetry.spec import Permutation, PermutationSpec
-from lmc.weights.checkpoints.checkpoint import Checkpoint
-from lmc.weights.checkpoints.opening import open_checkpoint
+from lmc.weights.checkpoint import Checkpoint
+from lmc.weights.opening import open_checkpoint
 
 __all__ = [
     "Certificate",

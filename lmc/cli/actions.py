@@ -19,8 +19,8 @@ from lmc.landscape.paths.path import loss_path
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import StateDict, fitted
-from lmc.weights.checkpoints.checkpoint import RECIPE
-from lmc.weights.checkpoints.opening import open_checkpoint
+from lmc.weights.checkpoint import RECIPE
+from lmc.weights.opening import open_checkpoint
 
 ALIGNERS = {
     "weight_matching": (),
@@ -34,7 +34,9 @@ GIVEN = ("spec", "model", "a", "b", "data", "inputs", "progress")
 def inspect(arguments: Namespace) -> None:
     model = architecture(arguments.model) if arguments.model else None
     loaded = data(arguments.data) if arguments.data else None
-    found = lmc.merge.inspect(arguments.models, base=arguments.base, model=model, data=loaded, progress=not arguments.quiet)
+    found = lmc.merge.inspect(
+        arguments.models, base=arguments.base, model=model, data=loaded, progress=not arguments.quiet
+    )
     print(found)
     for difference in found.differences:
         print(f"  {difference.name}: {difference.kind}: {', '.join(map(str, difference.found))}")

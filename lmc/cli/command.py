@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from lmc.cli import actions
-from lmc.core.version import __version__
+from lmc.core.files import __version__
 from lmc.errors import InputError, LmcError
 
 ABOUT = """Find what may move, choose the move, look at the landscape, combine the weights.

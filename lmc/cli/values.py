@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import lmc.data
 import lmc.merge
 from lmc.errors import DataError, InputError
-from lmc.weights.checkpoints.opening import open_checkpoint
+from lmc.weights.opening import open_checkpoint
 
 NOT_OPTIONS = ("models", "base", "align", "options")
 

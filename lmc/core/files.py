@@ -1,8 +1,10 @@
-"""Writing files so that a reader never sees half of one."""
+"""Writing files so that a reader never sees half of one, and the version of the package that they name."""
 
 import os
 import secrets
 from pathlib import Path
+
+__version__ = "0.1.0"
 
 
 def write_text(path: str | Path, text: str) -> None:

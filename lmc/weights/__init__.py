@@ -5,8 +5,7 @@ Functions of the package return them as `StateDict`, which prints short.
 
 from lmc.weights.agreement import agreeing, as_weights, check_compatible, check_finite, fitted
 from lmc.weights.arithmetic import distance, dot, lerp, mean
-from lmc.weights.state import ModelOrWeights, StateDict, Weights
-from lmc.weights.ties import tied_names
+from lmc.weights.state import ModelOrWeights, StateDict, Weights, tied_names
 
 __all__ = [
     "ModelOrWeights",

@@ -9,11 +9,9 @@ from torch import Tensor, nn
 
 from lmc.core.context import warn
 from lmc.errors import InputError, MismatchError, WeightsError
-from lmc.weights.checkpoints.checkpoint import Checkpoint
-from lmc.weights.encoded import check_codes
-from lmc.weights.numbers import inexact, wide
-from lmc.weights.state import ModelOrWeights, StateDict, Weights, dtype_name
-from lmc.weights.ties import tied_names
+from lmc.weights.checkpoint import Checkpoint
+from lmc.weights.numbers import check_codes, inexact, wide
+from lmc.weights.state import ModelOrWeights, StateDict, Weights, dtype_name, tied_names
 
 # Buffers that one file has and another lacks, and that no function of the weights depends on: counters of batches,
 # tables of positions, and masks, which are constants of the architecture.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lmc.errors import DataError, InputError
 from lmc.merge import average
 from lmc.weights import as_weights, lerp
-from lmc.weights.checkpoints.opening import open_checkpoint
+from lmc.weights.opening import open_checkpoint
 
 
 def tensors(seed: int = 0) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lmc
-from lmc.core.version import __version__
+from lmc.core.files import __version__
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 transformers = pytest.importorskip("transformers")

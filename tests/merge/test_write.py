@@ -20,8 +20,8 @@ from lmc.merge.disk import write as to_disk
 from lmc.merge.disk.shards import parse_size
 from lmc.merge.engine import chunks as parts
 from lmc.merge.engine import quantiles
-from lmc.weights.checkpoints.formats import Extent
-from lmc.weights.checkpoints.opening import open_checkpoint
+from lmc.weights.checkpoint import Extent
+from lmc.weights.opening import open_checkpoint
 from lmc.weights.order import natural
 
 METHODS = {

@@ -10,13 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmc.core.files import write_text
-from lmc.core.version import __version__
+from lmc.core.files import __version__, write_text
 from lmc.errors import InputError
 from lmc.merge.engine.method import MergeFunction
 from lmc.weights import ModelOrWeights, as_weights
-from lmc.weights.checkpoints.checkpoint import RECIPE, Checkpoint, read_json
-from lmc.weights.checkpoints.formats import as_bytes
+from lmc.weights.checkpoint import RECIPE, Checkpoint, as_bytes, read_json
 
 MergeRecipe = dict[str, Any]
 

@@ -10,8 +10,8 @@ from lmc.errors import DataError, InputError
 from lmc.merge.disk.recipe import source
 from lmc.merge.disk.write import write
 from lmc.merge.engine.method import MergeFunction
-from lmc.weights.checkpoints.checkpoint import RECIPE, Checkpoint, checksum, read_json
-from lmc.weights.checkpoints.opening import open_checkpoint
+from lmc.weights.checkpoint import RECIPE, Checkpoint, checksum, read_json
+from lmc.weights.opening import open_checkpoint
 
 
 @own_context

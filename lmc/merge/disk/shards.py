@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lmc.errors import InputError
 from lmc.merge.engine.chunks import VALUES, Chunk
-from lmc.weights.checkpoints.checkpoint import Checkpoint, checksum
-from lmc.weights.checkpoints.formats import DTYPES, as_bytes, size_of
+from lmc.weights.checkpoint import DTYPES, Checkpoint, as_bytes, checksum, size_of
 
 QUEUE = 4  # chunks that wait to be written
 LABELS = {dtype: label for label, dtype in DTYPES.items()}

@@ -35,9 +35,9 @@ from lmc.merge.engine.passes import sample_size
 from lmc.merge.engine.quantiles import SAMPLE
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.weights import ModelOrWeights
-from lmc.weights.checkpoints.checkpoint import RECIPE, Checkpoint, checksum, readable
-from lmc.weights.checkpoints.opening import open_checkpoint
+from lmc.weights.checkpoint import RECIPE, Checkpoint, checksum, readable
 from lmc.weights.numbers import wide
+from lmc.weights.opening import open_checkpoint
 
 Source: TypeAlias = str | Path | ModelOrWeights
 BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")

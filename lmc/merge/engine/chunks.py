@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor
 
-from lmc.weights.checkpoints.checkpoint import Checkpoint
+from lmc.weights.checkpoint import Checkpoint
 
 Chunk: TypeAlias = slice | None  # of the flattened tensor, from start to stop; None is the whole tensor in its shape
 Step = tuple[str, Chunk]

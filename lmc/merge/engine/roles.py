@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lmc.merge.engine.chunks import chunks
 from lmc.weights import tied_names
-from lmc.weights.checkpoints.checkpoint import Checkpoint
+from lmc.weights.checkpoint import Checkpoint
 from lmc.weights.numbers import wide
 
 

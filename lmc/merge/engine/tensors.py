@@ -28,11 +28,9 @@ from lmc.merge.engine.roles import equal, infinite, outline, tied
 from lmc.network.derived import derived_names, gauged, settled, warn_of_lagging
 from lmc.weights import ModelOrWeights, as_weights, check_compatible, fitted
 from lmc.weights.agreement import corresponding, prefix_between
-from lmc.weights.checkpoints.checkpoint import Checkpoint
-from lmc.weights.checkpoints.formats import flat
-from lmc.weights.checkpoints.opening import open_checkpoint
-from lmc.weights.encoded import unmergeable
-from lmc.weights.numbers import inexact, narrowed, wide
+from lmc.weights.checkpoint import Checkpoint, flat
+from lmc.weights.numbers import inexact, narrowed, unmergeable, wide
+from lmc.weights.opening import open_checkpoint
 from lmc.weights.state import dtype_name
 
 STATISTICS = ("running_mean", "running_var")

@@ -28,7 +28,7 @@ from lmc.merge.engine.patterns import matches
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.merge.rules.task_vectors import per_model, task_arithmetic
 from lmc.weights import ModelOrWeights
-from lmc.weights.depth import numbered_depths
+from lmc.weights.order import numbered_depths
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from lmc.merge.engine.tensors import outline
 from lmc.weights import tied_names
 from lmc.weights.agreement import optional
-from lmc.weights.checkpoints.checkpoint import Checkpoint
+from lmc.weights.checkpoint import Checkpoint
 
 Kind = Literal["missing", "shape", "dtype", "tie", "buffer"]
 

@@ -20,10 +20,9 @@ from lmc.merge.study.advice import advice
 from lmc.merge.study.differences import Difference, differences
 from lmc.merge.study.survey import LayerReport, Survey
 from lmc.weights import ModelOrWeights, as_weights, tied_names
-from lmc.weights.checkpoints.checkpoint import Checkpoint
-from lmc.weights.checkpoints.opening import open_checkpoint
-from lmc.weights.encoded import unmergeable
-from lmc.weights.numbers import inexact
+from lmc.weights.checkpoint import Checkpoint
+from lmc.weights.numbers import inexact, unmergeable
+from lmc.weights.opening import open_checkpoint
 
 if TYPE_CHECKING:
     import pandas

@@ -21,7 +21,7 @@ from lmc.merge.with_data.examples import chosen
 from lmc.merge.with_data.mixture import Mixture
 from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, as_weights, fitted
-from lmc.weights.depth import model_depths
+from lmc.weights.order import model_depths
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from lmc.errors import DataError
-from lmc.weights.checkpoints.checkpoint import Checkpoint
-from lmc.weights.checkpoints.formats import Mapped, Stored
-from lmc.weights.ties import tied_names
+from lmc.weights.checkpoint import Checkpoint, Mapped, Stored
+from lmc.weights.state import tied_names
 
 # Entries that hold weights, as common training programs call them.
 HOLDERS = ("state_dict", "model_state_dict", "model", "module", "net", "params", "params_ema", "state_dict_ema", "ema")
