@@ -3,6 +3,7 @@
     python tools/run_notebooks.py                               all of notebooks/
     python tools/run_notebooks.py notebooks/00_quickstart.ipynb
 
+The code that was run is kept as a checksum in the notebook's metadata: a test finds outputs that are older than their code.
 Left out of the file: timings, progress bars, stderr, widget state (5 MB for one figure) and views of widgets, which
 show nothing without it. A widget that draws itself without a kernel keeps its html. Figures are stored as plotly data
 and as PNG of 256 colours, which is what GitHub shows; it needs kaleido, a Chromium and Pillow.
@@ -10,9 +11,11 @@ and as PNG of 256 colours, which is what GitHub shows; it needs kaleido, a Chrom
 
 import argparse
 import base64
+import hashlib
 import io
 import os
 import sys
+import time
 from pathlib import Path
 
 import nbformat
@@ -40,6 +43,7 @@ def run(path: Path, timeout: int) -> None:
         {
             "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
             "language_info": {"name": "python"},
+            "lmc": {"executed": checksum(notebook)},
         }
     )
     for cell in notebook.cells:
@@ -52,6 +56,12 @@ def run(path: Path, timeout: int) -> None:
                     data["image/png"] = few_colours(data["image/png"])
     nbformat.validate(notebook)
     nbformat.write(notebook, path)
+
+
+def checksum(notebook) -> str:
+    """Of the source of all code cells, in their order."""
+    sources = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256("\0".join(sources).encode()).hexdigest()
 
 
 def fleeting(output) -> bool:
@@ -78,13 +88,14 @@ def main() -> int:
     os.environ.setdefault("TQDM_DISABLE", "1")
     failed = 0
     for path in args.notebooks or sorted(FOLDER.glob("*.ipynb")):
+        begin = time.monotonic()
         try:
             run(path.resolve(), args.timeout)
         except CellExecutionError as error:
             print(f"{path}: not stored\n{error}", file=sys.stderr)
             failed += 1
         else:
-            print(f"{path}: stored, {path.stat().st_size / 1000:.0f} kB")
+            print(f"{path}: stored, {path.stat().st_size / 1000:.0f} kB, {time.monotonic() - begin:.0f} s", flush=True)
     return min(failed, 1)
 
 
