@@ -19,7 +19,8 @@ class Evidence:
 
     Attributes:
         error: largest change of the outputs when the family moved with all the others, relative to their largest value.
-        power: change of the outputs when the family moves and one of the tensors that it touches is left behind.
+        power: change of the outputs when the family moves and one of the tensors that it touches is left behind; of
+            specs with many families the rate of change, when one of the tensors begins to move alone.
     """
 
     error: float

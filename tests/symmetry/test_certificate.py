@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import lmc
 from lmc.symmetry.outputs import kept
+from lmc.symmetry.proof.certify import MANY
 from lmc.symmetry.proof.draws import draw
 
 HIDDEN = {"0.weight": "h .", "0.bias": "h", "2.weight": ". h"}
@@ -247,3 +248,58 @@ def test_the_outputs_that_are_kept_are_named_and_chosen():
     only = lmc.permutation_spec(model, x, outputs="hidden_states")
     assert only.outputs == ("hidden_states",) and not only.groups
     assert spec.certificate is not None and spec.certificate.outputs == spec.outputs
+
+
+class Many(nn.Module):
+    """More groups than are broken one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(6, 6) for _ in range(20)), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return self.head(x)
+
+
+def test_many_groups_are_broken_by_one_gradient(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Many(), torch.randn(4, 6)
+    spec = lmc.permutation_spec(model, x, certify=False)
+    assert len(spec.families) > MANY
+    by_gradient = spec.certify(model, x)
+    monkeypatch.setattr("lmc.symmetry.proof.certify.MANY", len(spec.families))
+    one_by_one = spec.certify(model, x)
+    assert by_gradient.unverified == one_by_one.unverified == ()
+    for family, evidence in by_gradient.families.items():
+        assert 1e-3 < evidence.power / one_by_one.families[family].power < 1e3
+
+
+@pytest.mark.parametrize("cut", ["detached", "without_gradient"])
+def test_what_a_gradient_does_not_show_is_broken_on_purpose(cut):
+    """Nothing is seen of layers whose results are detached, or computed where no gradient is kept."""
+
+    class Cut(Many):
+        def forward(self, x: Tensor) -> Tensor:
+            if cut == "detached":
+                return super().forward(x).detach()
+            with torch.no_grad():
+                return super().forward(x)
+
+    torch.manual_seed(0)
+    proof = lmc.permutation_spec(Cut(), torch.randn(4, 6)).certificate
+    assert proof is not None and proof.unverified == () and len(proof.families) > MANY
+
+
+def test_what_no_output_depends_on_is_not_verified_by_a_gradient():
+    class Ended(Many):
+        def forward(self, x: Tensor) -> Tensor:
+            for number, layer in enumerate(self.layers):
+                x = torch.tanh(layer(x)) * (0 if number == 10 else 1)
+            return self.head(x)
+
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="not verified"):
+        proof = lmc.permutation_spec(Ended(), torch.randn(4, 6)).certificate
+    assert proof is not None and proof.unverified == tuple(f"layers.{number}" for number in range(11))

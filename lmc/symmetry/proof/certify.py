@@ -2,7 +2,9 @@
 
 A wrong permutation changes outputs by 1e-3 or more of their size; a right one by 1e-15. Equal outputs prove nothing about
 a group that the outputs do not depend on, so each family of groups is broken once: it moves, but one of the tensors that
-it touches is left behind. Where that changes nothing, other tensors and then other weights are tried.
+it touches is left behind. Where that changes nothing, other tensors and then other weights are tried. Of many families
+(a group for each head of each layer) a single gradient shows what an infinitesimal breakage of each would do; only those
+of which it shows nothing are broken one by one.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from lmc.errors import CertificateError, InputError
 from lmc.symmetry.actions import Indices, act, identity_indices, permute_tensor, random_indices
 from lmc.symmetry.certificate import VISIBLE, Certificate, Evidence
+from lmc.symmetry.group import Table
 from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, tensors_in
 from lmc.symmetry.proof.draws import draw
 from lmc.symmetry.proof.probe import Probe
@@ -22,6 +25,7 @@ from lmc.weights import ModelOrWeights, Weights, as_weights
 
 FURTHER_DRAWS = 2
 PLACES = 3
+MANY = 16  # families, from which on a gradient is cheaper than as many forward passes
 
 
 def certify_spec(
@@ -42,6 +46,10 @@ def certify_spec(
     probe = Probe(model, outputs)
     examples = [inputs] if also is None else [inputs, also]
     power = dict.fromkeys(spec.families, 0.0)
+    turns = {
+        family: {name: torch.arange(spec.groups[name].size).roll(1) for name in names}
+        for family, names in spec.families.items()
+    }
     worst = moved = 0.0
     trial = 0
     while trial < trials or (trial < trials + FURTHER_DRAWS and _unseen(power, tolerance)):
@@ -60,9 +68,12 @@ def certify_spec(
                 )
             worst = max(worst, error)
         for example, reference in zip(examples, references, strict=True):
+            if len(_unseen(power, tolerance)) > MANY:
+                slopes = probe.slopes(example, weights, seed + trial)
+                for family in _unseen(power, tolerance):
+                    power[family] = max(power[family], _first_order(spec, turns[family], weights, slopes))
             for family in _unseen(power, tolerance):
-                turned = {name: torch.arange(spec.groups[name].size).roll(1) for name in spec.families[family]}
-                seen = _power(spec, turned, probe, example, weights, reference, tolerance)
+                seen = _power(spec, turns[family], probe, example, weights, reference, tolerance)
                 power[family] = max(power[family], seen)
         trial += 1
     families = {family: Evidence(worst, power[family]) for family in spec.families}
@@ -130,17 +141,7 @@ def _broken(spec: Symmetries, moving: Indices, weights: Weights) -> Iterator[Wei
     Where a function is symmetric in each place alone, as in a sum of units, that keeps it: so at last one unit is
     overwritten by another, which it survives only if it does not depend on the units.
     """
-    tables = {
-        tensor: [(name, table) for name, table in found if name in moving]
-        for tensor, found in spec.tables_by_tensor.items()
-        if tensor in weights
-    }
-    # A place is a tensor, under whichever of its names, and the axes of a table: a group may lie on two axes of one tensor.
-    sizes = {
-        (spec.aliases.get(tensor, tensor), table.dims): weights[tensor].numel()
-        for tensor, found in tables.items()
-        for _, table in found
-    }
+    tables, sizes = _places(spec, moving, weights)
     for left in sorted(sizes, key=lambda place: -sizes[place])[: PLACES if len(sizes) > 1 else 0]:
         yield weights | {
             tensor: permute_tensor(weights[tensor], kept, moving)
@@ -149,6 +150,37 @@ def _broken(spec: Symmetries, moving: Indices, weights: Weights) -> Iterator[Wei
         }
     overwritten = {name: torch.arange(len(index)).clamp(min=1) for name, index in moving.items()}
     yield weights | {t: permute_tensor(weights[t], found, overwritten) for t, found in tables.items() if found}
+
+
+def _first_order(spec: Symmetries, moving: Indices, weights: Weights, slopes: Weights) -> float:
+    """The largest rate at which the outputs change, relative to their size, when one place of a family moves alone."""
+    tables, sizes = _places(spec, moving, weights)
+    most = 0.0
+    for tensor, dims in sizes:
+        if tensor in slopes:
+            alone = [item for item in tables[tensor] if item[1].dims == dims]
+            step = permute_tensor(weights[tensor], alone, moving) - weights[tensor]
+            rate = slopes[tensor].conj() * step
+            most = max(most, abs(float(rate.real.sum())))
+    return most
+
+
+def _places(
+    spec: Symmetries, moving: Indices, weights: Weights
+) -> tuple[dict[str, list[tuple[str, Table]]], dict[tuple[str, tuple[int, ...]], int]]:
+    """The tables of the moving groups by tensor, and the number of entries of each place. A place is a tensor, under the
+    first of its names, and the axes of a table: a group may lie on two axes of one tensor."""
+    tables: dict[str, list[tuple[str, Table]]] = {}
+    for name in moving:
+        for tensor, found in spec.groups[name].tables.items():
+            if tensor in weights:
+                tables.setdefault(tensor, []).extend((name, table) for table in found)
+    sizes = {
+        (spec.aliases.get(tensor, tensor), table.dims): weights[tensor].numel()
+        for tensor, found in tables.items()
+        for _, table in found
+    }
+    return tables, sizes
 
 
 def _relative_error(reference: list[Tensor], outputs: list[Tensor]) -> float:

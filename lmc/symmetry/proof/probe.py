@@ -55,9 +55,43 @@ class Probe:
             InputError: inputs without values, or on a device from which they cannot be brought to the module's.
         """
         self._load(weights)
+        with torch.no_grad():
+            found = self._result(inputs)
+        self.names = tuple(found) if set(found) != {""} else ()
+        return [tensor.detach().clone() for tensor in found.values()]
+
+    def slopes(self, inputs: Inputs, weights: Weights, seed: int) -> Weights:
+        """The gradient, by each parameter, of a random sum of the outputs: normal coefficients over the root of the number
+        of outputs, and relative to the largest, so that it moves by about as much as the outputs do. Empty where the module
+        cannot be differentiated."""
+        self._load(weights)
+        parameters = {
+            name: slot
+            for name, slot in self.network.module.state_dict(keep_vars=True).items()
+            if isinstance(slot, nn.Parameter) and (slot.is_floating_point() or slot.is_complex())
+        }
+        try:
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            with torch.enable_grad():
+                outputs = [y for y in self._result(inputs).values() if y.requires_grad]
+                generator = torch.Generator().manual_seed(seed)
+                total = sum(_random_sum(y, generator) for y in outputs)
+                if not isinstance(total, Tensor):
+                    return {}
+                with _double():
+                    found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+        except Exception:  # noqa: BLE001 (operators without derivatives raise what they like)
+            return {}
+        finally:
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+        return {name: slope.cpu() for name, slope in zip(parameters, found, strict=True) if slope is not None}
+
+    def _result(self, inputs: Inputs) -> dict[str, Tensor]:
         args, kwargs = tree_map(self._input, as_call(inputs))
         device = self.network.device
-        with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []), quiet(), _double():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), quiet(), _double():
             torch.manual_seed(0)
             try:
                 result = self.network.result(kwargs or args)
@@ -65,9 +99,7 @@ class Probe:
                 raise
             except Exception as error:
                 raise not_computed(self.network.module, args, kwargs, error) from error
-        found = kept(result, self.outputs)
-        self.names = tuple(found) if set(found) != {""} else ()
-        return [tensor.detach().clone() for tensor in found.values()]
+        return kept(result, self.outputs)
 
     def _load(self, weights: Weights) -> None:
         """Take on weights. Tensors that were loaded just before are not widened again, and where the module derives nothing
@@ -91,6 +123,14 @@ class Probe:
                 f"inputs are on the meta device, the model on {self.network.device}: pass inputs with values"
             )
         return value.to(self.network.device).to(WIDE.get(value.dtype, value.dtype))
+
+
+def _random_sum(outputs: Tensor, generator: torch.Generator) -> Tensor:
+    flat = torch.view_as_real(outputs).flatten() if outputs.is_complex() else outputs.flatten()
+    finite = flat.detach().isfinite()
+    size = flat.detach()[finite].abs().max() if bool(finite.any()) else flat.new_ones(())
+    factors = torch.randn(flat.shape, generator=generator, dtype=torch.float64).to(flat) * finite
+    return torch.where(finite, flat, 0) @ factors / (size if size > 0 else 1) / max(1, flat.numel()) ** 0.5
 
 
 @contextmanager
