@@ -7,6 +7,11 @@
 spectral norm 1, u and v computed from the average |
 | weight normalisation: g, v | `weight_g`, `weight_v`; `parametrizations.*.original0`, `original1` | the weights g v / |v| \
 are averaged, and written as v with g = |v| |
+| pruning: mask, and weights that it hides | `weight_orig`, `weight_mask` | the weights in use are averaged; the mask of \
+an average shows what any of them shows |
+| bases of orthogonal parametrizations | `parametrizations.*.0.base` | averaged, with a warning by name where they differ |
+| constants kept as buffers: tables of coordinates and frequencies | buffers of the module, or their names | no weights: \
+kept where all have the same, else averaged with a warning by name |
 | shadows of moving averages, observers of quantisation, codebooks | their names | averaged, with a warning by name |
 | counters of batches and steps, index tables, masks | integers and booleans | kept from the first |
 
@@ -15,8 +20,9 @@ compute, and `settled` makes derived tensors fit an average. Neither depends on 
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -35,7 +41,13 @@ _LAGGING = (
     ),
     ("observers of quantisation", re.compile(r"(activation_post_process|fake_quant|observer)\.|\.(min_val|max_val)$")),
     ("statistics of a codebook", re.compile(r"\.(embed_avg|cluster_size)$")),
+    ("bases of orthogonal parametrizations", re.compile(r"(^|\.)parametrizations\.[^.]+\.\d+\.base$")),
 )
+# Functions of the architecture alone, known by name where no module says what its buffers are.
+_CONSTANT = re.compile(
+    r"(^|\.)((\w+_)?coords_table|(original_)?inv_freq|(cos|sin)_cached|freqs_cis|pixel_(mean|std)|masked_bias|attn_mask)$"
+)
+_ESTIMATED = re.compile(r"(^|\.)running_(mean|var)$")
 
 
 @dataclass(frozen=True)
@@ -58,6 +70,7 @@ class Spectral:
 
     def settle(self, weights: Weights) -> Weights:
         """Vectors of the largest singular value, unless those there fit a weight of norm 1."""
+        weights = {name: weights[name].detach() for name in (self.weight, self.u, self.v)}
         rounding = 64 * torch.finfo(weights[self.weight].dtype).eps
         if abs(float(self._norm(weights)) - 1.0) <= rounding:
             return {}
@@ -110,9 +123,32 @@ class Normed:
         return direction.norm(dim=axes, keepdim=True) if axes else direction.abs()
 
 
-def derived_in(weights: Mapping[str, Tensor]) -> list[Spectral | Normed]:
-    """The spectral and weight normalisations in a state dict, known by their names and shapes."""
-    return [*_spectral(weights), *_normed(weights)]
+@dataclass(frozen=True)
+class Pruned:
+    """Names of a weight of which a mask of zeros and ones hides a share, and of the mask."""
+
+    weight: str
+    mask: str
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        return (self.mask,)
+
+    def gauge(self, weights: Weights) -> Weights:
+        """The same function with zeros where the mask has them."""
+        return {self.weight: weights[self.weight] * weights[self.mask].to(weights[self.weight].dtype)}
+
+    def settle(self, weights: Weights) -> Weights:
+        weight, mask = weights[self.weight], weights[self.mask]
+        return {self.mask: ((mask != 0) | (weight != 0)).to(mask.dtype)}
+
+
+Derived: TypeAlias = Spectral | Normed | Pruned
+
+
+def derived_in(weights: Mapping[str, Tensor]) -> list[Derived]:
+    """The spectral and weight normalisations and pruned weights in a state dict, known by their names and shapes."""
+    return [*_spectral(weights), *_normed(weights), *_pruned(weights)]
 
 
 def derived_names(weights: Mapping[str, Tensor]) -> frozenset[str]:
@@ -136,11 +172,37 @@ def settled(weights: Weights) -> StateDict:
     return found
 
 
-def warn_of_lagging(states: Sequence[Mapping[str, Tensor]]) -> None:
-    """Warn once for each kind of tensors that are averaged although they belong to no average, if they differ."""
-    for what, pattern in _LAGGING:
-        names = [name for name in states[0] if pattern.search(name)] if states else []
-        differing = [n for n in names if any(n in s and not torch.equal(s[n], states[0][n]) for s in states[1:])]
+def constants_in(names: Iterable[str]) -> frozenset[str]:
+    """The tensors that are functions of the architecture alone, known by their names."""
+    return frozenset(name for name in names if _CONSTANT.search(name))
+
+
+def warn_of_lagging(
+    states: Sequence[Mapping[str, Tensor]],
+    buffers: Collection[str] = (),
+    same: Callable[[str, int], bool] | None = None,
+) -> None:
+    """Warn once for each kind of tensors that are averaged although they belong to no average, if they differ.
+
+    Args:
+        states: the weight sets, or outlines of them.
+        buffers: the names of those that a module keeps as buffers.
+        same: whether a tensor of the first weight set is the same in another, given by its place.
+    """
+    if len(states) < 2:
+        return
+    same = same or (lambda name, i: torch.equal(states[0][name], states[i][name]))
+    known = {kind: [name for name in states[0] if pattern.search(name)] for kind, pattern in _LAGGING}
+    told = {*derived_names(states[0]), *(name for names in known.values() for name in names)}
+    known["buffers, which no training changes or which belong to one network,"] = [
+        name
+        for name, tensor in states[0].items()
+        if (name in buffers or _CONSTANT.search(name))
+        and not (name in told or _ESTIMATED.search(name))
+        and (tensor.is_floating_point() or tensor.is_complex())
+    ]
+    for what, names in known.items():
+        differing = [n for n in names if any(n in states[i] and not same(n, i) for i in range(1, len(states)))]
         if differing:
             more = f" and {len(differing) - 1} more" if len(differing) > 1 else ""
             warn(
@@ -178,6 +240,13 @@ def _normed(weights: Mapping[str, Tensor]) -> Iterator[Normed]:
         if weights[name].is_floating_point() and (fits or len(length) == 0) and weights[other].is_floating_point():
             if weights[name].numel() < weights[other].numel():
                 yield Normed(name, other)
+
+
+def _pruned(weights: Mapping[str, Tensor]) -> Iterator[Pruned]:
+    for name in weights:
+        mask = f"{name[:-5]}_mask"
+        if name.endswith("_orig") and mask in weights and weights[mask].shape == weights[name].shape:
+            yield Pruned(name, mask)
 
 
 def _leading(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,10 @@
 """Derived state: averages do not depend on how a network writes its weights."""
 
+import warnings
+
 import pytest
 import torch
+import torch.nn.utils.prune
 from torch import nn
 from torch.nn.utils import parametrizations as p
 
@@ -130,3 +133,145 @@ def test_lagging_tensors_are_named_once():
     with pytest.warns(UserWarning, match="ema.a.weight and 1 more: moving averages") as caught:
         lmc.merge.average(states)
     assert len(caught) == 1
+
+
+def weight_in_use(model: nn.Module) -> torch.Tensor:
+    return model[0].weight.detach().flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("norm", "how"),
+    [*((norm, "weights") for norm in NORMS), *(("weight", how) for how in ("sinkhorn", "straight through", "many"))],
+)
+def test_matching_compares_the_weights_in_use(norm, how):
+    """Raw directions are made useless: rows of very different lengths, which the function does not see."""
+    a, x = network(norm, 0), _inputs(False)
+    data = x, torch.arange(64) % 4
+    order = torch.randperm(18, generator=torch.Generator().manual_seed(1))
+    b = network(norm, 1)
+    b.load_state_dict(a.state_dict())
+    spec = lmc.permutation_spec(a, x[:2], progress=False)
+    moved = spec.random(3).apply(b)
+    for kind in derived_in(moved):
+        if len(kind.derived) == 1:
+            rows = moved[kind.direction]
+            moved[kind.direction] = rows * torch.linspace(0.05, 20.0, len(rows))[order[: len(rows)] % len(rows)].view(
+                -1, *[1] * (rows.ndim - 1)
+            )
+    match how:
+        case "weights":
+            pi = lmc.weight_matching(spec, a, moved, progress=False)
+        case "many":
+            pi = lmc.match_many(spec, [a, moved], progress=False)[1]
+        case "sinkhorn":
+            pi = lmc.sinkhorn_matching(spec, a, a, moved, target="l2", steps=100, progress=False)
+        case _:
+            pi = lmc.straight_through_matching(spec, a, a, moved, data, epochs=2, progress=False)
+    back = network(norm, 2)
+    back.load_state_dict(pi.apply(moved))
+    back(x), a(x)
+    assert torch.allclose(weight_in_use(back), weight_in_use(a), atol=1e-4)
+
+
+def test_soft_matching_evaluates_mixtures_with_lengths_of_their_own():
+    a, b, x = network("weight", 0), network("weight", 1), _inputs(False)
+    data, spec = (
+        (x, torch.arange(64) % 4),
+        lmc.permutation_spec(network("weight", 0), _inputs(False)[:2], progress=False),
+    )
+    pi = lmc.sinkhorn_matching(spec, a, a, b, data, steps=5, measure_every=5, progress=False)
+    middle = lmc.loss_path(a, a, pi.apply(b), data, alphas=3, progress=False).values["data"]["loss"][1]
+    assert -pi.objective == pytest.approx(middle, abs=1e-5)
+
+
+def test_pruned_networks_are_averaged_as_they_compute():
+    models = []
+    for seed in (0, 1):
+        model = nn.Sequential(nn.Linear(8, 18), nn.ReLU(), nn.Linear(18, 4))
+        model.load_state_dict(network_plain(seed))
+        nn.utils.prune.l1_unstructured(model[0], "weight", amount=0.5)
+        models.append(model.eval())
+    a, b = models
+    merged = lmc.merge.average(models)
+    mean = (a[0].weight + b[0].weight) / 2
+    assert torch.allclose(merged["0.weight_orig"] * merged["0.weight_mask"], mean, atol=1e-6)
+    assert set(merged["0.weight_mask"].unique().tolist()) <= {0.0, 1.0}
+    assert torch.equal(merged["0.weight_mask"] != 0, (a[0].weight_mask + b[0].weight_mask) != 0)
+    x, y = _inputs(False), torch.arange(64) % 4
+    path = lmc.loss_path(a, a, b, (x, y), alphas=3, progress=False)
+    plain = nn.Sequential(nn.Linear(8, 18), nn.ReLU(), nn.Linear(18, 4))
+    plain.load_state_dict(
+        {name: (network_in_use(a)[name] + network_in_use(b)[name]) / 2 for name in plain.state_dict()}
+    )
+    assert path.values["data"]["loss"][1] == pytest.approx(nn.functional.cross_entropy(plain(x), y).item(), abs=1e-5)
+    spec = lmc.permutation_spec(a, x[:2], progress=False)
+    hidden = {name: t.clone() for name, t in spec.random(1).apply(a.state_dict()).items()}
+    hidden["0.weight_orig"] += (
+        100 * torch.randn(18, 8, generator=torch.Generator().manual_seed(2)) * (hidden["0.weight_mask"] == 0)
+    )
+    found = lmc.weight_matching(spec, a, hidden, progress=False).apply(hidden)
+    assert torch.equal(found["0.weight_orig"] * found["0.weight_mask"], a[0].weight)
+
+
+def network_plain(seed: int) -> dict[str, torch.Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    shapes = nn.Sequential(nn.Linear(8, 18), nn.ReLU(), nn.Linear(18, 4)).state_dict()
+    return {name: 0.3 * torch.randn(t.shape, generator=rng) for name, t in shapes.items()}
+
+
+def network_in_use(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {f"{i}.{kind}": getattr(model[i], kind).detach() for i in (0, 2) for kind in ("weight", "bias")}
+
+
+class Coordinates(nn.Module):
+    """A table that belongs to the architecture, under a name of its own or a known one."""
+
+    def __init__(self, seed: int, name: str, base: float) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.body, self.head = nn.Linear(8, 6), nn.Linear(6, 4)
+        self.name = name
+        self.register_buffer(name, torch.linspace(0.1, base, 6))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.tanh(self.body(x) + getattr(self, self.name)))
+
+
+@pytest.mark.parametrize("name", ["relative_coords_table", "grid"])
+def test_constants_of_the_architecture_are_kept_and_named_where_they_differ(name):
+    models = [Coordinates(seed, name, 1.7) for seed in range(3)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for given in (models, [m.state_dict() for m in models]):
+            for method in (lmc.merge.average, lambda m: lmc.merge.ties(m[1:], base=m[0])):
+                assert torch.equal(method(given)[name], models[0].state_dict()[name])
+        lmc.loss_path(models[0], *models[:2], (_inputs(False), torch.arange(64) % 4), alphas=3, progress=False)
+    models[1] = Coordinates(1, name, 2.5)
+    data = _inputs(False), torch.arange(64) % 4
+    with pytest.warns(UserWarning, match=f"^{name}: buffers") as caught:
+        lmc.merge.average(models)
+    assert len(caught) == 1
+    with pytest.warns(UserWarning, match=f"^{name}: buffers") as caught:
+        lmc.loss_path(models[0], *models[:2], data, alphas=3, progress=False)
+    assert len(caught) == 1
+
+
+def test_bases_of_orthogonal_parametrizations_are_named():
+    models = [network_orthogonal(seed) for seed in (0, 1)]
+    with pytest.warns(UserWarning, match="parametrizations.weight.0.base: bases of orthogonal parametrizations"):
+        lmc.merge.average(models)
+
+
+def network_orthogonal(seed: int) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(p.orthogonal(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 2))
+
+
+@every
+def test_merges_on_disk_name_what_they_average_tensor_by_tensor(norm, tmp_path):
+    for seed in (0, 1):
+        torch.save(network(norm, seed).state_dict(), tmp_path / f"{seed}.pt")
+    with pytest.warns(UserWarning, match="0.*: a spectral or weight normalisation"):
+        lmc.merge.write(lmc.merge.average, [tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "out", progress=False)

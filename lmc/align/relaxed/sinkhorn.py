@@ -14,6 +14,7 @@ from lmc.align.weight_matching.assignment import assign
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import DataError, InputError
+from lmc.network.derived import gauged
 from lmc.network.network import Network, pick_device
 from lmc.network.task import Loss, Task
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
@@ -92,7 +93,7 @@ def sinkhorn_matching(
     spec = spec.bind(a)
     chosen = pick_device(device, a)
     Network(model, chosen).check(a, "a")
-    a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
+    a, b = (gauged({name: tensor.to(chosen) for name, tensor in weights.items()}) for weights in (a, b))
     generator = torch.Generator().manual_seed(seed)
     step_loss, measure = _objective(spec, model, a, b, data, target, loss, batch_size, generator)
     if not spec.groups:  # nothing may move

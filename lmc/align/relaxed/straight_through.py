@@ -15,6 +15,7 @@ from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
+from lmc.network.derived import gauged
 from lmc.network.network import pick_device
 from lmc.network.task import Loss, Task
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
@@ -78,7 +79,7 @@ def straight_through_matching(
     a, b = agreeing([a, b], "ab", model=model)
     spec = spec.bind(a)
     chosen = pick_device(device, a)
-    a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
+    a, b = (gauged({name: tensor.to(chosen) for name, tensor in weights.items()}) for weights in (a, b))
     task = TaskLoss(model, a, data, loss, batch_size, chosen)
     generator = torch.Generator().manual_seed(seed)
 

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lmc.landscape.evaluation.objective import Objective
 from lmc.network.batches import Batch, check_numbers
+from lmc.network.derived import derived_in, settled
 from lmc.network.task import Loss, Task
 from lmc.weights import Weights
 
@@ -47,6 +48,7 @@ class TaskLoss(Objective):
             module.train()
             module.track_running_stats, module.running_mean, module.running_var = False, None, None
             module.num_batches_tracked = None
+        self._derived = bool(derived_in(weights))
         self._least = 2 if norms else 1
         self.batch_size = batch_size
         if self.split.whole and norms:
@@ -76,5 +78,7 @@ class TaskLoss(Objective):
                 yield batch
 
     def __call__(self, weights: Weights, batch: Batch) -> Tensor:
-        """The mean loss of one batch; statistics of batch normalisation among the weights are left aside."""
+        """The mean loss of one batch at a mixture of gauged weights (`lmc.network.derived`); statistics of batch
+        normalisation among them are left aside."""
+        weights = settled(weights) if self._derived else weights
         return super().__call__({name: x for name, x in weights.items() if name not in self._statistics}, batch)

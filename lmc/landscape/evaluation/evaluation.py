@@ -82,7 +82,7 @@ class Evaluation:
         judged: dict[str, Any] = {"loss": loss, "metrics": metrics, "outputs": outputs, "batch_size": batch_size}
         judged |= {"device": pick_device(device, self.given[0]), "predictions": predictions}
         self.evaluator = Evaluator(model, data, **judged)
-        warn_of_lagging(self.given)
+        warn_of_lagging(self.given, [name for name, _ in model.named_buffers()])
         # Averages are made where a spectral or weight normalisation has one form only.
         placed = [{name: x.to(self.evaluator.device) for name, x in state.items()} for state in self.given]
         self.states: list[Weights] = [gauged(state) for state in placed]

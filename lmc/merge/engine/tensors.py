@@ -13,7 +13,7 @@ A method that treats every entry, or every row, alike is given large tensors in 
 their size.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from lmc.core.context import warn
 from lmc.errors import InputError, WeightsError
 from lmc.merge.engine.chunks import Ahead, Chunk, Cut, chunks
 from lmc.merge.engine.roles import equal, infinite, outline, tied
-from lmc.network.derived import derived_names, gauged, settled, warn_of_lagging
+from lmc.network.derived import constants_in, derived_names, gauged, settled, warn_of_lagging
 from lmc.weights import ModelOrWeights, as_weights, check_compatible, fitted
 from lmc.weights.agreement import corresponding, prefix_between
 from lmc.weights.checkpoint import Checkpoint, flat
@@ -233,12 +233,13 @@ def weight_sets(
         here = {name: tensor for name, tensor in outline(first).items() if name not in lacking}
         check_compatible(here, outline(everyone[i]), (called[0], who))
 
-    everyone, derived = _gauged(everyone)
-    states, reference = tuple(everyone[: len(models)]), None if base is None else everyone[-1]
     module = models[0] if module is None and isinstance(models[0], nn.Module) else module
-    buffers = set() if module is None else {name for name, _ in module.named_buffers()}
+    buffers = frozenset[str]() if module is None else frozenset(name for name, _ in module.named_buffers())
+    everyone, derived = _gauged(everyone, buffers)
+    states, reference = tuple(everyone[: len(models)]), None if base is None else everyone[-1]
     ties = tied(everyone)
     outlines = [outline(state) for state in everyone]
+    constants = constants_in(outlines[0])
     weights, statistics, widths, paired = [], set(), {}, set()
     for name, tensor in outlines[0].items():
         if tensor.is_complex() and not pairs:
@@ -252,7 +253,7 @@ def weight_sets(
         widths[name] = wide(*(seen[name].dtype for seen in outlines)).to_real()
         if tensor.is_complex():
             paired.add(name)
-        if name in buffers or name in derived or name.rpartition(".")[2] in STATISTICS:
+        if name in buffers or name in derived or name in constants or name.rpartition(".")[2] in STATISTICS:
             statistics.add(name)
         else:
             weights.append(name)
@@ -355,18 +356,21 @@ def _mapping(model: ModelOrWeights | str | Path) -> Mapping[str, Tensor]:
     return model if isinstance(model, Mapping) and not isinstance(model, dict) else as_weights(model)
 
 
-def _gauged(states: list[Mapping[str, Tensor]]) -> tuple[list[Mapping[str, Tensor]], frozenset[str]]:
+def _gauged(
+    states: list[Mapping[str, Tensor]], buffers: Collection[str]
+) -> tuple[list[Mapping[str, Tensor]], frozenset[str]]:
     """The states in coordinates of which averages make sense, and the names that are computed from others."""
     derived = derived_names(outline(states[0])) if len(states) > 1 else frozenset[str]()
-    if derived and any(isinstance(state, Checkpoint) for state in states):
+    on_disk = any(isinstance(state, Checkpoint) for state in states)
+    warn_of_lagging([outline(s) for s in states], buffers, lambda name, i: equal(states[0], states[i], name))
+    if derived and on_disk:
         name = next(iter(sorted(derived)))
         warn(
-            f"{name}: a spectral or weight normalisation, whose tensors are averaged one by one on disk, which is another "
-            "network than the average of the weights in use; merge in memory: load the models, or pass modules"
+            f"{name}: a spectral or weight normalisation or a pruned weight, whose tensors are averaged one by one on disk, "
+            "which is another network than the average of the weights in use; merge in memory: load the models, or pass "
+            "modules"
         )
         return states, frozenset()
-    if not any(isinstance(state, Checkpoint) for state in states):
-        warn_of_lagging(states)
     return ([gauged(dict(state)) for state in states] if derived else states), derived
 
 
