@@ -37,12 +37,12 @@ from lmc.landscape.simplices.triangle import Simplex, Triangle, loss_simplex, lo
 from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.network.repair import repair
 from lmc.network.task import Task
+from lmc.symmetry.continuous import ContinuousSymmetries, continuous_symmetries
+from lmc.symmetry.find import permutation_spec
+from lmc.symmetry.groups.group import Group, Table
 
 # What may move: the symmetries of a network.
-from lmc.symmetry.certificate import Certificate
-from lmc.symmetry.continuous.algebra import ContinuousSymmetries, continuous_symmetries
-from lmc.symmetry.find import permutation_spec
-from lmc.symmetry.group import Group, Table
+from lmc.symmetry.groups.symmetries import Certificate
 from lmc.symmetry.spec import Permutation, PermutationSpec
 from lmc.weights.checkpoint import Checkpoint
 from lmc.weights.opening import open_checkpoint

@@ -1,1 +1,1 @@
-"""What may move: the permutation symmetries of a network, found, written, proven, applied."""
+"""Permutation symmetries of modules: found, written down, proven and applied."""

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from lmc.core.context import own_context, warn
 from lmc.errors import InputError
 from lmc.symmetry.discovery.discover import discover
-from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, kept, tensors_in
 from lmc.symmetry.spec import PermutationSpec
+from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, kept, tensors_in
 
 
 @own_context

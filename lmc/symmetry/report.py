@@ -2,9 +2,10 @@
 
 import html
 import re
+from collections.abc import Mapping
 
+from lmc.symmetry.groups.symmetries import Symmetries
 from lmc.symmetry.notation.grammar import IRREGULAR, Name, names_in, parse, renamed, write
-from lmc.symmetry.symmetries import Symmetries
 
 _MAX_TENSORS = 4
 _MAX_LINES = 60
@@ -19,7 +20,7 @@ def headline(spec: Symmetries) -> str:
 
 
 def proof(spec: Symmetries) -> str:
-    """How far the spec is proven, and what it keeps: `certified to 1e-15 (broken: 2e-02), keeps logits, boxes`."""
+    """The degree to which the spec is proven, and what it keeps: `certified to 1e-15 (broken: 2e-02), keeps logits, boxes`."""
     found = spec.certificate
     text = "not certified" if found is None else f"certified to {found.max_error:.0e}"
     if found is not None and found.power:
@@ -50,20 +51,20 @@ def ordered_families(spec: Symmetries) -> list[str]:
     return order
 
 
-def family_rows(spec: Symmetries) -> list[tuple[str, str, str, str]]:
+def family_rows(spec: Symmetries, patterns: Mapping[str, str]) -> list[tuple[str, str, str, str]]:
     """(family, units, inside, tensors with their patterns), families that differ only by a layer number in one row."""
     merged: dict[tuple[str, int, int, tuple[str, ...], tuple[str, ...]], list[str]] = {}
     for family in ordered_families(spec):
         names = spec.families[family]
         first = spec.groups[names[0]]
         inside = tuple(dict.fromkeys(generic(spec.groups[parent].family) for parent, _ in first.within))
-        tensors = tuple(generic(tensor_text(spec, tensor)) for tensor in first.tables)
+        tensors = tuple(generic(tensor_text(spec, tensor, patterns[tensor])) for tensor in first.tables)
         merged.setdefault((generic(family), first.size, len(names), inside, tensors), []).append(family)
     rows = []
     for (name, size, count, inside, tensors), families in merged.items():
         if len(families) == 1:
             group = spec.groups[spec.families[families[0]][0]]
-            name, tensors = families[0], tuple(tensor_text(spec, tensor) for tensor in group.tables)
+            name, tensors = families[0], tuple(tensor_text(spec, tensor, patterns[tensor]) for tensor in group.tables)
             inside = tuple(dict.fromkeys(spec.groups[parent].family for parent, _ in group.within))
         times = f"{len(families)} x " if len(families) > 1 else ""
         nested = f" in each of {count}" if inside else ""
@@ -71,9 +72,8 @@ def family_rows(spec: Symmetries) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def tensor_text(spec: Symmetries, tensor: str) -> str:
+def tensor_text(spec: Symmetries, tensor: str, pattern: str) -> str:
     """A tensor and its pattern, in which groups go by the last part of their names where that is clear."""
-    pattern = spec.patterns[tensor]
     if IRREGULAR in pattern.split():
         return f'{tensor} "{pattern}"'
     axes = parse(pattern)
@@ -109,9 +109,9 @@ def frozen_rows(spec: Symmetries) -> list[tuple[str, str]]:
     return rows
 
 
-def as_text(spec: Symmetries) -> str:
+def as_text(spec: Symmetries, patterns: Mapping[str, str]) -> str:
     lines = [f"PermutationSpec: {headline(spec)}"]
-    rows = family_rows(spec)
+    rows = family_rows(spec, patterns)
     width = max((len(name) for name, *_ in rows), default=0)
     for name, units, inside, tensors in rows[:_MAX_LINES]:
         nested = f" {inside}" if inside else ""
@@ -128,7 +128,7 @@ def as_text(spec: Symmetries) -> str:
     return "\n".join(lines)
 
 
-def as_html(spec: Symmetries) -> str:
+def as_html(spec: Symmetries, patterns: Mapping[str, str]) -> str:
     def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
         head = "".join(f"<th style='text-align:left'>{html.escape(cell)}</th>" for cell in header)
         body = "".join(
@@ -138,7 +138,7 @@ def as_html(spec: Symmetries) -> str:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     parts = [f"<p><b>PermutationSpec</b>: {html.escape(headline(spec))}</p>"]
-    parts.append(table(("group", "units", "inside", "where"), family_rows(spec)[:_MAX_LINES]))
+    parts.append(table(("group", "units", "inside", "where"), family_rows(spec, patterns)[:_MAX_LINES]))
     stays = frozen_rows(spec)
     if stays:
         rows = [(places, reason) for reason, places in stays[:_MAX_LINES]]

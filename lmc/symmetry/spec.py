@@ -13,17 +13,15 @@ from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError, SpecError
-from lmc.symmetry import compare, report
-from lmc.symmetry.actions import act, identity_indices, random_indices, sources
-from lmc.symmetry.certificate import Certificate
-from lmc.symmetry.group import Group
-from lmc.symmetry.notation.edit import edited, expand_wildcards
+from lmc.symmetry import report
+from lmc.symmetry.groups.actions import act, identity_indices, random_indices, sources
+from lmc.symmetry.groups.group import Group
+from lmc.symmetry.groups.symmetries import Certificate, Symmetries
 from lmc.symmetry.notation.grammar import parse
-from lmc.symmetry.notation.layout import groups_from_axes
-from lmc.symmetry.notation.store import groups_as_data, groups_from_data
-from lmc.symmetry.outputs import Inputs, OutputSelector
+from lmc.symmetry.notation.layout import describe, groups_from_axes
+from lmc.symmetry.notation.patterns import edited, expand_wildcards, groups_as_data, groups_from_data
 from lmc.symmetry.proof.certify import certify_permutation, certify_spec
-from lmc.symmetry.symmetries import Symmetries
+from lmc.symmetry.tracing.outputs import Inputs, OutputSelector
 from lmc.weights import ModelOrWeights, StateDict, as_weights, tied_names
 
 if TYPE_CHECKING:
@@ -78,6 +76,11 @@ class PermutationSpec(Symmetries, Result):
         """This spec, after checking that it fits the weights."""
         self.check(weights)
         return self
+
+    @cached_property
+    def patterns(self) -> dict[str, str]:
+        """The axis pattern of every tensor; "table" stands for an axis that the notation cannot express."""
+        return describe(self.groups, self.shapes)
 
     def identity(self) -> "Permutation":
         """The permutation that moves nothing."""
@@ -163,15 +166,6 @@ class PermutationSpec(Symmetries, Result):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def differences(self, other: "PermutationSpec") -> list[str]:
-        """One line per group that only one of two specs has, whatever the groups are called; empty if they describe the
-        same symmetries."""
-        return compare.differences(self, other)
-
-    def contains(self, other: "PermutationSpec") -> bool:
-        """Whether every symmetry of `other` is one of this spec."""
-        return compare.contains(self, other)
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON: patterns where they say everything, else the tables themselves."""
         return {
@@ -208,10 +202,10 @@ class PermutationSpec(Symmetries, Result):
         return require("pandas").DataFrame(rows, columns=["group", "family", "size", "tensors"])
 
     def __repr__(self) -> str:
-        return report.as_text(self)
+        return report.as_text(self, self.patterns)
 
     def _repr_html_(self) -> str:
-        return report.as_html(self)
+        return report.as_html(self, self.patterns)
 
 
 @dataclass(frozen=True)

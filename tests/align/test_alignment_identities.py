@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import lmc
 from lmc.errors import DataError, MismatchError, SpecError, WeightsError
 from lmc.models.mlp import mlp
-from lmc.symmetry.group import Table
+from lmc.symmetry.groups.group import Table
 from lmc.symmetry.spec import Permutation, PermutationSpec
 from lmc.weights import Weights
 

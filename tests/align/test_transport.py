@@ -16,7 +16,7 @@ from lmc.models.cnn import cnn
 from lmc.models.gpt import gpt
 from lmc.models.mlp import mlp
 from lmc.models.vit import vit
-from lmc.symmetry.group import Group
+from lmc.symmetry.groups.group import Group
 from lmc.symmetry.spec import PermutationSpec
 
 METRICS = ("weights", "activations")

@@ -10,10 +10,10 @@ from zoo.certificate import check_tables, error, state_of
 
 from lmc.errors import TraceError
 from lmc.symmetry.discovery.discover import read_off
-from lmc.symmetry.discovery.rules import is_pointwise, rule_of
-from lmc.symmetry.discovery.rules.registry import all_pointwise
-from lmc.symmetry.discovery.tracing.capture import capture
-from lmc.symmetry.group import Group
+from lmc.symmetry.groups.group import Group
+from lmc.symmetry.rules import is_pointwise, rule_of
+from lmc.symmetry.rules.registry import all_pointwise
+from lmc.symmetry.tracing.capture import capture
 
 from .program import Program
 

@@ -19,8 +19,8 @@ from torch.utils import _pytree as pytree
 from zoo.certificate import check_tables, permuted
 
 from lmc.symmetry.discovery.discover import Discovery, read_off
-from lmc.symmetry.discovery.rules import is_pointwise, rule_of
-from lmc.symmetry.discovery.tracing.graph import Graph, Leaf
+from lmc.symmetry.rules import is_pointwise, rule_of
+from lmc.symmetry.tracing.graph import Graph, Leaf
 
 TOLERANCE = 1e-8
 MOST = 16  # samples of one operator, spread over all that there are: some have thousands

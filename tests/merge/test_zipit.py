@@ -13,7 +13,7 @@ from lmc.errors import DataError, InputError, MismatchError
 from lmc.merge.partial.growth import blocks, growth
 from lmc.merge.partial.units import MergedUnits, paired, zipped_weights
 from lmc.merge.partial.zipit import greedy
-from lmc.symmetry.group import Table
+from lmc.symmetry.groups.group import Table
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
 

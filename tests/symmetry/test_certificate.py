@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import lmc
-from lmc.symmetry.outputs import kept
 from lmc.symmetry.proof.certify import MANY
-from lmc.symmetry.proof.draws import draw
+from lmc.symmetry.proof.probe import draw
+from lmc.symmetry.tracing.outputs import kept
 
 HIDDEN = {"0.weight": "h .", "0.bias": "h", "2.weight": ". h"}
 

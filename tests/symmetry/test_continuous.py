@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmc
-from lmc.symmetry.continuous.algebra import Kind
+from lmc.symmetry.continuous import Kind
 
 
 class Perceptron(nn.Module):

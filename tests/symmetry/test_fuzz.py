@@ -7,7 +7,7 @@ import pytest
 from fuzz.check import outcomes
 from fuzz.generate import random_program
 
-from lmc.symmetry.discovery.rules import RULES
+from lmc.symmetry.rules import RULES
 
 BATCHES, EACH, TOGETHER = 20, 30, 6  # 600 programs, traced 6 at a time
 REGRESSIONS = (

@@ -7,9 +7,8 @@ from torch import nn
 
 import lmc
 from lmc.errors import SpecError
-from lmc.symmetry.notation.describe import describe
 from lmc.symmetry.notation.grammar import Fixed, Name, Product, Sum, ancestors, parse, write
-from lmc.symmetry.notation.layout import groups_from_axes
+from lmc.symmetry.notation.layout import describe, groups_from_axes
 
 
 def groups_of(patterns, shapes, **sizes):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 from fuzz.operators import Tally, operators, tally
 
-from lmc.symmetry.discovery.rules import RULES
+from lmc.symmetry.rules import RULES
 
 PARTS = 8
 TOTAL = Tally()

@@ -12,8 +12,8 @@ import lmc
 from lmc.errors import TraceError
 from lmc.network.network import uncalled
 from lmc.symmetry.discovery.discover import Discovery, discover
-from lmc.symmetry.discovery.tracing.export import export
-from lmc.symmetry.discovery.tracing.record import record
+from lmc.symmetry.tracing.capture import export
+from lmc.symmetry.tracing.record import record
 
 
 class Layers(nn.Module):

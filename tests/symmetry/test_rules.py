@@ -15,7 +15,7 @@ from lmc.symmetry.discovery.discover import parameter_units
 from lmc.symmetry.discovery.interpret import interpret_nodes
 from lmc.symmetry.discovery.solve import solve
 from lmc.symmetry.discovery.tables import Places
-from lmc.symmetry.discovery.tracing.capture import capture
+from lmc.symmetry.tracing.capture import capture
 
 
 class Operator(nn.Module):

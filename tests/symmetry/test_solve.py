@@ -3,10 +3,9 @@
 import numpy as np
 import pytest
 
-from lmc.symmetry.discovery.refine import rank_within
-from lmc.symmetry.discovery.solve import Solution, solve
-from lmc.symmetry.discovery.tags import along, block, join, make
-from lmc.symmetry.discovery.units import Ids, Units
+from lmc.symmetry.discovery.solve import Solution, rank_within, solve
+from lmc.symmetry.rules.tags import along, block, join, make
+from lmc.symmetry.rules.units import Ids, Units
 
 
 def solved(units: Units, *parameters: Ids) -> Solution:

@@ -19,7 +19,7 @@ from torch import nn
 
 import lmc
 from lmc import models
-from lmc.symmetry.group import Group, Table
+from lmc.symmetry.groups.group import Group, Table
 from lmc.symmetry.spec import PermutationSpec
 
 TOKENS, IMAGES = (2, 6, 5), (3, 2, 4, 4)

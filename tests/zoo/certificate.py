@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmc.symmetry.group import Group
+from lmc.symmetry.groups.group import Group
 
 
 def parents_first(groups: Iterable[Group]) -> list[Group]:

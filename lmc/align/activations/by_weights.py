@@ -9,7 +9,7 @@ from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.assignment import assign, opening_prices
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.core.context import warn
-from lmc.symmetry.actions import permute_tensor
+from lmc.symmetry.groups.actions import permute_tensor
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
 

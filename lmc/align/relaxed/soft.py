@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lmc.symmetry.group import Table
+from lmc.symmetry.groups.group import Table
 from lmc.symmetry.spec import PermutationSpec
 
 Matrices = Mapping[str, Tensor]

@@ -9,7 +9,7 @@ from lmc.align.relaxed.soft import SoftMoves, as_matrices
 from lmc.align.weight_matching.assignment import assign
 from lmc.align.weight_matching.gains import inner_product
 from lmc.errors import SpecError
-from lmc.symmetry.group import Group
+from lmc.symmetry.groups.group import Group
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
 

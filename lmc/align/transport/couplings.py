@@ -11,7 +11,7 @@ from lmc.align.weight_matching.assignment import assign, opening_prices
 from lmc.core.context import warn
 from lmc.core.extras import require
 from lmc.errors import SpecError
-from lmc.symmetry.group import Group, Table
+from lmc.symmetry.groups.group import Group, Table
 from lmc.symmetry.spec import PermutationSpec
 
 View = tuple[str, int]  # a parameter and one of its axes, whose positions are channels

@@ -21,7 +21,7 @@ from lmc.align.weight_matching.blocks import Shift, UnitBlock
 from lmc.align.weight_matching.gains import Gains, inner_product
 from lmc.align.weight_matching.nested import Step, nested_assignment
 from lmc.align.weight_matching.outwards import outwards
-from lmc.symmetry.actions import compose_moves
+from lmc.symmetry.groups.actions import compose_moves
 from lmc.symmetry.spec import PermutationSpec
 
 _INNER_SWEEPS = 10

@@ -13,7 +13,7 @@ from lmc.align.weight_matching.gains import inner_product
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
-from lmc.symmetry.actions import permute_tensor
+from lmc.symmetry.groups.actions import permute_tensor
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
 

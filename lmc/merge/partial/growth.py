@@ -19,7 +19,7 @@ from lmc.network.batches import to_device
 from lmc.network.copies import fresh_copy
 from lmc.network.inputs import Call
 from lmc.network.network import Network
-from lmc.symmetry.group import Group, Table
+from lmc.symmetry.groups.group import Group, Table
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
 

@@ -1,0 +1,1 @@
+"""From the graph of a module to its groups: interpret the operators, solve, name, explain."""

@@ -7,8 +7,8 @@ from torch.fx import Node
 
 from lmc.symmetry.discovery.interpret import Facts
 from lmc.symmetry.discovery.solve import Solution
-from lmc.symmetry.discovery.tracing.graph import Graph, module_path, source_line
-from lmc.symmetry.discovery.units import Ids, Units
+from lmc.symmetry.rules.units import Ids, Units
+from lmc.symmetry.tracing.graph import Graph, module_path, source_line
 
 
 def reasons(graph: Graph, facts: Facts, solution: Solution, moved: set[tuple[str, int]]) -> dict[tuple[str, int], str]:

@@ -12,14 +12,14 @@ from torch.utils import _pytree as pytree
 from lmc.core.progress import tqdm
 from lmc.errors import TraceError
 from lmc.symmetry.discovery.provenance import Piece, chooses_without_ties, piece_tag, pieces, sorted_runs
-from lmc.symmetry.discovery.rules import core, interpret
-from lmc.symmetry.discovery.rules.chosen import settle
-from lmc.symmetry.discovery.rules.experts import run_of
-from lmc.symmetry.discovery.rules.registry import Op, Parts, is_operand, operands_in
-from lmc.symmetry.discovery.tags import Tag, along, make, shrink
-from lmc.symmetry.discovery.tracing.failures import BY_HAND, first_line
-from lmc.symmetry.discovery.tracing.graph import Graph, Leaf, module_path, movable, source_line
-from lmc.symmetry.discovery.units import Ids, Units
+from lmc.symmetry.rules import core, interpret
+from lmc.symmetry.rules.chosen import settle
+from lmc.symmetry.rules.indexing import run_of
+from lmc.symmetry.rules.registry import Op, Parts, is_operand, operands_in
+from lmc.symmetry.rules.tags import Tag, along, make, shrink
+from lmc.symmetry.rules.units import Ids, Units
+from lmc.symmetry.tracing.failures import BY_HAND, first_line
+from lmc.symmetry.tracing.graph import Graph, Leaf, module_path, movable, source_line
 
 LARGEST_CONSTANT = 1 << 24
 FILLS = ("aten.zeros", "aten.ones", "aten.full", "aten.scalar_tensor", "aten.empty")  # one number everywhere

@@ -22,10 +22,10 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from lmc.symmetry.discovery.rules.moves import reshape, window
-from lmc.symmetry.discovery.tags import Tag
-from lmc.symmetry.discovery.tracing.graph import Graph
-from lmc.symmetry.discovery.units import Units
+from lmc.symmetry.rules.moves import reshape, window
+from lmc.symmetry.rules.tags import Tag
+from lmc.symmetry.rules.units import Units
+from lmc.symmetry.tracing.graph import Graph
 
 INJECTIVE = set(
     "softmax _softmax log_softmax _log_softmax sigmoid tanh exp neg log clone contiguous _to_copy to detach alias "

@@ -1,0 +1,1 @@
+"""Groups as text, one axis pattern for each tensor, such as "h (c .)"."""

@@ -1,0 +1,1 @@
+"""Certificates: random group elements on drawn weights, in double precision."""

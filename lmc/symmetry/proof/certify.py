@@ -14,13 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lmc.errors import CertificateError, InputError
-from lmc.symmetry.actions import Indices, act, identity_indices, permute_tensor, random_indices
-from lmc.symmetry.certificate import VISIBLE, Certificate, Evidence
-from lmc.symmetry.group import Table
-from lmc.symmetry.outputs import Inputs, OutputSelector, as_call, tensors_in
-from lmc.symmetry.proof.draws import draw
-from lmc.symmetry.proof.probe import Probe
-from lmc.symmetry.symmetries import Symmetries
+from lmc.symmetry.groups.actions import Indices, act, identity_indices, permute_tensor, random_indices
+from lmc.symmetry.groups.group import Table
+from lmc.symmetry.groups.symmetries import VISIBLE, Certificate, Evidence, Symmetries
+from lmc.symmetry.proof.probe import Probe, draw
+from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, tensors_in
 from lmc.weights import ModelOrWeights, Weights, as_weights
 
 FURTHER_DRAWS = 2

@@ -75,7 +75,7 @@ def _lanes(spec: PermutationSpec, label) -> list[_Lane]:
         for tensor, tables in group.tables.items():
             for table in tables:
                 role = _role(spec, tensor, table.dims)
-                text = label(tensor_text(spec, tensor))
+                text = label(tensor_text(spec, tensor, spec.patterns[tensor]))
                 found = lane.touched.setdefault(label(_module(tensor)), {}).setdefault(role, [])
                 if text not in found:
                     found.append(text)

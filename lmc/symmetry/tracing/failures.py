@@ -30,7 +30,7 @@ SCRIPTED = "TorchScript is compiled already: pass the nn.Module that it was made
 QUANTISED = "Its weights are packed integers: pass the floating-point module that it was quantised from."
 
 TORCH_HOME = str(Path(torch.__file__).parent)
-OUR_HOME = str(Path(__file__).parents[2])
+OUR_HOME = str(Path(__file__).parents[1])
 PYTHON_HOME = sysconfig.get_path("stdlib")
 
 

@@ -16,7 +16,7 @@ from math import prod
 import numpy as np
 import torch
 
-from lmc.symmetry.discovery.units import Ids, Units, first_codes
+from lmc.symmetry.rules.units import Ids, Units, first_codes
 
 Shape = tuple[int, ...]
 

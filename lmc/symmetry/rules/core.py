@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from lmc.symmetry.discovery.tags import Shape, Tag, along, block, clusters, make, spread, support
-from lmc.symmetry.discovery.units import Ids, Units
+from lmc.symmetry.rules.tags import Shape, Tag, along, block, clusters, make, spread, support
+from lmc.symmetry.rules.units import Ids, Units
 
 
 def normal_dims(dims: int | Sequence[int] | None, ndim: int) -> tuple[int, ...]:

@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from lmc.symmetry.discovery.rules import core
-from lmc.symmetry.discovery.rules.registry import Op, all_pointwise, named, rule, unknown
-from lmc.symmetry.discovery.tags import Tag
+from lmc.symmetry.rules import core
+from lmc.symmetry.rules.registry import Op, all_pointwise, named, rule, unknown
+from lmc.symmetry.rules.tags import Tag
 
 rule(
     *named(
@@ -40,7 +40,7 @@ def constant_like(op: Op, *_: Any, **__: Any) -> Tag:
 @rule(*named("glu"))
 def glu(op: Op, x: Tag, dim: int = -1) -> Tag:
     """The first half times the sigmoid of the second half."""
-    from lmc.symmetry.discovery.rules.moves import picked
+    from lmc.symmetry.rules.moves import picked
 
     d = dim % len(x.shape)
     half = x.shape[d] // 2

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch.utils import _pytree as pytree
 
-from lmc.symmetry.discovery.rules import core
-from lmc.symmetry.discovery.rules.chosen import Chosen, Operand, pointwise, settle
-from lmc.symmetry.discovery.tags import Shape, Tag
-from lmc.symmetry.discovery.units import Units
+from lmc.symmetry.rules import core
+from lmc.symmetry.rules.chosen import Chosen, Operand, pointwise, settle
+from lmc.symmetry.rules.tags import Shape, Tag
+from lmc.symmetry.rules.units import Units
 
 
 class Parts:

@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lmc.symmetry.group import Group, Table
-from lmc.symmetry.symmetries import Symmetries
+from lmc.symmetry.groups.group import Group, Table
+from lmc.symmetry.groups.symmetries import Symmetries
 from lmc.weights import Weights
 
 TablesOfTensor = Sequence[tuple[str, Table]]

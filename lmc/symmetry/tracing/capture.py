@@ -1,8 +1,8 @@
-"""Module -> graph of tensor operators, by `torch.export` on fake tensors: no weight is read, nothing is computed.
+"""Module -> graph of tensor operators: by `torch.export` on fake tensors, else by recording one run (see `record`).
 
-The module runs once, with its parameters and example inputs replaced by fakes that carry shapes only; in-place
-operators become ordinary ones, and operators for which we have no rule are decomposed where torch knows how. A module
-on a GPU, in half precision or on the meta device is captured as it is.
+In an export no weight is read and nothing is computed: the module runs once, with its parameters and example inputs
+replaced by fakes that carry shapes only; in-place operators become ordinary ones, and operators for which we have no rule
+are decomposed where torch knows how. A module on a GPU, in half precision or on the meta device is captured as it is.
 """
 
 import keyword
@@ -15,14 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parameter import UninitializedParameter
 from torch.utils import _pytree as pytree
 
+from lmc.core.context import callers_dtype, default_dtype
 from lmc.errors import InputError, TraceError
-from lmc.network.network import anew, call_with
-from lmc.symmetry.discovery.rules import is_pointwise, rule_of
-from lmc.symmetry.discovery.tracing.failures import BY_HAND, Stopped, explained, quiet, stopping
-from lmc.symmetry.discovery.tracing.graph import PREFIX, Graph, Leaf, aliases_of, module_path, movable, source_line
-from lmc.symmetry.outputs import OutputSelector, select
+from lmc.network.network import anew, call_with, uncalled
+from lmc.symmetry.rules import is_pointwise, rule_of
+from lmc.symmetry.tracing.failures import BY_HAND, LAZY, Stopped, call_of, explained, quiet, stopping
+from lmc.symmetry.tracing.graph import PREFIX, Graph, Leaf, aliases_of, module_path, movable, source_line
+from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, select
+from lmc.symmetry.tracing.record import record
 
 
 class Selected(nn.Module):
@@ -154,3 +157,49 @@ def graph_of(model: nn.Module, program: Any, names: Mapping[str, str]) -> Graph:
 def input_name(placeholder: str) -> str:
     """`args_0` -> `0`, `kwargs_mask` or `mask` -> `mask`."""
     return re.sub(r"^(args|kwargs)_", "", placeholder)
+
+
+def capture(model: nn.Module, inputs: Inputs, outputs: OutputSelector = None) -> Graph:
+    """Trace one forward pass of `model` into a graph of operators.
+
+    Args:
+        model: any module; neither its weights nor its modes are changed.
+        inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments.
+        outputs: which part of the output must stay the same, see `lmc.symmetry.tracing.outputs.select`.
+
+    Raises:
+        TraceError: if the model rejects the inputs, or its forward pass cannot be captured in either way.
+        InputError: if `outputs` makes no sense.
+    """
+    args, kwargs = on_device_of(model, *as_call(inputs))
+    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
+        raise TraceError(f"cannot trace {call_of(model, args, kwargs)}. {LAZY}")
+    with default_dtype(callers_dtype()):
+        try:
+            return export(uncalled(model, kwargs or args), args, kwargs, outputs)
+        except TraceError:
+            if not can_run(model):
+                raise
+            try:
+                return record(uncalled(model, kwargs or args), args, kwargs, outputs)
+            except InputError:
+                raise
+            except Exception:
+                pass
+            raise
+
+
+def can_run(model: nn.Module) -> bool:
+    """Whether a module can be called here and now on real tensors, operator by operator."""
+    return not any(p.is_meta for p in model.parameters()) and not any(
+        isinstance(m, torch.jit.ScriptModule) for m in model.modules()
+    )
+
+
+def on_device_of(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """For a model without weights (meta device), inputs without values."""
+    if not any(t.is_meta for t in model.parameters()):
+        return args, kwargs
+    return pytree.tree_map(lambda a: a.to("meta") if isinstance(a, Tensor) else a, (args, kwargs))

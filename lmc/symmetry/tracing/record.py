@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from lmc.network.network import call_with
-from lmc.symmetry.discovery.tracing.failures import quiet
-from lmc.symmetry.discovery.tracing.graph import Graph, Leaf, aliases_of, movable, source_line
-from lmc.symmetry.outputs import OutputSelector, select
+from lmc.symmetry.tracing.failures import quiet
+from lmc.symmetry.tracing.graph import Graph, Leaf, aliases_of, movable, source_line
+from lmc.symmetry.tracing.outputs import OutputSelector, select
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: OutputSelector) -> Graph:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from torch.fx import Node
 
-from lmc.symmetry.discovery.tracing.failures import is_user_file, named_lines
+from lmc.symmetry.tracing.failures import is_user_file, named_lines
 from lmc.weights import tied_names
 
 PREFIX = "subject."

@@ -1,5 +1,8 @@
-"""I: indexing by a tensor. Known indices are a move; data picks positions that no symmetry may tell apart... or may
-move along, if the index values themselves name units (`Tag.points`)."""
+"""I: indexing by a tensor, reading and writing, and products with matrices chosen by a tensor.
+
+Known indices are a move; data pick positions that no symmetry may exchange, or that may move along where the index values
+themselves name units (`Tag.points`).
+"""
 
 from collections.abc import Sequence
 from math import prod
@@ -8,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from lmc.symmetry.discovery.rules import core
-from lmc.symmetry.discovery.rules.chosen import Operand, choose
-from lmc.symmetry.discovery.rules.moves import picked
-from lmc.symmetry.discovery.rules.registry import Op, fixed, named, rule
-from lmc.symmetry.discovery.tags import Tag, make
+from lmc.symmetry.rules import core
+from lmc.symmetry.rules.chosen import Chosen, Operand, choose, contract, pointwise, settle
+from lmc.symmetry.rules.moves import picked, reshape
+from lmc.symmetry.rules.registry import Op, fixed, named, rule
+from lmc.symmetry.rules.tags import Tag, along, make
+from lmc.symmetry.rules.units import Ids, Units
 
 
 @rule(*named("embedding"), choices=True)
@@ -148,3 +152,128 @@ def equal(op: Op, a: Any, b: Any) -> Tag:
         return core.pointwise(op.units, op.shape, [fixed(op.units, choice)])
     units = core.widen(choice.points[asked], len(op.shape))
     return make(op.units, op.shape, [*(core.widen(c, len(op.shape)) for c in choice.coords), units], count=True)
+
+
+@rule(*named("scatter scatter_add scatter_reduce"), choices=True, axes=True)
+def scatter(op: Op, x: Tag, dim: int, index: Tag, src: Any, *_: Any, **__: Any) -> Tag:
+    """x with src[p] put at (or added to) p with p[dim] replaced by index[p]."""
+    x = fixed(op.units, x)
+    d = dim % len(x.shape)
+    if isinstance(src, Tag) and src.shape != index.shape:
+        shape = index.shape
+        cut = tuple(slice(0, n) for n in shape)
+        src = picked(op.units, src, shape, range(len(shape)), lambda c: c[cut])
+    src = fixed(op.units, src)
+    sources = [t for t in (index, src) if isinstance(t, Tag)]
+    target = at_points(op, x, d, index)
+    seen = core.pointwise(op.units, index.shape, [Tag(t.shape, t.coords) for t in sources])
+    if "add" in op.name:
+        seen = core.reduce(op.units, seen, (d,), keepdim=True)
+    else:  # what is written last stays: the order along dim matters
+        seen = core.ordered(
+            op.units, seen, (d,), "order of writing", tuple(1 if e == d else n for e, n in enumerate(seen.shape))
+        )
+    if any(seen.shape[e] != x.shape[e] for e in range(len(x.shape)) if e != d):
+        target = core.freeze(op.units, target, "partial scatter")
+        return core.still(op.units, op.shape, "partial scatter")
+    return core.pointwise(op.units, op.shape, [target, seen])
+
+
+@rule(*named("index_add index_copy index_reduce index_fill"), choices=True, axes=True)
+def index_add(op: Op, x: Tag, dim: int, index: Tag, src: Any, *_: Any, **__: Any) -> Tag:
+    """x with slices of src added to (or put at) chosen indices along one dim."""
+    x = fixed(op.units, x)
+    d = dim % len(x.shape)
+    target = at_points(op, x, d, index)
+    src = fixed(op.units, src)
+    if not isinstance(src, Tag) or not src.shape:  # one number put at all places
+        return target
+    flat = Tag(
+        tuple(src.shape[d] if e == d else 1 for e in range(len(x.shape))),
+        tuple(c.reshape([-1 if e == d else 1 for e in range(len(x.shape))]) for c in index.coords),
+    )
+    written = core.pointwise(op.units, src.shape, [flat, src])
+    one = tuple(1 if e == d else n for e, n in enumerate(src.shape))
+    order_matters = "copy" in op.name
+    seen = (
+        core.ordered(op.units, written, (d,), "order of writing", one)
+        if order_matters
+        else core.reduce(op.units, written, (d,), keepdim=True)
+    )
+    return core.pointwise(op.units, op.shape, [target, seen])
+
+
+@rule(*named("index_put _unsafe_index_put"), choices=True)
+def index_put(op: Op, x: Tag, indices: Sequence[Tag | None], values: Tag, accumulate: bool = False) -> Tag:
+    """Where one mask chooses, values that are alike for all places; or whole slices put at indices along the first dim."""
+    x, values = fixed(op.units, x), fixed(op.units, values)
+    if op.masks and sum(i is not None for i in indices) == 1 and not accumulate:
+        (d,) = op.masks
+        mask = indices[d]
+        assert mask is not None
+        behind = x.shape[d + len(mask.shape) :]
+        if prod(values.shape[: max(0, len(values.shape) - len(behind))]) == 1 and d == 0:
+            where = Tag(
+                (*mask.shape, *(1,) * len(behind)), tuple(c.reshape(*c.shape, *(1,) * len(behind)) for c in mask.coords)
+            )
+            last = reshape(values, values.shape[max(0, len(values.shape) - len(behind)) :])
+            return core.pointwise(op.units, op.shape, [x, where, last])
+    dims = [d for d, i in enumerate(indices) if i is not None]
+    given = [i for i in indices if i is not None]
+    if (
+        dims != [0]
+        or len(given[0].shape) != 1
+        or given[0].shape[0] != (values.shape[0] if len(values.shape) == len(x.shape) else -1)
+    ):
+        for tag in (x, *given, values):
+            core.freeze(op.units, tag, "index_put")
+        return core.still(op.units, op.shape, "index_put")
+    wide = core.pointwise(op.units, (given[0].shape[0], *x.shape[1:]), [values])
+    flat = Tag(
+        (given[0].shape[0], *(1,) * (len(x.shape) - 1)),
+        tuple(c.reshape(-1, *(1,) * (len(x.shape) - 1)) for c in given[0].coords),
+    )
+    written = core.pointwise(op.units, wide.shape, [flat, wide])
+    one = (1, *x.shape[1:])
+    seen = (
+        core.reduce(op.units, written, (0,), keepdim=True)
+        if accumulate
+        else core.ordered(op.units, written, (0,), "order of writing", one)
+    )
+    return core.pointwise(op.units, op.shape, [at_points(op, x, 0, given[0]), seen])
+
+
+SORTED = "rows sorted by expert"
+
+
+def run_of(units: Units, tag: Operand, run: str, experts: int) -> Tag:
+    """Experts' numbers in sorted order, or the ends of their runs, as a choice: its values stand for experts. Rows and
+    experts stay in place. The same `run` gives the same choice."""
+    fixed = core.freeze(units, settle(units, tag), SORTED)
+    choice = units.memo.setdefault(("run", run), units.frozen(SORTED, experts).copy())
+    rows = rows_of(units, choice, fixed.shape[0])
+    return Tag(fixed.shape, (along(rows, 0, 1),) if fixed.shape[0] != 1 else (), points=choice)
+
+
+def rows_of(units: Units, choice: Ids, n: int) -> Ids:
+    """The frozen units of the n rows that follow a choice."""
+    return units.memo.setdefault(("rows", id(choice), n), units.frozen(SORTED, n))
+
+
+@rule(*named("_grouped_mm"), "transformers.grouped_mm_fallback", choices=True, experts=True)
+def grouped_mm(op: Op, x: Operand, weight: Tag, ends: Tag | None = None, bias: Tag | None = None, *_: Any) -> Operand:
+    """x (t, i), weight (e, i, o), ends (e) -> (t, o): which rows are whose is data, so rows and experts stay in place,
+    but the hidden units of different experts are kept apart."""
+    units = op.units
+    if ends is None or len(x.shape) != 2 or len(weight.shape) != 3:
+        for tag in (settle(units, x), weight):
+            core.freeze(units, tag, "grouped product")
+        return core.still(units, op.shape, "grouped product")
+    if ends.points is None or ends.points.size != weight.shape[0]:
+        ends = run_of(units, ends, f"ends {id(ends)}", weight.shape[0])
+    assert ends.points is not None
+    fixed = core.freeze(units, weight, SORTED, [0])
+    dense = Tag((weight.shape[0], x.shape[0], *weight.shape[1:]), tuple(c[:, None] for c in fixed.coords))
+    picked = Chosen(dense, (along(rows_of(units, ends.points, x.shape[0]), 0, 3),), ends.points)
+    product = contract(units, [(x, ["t", "i"]), (picked, ["t", "i", "o"])], ["t", "o"])
+    return product if bias is None else pointwise(units, op.shape, [product, bias])

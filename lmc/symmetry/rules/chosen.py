@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from lmc.symmetry.discovery.rules import core
-from lmc.symmetry.discovery.tags import Shape, Tag, make
-from lmc.symmetry.discovery.units import Ids, Units
+from lmc.symmetry.rules import core
+from lmc.symmetry.rules.tags import Shape, Tag, make
+from lmc.symmetry.rules.units import Ids, Units
 
 
 @dataclass(frozen=True, eq=False)

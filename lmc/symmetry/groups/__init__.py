@@ -1,0 +1,1 @@
+"""Groups of interchangeable units as data and as index algebra; knows nothing of modules."""

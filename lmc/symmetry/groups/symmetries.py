@@ -1,0 +1,234 @@
+"""The permutation symmetries of one architecture as data: the groups, their places in its tensors, and the proof."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lmc.core.extras import require
+from lmc.core.results import Result
+from lmc.errors import SpecError
+from lmc.symmetry.groups.group import Group, Groups, Shape, Table, absence, check_groups, outermost_first
+from lmc.weights import ModelOrWeights, as_weights
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+VISIBLE = 1e3
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was seen of one family of groups.
+
+    Attributes:
+        error: largest change of the outputs when the family moved with all the others, relative to their largest value.
+        power: change of the outputs when the family moves and one of the tensors that it touches is left behind; of
+            specs with many families the rate of change, when one of the tensors begins to move alone.
+    """
+
+    error: float
+    power: float
+
+
+@dataclass(frozen=True)
+class Certificate(Result):
+    """What was checked, how exactly the outputs agreed, and how far apart they are when a group is broken on purpose.
+
+    A group whose breakage is invisible is not proven by equal outputs: its name is in `unverified`.
+
+    Attributes:
+        max_error: largest difference of outputs, relative to their largest absolute value.
+        tolerance: what it was held against.
+        trials: number of permutations tried, each on other weights.
+        groups: number of groups that they moved.
+        moved: share of the weight entries that changed places (a certificate in which nothing moves proves nothing).
+        inputs: shapes of the example inputs used.
+        dtype: the precision of the arithmetic.
+        families: family of groups -> error and power.
+        outputs: names of the outputs compared, if the model returns several.
+    """
+
+    max_error: float
+    tolerance: float
+    trials: int
+    groups: int
+    moved: float
+    inputs: tuple[tuple[tuple[int, ...], ...], ...]
+    dtype: str = "float64"
+    families: Mapping[str, Evidence] = field(default_factory=dict)
+    outputs: tuple[str, ...] = ()
+
+    @property
+    def power(self) -> float:
+        """The smallest power of the families that could be verified."""
+        seen = [e.power for name, e in self.families.items() if name not in self.unverified]
+        return min(seen, default=0.0)
+
+    @property
+    def unverified(self) -> tuple[str, ...]:
+        """The families for which an error would not have been seen: their power is not far above the tolerance."""
+        return tuple(name for name, e in self.families.items() if not e.power > VISIBLE * self.tolerance)
+
+    def to_frame(self) -> "pd.DataFrame":
+        """A row for each family of groups: error, power, and whether an error would have been seen."""
+        rows = [(name, e.error, e.power, name not in self.unverified) for name, e in self.families.items()]
+        return require("pandas").DataFrame(rows, columns=["family", "error", "power", "verified"])
+
+    def __str__(self) -> str:
+        tried = "one permutation" if self.trials == 1 else f"{self.trials} random permutations"
+        text = (
+            f"certified: {tried} of {self.groups} groups, {self.moved:.0%} of the weights moved, "
+            f"outputs equal to {self.max_error:.1e} ({self.dtype})"
+        )
+        if self.power:
+            text += f", changed by {self.power:.1e} or more when one group is broken"
+        if self.unverified:
+            text += f"; not verified, as breaking them changes nothing here: {', '.join(self.unverified)}"
+        return text
+
+
+@dataclass(frozen=True, eq=False)
+class Symmetries:
+    """What a `PermutationSpec` knows, and what follows from it; see there."""
+
+    groups: dict[str, Group]
+    shapes: dict[str, Shape]
+    buffers: frozenset[str] = frozenset()
+    frozen: dict[tuple[str, int], str] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+    certificate: Certificate | None = None
+    outputs: tuple[str, ...] = ()
+    assumed: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        groups = Groups({group.name: group for group in outermost_first(self.groups) if group.size > 1})
+        check_groups(groups, self.shapes)
+        object.__setattr__(self, "groups", groups)
+
+    def check(self, weights: ModelOrWeights) -> None:
+        """Raise `SpecError` naming the first tensor that the spec knows and the weights lack, or of another shape."""
+        weights = as_weights(weights)
+        for name in self.tables_by_tensor:
+            if name not in weights:
+                why = absence(name, self.aliases, weights)
+                raise SpecError(f"the spec moves {name} {self.shapes[name]}, which the weights do not have{why}")
+        for name, tensor in weights.items():
+            if name in self.shapes and tuple(tensor.shape) != self.shapes[name]:
+                raise SpecError(f"{name}: the spec was made for shape {self.shapes[name]}, got {tuple(tensor.shape)}")
+
+    @cached_property
+    def tables_by_tensor(self) -> dict[str, list[tuple[str, Table]]]:
+        """For each tensor that moves its (group name, table) pairs, outermost group first."""
+        found: dict[str, list[tuple[str, Table]]] = {}
+        for group in self.groups.values():
+            for tensor, tables in group.tables.items():
+                found.setdefault(tensor, []).extend((group.name, table) for table in tables)
+        return found
+
+    @cached_property
+    def families(self) -> dict[str, list[str]]:
+        """The names of the groups of each family: one, or as many as there are places to live in."""
+        found: dict[str, list[str]] = {}
+        for group in self.groups.values():
+            found.setdefault(group.family, []).append(group.name)
+        return found
+
+    @cached_property
+    def by_place(self) -> dict[tuple[str, tuple[tuple[str, int], ...]], str]:
+        """The group of a family that lives in given units."""
+        return {(group.family, group.within): group.name for group in self.groups.values()}
+
+    @property
+    def log10_order(self) -> float:
+        """log10 of the number of symmetries, the product of n! over the groups."""
+        return sum(group.log10_order for group in self.groups.values())
+
+    @cached_property
+    def coverage(self) -> float:
+        """Share of the parameters (buffers not counted) that lie on an axis that moves."""
+        moving = sum(self.moving_share(name) * size for name, size in self.parameters.items())
+        return moving / max(1, sum(self.parameters.values()))
+
+    @property
+    def parameters(self) -> dict[str, int]:
+        """The number of entries of each parameter: buffers left out, tied tensors under their first name only."""
+        return {
+            name: int(np.prod(shape, dtype=np.int64))
+            for name, shape in self.shapes.items()
+            if name not in self.buffers and name not in self.aliases
+        }
+
+    def moving_share(self, tensor: str, moving: Mapping[str, np.ndarray] | None = None) -> float:
+        """Share of one tensor's entries that lie on a moving position of some axis.
+
+        Args:
+            moving: for each group a mask of the units that move (default: all).
+        """
+        shape = self.shapes[tensor]
+        # Disjoint sets of axes, each with the positions over it that move; the shares that stay multiply over the sets.
+        blocks: dict[tuple[int, ...], np.ndarray] = {}
+        for name, table in self.tables_by_tensor.get(tensor, ()):
+            moves = np.zeros([shape[d] for d in table.dims], dtype=bool)
+            moves.reshape(-1)[table.rows if moving is None else table.rows[moving[name]]] = True
+            met = [dims for dims in blocks if set(dims) & set(table.dims)]
+            joint = tuple(sorted(set(table.dims).union(*met)))
+            for dims, mask in [(table.dims, moves), *((dims, blocks.pop(dims)) for dims in met)]:
+                spread = mask.reshape([shape[d] if d in dims else 1 for d in joint])
+                blocks[joint] = blocks[joint] | spread if joint in blocks else spread
+        return 1.0 - float(np.prod([1.0 - mask.mean() for mask in blocks.values() if mask.size]))
+
+    def differences(self, other: "Symmetries") -> list[str]:
+        """One line per group that only one of two specs has, whatever the groups are called; empty if they describe the
+        same symmetries."""
+        mine, theirs = _signatures(self), _signatures(other)
+        lines = [f"{name}: only in the first" for key, name in mine.items() if key not in theirs]
+        lines += [f"{name}: only in the second" for key, name in theirs.items() if key not in mine]
+        shared = [name for name in self.shapes if name in other.shapes]
+        return lines + [
+            f"{name}: shape {self.shapes[name]} and {other.shapes[name]}"
+            for name in shared
+            if self.shapes[name] != other.shapes[name]
+        ]
+
+    def contains(self, other: "Symmetries") -> bool:
+        """Whether every symmetry of `other` is one of this spec.
+
+        Exchanges of two neighbouring units generate the groups of `other`. One is a symmetry of this spec if the positions
+        that it moves are moved together by one exchange of one of its groups.
+        """
+        exchanges = {key for group in self.groups.values() for key in _exchanges(group, all_pairs=True)}
+        return all(key in exchanges for group in other.groups.values() for key in _exchanges(group, all_pairs=False))
+
+
+def _signatures(spec: Symmetries) -> dict[frozenset, str]:
+    """A group up to its name and the order of its units: where each unit lies."""
+    return {frozenset(_unit_places(group)): group.name for group in spec.groups.values()}
+
+
+def _unit_places(group: Group) -> list[frozenset]:
+    places: list[set] = [set() for _ in range(group.size)]
+    for tensor, tables in group.tables.items():
+        for table in tables:
+            for unit, row in enumerate(table.rows):
+                places[unit].add((tensor, table.dims, tuple(sorted(row.tolist()))))
+    return [frozenset(place) for place in places]
+
+
+def _exchanges(group: Group, all_pairs: bool):
+    for i in range(group.size):
+        for j in range(i + 1, group.size if all_pairs else min(i + 2, group.size)):
+            yield frozenset(
+                (tensor, table.dims, _swapped(table, i, j))
+                for tensor, tables in group.tables.items()
+                for table in tables
+            )
+
+
+def _swapped(table: Table, i: int, j: int) -> frozenset[tuple[int, int]]:
+    return frozenset(
+        (min(a, b), max(a, b)) for a, b in zip(table.rows[i].tolist(), table.rows[j].tolist(), strict=True)
+    )
