@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.fx import Node
 from zoo.certificate import check_tables, error, state_of
 
 from lmc.errors import TraceError
@@ -62,9 +63,11 @@ class SideBySide(nn.Module):
         return tuple(part(x) for part, x in zip(self.parts, inputs, strict=True))
 
 
-def outcomes(programs: Sequence[Program], trials: int = 2, met: Counter[str] | None = None) -> list[Outcome]:
+def outcomes(
+    programs: Sequence[Program], trials: int = 2, met: Counter[tuple[str, str]] | None = None
+) -> list[Outcome]:
     """One outcome per program. They are traced together; if that fails, one by one, to tell which cannot be traced.
-    `met` counts the nodes that each rule was used for."""
+    `met` counts the nodes that each rule was used for, by rule and form of the arguments."""
     try:
         graph = capture(SideBySide(programs), tuple(program.inputs() for program in programs))
         found = read_off(graph)
@@ -73,7 +76,8 @@ def outcomes(programs: Sequence[Program], trials: int = 2, met: Counter[str] | N
             return [Outcome(programs[0], (), 0.0, untraced=str(refused))]
         return [outcome for program in programs for outcome in outcomes([program], trials, met)]
     if met is not None:
-        met.update(name for node in graph.nodes if node.op == "call_function" and (name := rule_name(node.target)))
+        nodes = [node for node in graph.nodes if node.op == "call_function"]
+        met.update((name, form(node)) for node in nodes if (name := rule_name(node.target)))
     own: list[list[Group]] = [[] for _ in programs]
     for group in found.groups.values():
         (number,) = {int(name.split(".")[1]) for name in group.tables}  # no group spans two programs
@@ -86,6 +90,23 @@ def rule_name(target: Any) -> str:
     """`module.function` of the rule of an operator, empty if it has none."""
     rule = rule_of(target) or (all_pointwise if is_pointwise(target) else None)
     return "" if rule is None else f"{rule.__module__.rpartition('.')[2]}.{rule.__name__}"
+
+
+def form(node: Node) -> str:
+    """How a node calls its operator: the kinds of its positional arguments and the names of the others."""
+    return ", ".join([*map(kind, node.args), *node.kwargs])
+
+
+def kind(argument: Any) -> str:
+    """The number of axes of a tensor, the sign of a number; others as they are."""
+    if isinstance(argument, Node):
+        value = argument.meta.get("val")
+        return f"{value.dim()}d" if isinstance(value, Tensor) else "?"
+    if isinstance(argument, (list, tuple)):
+        return f"[{', '.join(map(kind, argument))}]"
+    if isinstance(argument, bool) or not isinstance(argument, int | float):
+        return str(argument)
+    return "0" if argument == 0 else "+" if argument > 0 else "-"
 
 
 def certified(program: Program, groups: Sequence[Group], trials: int) -> Outcome:

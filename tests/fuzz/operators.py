@@ -22,6 +22,8 @@ from lmc.symmetry.discovery.discover import Discovery, read_off
 from lmc.symmetry.rules import is_pointwise, rule_of
 from lmc.symmetry.tracing.graph import Graph, Leaf
 
+from .check import form
+
 TOLERANCE = 1e-8
 MOST = 16  # samples of one operator, spread over all that there are: some have thousands
 SHARE = 1 if os.environ.get("CI") else 10  # of these, one in so many
@@ -206,19 +208,7 @@ def forms_in(graph: Graph) -> dict[str, set[str]]:
     for node in graph.nodes:
         if node.op == "call_function" and (rule_of(node.target) or is_pointwise(node.target)):
             name = str(getattr(node.target, "overloadpacket", node.target)).removeprefix("aten.")
-            forms.setdefault(name, set()).add(", ".join(map(kind, node.args)) + "".join(f", {k}" for k in node.kwargs))
+            forms.setdefault(name, set()).add(form(node))
     for reader in ("tensordot", "sin", "add", "zeros"):
         forms.pop(reader, None)
     return forms
-
-
-def kind(argument: Any) -> str:
-    """`[3, 4]` of a tensor becomes its number of axes; numbers their sign."""
-    if isinstance(argument, Node):
-        value = argument.meta.get("val")
-        return f"{value.dim()}d" if isinstance(value, Tensor) else "?"
-    if isinstance(argument, (list, tuple)):
-        return f"[{', '.join(map(kind, argument))}]"
-    if isinstance(argument, bool) or not isinstance(argument, int | float):
-        return str(argument)
-    return "0" if argument == 0 else "+" if argument > 0 else "-"
