@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from fuzz.check import Outcome, outcomes  # noqa: E402
 from fuzz.generate import random_program  # noqa: E402
 from fuzz.program import Program  # noqa: E402
-from lmc.symmetry.discovery.rules import RULES  # noqa: E402
 
 from lmc.core.files import write_text  # noqa: E402
+from lmc.symmetry.rules import RULES  # noqa: E402
 
 TOGETHER = 20
 SERIES = {"plain": False, "every rule": True}
