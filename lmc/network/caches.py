@@ -7,11 +7,14 @@ it belongs to the weights that were loaded at that time, and has to go when othe
 
 import functools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lmc.network.stores import stores
 
 # (name of the module, attribute or "_buffers", keys further inside) of a dict or list that holds values.
 Address: TypeAlias = tuple[Any, ...]
@@ -81,7 +84,11 @@ def hidden_tensors(module: nn.Module) -> Iterator[Tensor]:
 
 
 def removable(module: nn.Module, run: Callable[[Removal], nn.Module]) -> Removal:
-    """The places in which a module that was called before keeps tensors that it makes again where they are missing.
+    """The places in which a module that was called before keeps numbers that it makes again where they are missing.
+
+    Each kind of place is tried alone; where that does not work, all that the forward pass of a class may set is emptied at
+    once, for a flag may say that the others are there. What is made again only under conditions of its own (in training,
+    for longer inputs) is not told from a constant.
 
     Args:
         module: a fresh copy.
@@ -91,17 +98,83 @@ def removable(module: nn.Module, run: Callable[[Removal], nn.Module]) -> Removal
     for address, kind in _float_places(module):
         kinds.setdefault(kind, []).append(address)
     found: Removal = {}
-    for addresses in kinds.values():
-        for deleted in (False, True):
-            removal = dict.fromkeys(addresses, deleted)
-            try:
-                filled = {address for address, _ in _float_places(run(removal))}
-            except Exception:  # noqa: BLE001 (whatever it is that the forward pass misses: a constant, then)
-                continue
-            if set(addresses) <= filled:
-                found |= removal
-                break
+    left: dict[type, set[Address]] = {}
+    for kind, addresses in kinds.items():
+        if removal := _made_again(addresses, addresses, run):
+            found |= removal
+        elif kind[2] in stores(kind[0]).attributes:
+            left.setdefault(kind[0], set()).update(addresses)
+    for kind, addresses in left.items():
+        together = [place for place, owner in _set_places(module) if owner is kind]
+        found |= _made_again(together, addresses, run)
     return found
+
+
+def _made_again(places: Sequence[Address], wanted: Collection[Address], run: Callable[[Removal], nn.Module]) -> Removal:
+    """How these places are to be emptied for the wanted ones to be filled again; empty where they are not."""
+    for deleted in (False, True):
+        removal = dict.fromkeys(places, deleted)
+        try:
+            filled = {address for address, _ in _float_places(run(removal))}
+        except Exception:  # noqa: BLE001 (whatever it is that the forward pass misses: a constant, then)
+            continue
+        if set(wanted) <= filled:
+            return removal
+    return {}
+
+
+def derives_outside(module: nn.Module, runs: Sequence[Callable[[], Any]]) -> bool:
+    """Whether dicts or lists that all copies of a module share hold numbers that come out otherwise with other weights.
+
+    Args:
+        module: any copy.
+        runs: each calls a fresh copy, with weights of its own. What is shared is afterwards as it was.
+    """
+    kinds = {type(m) for m in module.modules() if not (isinstance(m, torch.jit.ScriptModule) or is_torch(m))}
+    shared = {id(container): container for kind in kinds for container in stores(kind).shared}
+    return any(_differs(container, runs) for container in shared.values())
+
+
+def _differs(container: Container, runs: Sequence[Callable[[], Any]]) -> bool:
+    before, seen = container.copy(), []
+    try:
+        for run in runs:
+            _put(container, {key: value for key, value in _items(before) if not _numbers(value)})
+            run()
+            seen.append(
+                {key: [torch.as_tensor(x).clone() for x in _numbers(value)] for key, value in _items(container)}
+            )
+    except Exception:  # noqa: BLE001 (constants, which the forward pass misses)
+        return False
+    finally:
+        _put(container, dict(_items(before)))
+    first, second = seen
+    return any(
+        len(x) != len(y) or not all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
+        for x, y in ((first[key], second[key]) for key in first.keys() & second.keys())
+    )
+
+
+def _items(container: Container) -> Iterator[tuple[Any, Any]]:
+    yield from list(container.items()) if isinstance(container, dict) else list(enumerate(container))
+
+
+def _put(container: Container, items: dict[Any, Any]) -> None:
+    if isinstance(container, list):
+        container[:] = items.values()
+    else:
+        container.clear()
+        container.update(items)
+
+
+def _numbers(value: Any) -> list[Any]:
+    """The floating-point tensors and numbers in a value, however nested."""
+    leaves = pytree.tree_leaves(value)
+    return [
+        x
+        for x in leaves
+        if isinstance(x, float | complex) or (isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()))
+    ]
 
 
 def empty(module: nn.Module, removal: Removal) -> None:
@@ -123,15 +196,30 @@ def _is_namespace(address: Address) -> bool:
 
 
 def _float_places(module: nn.Module) -> Iterator[tuple[Address, Any]]:
-    """The address of everything hidden that holds floating-point tensors, and what kind of place it is."""
+    """The address of everything hidden that holds floating-point tensors, or numbers that forward passes may have set, and
+    what kind of place it is."""
     state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
     classes = {name: type(m) for name, m in module.named_modules()}
     for address, container in _containers(module):
+        owner = classes[address[0]]
         for key, value in container.items() if isinstance(container, dict) else enumerate(container):
             tensors = [x for x in _tensors_of(value) if x.is_floating_point() or x.is_complex()]
-            if tensors and not any(id(x) in state for x in tensors):
-                kind = (classes[address[0]], address[1:], key if _is_namespace(address) else None)
-                yield (*address, key), kind
+            if isinstance(value, float | complex):
+                held = key in stores(owner).attributes if _is_namespace(address) else address[1] in stores(owner).items
+            else:
+                held = bool(tensors) and not any(id(x) in state for x in tensors)
+            if held:
+                yield (*address, key), (owner, address[1:], key if _is_namespace(address) else None)
+
+
+def _set_places(module: nn.Module) -> Iterator[tuple[Address, type]]:
+    """The address of every attribute and buffer that a forward pass may set and that holds something, and the class."""
+    classes = {name: type(m) for name, m in module.named_modules()}
+    for address, container in _containers(module):
+        if _is_namespace(address) and isinstance(container, dict):
+            for key, value in container.items():
+                if value is not None and key not in _EVERY_MODULE and key in stores(classes[address[0]]).attributes:
+                    yield (*address, key), classes[address[0]]
 
 
 def _kept_tensors(module: nn.Module) -> list[Tensor]:

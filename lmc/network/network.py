@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from torch.utils import _pytree as pytree
 from lmc.core.context import callers_dtype, default_dtype, warn
 from lmc.errors import DataError, InputError, LmcError
 from lmc.network.batches import tensors, to_device
-from lmc.network.caches import Hidden, Removal, empty, is_torch, removable
+from lmc.network.caches import Hidden, Removal, derives_outside, empty, is_torch, removable
 from lmc.network.copies import fresh_copy, switches, writes_parameters
 from lmc.network.inputs import arguments, first_of
 from lmc.network.task import tensor_of
@@ -289,19 +290,21 @@ class Network:
 
     def _judged(self, stale: Removal, weights: Weights, inputs: Any) -> _Verdict:
         """What a fresh copy gives for `weights` is what a copy must give that had other weights before."""
-        expected = _seeded(self._trial(stale, _Verdict(), weights), inputs)
         between = _perturbed(weights)
+        runs = [partial(self._called, stale, given, inputs) for given in (weights, between)]
+        outside = derives_outside(self.module, runs)
+        expected = _seeded(self._trial(stale, _Verdict(), weights), inputs)
         for renews in (False, True):
             trial = self._trial(stale, _Verdict(renews=renews), between)
             with contextlib.suppress(Exception):  # of weights that nobody asked for
                 _seeded(trial, inputs)
             trial.load(weights)
-            if _equal(_seeded(trial, inputs), expected):
+            if _equal(_seeded(trial, inputs), expected) and not outside:
                 break
         else:
             raise InputError(
                 f"{self._name}: what it computes from one set of weights is used again with the next, and cannot be dropped, "
-                "since neither the module holds it nor an lru_cache of its methods; keep such values in attributes of the "
+                "since it is shared by all modules of its kind (a dict of a class or a file, a cached function); keep such values in attributes of the "
                 "module, or drop them in its train method"
             )
         if renews:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from lmc.core.context import own_context, warn
 from lmc.errors import InputError
+from lmc.network.network import renamed_entries
 from lmc.symmetry.discovery.discover import discover
 from lmc.symmetry.spec import PermutationSpec
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, kept, tensors_in
@@ -52,6 +53,14 @@ def permutation_spec(
         InputError: inputs or `outputs` that the module cannot take.
     """
     _check(model, inputs)
+    if renamed := renamed_entries(model):
+        more = f" and {len(renamed) - 2} more" if len(renamed) > 2 else ""
+        warn(
+            f"{type(model).__name__}: hooks store parameters under other names ({', '.join(renamed[:2])}{more}), so that the "
+            "operators cannot be traced to these entries of the state dict: they stay where they are. Take the hooks off "
+            "(of each submodule: _state_dict_hooks, _load_state_dict_pre_hooks) to find their symmetries, or write them "
+            "down with lmc.PermutationSpec.from_patterns"
+        )
     names: dict[str, None] = {}
 
     def selected(result: Any) -> list[Tensor]:

@@ -143,6 +143,42 @@ class InAnObject(Base):
         return self.helper.kept
 
 
+class Number(Base):
+    """A plain number, as logits are scaled by one that is computed once."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.mean, self.floor = None, 0.5
+
+    def scale(self):
+        if self.mean is None:
+            self.mean = max(self.table.mean().item(), self.floor)
+        return self.mean * super().scale()
+
+
+class NumbersByLength(Base):
+    def scale(self):
+        if 6 not in self.cache:
+            self.cache[6] = float(self.table.mean())
+        return self.cache[6] * super().scale()
+
+
+class Flagged(Base):
+    """A flag says whether the value is there."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.ready, self.kept, self.total = False, torch.empty(0), 0.0
+
+    def prepare(self):
+        self.kept, self.total, self.ready = super().scale().detach(), float(self.table.sum()), True
+
+    def scale(self):
+        if not self.ready:
+            self.prepare()
+        return self.total * self.kept
+
+
 @functools.lru_cache(64)
 def tripled(table: torch.Tensor) -> torch.Tensor:
     return 3 * table.detach().repeat(2)
@@ -192,6 +228,9 @@ CACHING = [
     LruOfInstance,
     CachedProperty,
     InAnObject,
+    Number,
+    NumbersByLength,
+    Flagged,
     LruFunction,
 ]
 every = pytest.mark.parametrize("kind", [*CACHING, MergedInEval, Renormed])
@@ -228,7 +267,8 @@ def test_each_weight_set_is_computed_as_if_it_were_the_only_one(kind, before, da
         assert all(torch.equal(state[name], copied[name]) for name in state)
 
 
-@pytest.mark.parametrize("kind", CACHING)
+# autograd and vmap cannot follow plain numbers
+@pytest.mark.parametrize("kind", [kind for kind in CACHING if kind not in (Number, NumbersByLength, Flagged)])
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.filterwarnings("ignore:.*outside itself")
 def test_functional_calls_use_the_weights_that_are_given(kind, called, data):
@@ -308,10 +348,81 @@ class Elsewhere(Base):
         return KEPT.setdefault(str(id(self)), super().scale().detach())
 
 
-def test_what_cannot_be_dropped_is_refused(data):
+class InAFile(Base):
+    def scale(self):
+        return kept_for(6, super().scale)
+
+
+def kept_for(length: int, make):
+    if length not in KEPT:
+        KEPT[length] = make().detach()
+    return KEPT[length]
+
+
+class InTheClass(Base):
+    tables: dict[int, float] = {}
+
+    def scale(self):
+        if 6 not in self.tables:
+            self.tables[6] = self.table.sum().item()
+        return self.tables[6] * super().scale()
+
+
+class InADefault(Base):
+    def scale(self, kept=[]):  # noqa: B006
+        if not kept:
+            kept.append(super().scale().detach())
+        return kept[0]
+
+
+class InAClosure(Base):
+    def scale(self):
+        return CLOSED(self)
+
+
+def _closed():
+    kept = {}
+
+    def of(module):
+        if 6 not in kept:
+            kept[6] = Base.scale(module).detach()
+        return kept[6]
+
+    return of
+
+
+CLOSED = _closed()
+SHARED = (Elsewhere, InAFile, InTheClass, InADefault, InAClosure)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+@pytest.mark.parametrize("called", [False, True])
+def test_what_cannot_be_dropped_is_refused(kind, called, data):
     x, y = data
-    with pytest.raises(lmc.InputError, match="Elsewhere: what it computes from one set of weights"):
-        lmc.loss_path(Elsewhere(0), Elsewhere(1), Elsewhere(2), (x, y), alphas=3, progress=False)
+    model = kind(0)
+    KEPT.clear()
+    expected = model(x).detach() if called else None
+    with pytest.raises(lmc.InputError, match=f"{kind.__name__}: what it computes from one set of weights"):
+        lmc.loss_path(model, kind(1), kind(2), (x, y), alphas=3, progress=False)
+    assert expected is None or torch.equal(model(x), expected)
+
+
+class ConstantsInAFile(Base):
+    """Tables that do not depend on the weights may stay where they are."""
+
+    def scale(self):
+        if 6 not in KEPT:
+            KEPT[6] = torch.linspace(0.5, 1.5, 6)
+        return KEPT[6] * super().scale()
+
+
+def test_shared_constants_are_no_caches(data):
+    x, y = data
+    KEPT.clear()
+    states = [ConstantsInAFile(seed).state_dict() for seed in (1, 2)]
+    path = lmc.loss_path(ConstantsInAFile(0), *states, (x, y), alphas=3, progress=False)
+    own = [F.cross_entropy(own_outputs(ConstantsInAFile, state, x), y).item() for state in states]
+    assert abs(path.values["data"]["loss"][[0, -1]] - own).max() < 1e-6
 
 
 def test_parameters_are_replaced_with_one_warning(data):
@@ -386,3 +497,6 @@ def test_state_dicts_with_other_names_than_the_module(data):
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     with pytest.raises(lmc.InputError, match="qk"):
         lmc.landscape.curvature(model, states[0], (x, y), progress=False)
+    with pytest.warns(UserWarning, match=r"^Fused: hooks store parameters under other names \(qk\)"):
+        spec = lmc.permutation_spec(model, x[:2], progress=False)
+    assert "qk" in spec.shapes and not any("qk" in group.tables for group in spec.groups.values())

@@ -303,3 +303,17 @@ def test_what_no_output_depends_on_is_not_verified_by_a_gradient():
     with pytest.warns(UserWarning, match="not verified"):
         proof = lmc.permutation_spec(Ended(), torch.randn(4, 6)).certificate
     assert proof is not None and proof.unverified == tuple(f"layers.{number}" for number in range(11))
+
+
+class OutOfDomain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(3.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.acos(self.gain * (1.0 + x.square()))
+
+
+def test_a_network_without_groups_needs_no_finite_outputs():
+    spec = lmc.permutation_spec(OutOfDomain(), torch.ones(3), progress=False)
+    assert not spec.groups and spec.certificate is not None and spec.certificate.error == 0.0
