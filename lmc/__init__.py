@@ -30,10 +30,10 @@ from lmc.errors import (
 )
 
 # What it looks like: losses between networks.
-from lmc.landscape.curves.curve import Curve, bezier_curve, polygonal_chain
-from lmc.landscape.paths.path import Path, loss_path
+from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
+from lmc.landscape.path import Path, loss_path
 from lmc.landscape.planes.plane import Plane, loss_plane, random_plane, trajectory_plane
-from lmc.landscape.simplices.triangle import Simplex, Triangle, loss_simplex, loss_triangle
+from lmc.landscape.triangle import Simplex, Triangle, loss_simplex, loss_triangle
 from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.network.repair import repair
 from lmc.network.task import Task

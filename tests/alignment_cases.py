@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import lmc
 from lmc.data import Dataset
-from lmc.landscape.paths.path import loss_path
+from lmc.landscape.path import loss_path
 from lmc.models.cnn import cnn
 from lmc.models.gpt import gpt
 from lmc.models.mlp import mlp

@@ -15,7 +15,7 @@ import lmc.merge
 import lmc.weights
 from lmc.cli.values import NOT_OPTIONS, architecture, check_options, data, method, methods, options
 from lmc.errors import InputError
-from lmc.landscape.paths.path import loss_path
+from lmc.landscape.path import loss_path
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import StateDict, fitted

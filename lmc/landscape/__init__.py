@@ -1,12 +1,12 @@
 """The landscape: losses of many weight sets over paths, planes and curves between networks."""
 
 from lmc.landscape.curvature import Curvature, curvature
-from lmc.landscape.curves.curve import Curve, bezier_curve, polygonal_chain
+from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
 from lmc.landscape.evaluation.evaluator import Evaluator, Score, evaluate
-from lmc.landscape.paths.path import Barrier, Path, barrier, loss_path
+from lmc.landscape.path import Barrier, Path, barrier, loss_path
 from lmc.landscape.planes.plane import Plane, loss_plane, random_plane, trajectory_plane
 from lmc.landscape.similarity import Similarity, linear_cka, similarity
-from lmc.landscape.simplices.triangle import Mixture, Simplex, Triangle, loss_simplex, loss_triangle
+from lmc.landscape.triangle import Mixture, Simplex, Triangle, loss_simplex, loss_triangle
 from lmc.landscape.variance import VarianceRatios, variance_ratios
 
 __all__ = [

@@ -34,6 +34,7 @@ DTYPES = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+RECIPE = "merge.json"  # beside merged checkpoints: how they were made, and the checksums of their files
 
 
 class Stored(Protocol):
@@ -145,9 +146,6 @@ def flat(tensor: Tensor, chunk: slice) -> Tensor:
 def as_bytes(tensor: Tensor) -> memoryview:
     """The values of a tensor that is not empty, contiguous and on the CPU; writing to them changes it."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-
-
-RECIPE = "merge.json"  # beside merged checkpoints: how they were made, and the checksums of their files
 
 
 class Checkpoint(Mapping[str, Tensor]):

@@ -13,6 +13,22 @@ from torch import Tensor
 from lmc.errors import WeightsError
 from lmc.weights.state import dtype_name
 
+# What bitsandbytes, GPTQ, AWQ, compressed-tensors, block fp8 and torchao put beside or in place of a weight.
+CODES = re.compile(
+    r"(^|[._])(qweight|qzeros|scales_and_zeros|SCB|weight_format|weight_packed|weight_scale(_inv|_2)?|weight_zero_point|"
+    r"weight_global_scale|weight_g_idx|absmax|nested_absmax|quant_map|nested_quant_map|quant_state(\..*)?)$"
+)
+# Of a LoRA, DoRA, LoHa, LoKr, VeRA, IA3 or prompt adapter.
+FACTORS = re.compile(
+    r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_(down|up)|lora\.(down|up)|hada_w[12]_[ab]|"
+    r"lokr_w[12](_[ab])?|vera_lambda_[bd]|ia3_l|dora_scale|prompt_embeddings)(\.|$)"
+)
+NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)
+DEQUANTISE = (
+    "dequantise it first, by loading it with the library that quantised it and saving float weights, or take the "
+    "weights it was made from"
+)
+
 
 def inexact(tensor: Tensor) -> bool:
     """True where the values take part in sums: floating-point or complex, not integers or booleans."""
@@ -42,23 +58,6 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
                 f"{torch.finfo(dtype).max:g}; convert the models to float32 or bfloat16 first, or use a smaller scale"
             )
     return tensor.to(dtype)
-
-
-# What bitsandbytes, GPTQ, AWQ, compressed-tensors, block fp8 and torchao put beside or in place of a weight.
-CODES = re.compile(
-    r"(^|[._])(qweight|qzeros|scales_and_zeros|SCB|weight_format|weight_packed|weight_scale(_inv|_2)?|weight_zero_point|"
-    r"weight_global_scale|weight_g_idx|absmax|nested_absmax|quant_map|nested_quant_map|quant_state(\..*)?)$"
-)
-# Of a LoRA, DoRA, LoHa, LoKr, VeRA, IA3 or prompt adapter.
-FACTORS = re.compile(
-    r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_(down|up)|lora\.(down|up)|hada_w[12]_[ab]|"
-    r"lokr_w[12](_[ab])?|vera_lambda_[bd]|ia3_l|dora_scale|prompt_embeddings)(\.|$)"
-)
-NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)
-DEQUANTISE = (
-    "dequantise it first, by loading it with the library that quantised it and saving float weights, or take the "
-    "weights it was made from"
-)
 
 
 def code(state: Mapping[str, Tensor]) -> str:

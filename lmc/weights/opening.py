@@ -24,6 +24,16 @@ from lmc.weights.pickles import read_pickle
 # What wrappers of modules put before or between names.
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 INSIDE = WRAPPERS[1:]  # also in the middle of a name, where a submodule was wrapped
+INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[\w-]+)?\.json$")
+SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.[\w-]+)?\.\w+$")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+# What a training run keeps beside the weights.
+OTHERS = re.compile(
+    r"^(optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args|trainer_state|dl_state_dict|"
+    r"custom_checkpoint|events\.)"
+)
+USUAL = ("model", "pytorch_model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model", "weights")
+Open = Callable[[Path], Checkpoint]
 
 
 def open_checkpoint(
@@ -133,18 +143,6 @@ def _stripped(opened: Checkpoint, prefix: str) -> Checkpoint:
     rest = len(opened) - len(names)
     left = f", {rest} names without it left out" if rest else ""
     return opened.under(names, f"prefix {prefix!r} stripped{left}")
-
-
-INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[\w-]+)?\.json$")
-SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.[\w-]+)?\.\w+$")
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
-# What a training run keeps beside the weights.
-OTHERS = re.compile(
-    r"^(optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args|trainer_state|dl_state_dict|"
-    r"custom_checkpoint|events\.)"
-)
-USUAL = ("model", "pytorch_model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model", "weights")
-Open = Callable[[Path], Checkpoint]
 
 
 def open_folder(folder: Path, open_file: Open) -> Checkpoint:

@@ -10,7 +10,7 @@ import traitlets
 import lmc
 from lmc.align.study.epochs import Epochs, barrier_over_time
 from lmc.errors import DataError, InputError
-from lmc.landscape.paths.path import loss_path
+from lmc.landscape.path import loss_path
 from lmc.symmetry.find import permutation_spec
 from lmc.views.widgets.epochs import state
 

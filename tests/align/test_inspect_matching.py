@@ -14,11 +14,10 @@ from support import embedded
 from torch import nn
 
 import lmc
-from lmc.align.study.inspect import inspect_matching
-from lmc.align.study.placing import partial, placed, receptive_fields
+from lmc.align.study.inspect import inspect_matching, partial, placed, receptive_fields
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluator import Evaluator
-from lmc.landscape.paths.path import loss_path
+from lmc.landscape.path import loss_path
 from lmc.views.widgets import page
 from lmc.views.widgets.matching import state
 

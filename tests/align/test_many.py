@@ -7,8 +7,7 @@ import torch
 from alignment_cases import CASES, Case, digits, random_weights
 
 import lmc
-from lmc.align.many import Matchings, match_many, objective
-from lmc.align.relaxed.frank_wolfe import _line_search, _value_and_gradients, start_near_centre
+from lmc.align.many import Matchings, _line_search, _value_and_gradients, match_many, objective, start_near_centre
 from lmc.align.relaxed.soft import SoftMoves, as_matrices, degree
 from lmc.errors import InputError, MismatchError, SpecError, WeightsError
 from lmc.models.mlp import mlp

@@ -5,7 +5,7 @@ from alignment_cases import CASES, digits
 import lmc
 from lmc.align.relaxed.sinkhorn import distance, sinkhorn_matching
 from lmc.align.relaxed.soft import sinkhorn
-from lmc.align.weight_matching.assignment import assign
+from lmc.align.weight_matching.gains import assign
 from lmc.errors import DataError, InputError, MismatchError
 
 

@@ -9,8 +9,8 @@ import lmc
 from lmc.align.activations.matching import activation_matching
 from lmc.align.transport.couplings import Coupling, plan
 from lmc.align.transport.fusion import Fusion, ot_fusion
-from lmc.align.transport.widths import check_alone, guess_inputs
-from lmc.align.weight_matching.assignment import assign, opening_prices
+from lmc.align.transport.layerwise import check_alone, guess_inputs
+from lmc.align.weight_matching.gains import assign, opening_prices
 from lmc.errors import DataError, InputError, MismatchError, MissingPackageError, SpecError, WeightsError
 from lmc.models.cnn import cnn
 from lmc.models.gpt import gpt

@@ -12,8 +12,8 @@ from torch import Tensor
 import lmc
 from lmc import models
 from lmc.align.weight_matching import algorithm as descent_module
-from lmc.align.weight_matching.assignment import assign, prices_of
 from lmc.align.weight_matching.blocks import build_blocks
+from lmc.align.weight_matching.gains import assign, prices_of
 
 # By name: the package has a function that is called like this module.
 MODULE = importlib.import_module("lmc.align.weight_matching.matching")

@@ -7,7 +7,7 @@ import torch
 from acts import NETWORKS, drag, until, write
 
 from conftest import KERNEL_IDLE
-from lmc.landscape.paths.path import loss_path
+from lmc.landscape.path import loss_path
 from lmc.models import mlp
 
 

@@ -10,9 +10,9 @@ from support import classifier, same, splits, trained
 from torch import nn
 
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
-from lmc.landscape.curves.curve import bezier_curve, polygonal_chain
+from lmc.landscape.curve import bezier_curve, polygonal_chain
 from lmc.landscape.evaluation.evaluator import evaluate
-from lmc.landscape.paths.path import Path, loss_path
+from lmc.landscape.path import Path, loss_path
 from lmc.weights import distance, lerp
 
 DATA = splits(160, 80)
@@ -261,7 +261,9 @@ def test_unusable_arguments_are_refused(pair, options):
 
 @pytest.mark.parametrize("norm", [False, True])
 def test_saved_curves_come_back_bit_by_bit(tmp_path, norm):
-    made = bezier_curve(network(0, norm=norm), network(0, norm=norm), network(1, norm=norm), DATA, epochs=2, progress=False)
+    made = bezier_curve(
+        network(0, norm=norm), network(0, norm=norm), network(1, norm=norm), DATA, epochs=2, progress=False
+    )
     made.save(tmp_path / "curve.safetensors")
     back = type(made).load(tmp_path / "curve.safetensors", network(5, norm=norm))
     for one, two in zip(made.controls, back.controls, strict=True):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lmc.landscape.paths.path import loss_path
+from lmc.landscape.path import loss_path
 from lmc.landscape.planes.plane import loss_plane
 
 RANDOM = torch.Generator().manual_seed(0)

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from lmc.errors import WeightsError
-from lmc.landscape.curves.curve import bezier_curve
+from lmc.landscape.curve import bezier_curve
 from lmc.landscape.evaluation.evaluator import evaluate
-from lmc.landscape.paths.path import loss_path
+from lmc.landscape.path import loss_path
 from lmc.landscape.planes.plane import loss_plane
 from lmc.models import mlp
 from lmc.weights import lerp, mean
@@ -56,7 +56,10 @@ def test_the_plane_of_a_curve_keeps_it():
 def test_statistics_are_estimated_anew_at_further_points_too():
     model = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.BatchNorm1d(8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
     a, b = (
-        {k: torch.rand(v.shape, generator=GENERATOR) if v.is_floating_point() else v for k, v in model.state_dict().items()}
+        {
+            k: torch.rand(v.shape, generator=GENERATOR) if v.is_floating_point() else v
+            for k, v in model.state_dict().items()
+        }
         for _ in range(2)
     )
     path = loss_path(model, a, b, DATA, alphas=5)

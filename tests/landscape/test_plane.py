@@ -11,10 +11,9 @@ from torch import nn
 
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
 from lmc.landscape.evaluation.evaluator import evaluate
-from lmc.landscape.planes.grid import ThroughThree, axis, coarse_to_fine, filter_normalised
 from lmc.landscape.planes.plane import loss_plane, random_plane
 from lmc.landscape.planes.plane_result import Plane
-from lmc.landscape.planes.span import Frame, PlaneSpan
+from lmc.landscape.planes.span import Frame, PlaneSpan, ThroughThree, axis, coarse_to_fine, filter_normalised
 from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.weights import distance, mean
 

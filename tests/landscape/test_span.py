@@ -11,10 +11,9 @@ from torch import nn
 import lmc
 from lmc.landscape.evaluation.evaluation import Evaluation
 from lmc.landscape.evaluation.evaluator import Evaluator, evaluate
-from lmc.landscape.planes.first_layer import FirstLayer, Products, find_first_layer
 from lmc.landscape.planes.plane import loss_plane, random_plane
 from lmc.landscape.planes.span import PlaneSpan
-from lmc.landscape.planes.workers import Workers
+from lmc.landscape.planes.workers import FirstLayer, Products, Workers, find_first_layer
 from lmc.network.network import Network
 from lmc.weights import mean
 
@@ -107,7 +106,7 @@ def test_products_are_made_once_and_within_the_memory(monkeypatch):
     found = products.of(inputs[:8])
     assert len(found) == 3 and products.of(inputs[:8]) is found
     assert products.of(inputs.clone()) is None
-    monkeypatch.setattr("lmc.landscape.planes.first_layer.PRODUCT_BYTES", 0)
+    monkeypatch.setattr("lmc.landscape.planes.workers.PRODUCT_BYTES", 0)
     assert Products(span, "1", layer, [inputs]).of(inputs) is None
 
 
@@ -124,7 +123,7 @@ def test_planes_with_mixed_layers_equal_direct_evaluations(monkeypatch, batch_si
     model, split = mlp(0).double(), data(20, dtype=torch.float64)
     plane = random_points(model, split, batch_size=batch_size)
     assert len(used) >= 24 and all(found is not None for found in used)
-    monkeypatch.setattr("lmc.landscape.planes.first_layer.FEWEST_INPUTS", 10**6)
+    monkeypatch.setattr("lmc.landscape.planes.workers.FEWEST_INPUTS", 10**6)
     made = len(used)
     plain = random_points(model, split, batch_size=batch_size)
     assert len(used) == made
@@ -136,7 +135,7 @@ def test_batch_statistics_see_the_mixed_layer_too(monkeypatch):
     models, split = [cnn(seed).double() for seed in (1, 2, 3)], data(4, 5, 5, dtype=torch.float64)
     planes = []
     for fewest in (16, 10**6):
-        monkeypatch.setattr("lmc.landscape.planes.first_layer.FEWEST_INPUTS", fewest)
+        monkeypatch.setattr("lmc.landscape.planes.workers.FEWEST_INPUTS", fewest)
         planes.append(loss_plane(cnn(0).double(), models, split, resolution=5, progress=False))
     assert planes[0].recalibrated
     np.testing.assert_allclose(planes[0].losses["data"], planes[1].losses["data"], rtol=1e-6)

@@ -16,12 +16,12 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lmc.errors import DataError, InputError
 from lmc.landscape.curvature import curvature
-from lmc.landscape.curves.curve import bezier_curve
+from lmc.landscape.curve import bezier_curve
 from lmc.landscape.evaluation.evaluator import Evaluator, evaluate
-from lmc.landscape.paths.path import loss_path
+from lmc.landscape.path import loss_path
 from lmc.landscape.planes.plane import loss_plane, random_plane, trajectory_plane
 from lmc.landscape.similarity import similarity
-from lmc.landscape.simplices.triangle import loss_simplex, loss_triangle
+from lmc.landscape.triangle import loss_simplex, loss_triangle
 from lmc.landscape.variance import variance_ratios
 from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.network.task import Task

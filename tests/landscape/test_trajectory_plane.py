@@ -8,9 +8,9 @@ from torch import nn
 import lmc
 from lmc.errors import InputError, MismatchError
 from lmc.landscape.evaluation.evaluator import evaluate
-from lmc.landscape.planes.grid import Principal
 from lmc.landscape.planes.plane import loss_plane, random_plane, trajectory_plane
 from lmc.landscape.planes.plane_result import Plane
+from lmc.landscape.planes.span import Principal
 
 RUN = lmc.data.checkpoint("digits-mlp64-trajectory")
 EPOCHS = (0, 1, 2, 5, 20)

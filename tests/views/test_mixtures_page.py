@@ -13,8 +13,8 @@ import traitlets
 from support import embedded
 
 from lmc.landscape.evaluation.evaluator import evaluate
-from lmc.landscape.simplices.simplex_result import Simplex
-from lmc.landscape.simplices.triangle import loss_simplex, loss_triangle
+from lmc.landscape.simplex import Simplex
+from lmc.landscape.triangle import loss_simplex, loss_triangle
 from lmc.models import mlp
 from lmc.views.widgets import page
 from lmc.views.widgets.simplex import state

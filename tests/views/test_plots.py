@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from lmc.errors import InputError
-from lmc.landscape.paths.path import Path
+from lmc.landscape.path import Path
 from lmc.landscape.planes.plane_result import Plane
 from lmc.merge.study.inspect import inspect
 from lmc.views.plots.style import BLUE, ORANGE, colours
@@ -73,7 +73,11 @@ def test_names_are_told_apart():
 
 def boxes(figure) -> list[tuple[float, float]]:
     """The places of the numbers beside arrows, left panel first."""
-    return [(note.x, note.y) for note in figure.layout.annotations if note.text and ("nats" in note.text or "points" in note.text)]
+    return [
+        (note.x, note.y)
+        for note in figure.layout.annotations
+        if note.text and ("nats" in note.text or "points" in note.text)
+    ]
 
 
 def test_barrier_labels_stand_on_no_curve_and_on_no_other_label():

@@ -15,7 +15,7 @@ import traitlets
 from support import embedded
 
 from lmc.errors import InputError
-from lmc.landscape.paths.path import Path, loss_path
+from lmc.landscape.path import Path, loss_path
 from lmc.models import mlp
 from lmc.views.widgets import page
 from lmc.views.widgets.path import state

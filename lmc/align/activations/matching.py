@@ -1,25 +1,29 @@
 """Activation matching: units that do the same on the same inputs (Li et al. 2015; Ainsworth et al. 2023, section 3.1)."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lmc.align.activations.by_weights import match_silent, match_unseen
 from lmc.align.activations.clusters import clusters
 from lmc.align.activations.collect import CrossMoments, collect
 from lmc.align.activations.taps import choose, live_taps
-from lmc.align.parameters import matched
+from lmc.align.weight_matching.algorithm import Descent
+from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
+from lmc.align.weight_matching.gains import assign, opening_prices
+from lmc.align.weight_matching.parameters import matched
 from lmc.core.context import own_context, warn
 from lmc.errors import InputError
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
+from lmc.symmetry.actions import permute_tensor
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, agreeing
+from lmc.weights import ModelOrWeights, Weights, agreeing
 
+_SWEEPS = 100
 Method = Literal["correlation", "cross-product"]
 
 
@@ -125,3 +129,66 @@ def _warn_if_few(moments: Mapping[str, CrossMoments]) -> None:
             + (f" (and {len(few) - 1} more groups)" if len(few) > 1 else "")
             + "; pass more inputs"
         )
+
+
+def match_unseen(
+    spec: PermutationSpec, names: Sequence[str], fixed: Weights, moving: Weights, indices: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The indices with the named groups matched by their weights, all others staying in place. Says so in a warning."""
+    warn(
+        f"no module takes in or gives out the units of {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}: "
+        "these groups are matched by their weights"
+    )
+    blocks = [block for block in build_blocks(spec, fixed) if block.name in names]
+    return Descent(spec, blocks, fixed, permuted(spec, moving, indices), indices).grow_outwards().run(_SWEEPS).pi
+
+
+def match_silent(
+    spec: PermutationSpec,
+    scores: Mapping[str, Tensor],
+    fixed: Weights,
+    moving: Weights,
+    indices: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The indices in which units that score 0 with all others, in either network, are ordered among themselves by weights.
+
+    Such units are constant: dead, or saturated. Activations do not tell them apart, but weights do.
+    """
+    found = dict(indices)
+    silent = {name: _silent(score, found[name]) for name, score in scores.items() if name in found}
+    todo = {name: units for name, units in silent.items() if len(units) > 1}
+    if not todo:
+        return found
+    state = permuted(spec, moving, found)
+    for block in build_blocks(spec, fixed):
+        if block.name in todo:
+            units = todo[block.name]
+            gain = _gain(block, fixed, state, units)
+            step = torch.arange(block.size)
+            step[units] = units[assign(gain, opening_prices(gain))[0]]
+            for name, tables in spec.groups[block.name].tables.items():
+                if name in state:
+                    pairs = [(block.name, table) for table in tables]
+                    state[name] = permute_tensor(state[name], pairs, {block.name: step})
+            found[block.name] = found[block.name][step]
+    return found
+
+
+def permuted(spec: PermutationSpec, tensors: Weights, indices: Mapping[str, Tensor]) -> Weights:
+    """The tensors with all groups permuted."""
+    tables = spec.tables_by_tensor
+    return {name: permute_tensor(tensor, tables.get(name, ()), indices) for name, tensor in tensors.items()}
+
+
+def _silent(score: Tensor, index: Tensor) -> Tensor:
+    """The units of A that score 0 with all of B and have been given such a unit of B."""
+    ours, theirs = (score == 0).all(1).cpu(), (score == 0).all(0).cpu()
+    return (ours & theirs[index]).nonzero().flatten()
+
+
+def _gain(block: UnitBlock, fixed: Weights, state: Weights, units: Tensor) -> Tensor:
+    total = torch.zeros(len(units), len(units), dtype=torch.float64)
+    for place in block.places:
+        ours, theirs = (place.features(tensors[place.tensor])[units] for tensors in (fixed, state))
+        total += (ours @ theirs.T).to("cpu", torch.float64)
+    return total

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmc.align.parameters import matched
+from lmc.align.weight_matching.parameters import matched
 from lmc.align.relaxed.task_loss import TaskLoss
 from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from lmc.align.relaxed.soft import SoftMoves, as_matrices
-from lmc.align.weight_matching.assignment import assign
-from lmc.align.weight_matching.gains import inner_product
+from lmc.align.weight_matching.gains import assign, inner_product
 from lmc.errors import SpecError
 from lmc.symmetry.groups.group import Group
 from lmc.symmetry.spec import PermutationSpec

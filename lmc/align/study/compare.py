@@ -11,7 +11,7 @@ from torch import nn
 
 from lmc.align.activations.matching import activation_matching
 from lmc.align.many import match_many
-from lmc.align.parameters import matched
+from lmc.align.weight_matching.parameters import matched
 from lmc.align.relaxed.sinkhorn import sinkhorn_matching
 from lmc.align.relaxed.straight_through import straight_through_matching
 from lmc.align.study.singular import singular_alignment
@@ -22,7 +22,7 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError, SpecError
-from lmc.landscape.paths.path import loss_path
+from lmc.landscape.path import loss_path
 from lmc.network.network import pick_device
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights, distance, dot

@@ -14,7 +14,7 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.landscape.paths.path import Path, Repair, Values, loss_path
+from lmc.landscape.path import Path, Repair, Values, loss_path
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, as_weights
 

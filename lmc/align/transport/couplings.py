@@ -7,7 +7,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from lmc.align.weight_matching.assignment import assign, opening_prices
+from lmc.align.weight_matching.gains import assign, opening_prices
 from lmc.core.context import warn
 from lmc.core.extras import require
 from lmc.errors import SpecError

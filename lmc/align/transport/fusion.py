@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lmc.align.transport.layerwise import Problem
-from lmc.align.transport.widths import check_alone, guess_inputs
+from lmc.align.transport.layerwise import Problem, check_alone, guess_inputs
 from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result

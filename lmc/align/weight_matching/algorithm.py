@@ -12,7 +12,7 @@ groups within units for all pairs of units; `outwards` chooses a first pass from
 group is visited again only after one that shares a tensor with it has moved.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
 
 from torch import Tensor
@@ -20,8 +20,7 @@ from torch import Tensor
 from lmc.align.weight_matching.blocks import Shift, UnitBlock
 from lmc.align.weight_matching.gains import Gains, inner_product
 from lmc.align.weight_matching.nested import Step, nested_assignment
-from lmc.align.weight_matching.outwards import outwards
-from lmc.symmetry.groups.actions import compose_moves
+from lmc.symmetry.actions import compose_moves
 from lmc.symmetry.spec import PermutationSpec
 
 _INNER_SWEEPS = 10
@@ -128,3 +127,29 @@ class Descent:
         before = inner_product({name: self.fixed[name] for name in changed}, self.state)
         after = inner_product({name: self.fixed[name] for name in changed}, changed)
         return after > before + _ROUNDING * abs(before)
+
+
+def outwards(blocks: Sequence[UnitBlock], fixed: Mapping[str, Tensor]) -> Iterator[tuple[int, frozenset[str] | None]]:
+    """A first pass, from what is fixed outwards: the blocks, the best-informed first, each with the tensors that no
+    unmatched block shares with it.
+
+    A block is the better informed, the larger the share of its numbers that lies in such tensors; None stands for all
+    tensors, where a block has none of its own.
+    """
+    waiting: dict[str, int] = {}  # for each tensor the blocks on it that are still to come
+    for block in blocks:
+        for name in block.tables:
+            waiting[name] = waiting.get(name, 0) + 1
+    sizes = {name: fixed[name].numel() for name in waiting}
+    todo = dict.fromkeys(range(len(blocks)))
+
+    def settled_share(i: int) -> float:
+        tensors = blocks[i].tables
+        return sum(sizes[name] for name in tensors if waiting[name] == 1) / sum(sizes[name] for name in tensors)
+
+    while todo:
+        i = max(todo, key=settled_share)
+        del todo[i]
+        yield i, frozenset(name for name in blocks[i].tables if waiting[name] == 1) or None
+        for name in blocks[i].tables:
+            waiting[name] -= 1

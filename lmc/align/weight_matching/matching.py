@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmc.align.parameters import matched
+from lmc.align.weight_matching.parameters import matched
 from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.gains import inner_product

@@ -7,9 +7,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lmc.align.weight_matching.assignment import assign
 from lmc.align.weight_matching.blocks import UnitBlock, sub_tensor
-from lmc.align.weight_matching.gains import inner_product
+from lmc.align.weight_matching.gains import assign, inner_product
 
 Step: TypeAlias = dict[str, Tensor]
 Solutions: TypeAlias = dict[tuple[int, int], Step]

@@ -12,9 +12,8 @@ from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluation import Evaluation
 from lmc.landscape.evaluation.measured import Values
-from lmc.landscape.planes.grid import Principal, ThroughThree, axis, filter_normalised
 from lmc.landscape.planes.plane_result import Plane
-from lmc.landscape.planes.span import Frame, PlaneSpan
+from lmc.landscape.planes.span import Frame, PlaneSpan, Principal, ThroughThree, axis, filter_normalised
 from lmc.landscape.planes.survey import Layout, survey
 from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights

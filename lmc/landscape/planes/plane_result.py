@@ -11,8 +11,7 @@ from lmc.core.codec import UNSAVED
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.landscape.evaluation.live import Live
-from lmc.landscape.evaluation.measured import Measured, Values
+from lmc.landscape.evaluation.measured import Live, Measured, Values
 from lmc.landscape.planes.span import Frame
 from lmc.weights import ModelOrWeights
 

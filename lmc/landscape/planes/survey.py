@@ -10,13 +10,11 @@ from lmc.core.context import warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluation import Evaluation
-from lmc.landscape.evaluation.live import Live
-from lmc.landscape.evaluation.measured import Values
+from lmc.landscape.evaluation.measured import Live, Values
 from lmc.landscape.evaluation.scores import Score
-from lmc.landscape.planes.grid import coarse_to_fine
 from lmc.landscape.planes.plane_result import Plane
 from lmc.landscape.planes.refinement import Mask, refine
-from lmc.landscape.planes.span import Frame
+from lmc.landscape.planes.span import Frame, coarse_to_fine
 from lmc.landscape.planes.workers import Workers
 
 

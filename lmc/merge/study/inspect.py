@@ -184,7 +184,7 @@ def _compared(state: Mapping[str, Tensor], model: nn.Module | None, skipped: set
 def _barriers(
     model: nn.Module, states: Sequence[Any], data: Any, alphas: int, device: torch.device | str | None, progress: bool
 ) -> np.ndarray:
-    from lmc.landscape.paths.path import loss_path
+    from lmc.landscape.path import loss_path
 
     count = len(states)
     found = np.zeros((count, count))

@@ -12,7 +12,7 @@ from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.landscape.paths.path import Path, loss_path
+from lmc.landscape.path import Path, loss_path
 from lmc.weights import ModelOrWeights
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lmc.core.results import view
-from lmc.landscape.curves.curve import Curve
+from lmc.landscape.curve import Curve
 from lmc.merge.with_training.star import Star, StarPaths
 from lmc.views.labels import measure_title
 from lmc.views.plots.style import BLACK, BLUE, COLOURS, GREEN, ORANGE, figure, styled

@@ -5,7 +5,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from lmc.core.results import view
-from lmc.landscape.paths.path import Path
+from lmc.landscape.path import Path
 from lmc.views.labels import labelled_paths, measure_title
 from lmc.views.plots.style import BLACK, DASHES, colours, styled
 

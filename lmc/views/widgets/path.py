@@ -11,7 +11,7 @@ import traitlets
 
 from lmc.core.results import view
 from lmc.errors import InputError
-from lmc.landscape.paths.path import Path
+from lmc.landscape.path import Path
 from lmc.views.labels import labelled_paths, measure_title
 from lmc.views.palette import colours
 from lmc.views.widgets.explorer import Explorer

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmc.errors import InputError
-from lmc.landscape.evaluation.live import Live
+from lmc.landscape.evaluation.measured import Live
 from lmc.landscape.evaluation.predictions import Predictions
 
 TILES = 24  # pictures that an explorer shows at once

@@ -9,7 +9,7 @@ import numpy as np
 import traitlets
 
 from lmc.core.results import view
-from lmc.landscape.simplices.simplex_result import Simplex
+from lmc.landscape.simplex import Simplex
 from lmc.views.labels import measure_title
 from lmc.views.palette import CYCLE, GREY, SCALE
 from lmc.views.widgets.explorer import Explorer

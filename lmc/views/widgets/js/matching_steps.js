@@ -1,4 +1,4 @@
-// A permutation carried out by swaps: the same as `partial` in lmc/align/study/placing.py.
+// A permutation carried out by swaps: the same as `partial` in lmc/align/study/inspect.py.
 
 // The unit in each place after `count` swaps, each of which fills the next place of `order` rightly.
 export function placing(index, order, count) {

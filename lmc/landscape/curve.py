@@ -16,11 +16,11 @@ from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.landscape.curves.training import Schedule, train_bends
+from lmc.landscape.bends import Schedule, train_bends
 from lmc.landscape.evaluation.evaluation import Evaluation
 from lmc.landscape.evaluation.measured import Values
 from lmc.landscape.evaluation.objective import Objective
-from lmc.landscape.paths.path import Path, mixture_path, points_of
+from lmc.landscape.path import Path, mixture_path, points_of
 from lmc.landscape.planes.plane import loss_plane
 from lmc.landscape.planes.plane_result import Plane
 from lmc.network.copies import fresh_copy

@@ -11,9 +11,8 @@ from torch import nn
 from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluation import Evaluation
-from lmc.landscape.evaluation.live import Live
-from lmc.landscape.simplices.lattice import coarse_to_fine, lattice, lattice_size
-from lmc.landscape.simplices.simplex_result import Mixture, Simplex, Triangle
+from lmc.landscape.evaluation.measured import Live
+from lmc.landscape.simplex import Mixture, Simplex, Triangle, coarse_to_fine, lattice, lattice_size
 from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights, Weights
 
