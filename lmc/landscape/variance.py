@@ -20,8 +20,8 @@ from lmc.errors import InputError
 from lmc.landscape.evaluation.measured import Values
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.layers import preactivations, run_seen
+from lmc.network.moments import ChannelMoments
 from lmc.network.network import Network, pick_device
-from lmc.network.repair import ChannelMoments
 from lmc.weights import ModelOrWeights, agreeing
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def variance_ratios(
     batches = list(input_batches(model, inputs, batch_size))
     network.load(states[0])
     places = preactivations(network, first_of(batches[0], 1))
-    moments = [[ChannelMoments(1) for _ in places] for _ in states]
+    moments = [[ChannelMoments() for _ in places] for _ in states]
     for found, state in zip(
         tqdm(moments, desc="variances", unit=" networks", disable=not progress), states, strict=True
     ):

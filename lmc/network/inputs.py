@@ -128,4 +128,3 @@ def arguments(module: nn.Module, call: Call) -> tuple[tuple[Any, ...], dict[str,
     if required and all(name in known for name in required):
         return (), {name: known[name] for name in asked if name in known}
     return (call,), {}
-

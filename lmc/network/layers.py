@@ -1,17 +1,83 @@
-"""Which layers of a network have outputs that its own weights and biases can rescale and shift, channel by channel."""
+"""Layers whose layout is known: which axes of weights and activations count channels, which layers are matrices, and which
+have outputs that weights and biases of the network can rescale and shift, channel by channel."""
 
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lmc.network.inputs import Call
 from lmc.network.network import Network
+
+Side = Literal["input", "output"]
+
+
+def sides(module: nn.Module) -> list[tuple[int, Side, int]]:
+    """`(axis of the weight, side, channel axis of the activation)` for the modules whose layout is known."""
+    if isinstance(module, nn.Linear):
+        return [(1, "input", -1), (0, "output", -1)]
+    if isinstance(module, _ConvTransposeNd):
+        channel = channel_axis(module)
+        return [(0, "input", channel), (1, "output", channel)] if module.groups == 1 else []
+    if isinstance(module, _ConvNd):
+        channel = channel_axis(module)
+        return [(1, "input", channel), (0, "output", channel)] if module.groups == 1 else [(0, "output", channel)]
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return [(1, "output", -1)]
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return [(0, "output", -1)] if len(module.normalized_shape) == 1 else []
+    if isinstance(module, _BatchNorm | _InstanceNorm | nn.GroupNorm | nn.PReLU):
+        return [(0, "output", 1)]
+    if _is_conv1d(module):
+        return [(0, "input", -1), (1, "output", -1)]
+    return []
+
+
+def channel_axis(module: nn.Module) -> int:
+    """The axis of the output of a linear or convolutional layer that counts channels, from the end."""
+    return -1 - len(module.kernel_size) if isinstance(module, _ConvNd) else -1
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """GPT-2's linear layer, with a weight (in, out)."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def fits(module: nn.Module) -> bool:
+    """Whether a layer is a matrix that we know how to read: linear, a convolution over patches, or GPT-2's Conv1D."""
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
+    return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def rows(module: nn.Module, inputs: Tensor) -> Tensor:
+    """`(rows, inputs)`: what the weight matrix is multiplied with, float32 or wider."""
+    x = inputs.detach().to(torch.promote_types(inputs.dtype, torch.float32))
+    if isinstance(module, nn.Conv1d | nn.Conv2d):
+        assert not isinstance(module.padding, str)
+        x = x if x.ndim == len(module.kernel_size) + 2 else x[None]
+        how = [module.kernel_size, module.dilation, module.padding, module.stride]
+        if isinstance(module, nn.Conv1d):  # an image one pixel high
+            x, how = x[..., None, :], [(neutral, *size) for neutral, size in zip((1, 1, 0, 1), how, strict=True)]
+        return F.unfold(x, *how).mT.flatten(0, 1)  # from (N, in * kh * kw, positions)
+    return x.reshape(-1, x.shape[-1])
+
+
+def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
+    """`(inputs, outputs)`."""
+    return weight.flatten(1).T if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) else weight
+
+
+def as_weight(module: nn.Module, matrix: Tensor, shape: torch.Size) -> Tensor:
+    """What `as_matrix` made, back in the shape of the weight."""
+    return (matrix.T if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) else matrix).reshape(shape)
 
 
 @dataclass(frozen=True)
@@ -39,8 +105,7 @@ def rescalable(network: Network, probe: Call) -> list[Layer]:
         if counts[name] > 1 or any(not isinstance(p, nn.Parameter) or uses[id(p)] > 1 for p in _own(module)):
             continue
         if _is_weighted(module):
-            if not (isinstance(module, _ConvTransposeNd) and module.groups > 1):
-                found.append(Layer(name, _channel_axis(module), 1 if isinstance(module, _ConvTransposeNd) else 0))
+            found += [Layer(name, channel, axis) for axis, side, channel in sides(module) if side == "output"]
         elif at and calls[at - 1].module.bias is None and not isinstance(module, _BatchNorm):
             channel = _scaled_axis(calls[at])
             if channel is not None:
@@ -55,7 +120,7 @@ def preactivations(network: Network, probe: Call) -> dict[str, tuple[str, int]]:
     found = {}
     for call, following in zip(calls, [*calls[1:], None], strict=True):
         if _is_weighted(call.module):
-            found[call.name] = call.name, _channel_axis(call.module)
+            found[call.name] = call.name, channel_axis(call.module)
             if call.module.bias is None and following is not None and not _is_weighted(following.module):
                 channel = _scaled_axis(following)
                 if channel is not None:
@@ -98,10 +163,6 @@ class _Called:
     module: Any
     arguments: tuple[Any, ...]
     output: Tensor
-
-
-def _channel_axis(module: nn.Module) -> int:
-    return -1 - len(module.kernel_size) if isinstance(module, _ConvNd) else -1
 
 
 def _own(module: nn.Module) -> tuple[Any, Any]:

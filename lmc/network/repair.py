@@ -18,6 +18,7 @@ from lmc.errors import DataError, InputError
 from lmc.network.batchnorm import Recalibrator, has_batchnorm
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.layers import Layer, rescalable, run_seen
+from lmc.network.moments import ChannelMoments
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_compatible, check_finite, fitted, mean
 
@@ -120,9 +121,9 @@ class Renormalizer:
             average = Recalibrator(self.network, self.batches)(average)
         return average
 
-    def _measure_endpoints(self, progress: bool) -> "list[ChannelMoments]":
+    def _measure_endpoints(self, progress: bool) -> "list[LayerMoments]":
         """The statistics of every layer in every network, and between networks."""
-        moments = [ChannelMoments(len(self.models)) for _ in self._layers]
+        moments = [LayerMoments() for _ in self._layers]
         places = [(layer.module, layer.channel) for layer in self._layers]
         for call in tqdm(self.batches, desc="repair", unit=" batches", disable=not progress):
             seen: list[list[Tensor]] = [[] for _ in self._layers]
@@ -139,13 +140,13 @@ class Renormalizer:
 
     def _measure_average(self, average: Weights, shares: Sequence[float]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """One pass over the average in which each layer passes on what it will give once repaired."""
-        moments = [ChannelMoments(1) for _ in self._layers]
+        moments = [LayerMoments() for _ in self._layers]
         places = [(layer.module, layer.channel) for layer in self._layers]
         targets = [found.target(shares) for found in self._endpoints]
 
         def correct(at: int, values: Tensor) -> Tensor:
             moments[at].update(values[None])
-            batch = ChannelMoments(1)
+            batch = LayerMoments()
             batch.update(values[None])
             scale, before, after = batch.towards(*targets[at])
             return (values - before[:, None]) * scale[:, None] + after[:, None]
@@ -173,32 +174,8 @@ class Renormalizer:
         weights[f"{layer.module}.bias"] = ((bias.double() - before) * scale + after).to(bias.dtype)
 
 
-class ChannelMoments:
-    """Means (K, n) and covariances (K, K, n) of the channels of one layer in K networks, streamed over batches."""
-
-    def __init__(self, count: int) -> None:
-        self.count, self.samples = count, 0
-        self.mean = self.square = torch.zeros(())
-
-    def update(self, values: Tensor) -> None:
-        """Take in values (K, n, samples); batches are merged as in Chan, Golub and LeVeque (1983)."""
-        new = values.shape[2]
-        center = values.mean(2)
-        values = values - center[:, :, None]
-        shift = center - self.mean
-        weight, total = self.samples * new / (self.samples + new), self.samples + new
-        self.square = self.square + torch.einsum("kns,lns->kln", values, values) + weight * shift[:, None] * shift[None]
-        self.mean = self.mean + (new / total) * shift
-        self.samples = total
-
-    @property
-    def covariance(self) -> Tensor:
-        return self.square / self.samples
-
-    @property
-    def deviation(self) -> Tensor:
-        """Standard deviations (K, n)."""
-        return torch.diagonal(self.covariance).T.clamp_min(0.0).sqrt()
+class LayerMoments(ChannelMoments):
+    """Moments of the channels of one layer in the networks, and what brings an average of them to theirs."""
 
     def target(self, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Mean (n,) and standard deviation (n,) of the repaired layer (section 4 of the paper)."""

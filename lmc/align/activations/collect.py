@@ -1,8 +1,7 @@
 """Second moments between the units of two networks on the same inputs, streamed over batches in one pass.
 
-Batches are merged by the pairwise update of Chan, Golub and LeVeque (1983), on centred values: products in the dtype of
-the activations, sums in float64, where a few batches at a time are added. So a mean that is large beside the spread
-costs no digits. What is kept is one matrix per group, on the device that runs the networks.
+Products of centred values are made in the dtype of the activations and summed in float64, where a few batches at a time
+are added (`lmc.network.moments.joined`). What is kept is one matrix per group, on the device that runs the networks.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,6 +14,7 @@ from lmc.align.activations.taps import Tap, Watch
 from lmc.core.progress import tqdm
 from lmc.errors import DataError
 from lmc.network.inputs import Call
+from lmc.network.moments import joined
 from lmc.network.network import Network
 from lmc.weights import Weights
 
@@ -62,8 +62,8 @@ class CrossMoments:
         (values_a, mean_a), (values_b, mean_b) = a, b
         new = values_a.shape[1]
         before, old_a, old_b = self._means.get(site, (0, torch.zeros_like(mean_a), torch.zeros_like(mean_b)))
-        shift_a, shift_b = mean_a - old_a, mean_b - old_b
-        weight = before * new / (before + new)
+        mean_a, shift_a, weight = joined(before, old_a, new, mean_a)
+        mean_b, shift_b, _ = joined(before, old_b, new, mean_b)
         if self._recent is None:
             self._recent = values_a @ values_b.T
         else:
@@ -75,8 +75,7 @@ class CrossMoments:
             self._product.addr_(shift_a, shift_b, alpha=weight)
         self.square_a += values_a.square().sum(1) + weight * shift_a.square()
         self.square_b += values_b.square().sum(1) + weight * shift_b.square()
-        share = new / (before + new)
-        self._means[site] = (before + new, old_a + share * shift_a, old_b + share * shift_b)
+        self._means[site] = (before + new, mean_a, mean_b)
         self.samples += new
 
     def _fold(self) -> None:

@@ -7,17 +7,13 @@ of its output. So the tables of a group on that axis say which channels belong t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.instancenorm import _InstanceNorm
 
+from lmc.network.layers import Side, sides
 from lmc.symmetry.spec import PermutationSpec
-
-Side = Literal["input", "output"]
 
 # Parametrised weights (weight norm, pruning) keep a tensor of the weight's shape under another name.
 _WEIGHT_NAMES = (
@@ -58,31 +54,8 @@ def candidates(spec: PermutationSpec, model: nn.Module) -> list[Tap]:
         for tensor in (f"{name}.{own}" if name else own for own in _WEIGHT_NAMES):
             tables = spec.tables_by_tensor.get(tensor, ())
             moving = {table.dims[0] for _, table in tables if len(table.dims) == 1}
-            found += [
-                Tap(name, side, channel, tensor, axis) for axis, side, channel in _sides(module) if axis in moving
-            ]
+            found += [Tap(name, side, channel, tensor, axis) for axis, side, channel in sides(module) if axis in moving]
     return found
-
-
-def _sides(module: nn.Module) -> list[tuple[int, Side, int]]:
-    """`(axis of the weight, side, channel axis of the activation)` for the modules whose layout is known."""
-    if isinstance(module, nn.Linear):
-        return [(1, "input", -1), (0, "output", -1)]
-    if isinstance(module, _ConvTransposeNd):
-        channel = -1 - len(module.kernel_size)
-        return [(0, "input", channel), (1, "output", channel)] if module.groups == 1 else []
-    if isinstance(module, _ConvNd):
-        channel = -1 - len(module.kernel_size)
-        return [(1, "input", channel), (0, "output", channel)] if module.groups == 1 else [(0, "output", channel)]
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return [(1, "output", -1)]
-    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
-        return [(0, "output", -1)] if len(module.normalized_shape) == 1 else []
-    if isinstance(module, _BatchNorm | _InstanceNorm | nn.GroupNorm | nn.PReLU):
-        return [(0, "output", 1)]
-    if type(module).__name__ == "Conv1D" and hasattr(module, "nf"):  # GPT-2's linear layer, weight (in, out)
-        return [(0, "input", -1), (1, "output", -1)]
-    return []
 
 
 class Watch:

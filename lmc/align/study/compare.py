@@ -11,12 +11,12 @@ from torch import nn
 
 from lmc.align.activations.matching import activation_matching
 from lmc.align.many import match_many
-from lmc.align.weight_matching.parameters import matched
 from lmc.align.relaxed.sinkhorn import sinkhorn_matching
 from lmc.align.relaxed.straight_through import straight_through_matching
 from lmc.align.study.singular import singular_alignment
 from lmc.align.transport.fusion import ot_fusion
 from lmc.align.weight_matching.matching import weight_matching
+from lmc.align.weight_matching.parameters import matched
 from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.progress import tqdm

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmc.align.weight_matching.parameters import matched
 from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.gains import inner_product
+from lmc.align.weight_matching.parameters import matched
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError

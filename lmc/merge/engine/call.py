@@ -8,11 +8,11 @@ from typing import Any
 from torch import Tensor
 
 from lmc.merge.engine.chunks import Chunk, Cut, grain
-from lmc.merge.engine.moments import Moments
 from lmc.merge.engine.passes import Read
 from lmc.merge.engine.patterns import PerName
 from lmc.merge.engine.rng import Uniform, generator
 from lmc.merge.engine.tensors import WeightSets
+from lmc.network.moments import Moments
 
 GIVEN = ("base", "name", "generator", "uniform", "moments", "survey")  # parameters of rules that are not options
 

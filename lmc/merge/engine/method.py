@@ -44,10 +44,10 @@ from lmc.merge.engine.aligning import PARAMETER, aligned
 from lmc.merge.engine.call import GIVEN, MethodCall
 from lmc.merge.engine.chunks import Chunk, Cut
 from lmc.merge.engine.coefficients import affine, coefficients, convex
-from lmc.merge.engine.moments import moments
 from lmc.merge.engine.passes import Pass, Read
 from lmc.merge.engine.patterns import PerName
 from lmc.merge.engine.tensors import WeightSets, assemble_chunks, joined, weight_sets
+from lmc.network.moments import moments
 from lmc.weights import ModelOrWeights, StateDict
 
 Rule = Callable[..., Any]

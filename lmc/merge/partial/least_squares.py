@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lmc.core.progress import tqdm
 from lmc.merge.partial.pair import Pair
 from lmc.merge.partial.units import BOTH, Axis, MergedUnits, Stretch, owners, zipped_axis
-from lmc.merge.with_data.linear_layers import as_matrix, as_weight, fits, rows
+from lmc.network.layers import as_matrix, as_weight, fits, rows
 from lmc.weights import Weights
 
 

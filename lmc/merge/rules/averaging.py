@@ -15,8 +15,8 @@ from lmc.errors import InputError
 from lmc.merge.engine.chunks import Cut
 from lmc.merge.engine.coefficients import coefficients
 from lmc.merge.engine.method import linear, on_tensors
-from lmc.merge.engine.moments import Moments, precise
 from lmc.merge.engine.tensors import weight_sets
+from lmc.network.moments import Moments, precise
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_compatible
 from lmc.weights.numbers import wide
 

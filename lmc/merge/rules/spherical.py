@@ -9,8 +9,8 @@ from lmc.errors import InputError
 from lmc.merge.engine.chunks import Cut
 from lmc.merge.engine.coefficients import coefficients
 from lmc.merge.engine.method import on_tensors
-from lmc.merge.engine.moments import Moments
 from lmc.merge.rules.averaging import average
+from lmc.network.moments import Moments
 
 
 def _rows_or_whole(*, row_wise: bool = False, **_: object) -> Cut:

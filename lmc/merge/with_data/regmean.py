@@ -13,12 +13,12 @@ from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.merge.engine.aligning import alignable
-from lmc.merge.engine.moments import precise
 from lmc.merge.engine.result import Merged
 from lmc.merge.engine.tensors import WeightSets, assemble, weight_sets
 from lmc.merge.with_data.examples import batches, each
-from lmc.merge.with_data.linear_layers import as_matrix, as_weight, fits, rows
 from lmc.network.batches import to_device
+from lmc.network.layers import as_matrix, as_weight, fits, rows
+from lmc.network.moments import precise
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
 

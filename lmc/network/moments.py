@@ -1,0 +1,78 @@
+"""Running moments: means and sums of products of centred samples, streamed over batches or chunks.
+
+Sets of samples are joined by the pairwise update of Chan, Golub and LeVeque (1983) on centred values, so a mean that is
+large beside the spread costs no digits.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def joined(count: int, mean: Tensor, more: int, other: Tensor) -> tuple[Tensor, Tensor, float]:
+    """The mean of `count` samples with one mean and `more` with another, the shift between the two, and a weight.
+
+    With them, sums of products of centred samples add up: `S = S_1 + S_2 + weight * outer(shift, shift)`.
+    """
+    shift, total = other - mean, max(count + more, 1)
+    return mean + (more / total) * shift, shift, count * more / total
+
+
+class ChannelMoments:
+    """Means (K, n) and covariances (K, K, n) of n channels, seen on the same samples in K networks."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self.mean = self.square = torch.zeros(())
+
+    def update(self, values: Tensor) -> None:
+        """Take in values (K, n, samples)."""
+        new, center = values.shape[2], values.mean(2)
+        values = values - center[:, :, None]
+        self.mean, shift, weight = joined(self.samples, self.mean, new, center)
+        self.square = self.square + torch.einsum("kns,lns->kln", values, values) + weight * shift[:, None] * shift[None]
+        self.samples += new
+
+    @property
+    def covariance(self) -> Tensor:
+        return self.square / self.samples
+
+    @property
+    def deviation(self) -> Tensor:
+        """Standard deviations (K, n)."""
+        return torch.diagonal(self.covariance).T.clamp_min(0.0).sqrt()
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of the flattened tensors of one name, in float64 on the CPU.
+
+    Attributes:
+        count: the number of entries of each.
+        means: `(models,)`, the mean entries.
+        covariances: `(models, models)`, divided by `count`.
+    """
+
+    count: int
+    means: Tensor
+    covariances: Tensor
+
+    @property
+    def gram(self) -> Tensor:
+        """`(models, models)`: the inner products."""
+        return self.count * (self.covariances + torch.outer(self.means, self.means))
+
+
+def moments(tensors: Iterable[Tensor]) -> Moments:
+    """Of `(models, *shape)` tensors, the chunks of one."""
+    found = ChannelMoments()
+    for tensor in tensors:
+        found.update(precise(tensor).reshape(len(tensor), 1, -1))
+    return Moments(found.samples, found.mean[:, 0].cpu(), found.covariance[:, :, 0].cpu())
+
+
+def precise(tensor: Tensor) -> Tensor:
+    """In float64; on the CPU where the device has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
