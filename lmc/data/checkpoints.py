@@ -90,9 +90,7 @@ def checkpoint(name: str, folder: str | Path | None = None) -> CheckpointSet:
         verify(path, f"sha256:{entry['sha256']}")
         stored = load(path.read_bytes())
         order = sorted(stored, key=natural)  # the file has another one each time it is written
-        weights.append(
-            StateDict({n: stored[n].float() if stored[n].is_floating_point() else stored[n] for n in order})
-        )
+        weights.append(StateDict({n: stored[n].float() if stored[n].is_floating_point() else stored[n] for n in order}))
     seeds, epochs = (tuple(entry[field] for entry in entries) for field in ("seed", "epoch"))
     return CheckpointSet(name, tuple(weights), seeds, epochs, manifest)
 

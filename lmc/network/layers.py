@@ -46,8 +46,8 @@ def channel_axis(module: nn.Module) -> int:
 
 
 def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's linear layer, with a weight (in, out)."""
-    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    """Whether a module is a linear layer with a weight (in, out), as GPT-2 has them."""
+    return type(module).__name__ == "Conv1D" and getattr(getattr(module, "weight", None), "ndim", 0) == 2
 
 
 def fits(module: nn.Module) -> bool:

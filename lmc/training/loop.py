@@ -14,9 +14,8 @@ from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.network.copies import fresh_copy
 from lmc.network.network import pick_device
-from lmc.training.init import aliases, device_of, given, initialised
-from lmc.training.inputs import check_model, epochs_to_keep, training_tensors
 from lmc.training.result import History, Recipe, Trained
+from lmc.training.start import aliases, check_model, device_of, epochs_to_keep, given, initialised, training_tensors
 from lmc.training.step import Stack, Step, one_by_one, record
 from lmc.weights import ModelOrWeights, StateDict, Weights
 

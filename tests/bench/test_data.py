@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import lmc
-from lmc.data import cifar, files
-from lmc.data import idx as idx_files
+from lmc.data import files, images
 from lmc.errors import DataError, InputError
 
 
@@ -66,10 +65,10 @@ def small_mnist(monkeypatch, tmp_path):
     folder = tmp_path / "elsewhere" / "MNIST" / "raw"
     folder.mkdir(parents=True)
     checksums = []
-    for name, array in zip(idx_files.FILES, arrays, strict=True):
+    for name, array in zip(images.FILES, arrays, strict=True):
         (folder / name).write_bytes(idx(array))
         checksums.append(hashlib.sha256((folder / name).read_bytes()).hexdigest())
-    monkeypatch.setattr(idx_files, "MNIST_SHA256", tuple(checksums))
+    monkeypatch.setattr(images, "MNIST_SHA256", tuple(checksums))
     return folder, arrays
 
 
@@ -88,10 +87,10 @@ def test_mnist_is_found_in_each_layout(small_mnist, levels, monkeypatch):
 
 def test_a_changed_file_is_refused_before_it_is_read(small_mnist, monkeypatch):
     folder, _ = small_mnist
-    path = folder / idx_files.FILES[2]
+    path = folder / images.FILES[2]
     original = path.read_bytes()
     path.write_bytes(original[:-9])
-    monkeypatch.setattr(idx_files, "read_idx", lambda path: pytest.fail(f"{path} was read") if path == path else None)
+    monkeypatch.setattr(images, "read_idx", lambda path: pytest.fail(f"{path} was read") if path == path else None)
     expected, found = (hashlib.sha256(content).hexdigest() for content in (original, original[:-9]))
     with pytest.raises(DataError) as error:
         lmc.data.mnist(folder)
@@ -129,7 +128,7 @@ def test_malformed_idx_files(tmp_path, flaw):
     path = tmp_path / "file.gz"
     path.write_bytes(content)
     with pytest.raises(DataError, match="file.gz"):
-        idx_files.read_idx(path)
+        images.read_idx(path)
 
 
 def source_at(path: Path, content: bytes) -> files.Source:
@@ -172,20 +171,20 @@ def told(source: files.Source, checksum: str) -> files.Source:
 
 def test_cifar10_reads_both_versions_alike(tmp_path, monkeypatch):
     random = np.random.RandomState(0)
-    batches = {name: random.randint(0, 256, (4, 3073)).astype(np.uint8) for name in cifar.BATCHES}
+    batches = {name: random.randint(0, 256, (4, 3073)).astype(np.uint8) for name in images.BATCHES}
     for rows in batches.values():
         rows[:, 0] %= 10
     binary, python = tmp_path / "bin", tmp_path / "py"
     binary.mkdir(), python.mkdir()
     checksum = archive(
-        binary / cifar.BINARY.name, {f"cifar-10-batches-bin/{k}.bin": v.tobytes() for k, v in batches.items()}
+        binary / images.BINARY.name, {f"cifar-10-batches-bin/{k}.bin": v.tobytes() for k, v in batches.items()}
     )
-    monkeypatch.setattr(cifar, "BINARY", told(cifar.BINARY, checksum))
+    monkeypatch.setattr(images, "BINARY", told(images.BINARY, checksum))
     pickles = {k: {b"data": v[:, 1:], b"labels": v[:, 0].tolist()} for k, v in batches.items()}
     checksum = archive(
-        python / cifar.PYTHON.name, {f"cifar-10-batches-py/{k}": pickle.dumps(v, 2) for k, v in pickles.items()}
+        python / images.PYTHON.name, {f"cifar-10-batches-py/{k}": pickle.dumps(v, 2) for k, v in pickles.items()}
     )
-    monkeypatch.setattr(cifar, "PYTHON", told(cifar.PYTHON, checksum))
+    monkeypatch.setattr(images, "PYTHON", told(images.PYTHON, checksum))
     first, second = (lmc.data.cifar10(folder, download=False) for folder in (binary, python))
     for data in (first, second):
         assert data.train[0].shape == (20, 3, 32, 32) and data.test[0].shape == (4, 3, 32, 32)
@@ -203,10 +202,10 @@ class Evil:
 
 def test_cifar10_refuses_pickles_that_do_more(capsys, tmp_path, monkeypatch):
     with pytest.raises(DataError, match="print"):
-        cifar.parse_pickle(pickle.dumps(Evil(), 2))
+        images.parse_pickle(pickle.dumps(Evil(), 2))
     # and an archive with the wrong checksum is not opened at all
-    archive(tmp_path / cifar.PYTHON.name, {"cifar-10-batches-py/data_batch_1": pickle.dumps(Evil(), 2)})
-    monkeypatch.setattr(cifar, "parse_pickle", lambda content: pytest.fail("parsed"))
+    archive(tmp_path / images.PYTHON.name, {"cifar-10-batches-py/data_batch_1": pickle.dumps(Evil(), 2)})
+    monkeypatch.setattr(images, "parse_pickle", lambda content: pytest.fail("parsed"))
     with pytest.raises(DataError, match="expected md5"):
         lmc.data.cifar10(tmp_path, download=False)
     assert capsys.readouterr().out == ""
@@ -215,7 +214,7 @@ def test_cifar10_refuses_pickles_that_do_more(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"", bytes(3072)])
 def test_cifar10_batches_of_the_wrong_size(content):
     with pytest.raises(DataError, match="multiple of 3073"):
-        cifar.parse_binary(content)
+        images.parse_binary(content)
 
 
 @pytest.fixture

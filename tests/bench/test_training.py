@@ -13,7 +13,7 @@ import lmc.models
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
 from lmc.training import loop as training_loop
 from lmc.training import train
-from lmc.training.init import initialised
+from lmc.training.start import initialised
 
 pytestmark = pytest.mark.filterwarnings("error")
 

@@ -42,7 +42,10 @@ def test_batches_weigh_by_their_size():
 def test_old_statistics_leave_no_trace():
     model, inputs = net(), images()
     clean = recalibrate_batchnorm(model, None, inputs)
-    spoiled = model.state_dict() | {"1.running_mean": torch.full((5,), math.nan), "5.running_var": torch.full((4,), 1e9)}
+    spoiled = model.state_dict() | {
+        "1.running_mean": torch.full((5,), math.nan),
+        "5.running_var": torch.full((4,), 1e9),
+    }
     again = recalibrate_batchnorm(model, spoiled, inputs)
     for name, tensor in clean.items():
         assert torch.equal(again[name], tensor), name
@@ -52,7 +55,9 @@ def test_dropout_stays_off_and_the_estimate_repeats():
     model, inputs = net(), images()
     first, second = (recalibrate_batchnorm(model, None, inputs, batch_size=16) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert all(torch.equal(recalibrate_batchnorm(model, first, inputs, batch_size=16)[name], first[name]) for name in first)
+    assert all(
+        torch.equal(recalibrate_batchnorm(model, first, inputs, batch_size=16)[name], first[name]) for name in first
+    )
 
 
 def test_nothing_of_the_callers_changes():
@@ -69,7 +74,10 @@ def test_nothing_of_the_callers_changes():
 
 def test_a_trained_network_hardly_moves():
     torch.manual_seed(0)
-    model, inputs = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2)), torch.randn(512, 8)
+    model, inputs = (
+        nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 2)),
+        torch.randn(512, 8),
+    )
     targets = (inputs[:, 0] > 0).long()
     optimiser = torch.optim.Adam(model.parameters(), 1e-2)
     for _ in range(100):

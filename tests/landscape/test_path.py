@@ -70,7 +70,9 @@ def test_baselines_differ_by_the_slope():
     grid = np.linspace(0, 1, 25)
     line = 1.0 + 2.0 * grid
     assert barrier(grid, line).value == pytest.approx(0.0, abs=1e-12)
-    assert barrier(grid, line, baseline="mean").value == pytest.approx(1.0)  # half the difference of the ends, on a straight line
+    assert barrier(grid, line, baseline="mean").value == pytest.approx(
+        1.0
+    )  # half the difference of the ends, on a straight line
     bumped = line + grid * (1 - grid)
     assert barrier(grid, bumped, baseline="mean").value >= barrier(grid, bumped).value - 1.0
 
@@ -88,7 +90,12 @@ def test_barrier_passes_over_gaps_and_what_lies_outside():
 
 @pytest.mark.parametrize(
     ("alphas", "values", "baseline"),
-    [([0, 1], [1, 2, 3], "linear"), ([0, 0.5], [1, 2], "linear"), ([0, 1], [1, math.nan], "linear"), ([0, 1], [1, 2], "x")],
+    [
+        ([0, 1], [1, 2, 3], "linear"),
+        ([0, 0.5], [1, 2], "linear"),
+        ([0, 1], [1, math.nan], "linear"),
+        ([0, 1], [1, 2], "x"),
+    ],
 )
 def test_no_barrier_without_both_ends(alphas, values, baseline):
     with pytest.raises(InputError):
@@ -165,7 +172,9 @@ def test_single_sets_and_regression(pair):
     path = loss_path(mlp(0), *pair, DATA.train, alphas=5)
     assert list(path.losses) == ["data"] and path.split == "data"
     inputs = torch.randn(30, 16)
-    path = loss_path(nn.Linear(16, 1), nn.Linear(16, 1), nn.Linear(16, 1), (inputs, inputs[:, :1]), alphas=5, loss=nn.MSELoss())
+    path = loss_path(
+        nn.Linear(16, 1), nn.Linear(16, 1), nn.Linear(16, 1), (inputs, inputs[:, :1]), alphas=5, loss=nn.MSELoss()
+    )
     assert math.isnan(path.error_barrier) and path.predictions is None and path.barrier == pytest.approx(0, abs=1e-6)
     assert "error" not in str(path)
 

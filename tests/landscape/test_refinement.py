@@ -44,7 +44,9 @@ class Surface:
 
 SURFACES = {
     "valley": lambda x, y: 0.1 + (x - 0.3) ** 2 + 4 * y**2 + x * y**3,
-    "two basins": lambda x, y: 2.3 - 2 * np.exp(-8 * ((x - 0.5) ** 2 + y**2)) - 2 * np.exp(-9 * ((x + 0.5) ** 2 + y**2)),
+    "two basins": lambda x, y: (
+        2.3 - 2 * np.exp(-8 * ((x - 0.5) ** 2 + y**2)) - 2 * np.exp(-9 * ((x + 0.5) ** 2 + y**2))
+    ),
     "orders of magnitude": lambda x, y: np.exp(5 * x + np.sin(3 * y)),
     "negative": lambda x, y: np.cos(2 * x) * np.sin(3 * y),
     "kink": lambda x, y: np.abs(x + 0.4 * y) + 0.2,

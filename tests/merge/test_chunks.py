@@ -11,8 +11,8 @@ import lmc.merge as merge
 from lmc.errors import InputError
 from lmc.merge.engine import chunks as parts
 from lmc.merge.engine import rng as chance
-from lmc.network.moments import moments
 from lmc.merge.engine.rng import Uniform
+from lmc.network.moments import moments
 
 SIZE = 6_000_000
 METHODS = {

@@ -6,15 +6,11 @@ require("plotly")
 
 from lmc.views.plots import (  # noqa: E402, F401 (they register themselves)
     alignment,
-    curves,
-    epochs,
-    matching,
     measures,
     merging,
     moves,
     path,
     plane,
-    soups,
     symmetry,
     triangle,
 )

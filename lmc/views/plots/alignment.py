@@ -1,15 +1,56 @@
-"""Methods of alignment side by side, and how the singular vectors of two networks meet."""
+"""Matchings on the way, methods of alignment side by side, singular vectors that meet, and barriers over the epochs of two
+runs."""
 
+import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 from plotly.subplots import make_subplots
 
 from lmc.align.study.compare import AlignmentComparison
+from lmc.align.study.epochs import Epochs
+from lmc.align.study.inspect import Matching
 from lmc.align.study.singular import LayerAlignment, SingularAlignment
 from lmc.core.results import view
 from lmc.errors import InputError
-from lmc.views.plots.style import BLUE, GREEN, ORANGE, PURPLE, SCALE, styled
+from lmc.views.plots.style import BLUE, GREEN, ORANGE, PURPLE, SCALE, colours, styled
 
 SHORTEST = 1e-3  # seconds; what takes less is drawn there
+
+
+@view(Matching, "plot")
+def plot_matching(matching: Matching, group: str | None = None) -> go.Figure:
+    """Draw how alike the units of a group are (cosine of all they own) in B's own order and in A's, and beside it the
+    barrier (without paths: the mean cosine) while the places are filled.
+
+    Raises:
+        InputError: a group that is not among those of the matching.
+    """
+    group = matching.known(group)
+    shown = matching.groups[group]
+    titles = [
+        f"{group}: before",
+        f"{group}: after",
+        f"barrier ({matching.paths[0].unit})" if matching.paths else "mean cosine",
+    ]
+    fig = styled(make_subplots(1, 3, subplot_titles=titles, horizontal_spacing=0.09), height=390)
+    high = max(0.1, float(np.quantile(shown.similarity[-1].diagonal(), 0.9)))
+    for column, step in ((1, 0), (2, -1)):
+        heat = go.Heatmap(z=shown.similarity[step], colorscale=SCALE, zmin=0.0, zmax=high)
+        heat.update(hovertemplate="A %{y}, B %{x}: cosine %{z:.2f}<extra></extra>", showscale=False)
+        fig.add_trace(heat, row=1, col=column)
+        fig.update_xaxes(title_text="place of B's unit", showgrid=False, constrain="domain", row=1, col=column)
+        anchor = "x" if column == 1 else "x2"
+        fig.update_yaxes(
+            autorange="reversed", scaleanchor=anchor, constrain="domain", showgrid=False, row=1, col=column
+        )
+    fig.update_yaxes(title_text="A's unit", row=1, col=1)
+    heights = matching.barriers if matching.paths else shown.agreement
+    colour = ORANGE if matching.paths else BLUE
+    line = go.Scatter(x=100 * matching.shares, y=heights, mode="lines+markers", line={"color": colour, "width": 3})
+    fig.add_trace(line.update(showlegend=False, hovertemplate="%{y:.3f}"), row=1, col=3)
+    fig.update_xaxes(title_text="places filled (%)", row=1, col=3)
+    fig.update_yaxes(rangemode="tozero", row=1, col=3)
+    return fig.update_layout(hovermode="closest", margin={"t": 50})
 
 
 @view(AlignmentComparison, "plot")
@@ -87,3 +128,31 @@ def _meetings(layer: LayerAlignment, top: int, bar: bool) -> go.Heatmap:
         colorbar={"thickness": 12, "outlinewidth": 0},
         hovertemplate="A's %{y} and B's %{x}: %{z:.2f}<extra></extra>",
     )
+
+
+@view(Epochs, "plot")
+def plot_epochs(result: Epochs) -> go.Figure:
+    """Draw the barrier of each path over the epochs, and beside it, for each path, its losses over alpha, one curve an epoch,
+    the later the darker."""
+    names = list(result.paths)
+    unit = result.paths[names[0]][0].unit
+    titles = ["barrier", *(f"{name}: loss on the way" for name in names)]
+    fig = styled(make_subplots(1, 1 + len(names), horizontal_spacing=0.09, subplot_titles=titles), height=400)
+    tints = colours(names)
+    for name, found in result.barriers.items():
+        line = {"color": tints[name], "width": 3}
+        trace = go.Scatter(x=result.epochs, y=found, mode="lines+markers", name=name, line=line, marker={"size": 6})
+        fig.add_trace(trace.update(hovertemplate=f"{name}: %{{y:.3g}} {unit}<extra></extra>"), row=1, col=1)
+    shades = sample_colorscale([list(stop) for stop in SCALE], np.linspace(0.25, 1.0, len(result.epochs)).tolist())
+    for column, name in enumerate(names, start=2):
+        for epoch, path, shade in zip(result.epochs, result.paths[name], shades, strict=True):
+            trace = go.Scatter(
+                x=path.alphas, y=path.losses[path.split], mode="lines", line={"color": shade, "width": 2}
+            )
+            text = f"epoch {epoch}: %{{y:.3g}}<extra></extra>"
+            fig.add_trace(trace.update(showlegend=False, hovertemplate=text), row=1, col=column)
+        fig.update_xaxes(title_text="α, from A (0) to B (1)", row=1, col=column)
+        fig.update_yaxes(rangemode="tozero", matches="y2", row=1, col=column)
+    fig.update_xaxes(title_text="epoch", row=1, col=1)
+    fig.update_yaxes(title_text=unit, rangemode="tozero", row=1, col=1)
+    return fig

@@ -8,7 +8,7 @@ from lmc.errors import InputError
 from lmc.landscape.curvature import Curvature
 from lmc.landscape.similarity import Similarity
 from lmc.landscape.variance import VarianceRatios
-from lmc.views.labels import labelled
+from lmc.views.legend import labelled
 from lmc.views.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, SKY, colours, figure, styled
 
 

@@ -10,8 +10,7 @@ from plotly.subplots import make_subplots
 from lmc.core.results import view
 from lmc.errors import InputError
 from lmc.landscape.planes.plane_result import Plane
-from lmc.views.labels import measure_title
-from lmc.views.palette import track_colours
+from lmc.views.legend import measure_title, track_colours
 from lmc.views.plots.style import BLACK, GRID, SCALE, styled
 from lmc.views.tracks import named_points, tracked
 

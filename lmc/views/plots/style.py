@@ -1,8 +1,8 @@
-"""One look for all figures: the colours of `lmc.views.palette`, and a small plotly template."""
+"""One look for all figures: the colours of `lmc.views.legend`, and a small plotly template."""
 
 import plotly.graph_objects as go
 
-from lmc.views.palette import (
+from lmc.views.legend import (
     BLACK,
     BLUE,
     COLOURS,

@@ -9,7 +9,7 @@ import traitlets
 
 from lmc.align.study.epochs import Epochs
 from lmc.core.results import view
-from lmc.views.palette import SCALE, colours
+from lmc.views.legend import SCALE, colours
 from lmc.views.widgets.explorer import Explorer
 from lmc.views.widgets.page import module, style
 from lmc.views.widgets.path import axis_state, panel_state, path_state

@@ -10,7 +10,7 @@ import traitlets
 
 from lmc.core.results import view
 from lmc.landscape.planes.plane_result import Plane
-from lmc.views.palette import SCALE, track_colours
+from lmc.views.legend import SCALE, track_colours
 from lmc.views.tracks import named_points, tracked
 from lmc.views.widgets.explorer import Explorer
 from lmc.views.widgets.page import module, style

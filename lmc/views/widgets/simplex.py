@@ -10,8 +10,7 @@ import traitlets
 
 from lmc.core.results import view
 from lmc.landscape.simplex import Simplex
-from lmc.views.labels import measure_title
-from lmc.views.palette import CYCLE, GREY, SCALE
+from lmc.views.legend import CYCLE, GREY, SCALE, measure_title
 from lmc.views.widgets.explorer import Explorer
 from lmc.views.widgets.page import module, style
 from lmc.views.widgets.pictures import encode

@@ -311,7 +311,7 @@ export function logTicks(low, high, most = 7) {
 
 // ---- colours
 
-// `stops` are [share, "#rrggbb"] from 0 to 1, as in lmc/views/palette.py; gives t -> [r, g, b], NaN -> null.
+// `stops` are [share, "#rrggbb"] from 0 to 1, as in lmc/views/legend.py; gives t -> [r, g, b], NaN -> null.
 export function colourScale(stops) {
   const known = stops.map(([at, text]) => [at, [1, 3, 5].map((i) => parseInt(text.slice(i, i + 2), 16))]);
   const table = Array.from({ length: 256 }, (_, i) => {

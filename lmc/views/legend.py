@@ -1,8 +1,14 @@
-"""Colours of all figures, explorers and pages, which colour-blind readers tell apart.
+"""Legends of all figures, explorers and pages: names, units, and colours, which colour-blind readers tell apart.
 
-They are those of Okabe and Ito (2008, "Color Universal Design"), darkened where they must stand on white.
+Colours are those of Okabe and Ito (2008, "Color Universal Design"), darkened where they must stand on white.
 """
 
+from collections.abc import Mapping
+from typing import TypeVar
+
+from lmc.errors import InputError
+
+Shown = TypeVar("Shown")
 BLUE = "#0072B2"
 ORANGE = "#D55E00"
 GREEN = "#009E73"
@@ -12,12 +18,38 @@ GOLD = "#B58900"
 BLACK = "#222222"
 GREY = "#777777"
 GRID = "#E4E4E4"
-
 # The name of a thing decides its colour, in every figure and explorer; other names take the next free colour.
 COLOURS = {"naive": ORANGE, "aligned": BLUE, "path": BLUE, "repaired": GREEN, "curve": PURPLE}
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, GOLD, BLACK)
 # From nothing to much; light is low, so that it prints and projects well.
 SCALE = ((0.0, "#F7FBFF"), (0.25, "#C6DBEF"), (0.5, "#6BAED6"), (0.75, "#2171B5"), (1.0, "#08306B"))
+
+
+def labelled(result: Shown, label: str, others: Mapping[str, Shown]) -> dict[str, Shown]:
+    """The results by name, `result` last, on top.
+
+    Raises:
+        InputError: others of another kind, or that have the same name.
+    """
+    for name, other in others.items():
+        if not isinstance(other, type(result)):
+            raise InputError(f"{name}: expected a {type(result).__name__}, got {type(other).__name__}")
+    if label in others:
+        raise InputError(f"two results are called {label!r}; pass label=")
+    return {**others, label: result}
+
+
+def labelled_paths(path: Shown, label: str | None, others: Mapping[str, Shown]) -> dict[str, Shown]:
+    """As `labelled`; without a label, a path is "aligned" beside a "naive" one, else "path"."""
+    return labelled(
+        path, label or ("aligned" if "naive" in others else "naive" if "aligned" in others else "path"), others
+    )
+
+
+def measure_title(measure: str, unit: str) -> str:
+    """A measure with its unit: "loss (nats)", "accuracy (%)"; that of the loss is `unit`, and may be empty."""
+    known = {"loss": unit, "accuracy": "%"}.get(measure)
+    return f"{measure} ({known})" if known else measure
 
 
 def track_colours(names: list[str]) -> dict[str, str]:
