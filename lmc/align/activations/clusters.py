@@ -12,7 +12,7 @@ from lmc.align.activations.taps import Tap, groups_at
 from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.blocks import build_blocks
 from lmc.align.weight_matching.gains import assign, inner_product, opening_prices
-from lmc.symmetry.group import Group, Table
+from lmc.symmetry.groups.group import Group, Table
 from lmc.symmetry.spec import PermutationSpec
 
 _SWEEPS = 100

@@ -19,7 +19,7 @@ from lmc.core.context import own_context, warn
 from lmc.errors import InputError
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
-from lmc.symmetry.actions import permute_tensor
+from lmc.symmetry.groups.actions import permute_tensor
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from lmc.align.weight_matching.blocks import Shift, UnitBlock
 from lmc.align.weight_matching.gains import Gains, inner_product
 from lmc.align.weight_matching.nested import Step, nested_assignment
-from lmc.symmetry.actions import compose_moves
+from lmc.symmetry.groups.actions import compose_moves
 from lmc.symmetry.spec import PermutationSpec
 
 _INNER_SWEEPS = 10
