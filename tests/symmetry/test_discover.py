@@ -5,11 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from lmc.symmetry.discovery.tracing.capture import capture
 from torch import Tensor, nn
 
 import lmc
 from lmc.errors import InputError, LmcError, TraceError
 from lmc.symmetry.discovery.discover import Discovery, discover
+from lmc.symmetry.discovery.interpret import gather_facts
 
 
 class Net(nn.Module):
@@ -361,3 +363,30 @@ def test_messages_tell_shapes_not_numbers() -> None:
         caught.value
     )
     assert "0.12" not in str(caught.value) and "1.5" not in str(caught.value)
+
+
+class BiasedAttention(nn.Module):
+    """A bias for each two tokens of each head, looked up by their distance."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        at = torch.arange(tokens)
+        self.register_buffer("distance", (at[:, None] - at).abs(), persistent=False)
+        self.bias = nn.Parameter(torch.randn(2, tokens))
+        self.embed, self.qkv, self.out = nn.Linear(3, 8), nn.Linear(8, 24), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(self.embed(x)).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        weight = (q @ k.mT + self.bias[:, self.distance]).softmax(-1)
+        return self.out((weight @ v).transpose(1, 2).flatten(2))
+
+
+def test_no_units_for_each_two_tokens():
+    """Distances are decided by two positions that do not move: time and memory must not go with the square of these."""
+    tokens = 60
+    model = BiasedAttention(tokens)
+    units = gather_facts(capture(model, torch.randn(2, tokens, 3)), progress=False).units
+    assert units.total < tokens**2
+    spec = lmc.permutation_spec(model, torch.randn(2, tokens, 3))
+    assert sorted(group.size for group in spec.groups.values()) == [2, 4, 4, 4, 4, 8]
+    assert ("bias", 1) in spec.frozen

@@ -115,11 +115,11 @@ def clusters(coords: list[Ids]) -> list[list[Ids]]:
 def join_cluster(units: Units, shape: Shape, coords: list[Ids]) -> list[Ids]:
     """Relate coordinates that share dims.
 
-    A coordinate that is a function of another one is dropped, the function recorded. Dims on which only one coordinate
+    A coordinate that is a function of another one, or of the frozen ones together, is dropped, the function recorded. Dims on which only one coordinate
     varies are summarised by blocks: given the blocks on the shared dims, the rest is a product. What is left varies on
     shared dims only, and is either a full product or made into pairs.
     """
-    coords = drop_determined(units, shape, coords)
+    coords = drop_determined(units, shape, drop_fixed(units, shape, coords))
     parts = clusters(coords)
     if len(parts) > 1:
         return [c for part in parts for c in (part if len(part) == 1 else join_cluster(units, shape, part))]
@@ -143,6 +143,35 @@ def telling(units: Units, shape: Shape, coord: Ids, summary: Ids) -> Ids:
     if units.determines(wide.ravel(), blocks.ravel()):
         return coord
     return shrink(units.pair(wide, blocks))
+
+
+def drop_fixed(units: Units, shape: Shape, coords: list[Ids]) -> list[Ids]:
+    """Drop each coordinate that is a function of all frozen ones together, and freeze its units: where no frozen unit
+    moves, neither does it. Biases that are looked up for each two tokens would else make a unit for each two tokens."""
+    still = [c for c in coords if units.is_frozen(c.ravel())]
+    dims = tuple(sorted({d for c in still for d in support(c)}))
+    if len(still) < 2 or all(set(support(c)) - set(dims) for c in coords if not any(c is k for k in still)):
+        return coords
+    joint, total = np.zeros(prod(shape[d] for d in dims), np.int64), 1
+    for c in still:
+        code, k = units.codes(spread(c, dims, shape).ravel())
+        joint, total = joint * k + code, total * k
+        if total > 4 * joint.size:
+            joint, total = first_codes(joint)
+    value = np.empty(total, np.int64)
+    kept: list[Ids] = []
+    for c in coords:
+        if any(c is k for k in still) or set(support(c)) - set(dims):
+            kept.append(c)
+            continue
+        flat = spread(c, dims, shape).ravel()
+        value[joint] = flat
+        if (value[joint] == flat).all():
+            ids = np.unique(c)
+            units.map(np.full(ids.size, still[0].flat[0]), ids)
+        else:
+            kept.append(c)
+    return kept
 
 
 def drop_determined(units: Units, shape: Shape, coords: list[Ids]) -> list[Ids]:
