@@ -313,8 +313,7 @@ def one(build: Callable[[], nn.Module], inputs_of: Callable[[nn.Module], Any]) -
 def fresh_error(build: Callable[[], nn.Module], inputs: Any, spec: Any) -> float:
     """How far the outputs of two new modules differ, relative to their size: weights, and weights after a random element
     of the group, both loaded before anything is computed."""
-    from lmc.symmetry.proof.draws import draw
-
+    from lmc.symmetry.proof.probe import draw
     from lmc.symmetry.tracing.outputs import kept
 
     weights = draw(build().eval(), 0, 7)

@@ -47,13 +47,12 @@ from lmc.merge.rules.averaging import (
     karcher_mean,
     lawa,
     metrics_weighted,
+    mix_experts,
     model_stock,
     slerp,
     swa,
     variance_corrected,
 )
-from lmc.merge.rules.balanced_batch import balanced_batch
-from lmc.merge.rules.experts import mix_experts
 from lmc.merge.rules.postprocess import consensus, lines, on_merged, tall_mask, tall_masks
 from lmc.merge.rules.selection import arcee_fusion, emr, magmax, nearswap, ram, sce
 from lmc.merge.rules.spectral import iso_c, iso_cts, tsv_m, wudi
@@ -63,6 +62,7 @@ from lmc.merge.rules.ties import pcb, ties
 from lmc.merge.study.compare import MergeComparison, compare
 from lmc.merge.study.inspect import Inspection, inspect
 from lmc.merge.study.mixer import Mixer, mixer
+from lmc.merge.study.robust_line import WiseLine, wise_ft_line
 from lmc.merge.study.trajectory import TrajectoryAverages, trajectory_averages
 from lmc.merge.with_data.adamerging import adamerging
 from lmc.merge.with_data.ama import ama
@@ -71,7 +71,7 @@ from lmc.merge.with_data.fisher import fisher, fisher_information, fisher_weight
 from lmc.merge.with_data.regmean import regmean, regmean_plus_plus
 from lmc.merge.with_data.search import evolve, lcsc
 from lmc.merge.with_data.soups import greedy_soup, learned_soup, uniform_soup, wise_ft
-from lmc.merge.with_training.robust_line import WiseLine, wise_ft_line
+from lmc.merge.with_training.balanced_batch import balanced_batch
 from lmc.merge.with_training.sparse import magnitude_masks, sparse_soup
 from lmc.merge.with_training.star import Star, StarPaths, star_model
 from lmc.merge.with_training.trained_soups import diwa, ratatouille

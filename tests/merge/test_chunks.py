@@ -11,7 +11,7 @@ import lmc.merge as merge
 from lmc.errors import InputError
 from lmc.merge.engine import chunks as parts
 from lmc.merge.engine import rng as chance
-from lmc.merge.engine.rng import Uniform
+from lmc.merge.engine.call import Uniform
 from lmc.network.moments import moments
 
 SIZE = 6_000_000

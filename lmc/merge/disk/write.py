@@ -29,9 +29,9 @@ from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.merge.disk.recipe import MergeRecipe, make_recipe, record, recorded
 from lmc.merge.disk.shards import QUEUE, Naming, Shard, layout, naming, parse_dtype, parse_size, write_shard
+from lmc.merge.engine.call import sample_size
 from lmc.merge.engine.chunks import DEPTH, VALUES, Chunk, grain
 from lmc.merge.engine.method import MergeFunction, Method
-from lmc.merge.engine.passes import sample_size
 from lmc.merge.engine.quantiles import SAMPLE
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.weights import ModelOrWeights

@@ -1,18 +1,100 @@
-"""One call of a merging method: what is fixed before the first tensor, and what its rule is given for each."""
+"""One call of a merging method: the options, passes and random numbers that its rule is given for each tensor."""
 
-from collections.abc import Callable, Container
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Container, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from lmc.merge.engine.chunks import Chunk, Cut, grain
-from lmc.merge.engine.passes import Read
-from lmc.merge.engine.patterns import PerName
-from lmc.merge.engine.rng import Uniform, generator
+from lmc.merge.engine.chunks import Chunk, Cut, blocks, grain
+from lmc.merge.engine.options import PerName
 from lmc.merge.engine.tensors import WeightSets
 from lmc.network.moments import Moments
+
+Read = Callable[[str, Chunk], tuple[Any, ...]]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The arguments of a rule for every weight, one at a time; a survey may iterate over it several times.
+
+    Iterating gives `(models, *shape)` tensors, or a tuple of tensors if the rule takes several; all of one dtype. Of
+    rules that can be given chunks (`cut`), large tensors come in chunks, flattened.
+    """
+
+    sets: WeightSets
+    read: Read
+    cut: Cut = "whole"
+
+    @property
+    def size(self) -> int:
+        """The number of values of each model."""
+        return sum(self.sets.shells[name].numel() for name in self.sets.weights)
+
+    def __iter__(self) -> Iterator[Any]:
+        for name, chunk in self.sets.walk(self.sets.weights, self.cut):
+            yield self._values(name, chunk)
+
+    def sample(self) -> Iterator[Any]:
+        """The same for up to 2048 short slices, spread evenly over the model; nothing else is read."""
+        sizes = {name: self.sets.shells[name].numel() for name in self.sets.weights}
+        count = min(2048, max(32, self.size >> 16))
+        for name, chunk in blocks(sizes, count, sample_size(self.size) // count):
+            yield self._values(name, chunk)
+
+    def of(self, name: str) -> "Pass":
+        """The same for one tensor alone."""
+        return replace(self, sets=replace(self.sets, weights=(name,)))
+
+    def _values(self, name: str, chunk: Chunk) -> Any:
+        first, *rest = (value.to(self.sets.dtype) for value in self.read(name, chunk))
+        return (first, *rest) if rest else first
+
+
+def sample_size(size: int) -> int:
+    """The number of values that are a fair sample of `size`: a sixteenth of few, a million of most, a five hundredth of very many."""
+    return max(size >> 9, min(size >> 4, 1 << 20))
+
+
+BLOCK = 1 << 14  # entries that are drawn together
+
+
+def generator(seed: int, name: str) -> torch.Generator:
+    """A CPU random generator for one tensor: the same for the same seed and name, whatever the order of names."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Numbers from [0, 1) for the entries of a tensor, or of a chunk of it.
+
+    What an entry is given depends on the seed, the tensor's name, the model's place in the list, and the entry's place
+    in the tensor: each block of entries has a generator of its own.
+    """
+
+    seed: int
+    name: str
+    chunk: Chunk = None
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """As many as `like`, `(models, *shape)`, has entries; in its dtype, on its device."""
+        start = 0 if self.chunk is None else self.chunk.start
+        stop = start + like[0].numel()
+        drawn = torch.empty(
+            (len(like), stop - start), dtype=torch.float32
+        )  # in float32, so that masks do not depend on the dtype
+        for model, row in enumerate(drawn):
+            for begin in range(start // BLOCK * BLOCK, stop, BLOCK):
+                own = generator(self.seed, f"{model}/{begin}/{self.name}")
+                low, high = max(begin, start), min(begin + BLOCK, stop)
+                values = torch.rand(BLOCK, generator=own, dtype=torch.float32)
+                row[low - start : high - start] = values[low - begin : high - begin]
+        return drawn.reshape(like.shape).to(like)
+
 
 GIVEN = ("base", "name", "generator", "uniform", "moments", "survey")  # parameters of rules that are not options
 

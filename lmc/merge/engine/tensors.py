@@ -13,8 +13,8 @@ A method that treats every entry, or every row, alike is given large tensors in 
 their size.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -24,12 +24,11 @@ from torch import Tensor, nn
 from lmc.core.context import warn
 from lmc.errors import InputError, WeightsError
 from lmc.merge.engine.chunks import Ahead, Chunk, Cut, chunks
-from lmc.merge.engine.roles import equal, infinite, outline, tied
-from lmc.network.derived import constants_in, derived_names, gauged, settled, warn_of_lagging
-from lmc.weights import ModelOrWeights, as_weights, check_compatible, fitted
+from lmc.network.derived import constants_in, derived_names, gauged, warn_of_lagging
+from lmc.weights import ModelOrWeights, as_weights, check_compatible, fitted, tied_names
 from lmc.weights.agreement import corresponding, prefix_between
 from lmc.weights.checkpoint import Checkpoint, flat
-from lmc.weights.numbers import inexact, narrowed, unmergeable, wide
+from lmc.weights.numbers import inexact, unmergeable, wide
 from lmc.weights.opening import open_checkpoint
 from lmc.weights.state import dtype_name
 
@@ -272,83 +271,6 @@ def weight_sets(
     )
 
 
-def assemble(
-    sets: WeightSets, merged: Callable[[str], Tensor], shares: Callable[[str], tuple[Sequence[float], float]]
-) -> Iterator[tuple[str, Tensor]]:
-    """Every name of the result with its tensor, in the order of the first model, one tensor at a time.
-
-    Args:
-        sets: the inputs.
-        merged: the merged tensor for the name of a weight; any dtype, cast here.
-        shares: for the name of a statistic the share of each model and of the base in its average; they sum to 1.
-    """
-    return joined(sets, assemble_chunks(sets, lambda name, chunk: merged(name), shares, "whole"))
-
-
-def assemble_chunks(
-    sets: WeightSets,
-    merged: Callable[[str, Chunk], Tensor],
-    shares: Callable[[str], tuple[Sequence[float], float]],
-    cut: Cut,
-) -> Iterator[tuple[str, Chunk, Tensor]]:
-    """As `assemble`, large tensors in chunks that `cut` allows; aliases are left out."""
-    weights = frozenset(sets.weights)
-    first = sets.shells
-    names = [name for name in first if name not in sets.skip and name not in sets.ties]
-    for name, chunk in sets.walk(names, cut):
-        original = first[name]
-        if name in weights:
-            tensor = merged(name, chunk)
-        elif name in sets.statistics:
-            tensor = sets.combine(name, *shares(name), chunk=chunk)
-        else:
-            whole = sets.states[0][name].detach()
-            tensor = whole.clone() if chunk is None else flat(whole, chunk).clone()
-        shape = tuple(original.shape) if chunk is None else (chunk.stop - chunk.start,)
-        if tensor.shape != shape:
-            raise InputError(f"{name}: the method gave shape {tuple(tensor.shape)}, expected {shape}")
-        dtype = sets.form[name][0]
-        if name in sets.pairs:  # a chunk of pairs begins and ends with a whole one
-            tensor = torch.view_as_complex(
-                narrowed(tensor, dtype.to_real(), name).contiguous().view(*shape[:-1], -1, 2)
-            )
-            tensor = tensor if chunk is not None else tensor.view(sets.form[name][1])
-            chunk = None if chunk is None else slice(chunk.start // 2, chunk.stop // 2)
-        yield name, chunk, narrowed(tensor, dtype, name) if inexact(tensor) else tensor
-
-
-def joined(sets: WeightSets, found: Iterable[tuple[str, Chunk, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors from `assemble_chunks`, and the aliases, in the order of the first model."""
-    if sets.derived:
-        yield from settled(dict(joined(replace(sets, derived=False), found))).items()
-        return
-    first = sets.shells
-    names = iter([name for name in first if name not in sets.skip])
-    again = {sets.ties[name] for name in first if name in sets.ties and name not in sets.skip}
-    done: dict[str, Tensor] = {}
-
-    def ties_before(stop: str | None) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            if name == stop:
-                return
-            yield name, done[sets.ties[name]]
-
-    whole = torch.empty(0)
-    for name, chunk, tensor in found:
-        if chunk is not None:
-            if chunk.start == 0:
-                whole = torch.empty(sets.form[name][1], dtype=tensor.dtype, device=tensor.device)
-            whole.view(-1)[chunk] = tensor
-            if chunk.stop < whole.numel():
-                continue
-            tensor = whole
-        yield from ties_before(name)
-        if name in again:
-            done[name] = tensor
-        yield name, tensor
-    yield from ties_before(None)
-
-
 def _mapping(model: ModelOrWeights | str | Path) -> Mapping[str, Tensor]:
     """A state dict is taken as it is; a path, or a mapping that is not a dict, is read from disk as it is needed."""
     if isinstance(model, str | Path):
@@ -398,3 +320,58 @@ def fitting(
     if isinstance(other, Checkpoint):
         return other.under(known), lacking
     return {new: other[old] for new, old in known.items()}, lacking
+
+
+def outline(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The names with tensors of the right shape and dtype; nothing is read from a checkpoint on disk."""
+    return state.outline() if isinstance(state, Checkpoint) else state
+
+
+def infinite(state: Mapping[str, Tensor], name: str) -> bool:
+    """True where the tensor holds an infinity and no NaN.
+
+    On disk, reading all tensors for this would take as long as the merge: those called "weight" and "bias" are looked
+    into at both ends only, where a causal mask has some.
+    """
+    if not isinstance(state, Checkpoint):
+        return _holds_infinity([state[name].detach()])
+    shell, edge = outline(state)[name], 256
+    if name.rpartition(".")[2] in ("weight", "bias") and shell.numel() > 2 * edge:
+        ends = (slice(0, edge), slice(shell.numel() - edge, shell.numel()))
+        if not any(_holds_infinity([state.read(name, end)]) for end in ends):
+            return False
+    return _holds_infinity(state.read(name, chunk) for chunk in chunks(shell))
+
+
+def _holds_infinity(pieces: Iterable[Tensor]) -> bool:
+    found = False
+    for piece in pieces:
+        piece = piece.to(wide(piece.dtype))
+        if not bool(torch.isfinite(piece.sum())):
+            if bool(piece.isnan().any()):
+                return False
+            found = found or bool(piece.isinf().any())
+    return found
+
+
+def equal(a: Mapping[str, Tensor], b: Mapping[str, Tensor], name: str) -> bool:
+    if isinstance(a, Checkpoint) and isinstance(b, Checkpoint):
+        return all(torch.equal(a.read(name, chunk), b.read(name, chunk)) for chunk in chunks(outline(a)[name]))
+    return torch.equal(a[name].detach(), b[name].detach())
+
+
+def tied(states: Sequence[Mapping[str, Tensor]]) -> dict[str, str]:
+    """Second names of one storage, with the first name: tied in one weight set, and tied or equal in all others."""
+    first_name: dict[str, str] = {}
+    for state in states:
+        for name, first in tied_names(state).items():
+            first_name.setdefault(name, first)
+    known = [tied_names(state) for state in states]
+    ties: dict[str, str] = {}
+    for name, first in first_name.items():
+        if all(
+            own.get(name, name) == own.get(first, first) or torch.equal(state[name], state[first])
+            for own, state in zip(known, states, strict=True)
+        ):
+            ties[name] = ties.get(first, first)
+    return ties

@@ -1,0 +1,1 @@
+"""Merging into networks of other widths: ZipIt and PLeaS."""

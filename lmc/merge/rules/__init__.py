@@ -1,0 +1,1 @@
+"""Methods that need weights only: averages, task vectors, sign elections, subspaces."""

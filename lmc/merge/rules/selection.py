@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lmc.errors import InputError
+from lmc.merge.engine.call import Pass
 from lmc.merge.engine.method import on_task_vectors
-from lmc.merge.engine.passes import Pass
 from lmc.merge.rules.task_vectors import per_model
 
 

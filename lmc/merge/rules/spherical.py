@@ -7,8 +7,8 @@ from torch import Tensor
 
 from lmc.errors import InputError
 from lmc.merge.engine.chunks import Cut
-from lmc.merge.engine.coefficients import coefficients
 from lmc.merge.engine.method import on_tensors
+from lmc.merge.engine.options import coefficients
 from lmc.merge.rules.averaging import average
 from lmc.network.moments import Moments
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from lmc.errors import InputError
+from lmc.merge.engine.call import Pass
 from lmc.merge.engine.method import on_task_vectors
-from lmc.merge.engine.passes import Pass
 from lmc.merge.engine.quantiles import kth_smallest
 from lmc.merge.rules.task_vectors import Normalize, elect, per_model, weigh
 

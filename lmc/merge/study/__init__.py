@@ -1,0 +1,1 @@
+"""Looking at models before and after they are merged: inspection, comparison, mixing by hand."""

@@ -5,8 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from lmc.merge.study.differences import Difference
-from lmc.merge.study.survey import LayerReport
+from lmc.merge.study.survey import Difference, LayerReport
 
 FAR = 0.5  # a task vector longer than this share of the base is no usual fine-tuning
 RELATIVES, STRANGERS = 0.9, 0.5  # cosines of weights: above, one origin; below, separate ones

@@ -17,8 +17,7 @@ from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.merge.engine.tensors import STATISTICS, fitting, outline
 from lmc.merge.study.advice import advice
-from lmc.merge.study.differences import Difference, differences
-from lmc.merge.study.survey import LayerReport, Survey
+from lmc.merge.study.survey import Difference, LayerReport, Survey, differences
 from lmc.weights import ModelOrWeights, as_weights, tied_names
 from lmc.weights.checkpoint import Checkpoint
 from lmc.weights.numbers import inexact, unmergeable

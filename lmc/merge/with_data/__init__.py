@@ -1,0 +1,1 @@
+"""Methods that look at examples: Fisher, RegMean, AdaMerging, soups, search."""

@@ -13,8 +13,8 @@ from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import DataError, InputError
 from lmc.merge.engine.aligning import alignable
-from lmc.merge.engine.passes import Pass
-from lmc.merge.engine.result import Merged
+from lmc.merge.engine.assembly import Merged
+from lmc.merge.engine.call import Pass
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.merge.rules.ties import thresholds, trim
 from lmc.merge.with_data.examples import each, gather

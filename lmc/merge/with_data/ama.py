@@ -14,8 +14,8 @@ from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.evaluation.objective import Objective
 from lmc.merge.engine.aligning import alignable
-from lmc.merge.engine.patterns import matches
-from lmc.merge.engine.result import Merged
+from lmc.merge.engine.assembly import Merged
+from lmc.merge.engine.options import matches
 from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.with_data.examples import chosen
 from lmc.merge.with_data.mixture import Mixture

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lmc.merge.engine.tensors import WeightSets, assemble
+from lmc.merge.engine.assembly import assemble
+from lmc.merge.engine.tensors import WeightSets
 from lmc.weights import StateDict, Weights
 
 

@@ -13,8 +13,8 @@ from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.merge.engine.aligning import alignable
-from lmc.merge.engine.result import Merged
-from lmc.merge.engine.tensors import WeightSets, assemble, weight_sets
+from lmc.merge.engine.assembly import Merged, assemble
+from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.merge.with_data.examples import batches, each
 from lmc.network.batches import to_device
 from lmc.network.layers import as_matrix, as_weight, fits, rows
@@ -24,8 +24,6 @@ from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
 
 if TYPE_CHECKING:
     import pandas as pd
-
-ROWS = 1 << 14  # of layer inputs that are held in float64 at a time
 
 
 @dataclass(frozen=True)

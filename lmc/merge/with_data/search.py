@@ -21,8 +21,8 @@ from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError, LmcError
 from lmc.merge.engine.aligning import alignable
+from lmc.merge.engine.assembly import Merged
 from lmc.merge.engine.method import MergeFunction
-from lmc.merge.engine.result import Merged
 from lmc.merge.rules.averaging import average
 from lmc.merge.with_data.judge import Judge
 from lmc.network.task import Loss, Task

@@ -19,8 +19,8 @@ from lmc.core.results import Result
 from lmc.errors import InputError, WeightsError
 from lmc.landscape.evaluation.objective import Objective
 from lmc.merge.engine.aligning import alignable
+from lmc.merge.engine.assembly import Merged
 from lmc.merge.engine.method import linear
-from lmc.merge.engine.result import Merged
 from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.rules.averaging import average
 from lmc.merge.with_data.examples import chosen

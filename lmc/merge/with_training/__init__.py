@@ -1,0 +1,1 @@
+"""Methods that train: stars, soups from several trainings, sparse soups."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from lmc.core.context import own_context
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
+from lmc.merge.engine.assembly import Merged
 from lmc.merge.engine.quantiles import kth_smallest
-from lmc.merge.engine.result import Merged
 from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.rules.averaging import average
 from lmc.weights import ModelOrWeights, Weights, as_weights

@@ -13,8 +13,8 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.merge.engine.patterns import matches
-from lmc.merge.engine.result import Merged
+from lmc.merge.engine.assembly import Merged
+from lmc.merge.engine.options import matches
 from lmc.merge.rules.averaging import average
 from lmc.merge.with_data.judge import Judge
 from lmc.merge.with_data.soups import greedy_soup

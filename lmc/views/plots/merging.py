@@ -10,9 +10,9 @@ from lmc.errors import InputError
 from lmc.merge.partial.widening import Zipped
 from lmc.merge.study.compare import MergeComparison
 from lmc.merge.study.inspect import Inspection, mean_cosine
+from lmc.merge.study.robust_line import WiseLine
 from lmc.merge.study.trajectory import TrajectoryAverages
 from lmc.merge.with_data.compare_soups import Soups
-from lmc.merge.with_training.robust_line import WiseLine
 from lmc.views.plots.style import BLACK, BLUE, CYCLE, GREEN, GREY, ORANGE, SCALE, SKY, colours, figure, styled
 
 MOST_NAMED, LONGEST = 10, 16  # names of layers under an axis, and their letters
