@@ -3,7 +3,7 @@
 A continuous symmetry mixes the units at each occurrence o by exp(t A_o), for constant matrices A_o; the outputs stay the same
 if, at every point of weight space, the changes of the outputs along A_o add up to zero over the occurrences. So changes along
 a basis of generators at each occurrence are measured at several random points, stacked below each other (the coefficients
-must be the same at all points), and the null space is the Lie algebra. Its dimension tells the kinds apart: of the six
+must be the same at all points), and the null space is the Lie algebra. Its dimension distinguishes the kinds: of the six
 generators that mix three units, all are free (general linear), or three (orthogonal), or one (orthogonal, fixing the vector
 of ones).
 """
@@ -100,7 +100,7 @@ MIXINGS = {
 
 @dataclass(frozen=True)
 class Kind:
-    """What the units of a family admit beyond changing places.
+    """Symmetries of the units of a family beyond changing places.
 
     Attributes:
         scales: for each independent scale the exponents: occurrence -> e, if the units are multiplied there by s^e.

@@ -1,4 +1,4 @@
-"""A spec as text and as HTML: families of groups, where they lie, and what stays and why."""
+"""A spec as text and as HTML: families of groups with their places, and the axes that stay with the reasons."""
 
 import html
 import re

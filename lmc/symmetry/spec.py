@@ -33,7 +33,7 @@ SPEC_FORMAT = "lmc permutation spec 1"
 
 @dataclass(frozen=True, eq=False, repr=False)
 class PermutationSpec(Symmetries, Result):
-    """Groups of interchangeable units of one architecture, and where they lie in its tensors.
+    """Groups of interchangeable units of one architecture, and their places in its tensors.
 
     Made by `lmc.permutation_spec(model, inputs)`, or written by hand with `from_patterns`.
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 import lmc.merge as merge
 from lmc.errors import InputError
+from lmc.merge.engine import call
 from lmc.merge.engine import chunks as parts
-from lmc.merge.engine import rng as chance
 from lmc.merge.engine.call import Uniform
 from lmc.network.moments import moments
 
@@ -27,7 +27,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 
 
 def test_random_numbers_belong_to_places(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chance, "BLOCK", 10)
+    monkeypatch.setattr(call, "BLOCK", 10)
     whole = Uniform(3, "w")(torch.zeros(2, 9, 7))
     flat = whole.reshape(2, 63)
     for start, stop in ((0, 5), (5, 10), (3, 31), (10, 20), (57, 63), (0, 63)):
@@ -153,7 +153,7 @@ def test_rules_of_ones_own_take_rows_filters_and_random_numbers(monkeypatch: pyt
 
 @pytest.mark.parametrize("chunk", [None, slice(3, 9)])
 def test_random_numbers_do_not_depend_on_the_dtype(chunk: slice | None) -> None:
-    draw = chance.Uniform(7, "w", chunk)
+    draw = Uniform(7, "w", chunk)
     single, double = (draw(torch.zeros(2, 6, dtype=dtype)) for dtype in (torch.float32, torch.float64))
     assert torch.equal(single.double(), double) and len(set(single.flatten().tolist())) == 12
 

@@ -241,7 +241,7 @@ def test_what_cannot_grow_says_why():
     attention = CASES["vit"]()
     found = growth(attention.spec, attention.model, attention.other(1), attention.inputs[:2])
     assert set(found.sizes) == {"f1", "f2"}
-    assert "lie within" in found.kept["head1"] and "lie within those of head1" in found.kept["qk1[0]"]
+    assert "are within" in found.kept["head1"] and "are within those of head1" in found.kept["qk1[0]"]
 
 
 class Tied(nn.Module):

@@ -1,4 +1,4 @@
-"""Which groups of a module may get units of their own from either network: tried out, in float64.
+"""The groups of a module that may get units of their own from either network: tried out, in float64.
 
 MergedUnits can be added where they neither disturb others nor meet a size written into the code. Both is seen by doing it:
 with units that compute anything and that nothing reads, and with every unit twice, the module must compute the same.
@@ -29,7 +29,7 @@ _ADDED = 2
 
 @dataclass(frozen=True)
 class Growth:
-    """Where the units of a spec lie, and which groups may differ in size from what the spec says.
+    """The places of the units of a spec, and the groups whose sizes may differ from the spec's.
 
     Attributes:
         axes: for each tensor the axes on which groups that may grow have units.
@@ -87,18 +87,18 @@ def _sides(spec: PermutationSpec, module: nn.Module) -> dict[tuple[str, int], bo
 
 
 def _unfit(spec: PermutationSpec, group: Group) -> str | None:
-    """Why a group cannot grow by what the spec says of it; None where that has to be tried."""
+    """The reason in the spec for which a group cannot grow; None where that has to be tried."""
     if group.within:
-        return f"its units lie within those of {group.within[0][0]}"
+        return f"its units are within those of {group.within[0][0]}"
     if any(parent == group.name for other in spec.groups.values() for parent, _ in other.within):
-        return "other groups lie within its units"
+        return "other groups are within its units"
     shared = set(spec.aliases) | set(spec.aliases.values())
     for tensor, tables in group.tables.items():
         if tensor in shared:
             return f"{tensor} is used in two places"
         for table in tables:
             if len(table.dims) != 1 or blocks(table) is None:
-                return f"its units lie in no regular order in {tensor}"
+                return f"its units are in no regular order in {tensor}"
             taken = [
                 rows.rows
                 for name, rows in spec.tables_by_tensor[tensor]
@@ -163,7 +163,7 @@ def _computes_two(axes: Axes) -> str | None:
 def _fails(
     module: nn.Module, weights: Weights, axes: Axes, group: Group, example: Call, reference: Tensor
 ) -> str | None:
-    """Why the module does not compute the same with more units in a group; None if it does."""
+    """The reason for which the module does not compute the same with more units in a group; None if it does."""
     generator = torch.Generator().manual_seed(0)
     computing = {name for name, found in axes.items() if any(not axis.reads for axis in found)}
     reading = set(axes) - computing

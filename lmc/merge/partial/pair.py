@@ -1,4 +1,4 @@
-"""What methods share that merge two networks into a module of another width: ZipIt and PLeaS."""
+"""The common base of methods that merge two networks into a module of another width: ZipIt and PLeaS."""
 
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -91,7 +91,7 @@ class Axis:
     reads: bool
 
 
-Axes = Mapping[str, tuple[Axis, ...]]  # for each tensor the axes that units lie on
+Axes = Mapping[str, tuple[Axis, ...]]  # for each tensor the axes that have units
 
 
 def zipped_axis(tensor: Tensor, axis: Axis, units: Mapping[str, MergedUnits], network: int) -> Tensor:
@@ -144,7 +144,7 @@ def owners(axis: Axis, units: Mapping[str, MergedUnits]) -> Tensor:
 
 
 def numbers(axes: Axes, units: Mapping[str, MergedUnits], weights: Weights, names: Sequence[str]) -> tuple[int, int]:
-    """How many numbers the merged tensors hold, and how many of them may differ from zero.
+    """The number of entries of the merged tensors, and of those that may differ from zero.
 
     What is A's alone reads nothing that is B's alone, and the other way round.
     """

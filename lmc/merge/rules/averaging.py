@@ -192,7 +192,7 @@ def karcher_mean(
 def _on_the_sphere(cosines: Tensor, pull: Tensor, iterations: int, tolerance: float) -> Tensor:
     """`(models,)`: coefficients of the Karcher mean in unit vectors with these `(models, models)` inner products.
 
-    It lies in their span, as do all steps towards it, so that no vector is needed.
+    It is in their span, as do all steps towards it, so that no vector is needed.
     """
 
     def length(vector: Tensor) -> Tensor:

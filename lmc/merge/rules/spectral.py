@@ -58,7 +58,7 @@ def iso_cts(deltas: Tensor, *, common: float = 0.8) -> Tensor:
     """Iso-CTS (Marczak et al. 2025, 2502.04959): a common subspace of the sum, and for every task some directions of its own.
 
     Of the r = min(out, in) directions the share `common`, rounded so that the rest divides among the T tasks, are the
-    leading ones of the sum; each task adds the leading ones of what lies outside their left space. All are made
+    leading ones of the sum; each task adds the leading ones of what is outside their left space. All are made
     orthonormal (polar factors) and have the mean of their singular values.
 
     Raises:
@@ -127,5 +127,5 @@ def _polar(matrix: Tensor) -> Tensor:
 
 
 def _used(values: Tensor, shape: torch.Size) -> Tensor:
-    """Which singular values are above the rounding of a matrix of that shape."""
+    """A mask of the singular values above the rounding of a matrix of that shape."""
     return values > values[:1] * max(shape) * torch.finfo(values.dtype).eps

@@ -104,7 +104,7 @@ def della(
     """
     _check_density(density)
     if epsilon < 0 or density - epsilon <= 0 or density + epsilon > 1:
-        raise InputError(f"density {density} +- epsilon {epsilon} must lie in (0, 1]")
+        raise InputError(f"density {density} +- epsilon {epsilon} must be in (0, 1]")
     length = deltas.shape[-1] if deltas.ndim > 1 else 1
     rank = _ranks(deltas.abs())
     chance = density + epsilon * (2.0 * rank / (length - 1) - 1.0) if length > 1 else torch.full_like(deltas, density)

@@ -1,4 +1,4 @@
-"""What `lmc.merge.compare` tries by default: every method with a small grid of its most telling options."""
+"""The defaults of `lmc.merge.compare`: every method with a small grid of its most important options."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ from lmc.weights.order import modules_in_order, numbered_depths
 
 @dataclass(frozen=True)
 class MergeTask:
-    """What a method may use to merge.
+    """Everything that a method may use to merge.
 
     Attributes:
         model: the architecture.
@@ -145,7 +145,7 @@ def _own(name: str, given: Any) -> Candidate:
 
 
 def models_of(models: Sequence[ModelOrWeights]) -> int:
-    """How many models there are; refuses a single one in place of a sequence."""
+    """The number of models; refuses a single one in place of a sequence."""
     if isinstance(models, (nn.Module, Mapping)) or not models:
         raise InputError("models: expected a sequence of at least one module or state dict")
     return len(models)

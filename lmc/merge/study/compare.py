@@ -229,7 +229,7 @@ class _Panel:
 
 @dataclass(frozen=True)
 class _Trial:
-    """How one method is tried."""
+    """The trials of one method."""
 
     task: MergeTask
     judge: _Panel
@@ -367,7 +367,7 @@ def _untried(name: str, note: str) -> Entry:
 
 
 def _spread(options: Sequence[Any]) -> list[Any]:
-    """In an order whose beginnings cover all of it: the middle, then the middles of what lies beside, and so on."""
+    """In an order whose beginnings cover all of it: the middle, then the middles of what is beside, and so on."""
     order, todo = [], deque([(0, len(options))])
     while todo:
         start, stop = todo.popleft()

@@ -26,7 +26,7 @@ AVERAGES = ("checkpoint", "SWA", "LAWA", "EMA")
 
 @dataclass(frozen=True, eq=False)
 class TrajectoryAverages(Result):
-    """What averages of the checkpoints so far score at each checkpoint of a run.
+    """Scores, at each checkpoint of a run, of averages of the checkpoints so far.
 
     Attributes:
         steps: (T,) what the checkpoints are called: epochs, or 0, 1, ...

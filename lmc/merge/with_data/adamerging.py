@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class AdaMergingReport(Result):
-    """What was learned.
+    """The learned coefficients.
 
     Attributes:
         coefficients: for each weight (or "*" with `per="task"`) one coefficient per task.

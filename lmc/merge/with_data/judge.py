@@ -1,4 +1,4 @@
-"""How good weights are on validation data, and what is done to merged weights before that."""
+"""The measure of weights on validation data, and the renewal of statistics before it."""
 
 import math
 from collections.abc import Callable, Sequence

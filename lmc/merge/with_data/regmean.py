@@ -26,9 +26,12 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+ROWS = 1 << 14  # of layer inputs that are held in float64 at a time
+
+
 @dataclass(frozen=True)
 class RegMeanReport(Result):
-    """Which weights were fitted to activations; all others are plain averages."""
+    """The weights that were fitted to activations; all others are plain averages."""
 
     fitted: tuple[str, ...]
     averaged: tuple[str, ...]

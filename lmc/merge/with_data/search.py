@@ -80,7 +80,7 @@ def evolve(
 ) -> Merged[SearchReport]:
     """Search a method's options by CMA-ES: evolutionary merging in parameter space (Akiba et al. 2024, 2403.13187).
 
-    The genome lies in the unit cube, one gene per number: `space={"density": (0.1, 1.0), "weights": (0.0, 2.0)}` has
+    The genome is in the unit cube, one gene per number: `space={"density": (0.1, 1.0), "weights": (0.0, 2.0)}` has
     one for the density and one per model for the weights; with `groups` (name patterns, e.g. of layers) each group has
     its own. It starts in the middle, step `sigma`; the paper's search is `dare` with `combine_by="ties"`, density and
     weights, population `4 + floor(3 ln n)`. A merge that fails or is not finite counts as the worst.
@@ -238,7 +238,7 @@ def _search(
 
 
 def _losses(gains: Sequence[float]) -> list[float]:
-    """What CMA-ES minimises: failures count a little more than the worst that worked."""
+    """The values that CMA-ES minimises: failures count a little more than the worst that worked."""
     worst = min((gain for gain in gains if gain > -math.inf), default=0.0)
     return [-gain if gain > -math.inf else 1.0 - worst + abs(worst) for gain in gains]
 

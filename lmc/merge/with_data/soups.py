@@ -64,7 +64,7 @@ class Ingredient:
 
 @dataclass(frozen=True)
 class SoupReport(Result):
-    """Which ingredients a greedy soup took, in the order they were tried, and the validation score it ends with.
+    """The ingredients that a greedy soup took, in the order in which they were tried, and the validation score it ends with.
 
     Attributes:
         ingredients: the best on its own first.

@@ -85,7 +85,7 @@ def sparse_soup(
         retrain: `retrain(weights, masks, seed) -> weights`, which must keep the zeros of the masks at zero (mask
             gradients and weight decay); seeds count up from 0.
         merge: how copies are merged: `average`, or a greedy soup on validation data.
-        model: the architecture, to tell buffers from weights.
+        model: the architecture, to distinguish buffers from weights.
 
     Returns:
         The soup, a state dict whose `.report` has its masks.

@@ -24,7 +24,7 @@ MANY = 6
 
 
 def module_of(tensor: str) -> str:
-    """The module path of a parameter, with what tells the parameters of one module apart (`in_proj`, `cls_token`)."""
+    """The module path of a parameter, with the suffix that distinguishes the parameters of one module (`in_proj`, `cls_token`)."""
     path, _, last = tensor.rpartition(".")
     last = re.sub(r"^(weight|bias|running_mean|running_var|original\d*|weight_[vg])$|[_.]?(weight|bias)$", "", last)
     path = path.replace("parametrizations.", "")
@@ -79,7 +79,7 @@ def is_fused(tensor: str, shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def shared_path(modules: Sequence[str], share: float = 0.9) -> str:
-    """The longest module path that at least this share of the modules lie under."""
+    """The longest module path that at least this share of the modules is under."""
     paths: Counter[tuple[str, ...]] = Counter()
     for module in modules:
         parts = tuple(module.split("."))
@@ -262,7 +262,7 @@ def outer_units(parents: list[int], root: dict[int, tuple[Draft, int]], above: L
 
 
 def first_uses(graph: Graph) -> dict[str, int]:
-    """When each tensor is first used, counted along the network."""
+    """The rank of the first use of each tensor along the network."""
     used: dict[str, int] = {}
     for node in graph.nodes:
         if node.op != "call_function":

@@ -1,4 +1,4 @@
-"""Why an axis does not move: the nearest fact that ties its units to something fixed, with operator and source line."""
+"""Reasons for which an axis does not move: the nearest fact that ties its units to something fixed, with operator and source line."""
 
 from collections import deque
 

@@ -27,7 +27,7 @@ FILLS = ("aten.zeros", "aten.ones", "aten.full", "aten.scalar_tensor", "aten.emp
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known after interpreting a graph: the ledger, the tag of every parameter and persistent buffer, the units
+    """The facts after interpreting a graph: the ledger, the tag of every parameter and persistent buffer, the units
     of each of their axes, and for each node by its number what to call it in explanations."""
 
     units: Units
@@ -238,7 +238,7 @@ def call(units: Units, node: Node, known: dict[Node, Any], differ: bool) -> Any:
 
 
 def masks_in(node: Node) -> frozenset[int]:
-    """Which of the indices of an indexing operator are masks."""
+    """The places of the masks among the indices of an indexing operator."""
     indices = node.args[1] if len(node.args) > 1 and isinstance(node.args[1], (list, tuple)) else ()
     return frozenset(
         number

@@ -1,4 +1,4 @@
-"""What the graph says about where a tensor comes from, beyond what a tag can hold.
+"""The origin of tensors as the graph shows it, beyond what a tag can hold.
 
 *Pieces.* A piece picked out of a concatenation is a piece of one part: the last layer's state out of all stacked
 states. Reading it off the part keeps the parts apart; a concatenation as a tensor of its own ties them along their
@@ -101,7 +101,7 @@ def differ_in_broadcast(graph: Graph, operand: Any, result: Node, dim: int) -> b
 
 
 def dim_before(node: Node, dim: int) -> int | None:
-    """Which dim of its operand a dim of a moved or summed tensor was; in a view only the last one is followed."""
+    """The dim of its operand that a dim of a moved or summed tensor was; in a view only the last one is followed."""
     source = node.args[0]
     if not isinstance(source, Node):
         return None
@@ -237,7 +237,7 @@ def is_result(node: Any, number: int) -> bool:
 
 
 def uncast(node: Any) -> Any:
-    """What a node is a copy or cast of."""
+    """The node of which a node is a copy or cast."""
     while isinstance(node, Node) and short_name(node) in CASTS and isinstance(node.args[0], Node):
         node = node.args[0]
     return node

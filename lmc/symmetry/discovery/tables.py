@@ -20,7 +20,7 @@ from lmc.symmetry.rules.units import Ids
 
 
 class Places:
-    """Where every unit of a parameter axis lies."""
+    """The positions of every unit of a parameter axis."""
 
     def __init__(self, tags: Mapping[str, Tag], total: int):
         self.coords = [(name, tag.shape, c) for name, tag in tags.items() for c in tag.coords]
@@ -117,7 +117,7 @@ def fewer_dims(table: Table, sizes: tuple[int, ...]) -> Table:
 
 
 def positions_moved(table: Table, shape: tuple[int, ...]) -> int:
-    """How many elements of the tensor a table moves."""
+    """The number of elements of the tensor that a table moves."""
     return table.rows.size * prod(n for d, n in enumerate(shape) if d not in table.dims)
 
 
@@ -143,7 +143,7 @@ def conforming(groups: Groups, shapes: Shapes) -> Groups:
 
 
 def depth(groups: Groups, group: Group) -> int:
-    """How many groups lie around a group, one in the other."""
+    """The number of groups around a group, one in the other."""
     return max((1 + depth(groups, groups[parent]) for parent, _ in group.within), default=0)
 
 

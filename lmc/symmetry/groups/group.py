@@ -24,7 +24,7 @@ Rows = npt.NDArray[np.int64]
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Where the units of a group lie in one tensor.
+    """The places of the units of a group in one tensor.
 
     Attributes:
         dims: the axes concerned, ascending.

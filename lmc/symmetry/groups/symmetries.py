@@ -22,7 +22,7 @@ VISIBLE = 1e3
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was seen of one family of groups.
+    """The observations of one family of groups.
 
     Attributes:
         error: largest change of the outputs when the family moved with all the others, relative to their largest value.
@@ -36,7 +36,7 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Certificate(Result):
-    """What was checked, how exactly the outputs agreed, and how far apart they are when a group is broken on purpose.
+    """The result of a certification: the precision of the agreement, and the change when a group is broken on purpose.
 
     A group whose breakage is invisible is not proven by equal outputs: its name is in `unverified`.
 
@@ -93,7 +93,7 @@ class Certificate(Result):
 
 @dataclass(frozen=True, eq=False)
 class Symmetries:
-    """What a `PermutationSpec` knows, and what follows from it; see there."""
+    """The data of a `PermutationSpec`, and what follows from them; see there."""
 
     groups: dict[str, Group]
     shapes: dict[str, Shape]
@@ -149,7 +149,7 @@ class Symmetries:
 
     @cached_property
     def coverage(self) -> float:
-        """Share of the parameters (buffers not counted) that lie on an axis that moves."""
+        """Share of the parameters (buffers not counted) that are on an axis that moves."""
         moving = sum(self.moving_share(name) * size for name, size in self.parameters.items())
         return moving / max(1, sum(self.parameters.values()))
 
@@ -163,7 +163,7 @@ class Symmetries:
         }
 
     def moving_share(self, tensor: str, moving: Mapping[str, np.ndarray] | None = None) -> float:
-        """Share of one tensor's entries that lie on a moving position of some axis.
+        """Share of one tensor's entries that are on a moving position of some axis.
 
         Args:
             moving: for each group a mask of the units that move (default: all).
@@ -205,7 +205,7 @@ class Symmetries:
 
 
 def _signatures(spec: Symmetries) -> dict[frozenset, str]:
-    """A group up to its name and the order of its units: where each unit lies."""
+    """A group up to its name and the order of its units: the places of each unit."""
     return {frozenset(_unit_places(group)): group.name for group in spec.groups.values()}
 
 

@@ -80,7 +80,7 @@ def groups_as_data(groups: Mapping[str, Group], shapes: Shapes) -> dict[str, Any
 
 
 def groups_from_data(content: Mapping[str, Any], shapes: Shapes) -> dict[str, Group]:
-    """What `groups_as_data` was given, in the same order."""
+    """The inverse of `groups_as_data`: the groups, in the same order."""
     if "patterns" not in content:
         return {item["name"]: _group_from_data(item) for item in content["groups"]}
     axes = {name: parse(text, name) for name, text in content["patterns"].items()}

@@ -125,7 +125,7 @@ def _power(
     reference: list[Tensor],
     tolerance: float,
 ) -> float:
-    """How much the outputs change, relative to their size, when a family moves but for one place that it touches."""
+    """The change of the outputs, relative to their size, when a family moves but for one place that it touches."""
     most = 0.0
     for broken in _broken(spec, moving, weights):
         most = max(most, _relative_error(reference, probe.outputs_of(inputs, broken)))
@@ -168,7 +168,7 @@ def _places(
     spec: Symmetries, moving: Indices, weights: Weights
 ) -> tuple[dict[str, list[tuple[str, Table]]], dict[tuple[str, tuple[int, ...]], int]]:
     """The tables of the moving groups by tensor, and the number of entries of each place. A place is a tensor, under the
-    first of its names, and the axes of a table: a group may lie on two axes of one tensor."""
+    first of its names, and the axes of a table: a group may have two axes of one tensor."""
     tables: dict[str, list[tuple[str, Table]]] = {}
     for name in moving:
         for tensor, found in spec.groups[name].tables.items():

@@ -79,7 +79,7 @@ def _vector(own: Tensor, noise: Tensor, number: int) -> Tensor:
 
 def _buffer(own: Tensor, generator: torch.Generator) -> Tensor:
     """Fresh statistics (all zeros, all ones) get noise; measured ones, masks and tables, constants of the architecture,
-    tell units apart already and have values that the module relies on."""
+    distinguish units already and have values that the module relies on."""
     if own.numel() < 2 or own.is_complex() or bool((own != own.reshape(-1)[0]).any()) or not math.isfinite(own.sum()):
         return own
     noise = _noise(own, generator)
@@ -129,7 +129,7 @@ class Probe:
     def __init__(self, model: nn.Module, outputs: OutputSelector) -> None:
         if any(tensor.is_meta for tensor in model.state_dict().values()):
             raise CertificateError(
-                "the model lies on the meta device, so there are no numbers to certify on: "
+                "the model is on the meta device, so there are no numbers to certify on: "
                 "certify a smaller twin of the same architecture"
             )
         state = model.state_dict()
@@ -143,7 +143,7 @@ class Probe:
         self._wide: dict[str, tuple[Tensor, Tensor]] = {}  # name -> what was given, and as it was loaded
 
     def outputs_of(self, inputs: Inputs, weights: Weights) -> list[Tensor]:
-        """What the module makes of the inputs with these weights.
+        """The outputs of the module on the inputs with these weights.
 
         Raises:
             CertificateError: the module cannot be computed in double precision.
@@ -257,7 +257,7 @@ def _wide(value: Any) -> Any:
 def _grouped_product(
     x: Tensor, weight: Tensor, offs: Tensor | None = None, bias: Tensor | None = None, **_: Any
 ) -> Tensor:
-    """What torch computes in single precision only: rows of x (t, i) up to `offs[e]` times weight[e] (i, o), one after
+    """A product that torch computes in single precision only: rows of x (t, i) up to `offs[e]` times weight[e] (i, o), one after
     the other, for weights (e, i, o)."""
     if x.ndim != 2 or weight.ndim != 3 or offs is None or bias is not None:
         raise NotImplementedError("a grouped product of other than sorted rows (t, i) and matrices (e, i, o)")

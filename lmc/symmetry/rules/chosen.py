@@ -21,7 +21,7 @@ class Chosen:
 
     Attributes:
         dense: the tensor for all experts, (experts, *shape).
-        index: coordinates (of the rank of the visible tensor) that tell positions with different choices apart.
+        index: coordinates (of the rank of the visible tensor) that distinguish positions with different choices.
         points: the units that choices stand for; one array per choice made, so that it identifies the choice.
     """
 

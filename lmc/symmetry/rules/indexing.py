@@ -142,7 +142,7 @@ def embedding_bag(op: Op, weight: Tag, index: Tag, offsets: Tag, *_: Any, **__: 
 
 @rule(*named("eq ne"), choices=True)
 def equal(op: Op, a: Any, b: Any) -> Tag:
-    """Is this the chosen unit? Comparing a choice with known numbers tells which unit each number stands for."""
+    """A comparison of a choice with known numbers, which shows the unit that each number stands for."""
     choice, other = (a, b) if isinstance(a, Tag) and a.points is not None else (b, a)
     numbers = other.value if isinstance(other, Tag) else torch.tensor(other)
     if not isinstance(choice, Tag) or choice.points is None or numbers is None or numbers.is_floating_point():
@@ -205,7 +205,7 @@ def index_add(op: Op, x: Tag, dim: int, index: Tag, src: Any, *_: Any, **__: Any
 
 @rule(*named("index_put _unsafe_index_put"), choices=True)
 def index_put(op: Op, x: Tag, indices: Sequence[Tag | None], values: Tag, accumulate: bool = False) -> Tag:
-    """Where one mask chooses, values that are alike for all places; or whole slices put at indices along the first dim."""
+    """Values that are alike for all places that one mask chooses; or whole slices put at indices along the first dim."""
     x, values = fixed(op.units, x), fixed(op.units, values)
     if op.masks and sum(i is not None for i in indices) == 1 and not accumulate:
         (d,) = op.masks

@@ -95,7 +95,7 @@ def tags_in(args: object) -> list[Tag]:
 
 
 def interpret(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
-    """The tags of an operator's results: by its rule, as pointwise if torch says so, else everything frozen."""
+    """The tags of an operator's results: by its rule, as pointwise if torch marks it so, else everything frozen."""
     found = rule_of(op.target)
     if found is None and is_pointwise(op.target):
         found = all_pointwise

@@ -1,4 +1,4 @@
-"""What is known about a tensor during discovery: for each position, the units that its value belongs to.
+"""Tags, the knowledge about a tensor during discovery: for each position, the units that its value belongs to.
 
 A *coordinate* is an int64 array of unit ids that broadcasts to the tensor's shape (size 1 along dims on which it does
 not vary). A `Tag` is a shape with several coordinates. Every operator rule keeps two invariants:
@@ -137,7 +137,7 @@ def join_cluster(units: Units, shape: Shape, coords: list[Ids]) -> list[Ids]:
 
 
 def telling(units: Units, shape: Shape, coord: Ids, summary: Ids) -> Ids:
-    """A coordinate that tells its block: paired with it where a unit lies in several blocks (I1)."""
+    """A coordinate that determines its block: paired with it where a unit is in several blocks (I1)."""
     dims = support(coord)
     wide, blocks = spread(coord, dims, shape), spread(summary, dims, shape)
     if units.determines(wide.ravel(), blocks.ravel()):
@@ -229,7 +229,7 @@ def join_shared(units: Units, shape: Shape, coords: list[Ids]) -> list[Ids]:
 
 
 def is_product(units: Units, columns: list[Ids]) -> bool:
-    """Whether each combination of values occurs as often as the product of their frequencies says."""
+    """Whether each combination of values occurs as often as the product of their frequencies implies."""
     size, joint, expected, total = columns[0].size, np.zeros(columns[0].size, np.int64), np.ones(columns[0].size), 1
     for column in columns:
         code, k = units.codes(column)

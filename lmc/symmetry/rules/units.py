@@ -103,7 +103,7 @@ class Units:
         return self.sorts[bisect_right(self.starts, unit) - 1]
 
     def reason(self, unit: int) -> str:
-        """Why a frozen unit is frozen."""
+        """The reason for which a frozen unit is frozen."""
         return self.sort_of(unit).frozen
 
     def codes(self, ids: Ids) -> tuple[Ids, int]:

@@ -1,4 +1,4 @@
-"""When a forward pass cannot be captured: where it failed, why, and what to do; and torch's own log kept out of it."""
+"""Failures of a capture: the place, the cause and the way out; and torch's own log kept out of it."""
 
 import logging
 import re
@@ -49,7 +49,7 @@ def stopping() -> Iterator[None]:
 
 
 def explained(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException) -> TraceError:
-    """What kept a forward pass from being captured, in the model's own words: inputs that do not fit, or a graph that
+    """The error of a forward pass that cannot be captured, in the model's own words: inputs that do not fit, or a graph that
     depends on data."""
     place = where(model, error)
     if "GuardOnDataDependent" in type(error).__name__ or "data-dependent" in str(error).lower():
@@ -62,7 +62,7 @@ def explained(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], e
 def not_computed(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], error: BaseException
 ) -> CertificateError:
-    """What kept a forward pass on known numbers from being computed."""
+    """The error of a forward pass that cannot be computed on known numbers."""
     return CertificateError(
         f"cannot compute {call_of(model, args, kwargs)}{where(model, error)} in double precision, so nothing can be "
         f"certified: {type(error).__name__}: {first_line(error)}. If the model takes these inputs in its own precision, an "
@@ -82,7 +82,7 @@ def where(model: nn.Module, error: BaseException) -> str:
 
 
 def advice(model: nn.Module, place: str) -> str:
-    """What to do about it, where the module or the library that it comes from tells."""
+    """The way out, where it follows from the module or the library that it comes from."""
     if any(isinstance(m, torch.jit.ScriptModule) for m in model.modules()):
         return SCRIPTED
     if any("quantized" in type(m).__module__ for m in model.modules()):

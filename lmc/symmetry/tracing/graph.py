@@ -14,7 +14,7 @@ PREFIX = "subject."
 
 @dataclass(frozen=True)
 class Leaf:
-    """Where a placeholder of the graph comes from: a parameter, a saved buffer, a constant, or an input."""
+    """The source of a placeholder of the graph: a parameter, a saved buffer, a constant, or an input."""
 
     kind: str
     name: str
