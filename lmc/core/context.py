@@ -6,6 +6,7 @@ own computations. Inside they would change results (a Gram matrix in bfloat16) o
 
 import copy
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,8 @@ from torch import Tensor, nn
 P = ParamSpec("P")
 R = TypeVar("R")
 
-_HOME, _TORCH = str(Path(__file__).parents[1]), str(Path(torch.__file__).parent)
+# With a separator at the end: torchvision is not torch.
+_HOME, _TORCH = (f"{folder}{os.sep}" for folder in (Path(__file__).parents[1], Path(torch.__file__).parent))
 _DTYPES = [torch.float32]  # the default dtypes of callers, the innermost last
 
 

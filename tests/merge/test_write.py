@@ -204,6 +204,8 @@ def test_bad_input_is_named(tmp_path: Path, paths: list[Path], monkeypatch: pyte
     (tmp_path / "out").rmdir()
     with pytest.raises(InputError, match="'swa' does not merge tensor by tensor"):
         merge.write(merge.swa, paths, tmp_path / "out")  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="expected a function, such as lmc.merge.average"):
+        merge.write("average", paths, tmp_path / "out")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"write \[model\]"):
         merge.write(merge.average, paths[0], tmp_path / "out")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="desnity"):

@@ -2,6 +2,7 @@
 on the example is recorded, what it assumed is kept, and what decides stays in place."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from lmc.errors import TraceError
 from lmc.network.network import uncalled
 from lmc.symmetry.discovery.discover import Discovery, discover
 from lmc.symmetry.tracing.capture import export
+from lmc.symmetry.tracing.failures import is_user_file
 from lmc.symmetry.tracing.record import record
 
 
@@ -131,6 +133,15 @@ def test_recorded(function: Callable[..., Tensor]) -> None:
     assert any(assumed in line and "test_record.py" in line for line in told) if assumed else True, told
     assert all(line in str(spec) for line in told)
     assert lmc.PermutationSpec.from_dict(spec.to_dict()).assumed == told
+
+
+def test_lines_of_libraries_named_like_torch_are_shown() -> None:
+    """torchvision and torch_geometric lie beside torch in a folder whose name begins alike; ours are not shown."""
+    site, ours = Path(torch.__file__).parents[1], Path(lmc.__file__).parent
+    assert is_user_file(str(site / "torchvision" / "ops" / "misc.py"))
+    assert is_user_file(str(ours.parent / "lmc_study" / "net.py")) and is_user_file(str(ours / "models" / "vit.py"))
+    assert not is_user_file(str(site / "torch" / "nn" / "modules" / "module.py"))
+    assert not is_user_file(str(ours / "network" / "network.py"))
 
 
 def test_rows_of_a_table_that_the_example_does_not_use_stay() -> None:

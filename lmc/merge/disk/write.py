@@ -190,6 +190,8 @@ def plan(
     if options.pop("align", None) is not None:
         raise InputError("align: moving units needs whole models; align first, store the moved models, and merge those")
     how = getattr(method, "method", None)
+    if isinstance(method, str):
+        raise InputError(f"method={method!r}: expected a function, such as lmc.merge.average, got a name")
     if not isinstance(how, Method):
         raise InputError(
             f"{getattr(method, '__name__', method)!r} does not merge tensor by tensor; "

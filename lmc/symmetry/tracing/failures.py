@@ -1,6 +1,7 @@
 """Failures of a capture: the place, the cause and the way out; and torch's own log kept out of it."""
 
 import logging
+import os
 import re
 import sysconfig
 import threading
@@ -29,8 +30,9 @@ LAZY = "Its lazy layers have no weights yet: call the model once on the example 
 SCRIPTED = "TorchScript is compiled already: pass the nn.Module that it was made from."
 QUANTISED = "Its weights are packed integers: pass the floating-point module that it was quantised from."
 
-TORCH_HOME = str(Path(torch.__file__).parent)
-OUR_HOME = str(Path(__file__).parents[1])
+# With a separator at the end: torchvision and torch_geometric are not torch.
+TORCH_HOME = f"{Path(torch.__file__).parent}{os.sep}"
+OUR_HOMES = tuple(f"{Path(__file__).parents[2] / room}{os.sep}" for room in ("symmetry", "network"))
 PYTHON_HOME = sysconfig.get_path("stdlib")
 
 
@@ -140,9 +142,9 @@ def named_lines(text: str) -> list[tuple[str, int]]:
 
 
 def is_user_file(file: str) -> bool:
-    """Whether a file belongs neither to torch, nor to Python itself, nor to this package's tracing."""
+    """Whether a file belongs neither to torch, nor to Python itself, nor to the parts of this package that call the module."""
     library = file.startswith(PYTHON_HOME) and "site-packages" not in file
-    return not library and not file.startswith((TORCH_HOME, OUR_HOME, "<"))
+    return not library and not file.startswith((TORCH_HOME, *OUR_HOMES, "<"))
 
 
 class FromElsewhere(logging.Filter):
