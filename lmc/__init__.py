@@ -1,51 +1,79 @@
 """lmc: linear mode connectivity and weight-space merging.
 
-Find what may move, choose the move, look at the landscape, combine the weights.
+What may move: the symmetries of a network.
+    permutation_spec            groups of interchangeable units, found and certified: a PermutationSpec of Groups and Tables
+    continuous_symmetries       scales, signs, rotations and invertible mixings: ContinuousSymmetries
+    Permutation, Certificate    an element of a spec, which applies to weights; what was proven, and how
+
+Which move: one network brought onto another.
+    weight_matching             by weights (Git Re-Basin)
+    activation_matching         by what units do on the same inputs
+    straight_through_matching   by the loss of the midpoint, through rounded matrices
+    sinkhorn_matching           by the loss of the line, through relaxed permutations
+    match_many                  several networks into one common order
+    ot_fusion                   networks of other widths, by optimal transport
+    align                       all of these, rotations, comparisons, barriers over training
+
+What it looks like: losses between networks.
+    loss_path                   along the line between two: a Path with its barrier
+    bezier_curve, polygonal_chain   along a trained Curve
+    loss_plane, random_plane, trajectory_plane   over a Plane through three, around one, along a run
+    loss_triangle, loss_simplex over mixtures of three or more: a Triangle, a Simplex
+    Task                        how outputs are judged, where they are no plain classes
+    landscape                   all of these, similarity, curvature, variance
+
+What comes of it: weights combined.
+    recalibrate_batchnorm       statistics of batch normalisation estimated again
+    repair                      averages whose units keep their spread (REPAIR)
+    open_checkpoint             weights on disk as a Checkpoint, read when asked for
+    merge                       averages, task vectors, soups and many other methods, in memory and on disk
+    weights                     arithmetic on state dicts
+
+To try it on: data, models, training. Errors are LmcError: InputError, DataError, WeightsError, MismatchError, SpecError,
+TraceError, CertificateError, MissingPackageError.
+
+Everything is imported when it is first asked for, so that `import lmc` takes no time.
 """
 
-from lmc import align, data, landscape, merge, models, training, weights
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-# Which move: permutations and couplings that bring one network onto another.
-from lmc.align import (
-    activation_matching,
-    match_many,
-    ot_fusion,
-    sinkhorn_matching,
-    straight_through_matching,
-    weight_matching,
-)
 from lmc.core.files import __version__ as __version__
 
-# What can go wrong.
-from lmc.errors import (
-    CertificateError,
-    DataError,
-    InputError,
-    LmcError,
-    MismatchError,
-    MissingPackageError,
-    SpecError,
-    TraceError,
-    WeightsError,
-)
-
-# What it looks like: losses between networks.
-from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
-from lmc.landscape.path import Path, loss_path
-from lmc.landscape.planes.plane import Plane, loss_plane, random_plane, trajectory_plane
-from lmc.landscape.triangle import Simplex, Triangle, loss_simplex, loss_triangle
-from lmc.network.batchnorm import recalibrate_batchnorm
-from lmc.network.repair import repair
-from lmc.network.task import Task
-from lmc.symmetry.continuous import ContinuousSymmetries, continuous_symmetries
-from lmc.symmetry.find import permutation_spec
-from lmc.symmetry.groups.group import Group, Table
-
-# What may move: the symmetries of a network.
-from lmc.symmetry.groups.symmetries import Certificate
-from lmc.symmetry.spec import Permutation, PermutationSpec
-from lmc.weights.checkpoint import Checkpoint
-from lmc.weights.opening import open_checkpoint
+if TYPE_CHECKING:
+    from lmc import align, data, landscape, merge, models, training, weights
+    from lmc.align.activations.matching import activation_matching
+    from lmc.align.many import match_many
+    from lmc.align.relaxed.sinkhorn import sinkhorn_matching
+    from lmc.align.relaxed.straight_through import straight_through_matching
+    from lmc.align.transport.fusion import ot_fusion
+    from lmc.align.weight_matching.matching import weight_matching
+    from lmc.errors import (
+        CertificateError,
+        DataError,
+        InputError,
+        LmcError,
+        MismatchError,
+        MissingPackageError,
+        SpecError,
+        TraceError,
+        WeightsError,
+    )
+    from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
+    from lmc.landscape.path import Path, loss_path
+    from lmc.landscape.planes.plane import Plane, loss_plane, random_plane, trajectory_plane
+    from lmc.landscape.triangle import Simplex, Triangle, loss_simplex, loss_triangle
+    from lmc.network.batchnorm import recalibrate_batchnorm
+    from lmc.network.repair import repair
+    from lmc.network.task import Task
+    from lmc.symmetry.continuous import ContinuousSymmetries, continuous_symmetries
+    from lmc.symmetry.find import permutation_spec
+    from lmc.symmetry.groups.group import Group, Table
+    from lmc.symmetry.groups.symmetries import Certificate
+    from lmc.symmetry.spec import Permutation, PermutationSpec
+    from lmc.weights.checkpoint import Checkpoint
+    from lmc.weights.opening import open_checkpoint
 
 __all__ = [
     "Certificate",
@@ -97,3 +125,60 @@ __all__ = [
     "weight_matching",
     "weights",
 ]
+
+# Where names are defined that are not rooms.
+_HOMES = {
+    "activation_matching": "lmc.align.activations.matching",
+    "match_many": "lmc.align.many",
+    "sinkhorn_matching": "lmc.align.relaxed.sinkhorn",
+    "straight_through_matching": "lmc.align.relaxed.straight_through",
+    "ot_fusion": "lmc.align.transport.fusion",
+    "weight_matching": "lmc.align.weight_matching.matching",
+    "CertificateError": "lmc.errors",
+    "DataError": "lmc.errors",
+    "InputError": "lmc.errors",
+    "LmcError": "lmc.errors",
+    "MismatchError": "lmc.errors",
+    "MissingPackageError": "lmc.errors",
+    "SpecError": "lmc.errors",
+    "TraceError": "lmc.errors",
+    "WeightsError": "lmc.errors",
+    "Curve": "lmc.landscape.curve",
+    "bezier_curve": "lmc.landscape.curve",
+    "polygonal_chain": "lmc.landscape.curve",
+    "Path": "lmc.landscape.path",
+    "loss_path": "lmc.landscape.path",
+    "Plane": "lmc.landscape.planes.plane",
+    "loss_plane": "lmc.landscape.planes.plane",
+    "random_plane": "lmc.landscape.planes.plane",
+    "trajectory_plane": "lmc.landscape.planes.plane",
+    "Simplex": "lmc.landscape.triangle",
+    "Triangle": "lmc.landscape.triangle",
+    "loss_simplex": "lmc.landscape.triangle",
+    "loss_triangle": "lmc.landscape.triangle",
+    "recalibrate_batchnorm": "lmc.network.batchnorm",
+    "repair": "lmc.network.repair",
+    "Task": "lmc.network.task",
+    "ContinuousSymmetries": "lmc.symmetry.continuous",
+    "continuous_symmetries": "lmc.symmetry.continuous",
+    "permutation_spec": "lmc.symmetry.find",
+    "Group": "lmc.symmetry.groups.group",
+    "Table": "lmc.symmetry.groups.group",
+    "Certificate": "lmc.symmetry.groups.symmetries",
+    "Permutation": "lmc.symmetry.spec",
+    "PermutationSpec": "lmc.symmetry.spec",
+    "Checkpoint": "lmc.weights.checkpoint",
+    "open_checkpoint": "lmc.weights.opening",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES and (name.startswith("_") or find_spec(f"lmc.{name}") is None):
+        raise AttributeError(f"module 'lmc' has no attribute {name!r}")
+    found = getattr(import_module(_HOMES[name]), name) if name in _HOMES else import_module(f"lmc.{name}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return __all__

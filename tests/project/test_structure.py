@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import lmc
+
 PACKAGE = Path(__file__).parents[2] / "lmc"
 MOST_NAMES = 16
 
@@ -124,6 +126,29 @@ def test_no_circle_between_what_lies_in_a_folder(folder: str):
     assert circles({part: found & set(graph) for part, found in graph.items()}) == []
 
 
+def test_no_two_folders_import_each_other():
+    """A file belongs to the folder that it lies in directly: a folder and one inside it are two."""
+    graph: dict[str, set[str]] = {}
+    for name, found in IMPORTS.items():
+        if MODULES[name].name != "__init__.py":
+            others = {t.rpartition(".")[0] for t in found if MODULES[t].name != "__init__.py"}
+            graph.setdefault(name.rpartition(".")[0], set()).update(others - {name.rpartition(".")[0]})
+    pairs = {tuple(sorted((a, b))) for a in graph for b in graph[a] if a in graph.get(b, ())}
+    assert pairs == set()
+
+
+def test_public_names_are_found_where_type_checkers_see_them():
+    seen = set()
+    for node in ast.walk(ast.parse(MODULES["lmc"].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.If):
+            for part in node.body:
+                assert isinstance(part, ast.ImportFrom)
+                seen |= {(alias.name, part.module) for alias in part.names if part.module != "lmc"}
+    assert seen == set(lmc._HOMES.items())
+    assert dir(lmc) == sorted(lmc.__all__) and all(getattr(lmc, name) is not None for name in lmc.__all__)
+    assert [name for name in lmc.__all__ if name not in (lmc.__doc__ or "")] == []
+
+
 @pytest.mark.parametrize("folder", sorted({path.parent for path in PACKAGE.rglob("*.*")}), ids=lambda f: f.name)
 def test_no_folder_is_crowded(folder: Path):
     names = [path.name for path in folder.iterdir() if path.name != "__pycache__"]
@@ -133,7 +158,7 @@ def test_no_folder_is_crowded(folder: Path):
 def test_importing_lmc_loads_no_extra():
     heavy = ["plotly", "pandas", "sklearn", "anywidget", "ipywidgets", "IPython", "transformers", "ot", "cma"]
     heavy += ["scipy.optimize", "scipy.sparse", "sympy"]
-    code = f"import sys, torch; before = set(sys.modules); import lmc; print([n for n in {heavy} if n in set(sys.modules) - before])"
+    code = f"import sys, torch; before = set(sys.modules); import lmc; [getattr(lmc, n) for n in lmc.__all__]; print([n for n in {heavy} if n in set(sys.modules) - before])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert loaded.strip() == "[]"
 

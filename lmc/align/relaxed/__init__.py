@@ -1,0 +1,1 @@
+"""Matching by gradients through doubly stochastic matrices and through the loss."""

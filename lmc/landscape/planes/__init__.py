@@ -1,0 +1,1 @@
+"""Planes in weight space: through three networks, around one, along a trajectory."""
