@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from lmc.symmetry.discovery.tracing.capture import capture
 from torch import Tensor, nn
 
 import lmc
 from lmc.errors import InputError, LmcError, TraceError
 from lmc.symmetry.discovery.discover import Discovery, discover
 from lmc.symmetry.discovery.interpret import gather_facts
+from lmc.symmetry.tracing.capture import capture
 
 
 class Net(nn.Module):
