@@ -61,10 +61,10 @@ OPERATORS = (
 
 # Rules that no program is drawn for, and why.
 NOT_DRAWN = {
-    "attention.attention": "torch.export takes attention apart: see tests/symmetry/test_rules.py",
-    "convolution.convolution": "what convolutions become in recorded runs: see tests/symmetry/test_operators.py",
-    "experts.grouped_mm": "needs rows sorted by expert: see tests/symmetry/test_discover.py",
-    "linear.trilinear": "what bilinear layers become on some devices: see tests/symmetry/test_operators.py",
+    "contractions.attention": "torch.export takes attention apart: see tests/symmetry/test_rules.py",
+    "contractions.convolution": "what convolutions become in recorded runs: see tests/symmetry/test_operators.py",
+    "indexing.grouped_mm": "needs rows sorted by expert: see tests/symmetry/test_discover.py",
+    "contractions.trilinear": "what bilinear layers become on some devices: see tests/symmetry/test_operators.py",
     "moves.as_strided": "torch.export issues it for no program: see tests/symmetry/test_operators.py",
 }
 
