@@ -16,6 +16,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -84,7 +85,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.clone() if value.is_inference() else value
     if isinstance(value, nn.Module):
-        found = [t for t in (*value.parameters(), *value.buffers()) if t.is_inference()]
+        found = [t for t in (*value.parameters(), *value.buffers()) if not is_lazy(t) and t.is_inference()]
         memo = {id(t): nn.Parameter(t.clone()) if isinstance(t, nn.Parameter) else t.clone() for t in found}
         return copy.deepcopy(value, memo) if found else value
     if isinstance(value, Mapping):

@@ -4,6 +4,7 @@ torch as people combine them."""
 import io
 import logging
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from typing import Any
@@ -126,16 +127,24 @@ def test_caches_count_only_when_asked_for() -> None:
     assert sizes(lmc.permutation_spec(WithCache(), noise(4, 5), outputs="past_key_values")) == []
 
 
-def test_experts_chosen_by_a_loop_name_the_line_and_the_way_out() -> None:
-    options = LLAMA | {"num_local_experts": 4, "experts_implementation": "eager"}
-    model = library("MixtralForCausalLM", "MixtralConfig", options)
-    with pytest.raises(lmc.TraceError, match=r"model\.layers\.0\.mlp.*modeling_mixtral\.py:\d+") as caught:
-        lmc.permutation_spec(model, tokens())
-    assert 'experts_implementation="batched_mm"' in str(caught.value)
+def test_experts_chosen_by_a_loop() -> None:
+    """The loop depends on which experts are chosen: it is recorded, and the spec names the lines that read values."""
+    options = LLAMA | {"num_local_experts": 4}
+    looped, batched = (
+        library("MixtralForCausalLM", "MixtralConfig", options | {"experts_implementation": way})
+        for way in ("eager", "batched_mm")
+    )
+    spec = lmc.permutation_spec(looped, tokens())
+    assert any("modeling_mixtral.py:" in line for line in spec.assumed)
+    experts = [4]  # their indices become numbers of a loop, so that they are not exchanged
+    assert sizes(spec) == sorted(
+        (Counter(sizes(lmc.permutation_spec(batched, tokens()))) - Counter(experts)).elements()
+    )
+    assert proven(spec)
 
 
-def test_nothing_is_printed_before_an_error(caplog: pytest.LogCaptureFixture) -> None:
-    """Torch logs the failed operator and prints the graph so far; our error says it."""
+def test_nothing_is_printed_for_what_torch_cannot_export(caplog: pytest.LogCaptureFixture) -> None:
+    """Torch logs the failed operator and prints the graph so far; our error says it, or the module is recorded."""
 
     class Branch(WithCache):
         def forward(self, x: Tensor) -> Tensor:
@@ -152,8 +161,8 @@ def test_nothing_is_printed_before_an_error(caplog: pytest.LogCaptureFixture) ->
     try:
         with redirect_stderr(printed), pytest.raises(lmc.TraceError, match=r"in a \(Linear\)"):
             lmc.permutation_spec(WithCache(), noise(4, 7))
-        with redirect_stderr(printed), pytest.raises(lmc.TraceError):
-            lmc.permutation_spec(Branch(), noise(4, 5))
+        with redirect_stderr(printed):
+            assert lmc.permutation_spec(Branch(), noise(4, 5), progress=False).assumed
     finally:
         for logger in watched:
             logger.removeHandler(handler)
@@ -312,8 +321,9 @@ def test_a_language_model_from_spec_to_path() -> None:
     assert list(moved) == list(b.state_dict())
 
 
-def test_batches_that_hold_their_labels_say_how_to_split_them() -> None:
-    model = library("BertForSequenceClassification", "BertConfig", BERT)
+def test_batches_that_hold_their_labels() -> None:
+    """A model that computes its own loss is evaluated by it."""
+    model = library("BertForSequenceClassification", "BertConfig", BERT).eval()
     batch = {"input_ids": tokens(), "labels": torch.tensor([0, 1])}
-    with pytest.raises(lmc.DataError, match="labels"):
-        lmc.loss_path(model, model, model, [batch], alphas=3)
+    path = lmc.loss_path(model, model, model, [batch], alphas=3)
+    assert path.losses["data"] == pytest.approx([model(**batch).loss.item()] * 3, rel=1e-5)
