@@ -72,6 +72,11 @@ class Network:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"model: expected an nn.Module, which says what to compute, got {type(model).__name__}")
+        if device.type != "meta" and any(x.is_meta for x in (*model.parameters(), *model.buffers())):
+            raise InputError(
+                f"model: {type(model).__name__} is on the meta device, which has shapes and no values; "
+                "model.to_empty(device=...) gives it memory, and buffers outside the state dict must be made again"
+            )
         self.device, self.read = device, read
         self._model, self._dtype = model, dtype
         # What modules make without saying of which dtype.
@@ -166,7 +171,21 @@ class Network:
         """All that the module returns for inputs of any accepted form."""
         self._examine(inputs)
         args, kwargs = self._call(inputs)
-        return self._run(self.module, args, kwargs)
+        with self._dtypes_named(args, kwargs):
+            return self._run(self.module, args, kwargs)
+
+    @contextlib.contextmanager
+    def _dtypes_named(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], weights: Weights | None = None
+    ) -> Iterator[None]:
+        """Raise `DataError` where a module fails on inputs of a dtype that none of its weights has."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not isinstance(error, LmcError):
+                given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+                self.check_inputs(weights or dict(self.module.named_parameters()), given, "inputs")
+            raise
 
     def _run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if torch.get_default_dtype() == self._default:
@@ -216,10 +235,11 @@ class Network:
         return self.read(self._with(own, args, kwargs))
 
     def _with(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if self._verdict == _PLAIN:
-            return self._run(functional_call, (self.module, weights, args, kwargs), {})
-        self._forget()
-        return self._run(call_with, (self.module, weights, args, kwargs), {})
+        plain = self._verdict == _PLAIN
+        if not plain:
+            self._forget()
+        with self._dtypes_named(args, kwargs, weights):
+            return self._run(functional_call if plain else call_with, (self.module, weights, args, kwargs), {})
 
     def stack(self, states: Sequence[Weights]) -> Weights:
         """K weight sets as one, each tensor with a new first axis."""

@@ -6,8 +6,13 @@ merging that are rules lifted to models are called alike.
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib
 import inspect
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +61,7 @@ class World:
         self.x = torch.randn(24, SIZES[0], generator=rng, dtype=torch.float32)
         self.y = torch.arange(24) % SIZES[-1]
         self.spec = SPEC
+        self.cut: dict[str, Any] = {}  # how data are cut, for functions whose result does not depend on it
 
     @property
     def models(self) -> list[dict[str, Tensor]]:
@@ -83,28 +89,31 @@ def _masked(w: World) -> Callable[..., Any]:
 
 CALLS: dict[str, Callable[[World], Any]] = {
     # lmc
-    "activation_matching": lambda w: lmc.activation_matching(w.spec, w.model, w.a, w.b, w.x, **Q),
+    "activation_matching": lambda w: lmc.activation_matching(w.spec, w.model, w.a, w.b, w.x, **w.cut, **Q),
     "bezier_curve": lambda w: lmc.bezier_curve(w.model, w.a, w.b, w.data, epochs=2, **Q),
-    "loss_path": lambda w: lmc.loss_path(w.model, w.a, w.b, w.data, alphas=3, **Q),
-    "loss_plane": lambda w: lmc.loss_plane(w.model, [w.a, w.b, w.c], w.data, resolution=5, **Q),
-    "loss_simplex": lambda w: lmc.loss_simplex(w.model, [w.a, w.b, w.c], w.data, resolution=2, **Q),
-    "loss_triangle": lambda w: lmc.loss_triangle(w.model, [w.a, w.b, w.c], w.data, resolution=2, **Q),
+    "continuous_symmetries": lambda w: str(lmc.continuous_symmetries(w.spec, w.model, w.x, **Q)),
+    "loss_path": lambda w: lmc.loss_path(w.model, w.a, w.b, w.data, alphas=3, **w.cut, **Q),
+    "loss_plane": lambda w: lmc.loss_plane(w.model, [w.a, w.b, w.c], w.data, resolution=5, **w.cut, **Q),
+    "loss_simplex": lambda w: lmc.loss_simplex(w.model, [w.a, w.b, w.c], w.data, resolution=2, **w.cut, **Q),
+    "loss_triangle": lambda w: lmc.loss_triangle(w.model, [w.a, w.b, w.c], w.data, resolution=2, **w.cut, **Q),
     "match_many": lambda w: lmc.match_many(w.spec, [w.a, w.b, w.c], **Q),
-    "ot_fusion": lambda w: lmc.ot_fusion(w.model, w.a, w.b, w.x, spec=w.spec, **Q),
+    "ot_fusion": lambda w: lmc.ot_fusion(w.model, w.a, w.b, w.x, spec=w.spec, **w.cut, **Q),
     "permutation_spec": lambda w: str(lmc.permutation_spec(w.model, w.x, **Q)),
     "polygonal_chain": lambda w: lmc.polygonal_chain(w.model, w.a, w.b, w.data, epochs=2, **Q),
-    "random_plane": lambda w: lmc.random_plane(w.model, w.a, w.data, resolution=5, **Q),
-    "recalibrate_batchnorm": lambda w: lmc.recalibrate_batchnorm(w.model, w.a, w.x),
-    "repair": lambda w: lmc.repair(w.model, w.models, w.x, **Q),
+    "random_plane": lambda w: lmc.random_plane(w.model, w.a, w.data, resolution=5, **w.cut, **Q),
+    "recalibrate_batchnorm": lambda w: lmc.recalibrate_batchnorm(w.model, w.a, w.x, **w.cut),
+    "repair": lambda w: lmc.repair(w.model, w.models, w.x, **w.cut, **Q),
     "sinkhorn_matching": lambda w: lmc.sinkhorn_matching(w.spec, w.model, w.a, w.b, w.data, steps=3, **Q),
     "straight_through_matching": lambda w: lmc.straight_through_matching(
         w.spec, w.model, w.a, w.b, w.data, epochs=2, **Q
     ),
-    "trajectory_plane": lambda w: lmc.trajectory_plane(w.model, [w.a, w.b, w.c, w.base], w.data, resolution=5, **Q),
+    "trajectory_plane": lambda w: lmc.trajectory_plane(
+        w.model, [w.a, w.b, w.c, w.base], w.data, resolution=5, **w.cut, **Q
+    ),
     "weight_matching": lambda w: lmc.weight_matching(w.spec, w.a, w.b, **Q),
     # align
     "barrier_over_time": lambda w: align.barrier_over_time(
-        w.model, {0: w.base, 1: w.a}, {0: w.base, 1: w.b}, w.data, spec=w.spec, alphas=3, **Q
+        w.model, {0: w.base, 1: w.a}, {0: w.base, 1: w.b}, w.data, spec=w.spec, alphas=3, **Q, **w.cut
     ),
     "align.compare": lambda w: align.compare(
         w.spec, w.model, w.a, w.b, w.data, methods=["weight matching"], alphas=3, **Q
@@ -117,11 +126,13 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "rotation_matching": lambda w: align.rotation_matching(w.spec, w.model, w.a, w.b, w.data, steps=2, **Q),
     "singular_alignment": lambda w: align.singular_alignment(w.a, w.b),
     # landscape
-    "curvature": lambda w: landscape.curvature(w.model, w.a, w.data, top=1, probes=2, steps=3, **Q),
-    "evaluate": lambda w: landscape.evaluate(w.model, w.a, w.data),
+    "curvature": lambda w: landscape.curvature(w.model, w.a, w.data, top=1, probes=2, steps=3, **w.cut, **Q),
+    "evaluate": lambda w: landscape.evaluate(w.model, w.a, w.data, **w.cut),
     "linear_cka": lambda w: landscape.linear_cka(w.x, w.x[:, :3]),
-    "similarity": lambda w: landscape.similarity(w.model, w.a, w.b, w.data),
-    "variance_ratios": lambda w: landscape.variance_ratios(w.model, weights.mean(w.models), w.models, w.x, **Q),
+    "similarity": lambda w: landscape.similarity(w.model, w.a, w.b, w.data, **w.cut),
+    "variance_ratios": lambda w: landscape.variance_ratios(
+        w.model, weights.mean(w.models), w.models, w.x, **w.cut, **Q
+    ),
     # merge
     "adamerging": lambda w: merge.adamerging(w.model, w.models, [w.x, w.x], base=w.base, steps=2, **Q),
     "aligned": lambda w: merge.aligned(w.models, w.spec),
@@ -155,12 +166,12 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "mixer": lambda w: merge.mixer(w.model, w.models, {"one": w.data, "two": w.data}, base=w.base, **Q).scores(
         (0.3, 0.4)
     ),
-    "pleas": lambda w: merge.pleas(w.model, w.models, w.x, spec=w.spec, **Q).module.state_dict(),
+    "pleas": lambda w: merge.pleas(w.model, w.models, w.x, spec=w.spec, **w.cut, **Q).module.state_dict(),
     "ratatouille": lambda w: merge.ratatouille(
         w.model, w.models, w.data, base=w.base, fine_tune=_tuned(w), head="head.*", runs=2, **Q
     ),
-    "regmean": lambda w: merge.regmean(w.model, w.models, [w.x, w.x], **Q),
-    "regmean_plus_plus": lambda w: merge.regmean_plus_plus(w.model, w.models, [w.x, w.x], **Q),
+    "regmean": lambda w: merge.regmean(w.model, w.models, [w.x, w.x], **w.cut, **Q),
+    "regmean_plus_plus": lambda w: merge.regmean_plus_plus(w.model, w.models, [w.x, w.x], **w.cut, **Q),
     "sparse_soup": lambda w: merge.sparse_soup(w.a, retrain=_masked(w), sparsity=0.5, phases=1, copies=2, **Q),
     "star_model": lambda w: merge.star_model(w.model, w.models, w.data, epochs=2, **Q),
     "swa": lambda w: merge.swa([w.a, w.b]),
@@ -170,7 +181,7 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "wise_ft_line": lambda w: merge.wise_ft_line(
         w.model, w.a, {"reference": w.data, "shifted": w.data}, base=w.base, alphas=3, **Q
     ),
-    "zipit": lambda w: merge.zipit(w.model, w.models, w.x, spec=w.spec, **Q).module.state_dict(),
+    "zipit": lambda w: merge.zipit(w.model, w.models, w.x, spec=w.spec, **w.cut, **Q).module.state_dict(),
     # weights
     "agreeing": lambda w: weights.agreeing([w.a, w.b], model=w.model),
     "as_weights": lambda w: weights.as_weights(w.model),
@@ -227,6 +238,21 @@ def call(name: str, w: World) -> Any:
 
 
 NAMES = sorted([*CALLS, *LIFTED])
+
+
+# Weights are trained or moved by batches: another size is another result, and not here.
+BY_BATCHES = {
+    "bezier_curve", "polygonal_chain", "sinkhorn_matching", "straight_through_matching", "rotation_matching", "adamerging",
+    "ama", "learned_soup", "star_model", "train",
+}  # fmt: skip
+
+
+def test_batches_are_cut_otherwise_wherever_that_may_change_nothing():
+    source = inspect.getsource(inspect.getmodule(World))  # type: ignore[arg-type]
+    cut = {name for name in PUBLIC if "batch_size" in inspect.signature(PUBLIC[name]).parameters}
+    lines = source[source.index("CALLS:") : source.index("OPTIONS =")].split('\n    "')
+    told = {line[: line.index('"')] for line in lines if "**w.cut" in line}
+    assert told == cut - BY_BATCHES
 
 
 def test_every_public_function_is_here():
@@ -296,6 +322,10 @@ def not_contiguous(w: World) -> None:
     w.x = w.x.T.contiguous().T
 
 
+def other_batches(w: World) -> None:
+    w.cut = {"batch_size": 7}
+
+
 def called_in_training_mode(w: World) -> None:
     w.model.train()(w.x).sum().backward()
 
@@ -311,6 +341,7 @@ ACCIDENTS: dict[str, tuple[Callable[[], Any], Callable[[World], None], float]] =
     "two threads": (two_threads, nothing, 1e-4),
     "shuffled keys": (contextlib.nullcontext, shuffled_keys, 1e-4),
     "not contiguous": (contextlib.nullcontext, not_contiguous, 1e-4),
+    "batches of 7": (contextlib.nullcontext, other_batches, 1e-4),
     "called in training mode": (contextlib.nullcontext, called_in_training_mode, 0.0),
 }
 
@@ -362,3 +393,69 @@ def test_the_same_under_every_accident(name, reference):
                 failures.append(f"{accident}: differs by {float((x - y).abs().max()):.1e}")
                 break
     assert not failures, "\n".join(failures)
+
+
+# The same to the last bit in another process, where strings have other hashes, so that sets have another order.
+ELSEWHERE = (
+    "permutation_spec", "weight_matching", "match_many", "activation_matching", "ot_fusion", "fold_norms", "rotatable_groups",
+    "loss_path", "curvature", "merge.inspect", "merge.compare", "greedy_soup", "fisher", "regmean", "pleas", "zipit", "ties",
+    "dare", "lines", "model_stock", "slerp", "train",
+)  # fmt: skip
+
+
+def digests() -> dict[str, str]:
+    """A hash of the result of each of these functions."""
+    found = {}
+    for name in ELSEWHERE:
+        torch.manual_seed(0)
+        parts = numbers(call(name, World()))
+        found[name] = hashlib.sha256(b"".join(x.contiguous().numpy().tobytes() for x in parts)).hexdigest()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_same_in_another_process():
+    root = Path(lmc.__file__).parents[1]
+    code = "import json, test_accidents; print(json.dumps(test_accidents.digests()))"
+    paths = os.pathsep.join([str(root), str(Path(__file__).parent)])
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": paths, "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads(done.stdout.splitlines()[-1]) == digests()
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "model" in inspect.signature(PUBLIC[n]).parameters])
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_without_values_is_refused_or_not_needed(name, reference):
+    """The module on the meta device, which has shapes and no numbers; the weights are where they were."""
+    w = World()
+    w.model.to("meta")
+    try:
+        found = numbers(call(name, w))
+    except lmc.LmcError as error:
+        assert "meta" in str(error)
+        return
+    if any(x.is_meta for x in found):
+        return
+    expected = reference(name)
+    assert [x.shape for x in found] == [x.shape for x in expected]
+    assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(found, expected, strict=True))
+
+
+PRECISION = {"inputs": "x", "b": "b"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.filterwarnings("ignore")
+def test_another_precision_works_or_is_named(name):
+    """Inputs, or the weights of one model, in float64, the rest in float32."""
+    for what, key in PRECISION.items():
+        w = World()
+        old = getattr(w, key)
+        setattr(w, key, old.double() if isinstance(old, Tensor) else {n: t.double() for n, t in old.items()})
+        try:
+            call(name, w)
+        except lmc.LmcError as error:
+            assert "float" in str(error), what

@@ -108,7 +108,9 @@ def _running(checkpoints: Iterable[ModelOrWeights], step: Callable[[int], float]
             previous, ties = last, sets.ties
         check_compatible(previous, last, (f"checkpoint {t - 1}", f"checkpoint {t}"))
         for name in total:
-            total[name].lerp_(sets.stack(name)[0], step(t))
+            tensor = sets.stack(name)[0]
+            total[name] = total[name].to(widest := wide(tensor.dtype, total[name].dtype))
+            total[name].lerp_(tensor.to(widest), step(t))
     if not last:
         raise InputError("no checkpoints: the iterable is empty")
     result = StateDict(like=last)
