@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lmc.core.context import own_context, warn
-from lmc.errors import InputError
+from lmc.errors import CertificateError, InputError
 from lmc.network.network import renamed_entries
 from lmc.symmetry.discovery.discover import discover
 from lmc.symmetry.spec import PermutationSpec
@@ -80,7 +80,16 @@ def permutation_spec(
     )
     if not certify or any(tensor.is_meta for tensor in model.state_dict().values()):
         return spec
-    proof = spec.certify(model, inputs, trials=trials, seed=seed, outputs=outputs, also=also, tolerance=tolerance)
+    try:
+        proof = spec.certify(model, inputs, trials=trials, seed=seed, outputs=outputs, also=also, tolerance=tolerance)
+    except CertificateError as error:
+        if not found.assumed:
+            raise
+        raise CertificateError(
+            f"{error}. What the forward pass does depends on values ({found.assumed[0]}): it was recorded on the inputs and "
+            "weights given, and other weights take another way, with tensors that had no part in it (experts that no token "
+            "was sent to); pass more inputs, so that all of them are reached"
+        ) from error
     if proof.unverified:
         warn(
             f"not verified: {', '.join(proof.unverified)}. These groups follow from the operators, but breaking them on "

@@ -135,6 +135,31 @@ def test_recorded(function: Callable[..., Tensor]) -> None:
     assert lmc.PermutationSpec.from_dict(spec.to_dict()).assumed == told
 
 
+class Routed(nn.Module):
+    """Each token goes through the expert that its router chooses; an expert without tokens is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.router, self.head = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(8, 3)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.embed(x)
+        chosen, result = self.router(h).argmax(-1), torch.zeros_like(h)
+        for number, expert in enumerate(self.experts):
+            if (chosen == number).any():
+                result = result + expert(h) * (chosen == number).unsqueeze(-1)
+        return self.head(result.relu())
+
+
+def test_experts_that_the_example_does_not_reach_are_told() -> None:
+    torch.manual_seed(0)
+    with pytest.raises(lmc.CertificateError, match="recorded on the inputs and weights given.*all of them are reached"):
+        lmc.permutation_spec(Routed(), torch.randn(1, 5))
+    spec = lmc.permutation_spec(Routed(), 10 * torch.randn(200, 5))
+    assert sorted(group.size for group in spec.groups.values()) == [8, 8] and spec.assumed
+
+
 def test_lines_of_libraries_named_like_torch_are_shown() -> None:
     """torchvision and torch_geometric lie beside torch in a folder whose name begins alike; ours are not shown."""
     site, ours = Path(torch.__file__).parents[1], Path(lmc.__file__).parent
