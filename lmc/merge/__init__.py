@@ -49,6 +49,8 @@ from lmc.merge.rules.averaging import (
     metrics_weighted,
     mix_experts,
     model_stock,
+    multislerp,
+    nuslerp,
     slerp,
     swa,
     variance_corrected,
@@ -56,7 +58,6 @@ from lmc.merge.rules.averaging import (
 from lmc.merge.rules.postprocess import consensus, lines, on_merged, tall_mask, tall_masks
 from lmc.merge.rules.selection import arcee_fusion, emr, magmax, nearswap, ram, sce
 from lmc.merge.rules.spectral import iso_c, iso_cts, tsv_m, wudi
-from lmc.merge.rules.spherical import multislerp, nuslerp
 from lmc.merge.rules.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
 from lmc.merge.rules.ties import pcb, ties
 from lmc.merge.study.compare import MergeComparison, compare
