@@ -19,7 +19,7 @@ Soups side by side: `compare_soups`; averages along a run: `trajectory_averages`
 
 Options of the first two kinds can be given per name pattern: `scale={"*": 1.0, "layers.*.attn": 0.3}`. A method of
 your own is a function of one tensor under `@on_tensors`, `@on_task_vectors`, `@on_merged` or `@linear` (see
-`lmc.merge.method`) and goes wherever these go. BatchNorm statistics are averaged: re-estimate them with
+`lmc.merge.engine.method`) and goes wherever these go. BatchNorm statistics are averaged: re-estimate them with
 `lmc.recalibrate_batchnorm`.
 
 Before: `inspect(models, base=base)` says whether they fit, how they differ and which method suits them. With validation data
@@ -27,7 +27,7 @@ at hand: `compare(model, models, validation, base=...)` tries them all, ranks th
 and `mixer(model, models, data, base=...).explore()` puts task vectors under sliders.
 
 Networks that were trained independently are brought into one order of units first by `align=spec`, an option of every
-method that takes several models (see `lmc.merge.aligning`).
+method that takes several models (see `lmc.merge.engine.aligning`).
 
 Models may be checkpoints on disk (`lmc.open_checkpoint`). Methods of the first two kinds merge them into a new folder
 with little memory: `write(method, models, out, base=..., ...)`; `plan(...)` says beforehand what that takes, and
