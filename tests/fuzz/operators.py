@@ -25,22 +25,24 @@ from lmc.symmetry.tracing.graph import Graph, Leaf
 from .check import form
 
 TOLERANCE = 1e-8
-MOST = 16  # samples of one operator, spread over all that there are: some have thousands
-SHARE = 1 if os.environ.get("CI") else 10  # of these, one in so many
+MOST = 6 if os.environ.get("CI") else 1  # samples of one operator, spread over all that there are: some have thousands
 LARGEST = 4000  # entries of an operand or result
 WITHOUT = 4  # samples without any rule after which an operator is left
 
 
 @dataclass
 class Tally:
-    """What was met: samples by operator, argument forms by rule, failures."""
+    """What was met: samples by operator (those drawn, those that reached a rule, those of these with groups), argument forms
+    by operator with a rule, failures."""
 
+    drawn: Counter[str] = field(default_factory=Counter)
     samples: Counter[str] = field(default_factory=Counter)
     groups: Counter[str] = field(default_factory=Counter)
     forms: dict[str, set[str]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
     def add(self, other: "Tally") -> None:
+        self.drawn += other.drawn
         self.samples += other.samples
         self.groups += other.groups
         self.failures += other.failures
@@ -59,7 +61,7 @@ def tally(entries: list[Any]) -> Tally:
     total = Tally()
     for entry in entries:
         without = 0
-        for number, sample in enumerate(samples(entry)):
+        for number, sample in samples(entry):
             if without >= WITHOUT:
                 break
             result = examined(
@@ -70,8 +72,8 @@ def tally(entries: list[Any]) -> Tally:
     return total
 
 
-def samples(entry: Any) -> list[Any]:
-    """Some samples of an operator, the same in every run."""
+def samples(entry: Any) -> list[tuple[int, Any]]:
+    """Some samples of an operator with their numbers, the same in every run."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
@@ -79,14 +81,14 @@ def samples(entry: Any) -> list[Any]:
             every = list(islice(entry.sample_inputs("cpu", torch.float64, requires_grad=False), 400))
         except (RuntimeError, ValueError, TypeError, ImportError):
             return []  # the database cannot make samples of this one here
-    start = zlib.crc32(entry.name.encode())
-    spread = every[start % max(1, len(every) // MOST) :: max(1, len(every) // MOST)][:MOST]
-    return spread[start % min(SHARE, max(1, len(spread))) :: SHARE]
+    first, count = zlib.crc32(entry.name.encode()), len(every)
+    numbers = sorted({(first + k * count // MOST) % count for k in range(MOST)}) if every else []
+    return [(number, every[number]) for number in numbers]
 
 
 def examined(title: str, entry: Any, sample: Any, as_input: bool) -> Tally:
     """One sample: its rules, and whether what is found holds. Integers are known constants, or inputs (`as_input`)."""
-    result = Tally()
+    result = Tally(drawn=Counter([entry.name]))
     try:
         placed = Placed.of(entry, sample, as_input)
         if placed is None:
