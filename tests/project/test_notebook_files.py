@@ -1,5 +1,6 @@
 """Every notebook is stored as `tools/run_notebooks.py` leaves it: what nbval needs, and nothing it would let through."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -11,6 +12,14 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MAY_FAIL = {"raises-exception", "nbval-raises-exception"}
 LIVE_VIEW = "application/vnd.jupyter.widget-view+json"
 MACHINE_PATH = re.compile(r"/(?:home|Users|root|tmp|work|opt)/")
+
+
+def tool(name: str):
+    """A program of `tools/`, as a module."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER.parent / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def code_cells(path: Path) -> list:
@@ -34,6 +43,22 @@ def test_notebook_is_stored_clean(path: Path):
 def test_notebook_was_run_top_to_bottom(path: Path):
     counts = [cell.execution_count for cell in code_cells(path)]
     assert counts == list(range(1, len(counts) + 1)), "run tools/run_notebooks.py"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_outputs_are_of_the_code_above_them(path: Path):
+    notebook = nbformat.read(path, as_version=4)
+    executed = notebook.metadata.get("lmc", {}).get("executed")
+    assert executed == tool("run_notebooks").checksum(notebook), "run tools/run_notebooks.py"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_claim_is_stated_once(path: Path):
+    """An assertion fails by itself: what is printed beside it is a number, not whether the condition holds."""
+    for cell in code_cells(path):
+        for output in cell.outputs:
+            text = str(output.get("text", ""))
+            assert not re.search(r"\b(True|False)$", text, re.M), text
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
