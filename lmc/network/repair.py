@@ -16,6 +16,7 @@ from lmc.core.context import own_context
 from lmc.core.progress import tqdm
 from lmc.errors import DataError, InputError
 from lmc.network.batchnorm import Recalibrator, has_batchnorm
+from lmc.network.derived import gauged, settled
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.layers import Layer, rescalable, run_seen
 from lmc.network.moments import ChannelMoments
@@ -99,7 +100,7 @@ class Renormalizer:
             network.check(state, f"models[{k}]")
             check_compatible(models[0], state, ("models[0]", f"models[{k}]"))
             check_finite(state, f"models[{k}]")
-        self.network, self.models, self.method = network, list(models), method
+        self.network, self.models, self.method = network, [gauged(state) for state in models], method
         self.batches = list(inputs if batch_size is None else input_batches(network.module, inputs, batch_size))
         network.load(self.models[0])
         self._layers = rescalable(network, first_of(self.batches[0], 1))
@@ -108,7 +109,7 @@ class Renormalizer:
 
     def __call__(self, shares: Sequence[float]) -> StateDict:
         """The repaired average, on the device that the networks are on."""
-        average = mean(self.models, shares)
+        average = settled(mean(self.models, shares))
         if 1.0 in shares:
             return average
         if self.method == "closed_form":

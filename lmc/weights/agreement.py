@@ -91,10 +91,16 @@ def fitted(model: nn.Module, weights: Mapping[str, Tensor], name: str = "weights
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected an nn.Module, which says what to compute, got {type(model).__name__}")
     own = model.state_dict(keep_vars=True)
+    first = tied_names(model)
+    for again, kept in first.items():
+        if again in weights and kept in weights and not _same_values(weights[again], weights[kept]):
+            raise MismatchError(
+                f"{again}: the model ties it to {kept}, in {name} they differ, so that the model cannot hold both; pass a "
+                "model that does not tie them, or tie them in the weights"
+            )
     if own.keys() == weights.keys():
         return StateDict(weights)
     _check_prefix(own, weights, ("model", name))
-    first = tied_names(model)
     held: Weights = {}
     for n, tensor in weights.items():
         held.setdefault(first.get(n, n), tensor)
@@ -111,6 +117,13 @@ def fitted(model: nn.Module, weights: Mapping[str, Tensor], name: str = "weights
     if len(found) < len(own) or extra:
         raise MismatchError(_different_names(own, {**weights, **found}, ("model", name)))
     return StateDict(found, like=weights)
+
+
+def _same_values(x: Tensor, y: Tensor) -> bool:
+    if x is y or x.is_meta or y.is_meta or x.shape != y.shape:
+        return True
+    same_memory = x.data_ptr() == y.data_ptr() and x.stride() == y.stride() and x.device == y.device
+    return same_memory or bool(((x == y) | (x.isnan() & y.isnan())).all())
 
 
 def shared(first: Mapping[str, Tensor], other: Mapping[str, Tensor], names: tuple[str, str]) -> StateDict:

@@ -202,3 +202,26 @@ def test_complex_weights_are_a_linear_space_like_others(tmp_path):
         lmc.weights.lerp(a, {"w": a["w"].real}, 0.5)
     with pytest.raises(WeightsError, match="w of a: 1 of 12 values are NaN"):
         agreeing([{"w": a["w"] / (torch.arange(12).view(3, 4) != 5)}], ["a"])
+
+
+class TiedOrNot(nn.Module):
+    def __init__(self, seed: int, tie: bool) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embedding, self.head = nn.Embedding(10, 6), nn.Linear(6, 10, bias=False)
+        if tie:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(torch.relu(self.embedding(ids)))
+
+
+def test_a_model_that_ties_what_weights_keep_apart_is_refused():
+    ids = torch.arange(20) % 10
+    tied, apart, data = TiedOrNot(0, True), TiedOrNot(1, False), (ids, (ids + 1) % 10)
+    with pytest.raises(MismatchError, match="head.weight: the model ties it to embedding.weight, in b they differ"):
+        lmc.loss_path(tied, tied, apart, data, alphas=3, progress=False)
+    path = lmc.loss_path(apart, tied, apart, data, alphas=3, progress=False)
+    own = [nn.functional.cross_entropy(module(ids), data[1]).item() for module in (tied, apart)]
+    assert path.values["data"]["loss"][[0, -1]] == pytest.approx(own, abs=1e-5)
+    assert fitted(tied, {name: tensor.clone() for name, tensor in tied.state_dict().items()}).keys()

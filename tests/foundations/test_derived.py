@@ -275,3 +275,19 @@ def test_merges_on_disk_name_what_they_average_tensor_by_tensor(norm, tmp_path):
         torch.save(network(norm, seed).state_dict(), tmp_path / f"{seed}.pt")
     with pytest.warns(UserWarning, match="0.*: a spectral or weight normalisation"):
         lmc.merge.write(lmc.merge.average, [tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "out", progress=False)
+
+
+@every
+@pytest.mark.parametrize("how", ["fusion", "repair"])
+def test_fusion_and_repair_do_not_depend_on_how_a_network_is_written(norm, how):
+    a, b, x = network(norm, 0), network(norm, 1), _inputs(False)
+    spec = lmc.permutation_spec(a, x[:2], progress=False)
+    outputs = []
+    for state in (b.state_dict(), rewritten(b)):
+        merged = network(norm, 2)
+        if how == "fusion":
+            merged.load_state_dict(lmc.ot_fusion(a, a, state, x, spec=spec, progress=False).weights)
+        else:
+            merged.load_state_dict(lmc.repair(a, [a, state], x, progress=False))
+        outputs.append(merged(x))
+    assert torch.allclose(*outputs, atol=1e-4)

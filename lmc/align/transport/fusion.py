@@ -14,6 +14,7 @@ from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.network.batches import to_device
+from lmc.network.derived import gauged, settled
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.find import permutation_spec
@@ -121,7 +122,7 @@ def ot_fusion(
     inputs = list(inputs) if isinstance(inputs, Iterator) else inputs  # read several times
     anchor = agreeing([a], ["a"], model=model)[0]
     chosen = pick_device(device, anchor)
-    anchor = StateDict(((name, tensor.to(chosen)) for name, tensor in anchor.items()), like=anchor)
+    anchor = gauged(StateDict(((name, tensor.to(chosen)) for name, tensor in anchor.items()), like=anchor))
     network = Network(model, chosen)
     network.load(anchor)
     spec = (_found(model, network, inputs, progress) if spec is None else spec).bind(anchor)
@@ -132,10 +133,10 @@ def ot_fusion(
         name = f"b[{k}]" if several else "b"
         problem = Problem(spec, network, anchor, source, name, regularization, squared, importance)
         problem.solve(None if inputs is None else problem.distances(inputs, standardize, batch_size, progress))
-        transported.append(problem.transported())
+        transported.append(settled(problem.transported()))
         couplings.append({n: t for coupling in problem.solved.values() for n, t in coupling.plans().items()})
     rest = (1.0 - share) / len(sources) if share is not None else 1.0 / (len(sources) + 1)
-    weights = mean([anchor, *transported], [1.0 - rest * len(sources), *([rest] * len(sources))])
+    weights = settled(mean([anchor, *transported], [1.0 - rest * len(sources), *([rest] * len(sources))]))
     info = {
         "method": "ot_fusion",
         "metric": "weights" if inputs is None else "activations",

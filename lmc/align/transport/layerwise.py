@@ -11,6 +11,7 @@ from lmc.align.activations.collect import Site, collect
 from lmc.align.activations.taps import candidates, choose, live_taps
 from lmc.align.transport.couplings import Coupling, Importance, View, couple, paired_rows
 from lmc.errors import InputError, MismatchError, SpecError
+from lmc.network.derived import gauged
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network
 from lmc.symmetry.spec import PermutationSpec
@@ -35,7 +36,7 @@ class Problem:
         importance: str | None,
     ) -> None:
         self.network, self.source, self.a, self.name = network, source, a, name
-        self.b = {key: tensor.to(network.device) for key, tensor in as_weights(source).items()}
+        self.b = gauged({key: tensor.to(network.device) for key, tensor in as_weights(source).items()})
         check_finite(self.b, name)
         check_depth(a, self.b, name)
         check_fixed_axes(a, self.b, name, spec)
