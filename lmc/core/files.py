@@ -4,7 +4,7 @@ import os
 import secrets
 from pathlib import Path
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -137,7 +137,7 @@ def compare(
             second example, which is then kept out of validation.
         data: one data set per model for methods that look at inputs (default: the tasks of `validation` if there are as
             many, else all of it for each).
-        methods: names (see `lmc.merge.candidates.CANDIDATES`), or a mapping of names to `method(models, base=...,
+        methods: names (see `lmc.merge.study.candidates.CANDIDATES`), or a mapping of names to `method(models, base=...,
             **options)` or to pairs `(method, {option: values})`. Default: all that the models allow.
         metric: "accuracy", "loss" or a metric of the task (default: the accuracy where targets are classes, else the
             loss).

@@ -1,6 +1,6 @@
 """The classes of operators as functions on tags: pointwise (E), reductions (R), contractions (C), order-dependent (F).
 
-The rules of single operators are compositions of these. Each keeps I1 and I2 of `lmc.symmetry.tags`.
+The rules of single operators are compositions of these. Each keeps I1 and I2 of `lmc.symmetry.rules.tags`.
 """
 
 from collections.abc import Sequence

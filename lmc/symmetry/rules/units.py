@@ -8,7 +8,7 @@ units of a frozen sort are fixed by every symmetry. A symmetry is a permutation 
 - commutes with every recorded *map* child -> parent (a bijection locks two sorts, a many-to-one map makes blocks),
 - preserves every recorded *count* unit -> multiplicity (what a slice picks, a pad repeats, a sum runs over).
 
-Operator rules only ever add maps and counts; `lmc.symmetry.solve` finds the permutations at the end.
+Operator rules only ever add maps and counts; `lmc.symmetry.discovery.solve` finds the permutations at the end.
 """
 
 from bisect import bisect_right
