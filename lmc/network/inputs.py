@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
@@ -59,6 +60,8 @@ def _training_inputs(inputs: Any) -> Any:
 
 def required_arguments(model: nn.Module) -> int:
     """The number of positional arguments that the module's forward cannot do without."""
+    if isinstance(model, torch.jit.ScriptModule):  # which has a schema and no signature; its first argument is the module
+        return sum(not argument.has_default_value() for argument in model.forward.schema.arguments[1:])
     parameters = inspect.signature(model.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in positional and p.default is p.empty for p in parameters)

@@ -83,6 +83,7 @@ class Network:
         self._default = torch.float64 if dtype == torch.float64 else callers_dtype()
         self._renamed = renamed_entries(model)
         self._switches = switches(model)
+        self._scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
         self._copies = writes_parameters(model)
         self.module = fresh_copy(model, share=not self._renamed).to(device)
         if dtype is not None:
@@ -196,7 +197,7 @@ class Network:
     @torch.no_grad()
     def many(self, stacked: Weights, inputs: Any) -> Tensor:
         """The outputs (K, N, ...) of K weight sets stacked along a new first axis."""
-        if not self._examine(inputs).functional or self._renamed:
+        if not self._examine(inputs).functional or self._renamed or self._scripted:
             return torch.stack([self._alone(stacked, k, inputs) for k in range(len(next(iter(stacked.values()))))])
         args, kwargs = self._call(inputs)
 
@@ -224,7 +225,7 @@ class Network:
                 f"({', '.join(self._renamed[:3])}), so that it cannot be differentiated by its state dict; "
                 "remove the hooks for this"
             )
-        if not verdict.functional:
+        if not verdict.functional or self._scripted:
             raise InputError(
                 f"{self._name}: called with weights that it does not hold, it gives other outputs than with the same weights "
                 "loaded, so that it cannot be differentiated by them; it computes something when weights are loaded, "

@@ -462,6 +462,9 @@ def test_scripted_modules(data):
     path = lmc.loss_path(scripted, *states, (x, y), alphas=3, progress=False)
     plain = lmc.loss_path(Base(0), *states, (x, y), alphas=3, progress=False)
     assert abs(path.values["data"]["loss"] - plain.values["data"]["loss"]).max() < 1e-6
+    lmc.repair(scripted, states, x, progress=False)
+    with pytest.raises(lmc.InputError, match="scripted"):
+        lmc.landscape.curvature(scripted, states[0], (x, y), progress=False)
 
 
 class Fused(nn.Module):

@@ -14,7 +14,7 @@ from lmc.align.activations.taps import Tap, Watch, choose, groups_at, live_taps
 from lmc.align.transport.layerwise import guess_inputs
 from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.progress import tqdm
-from lmc.errors import InputError
+from lmc.errors import InputError, WeightsError
 from lmc.merge.partial.growth import Growth, growth
 from lmc.merge.partial.units import BOTH, MergedUnits, numbers, zipped_weights
 from lmc.merge.partial.widening import Zipped, widened
@@ -154,6 +154,8 @@ def prepare(
         count = "a single one" if isinstance(models, nn.Module | Mapping) else len(models)
         raise InputError(f"models: expected two, A and B, got {count}")
     a, b = agreeing(models, model=model)
+    if complex_ := next((name for name, tensor in a.items() if tensor.is_complex()), ""):
+        raise WeightsError(f"{complex_}: complex weights; this method takes none, those without data do")
     network = Network(model, pick_device(device, a))
     network.check(a, "a")
     home = next((tensor.device for tensor in a.values()), network.device)
