@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lmc.merge as catalogue
 from lmc.core.context import own_context
 from lmc.errors import DataError, InputError
 from lmc.merge.disk.recipe import source
 from lmc.merge.disk.write import write
 from lmc.merge.engine.method import MergeFunction
+from lmc.merge.rules import averaging, postprocess, selection, spectral, task_vectors, ties
+from lmc.merge.with_data import soups
 from lmc.weights.checkpoint import RECIPE, Checkpoint, checksum, read_json
 from lmc.weights.opening import open_checkpoint
 
@@ -58,10 +59,15 @@ def replay(
     return merged
 
 
+# Where the methods are defined that a recipe may name.
+CATALOGUE = (averaging, postprocess, selection, spectral, task_vectors, ties, soups)
+
+
 def find_method(recipe: Mapping[str, Any], given: MergeFunction | None = None) -> MergeFunction:
     """The method that a recipe names; its source must be what it was."""
     name = recipe["method"]
-    method: Any = getattr(catalogue, str(name), None) if given is None else given
+    named = (getattr(module, str(name), None) for module in CATALOGUE)
+    method: Any = next(filter(None, named), None) if given is None else given
     if not hasattr(method, "method"):
         raise InputError(f"recipe: {name!r} is not a method of lmc.merge; pass your function as method=")
     if source(method) != recipe["rule"]:
