@@ -1,8 +1,8 @@
 """Put samples of torch's own database of operators through discovery: a markdown table of what came out.
 
-    CI=1 python benchmarks/operators.py > operators.md
+    LMC_THOROUGH=1 python benchmarks/operators.py > operators.md
 
-With the variable CI set six samples of each operator, otherwise one. Rows gather the operators with the same counts:
+With the variable LMC_THOROUGH set six samples of each operator, otherwise one. Rows gather the operators with the same counts:
 samples drawn, samples that torch could trace and that have a rule, and those of these with groups.
 """
 
