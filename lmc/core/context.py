@@ -6,6 +6,7 @@ own computations. Inside they would change results (a Gram matrix in bfloat16) o
 
 import copy
 import functools
+import inspect
 import os
 import sys
 import warnings
@@ -94,8 +95,9 @@ def _plain(value: Any) -> Any:
     if type(value) in (list, tuple):
         new = [_plain(item) for item in value]
         return value if all(x is y for x, y in zip(new, value, strict=True)) else type(value)(new)
-    if hasattr(value, "train") and hasattr(value, "test") and hasattr(value, "__dict__"):
-        changed = {key: new for key, old in vars(value).items() if (new := _plain(old)) is not old}
+    # Looked up without asking the object: one may answer every name, or raise an error of its own.
+    if all(inspect.getattr_static(value, name, None) is not None for name in ("train", "test")):
+        changed = {key: new for key, old in getattr(value, "__dict__", {}).items() if (new := _plain(old)) is not old}
         if changed:
             value = copy.copy(value)
             vars(value).update(changed)

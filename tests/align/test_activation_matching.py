@@ -430,8 +430,10 @@ def test_bad_input():
         match(case, a, mlp(12, [20, 10], 5))
     with pytest.raises(DataError, match="inputs are torch.float32"):  # weights of two dtypes take the wider one
         match(case, a, {k: v.double() for k, v in b.items()})
-    with pytest.raises(SpecError, match="spec"):
+    with pytest.raises(MismatchError, match="conv1.weight: in model"):
         match(CASES["cnn"](), a, b)
+    with pytest.raises(SpecError, match="spec"):
+        activation_matching(CASES["cnn"]().spec, case.model, a, b, case.inputs, progress=False)
     with pytest.raises(WeightsError, match="fc1.bias of b"):
         match(case, a, b | {"fc1.bias": torch.full((16,), torch.nan)})
     empty = iter([])
