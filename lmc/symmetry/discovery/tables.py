@@ -9,7 +9,6 @@ right.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from math import prod
 
 import numpy as np
 
@@ -114,11 +113,6 @@ def fewer_dims(table: Table, sizes: tuple[int, ...]) -> Table:
             smaller = plain(lines[..., 0], table.dims[:k] + table.dims[k + 1 :])
             return fewer_dims(smaller, rest_sizes)
     return table
-
-
-def positions_moved(table: Table, shape: tuple[int, ...]) -> int:
-    """The number of elements of the tensor that a table moves."""
-    return table.rows.size * prod(n for d, n in enumerate(shape) if d not in table.dims)
 
 
 Groups = dict[str, Group]
