@@ -11,9 +11,11 @@ from torch import Tensor, nn
 Split = tuple[Tensor, Tensor]
 
 
-def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> bool:
-    """The same names, dtypes and bits."""
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
+def same(a: Mapping[str, Tensor], b: Mapping[str, Tensor], *, ordered: bool = True) -> bool:
+    """The same names, dtypes and bits, and the names in the same order."""
+    if a.keys() != b.keys() or (ordered and list(a) != list(b)):
+        return False
+    return all(torch.equal(a[k], b[k]) and a[k].dtype == b[k].dtype for k in a)
 
 
 def close(a: Mapping[str, Tensor], b: Mapping[str, Tensor], tolerance: float = 1e-12) -> bool:
