@@ -19,7 +19,7 @@ from lmc.core.context import own_context, warn
 from lmc.errors import InputError
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
-from lmc.symmetry.groups.actions import permute_tensor
+from lmc.symmetry.groups.actions import act, permute_tensor
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
@@ -140,7 +140,7 @@ def match_unseen(
         "these groups are matched by their weights"
     )
     blocks = [block for block in build_blocks(spec, fixed) if block.name in names]
-    return Descent(spec, blocks, fixed, permuted(spec, moving, indices), indices).grow_outwards().run(_SWEEPS).pi
+    return Descent(spec, blocks, fixed, act(spec, indices, moving), indices).grow_outwards().run(_SWEEPS).pi
 
 
 def match_silent(
@@ -159,7 +159,7 @@ def match_silent(
     todo = {name: units for name, units in silent.items() if len(units) > 1}
     if not todo:
         return found
-    state = permuted(spec, moving, found)
+    state = act(spec, found, moving)
     for block in build_blocks(spec, fixed):
         if block.name in todo:
             units = todo[block.name]
@@ -172,12 +172,6 @@ def match_silent(
                     state[name] = permute_tensor(state[name], pairs, {block.name: step})
             found[block.name] = found[block.name][step]
     return found
-
-
-def permuted(spec: PermutationSpec, tensors: Weights, indices: Mapping[str, Tensor]) -> Weights:
-    """The tensors with all groups permuted."""
-    tables = spec.tables_by_tensor
-    return {name: permute_tensor(tensor, tables.get(name, ()), indices) for name, tensor in tensors.items()}
 
 
 def _silent(score: Tensor, index: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from lmc.align.weight_matching.parameters import matched
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
-from lmc.symmetry.groups.actions import permute_tensor
+from lmc.symmetry.groups.actions import act
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
@@ -118,10 +118,7 @@ def _descend(
     if start == "random":
         pi = spec.random(int(torch.randint(2**31, (), generator=generator))).indices
         order = torch.randperm(len(blocks), generator=generator).tolist()
-    state = moving
-    if pi:
-        tables = spec.tables_by_tensor
-        state = {name: permute_tensor(tensor, tables.get(name, ()), pi) for name, tensor in moving.items()}
+    state = act(spec, pi, moving) if pi else moving
     descent = Descent(spec, blocks, fixed, state, pi, on_visit=bar.update)
     if start == "outwards":
         descent.grow_outwards()
