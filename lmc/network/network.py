@@ -325,8 +325,8 @@ class Network:
         else:
             raise InputError(
                 f"{self._name}: what it computes from one set of weights is used again with the next, and cannot be dropped, "
-                "since it is shared by all modules of its kind (a dict of a class or a file, a cached function); keep such values in attributes of the "
-                "module, or drop them in its train method"
+                "since it is shared by all modules of its kind (a dict of a class or a file, a cached function); keep such "
+                "values in attributes of the module, or drop them in its train method"
             )
         if renews:
             warn(

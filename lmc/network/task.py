@@ -18,11 +18,14 @@ from lmc.network.batches import IGNORED, Split, TargetsOf, TaskData, tensors
 Loss: TypeAlias = Callable[..., Tensor]
 Outputs: TypeAlias = None | str | int | Callable[[Any], Any]
 
+# Of torch's losses, as functions and as modules.
 UNITS = {
-    "cross_entropy": "nats", "nll_loss": "nats", "binary_cross_entropy": "nats", "kl_div": "nats", "poisson_nll_loss": "nats",
-    "gaussian_nll_loss": "nats", "binary_cross_entropy_with_logits": "nats", "mse_loss": "squared error",
-    "l1_loss": "absolute error",
-}  # fmt: skip
+    **dict.fromkeys(("cross_entropy", "nll_loss", "kl_div", "poisson_nll_loss", "gaussian_nll_loss"), "nats"),
+    **dict.fromkeys(("binary_cross_entropy", "binary_cross_entropy_with_logits"), "nats"),
+    **dict.fromkeys(("CrossEntropyLoss", "NLLLoss", "BCELoss", "BCEWithLogitsLoss"), "nats"),
+    **dict.fromkeys(("mse_loss", "MSELoss"), "squared error"),
+    **dict.fromkeys(("l1_loss", "L1Loss"), "absolute error"),
+}
 
 
 @dataclass(frozen=True)
@@ -331,11 +334,7 @@ def _unit(loss: Loss) -> str:
     """The unit of a loss of torch; empty for any other."""
     function = loss.func if isinstance(loss, functools.partial) else loss
     name = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", "")
-    modules = {
-        "CrossEntropyLoss": "cross_entropy", "NLLLoss": "nll_loss", "BCELoss": "binary_cross_entropy",
-        "BCEWithLogitsLoss": "binary_cross_entropy", "MSELoss": "mse_loss", "L1Loss": "l1_loss",
-    }  # fmt: skip
-    return UNITS.get(modules.get(name, name), "")
+    return UNITS.get(name, "")
 
 
 def _ignored_by(loss: Loss, otherwise: int) -> int:

@@ -13,7 +13,7 @@ from lmc.align.weight_matching.parameters import matched
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
-from lmc.symmetry.groups.actions import act
+from lmc.symmetry.groups.actions import act, identity_indices
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
@@ -86,7 +86,6 @@ def weight_matching(
     finally:
         bar.close()
     value, best = max(candidates, key=_value)
-    stay = {name: torch.arange(group.size) for name, group in spec.groups.items()}
     info = {
         "method": "weight_matching",
         "seed": seed,
@@ -95,7 +94,7 @@ def weight_matching(
         "runs": runs,
         "seconds": time.perf_counter() - started,
     }
-    return Permutation(spec, stay | best, value, info)
+    return Permutation(spec, identity_indices(spec) | best, value, info)
 
 
 def _value(candidate: tuple[float, Any]) -> float:
