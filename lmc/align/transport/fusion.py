@@ -101,7 +101,7 @@ def ot_fusion(
         regularization: 0 for exact couplings; above, entropic ones, relative to the median cost (0.05 is soft).
         squared: costs are squared distances.
         standardize: compare activations after bringing each to mean 0 and variance 1. The authors compare them as they
-            are, and so does the default, which reproduces their table.
+            are, and so does the default.
         importance: masses of units in proportion to the l1 or l2 norm of their incoming weights; default: all equal.
         batch_size, device, progress: as in `activation_matching`.
 
