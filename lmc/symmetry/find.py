@@ -86,9 +86,9 @@ def permutation_spec(
         if not found.assumed:
             raise
         raise CertificateError(
-            f"{error}. What the forward pass does depends on values ({found.assumed[0]}): it was recorded on the inputs and "
-            "weights given, and other weights take another way, with tensors that had no part in it (experts that no token "
-            "was sent to); pass more inputs, so that all of them are reached"
+            f"{error}. What the forward pass does depends on values ({found.assumed[0]}): it was recorded on the inputs "
+            "given, and with other weights these take another way, on which another symmetry holds; pass more inputs, so that "
+            "all ways are taken"
         ) from error
     if proof.unverified:
         warn(

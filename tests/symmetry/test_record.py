@@ -152,12 +152,41 @@ class Routed(nn.Module):
         return self.head(result.relu())
 
 
-def test_experts_that_the_example_does_not_reach_are_told() -> None:
+def test_experts_that_the_example_does_not_reach_are_recorded_with_other_weights() -> None:
+    """One token goes to one expert, and yet the stream moves in all three, as it does for many tokens."""
     torch.manual_seed(0)
-    with pytest.raises(lmc.CertificateError, match="recorded on the inputs and weights given.*all of them are reached"):
-        lmc.permutation_spec(Routed(), torch.randn(1, 5))
-    spec = lmc.permutation_spec(Routed(), 10 * torch.randn(200, 5))
-    assert sorted(group.size for group in spec.groups.values()) == [8, 8] and spec.assumed
+    model = Routed()
+    few, many = (lmc.permutation_spec(model, x) for x in (torch.randn(1, 5), 10 * torch.randn(200, 5)))
+    assert [set(group.tables) for group in few.groups.values()] == [set(group.tables) for group in many.groups.values()]
+    assert {f"experts.{k}.weight" for k in range(3)} < set(few.groups["embed"].tables)
+    assert few.certify(model, 10 * torch.randn(200, 5)).max_error < 1e-9
+    assert few.assumed and not any("no part" in line for line in few.assumed + many.assumed)
+
+
+def far(m: Layers, x: Tensor) -> Tensor:
+    return m.c(m.b(m.a(x)) if x.abs().max() > 100 else m.a(x).relu())
+
+
+def test_parameters_that_no_weights_lead_to_are_told() -> None:
+    spec = lmc.permutation_spec(Layers(far), X)
+    assert set(spec.groups["a"].tables) == {"a.weight", "a.bias", "c.weight"}
+    assert "that b.bias, b.weight have no part" in spec.assumed
+
+
+def other_way(m: Layers, x: Tensor) -> Tensor:
+    h = m.a(x)
+    return m.c(h.relu() if h.mean() > 0 else h * torch.arange(8.0))
+
+
+def test_another_symmetry_on_another_way_is_refused() -> None:
+    torch.manual_seed(0)
+    model, bias = Layers(other_way), "a.bias"
+    model.get_parameter(bias).data.fill_(5.0)
+    spec = lmc.permutation_spec(model, X, certify=False)
+    assert [group.size for group in spec.groups.values()] == [8]
+    model.get_parameter(bias).data.fill_(-5.0)
+    with pytest.raises(lmc.CertificateError, match="Guilty groups: 'a'"):
+        spec.certify(model, X)
 
 
 def test_lines_of_libraries_named_like_torch_are_shown() -> None:
@@ -179,7 +208,7 @@ def test_both_ways_in_agree() -> None:
     """Where export works, the recorded run has the same symmetries, in-place operators and buffers included."""
 
     def forward(m: Layers, x: Tensor) -> Tensor:
-        h = m.norm(m.a(x).relu_())
+        h = m.get_submodule("norm")(m.a(x).relu_())
         h[:, :2] *= 2
         return m.c(h.view(-1, 2, 4).transpose(1, 2).flatten(1))
 

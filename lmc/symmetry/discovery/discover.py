@@ -117,7 +117,7 @@ class Discovery:
         aliases: second names of tied tensors -> the first name (both names have the same tables).
         frozen: (tensor, axis) -> why it does not move, for every axis of size > 1 that does not.
         assumed: values of tensors, with the line that reads them, that decide on a size or a branch in the forward
-            pass: the groups are those of the sizes and branches of the example.
+            pass: the groups are those of the sizes and branches of the example; and the parameters that took no part.
     """
 
     groups: dict[str, Group]
@@ -200,7 +200,16 @@ def read_off(graph: Graph, progress: bool = False) -> Discovery:
     }
     frozen = reasons(graph, facts, solution, moved)
     second = {name: first for name, first in graph.aliases.items() if name != first}
-    return Discovery(groups, shapes, graph.buffers, second, frozen, tuple(dict.fromkeys(graph.read.values())))
+    return Discovery(groups, shapes, graph.buffers, second, frozen, assumptions(graph))
+
+
+def assumptions(graph: Graph) -> tuple[str, ...]:
+    """What the values of the example decided, and the parameters that therefore had no part."""
+    told = dict.fromkeys(graph.read.values())
+    if graph.unreached:
+        more = f" and {len(graph.unreached) - 2} more" if len(graph.unreached) > 2 else ""
+        told[f"that {', '.join(graph.unreached[:2])}{more} have no part"] = None
+    return tuple(told)
 
 
 def parameter_units(facts: Facts) -> np.ndarray:

@@ -35,6 +35,7 @@ class Graph:
         buffers: names of persistent buffers.
         read: nodes whose values the forward pass read to decide on a size or a branch, and to what end: the graph is the
             one of these values, so no symmetry may change them.
+        unreached: parameters that had no part in any way that values led to on the example.
     """
 
     nodes: list[Node]
@@ -45,6 +46,7 @@ class Graph:
     tensors: dict[str, Tensor]
     buffers: frozenset[str]
     read: dict[Node, str] = field(default_factory=dict)
+    unreached: tuple[str, ...] = ()
 
 
 def movable(tensor: Tensor) -> bool:

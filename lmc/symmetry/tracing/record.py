@@ -4,10 +4,14 @@ For modules that `torch.export` cannot take, because values of inputs, buffers o
 because they do something else while being compiled. Nothing is simulated: the module runs as it does when called, and
 the operators that it issues are written down, in-place ones as ordinary ones. Integer inputs stay unknown data for the
 rules; only what the run made of them (a size, a branch) is taken as given, and that is kept in `Graph.read`.
+
+Where values decide and parameters had no part in the run (experts that no token was sent to), the module is recorded again
+with its weights in other places, until all have had one: a symmetry must hold on every way that was recorded.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,15 +30,71 @@ from lmc.symmetry.tracing.failures import quiet
 from lmc.symmetry.tracing.graph import Graph, Leaf, aliases_of, movable, source_line
 from lmc.symmetry.tracing.outputs import OutputSelector, select
 
+FURTHER_RUNS = 12  # at most, each with its own weights
+
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: OutputSelector) -> Graph:
-    """The graph of one run of a module in evaluation mode on real tensors. Raises whatever the run raises."""
+    """The graph of a module in evaluation mode on real tensors: of one run, or of several where values decide which
+    parameters have a part in it. Raises whatever the first run raises."""
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    own = {name: t if isinstance(t, nn.Parameter) else t.detach().clone() for name, t in state.items()}
+    graph = recorded(model, own, args, kwargs, outputs)
+    for number in range(FURTHER_RUNS if graph.read else 0):
+        if not (missing := without_part(graph)):
+            break
+        with suppress(Exception):  # other weights may lead where these inputs do not fit
+            other = recorded(model, shuffled(own, number), args, kwargs, outputs)
+            if not missing <= without_part(other):
+                graph = both(graph, other, f"_run{number}")
+    return replace(graph, unreached=tuple(sorted(without_part(graph)))) if graph.read else graph
+
+
+def without_part(graph: Graph) -> set[str]:
+    """The parameters that no operator takes."""
+    taken = {leaf.name for node in graph.nodes if node.users and (leaf := graph.leaves.get(node.name))}
+    return {
+        name for name, t in graph.tensors.items() if isinstance(t, nn.Parameter) and graph.aliases[name] not in taken
+    }
+
+
+def shuffled(weights: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+    """The numbers of each parameter in other places: of the same size, so that signals survive, but choosing otherwise."""
+    generator = torch.Generator().manual_seed(number)
+
+    def moved(tensor: Tensor) -> Tensor:
+        order = torch.randperm(tensor.numel(), generator=generator).to(tensor.device)
+        return nn.Parameter(tensor.detach().reshape(-1)[order].view(tensor.shape), tensor.requires_grad)
+
+    return {name: moved(t) if isinstance(t, nn.Parameter) else t for name, t in weights.items()}
+
+
+def both(first: Graph, second: Graph, suffix: str) -> Graph:
+    """Two runs side by side, as one graph. The nodes of the second get names of their own."""
+    leaves = dict(first.leaves)
+    for node in second.nodes:
+        leaf = second.leaves.get(node.name)
+        node._rename(f"{node.name}{suffix}")
+        if leaf is not None:
+            leaves[node.name] = leaf
+    return replace(
+        first,
+        nodes=first.nodes + second.nodes,
+        leaves=leaves,
+        outputs=first.outputs + second.outputs,
+        read=first.read | second.read,
+    )
+
+
+def recorded(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    outputs: OutputSelector,
+) -> Graph:
+    """The graph of one run with the given parameters and buffers."""
     tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
     aliases = aliases_of(tensors)
-    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    weights = {
-        name: t.detach().clone() if name not in dict(model.named_parameters()) else t for name, t in held.items()
-    }
     paths, spec = pytree.tree_flatten_with_path((args, kwargs))
     flat = [value for _, value in paths]
     where = [k for k, value in enumerate(flat) if isinstance(value, Tensor)]
@@ -50,7 +110,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     kept = {t.data_ptr() for m in model.modules() for t in pytree.tree_leaves(vars(m)) if isinstance(t, Tensor)}
     with torch.no_grad(), quiet(), sdpa_kernel(SDPBackend.MATH), modules_noted(model), Lists():
         traced = make_fx(functionalize(run), _error_on_data_dependent_ops=False, record_stack_traces=True)(
-            weights, [flat[k] for k in where]
+            dict(weights), [flat[k] for k in where]
         )
     nodes = list(traced.graph.nodes)
     placeholders = [node for node in nodes if node.op == "placeholder"]
