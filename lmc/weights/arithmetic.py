@@ -15,7 +15,7 @@ from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.weights.agreement import as_weights, check_compatible, shared
 from lmc.weights.numbers import inexact, narrowed, wide
-from lmc.weights.state import ModelOrWeights, StateDict
+from lmc.weights.state import ModelOrWeights, StateDict, Weights
 
 
 @own_context
@@ -39,8 +39,13 @@ def mean(models: Sequence[ModelOrWeights], weights: Sequence[float] | None = Non
     for i, state in enumerate(states[1:], start=1):
         states[i] = shared(states[0], state, names := ("models[0]", f"models[{i}]"))
         check_compatible(states[0], states[i], names)
+    return mixture(states, coefficients)
+
+
+def mixture(states: Sequence[Weights], shares: Sequence[float]) -> StateDict:
+    """`sum_i s_i theta_i` of weight sets that are known to fit each other: what is evaluated at thousands of points."""
     return StateDict(
-        {name: _combine(name, [state[name] for state in states], coefficients) for name in states[0]}, like=states[0]
+        {name: _combine(name, [state[name] for state in states], shares) for name in states[0]}, like=states[0]
     )
 
 

@@ -6,6 +6,7 @@ code of a mean, and the mean of products `B A` is not the product of the means.
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -65,13 +66,18 @@ def code(state: Mapping[str, Tensor]) -> str:
     scaled = {name.rpartition(".")[0] for name in state if "scale" in name.rpartition(".")[2]}
     for name, tensor in state.items():
         parent, _, last = name.rpartition(".")
-        if tensor.is_quantized or CODES.search(name):
+        if tensor.is_quantized or _named_code(name):
             return f"{name} ({dtype_name(tensor)}) belongs to a quantised weight"
         if last == "weight" and not inexact(tensor) and tensor.dtype in NARROW:
             return f"{name} holds {dtype_name(tensor)} codes of a quantised weight"
         if tensor.is_floating_point() and tensor.dtype.itemsize == 1 and parent in scaled and "scale" not in last:
             return f"{name} holds {dtype_name(tensor)} codes with a scale of their own"
     return ""
+
+
+@lru_cache(maxsize=2**16)  # the same names are asked for again with every weight set of an architecture
+def _named_code(name: str) -> bool:
+    return CODES.search(name) is not None
 
 
 def factor(state: Mapping[str, Tensor]) -> str:

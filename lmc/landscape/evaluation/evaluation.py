@@ -19,7 +19,8 @@ from lmc.network.derived import derived_in, gauged, warn_of_lagging
 from lmc.network.network import pick_device
 from lmc.network.repair import Method, Renormalizer
 from lmc.network.task import Loss, Outputs, Task
-from lmc.weights import ModelOrWeights, Weights, agreeing, mean
+from lmc.weights import ModelOrWeights, Weights, agreeing
+from lmc.weights.arithmetic import mixture
 
 Repair: TypeAlias = Literal["auto", "repair", "closed_form"] | None
 
@@ -130,7 +131,7 @@ class Evaluation:
         """The mixture `sum_i s_i theta_i` of the models, ready to be evaluated."""
         if self._renormalize is not None:
             return self._renormalize(shares)
-        return self.ready(mean(self.states, shares))
+        return self.ready(mixture(self.states, shares))
 
     def ready(self, weights: Weights) -> Weights:
         """Weights of a point, with statistics of their own where there are any."""
