@@ -67,9 +67,10 @@ if TYPE_CHECKING:
     from lmc.network.batchnorm import recalibrate_batchnorm
     from lmc.network.repair import repair
     from lmc.network.task import Task
-    from lmc.symmetry.continuous import ContinuousSymmetries, continuous_symmetries
+    from lmc.symmetry.continuous.find import continuous_symmetries
     from lmc.symmetry.find import permutation_spec
     from lmc.symmetry.groups.group import Group, Table
+    from lmc.symmetry.groups.kinds import ContinuousSymmetries
     from lmc.symmetry.groups.symmetries import Certificate
     from lmc.symmetry.spec import Permutation, PermutationSpec
     from lmc.weights.checkpoint import Checkpoint
@@ -159,8 +160,8 @@ _HOMES = {
     "recalibrate_batchnorm": "lmc.network.batchnorm",
     "repair": "lmc.network.repair",
     "Task": "lmc.network.task",
-    "ContinuousSymmetries": "lmc.symmetry.continuous",
-    "continuous_symmetries": "lmc.symmetry.continuous",
+    "ContinuousSymmetries": "lmc.symmetry.groups.kinds",
+    "continuous_symmetries": "lmc.symmetry.continuous.find",
     "permutation_spec": "lmc.symmetry.find",
     "Group": "lmc.symmetry.groups.group",
     "Table": "lmc.symmetry.groups.group",

@@ -58,7 +58,7 @@ def certify_spec(
         moved = max(moved, _moved_share(spec, indices))
         for example, reference in zip(examples, references, strict=True):
             # without groups there is nothing to compare, not even where these weights give NaN
-            error = _relative_error(reference, probe.outputs_of(example, permuted)) if spec.groups else 0.0
+            error = relative_error(reference, probe.outputs_of(example, permuted)) if spec.groups else 0.0
             if not error <= tolerance:
                 found = _guilty(spec, probe, example, weights, reference, indices, tolerance)
                 raise CertificateError(
@@ -95,7 +95,7 @@ def certify_permutation(
     spec.check(own)
     probe = Probe(model, outputs)
     reference = probe.outputs_of(inputs, own)
-    error = _relative_error(reference, probe.outputs_of(inputs, act(spec, indices, own)))
+    error = relative_error(reference, probe.outputs_of(inputs, act(spec, indices, own)))
     if not error <= tolerance:
         raise CertificateError(
             f"the permuted weights compute another function: outputs differ by {error:.1e} of their size "
@@ -128,7 +128,7 @@ def _power(
     """The change of the outputs, relative to their size, when a family moves but for one place that it touches."""
     most = 0.0
     for broken in _broken(spec, moving, weights):
-        most = max(most, _relative_error(reference, probe.outputs_of(inputs, broken)))
+        most = max(most, relative_error(reference, probe.outputs_of(inputs, broken)))
         if most > VISIBLE * tolerance:
             break
     return most
@@ -182,7 +182,7 @@ def _places(
     return tables, sizes
 
 
-def _relative_error(reference: list[Tensor], outputs: list[Tensor]) -> float:
+def relative_error(reference: list[Tensor], outputs: list[Tensor]) -> float:
     """The largest difference of two lists of outputs, relative to the largest value of each output."""
     worst = 0.0
     if not any(x.numel() for x in reference):
@@ -233,7 +233,7 @@ def _guilty(
     found = []
     for family, members in spec.families.items():
         indices = identity | {name: whole[name] for name in members}
-        alone = _relative_error(reference, probe.outputs_of(example, act(spec, indices, weights)))
+        alone = relative_error(reference, probe.outputs_of(example, act(spec, indices, weights)))
         if not alone <= tolerance:
             group = spec.groups[members[0]]
             found.append(f"{family!r} ({group.size} units in {', '.join(list(group.tables)[:3])}): {alone:.1e}")

@@ -6,13 +6,16 @@ off, and standard deviations far below 1 / sqrt(fan-in) let signals fade below r
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.conv import _ConvTransposeNd
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -183,6 +186,35 @@ class Probe:
                 parameter.requires_grad_(False)
         return {name: slope.cpu() for name, slope in zip(parameters, found, strict=True) if slope is not None}
 
+    def pullbacks(
+        self, inputs: Inputs, weights: Weights, names: Collection[str], factors: Tensor, most: int
+    ) -> Iterator[tuple[int, Weights]]:
+        """The gradients of sums of the outputs by some tensors, statistics included, as many at once as have `most` entries.
+
+        Args:
+            factors: (R, number of outputs) of the sums; of outputs as `flat` has them.
+
+        Returns:
+            Pairs: the number of the first of some sums, and the gradients (number of sums, *shape) of what they depend on.
+        """
+        self._load(weights)
+        slots = self.network.module.state_dict(keep_vars=True)
+        wanted = {n: slots[n] for n in names}
+        try:
+            for slot in wanted.values():
+                slot.requires_grad_(True)
+            with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), _WrittenOut():
+                outputs = flat(list(self._result(inputs).values()))
+            chunk = max(1, most // sum(slot.numel() for slot in wanted.values()))
+            for start in range(0, len(factors), chunk):
+                rows = factors[start : start + chunk].to(outputs.device)
+                with _double():
+                    found = _gradients(outputs, list(wanted.values()), rows)
+                yield start, {name: grad for name, grad in zip(wanted, found, strict=True) if grad is not None}
+        finally:
+            for slot in wanted.values():
+                slot.requires_grad_(False)
+
     def _result(self, inputs: Inputs) -> dict[str, Tensor]:
         args, kwargs = tree_map(self._input, as_call(inputs))
         device = self.network.device
@@ -218,6 +250,57 @@ class Probe:
                 f"inputs are on the meta device, the model on {self.network.device}: pass inputs with values"
             )
         return value.to(self.network.device).to(WIDE.get(value.dtype, value.dtype))
+
+
+def flat(outputs: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> Tensor:
+    """All outputs in one row, each relative to its largest value, or that of `like`; values that are not finite, such as
+    masked logits, are 0."""
+    rows = []
+    for output, measure in zip(outputs, like or outputs, strict=True):
+        real, by = (torch.view_as_real(x) if x.is_complex() else x for x in (output, measure.detach()))
+        size = by[by.isfinite()].abs().max() if bool(by.isfinite().any()) else by.new_zeros(())
+        row = torch.where(real.detach().isfinite(), real, 0).reshape(-1).double()
+        rows.append(row / size if size > 0 else row)
+    return torch.cat(rows)
+
+
+def _gradients(outputs: Tensor, inputs: list[Tensor], factors: Tensor) -> Sequence[Tensor | None]:
+    """The gradients (R, *shape) of R sums at once, where all operators allow it, else one after the other."""
+    try:
+        return torch.autograd.grad(
+            outputs, inputs, factors, retain_graph=True, is_grads_batched=True, allow_unused=True
+        )
+    except RuntimeError:
+        each = [torch.autograd.grad(outputs, inputs, row, retain_graph=True, allow_unused=True) for row in factors]
+        return [None if rows[0] is None else torch.stack(rows) for rows in zip(*each, strict=True)]
+
+
+class _WrittenOut(TorchFunctionMode):
+    """Batch normalisation by its formula: torch gives no derivative by running statistics."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is F.batch_norm:
+            return _batch_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if training or running_mean is None or running_var is None:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    shape = (-1, *[1] * (input.ndim - 2))
+    scale = (running_var + eps).rsqrt()
+    scale = scale if weight is None else scale * weight
+    shift = -running_mean * scale if bias is None else bias - running_mean * scale
+    return input * scale.reshape(shape) + shift.reshape(shape)
 
 
 def _random_sum(outputs: Tensor, generator: torch.Generator) -> Tensor:
