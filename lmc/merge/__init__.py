@@ -34,12 +34,11 @@ with little memory: `write(method, models, out, base=..., ...)`; `plan(...)` say
 `replay(recipe, out)` does one again. The command `lmc merge` does the same.
 """
 
-from lmc.merge.disk.replay import replay
-from lmc.merge.disk.write import Plan, plan, write
+from lmc.merge.disk.write import Plan, plan, replay, write
 from lmc.merge.engine.aligning import aligned
 from lmc.merge.engine.method import linear, on_task_vectors, on_tensors
+from lmc.merge.partial.growth import Zipped
 from lmc.merge.partial.pleas import pleas
-from lmc.merge.partial.widening import Zipped
 from lmc.merge.partial.zipit import zipit
 from lmc.merge.rules.averaging import (
     average,
@@ -72,10 +71,9 @@ from lmc.merge.with_data.fisher import fisher, fisher_information, fisher_weight
 from lmc.merge.with_data.regmean import regmean, regmean_plus_plus
 from lmc.merge.with_data.search import evolve, lcsc
 from lmc.merge.with_data.soups import greedy_soup, learned_soup, uniform_soup, wise_ft
-from lmc.merge.with_training.balanced_batch import balanced_batch
 from lmc.merge.with_training.sparse import magnitude_masks, sparse_soup
 from lmc.merge.with_training.star import Star, StarPaths, star_model
-from lmc.merge.with_training.trained_soups import diwa, ratatouille
+from lmc.merge.with_training.trained_soups import balanced_batch, diwa, ratatouille
 
 __all__ = [
     "Inspection",

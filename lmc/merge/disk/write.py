@@ -26,16 +26,18 @@ from torch import Tensor, nn
 from lmc.core.context import own_context
 from lmc.core.files import write_text
 from lmc.core.progress import tqdm
-from lmc.errors import InputError
-from lmc.merge.disk.recipe import MergeRecipe, make_recipe, record, recorded
+from lmc.errors import DataError, InputError
+from lmc.merge.disk.recipe import MergeRecipe, make_recipe, record, recorded, source
 from lmc.merge.disk.shards import QUEUE, Naming, Shard, layout, naming, parse_dtype, parse_size, write_shard
 from lmc.merge.engine.call import sample_size
 from lmc.merge.engine.chunks import DEPTH, VALUES, Chunk, grain
 from lmc.merge.engine.method import MergeFunction, Method
 from lmc.merge.engine.quantiles import SAMPLE
 from lmc.merge.engine.tensors import WeightSets, weight_sets
+from lmc.merge.rules import averaging, postprocess, selection, spectral, task_vectors, ties
+from lmc.merge.with_data import soups
 from lmc.weights import ModelOrWeights
-from lmc.weights.checkpoint import RECIPE, Checkpoint, checksum, readable
+from lmc.weights.checkpoint import RECIPE, Checkpoint, checksum, read_json, readable
 from lmc.weights.numbers import wide
 from lmc.weights.opening import open_checkpoint
 
@@ -245,9 +247,9 @@ def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:
 
 def _beside(sources: Sequence[ModelOrWeights | None]) -> tuple[Path, ...]:
     """Configuration and tokenizer of the first folder that has any: small texts, without indices and old recipes."""
-    for source in sources:
-        if isinstance(source, Checkpoint) and source.path.is_dir():
-            found = sorted(file for file in source.path.iterdir() if file.suffix in BESIDE and file.is_file())
+    for given in sources:
+        if isinstance(given, Checkpoint) and given.path.is_dir():
+            found = sorted(file for file in given.path.iterdir() if file.suffix in BESIDE and file.is_file())
             found = [f for f in found if not f.name.endswith(".index.json") and f.name not in (RECIPE, *TRAINING)]
             if found:
                 return tuple(found)
@@ -282,3 +284,78 @@ def _finished(out: Path, recipe: MergeRecipe, shards: Sequence[Shard]) -> dict[s
 
 def _short(value: Any) -> Any:
     return value["method"] if isinstance(value, dict) and "method" in value else value
+
+
+@own_context
+def replay(
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path,
+    *,
+    method: MergeFunction | None = None,
+    progress: bool = True,
+) -> Checkpoint:
+    """Repeat the merge of a recipe, into a new folder.
+
+    Args:
+        recipe: `merge.json` of a merged checkpoint, its folder, another copy of that file, or what it holds.
+        out: the folder to make.
+        method: the function, where it is not one of `lmc.merge`.
+
+    Raises:
+        InputError: models that were not on disk; a method that is not known, or has been changed since.
+        DataError: inputs of other sizes than those that were merged, or a result that differs; the file is named.
+    """
+    if not isinstance(recipe, Mapping):
+        path = Path(recipe)
+        recipe = read_json(path / RECIPE if path.is_dir() else path)
+    missing = [key for key in ("method", "rule", "options", "models", "base", "shard_size") if key not in recipe]
+    if missing:
+        raise DataError(f"recipe: not one of lmc.merge.write: it lacks {', '.join(missing)}")
+    chosen = find_method(recipe, method)
+    options = {key: find_method(v) if _is_method(v) else v for key, v in recipe["options"].items()}
+    models = [_input(model, f"models[{i}]") for i, model in enumerate(recipe["models"])]
+    base = None if recipe["base"] is None else _input(recipe["base"], "base")
+    for file, digest in recipe.get("inputs", {}).items():
+        if Path(file).is_file() and checksum(Path(file)) != digest:
+            raise DataError(f"{file}: is not what was merged: its SHA-256 differs from the one in the recipe")
+    how: dict[str, Any] = {key: recipe.get(key) for key in ("dtype", "shard_size")} | options
+    merged = write(chosen, models, out, base=base, progress=progress, **how)
+    made = read_json(merged.path / RECIPE)["files"]
+    for file, digest in recipe.get("files", {}).items():
+        if made.get(file) != digest:
+            raise DataError(
+                f"{merged.path / file}: differs from the file of the recipe: its inputs, or the version of torch "
+                f"({recipe.get('torch')} then), have changed"
+            )
+    return merged
+
+
+# Where the methods are defined that a recipe may name.
+CATALOGUE = (averaging, postprocess, selection, spectral, task_vectors, ties, soups)
+
+
+def find_method(recipe: Mapping[str, Any], given: MergeFunction | None = None) -> MergeFunction:
+    """The method that a recipe names; its source must be what it was."""
+    name = recipe["method"]
+    named = (getattr(module, str(name), None) for module in CATALOGUE)
+    method: Any = next(filter(None, named), None) if given is None else given
+    if not hasattr(method, "method"):
+        raise InputError(f"recipe: {name!r} is not a method of lmc.merge; pass your function as method=")
+    if source(method) != recipe["rule"]:
+        raise InputError(f"recipe: {name!r} is not the function that the recipe was made with: its source differs")
+    return method
+
+
+def _is_method(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) == {"method", "rule"}
+
+
+def _input(recorded: Mapping[str, Any], who: str) -> Checkpoint:
+    if "path" not in recorded:
+        raise InputError(f"recipe: {who} was in memory; only checkpoints on disk can be merged again")
+    checkpoint = open_checkpoint(recorded["path"])
+    sizes = {file.name: file.stat().st_size for file in checkpoint.files}
+    before = {name: size for name, (size, _) in recorded["files"].items()}
+    if sizes != before:
+        raise DataError(f"{checkpoint.path}: {who} is not what it was: files and sizes {sizes}, then {before}")
+    return checkpoint

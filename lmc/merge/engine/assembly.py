@@ -1,8 +1,9 @@
-"""The result of a merge: its tensors one after the other, and weights that remember how they were found."""
+"""The result of a merge: its tensors one after the other, weights that remember how they were found, and mixtures whose
+coefficients are learned."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from lmc.errors import InputError
 from lmc.merge.engine.chunks import Chunk, Cut
 from lmc.merge.engine.tensors import WeightSets
 from lmc.network.derived import settled
-from lmc.weights import StateDict
+from lmc.weights import StateDict, Weights
 from lmc.weights.checkpoint import flat
 from lmc.weights.numbers import inexact, narrowed
 
@@ -112,3 +113,46 @@ def joined(sets: WeightSets, found: Iterable[tuple[str, Chunk, Tensor]]) -> Iter
             done[name] = tensor
         yield name, tensor
     yield from ties_before(None)
+
+
+class Mixture:
+    """`origin + sum_t c[g, t] step_t`, where g is the group of a tensor, as a function of c that autograd follows.
+
+    Args:
+        sets: the models.
+        origin: name of a weight -> `(*shape)`.
+        steps: name of a weight -> `(T, *shape)`.
+        groups: name of a weight -> its group.
+        shares: of the models and of the base in averaged statistics.
+        device: where to compute.
+    """
+
+    def __init__(
+        self,
+        sets: WeightSets,
+        origin: Callable[[str], Tensor],
+        steps: Callable[[str], Tensor],
+        groups: Mapping[str, Any],
+        shares: tuple[Sequence[float], float],
+        device: torch.device,
+    ) -> None:
+        self.sets, self.groups, self.shares = sets, groups, shares
+        self.origin = {name: origin(name).to(device) for name in sets.weights}
+        self.steps = {name: steps(name).to(device) for name in sets.weights}
+
+    def __call__(self, coefficients: Mapping[Any, Tensor]) -> Weights:
+        """The weights, without statistics, for the coefficients `(T,)` of each group."""
+        found = {}
+        for name, origin in self.origin.items():
+            shares = coefficients[self.groups[name]].to(origin.dtype)
+            moved = origin + torch.einsum("t,t...->...", shares, self.steps[name])
+            found[name] = moved.to(self.sets.shells[name].dtype)
+        return found
+
+    @torch.no_grad()
+    def whole(self, coefficients: Mapping[Any, Tensor]) -> StateDict:
+        """All tensors of the result, on the device of the models."""
+        found = self(coefficients)
+        home = self.sets.shells
+        merged = assemble(self.sets, lambda name: found[name].to(home[name].device), lambda _: self.shares)
+        return StateDict(merged, like=self.sets.states[0])

@@ -42,9 +42,8 @@ from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.merge.engine.aligning import PARAMETER, aligned
 from lmc.merge.engine.assembly import assemble_chunks, joined
-from lmc.merge.engine.call import GIVEN, MethodCall, Pass, Read
+from lmc.merge.engine.call import GIVEN, MethodCall, Pass, PerName, Read, affine, coefficients, convex
 from lmc.merge.engine.chunks import Chunk, Cut
-from lmc.merge.engine.options import PerName, affine, coefficients, convex
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.network.moments import moments
 from lmc.weights import ModelOrWeights, StateDict

@@ -15,9 +15,8 @@ from lmc.align.transport.layerwise import guess_inputs
 from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.progress import tqdm
 from lmc.errors import InputError, WeightsError
-from lmc.merge.partial.growth import Growth, growth
+from lmc.merge.partial.growth import Growth, Zipped, growth, widened
 from lmc.merge.partial.units import BOTH, MergedUnits, numbers, zipped_weights
-from lmc.merge.partial.widening import Zipped, widened
 from lmc.network.batches import tensors
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
 from lmc.network.inputs import Call, first_of, input_batches

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from lmc.core.context import own_context
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
+from lmc.merge.partial.growth import Zipped, widened
 from lmc.merge.partial.pair import Pair, per_group, prepare
 from lmc.merge.partial.units import BOTH, Axis, MergedUnits, Stretch, owners, paired, zipped_axis
-from lmc.merge.partial.widening import Zipped, widened
 from lmc.merge.partial.zipit import likeness
 from lmc.network.batches import to_device
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm

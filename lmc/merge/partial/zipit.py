@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lmc.align.activations.collect import CrossMoments
 from lmc.core.context import own_context, warn
+from lmc.merge.partial.growth import Zipped
 from lmc.merge.partial.pair import check_share, per_group, prepare
 from lmc.merge.partial.units import MergedUnits, paired
-from lmc.merge.partial.widening import Zipped
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights
 

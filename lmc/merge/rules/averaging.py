@@ -12,9 +12,9 @@ from torch import Tensor
 
 from lmc.core.context import own_context
 from lmc.errors import InputError
+from lmc.merge.engine.call import coefficients
 from lmc.merge.engine.chunks import Cut
 from lmc.merge.engine.method import linear, on_tensors
-from lmc.merge.engine.options import coefficients
 from lmc.merge.engine.tensors import weight_sets
 from lmc.network.moments import Moments, precise
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_compatible

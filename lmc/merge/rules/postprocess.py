@@ -20,10 +20,9 @@ from torch import Tensor
 
 from lmc.core.context import own_context
 from lmc.errors import InputError
-from lmc.merge.engine.call import Pass
+from lmc.merge.engine.call import Pass, coefficients, matches
 from lmc.merge.engine.chunks import Cut
 from lmc.merge.engine.method import Delta, MergeFunction, Method, Rule, Survey, lift
-from lmc.merge.engine.options import coefficients, matches
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.merge.rules.task_vectors import per_model, task_arithmetic
 from lmc.weights import ModelOrWeights

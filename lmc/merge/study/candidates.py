@@ -122,7 +122,7 @@ CANDIDATES: dict[str, Candidate] = {
 }
 
 
-def chosen(methods: Iterable[str] | Mapping[str, Any] | None, based: bool, count: int) -> dict[str, Candidate]:
+def selected(methods: Iterable[str] | Mapping[str, Any] | None, based: bool, count: int) -> dict[str, Candidate]:
     """The candidates by name: those that the models allow by default, those named, or the caller's own functions."""
     if methods is None:
         fits = {name: c for name, c in CANDIDATES.items() if based or not c.needs_base}

@@ -18,10 +18,8 @@ from lmc.core.results import Result
 from lmc.errors import InputError, LmcError
 from lmc.merge.engine.aligning import Align, aligned
 from lmc.merge.rules.averaging import average
-from lmc.merge.study.candidates import Candidate, MergeTask, chosen, models_of
-from lmc.merge.with_data import examples
-from lmc.merge.with_data.examples import gather
-from lmc.merge.with_data.judge import Judge
+from lmc.merge.study.candidates import Candidate, MergeTask, models_of, selected
+from lmc.merge.with_data.judge import Judge, chosen, gather, splits
 from lmc.network.batches import TaskData, take, tensors
 from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, Weights, agreeing
@@ -160,7 +158,7 @@ def compare(
     if seconds is not None and not seconds > 0.0:
         raise InputError(f"seconds={seconds}; expected a positive budget")
     deadline = math.inf if seconds is None else time.perf_counter() + seconds
-    candidates = chosen(methods, base is not None, models_of(models))
+    candidates = selected(methods, base is not None, models_of(models))
     states, origin = _weights(model, models, base, align)
     tasks, held_out = _split(validation, test)
     known = states if origin is None else [*states, origin]
@@ -319,7 +317,7 @@ def _split(validation: Any, test: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         if callable(part):
             return named, {}
         if _part(part, "test") is not part:
-            kept[name], held[name] = examples.chosen(part), _part(part, "test")
+            kept[name], held[name] = chosen(part), _part(part, "test")
         else:
             kept[name], held[name] = (_every_second(part, name, start) for start in (0, 1))
     return kept, held
@@ -327,7 +325,7 @@ def _split(validation: Any, test: Any) -> tuple[dict[str, Any], dict[str, Any]]:
 
 def _named(data: Any) -> dict[str, Any]:
     """Data of several tasks by name; those of a single one, which may be a mapping of tensors or of splits, as "all"."""
-    if examples.splits(data):
+    if splits(data):
         return {"all": SimpleNamespace(**data)}
     tasks = isinstance(data, Mapping) and not any(isinstance(value, Tensor) for value in data.values())
     return dict(data) if tasks else {"all": data}

@@ -15,7 +15,7 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.merge.engine.options import matches
+from lmc.merge.engine.call import matches
 from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.rules.task_vectors import task_arithmetic
 from lmc.merge.with_data.judge import Judge

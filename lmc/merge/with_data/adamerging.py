@@ -13,12 +13,11 @@ from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import DataError, InputError
 from lmc.merge.engine.aligning import alignable
-from lmc.merge.engine.assembly import Merged
+from lmc.merge.engine.assembly import Merged, Mixture
 from lmc.merge.engine.call import Pass
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.merge.rules.ties import thresholds, trim
-from lmc.merge.with_data.examples import each, gather
-from lmc.merge.with_data.mixture import Mixture
+from lmc.merge.with_data.judge import each, gather
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, Weights, as_weights, fitted

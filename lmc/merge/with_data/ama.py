@@ -14,11 +14,10 @@ from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.evaluation.objective import Objective
 from lmc.merge.engine.aligning import alignable
-from lmc.merge.engine.assembly import Merged
-from lmc.merge.engine.options import matches
+from lmc.merge.engine.assembly import Merged, Mixture
+from lmc.merge.engine.call import matches
 from lmc.merge.engine.tensors import weight_sets
-from lmc.merge.with_data.examples import chosen
-from lmc.merge.with_data.mixture import Mixture
+from lmc.merge.with_data.judge import chosen
 from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, as_weights, fitted
 from lmc.weights.order import model_depths

@@ -13,8 +13,7 @@ from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.merge.rules.averaging import average
-from lmc.merge.with_data.examples import chosen
-from lmc.merge.with_data.judge import finite
+from lmc.merge.with_data.judge import chosen, finite
 from lmc.merge.with_data.soups import greedy_soup, learned_soup
 from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.network.network import pick_device

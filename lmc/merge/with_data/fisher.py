@@ -17,9 +17,9 @@ from lmc.core.progress import tqdm
 from lmc.errors import DataError, InputError, MismatchError
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.assembly import assemble
-from lmc.merge.engine.options import coefficients
+from lmc.merge.engine.call import coefficients
 from lmc.merge.engine.tensors import WeightSets, weight_sets
-from lmc.merge.with_data.examples import batches, each
+from lmc.merge.with_data.judge import batches, each
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted

@@ -15,7 +15,7 @@ from lmc.errors import InputError
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.assembly import Merged, assemble
 from lmc.merge.engine.tensors import WeightSets, weight_sets
-from lmc.merge.with_data.examples import batches, each
+from lmc.merge.with_data.judge import batches, each
 from lmc.network.batches import to_device
 from lmc.network.layers import as_matrix, as_weight, fits, rows
 from lmc.network.moments import precise

@@ -19,13 +19,11 @@ from lmc.core.results import Result
 from lmc.errors import InputError, WeightsError
 from lmc.landscape.evaluation.objective import Objective
 from lmc.merge.engine.aligning import alignable
-from lmc.merge.engine.assembly import Merged
+from lmc.merge.engine.assembly import Merged, Mixture
 from lmc.merge.engine.method import linear
 from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.rules.averaging import average
-from lmc.merge.with_data.examples import chosen
-from lmc.merge.with_data.judge import Judge, finite
-from lmc.merge.with_data.mixture import Mixture
+from lmc.merge.with_data.judge import Judge, chosen, finite
 from lmc.network.batches import to_device
 from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, as_weights

@@ -7,7 +7,7 @@ from plotly.subplots import make_subplots
 
 from lmc.core.results import view
 from lmc.errors import InputError
-from lmc.merge.partial.widening import Zipped
+from lmc.merge.partial.growth import Zipped
 from lmc.merge.study.compare import MergeComparison
 from lmc.merge.study.inspect import Inspection, mean_cosine
 from lmc.merge.study.robust_line import WiseLine
