@@ -141,7 +141,9 @@ class Case:
         return [{k: t.clone() for k, t in model.state_dict().items()} for model in models]
 
     def plane(self, states: list[Weights], resolution: int, tolerance: float | None = None) -> lmc.Plane:
-        return lmc.loss_plane(self.make(), states, self.test, resolution=resolution, tolerance=tolerance, progress=False)
+        return lmc.loss_plane(
+            self.make(), states, self.test, resolution=resolution, tolerance=tolerance, progress=False
+        )
 
 
 def row(case: Case, args: argparse.Namespace) -> None:

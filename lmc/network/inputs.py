@@ -60,9 +60,7 @@ def _training_inputs(inputs: Any) -> Any:
 
 def required_arguments(model: nn.Module) -> int:
     """The number of positional arguments that the module's forward cannot do without."""
-    if isinstance(
-        model, torch.jit.ScriptModule
-    ):  # which has a schema and no signature; its first argument is the module
+    if isinstance(model, torch.jit.ScriptModule):  # has a schema and no signature; its first argument is the module
         return sum(not argument.has_default_value() for argument in model.forward.schema.arguments[1:])
     parameters = inspect.signature(model.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -25,7 +25,8 @@ from lmc.symmetry.tracing.graph import Graph, Leaf
 from .check import form
 
 TOLERANCE = 1e-8
-MOST = 6 if os.environ.get("LMC_THOROUGH") else 1  # samples of one operator, spread over all that there are: some have thousands
+# Samples of one operator, spread over all that there are: some have thousands.
+MOST = 6 if os.environ.get("LMC_THOROUGH") else 1
 LARGEST = 4000  # entries of an operand or result
 WITHOUT = 4  # samples without any rule after which an operator is left
 
