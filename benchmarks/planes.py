@@ -215,11 +215,15 @@ def corners(args: argparse.Namespace) -> None:
         print(f"loss-landscapes at its corners: {theirs[0, 0]:.4f}, {theirs[0, -1]:.4f}, {theirs[-1, 0]:.4f}")
 
 
+def joined(data: lmc.data.Dataset) -> tuple[Tensor, Tensor]:
+    """All images with their classes."""
+    return torch.cat((data.train[0], data.test[0])), torch.cat((data.train[1], data.test[1]))
+
+
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     digits, images = lmc.data.digits(), lmc.data.digits(flat=False)
-    everything = tuple(torch.cat(parts) for parts in zip(digits.train, digits.test, strict=True))
-    pictures = tuple(torch.cat(parts) for parts in zip(images.train, images.test, strict=True))
-    few = tuple(part[:256] for part in everything)
+    everything, pictures = joined(digits), joined(images)
+    few = everything[0][:256], everything[1][:256]
     small = partial(lmc.models.mlp, 64, [64, 64], 10)
     train, test, what = mnist(args.images)
     yield Case("MLP 64-64-64-10, 1797 digits", small, digits.train, everything, 8)

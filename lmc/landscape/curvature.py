@@ -15,8 +15,8 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
+from lmc.landscape.evaluation.evaluation import Objective
 from lmc.landscape.evaluation.measured import Values
-from lmc.landscape.evaluation.objective import Objective
 from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights, agreeing
 

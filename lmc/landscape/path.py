@@ -16,8 +16,7 @@ from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluation import Evaluation, Repair
-from lmc.landscape.evaluation.measured import Live, Measured, Values
-from lmc.landscape.evaluation.predictions import Predictions, collect
+from lmc.landscape.evaluation.measured import Live, Measured, Predictions, Values, collect
 from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights
 

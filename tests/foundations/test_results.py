@@ -17,7 +17,7 @@ from lmc import align, landscape, merge
 from lmc.core.codec import UNSAVED
 from lmc.core.results import Result
 from lmc.errors import DataError, InputError
-from lmc.landscape.evaluation.predictions import Predictions
+from lmc.landscape.evaluation.measured import Predictions
 
 OLD = Path(__file__).parent / "saved_by_0.1"
 

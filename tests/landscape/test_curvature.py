@@ -9,7 +9,7 @@ from torch import nn
 
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
 from lmc.landscape.curvature import Hessian, curvature, hutchinson, lanczos
-from lmc.landscape.evaluation.objective import Objective
+from lmc.landscape.evaluation.evaluation import Objective
 
 
 def network(seed=0, norm=False):

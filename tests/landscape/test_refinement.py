@@ -12,7 +12,7 @@ import lmc
 from lmc.errors import InputError
 from lmc.landscape.planes.plane import loss_plane, random_plane, trajectory_plane
 from lmc.landscape.planes.plane_result import Plane
-from lmc.landscape.planes.refinement import _interpolation, _meshes, refine
+from lmc.landscape.planes.survey import _interpolation, _meshes, refine
 
 
 class Surface:

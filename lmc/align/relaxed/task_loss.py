@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lmc.landscape.evaluation.objective import Objective
+from lmc.landscape.evaluation.evaluation import Objective
 from lmc.network.batches import Batch, check_numbers
 from lmc.network.derived import derived_in, settled
 from lmc.network.task import Loss, Task

@@ -1,18 +1,118 @@
-"""Common ground of paths, planes and mixtures: values of measures at their points, and further points evaluated live."""
+"""Common ground of paths, planes and mixtures: values of measures at their points, predictions kept small enough to travel
+into a page, and further points evaluated live."""
 
+import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from lmc.errors import WeightsError
 from lmc.landscape.evaluation.evaluation import Evaluation
-from lmc.landscape.evaluation.predictions import Predictions, collect
 from lmc.landscape.evaluation.scores import Score
+from lmc.network.batches import Split
 from lmc.weights import Weights
+
+MOST_CLASSES = 50
+IMAGE_BYTES = 96_000  # for the examples that are drawn
+
+
+@dataclass(frozen=True, eq=False)
+class Predictions:
+    """Predicted classes at every point of a path.
+
+    Attributes:
+        split: whose examples these are.
+        confusion: (P, C, C) int64, `[point, true class, predicted class]`, over all examples; 0 where not evaluated.
+        index: (S,) which examples are shown below: those ever predicted wrong first, as many as stay small.
+        targets: (S,) their classes.
+        predicted: (P, S) their predicted classes, -1 where not evaluated.
+        images: (S, H, W) or (S, H, W, 3) uint8, the examples as pictures; None where inputs are no images.
+    """
+
+    split: str
+    confusion: npt.NDArray[np.int64]
+    index: npt.NDArray[np.int64]
+    targets: npt.NDArray[np.int64]
+    predicted: npt.NDArray[np.int64]
+    images: npt.NDArray[np.uint8] | None
+
+
+def collect(split: Split, predicted: Sequence[Tensor | None]) -> Predictions | None:
+    """From the predictions (N,) at each point (None: not evaluated); None where there is nothing to show."""
+    known = [row for row in predicted if row is not None]
+    if not known or not split.held:
+        return None
+    targets = torch.cat([batch[1] for batch in split.batches]).cpu().long().numpy()
+    count = len(targets)
+    classes = int(max(targets.max(), *(int(row.max()) for row in known))) + 1
+    if classes > MOST_CLASSES or targets.min() < 0:
+        return None
+    table = np.full((len(predicted), count), -1, dtype=np.int64)
+    confusion = np.zeros((len(predicted), classes, classes), dtype=np.int64)
+    for point, row in enumerate(predicted):
+        if row is not None:
+            table[point] = row.numpy()
+            pairs = np.bincount(targets * classes + table[point], minlength=classes * classes)
+            confusion[point] = pairs.reshape(classes, classes)
+    inputs = _inputs(split)
+    index = np.sort(_choose(targets, table, 1 if inputs is None else math.prod(inputs.shape[1:])))
+    images = None if inputs is None else as_images(inputs, index)
+    return Predictions(split.name, confusion, index, targets[index], table[:, index], images)
+
+
+def as_images(inputs: Tensor, index: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.uint8] | None:
+    """Inputs (N, D) with D a square number, (N, H, W), (N, 1, H, W) or (N, 3, H, W) as bytes, channels last.
+
+    The smallest value of each channel becomes 0, the largest 255. None for anything that is no picture.
+
+    Args:
+        index: which of the inputs are wanted (default: all).
+    """
+    pictures = _channels_first(inputs)
+    if pictures is None:
+        return None
+    low, high = (edge(dim=(0, 2, 3), keepdim=True).float() for edge in (pictures.amin, pictures.amax))
+    pixels = (pictures if index is None else pictures[torch.from_numpy(index)]).float()
+    shades = (255.0 * (pixels - low) / (high - low).clamp_min(1e-12)).round().to(torch.uint8).numpy()
+    return shades[:, 0] if shades.shape[1] == 1 else shades.transpose(0, 2, 3, 1)
+
+
+def _channels_first(inputs: Tensor) -> Tensor | None:
+    """Inputs as (S, 1 or 3, H, W), or None."""
+    if inputs.dtype not in (torch.uint8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return None
+    if inputs.ndim == 2:
+        side = math.isqrt(inputs.shape[1])
+        if side < 4 or side * side != inputs.shape[1]:
+            return None
+        inputs = inputs.reshape(len(inputs), side, side)
+    if inputs.ndim == 3:
+        inputs = inputs[:, None]
+    if inputs.ndim != 4 or inputs.shape[1] not in (1, 3) or min(inputs.shape[2:]) < 4:
+        return None
+    return inputs.detach().cpu()
+
+
+def _inputs(split: Split) -> Tensor | None:
+    parts = [batch[0] for batch in split.batches]
+    if not all(isinstance(part, Tensor) for part in parts) or as_images(parts[0][:1]) is None:
+        return None
+    return torch.cat([part.cpu() for part in parts])
+
+
+def _choose(targets: npt.NDArray[np.int64], table: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
+    """Examples to show, `size` bytes each: first those that few networks get wrong, which are the ones to look at
+    near the ends, then those that many get wrong, last the ones that none does."""
+    wrong = ((table != targets) & (table >= 0)).sum(0)
+    rank = np.where(wrong > 0, wrong, np.iinfo(np.int64).max)
+    return np.argsort(rank, kind="stable")[: max(IMAGE_BYTES // size, 16)]
+
 
 Values = npt.NDArray[np.float64]
 

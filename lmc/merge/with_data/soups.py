@@ -17,7 +17,7 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError, WeightsError
-from lmc.landscape.evaluation.objective import Objective
+from lmc.landscape.evaluation.evaluation import Objective
 from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.assembly import Merged, Mixture
 from lmc.merge.engine.method import linear

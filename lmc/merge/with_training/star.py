@@ -15,9 +15,8 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.landscape.bends import Schedule, finite_loss, forked, with_parameters
-from lmc.landscape.evaluation.evaluation import some_inputs
-from lmc.landscape.evaluation.objective import Objective
+from lmc.landscape.curve import Schedule, finite_loss, forked, with_parameters
+from lmc.landscape.evaluation.evaluation import Objective, some_inputs
 from lmc.landscape.path import Path, Values, loss_path
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
 from lmc.network.copies import fresh_copy

@@ -9,8 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from lmc.errors import InputError
-from lmc.landscape.evaluation.measured import Live
-from lmc.landscape.evaluation.predictions import Predictions
+from lmc.landscape.evaluation.measured import Live, Predictions
 
 TILES = 24  # pictures that an explorer shows at once
 
