@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
     from lmc.landscape.path import Path, loss_path
     from lmc.landscape.planes.plane import Plane, loss_plane, random_plane, trajectory_plane
-    from lmc.landscape.triangle import Simplex, Triangle, loss_simplex, loss_triangle
+    from lmc.landscape.simplex import Simplex, Triangle, loss_simplex, loss_triangle
     from lmc.network.batchnorm import recalibrate_batchnorm
     from lmc.network.repair import repair
     from lmc.network.task import Task
@@ -153,10 +153,10 @@ _HOMES = {
     "loss_plane": "lmc.landscape.planes.plane",
     "random_plane": "lmc.landscape.planes.plane",
     "trajectory_plane": "lmc.landscape.planes.plane",
-    "Simplex": "lmc.landscape.triangle",
-    "Triangle": "lmc.landscape.triangle",
-    "loss_simplex": "lmc.landscape.triangle",
-    "loss_triangle": "lmc.landscape.triangle",
+    "Simplex": "lmc.landscape.simplex",
+    "Triangle": "lmc.landscape.simplex",
+    "loss_simplex": "lmc.landscape.simplex",
+    "loss_triangle": "lmc.landscape.simplex",
     "recalibrate_batchnorm": "lmc.network.batchnorm",
     "repair": "lmc.network.repair",
     "Task": "lmc.network.task",

@@ -11,12 +11,10 @@ from torch import Tensor, nn
 import lmc
 from lmc.data import Dataset
 from lmc.landscape.path import loss_path
-from lmc.models.cnn import cnn
-from lmc.models.gpt import gpt
+from lmc.models.convnets import cnn, vgg
 from lmc.models.mlp import mlp
 from lmc.models.resnet import resnet20
-from lmc.models.vgg import vgg
-from lmc.models.vit import vit
+from lmc.models.transformers import gpt, vit
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
 

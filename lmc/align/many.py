@@ -22,8 +22,7 @@ from torch import Tensor
 
 from lmc.align.relaxed.soft import SoftMoves, as_matrices, degree, sinkhorn
 from lmc.align.weight_matching.gains import assign, opening_prices
-from lmc.align.weight_matching.matching import weight_matching
-from lmc.align.weight_matching.parameters import matched
+from lmc.align.weight_matching.matching import matched, weight_matching
 from lmc.core.context import own_context, warn
 from lmc.core.extras import require
 from lmc.core.progress import tqdm

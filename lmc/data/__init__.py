@@ -2,8 +2,7 @@
 original files, and the stored checkpoints that the notebooks open."""
 
 from lmc.data.checkpoints import CheckpointSet, checkpoint
-from lmc.data.dataset import Dataset, digits
-from lmc.data.images import cifar10, fashion_mnist, mnist
+from lmc.data.images import Dataset, cifar10, digits, fashion_mnist, mnist
 from lmc.data.sentences import Text, toy_text
 
 __all__ = ["CheckpointSet", "Dataset", "Text", "checkpoint", "cifar10", "digits", "fashion_mnist", "mnist", "toy_text"]

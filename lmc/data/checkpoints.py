@@ -17,7 +17,7 @@ from torch import nn
 from lmc.data.files import verify
 from lmc.errors import DataError, InputError
 from lmc.weights import StateDict
-from lmc.weights.order import natural
+from lmc.weights.state import natural
 
 MANIFEST = "manifest.json"
 REMEDY = "Stored checkpoints are part of the repository, not of the installed package: clone it, or pass folder="

@@ -6,7 +6,7 @@ from lmc.landscape.evaluation.evaluator import Evaluator, Score, evaluate
 from lmc.landscape.path import Barrier, Path, barrier, loss_path
 from lmc.landscape.planes.plane import Plane, loss_plane, random_plane, trajectory_plane
 from lmc.landscape.similarity import Similarity, linear_cka, similarity
-from lmc.landscape.triangle import Mixture, Simplex, Triangle, loss_simplex, loss_triangle
+from lmc.landscape.simplex import Mixture, Simplex, Triangle, loss_simplex, loss_triangle
 from lmc.landscape.variance import VarianceRatios, variance_ratios
 
 __all__ = [

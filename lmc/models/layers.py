@@ -1,6 +1,5 @@
-"""Pieces that several architectures share: activations, normalisation, pre-norm attention blocks."""
+"""Pieces that several architectures share: activations, normalisation, checks."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
@@ -57,59 +56,3 @@ class ChannelNorm(nn.Module):
 
 
 IMAGE_NORMS: dict[str, Callable[[int], nn.Module]] = {"batch": nn.BatchNorm2d, "layer": ChannelNorm}
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, spelled out: `softmax(q kᵀ / sqrt(d)) v`, heads as the slowest axis of the units.
-
-    Rows of `q`, `k`, `v` (or of each third of the fused `qkv`) are `(head unit)`; so are the columns of `o`.
-    """
-
-    def __init__(self, dim: int, heads: int, causal: bool, fused: bool):
-        super().__init__()
-        self.heads, self.causal, self.fused = heads, causal, fused
-        if fused:
-            self.qkv = nn.Linear(dim, 3 * dim)
-        else:
-            self.q = nn.Linear(dim, dim)
-            self.k = nn.Linear(dim, dim)
-            self.v = nn.Linear(dim, dim)
-        self.o = nn.Linear(dim, dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        batch, length, dim = tokens.shape
-        if self.fused:
-            q, k, v = self.qkv(tokens).chunk(3, dim=-1)
-        else:
-            q, k, v = self.q(tokens), self.k(tokens), self.v(tokens)
-        q, k, v = (x.view(batch, length, self.heads, -1).transpose(1, 2) for x in (q, k, v))  # (N, head, T, unit)
-        scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])
-        if self.causal:
-            past = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
-            scores = scores.masked_fill(~past, float("-inf"))
-        mixed = scores.softmax(dim=-1) @ v
-        return self.o(mixed.transpose(1, 2).reshape(batch, length, dim))
-
-
-class Block(nn.Module):
-    """A pre-norm transformer block: attention, then two dense layers, each added to the residual stream."""
-
-    def __init__(self, dim: int, heads: int, hidden: int, causal: bool, fused: bool):
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim)
-        self.attention = Attention(dim, heads, causal, fused)
-        self.norm2 = nn.LayerNorm(dim)
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        tokens = tokens + self.attention(self.norm1(tokens))
-        return tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
-
-
-def blocks(depth: int, dim: int, heads: int, hidden: int | None, causal: bool, fused: bool) -> nn.ModuleDict:
-    """`depth` transformer blocks named `"1"`, `"2"`, ...; `hidden` defaults to `4 dim`."""
-    check_sizes(depth=depth, dim=dim, heads=heads)
-    if dim % heads:
-        raise InputError(f"dim={dim} does not divide into heads={heads}: choose a multiple")
-    return nn.ModuleDict({str(i): Block(dim, heads, hidden or 4 * dim, causal, fused) for i in range(1, depth + 1)})

@@ -1,11 +1,18 @@
-"""Values that modules keep beside their state dict, and which of them they derive from their weights.
+"""Values that modules keep beside their state dict, which of them they derive from their weights, and copies without them.
 
 A module may hold tensors in attributes, in buffers outside the state dict, in dicts by device or length, or behind an
 lru_cache. Constants among them stay. What a forward pass changes, or makes again where it was removed, is a cache:
 it belongs to the weights that were loaded at that time, and has to go when others come.
+
+A module that was called before may hold plain numbers or flags that it derived from its weights, among constants of the
+same kind; and what stands in a dict of a class or of a file is shared by all copies of a module. The code of `forward`, and
+of the functions that it calls, says which attributes it sets and which shared dicts and lists it names (`Stores`).
 """
 
+import copy
+import dis
 import functools
+import inspect
 import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -14,7 +21,75 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lmc.network.stores import stores
+_SETTERS = frozenset(("setdefault", "update", "append", "insert"))
+
+
+class Stores:
+    """What the forward pass of a class of modules may write.
+
+    Attributes:
+        attributes: the names of attributes that are set, on whatever object.
+        items: the names that occur in functions which set items of dicts or lists.
+        shared: the dicts and lists of classes, files, closures and default arguments that are named.
+    """
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        self.attributes: set[str] = set()
+        self.items: set[str] = set()
+        self.shared: list[dict[Any, Any] | list[Any]] = []
+        self._seen: set[int] = set()
+        for start in (kind.forward, kind.__call__):
+            self._follow(start, kind)
+
+    def _follow(self, value: Any, kind: type) -> None:
+        """Note what a function does, and those that it names."""
+        if id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        for function in _functions(value):
+            steps = [step for code in _codes(function.__code__) for step in dis.get_instructions(code)]
+            self.attributes |= {step.argval for step in steps if step.opname == "STORE_ATTR"}
+            names = {name for code in _codes(function.__code__) for name in code.co_names}
+            named = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+            named += [cell.cell_contents for cell in function.__closure__ or () if _is_set(cell)]
+            for name in names:
+                named += [inspect.getattr_static(kind, name, None), function.__globals__.get(name)]
+            if names & _SETTERS or any(step.opname == "STORE_SUBSCR" for step in steps):
+                self.items |= names
+                self.shared += [value for value in named if isinstance(value, dict | list)]
+            for value in named:
+                self._follow(value, kind)
+
+
+@functools.lru_cache(maxsize=1024)
+def stores(kind: type[nn.Module]) -> Stores:
+    """What the forward pass of a class of modules may write."""
+    return Stores(kind)
+
+
+def _functions(value: Any) -> Iterator[types.FunctionType]:
+    """The Python functions behind a method, property or decorated function, but those of torch."""
+    inner = value.fget if isinstance(value, property) else value
+    inner = inner.__func__ if isinstance(inner, staticmethod | classmethod | types.MethodType) else inner
+    while isinstance(inner, types.FunctionType | functools._lru_cache_wrapper):
+        if isinstance(inner, types.FunctionType) and not (inner.__module__ or "").startswith("torch."):
+            yield inner
+        inner = getattr(inner, "__wrapped__", None)
+
+
+def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from _codes(constant)
+
+
+def _is_set(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
 
 # (name of the module, attribute or "_buffers", keys further inside) of a dict or list that holds values.
 Address: TypeAlias = tuple[Any, ...]
@@ -288,3 +363,67 @@ def _same(container: Container, old: Container) -> bool:
         return all(x is y for x, y in zip(container, old, strict=True))
     missing = object()
     return all(old.get(key, missing) is value or key in _EVERY_MODULE for key, value in container.items())  # type: ignore
+
+
+def fresh_copy(model: nn.Module, *, share: bool = False) -> nn.Module:
+    """A deep copy, in the modes of the original, whose modules hold nothing that they can drop by themselves.
+
+    Values under `functools.cached_property` and `functools.lru_cache` do not come along, and the copy goes through
+    `train(True)` and back, in which modules drop what they derived from their weights for evaluation. Modules that keep
+    computed tensors as attributes (weight norm), which torch refuses to copy, are copied as well.
+
+    Args:
+        model: any module; not touched.
+        share: let the parameters of the copy use the memory of the original's, for a copy that is only looked at or given
+            other weights. Without effect where a module changes its parameters by itself, see `writes_parameters`.
+    """
+    # What deepcopy finds under the id of a tensor it takes as its copy.
+    memo: dict[int, Any] = {
+        id(x): x.detach().clone() for x in hidden_tensors(model) if x.grad_fn is not None or x.is_inference()
+    }
+    if share and not writes_parameters(model):
+        memo |= {id(p): _alias(p) for p in model.parameters() if type(p) is nn.Parameter}
+    with torch.no_grad():  # a scripted module would otherwise be a computed copy, open to no change
+        copied = copy.deepcopy(model, memo)
+    for module in copied.modules():
+        _renew_caches(module, memo)
+    copied.train()
+    copied.train(model.training)
+    for module, original in zip(copied.modules(), model.modules(), strict=True):
+        if module.training != original.training:
+            module.training = original.training
+    return copied
+
+
+def writes_parameters(model: nn.Module) -> bool:
+    """Whether a module may change its parameters in place: on a change of mode (adapters that are merged in evaluation
+    mode), or in a forward pass (embeddings with a largest norm)."""
+    return switches(model) or any(getattr(module, "max_norm", None) is not None for module in model.modules())
+
+
+def switches(model: nn.Module) -> bool:
+    """Whether a module does something of its own in `train` or `eval`."""
+    known = (torch.jit.ScriptModule, torch.jit.RecursiveScriptModule)
+    return any(
+        not isinstance(module, known)
+        and (type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval)
+        for module in model.modules()
+    )
+
+
+def _alias(parameter: nn.Parameter) -> nn.Parameter:
+    alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    vars(alias).update(vars(parameter))
+    return alias
+
+
+def _renew_caches(module: nn.Module, memo: dict[int, Any]) -> None:
+    """Drop cached properties; give functions under an lru_cache, which deepcopy leaves bound to the original, another."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return
+    for name, value in list(vars(module).items()):
+        if isinstance(getattr(type(module), name, None), functools.cached_property):
+            del vars(module)[name]
+        elif isinstance(value, functools._lru_cache_wrapper):
+            function = copy.deepcopy(value.__wrapped__, memo)
+            vars(module)[name] = functools.lru_cache(**value.cache_parameters())(function)

@@ -24,8 +24,17 @@ from torch.utils import _pytree as pytree
 from lmc.core.context import callers_dtype, default_dtype, warn
 from lmc.errors import DataError, InputError, LmcError
 from lmc.network.batches import tensors, to_device
-from lmc.network.caches import Hidden, Removal, derives_outside, empty, is_torch, removable
-from lmc.network.copies import fresh_copy, switches, writes_parameters
+from lmc.network.caches import (
+    Hidden,
+    Removal,
+    derives_outside,
+    empty,
+    fresh_copy,
+    is_torch,
+    removable,
+    switches,
+    writes_parameters,
+)
 from lmc.network.inputs import arguments, first_of
 from lmc.network.task import tensor_of
 from lmc.weights import Weights, as_weights, check_compatible

@@ -14,12 +14,17 @@ from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError, SpecError
 from lmc.symmetry import report
-from lmc.symmetry.groups.actions import act, identity_indices, random_indices, sources
 from lmc.symmetry.groups.group import Group
-from lmc.symmetry.groups.symmetries import Certificate, Symmetries
+from lmc.symmetry.groups.symmetries import Certificate, Symmetries, act, identity_indices, random_indices, sources
 from lmc.symmetry.notation.grammar import parse
-from lmc.symmetry.notation.layout import describe, groups_from_axes
-from lmc.symmetry.notation.patterns import edited, expand_wildcards, groups_as_data, groups_from_data
+from lmc.symmetry.notation.layout import (
+    describe,
+    edited,
+    expand_wildcards,
+    groups_as_data,
+    groups_from_axes,
+    groups_from_data,
+)
 from lmc.symmetry.proof.certify import certify_permutation, certify_spec
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector
 from lmc.weights import ModelOrWeights, StateDict, as_weights, tied_names

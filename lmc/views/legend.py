@@ -1,12 +1,17 @@
-"""Legends of all figures, explorers and pages: names, units, and colours, which colour-blind readers tell apart.
+"""Legends of all figures, explorers and pages: names, units, colours, which colour-blind readers tell apart, and tracks over
+planes.
 
 Colours are those of Okabe and Ito (2008, "Color Universal Design"), darkened where they must stand on white.
 """
 
 from collections.abc import Mapping
-from typing import TypeVar
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import numpy as np
 
 from lmc.errors import InputError
+from lmc.landscape.planes.plane_result import Plane
 
 Shown = TypeVar("Shown")
 BLUE = "#0072B2"
@@ -69,3 +74,42 @@ def colours(names: list[str]) -> dict[str, str]:
         if name not in chosen:
             chosen[name] = free.pop(0) if free else GREY
     return chosen
+
+
+MOST_NAMED = 5  # points of a track
+
+
+def tracked(plane: Plane, tracks: Mapping[str, Any] | None) -> Plane:
+    """The plane with further tracks: points (K, 2) in the plane, or weights as for `Plane.with_tracks`.
+
+    Raises:
+        InputError: points that are no curve in the plane, or weights where the plane was read from a file.
+    """
+    for name, track in (tracks or {}).items():
+        points = None if isinstance(track, Mapping) else _points(track)
+        if points is None:
+            plane = plane.with_tracks({name: track})
+        elif points.ndim != 2 or points.shape[1] != 2 or len(points) < 2 or not np.isfinite(points).all():
+            found = f"got {points.shape}"
+            raise InputError(f"tracks[{name!r}]: expected weights or finite points (K, 2), K at least 2, {found}")
+        else:
+            labels = {other: texts for other, texts in plane.labels.items() if other != name}
+            plane = replace(plane, tracks={**plane.tracks, name: points}, labels=labels)
+    return plane
+
+
+def named_points(plane: Plane, name: str) -> dict[int, str]:
+    """Some points of a track and their names: the first, the last and a few between where they have labels."""
+    count, labels = len(plane.tracks[name]), plane.labels.get(name)
+    if not labels:
+        return {}
+    chosen = np.unique(np.linspace(0, count - 1, min(count, MOST_NAMED)).round().astype(int)).tolist()
+    return {i: f"{name} {labels[i]}" if i in (0, count - 1) else labels[i] for i in chosen}
+
+
+def _points(track: Any) -> np.ndarray | None:
+    """An array of numbers, or None for weights."""
+    try:
+        return np.asarray(track, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None

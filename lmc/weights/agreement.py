@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from lmc.core.context import warn
 from lmc.errors import InputError, MismatchError, WeightsError
 from lmc.weights.checkpoint import Checkpoint
-from lmc.weights.numbers import check_codes, inexact, wide
-from lmc.weights.state import ModelOrWeights, StateDict, Weights, dtype_name, tied_names
+from lmc.weights.state import ModelOrWeights, StateDict, Weights, check_codes, dtype_name, inexact, tied_names, wide
 
 # Buffers that one file has and another lacks, and that no function of the weights depends on: counters of batches,
 # tables of positions, and masks, which are constants of the architecture.

@@ -14,8 +14,7 @@ from torch import Tensor
 from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.weights.agreement import as_weights, check_compatible, shared
-from lmc.weights.numbers import inexact, narrowed, wide
-from lmc.weights.state import ModelOrWeights, StateDict, Weights
+from lmc.weights.state import ModelOrWeights, StateDict, Weights, inexact, narrowed, wide
 
 
 @own_context

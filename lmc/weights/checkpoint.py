@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from lmc.errors import DataError, InputError
-from lmc.weights.numbers import narrowed
-from lmc.weights.state import StateDict
+from lmc.weights.state import StateDict, narrowed
 
 DTYPES = {
     "F64": torch.float64,

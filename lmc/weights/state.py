@@ -1,12 +1,25 @@
-"""Weights as every function of the package returns them: a state dict that prints short; which of its names are tied."""
+"""Weights as every function of the package returns them: a state dict that prints short; its tied names, its numbers, and
+orders of its names that do not depend on how it was stored.
 
+Codes of quantised weights and factors of adapters are no coordinates of a weight space: the mean of two codes is not the
+code of a mean, and the mean of products `B A` is not the product of the means.
+
+Keys of a stored state dict come in the order in which a tool wrote them; that order means nothing. Depth is told from
+names and from modules.
+"""
+
+import re
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from copy import deepcopy
+from functools import lru_cache
 from typing import Any, Self, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
+
+from lmc.errors import InputError, WeightsError
 
 Weights: TypeAlias = dict[str, Tensor]
 ModelOrWeights: TypeAlias = nn.Module | Mapping[str, Tensor]
@@ -110,3 +123,148 @@ def memory(tensor: Tensor) -> Hashable:
     if tensor.is_meta or tensor.numel() == 0:
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+# What bitsandbytes, GPTQ, AWQ, compressed-tensors, block fp8 and torchao put beside or in place of a weight.
+CODES = re.compile(
+    r"(^|[._])(qweight|qzeros|scales_and_zeros|SCB|weight_format|weight_packed|weight_scale(_inv|_2)?|weight_zero_point|"
+    r"weight_global_scale|weight_g_idx|absmax|nested_absmax|quant_map|nested_quant_map|quant_state(\..*)?)$"
+)
+# Of a LoRA, DoRA, LoHa, LoKr, VeRA, IA3 or prompt adapter.
+FACTORS = re.compile(
+    r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_(down|up)|lora\.(down|up)|hada_w[12]_[ab]|"
+    r"lokr_w[12](_[ab])?|vera_lambda_[bd]|ia3_l|dora_scale|prompt_embeddings)(\.|$)"
+)
+NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)
+DEQUANTISE = (
+    "dequantise it first, by loading it with the library that quantised it and saving float weights, or take the "
+    "weights it was made from"
+)
+
+
+def inexact(tensor: Tensor) -> bool:
+    """True where the values take part in sums: floating-point or complex, not integers or booleans."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+def wide(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype in which numbers of these are summed: float32, complex64, or the widest of them if that is wider."""
+    found = torch.float32
+    for dtype in dtypes:  # torch does not promote float8
+        found = torch.promote_types(found, torch.float32 if dtype.itemsize == 1 else dtype)
+    return found
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """`tensor` in `dtype`.
+
+    Raises:
+        WeightsError: a finite value leaves the range of `dtype`, such as 65504 of float16; the tensor is named.
+    """
+    if dtype.itemsize < tensor.dtype.itemsize and dtype.is_floating_point and tensor.numel():
+        values = tensor.to(wide(tensor.dtype)).abs()
+        # Asked of the values, not of the result: casts to float8 may stop at its largest number.
+        if bool(((values > torch.finfo(dtype).max) & torch.isfinite(values)).any()):
+            raise WeightsError(
+                f"{name}: the result leaves the range of {str(dtype).removeprefix('torch.')}, up to "
+                f"{torch.finfo(dtype).max:g}; convert the models to float32 or bfloat16 first, or use a smaller scale"
+            )
+    return tensor.to(dtype)
+
+
+def code(state: Mapping[str, Tensor]) -> str:
+    """Why a weight set holds codes instead of weights, naming the first tensor; empty where it does not."""
+    scaled = {name.rpartition(".")[0] for name in state if "scale" in name.rpartition(".")[2]}
+    for name, tensor in state.items():
+        parent, _, last = name.rpartition(".")
+        if tensor.is_quantized or _named_code(name):
+            return f"{name} ({dtype_name(tensor)}) belongs to a quantised weight"
+        if last == "weight" and not inexact(tensor) and tensor.dtype in NARROW:
+            return f"{name} holds {dtype_name(tensor)} codes of a quantised weight"
+        if tensor.is_floating_point() and tensor.dtype.itemsize == 1 and parent in scaled and "scale" not in last:
+            return f"{name} holds {dtype_name(tensor)} codes with a scale of their own"
+    return ""
+
+
+@lru_cache(maxsize=2**16)  # the same names are asked for again with every weight set of an architecture
+def _named_code(name: str) -> bool:
+    return CODES.search(name) is not None
+
+
+def factor(state: Mapping[str, Tensor]) -> str:
+    """The first name of an adapter's factor; empty where there is none."""
+    return next((name for name in state if FACTORS.search(name)), "")
+
+
+def unmergeable(state: Mapping[str, Tensor]) -> str:
+    """Why a weight set cannot be merged, and the way out; empty where it can."""
+    if reason := code(state):
+        return f"{reason}, which are no numbers to add and scale; {DEQUANTISE}"
+    if name := factor(state):
+        return (
+            f"{name} is a factor of an adapter, and the mean of products is not the product of means; merge each "
+            "adapter into its base first (peft: model.merge_and_unload()), and merge those"
+        )
+    return ""
+
+
+def check_codes(state: Mapping[str, Tensor], what: str) -> None:
+    """Check that tensors are no codes of quantised weights; factors of an adapter are parameters like others.
+
+    Raises:
+        WeightsError: they are; the message names the first and the way out.
+    """
+    if code(state):
+        raise WeightsError(f"{what}: {unmergeable(state)}")
+
+
+def natural(name: str) -> tuple[tuple[int, str], ...]:
+    """A key to sort names by, numbers by their value: "layers.2" before "layers.10"."""
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name))
+
+
+def numbered_depths(names: Iterable[str]) -> dict[str, float]:
+    """Depths from 0 (first block) to 1 (last block) of the names inside numbered blocks; the others are left out.
+
+    Blocks are modules that differ by one number, `layers.0`, `h.11`, `fc2`, `layer4`; the outermost number counts. Two
+    towers with equally many blocks (`encoder.0`, `decoder.0`) lie beside each other.
+
+    Raises:
+        InputError: no numbered modules, or several series that may follow one another (`conv1`, `conv2`, `fc1`).
+    """
+    # For every name the numbers in its module path from the outermost on, each with what stands before it.
+    found = {
+        name: [(path[: m.start()], int(m[1])) for m in re.finditer(r"(\d+)(?=\.|$)", path)]
+        for name in names
+        for path in [name if name.rpartition(".")[2].isdigit() else name.rpartition(".")[0]]
+    }
+    series: dict[str, set[int]] = {}
+    for numbers in found.values():
+        for before, number in numbers:
+            series.setdefault(before, set()).add(number)
+    places = {
+        name: next(((before, number) for before, number in numbers if len(series[before]) > 1), None)
+        for name, numbers in found.items()
+    }
+    used = {place[0]: sorted(series[place[0]]) for place in places.values() if place}
+    homes = {before.rpartition(".")[0] for before in used}
+    if len({len(numbers) for numbers in used.values()}) != 1 or len(homes) != len(used):
+        lengths = {before + "*": len(numbers) for before, numbers in used.items()}
+        raise InputError(f"cannot tell the blocks from the names (numbered modules: {lengths or 'none'})")
+    return {name: used[place[0]].index(place[1]) / (len(used[place[0]]) - 1) for name, place in places.items() if place}
+
+
+def modules_in_order(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The modules that hold the tensors `names`, in the order in which the model registers them."""
+    wanted = {name.rpartition(".")[0] or name for name in names}
+    return list(dict.fromkeys(m for name in model.state_dict() if (m := name.rpartition(".")[0] or name) in wanted))
+
+
+def model_depths(model: nn.Module, names: Sequence[str]) -> dict[str, float]:
+    """As `numbered_depths`; where blocks are not numbered clearly, each module is one, in the model's order."""
+    try:
+        return numbered_depths(names)
+    except InputError:
+        modules = modules_in_order(model, names)
+    last = max(len(modules) - 1, 1)
+    return {name: modules.index(name.rpartition(".")[0] or name) / last for name in names}

@@ -9,12 +9,11 @@ from alignment_cases import CASES, HEADS, Case, digits
 from torch import nn
 
 import lmc
-from lmc.align.activations.collect import CrossMoments, Site, centred
+from lmc.align.activations.collect import CrossMoments, Site, Tap, centred, choose, live_taps
 from lmc.align.activations.matching import activation_matching
-from lmc.align.activations.taps import Tap, choose, live_taps
 from lmc.errors import DataError, InputError, MismatchError, SpecError, WeightsError
-from lmc.models.layers import Attention
 from lmc.models.mlp import mlp
+from lmc.models.transformers import Attention
 from lmc.symmetry.spec import Permutation, PermutationSpec
 
 METHODS = ("correlation", "cross-product")
@@ -259,8 +258,8 @@ def test_in_place_layers_do_not_spoil_what_was_seen():
     spec = PermutationSpec.from_patterns({"0.weight": "c . . .", "0.bias": "c", "3.weight": ". (c .)"}, model)
     images = torch.randn(40, 1, 4, 4)
     taps = choose(spec, live_taps(spec, model, lambda: model(images[:1])), "output")
-    from lmc.align.activations.clusters import clusters
     from lmc.align.activations.collect import collect
+    from lmc.align.activations.matching import clusters
     from lmc.network.network import Network
 
     sites = [site for cluster in clusters(spec, taps)[0] for site in cluster.sites(spec)]

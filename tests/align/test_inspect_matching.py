@@ -18,7 +18,7 @@ from lmc.align.study.inspect import inspect_matching, partial, placed, receptive
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.path import loss_path
-from lmc.views.widgets import page
+from lmc.views.widgets.explorer import FOLDER
 from lmc.views.widgets.matching import state
 
 SIZE = 10
@@ -198,7 +198,7 @@ def test_the_browser_swaps_as_python_does():
       positions(index, order, 1), positions(index, order, 0.5 / 9),
     ]));
     """
-    module = base64.b64encode((page.FOLDER / "js" / "matching_steps.js").read_bytes()).decode()
+    module = base64.b64encode((FOLDER / "js" / "matching_steps.js").read_bytes()).decode()
     script = script.replace("MODULE", f"data:text/javascript;base64,{module}")
     script = script.replace("GIVEN", json.dumps([index.tolist(), order.tolist()]))
     output = subprocess.run(["node", "--input-type=module", "-e", script], capture_output=True, text=True, check=True)

@@ -6,7 +6,7 @@ from alignment_cases import CASES
 from torch import Tensor, nn
 
 import lmc
-from lmc.align.weight_matching.parameters import in_form_of, matched
+from lmc.align.weight_matching.matching import in_form_of, matched
 from lmc.errors import DataError, MismatchError, WeightsError
 
 QUIET = {"progress": False}

@@ -4,8 +4,8 @@ from alignment_cases import CASES, digits, random_weights
 from torch import nn
 
 import lmc
+from lmc.align.relaxed.soft import TaskLoss
 from lmc.align.relaxed.straight_through import straight_through_matching
-from lmc.align.relaxed.task_loss import TaskLoss
 from lmc.errors import DataError, InputError, MismatchError
 from lmc.models.mlp import mlp
 from lmc.symmetry.spec import PermutationSpec
@@ -93,7 +93,7 @@ def test_a_loss_of_ones_own():
 
 
 def test_tied_and_normalised_networks_have_a_loss():
-    from lmc.models.gpt import gpt
+    from lmc.models.transformers import gpt
 
     model = gpt(7, 5, dim=8, heads=2, tied=True)
     tokens = torch.randint(7, (4, 5))

@@ -13,9 +13,8 @@ from lmc.align.relaxed.soft import SoftMoves
 from lmc.align.rotations.folding import Probe
 from lmc.align.rotations.procrustes import Ascent, nearest_rotation
 from lmc.errors import InputError, SpecError
-from lmc.models.gpt import gpt
 from lmc.models.mlp import mlp
-from lmc.models.vit import vit
+from lmc.models.transformers import gpt, vit
 from lmc.weights import Weights
 
 TRANSFORMERS = ("vit", "gpt")

@@ -12,10 +12,9 @@ from lmc.align.transport.fusion import Fusion, ot_fusion
 from lmc.align.transport.layerwise import check_alone, guess_inputs
 from lmc.align.weight_matching.gains import assign, opening_prices
 from lmc.errors import DataError, InputError, MismatchError, MissingPackageError, SpecError, WeightsError
-from lmc.models.cnn import cnn
-from lmc.models.gpt import gpt
+from lmc.models.convnets import cnn
 from lmc.models.mlp import mlp
-from lmc.models.vit import vit
+from lmc.models.transformers import gpt, vit
 from lmc.symmetry.groups.group import Group
 from lmc.symmetry.spec import PermutationSpec
 

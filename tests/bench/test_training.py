@@ -13,7 +13,7 @@ import lmc.models
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
 from lmc.training import loop as training_loop
 from lmc.training import train
-from lmc.training.start import initialised
+from lmc.training.run import initialised
 
 pytestmark = pytest.mark.filterwarnings("error")
 

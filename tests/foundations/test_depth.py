@@ -9,7 +9,7 @@ from torch import nn
 import lmc
 import lmc.merge as merge
 from lmc.errors import InputError
-from lmc.weights.order import model_depths, modules_in_order, numbered_depths
+from lmc.weights.state import model_depths, modules_in_order, numbered_depths
 
 
 def shuffled(names: list[str], seed: int) -> list[str]:

@@ -23,7 +23,7 @@ from lmc.merge.engine import chunks as parts
 from lmc.merge.engine import quantiles
 from lmc.weights.checkpoint import Extent
 from lmc.weights.opening import open_checkpoint
-from lmc.weights.order import natural
+from lmc.weights.state import natural
 
 # Files list names in natural order, whatever the order in memory was.
 same = functools.partial(support.same, ordered=False)

@@ -13,9 +13,8 @@ import lmc
 from lmc.errors import TraceError
 from lmc.network.network import uncalled
 from lmc.symmetry.discovery.discover import Discovery, discover
-from lmc.symmetry.tracing.capture import export
+from lmc.symmetry.tracing.capture import export, record
 from lmc.symmetry.tracing.failures import is_user_file
-from lmc.symmetry.tracing.record import record
 
 
 class Layers(nn.Module):

@@ -13,10 +13,9 @@ import traitlets
 from support import embedded
 
 from lmc.landscape.evaluation.evaluator import evaluate
-from lmc.landscape.simplex import Simplex
-from lmc.landscape.triangle import loss_simplex, loss_triangle
+from lmc.landscape.simplex import Simplex, loss_simplex, loss_triangle
 from lmc.models import mlp
-from lmc.views.widgets import page
+from lmc.views.widgets.explorer import FOLDER
 from lmc.views.widgets.simplex import state
 from lmc.weights import mean
 
@@ -137,7 +136,7 @@ def test_the_browser_interpolates_as_python_does():
       set: [withShare([0.5, 0.25, 0.25], 0, 0.2), withShare([1, 0, 0], 0, 0.4)],
     }));
     """
-    module = base64.b64encode((page.FOLDER / "js" / "simplex_geometry.js").read_bytes()).decode()
+    module = base64.b64encode((FOLDER / "js" / "simplex_geometry.js").read_bytes()).decode()
     script = script.replace("MODULE", f"data:text/javascript;base64,{module}").replace("GIVEN", json.dumps(given))
     output = subprocess.run(["node", "--input-type=module", "-e", script], capture_output=True, text=True, check=True)
     told = json.loads(output.stdout)

@@ -12,10 +12,10 @@ import traitlets
 
 from lmc.errors import InputError
 from lmc.landscape.planes.plane_result import Plane
-from lmc.views.widgets import page
+from lmc.views.widgets.explorer import FOLDER
 from lmc.views.widgets.plane import PlaneExplorer, state
 
-WIDGETS = page.FOLDER / "js"
+WIDGETS = FOLDER / "js"
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from support import embedded
 from lmc.errors import InputError
 from lmc.landscape.path import Path, loss_path
 from lmc.models import mlp
-from lmc.views.widgets import page
+from lmc.views.widgets.explorer import FOLDER, module
 from lmc.views.widgets.path import state
 
-WIDGETS = page.FOLDER / "js"
+WIDGETS = FOLDER / "js"
 
 
 def random_path(seed: int, count: int = 60, pixels=(1, 4, 4), alphas: int = 5) -> Path:
@@ -225,7 +225,7 @@ def run_module(script: str) -> str:
 
 
 def test_a_module_holds_what_it_imports_once_and_first():
-    text = page.module("path_explorer.js")
+    text = module("path_explorer.js")
     assert re.findall(r"^(?:import|export).*", text, re.MULTILINE) == ["export default { initialize, render };"]
     for name in ("stage", "clamp", "pathChart", "predictions"):
         assert text.count(f"function {name}(") == 1
@@ -235,7 +235,7 @@ def test_a_module_holds_what_it_imports_once_and_first():
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed; the browser tests run this code too")
 @pytest.mark.parametrize("name", sorted(file.name for file in WIDGETS.glob("*_explorer.js")))
 def test_the_files_of_an_explorer_make_one_module_without_a_name_twice(name):
-    subprocess.run(["node", "--input-type=module", "--check", "-"], input=page.module(name), text=True, check=True)
+    subprocess.run(["node", "--input-type=module", "--check", "-"], input=module(name), text=True, check=True)
 
 
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed; the browser tests run this code too")

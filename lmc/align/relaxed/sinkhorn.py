@@ -7,10 +7,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lmc.align.relaxed.soft import SoftMoves, sinkhorn
-from lmc.align.relaxed.task_loss import TaskLoss
+from lmc.align.relaxed.soft import SoftMoves, TaskLoss, sinkhorn
 from lmc.align.weight_matching.gains import assign
-from lmc.align.weight_matching.parameters import in_form_of, matched
+from lmc.align.weight_matching.matching import in_form_of, matched
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import DataError, InputError

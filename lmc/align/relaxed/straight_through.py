@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmc.align.relaxed.task_loss import TaskLoss
+from lmc.align.relaxed.soft import TaskLoss
 from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
-from lmc.align.weight_matching.matching import weight_matching
-from lmc.align.weight_matching.parameters import matched
+from lmc.align.weight_matching.matching import matched, weight_matching
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError

@@ -14,12 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lmc.align.relaxed.soft import SoftMoves
-from lmc.align.relaxed.task_loss import TaskLoss
+from lmc.align.relaxed.soft import SoftMoves, TaskLoss
 from lmc.align.rotations.folding import fold_norms
 from lmc.align.rotations.procrustes import Ascent
 from lmc.align.rotations.rotatable import rotatable_groups
-from lmc.align.weight_matching.parameters import matched
+from lmc.align.weight_matching.matching import matched
 from lmc.core.context import own_context, warn
 from lmc.core.extras import require
 from lmc.core.progress import tqdm

@@ -15,8 +15,7 @@ from lmc.align.relaxed.sinkhorn import sinkhorn_matching
 from lmc.align.relaxed.straight_through import straight_through_matching
 from lmc.align.study.singular import singular_alignment
 from lmc.align.transport.fusion import ot_fusion
-from lmc.align.weight_matching.matching import weight_matching
-from lmc.align.weight_matching.parameters import matched
+from lmc.align.weight_matching.matching import matched, weight_matching
 from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.progress import tqdm

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.gains import inner_product
-from lmc.align.weight_matching.parameters import matched
+from lmc.align.weight_matching.matching import matched
 from lmc.core.context import own_context, warn
 from lmc.core.extras import require
 from lmc.core.progress import tqdm

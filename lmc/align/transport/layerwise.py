@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmc.align.activations.collect import Site, collect
-from lmc.align.activations.taps import candidates, choose, live_taps
+from lmc.align.activations.collect import Site, candidates, choose, collect, live_taps
 from lmc.align.transport.couplings import Coupling, Importance, View, couple, paired_rows
 from lmc.errors import InputError, MismatchError, SpecError
 from lmc.network.derived import gauged
@@ -16,7 +15,7 @@ from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import ModelOrWeights, Weights, as_weights, check_finite
-from lmc.weights.numbers import inexact
+from lmc.weights.state import inexact
 
 _SIDES = (8, 16, 28, 32, 64, 96, 128, 224)
 

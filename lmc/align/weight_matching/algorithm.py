@@ -18,9 +18,8 @@ from itertools import cycle, islice
 from torch import Tensor
 
 from lmc.align.weight_matching.blocks import Shift, UnitBlock
-from lmc.align.weight_matching.gains import Gains, inner_product
-from lmc.align.weight_matching.nested import Step, nested_assignment
-from lmc.symmetry.groups.actions import compose_moves
+from lmc.align.weight_matching.gains import Gains, Step, inner_product, nested_assignment
+from lmc.symmetry.groups.symmetries import compose_moves
 from lmc.symmetry.spec import PermutationSpec
 
 _INNER_SWEEPS = 10

@@ -14,7 +14,7 @@ from lmc.errors import InputError
 from lmc.landscape.evaluation.measured import Values
 from lmc.network.derived import gauged
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
-from lmc.weights.numbers import inexact
+from lmc.weights.state import inexact
 
 FLATTEST = 1e-3  # height over side below which a triangle counts as a line
 

@@ -38,8 +38,8 @@ from lmc.merge.rules import averaging, postprocess, selection, spectral, task_ve
 from lmc.merge.with_data import soups
 from lmc.weights import ModelOrWeights
 from lmc.weights.checkpoint import RECIPE, Checkpoint, checksum, read_json, readable
-from lmc.weights.numbers import wide
 from lmc.weights.opening import open_checkpoint
+from lmc.weights.state import wide
 
 Source: TypeAlias = str | Path | ModelOrWeights
 BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")

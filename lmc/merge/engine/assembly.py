@@ -14,7 +14,7 @@ from lmc.merge.engine.tensors import WeightSets
 from lmc.network.derived import settled
 from lmc.weights import StateDict, Weights
 from lmc.weights.checkpoint import flat
-from lmc.weights.numbers import inexact, narrowed
+from lmc.weights.state import inexact, narrowed
 
 Report = TypeVar("Report")
 

@@ -28,9 +28,8 @@ from lmc.network.derived import constants_in, derived_names, gauged, warn_of_lag
 from lmc.weights import ModelOrWeights, as_weights, check_compatible, fitted, tied_names
 from lmc.weights.agreement import corresponding, prefix_between
 from lmc.weights.checkpoint import Checkpoint, flat
-from lmc.weights.numbers import inexact, unmergeable, wide
 from lmc.weights.opening import open_checkpoint
-from lmc.weights.state import dtype_name
+from lmc.weights.state import dtype_name, inexact, unmergeable, wide
 
 STATISTICS = ("running_mean", "running_var")
 

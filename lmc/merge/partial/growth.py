@@ -15,13 +15,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from lmc.align.activations.taps import candidates
+from lmc.align.activations.collect import candidates
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError, LmcError
 from lmc.merge.partial.units import Axes, Axis, Member, MergedUnits, Stretch, zipped_weights
 from lmc.network.batches import to_device
-from lmc.network.copies import fresh_copy
+from lmc.network.caches import fresh_copy
 from lmc.network.inputs import Call
 from lmc.network.network import Network
 from lmc.symmetry.groups.group import Group, Table

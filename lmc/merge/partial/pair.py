@@ -8,9 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmc.align.activations.collect import CrossMoments, Site, centred, unit_values
+from lmc.align.activations.collect import (
+    CrossMoments,
+    Site,
+    Tap,
+    Watch,
+    centred,
+    choose,
+    groups_at,
+    live_taps,
+    unit_values,
+)
 from lmc.align.activations.matching import activation_matching
-from lmc.align.activations.taps import Tap, Watch, choose, groups_at, live_taps
 from lmc.align.transport.layerwise import guess_inputs
 from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.progress import tqdm

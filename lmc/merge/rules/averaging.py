@@ -18,7 +18,7 @@ from lmc.merge.engine.method import linear, on_tensors
 from lmc.merge.engine.tensors import weight_sets
 from lmc.network.moments import Moments, precise
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_compatible
-from lmc.weights.numbers import wide
+from lmc.weights.state import wide
 
 
 @linear

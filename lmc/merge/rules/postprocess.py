@@ -26,7 +26,7 @@ from lmc.merge.engine.method import Delta, MergeFunction, Method, Rule, Survey, 
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.merge.rules.task_vectors import per_model, task_arithmetic
 from lmc.weights import ModelOrWeights
-from lmc.weights.order import numbered_depths
+from lmc.weights.state import numbered_depths
 
 
 @dataclass(frozen=True)

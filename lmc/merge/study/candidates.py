@@ -18,7 +18,7 @@ from lmc.merge.with_data.regmean import regmean, regmean_plus_plus
 from lmc.merge.with_data.soups import greedy_soup, learned_soup, wise_ft
 from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, Weights
-from lmc.weights.order import modules_in_order, numbered_depths
+from lmc.weights.state import modules_in_order, numbered_depths
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from lmc.merge.engine.tensors import STATISTICS, fitting, outline
 from lmc.merge.study.survey import Difference, LayerReport, Survey, differences
 from lmc.weights import ModelOrWeights, as_weights, tied_names
 from lmc.weights.checkpoint import Checkpoint
-from lmc.weights.numbers import inexact, unmergeable
 from lmc.weights.opening import open_checkpoint
+from lmc.weights.state import inexact, unmergeable
 
 if TYPE_CHECKING:
     import pandas

@@ -20,7 +20,7 @@ from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.rules.task_vectors import task_arithmetic
 from lmc.merge.with_data.judge import Judge
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted
-from lmc.weights.order import modules_in_order
+from lmc.weights.state import modules_in_order
 
 if TYPE_CHECKING:
     import pandas as pd

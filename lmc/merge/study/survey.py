@@ -12,7 +12,7 @@ from lmc.merge.engine.tensors import outline
 from lmc.weights import tied_names
 from lmc.weights.agreement import optional
 from lmc.weights.checkpoint import Checkpoint
-from lmc.weights.numbers import wide
+from lmc.weights.state import wide
 
 Kind = Literal["missing", "shape", "dtype", "tie", "buffer"]
 

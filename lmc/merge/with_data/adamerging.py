@@ -21,7 +21,7 @@ from lmc.merge.with_data.judge import each, gather
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, Weights, as_weights, fitted
-from lmc.weights.numbers import wide
+from lmc.weights.state import wide
 
 if TYPE_CHECKING:
     import pandas as pd

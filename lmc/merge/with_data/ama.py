@@ -20,7 +20,7 @@ from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.with_data.judge import chosen
 from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, as_weights, fitted
-from lmc.weights.order import model_depths
+from lmc.weights.state import model_depths
 
 if TYPE_CHECKING:
     import pandas as pd

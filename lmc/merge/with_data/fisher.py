@@ -23,7 +23,7 @@ from lmc.merge.with_data.judge import batches, each
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted
-from lmc.weights.numbers import wide
+from lmc.weights.state import wide
 
 Labels = Literal["expected", "sampled", "true"]
 Likelihood = Literal["categorical", "bernoulli", "gaussian"]

@@ -19,7 +19,7 @@ from lmc.landscape.curve import Schedule, finite_loss, forked, with_parameters
 from lmc.landscape.evaluation.evaluation import Objective, some_inputs
 from lmc.landscape.path import Path, Values, loss_path
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
-from lmc.network.copies import fresh_copy
+from lmc.network.caches import fresh_copy
 from lmc.network.task import Loss, Outputs, Task
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, as_weights, mean

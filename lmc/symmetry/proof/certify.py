@@ -14,9 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from lmc.errors import CertificateError, InputError
-from lmc.symmetry.groups.actions import Indices, act, identity_indices, permute_tensor, random_indices
 from lmc.symmetry.groups.group import Table
-from lmc.symmetry.groups.symmetries import VISIBLE, Certificate, Evidence, Symmetries
+from lmc.symmetry.groups.symmetries import (
+    VISIBLE,
+    Certificate,
+    Evidence,
+    Indices,
+    Symmetries,
+    act,
+    identity_indices,
+    permute_tensor,
+    random_indices,
+)
 from lmc.symmetry.proof.probe import Probe, draw
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, tensors_in
 from lmc.weights import ModelOrWeights, Weights, as_weights

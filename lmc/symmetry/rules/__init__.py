@@ -6,7 +6,7 @@ Six classes cover almost everything: moves (M), pointwise (E), symmetric reducti
 that depend on the order along some dims (F) and indexing by data (I).
 """
 
-from lmc.symmetry.rules import contractions, indexing, moves, pointwise, reductions
+from lmc.symmetry.rules import contractions, indexing, moves, reductions
 from lmc.symmetry.rules.registry import RULES, Op, interpret, is_pointwise, rule_of
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "interpret",
     "is_pointwise",
     "moves",
-    "pointwise",
     "reductions",
     "rule_of",
 ]

@@ -4,13 +4,4 @@ from lmc.core.extras import require
 
 require("plotly")
 
-from lmc.views.plots import (  # noqa: E402, F401 (they register themselves)
-    alignment,
-    measures,
-    merging,
-    moves,
-    path,
-    plane,
-    symmetry,
-    triangle,
-)
+from lmc.views.plots import merging, path, plane, studies, symmetry, triangle  # noqa: E402, F401 (they register themselves)

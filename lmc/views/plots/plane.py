@@ -10,9 +10,8 @@ from plotly.subplots import make_subplots
 from lmc.core.results import view
 from lmc.errors import InputError
 from lmc.landscape.planes.plane_result import Plane
-from lmc.views.legend import measure_title, track_colours
+from lmc.views.legend import measure_title, named_points, track_colours, tracked
 from lmc.views.plots.style import BLACK, GRID, SCALE, styled
-from lmc.views.tracks import named_points, tracked
 
 LEVELS = 14  # contours
 SPACING = 0.4  # between panels, as a share of the figure, divided by their number

@@ -10,10 +10,8 @@ import traitlets
 from lmc.align.study.epochs import Epochs
 from lmc.core.results import view
 from lmc.views.legend import SCALE, colours
-from lmc.views.widgets.explorer import Explorer
-from lmc.views.widgets.page import module, style
+from lmc.views.widgets.explorer import Explorer, answer, module, style
 from lmc.views.widgets.path import axis_state, panel_state, path_state
-from lmc.views.widgets.pictures import answer
 
 
 class EpochsExplorer(Explorer):

@@ -11,9 +11,7 @@ import traitlets
 from lmc.align.study.inspect import MatchedGroup, Matching
 from lmc.core.results import view
 from lmc.views.legend import SCALE
-from lmc.views.widgets.explorer import Explorer
-from lmc.views.widgets.page import module, style
-from lmc.views.widgets.pictures import encode
+from lmc.views.widgets.explorer import Explorer, encode, module, style
 
 
 class MatchingExplorer(Explorer):

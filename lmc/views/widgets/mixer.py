@@ -10,8 +10,7 @@ import traitlets
 from lmc.core.results import view
 from lmc.merge.study.mixer import Mixer
 from lmc.views.legend import CYCLE, GREY
-from lmc.views.widgets.explorer import Explorer
-from lmc.views.widgets.page import module, style
+from lmc.views.widgets.explorer import Explorer, module, style
 
 
 class MixerExplorer(Explorer):

@@ -13,9 +13,7 @@ from lmc.core.results import view
 from lmc.errors import InputError
 from lmc.landscape.path import Path
 from lmc.views.legend import colours, labelled_paths, measure_title
-from lmc.views.widgets.explorer import Explorer
-from lmc.views.widgets.page import module, style
-from lmc.views.widgets.pictures import answer, images_state, shown_state
+from lmc.views.widgets.explorer import Explorer, answer, images_state, module, shown_state, style
 
 
 class PathExplorer(Explorer):

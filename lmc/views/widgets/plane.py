@@ -10,11 +10,8 @@ import traitlets
 
 from lmc.core.results import view
 from lmc.landscape.planes.plane_result import Plane
-from lmc.views.legend import SCALE, track_colours
-from lmc.views.tracks import named_points, tracked
-from lmc.views.widgets.explorer import Explorer
-from lmc.views.widgets.page import module, style
-from lmc.views.widgets.pictures import answer, encode
+from lmc.views.legend import SCALE, named_points, track_colours, tracked
+from lmc.views.widgets.explorer import Explorer, answer, encode, module, style
 
 
 class PlaneExplorer(Explorer):

@@ -11,9 +11,7 @@ import traitlets
 from lmc.core.results import view
 from lmc.landscape.simplex import Simplex
 from lmc.views.legend import CYCLE, GREY, SCALE, measure_title
-from lmc.views.widgets.explorer import Explorer
-from lmc.views.widgets.page import module, style
-from lmc.views.widgets.pictures import encode
+from lmc.views.widgets.explorer import Explorer, encode, module, style
 
 
 class SimplexExplorer(Explorer):
