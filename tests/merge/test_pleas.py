@@ -204,7 +204,9 @@ def test_bad_input_is_refused():
         merged(case, a, other, case.inputs)
 
 
-@pytest.mark.parametrize("name", ["digits-mlp64", "digits-vgg11", "digits-resnet20"])
+@pytest.mark.parametrize(
+    "name", ["digits-mlp64", "digits-vgg11", pytest.param("digits-resnet20", marks=pytest.mark.thorough)]
+)
 def test_digits_networks_come_close_to_their_ensemble(name: str):
     stored, data = lmc.data.checkpoint(name), lmc.data.digits(flat="mlp" in name)
     model, (a, b) = stored.model(), stored.weights

@@ -163,9 +163,9 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "learned_soup": lambda w: merge.learned_soup(w.model, w.models, w.data, epochs=1, **Q),
     "magnitude_masks": lambda w: merge.magnitude_masks(w.a, sparsity=0.5),
     "mix_experts": lambda w: merge.mix_experts([{"w": w.a["head.weight"]}, {"w": w.b["head.weight"]}], beta=0.3),
-    "mixer": lambda w: merge.mixer(w.model, w.models, {"one": w.data, "two": w.data}, base=w.base, **Q).scores(
-        (0.3, 0.4)
-    ),
+    "mixer": lambda w: merge.mixer(  # of that many models no grid is evaluated beforehand
+        w.model, [w.a, w.b, w.c] * 3, {"one": w.data, "two": w.data}, base=w.base, **Q
+    ).scores([0.1, 0.2, 0.3] * 3),
     "pleas": lambda w: merge.pleas(w.model, w.models, w.x, spec=w.spec, **w.cut, **Q).module.state_dict(),
     "ratatouille": lambda w: merge.ratatouille(
         w.model, w.models, w.data, base=w.base, fine_tune=_tuned(w), head="head.*", runs=2, **Q

@@ -37,7 +37,7 @@ _START = """<script type="module">
 {still}widget.render({{ model: still, el: document.getElementById("widget") }});
 </script>"""
 # In a notebook the script runs wherever its output is shown; with a kernel, the model comes sooner or later, or again.
-_START = """<script type="module">
+_BUNDLED = """<script type="module">
 {still}for (const el of document.querySelectorAll('[data-lmc="{key}"]:not([data-open])')) {{
   el.dataset.open = "";
   let close;
@@ -124,7 +124,7 @@ def inline(module: str, style: str, state: Mapping[str, Any], *, key: str, summa
 
     `summary` stands in its place where scripts do not run, as in a notebook that is not trusted yet.
     """
-    start = _START.format(still=_still(module, state), key=key)
+    start = _BUNDLED.format(still=_still(module, state), key=key)
     return (
         f'<div data-lmc="{key}"><pre>{html.escape(summary)}</pre>'
         "<p><small>Trust this notebook, or run it, to see the figure: it is a small program.</small></p></div>"
