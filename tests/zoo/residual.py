@@ -73,6 +73,21 @@ def bottleneck_net(groups: int = 1) -> nn.Module:
     )  # fmt: skip
 
 
+class StandardisedConv2d(nn.Conv2d):
+    """A convolution whose filters are brought to mean 0 and variance 1 (Qiao et al. 2019), as one row each."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = F.batch_norm(self.weight.reshape(1, self.out_channels, -1), None, None, training=True)
+        return F.conv2d(
+            x, rows.reshape_as(self.weight), self.bias, self.stride, self.padding, self.dilation, self.groups
+        )
+
+
+def standardised_groups() -> nn.Module:
+    middle = [StandardisedConv2d(6, 8, 3, padding=1, groups=2), nn.ReLU(), nn.Conv2d(8, 5, 1)]
+    return nn.Sequential(nn.Conv2d(3, 6, 3), *middle, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 4))
+
+
 class ConvMixer(nn.Module):
     """Depthwise with residual, then pointwise (Trockman and Kolter 2022)."""
 
@@ -220,6 +235,14 @@ ENTRIES = [
         S(7) + S(12) + S(16) + 2 * (S(2) + 2 * (S(3) + S(3))) + S(2) + 2 * (S(4) + S(4)),
         larger=LARGER,
         still=("7.bias",),
+    ),
+    Entry(
+        "weights_standardised_groups",
+        standardised_groups,
+        IMAGE,
+        S(2) + 2 * (S(3) + S(4)) + S(5),
+        larger=LARGER,
+        still=("6.bias",),
     ),
     Entry("convmixer", lambda: ConvMixer(9, 2), IMAGE, S(9) + 2 * S(9), larger=LARGER, still=("head.bias",)),
     Entry("mobilenet", mobilenet, IMAGE, S(7) + S(14) + S(6) + S(12) + S(15), larger=LARGER, still=("6.bias",)),

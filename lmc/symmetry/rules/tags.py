@@ -11,6 +11,7 @@ not vary). A `Tag` is a shape with several coordinates. Every operator rule keep
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -117,7 +118,8 @@ def join_cluster(units: Units, shape: Shape, coords: list[Ids]) -> list[Ids]:
 
     A coordinate that is a function of another one, or of the frozen ones together, is dropped, the function recorded. Dims on which only one coordinate
     varies are summarised by blocks: given the blocks on the shared dims, the rest is a product. What is left varies on
-    shared dims only, and is either a full product or made into pairs.
+    shared dims only; where these are several dims in one, they are taken apart, else it is either a full product or made
+    into pairs.
     """
     coords = drop_determined(units, shape, drop_fixed(units, shape, coords))
     parts = clusters(coords)
@@ -127,6 +129,9 @@ def join_cluster(units: Units, shape: Shape, coords: list[Ids]) -> list[Ids]:
         return coords
     private = [tuple(d for d in support(c) if all(o is c or o.shape[d] == 1 for o in coords)) for c in coords]
     if not any(private):
+        digits = [digits_of(coords, d, shape[d]) for d in range(len(shape))]
+        if any(len(sizes) > 1 for sizes in digits):
+            return join_digits(units, shape, coords, digits)
         return join_shared(units, shape, coords)
     summaries = [block(units, c, dims) for c, dims in zip(coords, private, strict=True) if dims]
     plain = [c for c, dims in zip(coords, private, strict=True) if not dims]
@@ -134,6 +139,47 @@ def join_cluster(units: Units, shape: Shape, coords: list[Ids]) -> list[Ids]:
     own = [c for c, dims in zip(coords, private, strict=True) if dims]
     own = [telling(units, shape, c, s) for c, s in zip(own, summaries, strict=True)]
     return own + [c for c in rest if not any(c is s for s in summaries)]
+
+
+def join_digits(units: Units, shape: Shape, coords: list[Ids], digits: list[list[int]]) -> list[Ids]:
+    """Join with dims split into digits: the axes of a weight whose rows were flattened are dims of their own again."""
+    fine = tuple(n for sizes in digits for n in sizes)
+    split = [c.reshape([n if c.shape[d] > 1 else 1 for d, sizes in enumerate(digits) for n in sizes]) for c in coords]
+    joined: list[Ids] = []
+    for c in join(units, fine, [shrink(c) for c in split]):
+        wide: list[int] = []
+        for sizes in digits:
+            own = c.shape[len(wide) : len(wide) + len(sizes)]
+            wide += sizes if any(n > 1 for n in own) else own
+        ends = np.cumsum([len(sizes) for sizes in digits]).tolist()
+        whole = [prod(wide[end - len(sizes) : end]) for sizes, end in zip(digits, ends, strict=True)]
+        joined.append(np.broadcast_to(c, wide).reshape(whole))
+    return joined
+
+
+def digits_of(coords: list[Ids], dim: int, size: int) -> list[int]:
+    """The sizes of the digits into which indices along a dim fall, so that each coordinate depends on some of them only."""
+    cuts = {1, size}
+    for c in coords:
+        if c.shape[dim] > 1:
+            lines = c.reshape(prod(c.shape[:dim]), size, -1)
+            cuts |= {run_length(lines), period(lines)}
+    ordered = sorted(cuts)
+    if any(large % small for small, large in pairwise(ordered)):
+        return [size]
+    return [large // small for small, large in pairwise(ordered)][::-1] or [size]
+
+
+def run_length(lines: Ids) -> int:
+    """The largest k such that entries along axis 1 come in k equal ones (k divides their number)."""
+    changes = np.flatnonzero((lines[:, 1:] != lines[:, :-1]).any(axis=(0, 2))) + 1
+    return int(np.gcd.reduce([lines.shape[1], *changes]))
+
+
+def period(lines: Ids) -> int:
+    """The smallest k, a divisor of their number, after which entries along axis 1 repeat themselves."""
+    n = lines.shape[1]
+    return next(k for k in range(1, n + 1) if n % k == 0 and (lines[:, k:] == lines[:, : n - k]).all())
 
 
 def telling(units: Units, shape: Shape, coord: Ids, summary: Ids) -> Ids:
