@@ -41,6 +41,30 @@ def test_the_grid_holds_scores_of_whole_models(case) -> None:
     assert best == pytest.approx(mixer.grid.mean(-1).max())
 
 
+def test_tasks_of_other_kinds_have_measures_of_their_own(case) -> None:
+    model, base, models, tasks, _ = case
+    draw = torch.Generator().manual_seed(1)
+    numbers = tasks["x"][0], torch.randn(60, 3, generator=draw)
+    mixed = {"classes": tasks["x"], "numbers": lmc.Task.regression().on(numbers)}
+    made = lmc.merge.mixer(model, models, mixed, base=base, progress=False)
+    assert made.measures == ("accuracy", "loss") and made.units == ("", "squared error") and made.higher == (True, False)
+    scores = made.scores([0.5, 0.5])
+    with torch.no_grad():
+        outputs = torch.func.functional_call(model, dict(made.weights([0.5, 0.5])), (numbers[0],))
+    assert scores["numbers"] == pytest.approx(float((outputs - numbers[1]).square().mean()))
+    assert scores["classes"] == pytest.approx(float((outputs.argmax(1) == tasks["x"][1]).float().mean()))
+    losses = lmc.merge.mixer(
+        model, models, {"a": numbers, "b": numbers}, base=base, loss=lmc.Task.regression(), progress=False
+    )
+    best = sum(losses.scores(losses.best).values()) / 2
+    assert best == pytest.approx(losses.grid.mean(-1).min())
+    drawn = made.explore().get_state()["data"]
+    assert [m["unit"] for m in drawn["measures"]] == ["%", "squared error"]
+    assert drawn["own"][0] == pytest.approx([100 * made.own[0, 0], made.own[0, 1]], abs=1e-3)
+    both = lmc.merge.mixer(model, models, tasks, base=base, metric="loss", progress=False)
+    assert both.measures == ("loss", "loss") and both.units == ("nats", "nats") and not any(both.higher)
+
+
 def test_sliders_can_stand_on_every_level() -> None:
     for count, levels in LEVELS.items():
         steps = [20 * level for level in levels]

@@ -19,6 +19,7 @@ from lmc.merge.engine.call import matches
 from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.rules.task_vectors import task_arithmetic
 from lmc.merge.with_data.judge import Judge
+from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted
 from lmc.weights.state import modules_in_order
 
@@ -49,8 +50,10 @@ class Mixer(Result):
         names: of the models. tasks: names of the tasks.
         groups: name of each group of layers -> its name patterns.
         levels: the coefficients on which `grid` stands, 0 and 1 among them; more models have fewer.
-        grid: (levels, ..., levels, tasks), accuracies with one coefficient per model, the same in all groups.
-        own: (models + 1, tasks): accuracies of each model, and last of the base.
+        grid: (levels, ..., levels, tasks), measures with one coefficient per model, the same in all groups.
+        own: (models + 1, tasks): measures of each model, and last of the base.
+        measures: for each task the name of its measure, for example "accuracy" (a share) or "loss". `units`: of losses.
+            `higher`: whether larger values are better.
     """
 
     names: tuple[str, ...]
@@ -61,6 +64,9 @@ class Mixer(Result):
     own: np.ndarray
     models: Sequence[Weights] = field(repr=False)
     base: Weights = field(repr=False)
+    measures: tuple[str, ...] = ()
+    units: tuple[str, ...] = ()
+    higher: tuple[bool, ...] = ()
     scorers: Sequence[Callable[[Weights], float]] = field(default=(), repr=False, metadata=UNSAVED)
 
     def options(self, coefficients: Coefficients) -> dict[str, Any]:
@@ -85,19 +91,25 @@ class Mixer(Result):
 
     @own_context
     def scores(self, coefficients: Coefficients) -> dict[str, float]:
-        """The accuracy of the merged weights on each task."""
+        """The measure of the merged weights on each task."""
         merged = self.weights(coefficients)
         return {task: score(merged) for task, score in zip(self.tasks, self.scorers, strict=True)}
 
     @property
     def best(self) -> tuple[float, ...]:
-        """The coefficients with the best mean accuracy among those of the grid."""
-        means = self.grid.mean(-1)
+        """The coefficients with the best mean measure among those of the grid. Where tasks have different measures, each
+        counts as the share of the way from the base to the best single model."""
+        better = np.where(self.higher, 1.0, -1.0)
+        gains, own = better * self.grid, better * self.own
+        if len(set(self.measures)) > 1:
+            way = own[:-1].max(0) - own[-1]
+            gains = (gains - own[-1]) / np.where(way > 0, way, 1.0)
+        means = np.where(np.isfinite(gains), gains, -np.inf).mean(-1)
         place = np.unravel_index(int(means.argmax()), means.shape)
         return tuple(float(self.levels[i]) for i in place)
 
     def to_frame(self) -> "pd.DataFrame":
-        """A row for each mixture of the grid: the coefficient of each model, the accuracy on each task."""
+        """A row for each mixture of the grid: the coefficient of each model, the measure on each task."""
         pd = require("pandas")
 
         points = product(self.levels.tolist(), repeat=len(self.names))
@@ -117,6 +129,8 @@ def mixer(
     base: ModelOrWeights,
     names: Sequence[str] | None = None,
     groups: Mapping[str, str | Sequence[str]] | None = None,
+    metric: str | None = None,
+    loss: Loss | Task | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Mixer:
@@ -125,10 +139,14 @@ def mixer(
     Args:
         model: the architecture.
         models: fine-tuned from `base`.
-        data: task -> labelled data. What is chosen by looking at them needs other data to be judged on.
+        data: task -> labelled data; `lmc.Task.regression().on(data)` and its kin say how one of them is judged. What is
+            chosen by looking at them needs other data to be judged on.
         names: of the models (default: those of the tasks, if there are as many).
         groups: name -> name patterns of its tensors (default: up to three stretches of the layers in their order). Each
             tensor belongs to one group.
+        metric: "accuracy", "loss" or a metric of the tasks (default: of each task the accuracy where its targets are
+            classes, else the loss).
+        loss: how outputs of all tasks are judged, as for `lmc.loss_path`.
         device: where to evaluate (default: where the weights are).
 
     Raises:
@@ -144,12 +162,14 @@ def mixer(
     chosen = _thirds(modules_in_order(model, sets.weights)) if groups is None else _given(groups, sets.weights)
     *states, origin = [fitted(model, as_weights(one)) for one in (*models, base)]
     known = [*states, origin]
-    scorers = [Judge(model, part, "accuracy", device=device, models=known) for part in data.values()]
+    scorers = [Judge(model, part, metric, loss=loss, device=device, models=known) for part in data.values()]
     own = np.array([[score(state) for score in scorers] for state in known])
     levels = np.array(LEVELS.get(len(sets), (0.0, 1.0) if 2 ** len(sets) <= MOST_POINTS else (0.0,)))
     count = len(levels)
     grid = np.zeros((*(count,) * len(sets), len(data)))
-    made = Mixer(called, tuple(data), chosen, levels, grid, own, states, origin, scorers)
+    measures, higher = tuple(str(score.measure) for score in scorers), tuple(score.higher for score in scorers)
+    units = tuple(score.unit for score in scorers)
+    made = Mixer(called, tuple(data), chosen, levels, grid, own, states, origin, measures, units, higher, scorers)
     points = list(product(range(count), repeat=len(sets)))
     for place in tqdm(points, desc="mixer", unit=" mixtures", disable=not progress):
         grid[place] = list(made.scores([float(levels[i]) for i in place]).values())

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path as FilePath
 from typing import Any
 
+import numpy as np
 import traitlets
 
 from lmc.core.results import view
@@ -14,7 +15,7 @@ from lmc.views.widgets.explorer import Explorer, module, style
 
 
 class MixerExplorer(Explorer):
-    """A slider for each model and group of layers, and the accuracy of the merged network on each task. The kernel merges
+    """A slider for each model and group of layers, and the measure of the merged network on each task. The kernel merges
     and evaluates while the sliders move; without one, values of whole models are interpolated in a grid.
 
     Attributes:
@@ -39,7 +40,7 @@ class MixerExplorer(Explorer):
         return rows
 
     def answer(self, place: Any) -> dict[str, Any]:
-        return {"values": [100.0 * value for value in self.mixer.scores(place).values()]}
+        return {"values": (scale(self.mixer) * list(self.mixer.scores(place).values())).tolist()}
 
     def __repr__(self) -> str:
         return f"MixerExplorer({', '.join(self.mixer.names)}; {', '.join(self.mixer.groups)})"
@@ -47,7 +48,7 @@ class MixerExplorer(Explorer):
 
 @view(Mixer, "explore")
 def explore(mixer: Mixer) -> MixerExplorer:
-    """Open a widget with sliders for every model and group of layers, and the accuracy on each task while they move."""
+    """Open a widget with sliders for every model and group of layers, and the measure on each task while they move."""
     return MixerExplorer(mixer)
 
 
@@ -68,6 +69,21 @@ def save_html(
     return MixerExplorer.write(file, state(mixer), title, text, rows)
 
 
+def scale(mixer: Mixer) -> np.ndarray:
+    """(tasks,) what values are shown in: accuracies in percent."""
+    return np.where(np.array(mixer.measures) == "accuracy", 100.0, 1.0)
+
+
+def measure(mixer: Mixer, task: int) -> dict[str, Any]:
+    """How values of a task are named, what a full bar is, and how many digits are shown."""
+    name, unit = mixer.measures[task], mixer.units[task]
+    if name == "accuracy":
+        return {"name": name, "unit": "%", "full": 100.0, "digits": 1, "higher": True}
+    own = np.abs(mixer.own[:, task])
+    full = float(own[np.isfinite(own)].max(initial=0.0)) or 1.0
+    return {"name": name, "unit": unit, "full": full, "digits": 3, "higher": mixer.higher[task]}
+
+
 def state(mixer: Mixer) -> dict[str, Any]:
     """The state of the mixer: all that it draws, and its sliders, at an equal share of each task vector."""
     count = len(mixer.names)
@@ -78,8 +94,9 @@ def state(mixer: Mixer) -> dict[str, Any]:
         "groups": list(mixer.groups),
         "levels": mixer.levels.tolist(),
         "top": float(mixer.levels[-1]) if len(mixer.levels) > 1 else 1.5,  # of the sliders
-        "grid": [round(100.0 * float(value), 3) for value in mixer.grid.reshape(-1)],
-        "own": (100.0 * mixer.own).round(3).tolist(),
+        "grid": (scale(mixer) * mixer.grid).round(4).reshape(-1).tolist(),
+        "own": (scale(mixer) * mixer.own).round(4).tolist(),
+        "measures": [measure(mixer, task) for task in range(len(mixer.tasks))],
         "best": list(mixer.best),
     }
     return {"data": data, "coefficients": [[round(1.0 / count, 4)] * count for _ in mixer.groups]}

@@ -61,13 +61,12 @@ function render({ model, el }) {
     const values = exact ?? between;
     desk.update(rows, whole, alone);
     bars.update(values);
-    const mean = values && values.reduce((sum, value) => sum + value, 0) / values.length;
-    const said = values ? `mean accuracy ${format(mean, 1)} %` : alone ? "not evaluated: needs a kernel" : "evaluating";
+    const said = values ? summary(data, values) : alone ? "not evaluated: needs a kernel" : "evaluating";
     reading.replaceChildren(node("b", {}, said));
     note.dataset.state = exact ? "exact" : alone ? "static" : "between";
     const rough = !values ? "" : alone ? "interpolated; layers need a kernel" : "interpolated";
     note.textContent = exact ? "exact, from the kernel" : rough;
-    scene.speak(values ? `mean accuracy ${format(mean, 1)} percent` : said);
+    scene.speak(said.replaceAll("%", "percent"));
   }
 
   scene.listen("coefficients", () => {
@@ -100,7 +99,20 @@ function settings(data) {
   ];
 }
 
-// Accuracies of the tasks, linear in each coefficient between the levels of the grid; null beyond it.
+// A value with its unit.
+function shown(measure, value) {
+  return `${format(value, measure.digits)} ${measure.unit}`.trim();
+}
+
+// The mean over tasks of one measure; else the value of each task.
+function summary(data, values) {
+  const [first] = data.measures;
+  if (data.measures.every(({ name, unit }) => name === first.name && unit === first.unit))
+    return `mean ${first.name} ${shown(first, values.reduce((sum, value) => sum + value, 0) / values.length)}`;
+  return data.tasks.map((task, t) => `${task}: ${data.measures[t].name} ${shown(data.measures[t], values[t])}`).join(", ");
+}
+
+// Measures of the tasks, linear in each coefficient between the levels of the grid; null beyond it.
 function interpolated(data, coefficients) {
   const { levels, tasks } = data;
   if (levels.length < 2 || coefficients.some((c) => c < levels[0] || c > levels.at(-1))) return null;
@@ -161,22 +173,25 @@ function taskBars(data) {
   const rows = data.tasks.map((task, t) => {
     const colour = data.names.indexOf(task) < 0 ? "#0072B2" : data.colours[data.names.indexOf(task)];
     const fill = node("span", {});
-    const best = Math.max(...own.map((scores) => scores[t]));
+    const measure = data.measures[t];
+    const [best, base] = [(measure.higher ? Math.max : Math.min)(...own.map((scores) => scores[t])), data.own.at(-1)[t]];
+    const width = (value) => Math.max(0, Math.min(100, (100 * value) / measure.full));
     const marks = [
-      node("i", { style: `left: ${best}%`, title: `best single model: ${format(best, 1)} %` }),
-      node("i", { class: "lmc-mixer-base", style: `left: ${data.own.at(-1)[t]}%`, title: `base: ${format(data.own.at(-1)[t], 1)} %` }),
+      node("i", { style: `left: ${width(best)}%`, title: `best single model: ${shown(measure, best)}` }),
+      node("i", { class: "lmc-mixer-base", style: `left: ${width(base)}%`, title: `base: ${shown(measure, base)}` }),
     ];
     const output = node("output", {});
     grid.append(node("span", {}, task), node("div", { class: "lmc-mixer-bar", style: `--c: ${colour}` }, fill, ...marks), output);
-    return { fill, output };
+    return { fill, output, measure, width };
   });
-  const key = node("p", { class: "lmc-mixer-key" }, "accuracy on each task; solid mark: best single model, dotted: base");
+  const named = [...new Set(data.measures.map(({ name, higher }) => (higher ? name : `${name} (lower is better)`)))].join(", ");
+  const key = node("p", { class: "lmc-mixer-key" }, `${named} on each task; solid mark: best single model, dotted: base`);
   return {
     node: node("div", {}, grid, key),
     update(values) {
-      rows.forEach(({ fill, output }, t) => {
-        fill.style.width = `${values ? values[t] : 0}%`;
-        output.textContent = values ? `${format(values[t], 1)} %` : "–";
+      rows.forEach(({ fill, output, measure, width }, t) => {
+        fill.style.width = `${values ? width(values[t]) : 0}%`;
+        output.textContent = values ? shown(measure, values[t]) : "–";
       });
     },
   };
