@@ -47,7 +47,9 @@ def test_tasks_of_other_kinds_have_measures_of_their_own(case) -> None:
     numbers = tasks["x"][0], torch.randn(60, 3, generator=draw)
     mixed = {"classes": tasks["x"], "numbers": lmc.Task.regression().on(numbers)}
     made = lmc.merge.mixer(model, models, mixed, base=base, progress=False)
-    assert made.measures == ("accuracy", "loss") and made.units == ("", "squared error") and made.higher == (True, False)
+    assert (
+        made.measures == ("accuracy", "loss") and made.units == ("", "squared error") and made.higher == (True, False)
+    )
     scores = made.scores([0.5, 0.5])
     with torch.no_grad():
         outputs = torch.func.functional_call(model, dict(made.weights([0.5, 0.5])), (numbers[0],))
