@@ -29,8 +29,11 @@ What comes of it: weights combined.
     merge                       averages, task vectors, soups and many other methods, in memory and on disk
     weights                     arithmetic on state dicts
 
+Many times over: any function at every combination of a grid.
+    sweep                       on all processors or on the workers of an executor, resumable: a Sweep
+
 To try it on: data, models, training. Errors are LmcError: InputError, DataError, WeightsError, MismatchError, SpecError,
-TraceError, CertificateError, MissingPackageError.
+TraceError, CertificateError, WorkerError, MissingPackageError.
 
 Everything is imported when it is first asked for, so that `import lmc` takes no time.
 """
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
     from lmc.align.relaxed.straight_through import straight_through_matching
     from lmc.align.transport.fusion import ot_fusion
     from lmc.align.weight_matching.matching import weight_matching
+    from lmc.core.sweep import Sweep, sweep
     from lmc.errors import (
         CertificateError,
         DataError,
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
         SpecError,
         TraceError,
         WeightsError,
+        WorkerError,
     )
     from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
     from lmc.landscape.path import Path, loss_path
@@ -94,11 +99,13 @@ __all__ = [
     "Plane",
     "Simplex",
     "SpecError",
+    "Sweep",
     "Table",
     "Task",
     "TraceError",
     "Triangle",
     "WeightsError",
+    "WorkerError",
     "activation_matching",
     "align",
     "bezier_curve",
@@ -121,6 +128,7 @@ __all__ = [
     "repair",
     "sinkhorn_matching",
     "straight_through_matching",
+    "sweep",
     "training",
     "trajectory_plane",
     "weight_matching",
@@ -144,6 +152,9 @@ _HOMES = {
     "SpecError": "lmc.errors",
     "TraceError": "lmc.errors",
     "WeightsError": "lmc.errors",
+    "WorkerError": "lmc.errors",
+    "Sweep": "lmc.core.sweep",
+    "sweep": "lmc.core.sweep",
     "Curve": "lmc.landscape.curve",
     "bezier_curve": "lmc.landscape.curve",
     "polygonal_chain": "lmc.landscape.curve",

@@ -39,3 +39,7 @@ class InputError(LmcError, ValueError):
 
 class MissingPackageError(LmcError, ImportError):
     """A package beyond the core's that a function needs and that is not installed."""
+
+
+class WorkerError(LmcError, RuntimeError):
+    """Workers of an executor that died, are gone, or have another version of this package."""

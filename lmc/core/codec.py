@@ -23,7 +23,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor, nn
 
-from lmc.core.files import write_bytes
 from lmc.errors import DataError, InputError, LmcError
 
 UNSAVED = {"saved": False}
@@ -35,17 +34,17 @@ Tensors = dict[str, Tensor]
 FAULTS = (ValueError, KeyError, TypeError, IndexError, AttributeError, SafetensorError, LmcError)
 
 
-def write(file: str | Path, form: str, content: Mapping[str, Any], tensors: Tensors) -> None:
-    """Write plain data under a format name, atomically; a safetensors file where there are tensors, else JSON."""
+def dump(form: str, content: Mapping[str, Any], tensors: Tensors) -> bytes:
+    """Plain data under a format name as the bytes of a file: safetensors where there are tensors, else JSON."""
+    text = json.dumps({"format": form, **content}, allow_nan=False)
     if not tensors:
-        write_bytes(file, json.dumps({"format": form, **content}, allow_nan=False).encode())
-        return
+        return text.encode()
     stored = {name: x.detach().cpu().clone().contiguous() for name, x in tensors.items()}  # tied tensors as equal ones
-    write_bytes(file, serialise(stored, {"lmc": json.dumps({"format": form, **content}, allow_nan=False)}))
+    return serialise(stored, {"lmc": text})
 
 
 def read(file: str | Path) -> tuple[str, dict[str, Any], Tensors]:
-    """Format name, plain data and tensors of a file."""
+    """Format name, plain data and tensors of a file that holds what `dump` gave."""
     with open(file, "rb") as opened:
         start = opened.read(8)
     if b"\0" not in start:  # a safetensors file starts with the length of its header, in eight bytes
@@ -81,7 +80,9 @@ def encode(value: Any, hint: Any, tensors: Tensors) -> Any:
     if value is None or isinstance(value, bool | int | str):
         return value
     if isinstance(value, float):
-        return value if math.isfinite(value) else None if hint is float and math.isnan(value) else str(value)
+        if math.isfinite(value):
+            return value
+        return {"float": str(value)} if hint is Any else None if hint is float and math.isnan(value) else str(value)
     if isinstance(value, np.generic):
         return encode(value.item(), hint, tensors)
     if isinstance(value, Tensor):
@@ -187,6 +188,8 @@ def _guess(plain: Any, tensors: Tensors) -> Any:
         return build(KINDS[plain["kind"]], plain["content"], tensors, {})
     if plain.keys() == {"tensor"}:
         return tensors[plain["tensor"]]
+    if plain.keys() == {"float"}:
+        return float(plain["float"])
     if plain.keys() == {"dtype", "shape", "values"}:
         return _from_array(plain, None)
     return {key: _guess(item, tensors) for key, item in plain.items()}

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar, cast
 
 from lmc.core import codec
 from lmc.core.extras import require
+from lmc.core.files import write_bytes
 from lmc.errors import InputError, MissingPackageError
 
 if TYPE_CHECKING:
@@ -86,9 +87,13 @@ class Result:
 
         A JSON file, or a safetensors file where there are weights. It is written whole or not at all.
         """
-        tensors: codec.Tensors = {}
-        codec.write(file, _format(type(self)), codec.encode(self, type(self), tensors), tensors)
+        write_bytes(file, self.to_bytes())
         return Path(file)
+
+    def to_bytes(self) -> bytes:
+        """What `save` writes."""
+        tensors: codec.Tensors = {}
+        return codec.dump(_format(type(self)), codec.encode(self, type(self), tensors), tensors)
 
     @classmethod
     def load(cls, file: str | Path, **kept: Any) -> Self:

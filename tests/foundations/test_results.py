@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ def runs() -> list[dict[int, nn.Module]]:
     return [{0: network(seed), 1: network(seed + 10)} for seed in (0, 1)]
 
 
+def added(x: int, word: str) -> dict[str, Any]:
+    return {"sum": x + 0.5, "nothing": float("nan"), "word twice": 2 * word}
+
+
 def merged_tasks() -> dict[str, Any]:
     return {"one": DATA, "two": (INPUTS.flip(0), DATA[1])}
 
@@ -54,6 +59,7 @@ MAKE: dict[str, Any] = {
     "VarianceRatios": lambda: landscape.variance_ratios(MODEL, lmc.weights.mean([A, B]), [A, B], INPUTS),
     "Permutation": lambda: lmc.weight_matching(SPEC, A, B, **QUIET),
     "PermutationSpec": lambda: SPEC,
+    "Sweep": lambda: lmc.sweep(added, {"x": [1, 2], "word": ["a"]}, executor=ThreadPoolExecutor(1), **QUIET),
     "Certificate": lambda: SPEC.certify(MODEL, INPUTS),
     "ContinuousSymmetries": lambda: lmc.continuous_symmetries(SPEC, MODEL, INPUTS, **QUIET),
     "Matchings": lambda: lmc.match_many(SPEC, MODELS, **QUIET),

@@ -209,7 +209,7 @@ OPTIONS = {
 # Public functions that compute on no weights, or only with files, which have tests of their own.
 NOT_HERE = {
     "open_checkpoint", "plan", "write", "replay", "barrier", "balanced_batch", "linear", "on_tensors", "on_task_vectors",
-    "on_merged",
+    "on_merged", "sweep",
 }  # fmt: skip
 
 

@@ -4,4 +4,12 @@ from lmc.core.extras import require
 
 require("plotly")
 
-from lmc.views.plots import merging, path, plane, studies, symmetry, triangle  # noqa: E402, F401 (they register themselves)
+from lmc.views.plots import (  # noqa: E402, F401 (they register themselves)
+    merging,
+    path,
+    plane,
+    studies,
+    sweeps,
+    symmetry,
+    triangle,
+)
