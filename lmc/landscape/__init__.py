@@ -3,6 +3,7 @@
 from lmc.landscape.curvature import Curvature, curvature
 from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
 from lmc.landscape.evaluation.evaluator import Evaluator, Score, evaluate
+from lmc.landscape.pairs import PairwiseBarriers, pairwise_barriers
 from lmc.landscape.path import Barrier, Path, barrier, loss_path
 from lmc.landscape.planes.plane import Plane, loss_plane, random_plane, trajectory_plane
 from lmc.landscape.similarity import Similarity, linear_cka, similarity
@@ -15,6 +16,7 @@ __all__ = [
     "Curve",
     "Evaluator",
     "Mixture",
+    "PairwiseBarriers",
     "Path",
     "Plane",
     "Score",
@@ -31,6 +33,7 @@ __all__ = [
     "loss_plane",
     "loss_simplex",
     "loss_triangle",
+    "pairwise_barriers",
     "polygonal_chain",
     "random_plane",
     "similarity",

@@ -50,6 +50,7 @@ def merged_tasks() -> dict[str, Any]:
 A, B = MODELS[:2]
 MAKE: dict[str, Any] = {
     "Path": lambda: lmc.loss_path(MODEL, A, B, DATA, alphas=3, **QUIET),
+    "PairwiseBarriers": lambda: landscape.pairwise_barriers(MODEL, MODELS, DATA, alphas=3, **QUIET),
     "Plane": lambda: lmc.loss_plane(MODEL, MODELS, DATA, resolution=5, **QUIET),
     "Triangle": lambda: lmc.loss_triangle(MODEL, MODELS, DATA, resolution=3, **QUIET),
     "Simplex": lambda: lmc.loss_simplex(MODEL, [*MODELS, network(3)], DATA, resolution=2, **QUIET),

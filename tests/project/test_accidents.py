@@ -129,6 +129,9 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "curvature": lambda w: landscape.curvature(w.model, w.a, w.data, top=1, probes=2, steps=3, **w.cut, **Q),
     "evaluate": lambda w: landscape.evaluate(w.model, w.a, w.data, **w.cut),
     "linear_cka": lambda w: landscape.linear_cka(w.x, w.x[:, :3]),
+    "pairwise_barriers": lambda w: landscape.pairwise_barriers(
+        w.model, [w.a, w.b, w.c], w.data, alphas=3, **w.cut, **Q
+    ),
     "similarity": lambda w: landscape.similarity(w.model, w.a, w.b, w.data, **w.cut),
     "variance_ratios": lambda w: landscape.variance_ratios(
         w.model, weights.mean(w.models), w.models, w.x, **w.cut, **Q

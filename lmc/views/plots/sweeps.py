@@ -1,11 +1,12 @@
-"""Many runs at once: what came of the cells of a sweep."""
+"""Many runs at once: what came of the cells of a sweep, and barriers between every two networks."""
 
 import plotly.graph_objects as go
 
 from lmc.core.results import view
 from lmc.core.sweep import Sweep
 from lmc.errors import InputError
-from lmc.views.plots.style import BLUE, colours, figure
+from lmc.landscape.pairs import PairwiseBarriers
+from lmc.views.plots.style import BLUE, SCALE, colours, figure
 
 
 @view(Sweep, "plot")
@@ -60,4 +61,31 @@ def plot_sweep(sweep: Sweep, y: str | None = None, *, x: str | None = None, by: 
         )
     fig.update_xaxes(title_text=x, type=None if x in numeric else "category")
     fig.update_yaxes(title_text=y)
+    return fig.update_layout(hovermode="closest")
+
+
+@view(PairwiseBarriers, "plot")
+def plot_pairs(pairs: PairwiseBarriers, measure: str = "loss") -> go.Figure:
+    """Draw the barriers of all pairs as a map, in an order that brings networks of one basin together.
+
+    Args:
+        measure: "loss" or "error" (percentage points).
+
+    Raises:
+        InputError: another measure.
+    """
+    if measure not in ("loss", "error"):
+        raise InputError(f"measure={measure!r}; expected 'loss' or 'error'")
+    order = list(pairs.order)
+    values = (pairs.barriers if measure == "loss" else pairs.error_barriers)[order][:, order]
+    unit = pairs.unit if measure == "loss" else "points"
+    names = [pairs.names[i] for i in order]
+    fig = figure(width=620, height=560)
+    heat = go.Heatmap(z=values, x=names, y=names, colorscale=SCALE, zmin=0.0, hoverongaps=False)
+    heat.update(colorbar={"title": {"text": unit}, "thickness": 14, "outlinewidth": 0})
+    fig.add_trace(heat.update(hovertemplate="%{y}, %{x}: %{z:.3g}<extra></extra>"))
+    fig.update_xaxes(
+        type="category", showgrid=False, constrain="domain", title_text=f"{measure} barrier, {pairs.split}"
+    )
+    fig.update_yaxes(type="category", showgrid=False, constrain="domain", autorange="reversed", scaleanchor="x")
     return fig.update_layout(hovermode="closest")
