@@ -41,6 +41,7 @@ TRIES = 2  # of a task whose process dies
 DEEP = 6  # steps into an object, to say which part of it cannot be pickled
 
 Task = Callable[[Any], Any]
+Crew = Callable[[Sequence[Any]], Iterator[tuple[int, Any]]]
 _HELD = threading.local()  # of a worker: what it has made of what was sent last
 
 
@@ -64,38 +65,67 @@ def spread(
         InputError: no executor, or one that takes no more work; something in `shared` that cannot be pickled.
         WorkerError: workers that are gone, or that have another version of this package. What the tasks raise.
     """
+    with crew(executor, make, shared, lost=lost) as work:
+        yield from work(tasks)
+
+
+@contextmanager
+def crew(
+    executor: Any,
+    make: Callable[..., Task],
+    shared: Mapping[str, Any],
+    *,
+    lost: Callable[[Any, Exception], Any] | None = None,
+) -> Iterator[Crew]:
+    """As `spread`, for tasks that come in several turns: `for i, result in work(tasks)`; what is shared is sent once."""
     if executor is None:
-        work = make(**shared)
-        yield from ((i, work(task)) for i, task in enumerate(tasks))
+        task = make(**shared)
+        yield lambda tasks: ((i, task(each)) for i, each in enumerate(tasks))
         return
     executor = as_executor(executor)
-    content = pack(make, shared)
-    left = dict(enumerate(tasks))
-    with _sent(executor, content) as send:
-        for attempt in itertools.count(1):
-            key = secrets.token_hex(8)
-            sent = send()
-            futures: dict[Future[Any], int] = {}
-            try:
-                for i, task in left.items():
-                    futures[_submit(executor, _work, __version__, os.getpid(), key, sent, task)] = i
-                for future in as_completed(futures):
-                    i = futures[future]
-                    try:
-                        result = future.result()
-                    except Exception as error:
-                        if isinstance(error, CancelledError) and attempt < ATTEMPTS:
-                            continue  # all that held what was sent are gone: it is sent again
-                        if not _died(error) or lost is None:
-                            raise
-                        result = lost(left[i], error)
-                    del left[i]
-                    yield i, result
-            finally:  # after an interrupt or an error, what has not begun does not begin
-                for future in futures:
-                    future.cancel()
-            if not left:
-                return
+    with _sent(executor, pack(make, shared)) as send:
+        held: list[Any] = []  # what is sent, under which key
+
+        def turn(tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+            left = dict(enumerate(tasks))
+            for attempt in itertools.count(1):
+                if not held:
+                    held[:] = secrets.token_hex(8), send()
+                futures: dict[Future[Any], int] = {}
+                gone: WorkerError | None = None
+                try:
+                    for i, task in left.items():
+                        futures[_submit(executor, _work, __version__, os.getpid(), *held, task)] = i
+                    for future in as_completed(futures):
+                        i = futures[future]
+                        try:
+                            result = future.result()
+                        except CancelledError as error:
+                            held.clear()  # all that held what was sent are gone: it is sent again
+                            if attempt == ATTEMPTS:
+                                gone = WorkerError(f"the workers, or their scheduler, are gone ({error})")
+                            continue
+                        except BrokenExecutor as error:
+                            gone = WorkerError(
+                                f"a worker died and took the whole executor with it ({error}): pass a new one; what was "
+                                "finished is kept where it has a place"
+                            )
+                            continue  # others may have been finished before
+                        except Exception as error:
+                            if not _died(error) or lost is None:
+                                raise
+                            result = lost(left[i], error)
+                        del left[i]
+                        yield i, result
+                finally:  # after an interrupt or an error, what has not begun does not begin
+                    for future in futures:
+                        future.cancel()
+                if gone is not None:
+                    raise gone
+                if not left:
+                    return
+
+        yield turn
 
 
 def as_executor(executor: Any) -> Executor:
@@ -245,15 +275,8 @@ def _died(error: Exception) -> bool:
     """Whether a task ended because its worker died with it each time.
 
     Raises:
-        WorkerError: all workers are gone, or they are not like the caller.
+        WorkerError: the workers are not like the caller.
     """
-    if isinstance(error, BrokenExecutor):
-        raise WorkerError(
-            f"a worker died and took the whole executor with it ({error}): pass a new one; what was finished is kept "
-            "where it has a place"
-        ) from error
-    if isinstance(error, CancelledError):
-        raise WorkerError(f"the workers, or their scheduler, are gone ({error})") from error
     if isinstance(error, ImportError | AttributeError) and "lmc" in str(error):
         raise WorkerError(f"the workers lack this version of lmc ({error}): install it there") from error
     return isinstance(error, DiedWithTask) or type(error).__module__.partition(".")[0] == "distributed"

@@ -1,7 +1,7 @@
 """Loss and accuracy of mixtures: a triangle between three networks, a simplex between more."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from math import comb
@@ -16,9 +16,11 @@ from lmc.core.codec import UNSAVED
 from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
+from lmc.core.workers import spread
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluation import Evaluation
 from lmc.landscape.evaluation.measured import Live, Measured, Values
+from lmc.landscape.evaluation.scores import Score
 from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights, Weights
 
@@ -262,6 +264,7 @@ def loss_triangle(
     outputs: Outputs = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
+    executor: Any = None,
     progress: bool = True,
 ) -> Triangle:
     """Evaluate the soups `s_1 a + s_2 b + s_3 c` of three networks, s >= 0 with sum 1, in eval mode.
@@ -278,6 +281,8 @@ def loss_triangle(
         names: what the three are called in print and in plots.
         resume: an unfinished triangle of the same arguments, whose points are taken over.
         repair, inputs, loss, metrics, outputs, batch_size, device: as for `loss_path`.
+        executor: a `concurrent.futures.Executor` or a dask `Client` whose workers take the points; models and data are sent
+            once to each (default: here).
         progress: show a bar, and the cost of a long survey before it starts.
 
     Raises:
@@ -303,7 +308,7 @@ def loss_triangle(
         device=device,
         progress=progress,
     )
-    return Triangle(**vars(_survey(evaluation, names, resolution, resume)))
+    return Triangle(**vars(_survey(evaluation, names, resolution, resume, executor)))
 
 
 @own_context
@@ -322,6 +327,7 @@ def loss_simplex(
     outputs: Outputs = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
+    executor: Any = None,
     progress: bool = True,
 ) -> Simplex:
     """Evaluate the soups `sum_i s_i theta_i` of any number of networks on a lattice of shares.
@@ -333,7 +339,7 @@ def loss_simplex(
         model: the architecture.
         models: at least two weight sets of it.
         names: default "A", "B", ...
-        data, resolution, resume, repair, inputs, loss, metrics, outputs, batch_size, device, progress: as for
+        data, resolution, resume, repair, inputs, loss, metrics, outputs, batch_size, device, executor, progress: as for
             `loss_triangle`.
     """
     if isinstance(models, Mapping) or len(models) < 2:
@@ -353,27 +359,42 @@ def loss_simplex(
         device=device,
         progress=progress,
     )
-    return _survey(evaluation, names, resolution, resume)
+    return _survey(evaluation, names, resolution, resume, executor)
 
 
-def _survey(evaluation: Evaluation, names: Sequence[str], resolution: int | None, resume: Simplex | None) -> Simplex:
+def _survey(
+    evaluation: Evaluation, names: Sequence[str], resolution: int | None, resume: Simplex | None, executor: Any
+) -> Simplex:
     """Evaluate the mixtures on a lattice, from coarse to fine."""
     simplex = _blank(evaluation, names, lattice(len(names), _resolution(len(names), resolution)))
     if resume is not None:
         _take_over(simplex, resume)
     order = [i for i in coarse_to_fine(simplex.counts) if not simplex.done[i]]
-    shares = simplex.shares
-
-    def point(i: int) -> Weights:
-        return evaluation.mixed(shares[i].tolist())
-
-    evaluation.tell("mixtures", len(order), lambda: evaluation.seconds_for(lambda: point(order[0])))
-    for i, score in evaluation.run((point(i) for i in order), order, "mixtures").items():
+    shares: list[list[float]] = simplex.shares.tolist()
+    if executor is None:
+        evaluation.tell(
+            "mixtures", len(order), lambda: evaluation.seconds_for(lambda: evaluation.mixed(shares[order[0]]))
+        )
+        scored = evaluation.run((evaluation.mixed(shares[i]) for i in order), order, "mixtures")
+    else:
+        shared = {"again": evaluation.again, "shares": shares}
+        parts = spread(executor, _elsewhere, shared, evaluation.evaluator.chunks(order))
+        scored = evaluation.collect((found for _, part in parts for found in part), len(order), "mixtures")
+    for i, score in scored.items():
         simplex.done[i] = True
         for split, measures in simplex.values.items():
             for measure, values in measures.items():
                 values[i] = score[split].values[measure]
     return simplex
+
+
+def _elsewhere(
+    again: Callable[[], Evaluation], shares: Sequence[Sequence[float]]
+) -> Callable[[Sequence[int]], list[tuple[int, dict[str, Score]]]]:
+    """What a worker does for some mixtures."""
+    evaluation = again()
+    next(evaluation.evaluator([evaluation.states[0]]))
+    return lambda order: list(zip(order, evaluation.evaluator(evaluation.mixed(shares[i]) for i in order), strict=True))
 
 
 def _checked_names(names: Sequence[str] | None, models: Sequence[Any]) -> list[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lmc.core.context import warn
 from lmc.core.progress import tqdm
-from lmc.errors import InputError
+from lmc.errors import InputError, WorkerError
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.scores import Score
 from lmc.network.batches import Batch, Split, as_splits, head, take, to_device
@@ -152,16 +152,23 @@ class Evaluation:
             name: of what is evaluated, for the bar.
             fewest: an interrupt before so many points are done is passed on.
         """
+        return self.collect(zip(order, self.evaluator(points), strict=True), len(order), name, fewest)
+
+    def collect(
+        self, scored: Iterable[tuple[int, dict[str, Score]]], count: int, name: str, fewest: int = 1
+    ) -> dict[int, dict[str, Score]]:
+        """What `run` returns, of `count` points that are scored wherever it may be; so does one that loses its workers."""
         scores: dict[int, dict[str, Score]] = {}
-        with tqdm(total=len(order), desc=name, unit="point", disable=not self.progress) as bar:
+        with tqdm(total=count, desc=name, unit="point", disable=not self.progress) as bar:
             try:
-                for i, score in zip(order, self.evaluator(points), strict=True):
+                for i, score in scored:
                     scores[i] = score
                     bar.update()
-            except KeyboardInterrupt:
+            except (KeyboardInterrupt, WorkerError) as error:
                 if len(scores) < fewest:
                     raise
-                warn(f"interrupted: {len(scores)} of {len(order)} points were evaluated, the others are NaN")
+                why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+                warn(f"{why}: {len(scores)} of {count} points were evaluated, the others are NaN")
         return scores
 
     def tell(self, name: str, points: int, seconds_each: Callable[[], float], most: str = "") -> None:

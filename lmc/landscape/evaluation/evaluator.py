@@ -7,7 +7,7 @@ what Python does around the outputs of a small network is then shared by several
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
@@ -25,6 +25,7 @@ from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
 
 PROBE = 8  # examples that are sent through once to see how much memory one takes
 MOST_AT_ONCE = 64
+MOST_CHUNKS = 256  # that points are cut into for workers: each takes long beside what sending it costs
 TALLIED_BYTES = 128 << 10  # of outputs that are added up in one go: they stay in the cache
 MEASURED_BYTES = 256 << 20  # of outputs that are kept so that a measure of the caller's own sees all of a split at once
 
@@ -206,6 +207,13 @@ class Evaluator:
             yield from self._tally(pending)
             raise
         yield from self._tally(pending)
+
+    def chunks(self, order: Sequence[int]) -> list[list[int]]:
+        """Points in parts for several workers, each of whole groups that go through the module together, so that they go
+        through it as they would here. Only after a weight set was scored."""
+        group = self.weight_sets_together or 1
+        size = group * max(-(-len(order) // (MOST_CHUNKS * group)), 1)
+        return [list(order[start : start + size]) for start in range(0, len(order), size)]
 
     def twin(self) -> "Evaluator":
         """An evaluator of the same data with a network of its own, for another thread; this one has scored before."""

@@ -39,6 +39,7 @@ def loss_plane(
     outputs: Outputs = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
+    executor: Any = None,
     progress: bool = True,
 ) -> Plane:
     """Evaluate the plane through three networks (Garipov et al. 2018, arXiv:1802.10026, section 3.2), in eval mode.
@@ -63,6 +64,8 @@ def loss_plane(
             most often a tenth. `plane.evaluated` and `plane.error` hold which points and how large the errors are.
         resume: an unfinished plane of the same arguments, whose points are taken over.
         repair, inputs, loss, metrics, outputs, batch_size, device: as for `loss_path`.
+        executor: a `concurrent.futures.Executor` or a dask `Client` whose workers take the points, a part of the plane at a
+            time; models and data are sent once to each (default: threads here). The losses are those of one thread here.
         progress: show a bar, and the cost of a long plane before it starts.
 
     Raises:
@@ -101,7 +104,7 @@ def loss_plane(
         dict(zip(names, triangle.places, strict=True)),
         (f"distance from {names[0]} towards {names[2]}", f"off this line, towards {names[1]}"),
     )
-    return survey(evaluation, layout, tolerance, resume)
+    return survey(evaluation, layout, tolerance, resume, executor)
 
 
 @own_context
@@ -123,6 +126,7 @@ def random_plane(
     outputs: Outputs = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
+    executor: Any = None,
     progress: bool = True,
 ) -> Plane:
     """Evaluate `weights + x d + y e` for two filter-normalised random directions (Li et al. 2018, arXiv:1712.09913).
@@ -171,7 +175,7 @@ def random_plane(
     x, y = (axis(-radius, radius, count, [0.0]) for count in counts)
     axes = ("first random direction (filter norms)", "second random direction (filter norms)")
     frame = Frame(PlaneSpan(centre, directions), evaluation.parameters)
-    return survey(evaluation, Layout(frame, x, y, {name: (0.0, 0.0)}, axes), tolerance, resume)
+    return survey(evaluation, Layout(frame, x, y, {name: (0.0, 0.0)}, axes), tolerance, resume, executor)
 
 
 @own_context
@@ -192,6 +196,7 @@ def trajectory_plane(
     outputs: Outputs = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
+    executor: Any = None,
     progress: bool = True,
 ) -> Plane:
     """Evaluate the plane in which a training run moves most (Li et al. 2018, arXiv:1712.09913, section 7.2).
@@ -238,7 +243,7 @@ def trajectory_plane(
     x, y = (_through(found.track[:, i], margin, counts[i], [0.0]) for i in (0, 1))
     axes = ("first principal component", "second principal component")
     frame = Frame(PlaneSpan(evaluation.states[-1], found.directions), evaluation.parameters)
-    plane = survey(evaluation, Layout(frame, x, y, {name: (0.0, 0.0)}, axes), tolerance, resume)
+    plane = survey(evaluation, Layout(frame, x, y, {name: (0.0, 0.0)}, axes), tolerance, resume, executor)
     return replace(plane, tracks={"trajectory": found.track}, explained=found.explained)
 
 

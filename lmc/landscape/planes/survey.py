@@ -18,13 +18,13 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from lmc.core.context import warn
 from lmc.core.progress import tqdm
-from lmc.errors import InputError
+from lmc.errors import InputError, WorkerError
 from lmc.landscape.evaluation.evaluation import Evaluation
 from lmc.landscape.evaluation.measured import Live, Values
 from lmc.landscape.evaluation.scores import Score
 from lmc.landscape.planes.plane_result import Plane
 from lmc.landscape.planes.span import Frame, coarse_to_fine
-from lmc.landscape.planes.workers import Workers
+from lmc.landscape.planes.workers import Scoring, Workers, scoring
 
 Mask = npt.NDArray[np.bool_]
 Guess = dict[str, dict[str, Values]]
@@ -179,7 +179,9 @@ class Layout:
     axes: tuple[str, str]
 
 
-def survey(evaluation: Evaluation, layout: Layout, tolerance: float | None, resume: Plane | None) -> Plane:
+def survey(
+    evaluation: Evaluation, layout: Layout, tolerance: float | None, resume: Plane | None, executor: Any = None
+) -> Plane:
     """The plane, with as many points as an interrupt left time for.
 
     Raises:
@@ -199,28 +201,31 @@ def survey(evaluation: Evaluation, layout: Layout, tolerance: float | None, resu
         row, column = divmod(i, len(layout.x))
         return layout.frame.inside(float(layout.x[column]), float(layout.y[row]))
 
-    workers = Workers(evaluation, layout.frame.span, place)
+    places = [place(i) for i in range(plane.done.size)]
     most = "" if tolerance is None else "at most "
-    evaluation.tell("plane", int((~plane.done).sum()), workers.seconds_each, most)
-    with tqdm(total=0, desc="plane", unit="point", disable=not evaluation.progress) as bar:
-        if tolerance is not None:
-            return refine(plane, lambda mask: _evaluate(plane, workers, mask, bar), tolerance)
-        _evaluate(plane, workers, ~plane.done, bar)
+    with scoring(evaluation, layout.frame.span, places, executor) as score:
+        if isinstance(score, Workers):
+            evaluation.tell("plane", int((~plane.done).sum()), score.seconds_each, most)
+        with tqdm(total=0, desc="plane", unit="point", disable=not evaluation.progress) as bar:
+            if tolerance is not None:
+                return refine(plane, lambda mask: _evaluate(plane, score, mask, bar), tolerance)
+            _evaluate(plane, score, ~plane.done, bar)
     return plane
 
 
-def _evaluate(plane: Plane, workers: Workers, wanted: Mask, bar: tqdm) -> bool:
-    """Evaluate the points of a mask, from coarse to fine; False, and a warning, when an interrupt came first."""
+def _evaluate(plane: Plane, scored: Scoring, wanted: Mask, bar: tqdm) -> bool:
+    """Evaluate the points of a mask, from coarse to fine; False, and a warning, when an interrupt came first, or
+    an executor lost its workers."""
     order = [i for i in coarse_to_fine(*wanted.shape) if wanted.flat[i]]
     bar.total += len(order)
     try:
-        for i, score in workers(order):
+        for i, score in scored(order):
             _note(plane, *divmod(i, wanted.shape[1]), score)
             bar.update()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, WorkerError) as error:
+        why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         count = int(plane.done[wanted].sum())
-        message = f"interrupted: {count} of {len(order)} points were evaluated, the others are NaN"
-        warn(message)
+        warn(f"{why}: {count} of {len(order)} points were evaluated, the others are NaN")
         return False
     return True
 

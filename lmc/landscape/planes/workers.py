@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lmc.core.context import callers_dtype
+from lmc.core.workers import crew
 from lmc.landscape.evaluation.evaluation import Evaluation
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.scores import Score
@@ -35,6 +36,7 @@ FEWEST_INPUTS = 16  # to one output; with fewer, mixing three products takes as 
 PRODUCT_BYTES = 512 << 20
 MOST = 8  # threads that take points; with more of them, Python between the operators is what all wait for
 Place = Callable[[int], tuple[float, float]]
+Scoring = Callable[[Sequence[int]], Iterator[tuple[int, dict[str, Score]]]]
 
 
 class Products:
@@ -91,6 +93,35 @@ class FirstLayer:
             return self._forward(inputs)
         base, along_u, along_v = products
         return torch.add(base, along_u, alpha=self.place[0]).add_(along_v, alpha=self.place[1])
+
+
+@contextmanager
+def scoring(
+    evaluation: Evaluation, span: PlaneSpan, places: Sequence[tuple[float, float]], executor: Any
+) -> Iterator[Scoring]:
+    """`score(order)` gives `(i, scores)` of the points with these indices in `places`, as they are done: by threads here, or
+    by the workers of an executor, to which all that they need is sent once."""
+    if executor is None:
+        yield Workers(evaluation, span, places.__getitem__)
+        return
+    shared = {"again": evaluation.again, "span": span, "places": places, "first": len(evaluation.states) - 1}
+    with crew(executor, _elsewhere, shared) as work:
+
+        def score(order: Sequence[int]) -> Iterator[tuple[int, dict[str, Score]]]:
+            for _, found in work(evaluation.evaluator.chunks(order)):
+                yield from found
+
+        yield score
+
+
+def _elsewhere(
+    again: Callable[[], Evaluation], span: PlaneSpan, places: Sequence[tuple[float, float]], first: int
+) -> Callable[[Sequence[int]], list[tuple[int, dict[str, Score]]]]:
+    """What a worker does for some points."""
+    evaluation = again()
+    next(evaluation.evaluator([evaluation.states[first]]))
+    workers = Workers(evaluation, span, places.__getitem__)
+    return lambda order: list(workers(order))
 
 
 def find_first_layer(network: Network, inputs: Any) -> str | None:
