@@ -20,6 +20,7 @@ from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
+from lmc.core.workers import spread
 from lmc.errors import InputError, SpecError
 from lmc.landscape.path import loss_path
 from lmc.network.network import pick_device
@@ -131,6 +132,7 @@ def compare(
     alphas: int = 11,
     gamma: float = 0.3,
     device: torch.device | str | None = None,
+    executor: Any = None,
     progress: bool = True,
 ) -> AlignmentComparison:
     """Align B with A by several methods and measure each in the same way.
@@ -145,6 +147,8 @@ def compare(
         alphas: points on each way.
         gamma: share of the largest singular value from which vectors count for R.
         device: where to run (default: where the weights are).
+        executor: a `concurrent.futures.Executor` or a dask `Client` whose workers take the methods (default: one after the
+            other, here).
         progress: show a bar when it takes longer than two seconds.
 
     Raises:
@@ -157,17 +161,47 @@ def compare(
     a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
     spec = spec.bind(a)
     data = list(data) if isinstance(data, Iterator) else data  # every method reads it again
-    found, skipped = {}, {}
+    shared = {
+        "spec": spec, "model": model, "a": a, "b": b, "data": data, "alphas": alphas, "gamma": gamma,
+        "methods": methods if isinstance(methods, Mapping) else list(aligners),
+    }  # fmt: skip
+    names = list(aligners)
+    found: dict[int, Alignment] = {}
+    skipped: dict[int, str] = {}
     split = "data"
-    for name in tqdm(aligners, desc="compare", unit=" methods", disable=not progress):
+    with tqdm(total=len(names), desc="compare", unit=" methods", disable=not progress) as bar:
+        for i, (split_here, result) in spread(executor, _measure, shared, names):
+            bar.update()
+            if isinstance(result, Alignment):
+                found[i], split = result, split_here
+            elif methods is not None:
+                raise result
+            else:
+                skipped[i] = str(result)  # not asked for by name: the others are still worth having
+    return AlignmentComparison(
+        {names[i]: found[i] for i in sorted(found)}, split, {names[i]: skipped[i] for i in sorted(skipped)}
+    )
+
+
+def _measure(
+    spec: PermutationSpec,
+    model: nn.Module,
+    a: Weights,
+    b: Weights,
+    data: Any,
+    alphas: int,
+    gamma: float,
+    methods: Iterable[str] | Mapping[str, Aligner],
+) -> Callable[[str], tuple[str, Alignment | SpecError]]:
+    """What a worker does for a method: the split and the alignment, or why it does not go with the architecture."""
+    aligners = _chosen(methods)
+
+    def measure(name: str) -> tuple[str, Alignment | SpecError]:
         started = perf_counter()
         try:
             result = aligners[name](spec, model, a, b, data)
         except SpecError as error:
-            if methods is not None:
-                raise
-            skipped[name] = str(error)  # not asked for by name: the others are still worth having
-            continue
+            return "", error
         seconds = perf_counter() - started
         moved = result.apply(b) if isinstance(result, Permutation) else as_weights(result)
         path = loss_path(model, a, moved, data, alphas=alphas, progress=False)
@@ -176,7 +210,7 @@ def compare(
         middle = int(np.argmin(np.abs(path.alphas - 0.5)))
         one, two = matched(spec, a), matched(spec, moved)  # statistics are no weights
         norms = (dot(one, one) * dot(two, two)) ** 0.5
-        found[name] = Alignment(
+        return split, Alignment(
             weights=moved,
             permutation=result if isinstance(result, Permutation) else None,
             objective=dot(one, two),
@@ -189,7 +223,8 @@ def compare(
             midpoint_repaired=float(repaired.losses[split][middle]),
             seconds=seconds,
         )
-    return AlignmentComparison(found, split, skipped)
+
+    return measure
 
 
 def _chosen(methods: Iterable[str] | Mapping[str, Aligner] | None) -> Mapping[str, Aligner]:

@@ -1,7 +1,7 @@
 """Barriers between two training runs, epoch by epoch."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ from lmc.core.context import own_context, warn
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
-from lmc.errors import InputError
+from lmc.core.workers import spread
+from lmc.errors import InputError, WorkerError
 from lmc.landscape.path import Path, Repair, Values, loss_path
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, as_weights
@@ -96,6 +97,7 @@ def barrier_over_time(
     repair: Repair = "auto",
     inputs: Any = None,
     batch_size: int | None = None,
+    executor: Any = None,
     progress: bool = True,
 ) -> Epochs:
     """The paths between two runs at each epoch, as they are and, given `spec`, with the units of the second run in the order
@@ -113,31 +115,53 @@ def barrier_over_time(
         epochs: which to evaluate (default: all that both runs have).
         alphas, repair, inputs, batch_size: as for `loss_path`.
         seed: of `weight_matching`.
+        executor: a `concurrent.futures.Executor` or a dask `Client` whose workers take the epochs (default: here). Their
+            paths have no `exact`.
         progress: show a bar when it takes more than about two seconds.
 
-    An interrupt returns the epochs that are done, with a warning, once there is one.
+    An interrupt returns the epochs that are done, with a warning, once there is one; so does an executor that loses its
+    workers.
 
     Raises:
         InputError: runs without a common epoch, an epoch that one of them lacks, or what `loss_path` raises.
     """
     chosen = _common(a, b, epochs)
-    paths: dict[str, list[Path]] = {"naive": [], **({"aligned": []} if spec is not None else {})}
     options: dict[str, Any] = {"alphas": alphas, "repair": repair, "inputs": inputs, "batch_size": batch_size}
-    try:
-        for epoch in tqdm(chosen, desc="epochs", unit="epoch", disable=not progress):
-            start, end = as_weights(a[epoch]), as_weights(b[epoch])
-            ends = {"naive": end}
-            if spec is not None:
-                ends["aligned"] = weight_matching(spec, start, end, seed=seed, progress=False).apply(end)
-            done = {n: loss_path(model, start, other, data, progress=False, **options) for n, other in ends.items()}
-            for name, path in done.items():
-                paths[name].append(path)
-    except KeyboardInterrupt:
-        if not paths["naive"]:
-            raise
-        warn(f"interrupted: {len(paths['naive'])} of {len(chosen)} epochs were evaluated")
-    kept = tuple(chosen[: len(paths["naive"])])
-    return Epochs(kept, {name: tuple(found) for name, found in paths.items()})
+    shared = {"model": model, "a": a, "b": b, "data": data, "spec": spec, "seed": seed, "options": options}
+    found: dict[int, dict[str, Path]] = {}
+    with tqdm(total=len(chosen), desc="epochs", unit="epoch", disable=not progress) as bar:
+        try:
+            for i, paths in spread(executor, _at, shared, chosen):
+                found[chosen[i]] = paths
+                bar.update()
+        except (KeyboardInterrupt, WorkerError) as error:
+            if not found:
+                raise
+            why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            warn(f"{why}: {len(found)} of {len(chosen)} epochs were evaluated")
+    kept = tuple(sorted(found))
+    return Epochs(kept, {name: tuple(found[epoch][name] for epoch in kept) for name in found[kept[0]]})
+
+
+def _at(
+    model: nn.Module,
+    a: Mapping[int, ModelOrWeights],
+    b: Mapping[int, ModelOrWeights],
+    data: Any,
+    spec: PermutationSpec | UnboundSpec | None,
+    seed: int,
+    options: dict[str, Any],
+) -> Callable[[int], dict[str, Path]]:
+    """What a worker does for an epoch."""
+
+    def paths(epoch: int) -> dict[str, Path]:
+        start, end = as_weights(a[epoch]), as_weights(b[epoch])
+        ends = {"naive": end}
+        if spec is not None:
+            ends["aligned"] = weight_matching(spec, start, end, seed=seed, progress=False).apply(end)
+        return {n: loss_path(model, start, other, data, progress=False, **options) for n, other in ends.items()}
+
+    return paths
 
 
 def _common(a: Any, b: Any, epochs: Sequence[int] | None) -> list[int]:

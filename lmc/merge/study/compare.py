@@ -3,7 +3,7 @@
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,8 @@ from lmc.core.context import own_context, warn
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
-from lmc.errors import InputError, LmcError
+from lmc.core.workers import spread
+from lmc.errors import InputError, LmcError, WorkerError
 from lmc.merge.engine.aligning import Align, aligned
 from lmc.merge.rules.averaging import average
 from lmc.merge.study.candidates import Candidate, MergeTask, models_of, selected
@@ -118,6 +119,7 @@ def compare(
     align: Align | None = None,
     inputs: Any = None,
     device: torch.device | str | None = None,
+    executor: Any = None,
     progress: bool = True,
 ) -> MergeComparison:
     """Merge by every method that the models allow, choose options on validation data, and rank.
@@ -147,6 +149,8 @@ def compare(
         align: bring independently trained models into one order first, as for every method.
         inputs: unlabelled; BatchNorm statistics of every merge are re-estimated from them.
         device: where to evaluate (default: where the weights are).
+        executor: a `concurrent.futures.Executor` or a dask `Client` whose workers take the methods (default: one after the
+            other, here). Of a budget each method then has an equal share from the start.
         progress: show a bar when it takes longer than two seconds.
 
     Raises:
@@ -158,9 +162,56 @@ def compare(
     if seconds is not None and not seconds > 0.0:
         raise InputError(f"seconds={seconds}; expected a positive budget")
     deadline = math.inf if seconds is None else time.perf_counter() + seconds
+    if methods is not None and not isinstance(methods, Mapping | str):
+        methods = list(methods)  # which workers read again
     candidates = selected(methods, base is not None, models_of(models))
     states, origin = _weights(model, models, base, align)
     tasks, held_out = _split(validation, test)
+    shared: dict[str, Any] = {
+        "model": model, "states": states, "origin": origin, "tasks": tasks, "held_out": held_out, "data": data,
+        "metric": metric, "loss": loss, "inputs": inputs, "device": device, "evaluations": evaluations,
+    }  # fmt: skip
+    trial = _trial(**shared)
+    judge = trial.judge
+    order = {name: i for i, name in enumerate([*_REFERENCES, *candidates])}
+    entries, best = trial.references(), (-math.inf, math.inf, states[0])
+    if progress and executor is None:
+        trial.announce(candidates, deadline)
+    if executor is None:
+        found = _in_turn(trial, candidates, deadline, seconds)
+    else:
+        turns = [(name, math.inf if seconds is None else seconds / len(candidates)) for name in candidates]
+        found = (entry for _, entry in spread(executor, _elsewhere, {**shared, "methods": methods}, turns))
+    with tqdm(total=len(candidates), desc="compare", unit=" methods", disable=not progress) as bar:
+        try:
+            for entry, weights in found:
+                entries.append(entry)
+                bar.update()
+                rank = judge.gain(entry.validation), -order[entry.method]  # of equals the first, whichever came first
+                if weights is not None and rank > best[:2]:
+                    best = (*rank, weights)
+        except (KeyboardInterrupt, WorkerError) as error:
+            why = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+            warn(f"{why}: the methods that were not finished are missing")
+    if best[0] == -math.inf:
+        raise InputError("no method worked: " + "; ".join(f"{e.method}: {e.note}" for e in entries if e.note))
+    ranked = sorted(entries, key=lambda e: (-judge.gain(e.validation), order[e.method]))
+    return MergeComparison(tuple(ranked), best[2], judge.measure, judge.higher, judge.unit)
+
+
+def _trial(
+    model: nn.Module,
+    states: list[Weights],
+    origin: Weights | None,
+    tasks: dict[str, Any],
+    held_out: dict[str, Any],
+    data: Sequence[Any] | None,
+    metric: str | None,
+    loss: Loss | Task | None,
+    inputs: Any,
+    device: torch.device | str | None,
+    evaluations: int,
+) -> "_Trial":
     known = states if origin is None else [*states, origin]
     options: dict[str, Any] = {"loss": loss, "device": device, "models": known}
     judge = _Panel({name: Judge(model, part, metric, inputs=inputs, **options) for name, part in tasks.items()})
@@ -170,26 +221,29 @@ def compare(
     task = MergeTask(
         model, states, origin, parts or [labelled] * len(states), labelled, lambda w: judge.gain(_mean(judge(w))), loss
     )
-    trial = _Trial(task, judge, final, evaluations)
-    entries, best = trial.references(), (-math.inf, states[0])
-    if progress:
-        trial.announce(candidates, deadline)
-    try:
-        for i, name in enumerate(tqdm(candidates, desc="compare", unit=" methods", disable=not progress)):
-            now = time.perf_counter()
-            if now >= deadline:
-                entries.append(_untried(name, f"not tried: the budget of {seconds:g} s was spent"))
-                continue
-            entry, weights = trial.run(name, candidates[name], now + (deadline - now) / (len(candidates) - i))
-            entries.append(entry)
-            if weights is not None and judge.gain(entry.validation) > best[0]:
-                best = (judge.gain(entry.validation), weights)
-    except KeyboardInterrupt:
-        warn("interrupted: the methods that were not finished are missing")
-    if best[0] == -math.inf:
-        raise InputError("no method worked: " + "; ".join(f"{e.method}: {e.note}" for e in entries if e.note))
-    ranked = sorted(entries, key=lambda e: judge.gain(e.validation), reverse=True)
-    return MergeComparison(tuple(ranked), best[1], judge.measure, judge.higher, judge.unit)
+    return _Trial(task, judge, final, evaluations)
+
+
+def _in_turn(
+    trial: "_Trial", candidates: Mapping[str, Candidate], deadline: float, seconds: float | None
+) -> Iterator[tuple[Entry, Weights | None]]:
+    """Each method with an equal share of the time that is left."""
+    for i, name in enumerate(candidates):
+        now = time.perf_counter()
+        if now >= deadline:
+            yield _untried(name, f"not tried: the budget of {seconds:g} s was spent"), None
+        else:
+            yield trial.run(name, candidates[name], now + (deadline - now) / (len(candidates) - i))
+
+
+def _elsewhere(
+    states: list[Weights], origin: Weights | None, methods: Any, **shared: Any
+) -> Callable[[tuple[str, float]], tuple[Entry, Weights | None]]:
+    """What a worker does for a method and its seconds."""
+    trial = _trial(states=states, origin=origin, **shared)
+    trial.references()  # from which the judges know what is measured
+    candidates = selected(methods, origin is not None, len(states))
+    return lambda turn: trial.run(turn[0], candidates[turn[0]], time.perf_counter() + turn[1])
 
 
 class _Panel:
@@ -317,7 +371,7 @@ def _split(validation: Any, test: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         if callable(part):
             return named, {}
         if _part(part, "test") is not part:
-            kept[name], held[name] = chosen(part), _part(part, "test")
+            kept[name], held[name] = selected(part), _part(part, "test")
         else:
             kept[name], held[name] = (_every_second(part, name, start) for start in (0, 1))
     return kept, held
