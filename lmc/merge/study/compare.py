@@ -371,7 +371,7 @@ def _split(validation: Any, test: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         if callable(part):
             return named, {}
         if _part(part, "test") is not part:
-            kept[name], held[name] = selected(part), _part(part, "test")
+            kept[name], held[name] = chosen(part), _part(part, "test")
         else:
             kept[name], held[name] = (_every_second(part, name, start) for start in (0, 1))
     return kept, held
