@@ -4,6 +4,7 @@ What may move: the symmetries of a network.
     permutation_spec            groups of interchangeable units, found and certified: a PermutationSpec of Groups and Tables
     continuous_symmetries       scales, signs, rotations and invertible mixings: ContinuousSymmetries
     Permutation, Certificate    an element of a spec, which applies to weights; what was proven, and how
+    Element                     an element of the whole group: units scaled, flipped or mixed, then permuted
 
 Which move: one network brought onto another.
     weight_matching             by weights (Git Re-Basin)
@@ -72,6 +73,7 @@ if TYPE_CHECKING:
     from lmc.network.batchnorm import recalibrate_batchnorm
     from lmc.network.repair import repair
     from lmc.network.task import Task
+    from lmc.symmetry.continuous.element import Element
     from lmc.symmetry.continuous.find import continuous_symmetries
     from lmc.symmetry.find import permutation_spec
     from lmc.symmetry.groups.group import Group, Table
@@ -88,6 +90,7 @@ __all__ = [
     "ContinuousSymmetries",
     "Curve",
     "DataError",
+    "Element",
     "Group",
     "InputError",
     "LmcError",
@@ -172,6 +175,7 @@ _HOMES = {
     "repair": "lmc.network.repair",
     "Task": "lmc.network.task",
     "ContinuousSymmetries": "lmc.symmetry.groups.kinds",
+    "Element": "lmc.symmetry.continuous.element",
     "continuous_symmetries": "lmc.symmetry.continuous.find",
     "permutation_spec": "lmc.symmetry.find",
     "Group": "lmc.symmetry.groups.group",

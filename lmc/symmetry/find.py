@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lmc.core.context import own_context, warn
 from lmc.errors import CertificateError, InputError
 from lmc.network.network import renamed_entries
+from lmc.symmetry.continuous.find import continuous_symmetries
 from lmc.symmetry.discovery.discover import discover
 from lmc.symmetry.spec import PermutationSpec
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, kept, tensors_in
@@ -24,6 +25,7 @@ def permutation_spec(
     trials: int = 2,
     seed: int = 0,
     tolerance: float = 1e-9,
+    continuous: bool = False,
     progress: bool = True,
 ) -> PermutationSpec:
     """The permutation symmetries of a module, read off its operators and proven on the example.
@@ -40,6 +42,8 @@ def permutation_spec(
             family of groups broken on purpose, to see that an error would show.
         also: a second, larger input to certify on as well.
         tolerance: allowed difference of outputs, relative to their largest value.
+        continuous: look for scales, signs, rotations and invertible mixings as well (`lmc.continuous_symmetries`), and keep
+            them as the spec's `continuous`.
         progress: show bars when it takes longer than two seconds.
 
     Returns:
@@ -78,7 +82,14 @@ def permutation_spec(
         outputs=tuple(names),
         assumed=found.assumed,
     )
-    if not certify or any(tensor.is_meta for tensor in model.state_dict().values()):
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        return spec
+    if continuous:
+        beyond = continuous_symmetries(
+            spec, model, inputs, outputs=outputs, seed=seed, tolerance=tolerance, progress=progress
+        )
+        spec = replace(spec, continuous=beyond)
+    if not certify:
         return spec
     try:
         proof = spec.certify(model, inputs, trials=trials, seed=seed, outputs=outputs, also=also, tolerance=tolerance)

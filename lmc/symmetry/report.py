@@ -51,24 +51,26 @@ def ordered_families(spec: Symmetries) -> list[str]:
     return order
 
 
-def family_rows(spec: Symmetries, patterns: Mapping[str, str]) -> list[tuple[str, str, str, str]]:
-    """(family, units, inside, tensors with their patterns), families that differ only by a layer number in one row."""
-    merged: dict[tuple[str, int, int, tuple[str, ...], tuple[str, ...]], list[str]] = {}
+def family_rows(spec: Symmetries, patterns: Mapping[str, str]) -> list[tuple[str, str, str, str, str]]:
+    """(family, units, inside, tensors with their patterns, what is admitted beyond permutations), families that differ only by a layer number in one row."""
+    merged: dict[tuple[str, int, int, tuple[str, ...], tuple[str, ...], str], list[str]] = {}
     for family in ordered_families(spec):
         names = spec.families[family]
         first = spec.groups[names[0]]
         inside = tuple(dict.fromkeys(generic(spec.groups[parent].family) for parent, _ in first.within))
         tensors = tuple(generic(tensor_text(spec, tensor, patterns[tensor])) for tensor in first.tables)
-        merged.setdefault((generic(family), first.size, len(names), inside, tensors), []).append(family)
+        key = (generic(family), first.size, len(names), inside, tensors, spec.beyond(family))
+        merged.setdefault(key, []).append(family)
     rows = []
-    for (name, size, count, inside, tensors), families in merged.items():
+    for (name, size, count, inside, tensors, beyond), families in merged.items():
         if len(families) == 1:
             group = spec.groups[spec.families[families[0]][0]]
             name, tensors = families[0], tuple(tensor_text(spec, tensor, patterns[tensor]) for tensor in group.tables)
             inside = tuple(dict.fromkeys(spec.groups[parent].family for parent, _ in group.within))
         times = f"{len(families)} x " if len(families) > 1 else ""
         nested = f" in each of {count}" if inside else ""
-        rows.append((name, f"{times}{size}{nested}", ", ".join(inside), _shorten(tuple(dict.fromkeys(tensors)))))
+        where = _shorten(tuple(dict.fromkeys(tensors)))
+        rows.append((name, f"{times}{size}{nested}", ", ".join(inside), where, beyond))
     return rows
 
 
@@ -113,9 +115,9 @@ def as_text(spec: Symmetries, patterns: Mapping[str, str]) -> str:
     lines = [f"PermutationSpec: {headline(spec)}"]
     rows = family_rows(spec, patterns)
     width = max((len(name) for name, *_ in rows), default=0)
-    for name, units, inside, tensors in rows[:_MAX_LINES]:
+    for name, units, inside, tensors, beyond in rows[:_MAX_LINES]:
         nested = f" {inside}" if inside else ""
-        lines.append(f"  {name:<{width}}  {units}{nested}:  {tensors}")
+        lines.append(f"  {name:<{width}}  {units}{nested}:  {tensors}" + (f"  + {beyond}" if beyond else ""))
     if len(rows) > _MAX_LINES:
         lines.append(f"  ... and {len(rows) - _MAX_LINES} more families")
     stays = frozen_rows(spec)
@@ -138,7 +140,8 @@ def as_html(spec: Symmetries, patterns: Mapping[str, str]) -> str:
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
     parts = [f"<p><b>PermutationSpec</b>: {html.escape(headline(spec))}</p>"]
-    parts.append(table(("group", "units", "inside", "where"), family_rows(spec, patterns)[:_MAX_LINES]))
+    columns = ("group", "units", "inside", "where", "beyond permutations")[: 4 if spec.continuous is None else 5]
+    parts.append(table(columns, [row[: len(columns)] for row in family_rows(spec, patterns)[:_MAX_LINES]]))
     stays = frozen_rows(spec)
     if stays:
         rows = [(places, reason) for reason, places in stays[:_MAX_LINES]]

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from lmc.core.codec import decode, encode
 from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError, SpecError
 from lmc.symmetry import report
 from lmc.symmetry.groups.group import Group
+from lmc.symmetry.groups.kinds import ContinuousSymmetries
 from lmc.symmetry.groups.symmetries import Certificate, Symmetries, act, identity_indices, random_indices, sources
 from lmc.symmetry.notation.grammar import parse
 from lmc.symmetry.notation.layout import (
@@ -52,6 +54,7 @@ class PermutationSpec(Symmetries, Result):
         outputs: the names of the outputs that stay the same, if the model returns several.
         assumed: values of tensors, with the line that reads them, that decide on a size or a branch of the model: the
             symmetries are those of the sizes and branches of the example.
+        continuous: the scales, signs and mixings that units admit beyond permutations, if they were looked for.
     """
 
     @classmethod
@@ -155,7 +158,10 @@ class PermutationSpec(Symmetries, Result):
         for name in dropped:
             for tensor, tables in self.groups[name].tables.items():
                 reasons.update({(tensor, d): f"group {name} left out" for table in tables for d in table.dims})
-        return PermutationSpec(kept, self.shapes, self.buffers, reasons, self.aliases)
+        lost = {parent for name in dropped for parent, _ in self.groups[name].within}
+        families = {group.family: self.groups[name].family for name, group in kept.items() if name not in lost}
+        continuous = self.continuous and self.continuous.of(families)
+        return PermutationSpec(kept, self.shapes, self.buffers, reasons, self.aliases, continuous=continuous)
 
     def __or__(self, edits: Mapping[str, str]) -> "PermutationSpec":
         """The spec with the patterns of some tensors replaced (wildcards as in `from_patterns`)."""
@@ -182,6 +188,7 @@ class PermutationSpec(Symmetries, Result):
             "outputs": list(self.outputs),
             "assumed": list(self.assumed),
             **groups_as_data(self.groups, self.shapes),
+            **({} if self.continuous is None else {"continuous": encode(self.continuous, ContinuousSymmetries, {})}),
         }
 
     @classmethod
@@ -199,12 +206,26 @@ class PermutationSpec(Symmetries, Result):
         frozen = {(tensor, axis): reason for tensor, axis, reason in content["frozen"]}
         outputs, assumed = (tuple(content.get(key, ())) for key in ("outputs", "assumed"))
         buffers = frozenset(content["buffers"])
-        return cls(groups, shapes, buffers, frozen, content["aliases"], outputs=outputs, assumed=assumed)
+        found = content.get("continuous")
+        return cls(
+            groups,
+            shapes,
+            buffers,
+            frozen,
+            content["aliases"],
+            outputs=outputs,
+            assumed=assumed,
+            continuous=None if found is None else decode(found, ContinuousSymmetries, {}),
+        )
 
     def to_frame(self) -> "pd.DataFrame":
-        """A row for each group: group, family, size, and the number of tensors that it moves in."""
+        """A row for each group: group, family, size, the number of tensors that it moves in, and what it admits beyond
+        permutations, where that is known."""
         rows = [(name, group.family, group.size, len(group.tables)) for name, group in self.groups.items()]
-        return require("pandas").DataFrame(rows, columns=["group", "family", "size", "tensors"])
+        frame = require("pandas").DataFrame(rows, columns=["group", "family", "size", "tensors"])
+        if self.continuous is not None:
+            frame["beyond"] = [self.beyond(group.family) for group in self.groups.values()]
+        return frame
 
     def __repr__(self) -> str:
         return report.as_text(self, self.patterns)

@@ -63,6 +63,9 @@ MAKE: dict[str, Any] = {
     "Sweep": lambda: lmc.sweep(added, {"x": [1, 2], "word": ["a"]}, executor=ThreadPoolExecutor(1), **QUIET),
     "Certificate": lambda: SPEC.certify(MODEL, INPUTS),
     "ContinuousSymmetries": lambda: lmc.continuous_symmetries(SPEC, MODEL, INPUTS, **QUIET),
+    "Element": lambda: lmc.Element.random(
+        lmc.permutation_spec(MODEL, INPUTS, certify=False, continuous=True, **QUIET), seed=0
+    ),
     "Matchings": lambda: lmc.match_many(SPEC, MODELS, **QUIET),
     "Fusion": lambda: lmc.ot_fusion(MODEL, A, B, INPUTS, spec=SPEC, **QUIET),
     "RotationMatching": lambda: align.rotation_matching(SPEC, MODEL, A, B, DATA, steps=0, **QUIET),

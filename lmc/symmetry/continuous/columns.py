@@ -19,7 +19,7 @@ from lmc.symmetry.proof.probe import Probe, draw, flat
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector
 from lmc.weights import Weights
 
-UNITS = 6  # of a group that are looked at in each draw
+UNITS = 10  # of a group that are looked at in each draw
 FEWEST = 4  # sums of the outputs in each draw
 SMALL = 1_000_000  # entries of a module for which more draws cost nothing
 DRAWS_OF_SMALL = 6

@@ -39,19 +39,20 @@ class Occurrence:
         return flat.index_select(batch, positions).reshape(*values.shape[:batch], len(chosen), -1)
 
     def mixed(self, tensor: Tensor, matrix: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
-        """The tensor with the chosen units u (default: all) replaced by `matrix` (k, k) u."""
+        """The tensor with the chosen units u (default: all) replaced by `matrix` (k, k) u, or multiplied by factors (k,)."""
         first = tuple(range(len(self.dims)))
         front = tensor.movedim(self.dims, first)
         flat = front.flatten(0, len(self.dims) - 1).clone()
         rows = self.rows if chosen is None else self.rows[list(chosen)]
         positions = torch.from_numpy(rows).to(tensor.device)
         picked = flat[positions]
-        flat[positions] = (matrix.to(flat) @ picked.reshape(len(rows), -1)).reshape(picked.shape)
+        units, by = picked.reshape(len(rows), -1), matrix.to(flat)
+        flat[positions] = (units * by[:, None] if by.ndim == 1 else by @ units).reshape(picked.shape)
         return flat.reshape(front.shape).movedim(first, self.dims).contiguous()
 
 
 class Move(NamedTuple):
-    """Units of a group that are mixed by a matrix at one place."""
+    """Units of a group that are mixed by a matrix (k, k) at one place, or multiplied by factors (k,)."""
 
     place: Occurrence
     matrix: Tensor

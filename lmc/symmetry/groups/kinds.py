@@ -54,10 +54,9 @@ class Kind:
         return " + ".join(words)
 
     @property
-    def short(self) -> str:
-        """The kind without its exponents: "permutation + 2 scales + sign"."""
-        words = ["permutation"]
-        words += [f"{len(self.scales)} scales" if len(self.scales) > 1 else "scale"] if self.scales else []
+    def beyond(self) -> str:
+        """What is admitted beyond permutations, without exponents: "2 scales + sign"; empty if there is nothing."""
+        words = [f"{len(self.scales)} scales" if len(self.scales) > 1 else "scale"] if self.scales else []
         words += ["sign"] if self.signs else []
         words += [self.mixing] if self.mixes else []
         return " + ".join(words)
@@ -84,6 +83,11 @@ class ContinuousSymmetries(Result):
 
     kinds: dict[str, Kind]
     tolerance: float
+
+    def of(self, families: Mapping[str, str]) -> "ContinuousSymmetries":
+        """Those of some families: new name -> name here."""
+        kinds = {new: self.kinds[old] for new, old in families.items() if old in self.kinds}
+        return ContinuousSymmetries(kinds, self.tolerance)
 
     def __repr__(self) -> str:
         if all(kind.trivial for kind in self.kinds.values()):

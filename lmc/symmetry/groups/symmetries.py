@@ -14,6 +14,7 @@ from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import SpecError
 from lmc.symmetry.groups.group import Group, Groups, Shape, Table, absence, check_groups, outermost_first
+from lmc.symmetry.groups.kinds import ContinuousSymmetries, Kind
 from lmc.weights import ModelOrWeights, Weights, as_weights
 
 if TYPE_CHECKING:
@@ -106,11 +107,20 @@ class Symmetries:
     certificate: Certificate | None = None
     outputs: tuple[str, ...] = ()
     assumed: tuple[str, ...] = ()
+    continuous: ContinuousSymmetries | None = None
 
     def __post_init__(self) -> None:
         groups = Groups({group.name: group for group in outermost_first(self.groups) if group.size > 1})
         check_groups(groups, self.shapes)
         object.__setattr__(self, "groups", groups)
+
+    def beyond(self, family: str) -> str:
+        """What the units of a family admit beyond permutations, in words; empty if that is nothing, or is not known."""
+        return self.kind(family).beyond
+
+    def kind(self, family: str) -> Kind:
+        """What the units of a family admit beyond permutations, as far as it is known."""
+        return Kind() if self.continuous is None else self.continuous.kinds.get(family, Kind())
 
     def check(self, weights: ModelOrWeights) -> None:
         """Raise `SpecError` naming the first tensor that the spec knows and the weights lack, or of another shape."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import plotly.graph_objects as go
+import torch
 from plotly.subplots import make_subplots
 
 from lmc.align.many import Matchings
@@ -13,6 +14,7 @@ from lmc.align.rotations.matching import RotationMatching
 from lmc.align.transport.fusion import Fusion
 from lmc.core.results import view
 from lmc.errors import InputError
+from lmc.symmetry.continuous.element import Element
 from lmc.symmetry.report import generic, ordered_families, tensor_text
 from lmc.symmetry.spec import Permutation, PermutationSpec
 from lmc.views.plots.style import BLUE, CYCLE, GREY, GRID, SCALE, figure, styled
@@ -31,6 +33,7 @@ STAYS = "stays"
 class _Lane:
     title: str
     units: str
+    beyond: str = ""
     touched: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
 
@@ -53,7 +56,7 @@ def plot_spec(spec: PermutationSpec) -> go.Figure:
     for kind, (symbol, meaning) in _KINDS.items():
         if any(kind == _kind(roles) for lane in lanes for roles in lane.touched.values()):
             fig.add_trace(_legend(symbol, meaning))
-    names = [f"{lane.title}<br><sub>{lane.units}</sub>" for lane in lanes]
+    names = [f"{lane.title}<br><sub>{lane.units}{lane.beyond}</sub>" for lane in lanes]
     fig.update_xaxes(
         tickmode="array", tickvals=list(range(len(lanes))), ticktext=names, side="top", tickangle=-45,
         range=[-0.6, len(lanes) - 0.4], showgrid=False, showline=False, ticks="",
@@ -79,7 +82,8 @@ def _lanes(spec: PermutationSpec, label) -> list[_Lane]:
         title = label(family)
         counts[title] = counts.get(title, 0) + 1
         times = f" in each of {len(names)}" if group.within else ""
-        lane = lanes.setdefault(title, _Lane(title, f"{group.size} units{times}"))
+        more = f" + {spec.beyond(family)}" if spec.beyond(family) else ""
+        lane = lanes.setdefault(title, _Lane(title, f"{group.size} units{times}", more))
         for tensor, tables in group.tables.items():
             for table in tables:
                 role = _role(spec, tensor, table.dims)
@@ -174,6 +178,30 @@ def plot_permutation(permutation: Permutation, groups: Sequence[str] | None = No
         fig.update_xaxes(range=[-0.7, len(index) - 0.3], col=column)
         fig.update_yaxes(range=[len(index) - 0.3, -0.7], col=column)
     return fig
+
+
+@view(Element, "plot")
+def plot_element(element: Element, groups: Sequence[str] | None = None) -> go.Figure:
+    """Draw for some groups the sizes of the entries of the matrix by which B's units are mixed and permuted, at the first
+    occurrence, as shares of the largest.
+
+    Args:
+        groups: which (default: the first three that are scaled or mixed, or the first three).
+
+    Raises:
+        InputError: a group that there is not.
+    """
+    shown = _some(element.indices, groups or list(element.factors)[:FEW] or None)
+    maps, titles = {}, []
+    for name in shown:
+        index = element.indices[name]
+        where, factor = next(iter(element.factors.get(name, {}).items()), ("", torch.ones(len(index))))
+        sizes = (torch.diag(factor) if factor.ndim == 1 else factor)[index].abs()
+        maps[name] = (sizes / sizes.max()).numpy()
+        titles.append(
+            f"{name}: {f'{where} scaled' if where and factor.ndim == 1 else f'{where} mixed' if where else 'permuted'}"
+        )
+    return _maps(maps, titles, "size")
 
 
 @view(Matchings, "plot")
