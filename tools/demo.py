@@ -74,7 +74,7 @@ def main() -> None:
     certificate = spec.certify(model, data.train[0][:64])
     table.add(
         "find and certify the symmetries",
-        f"10^{spec.log10_order:.0f} orders of the units; outputs equal to {certificate.max_error:.0e}",
+        f"10^{spec.log10_order:.0f} orders of the units; outputs equal to {certificate.bound:.0e}",
     )
 
     pi = lmc.weight_matching(spec, a, b, seed=0)

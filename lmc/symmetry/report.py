@@ -20,9 +20,9 @@ def headline(spec: Symmetries) -> str:
 
 
 def proof(spec: Symmetries) -> str:
-    """The degree to which the spec is proven, and what it keeps: `certified to 1e-15 (broken: 2e-02), keeps logits, boxes`."""
+    """The degree to which the spec is proven, and what it keeps: `certified to 1e-14 (broken: 2e-02), keeps logits, boxes`."""
     found = spec.certificate
-    text = "not certified" if found is None else f"certified to {found.max_error:.0e}"
+    text = "not certified" if found is None else f"certified to {found.bound:.0e}"
     if found is not None and found.power:
         text += f" (broken: {found.power:.0e})"
     if found is not None and found.unverified:

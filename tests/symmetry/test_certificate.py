@@ -317,3 +317,11 @@ class OutOfDomain(nn.Module):
 def test_a_network_without_groups_needs_no_finite_outputs():
     spec = lmc.permutation_spec(OutOfDomain(), torch.ones(3), progress=False)
     assert not spec.groups and spec.certificate is not None and spec.certificate.max_error == 0.0
+
+
+@pytest.mark.parametrize(
+    "error, bound", [(0.0, 1e-14), (3e-16, 1e-14), (9.9e-15, 1e-14), (2e-14, 1e-12), (3e-7, 1e-6), (0.5, 1.0)]
+)
+def test_the_bound_is_the_even_power_of_ten_above_the_error(error, bound):
+    found = lmc.Certificate(error, 1e-9, 3, 1, 1.0, ())
+    assert found.bound == pytest.approx(bound, rel=1e-12)

@@ -1,6 +1,7 @@
 """The permutation symmetries of one architecture as data: the groups, their places in its tensors, and the proof; and the
 action of group elements on flat positions of a tensor, and on each other when groups are nested."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -65,6 +66,11 @@ class Certificate(Result):
     dtype: str = "float64"
     families: Mapping[str, Evidence] = field(default_factory=dict)
     outputs: tuple[str, ...] = ()
+
+    @property
+    def bound(self) -> float:
+        """The even power of ten that `max_error` stays under, from 1e-14 on: equal on machines that round differently."""
+        return 10.0 ** max(-14, 2 * math.ceil(math.log10(self.max_error) / 2)) if self.max_error else 1e-14
 
     @property
     def power(self) -> float:
