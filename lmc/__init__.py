@@ -5,6 +5,7 @@ What may move: the symmetries of a network.
     continuous_symmetries       scales, signs, rotations and invertible mixings: ContinuousSymmetries
     Permutation, Certificate    an element of a spec, which applies to weights; what was proven, and how
     Element                     an element of the whole group: units scaled, flipped or mixed, then permuted
+    canonical                   the weights of the same function whose scales and signs are fixed
 
 Which move: one network brought onto another.
     weight_matching             by weights (Git Re-Basin)
@@ -73,8 +74,9 @@ if TYPE_CHECKING:
     from lmc.network.batchnorm import recalibrate_batchnorm
     from lmc.network.repair import repair
     from lmc.network.task import Task
-    from lmc.symmetry.continuous.element import Element
+    from lmc.symmetry.canonical import canonical
     from lmc.symmetry.continuous.find import continuous_symmetries
+    from lmc.symmetry.element import Element
     from lmc.symmetry.find import permutation_spec
     from lmc.symmetry.groups.group import Group, Table
     from lmc.symmetry.groups.kinds import ContinuousSymmetries
@@ -112,6 +114,7 @@ __all__ = [
     "activation_matching",
     "align",
     "bezier_curve",
+    "canonical",
     "continuous_symmetries",
     "data",
     "landscape",
@@ -175,7 +178,8 @@ _HOMES = {
     "repair": "lmc.network.repair",
     "Task": "lmc.network.task",
     "ContinuousSymmetries": "lmc.symmetry.groups.kinds",
-    "Element": "lmc.symmetry.continuous.element",
+    "canonical": "lmc.symmetry.canonical",
+    "Element": "lmc.symmetry.element",
     "continuous_symmetries": "lmc.symmetry.continuous.find",
     "permutation_spec": "lmc.symmetry.find",
     "Group": "lmc.symmetry.groups.group",

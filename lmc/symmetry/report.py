@@ -1,11 +1,10 @@
 """A spec as text and as HTML: families of groups with their places, and the axes that stay with the reasons."""
 
 import html
-import re
 from collections.abc import Mapping
 
 from lmc.symmetry.groups.symmetries import Symmetries
-from lmc.symmetry.notation.grammar import IRREGULAR, Name, names_in, parse, renamed, write
+from lmc.symmetry.notation.grammar import IRREGULAR, Name, generic, names_in, parse, renamed, write
 
 _MAX_TENSORS = 4
 _MAX_LINES = 60
@@ -150,11 +149,6 @@ def as_html(spec: Symmetries, patterns: Mapping[str, str]) -> str:
         rows = [(what,) for what in spec.assumed[:_MAX_LINES]]
         parts.append(f"<details><summary>as on the example</summary>{table(('value',), rows)}</details>")
     return "".join(parts)
-
-
-def generic(text: str) -> str:
-    """Layer numbers ("layers.3.fc") written as "*", so that equal layers share a line."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", text)
 
 
 def _shorten(items: tuple[str, ...], between: str = ", ") -> str:

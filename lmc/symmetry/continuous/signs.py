@@ -15,7 +15,7 @@ import torch
 from lmc.symmetry.continuous.columns import UNITS, Lab
 from lmc.symmetry.continuous.places import Move, Occurrence
 from lmc.symmetry.groups.kinds import Kind
-from lmc.symmetry.report import generic
+from lmc.symmetry.notation.grammar import generic
 
 MOST_TRIED = 5  # occurrences of which all sets are tried
 MOST_GROWN = 12  # occurrences of which sets are grown

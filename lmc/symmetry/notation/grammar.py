@@ -257,6 +257,11 @@ def _value(factor: Factor, sizes: Mapping[str, int]) -> int | None:
     return sum(math.prod(row) for row in values)  # type: ignore[arg-type]
 
 
+def generic(text: str) -> str:
+    """Layer numbers ("layers.3.fc") written as "*", so that equal layers share a line."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", text)
+
+
 def _measure(axis: Axis, sizes: Mapping[str, int]) -> tuple[int, int]:
     """(size without the dots, number of dots) of an axis whose names are all known."""
     total, dots = 0, 0

@@ -14,8 +14,9 @@ from lmc.align.rotations.matching import RotationMatching
 from lmc.align.transport.fusion import Fusion
 from lmc.core.results import view
 from lmc.errors import InputError
-from lmc.symmetry.continuous.element import Element
-from lmc.symmetry.report import generic, ordered_families, tensor_text
+from lmc.symmetry.element import Element
+from lmc.symmetry.notation.grammar import generic
+from lmc.symmetry.report import ordered_families, tensor_text
 from lmc.symmetry.spec import Permutation, PermutationSpec
 from lmc.views.plots.style import BLUE, CYCLE, GREY, GRID, SCALE, figure, styled
 
