@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functionalize
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing._internal.common_methods_invocations import op_db
@@ -20,6 +21,7 @@ from zoo.certificate import check_tables, permuted
 
 from lmc.symmetry.discovery.discover import Discovery, read_off
 from lmc.symmetry.rules import is_pointwise, rule_of
+from lmc.symmetry.tracing.capture import decompositions, is_understood
 from lmc.symmetry.tracing.graph import Graph, Leaf
 
 from .check import form
@@ -28,6 +30,7 @@ TOLERANCE = 1e-8
 # Samples of one operator, spread over the first that torch makes of it: it makes thousands of some, which takes longest.
 MOST, MADE = (6, 400) if os.environ.get("LMC_THOROUGH") else (1, 24)
 LARGEST = 4000  # entries of an operand or result
+TAKEN_APART = decompositions()
 WITHOUT = 4  # samples without any rule after which an operator is left
 
 
@@ -170,11 +173,16 @@ class Placed:
         given = [self.flat[k] for k in self.integers]
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            traced = make_fx(
-                lambda weights, integers: self.output(weights, integers),
-                pre_dispatch=True,
-                _error_on_data_dependent_ops=False,
-            )(self.weights, given)
+
+            def run(weights: dict[str, Tensor], integers: list[Tensor]) -> Tensor:
+                return self.output(weights, integers)
+
+            traced = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)(self.weights, given)
+            if not all(is_understood(node) for node in traced.graph.nodes):  # taken apart, as `export` does
+                traced = make_fx(run, decomposition_table=TAKEN_APART, _error_on_data_dependent_ops=False)(
+                    self.weights, given
+                )
+                traced = make_fx(functionalize(traced), _error_on_data_dependent_ops=False)(self.weights, given)
         nodes = list(traced.graph.nodes)
         names: list[str | int] = [*self.weights, *range(len(given))]
         leaves = {

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmc
@@ -97,6 +98,15 @@ def while_compiling(m: Layers, x: Tensor, mask: Tensor | None = None) -> Tensor:
     return m.c(m.a(x).relu() * mask[:, None])  # type: ignore[index]
 
 
+def circular(m: Layers, x: Tensor) -> Tensor:
+    h = F.pad(m.a(x).relu()[None], (0, 0, 1, 1), mode="circular")[0]
+    return m.c(h[:-2] + h[2:]) * (2.0 if x.max().item() > 100 else 1.0)
+
+
+def repeated(m: Layers, x: Tensor, n: Tensor) -> Tensor:
+    return m.c(m.a(x).relu().repeat_interleave(n, dim=0))
+
+
 def words(m: Layers, ids: Tensor) -> Tensor:
     return m.c(m.a(ids).relu()) * (2.0 if ids.max().item() > 3 else 1.0)
 
@@ -115,6 +125,8 @@ CASES: dict[Callable[..., Tensor], tuple[tuple[Any, ...], list[int], str]] = {
     stored_graph: ((X[:3],), [8, 8], ""),
     attention_over_edges: ((X, E[:, :3]), [8], "how many are true in a mask"),
     while_compiling: ((X,), [8], ""),
+    circular: ((X,), [8], "a number that is read"),
+    repeated: ((X, torch.tensor([1, 2, 0, 1, 1])), [8], "the size of repeat_interleave"),
     words: ((torch.tensor([0, 5, 5]),), [8], "a number that is read"),
 }
 

@@ -31,6 +31,7 @@ INJECTIVE = set(
     "softmax _softmax log_softmax _log_softmax sigmoid tanh exp neg log clone contiguous _to_copy to detach alias "
     "lift_fresh_copy softplus square pow abs sqrt rsqrt".split()
 )
+FINDERS = set("argmax argmin max min median nanmedian topk sort kthvalue mode".split())
 SUMS = ("sum", "mean", "linalg_vector_norm")
 MOVES = set("view reshape transpose t permute".split())
 
@@ -42,10 +43,10 @@ def short_name(node: Node) -> str:
 def chosen_dim(node: Node) -> int | None:
     """The dim along which an operator finds positions of values, none if it does no such thing."""
     name, args = short_name(node), node.args
-    if name not in ("argmax", "argmin", "max", "min", "median", "topk", "sort") or not isinstance(args[0], Node):
+    if name not in FINDERS or not isinstance(args[0], Node):
         return None
-    given: Any = [a for a in args[2 if name == "topk" else 1 :] if type(a) is int]
-    default = -1 if name in ("topk", "sort") else None
+    given: Any = [a for a in args[2 if name in ("topk", "kthvalue") else 1 :] if type(a) is int]
+    default = -1 if name in ("topk", "sort", "kthvalue", "mode") else None
     dim = node.kwargs.get("dim", given[0] if given else default)
     return dim % args[0].meta["val"].dim() if isinstance(dim, int) and args[0].meta["val"].dim() else None
 
@@ -84,6 +85,9 @@ def differ(graph: Graph, node: Any, dim: int) -> bool:
         return any(
             isinstance(p, Node) and dim == at and differ(graph, p, p.meta["val"].dim() + of) for p, at, of in sides
         )
+    if name in ("_cdist_forward", "_euclidean_dist") and 0.0 not in args:  # p = 0 counts entries that differ
+        own, at = (args[1], last) if dim == last else (args[0], last - 1)
+        return isinstance(own, Node) and dim == at and differ(graph, own, own.meta["val"].dim() - 2)
     if name == "einsum" and isinstance(args[0], str) and isinstance(args[1], Sequence):
         terms, _, out = args[0].replace(" ", "").partition("->")
         labels = zip(terms.split(","), args[1], strict=True)

@@ -14,7 +14,7 @@ from lmc.symmetry.rules.tags import Tag, make
 BATCH = [f"batch{i}" for i in range(16)]
 
 
-@rule(*named("mm matmul bmm mv dot"), experts=True)
+@rule(*named("mm matmul bmm mv dot vdot"), experts=True)
 def matmul(op: Op, a: Tag, b: Tag) -> chosen.Operand:
     """(..., m, k) x (..., k, n) -> (..., m, n); vectors lack m or n; leading dims broadcast."""
     rows, columns = (["m"] if len(a.shape) > 1 else []), (["n"] if len(b.shape) > 1 else [])
@@ -100,6 +100,14 @@ def trilinear(
         operands.append(reshape(tag, tuple(shape)))
     full = tuple(max(t.shape[d] for t in operands) for d in range(len(operands[0].shape)))
     return chosen.reduce(op.units, chosen.pointwise(op.units, full, operands), tuple(sorted(summed)), keepdim=False)
+
+
+@rule(*named("_cdist_forward _euclidean_dist"))
+def distances(op: Op, a: Tag, b: Tag, *_: Any) -> Tag:
+    """(..., m, k), (..., n, k) -> (..., m, n): any norm of a difference is a symmetric function of its entries."""
+    lead = BATCH[: len(op.shape) - 2]
+    labels = [[*_last(lead, len(t.shape) - 2), at, "k"] for t, at in ((a, "m"), (b, "n"))]
+    return core.contract(op.units, [(a, labels[0]), (b, labels[1])], [*lead, "m", "n"])
 
 
 @rule(*named("tensordot"), experts=True)

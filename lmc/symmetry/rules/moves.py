@@ -229,7 +229,7 @@ def dropout(op: Op, x: Operand, probability: float, training: bool) -> Any:
     *named(
         "repeat unfold diagonal tile pixel_shuffle pixel_unshuffle channel_shuffle "
         "movedim rot90 reflection_pad1d reflection_pad2d reflection_pad3d replication_pad1d replication_pad2d "
-        "replication_pad3d repeat_interleave diagonal_copy unfold_copy hsplit vsplit fliplr flipud"
+        "replication_pad3d diagonal_copy unfold_copy hsplit vsplit fliplr flipud"
     )
 )
 def run(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Any:
@@ -241,6 +241,12 @@ def run(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Any:
     columns = [_run_one(op, np.broadcast_to(c, x.shape), args, kwargs) for c in x.coords]
     tags = [make(op.units, shape, [c[k] for c in columns], count=True) for k, shape in enumerate(op.shapes)]
     return tags[0] if len(tags) == 1 else tuple(tags)
+
+
+@rule(*named("repeat_interleave"))
+def repeat_interleave(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Any:
+    """Each index several times over; of the numbers of times alone, the index of each copy, which is a value."""
+    return unknown(op, [x]) if op.name.endswith(".Tensor") else run(op, x, *args, **kwargs)
 
 
 def _run_one(op: Op, coord: Ids, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Ids]:

@@ -13,7 +13,7 @@ rule(
     *named(
         "where gelu silu hardswish hardsigmoid hardtanh masked_fill mish relu relu6 elu selu celu softplus "
         "leaky_relu threshold clamp rsub lerp logit hardshrink softshrink float_power addcmul addcdiv "
-        "nan_to_num log_sigmoid"
+        "nan_to_num log_sigmoid floor_divide"
     ),
     experts=True,
 )(all_pointwise)
@@ -71,7 +71,7 @@ def _reduced(op: Op, x: Tag, dims: tuple[int, ...]) -> Any:
     return result if len(op.shapes) == 1 else (result,) * len(op.shapes)
 
 
-@rule(*named("max min median"), axes=True)
+@rule(*named("max min median nanmedian"), axes=True)
 def extremum(op: Op, x: Tag, dim: Any = None, *_: Any, **__: Any) -> Any:
     """Overall, pairwise of two tensors, or along a dim with the position of the extremum."""
     if isinstance(dim, Tag):
@@ -80,6 +80,13 @@ def extremum(op: Op, x: Tag, dim: Any = None, *_: Any, **__: Any) -> Any:
     if dim is None:
         return values
     return values, core.choice(op.units, x, dim % len(x.shape), op.shape, op.no_ties)
+
+
+@rule(*named("kthvalue mode"), axes=True)
+def found_value(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Any:
+    """(x, k, dim) or (x, dim) -> a value along the dim, and its position."""
+    given = args[1:] if "kthvalue" in op.name else args
+    return extremum(op, x, kwargs.get("dim", given[0] if given else -1))
 
 
 @rule(*named("argmax argmin"), axes=True)

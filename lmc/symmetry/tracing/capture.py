@@ -15,7 +15,7 @@ with its weights in other places, until all have had one: a symmetry must hold o
 import keyword
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functionalize
-from torch.fx import Node
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -119,9 +119,9 @@ def recorded(
     # tensors that are neither weights nor arguments: attributes and literals are known, what came inside of objects is data
     kept = {t.data_ptr() for m in model.modules() for t in pytree.tree_leaves(vars(m)) if isinstance(t, Tensor)}
     with torch.no_grad(), quiet(), sdpa_kernel(SDPBackend.MATH), modules_noted(model), Lists():
-        traced = make_fx(functionalize(run), _error_on_data_dependent_ops=False, record_stack_traces=True)(
-            dict(weights), [flat[k] for k in where]
-        )
+        traced = functional(run, dict(weights), [flat[k] for k in where])
+        if any(map(overwrites, traced.graph.nodes)):  # some operators write in place when they are taken apart
+            traced = functional(Interpreter(traced).run, dict(weights), [flat[k] for k in where])
     nodes = list(traced.graph.nodes)
     placeholders = [node for node in nodes if node.op == "placeholder"]
     sources = [*weights, *where]
@@ -145,6 +145,18 @@ def recorded(
     results = nodes[-1].args[0]
     buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False) if name in tensors)
     return Graph(nodes, leaves, list(results), [], aliases, tensors, buffers, read_in(nodes))
+
+
+def functional(function: Callable[..., Any], weights: dict[str, Tensor], values: list[Tensor]) -> GraphModule:
+    """The operators of a function on real tensors, in-place ones as ordinary ones."""
+    tracer = make_fx(functionalize(function), _error_on_data_dependent_ops=False, record_stack_traces=True)
+    return tracer(weights, values)
+
+
+def overwrites(node: Node) -> bool:
+    """Whether an operator writes into one of its arguments."""
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
 
 
 def read_in(nodes: list[Node]) -> dict[Node, str]:
@@ -288,7 +300,7 @@ def is_understood(node: Node) -> bool:
         return True
     known = rule_of(node.target) is not None or is_pointwise(node.target)
     schema = getattr(node.target, "_schema", None)
-    return known and schema is not None and not schema.is_mutable
+    return known and schema is not None and not overwrites(node)
 
 
 def decompositions() -> dict[Any, Any]:
