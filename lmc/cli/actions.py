@@ -177,10 +177,11 @@ def merge(arguments: Namespace) -> None:
     if arguments.recipe:
         if arguments.models or arguments.base or arguments.set or arguments.dry_run or arguments.dtype:
             raise InputError(
-                "a recipe holds everything: --recipe goes with --out, and METHOD where it is a function of your own"
+                "a recipe holds everything: --recipe goes with --out, --folder, and METHOD where it is a function of your own"
             )
         own = method(arguments.method) if arguments.method else None
-        merged = lmc.merge.replay(arguments.recipe, arguments.out, method=own, progress=show)
+        folders = dict(map(_folder, arguments.folder))
+        merged = lmc.merge.replay(arguments.recipe, arguments.out, method=own, folders=folders, progress=show)
     else:
         if not arguments.method or not arguments.models:
             raise InputError("give a method and at least one model: lmc merge average a/ b/ --out merged/")
@@ -204,6 +205,32 @@ def merge(arguments: Namespace) -> None:
     if arguments.save_recipe:
         shutil.copyfile(merged.path / RECIPE, arguments.save_recipe)
     print(merged)
+
+
+def _folder(text: str) -> tuple[str, str]:
+    name, equals, folder = text.rpartition("=")
+    if not equals:
+        raise InputError(f"--folder {text}: expected NAME=DIR, the name in the recipe and where the model is")
+    return name, folder
+
+
+def extract(arguments: Namespace) -> None:
+    chosen, settings = method(arguments.method), options(arguments.set)
+    check_options(chosen, settings)
+    found = lmc.merge.extract(
+        arguments.models,
+        arguments.out,
+        base=arguments.base,
+        rank=arguments.rank,
+        method=chosen,
+        dtype=arguments.dtype,
+        progress=not arguments.quiet,
+        **settings,
+    )
+    print(found)
+    if arguments.layers:
+        for name, rank, error in zip(found.names, found.ranks, found.errors, strict=True):
+            print(f"{name:60} rank {rank:4}   relative error {error:.3g}")
 
 
 def align(arguments: Namespace) -> None:

@@ -36,11 +36,20 @@ examples:
   lmc merge ties math/ code/ --base base/ --out merged/ --dry-run      say what it takes, and stop
   lmc merge --explain ties                                             what a method does, and its options
   lmc merge --recipe merged/merge.json --out again/                    the same again, bit for bit
+  lmc merge --recipe config.yml --out merged/ --folder org/model=a/    a configuration of mergekit
   lmc merge my_methods:median a/ b/ c/ --out merged/                   a function of your own, @lmc.merge.on_tensors
 
 In Python: lmc.merge.write(method, models, out, base=..., **options), lmc.merge.replay(recipe, out)
 
 """
+
+EXTRACT = """Make a LoRA adapter of a fine-tuned model, or of the merge of several models or adapters.
+
+examples:
+  lmc extract fine-tuned/ --base base/ --rank 16 --out adapter/
+  lmc extract adapter-a/ adapter-b/ --base base/ --method ties --set density=0.3 --rank 32 --out merged-adapter/
+
+What is lost of each weight is printed. In Python: lmc.merge.extract(models, out, base=base, rank=rank)"""
 
 ALIGN = """Bring the units of B into the order of A's: what B computes stays the same, and the two can be merged.
 
@@ -83,6 +92,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     _inspect(_command(commands, "inspect", INSPECT, actions.inspect))
     _merge(_command(commands, "merge", MERGE + actions.catalogue(), actions.merge))
+    _extract(_command(commands, "extract", EXTRACT, actions.extract))
     _align(_command(commands, "align", ALIGN, actions.align))
     _barrier(_command(commands, "barrier", BARRIER, actions.barrier))
     return top
@@ -114,9 +124,21 @@ def _merge(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", help="of the result, such as bfloat16 (default: as in the first model)")
     command.add_argument("--shard-size", default="5GB", help="bytes per file at most (default 5GB)")
     command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
-    command.add_argument("--recipe", metavar="FILE", help="repeat the merge of this recipe, with --out only")
+    command.add_argument("--recipe", metavar="FILE", help="do the merge of a merge.json, or of a mergekit config.yml")
+    command.add_argument("--folder", action="append", default=[], metavar="NAME=DIR", help="where a recipe's model is")
     command.add_argument("--save-recipe", metavar="FILE", help="write a copy of the recipe there")
     command.add_argument("--explain", metavar="METHOD", help="print what a method does and its options")
+
+
+def _extract(command: argparse.ArgumentParser) -> None:
+    command.add_argument("models", nargs="+", metavar="MODEL", help="a fine-tuned model or an adapter")
+    command.add_argument("--base", required=True, help="what the models were fine-tuned from")
+    command.add_argument("--out", required=True, help="the folder to make; it must not exist")
+    command.add_argument("--rank", type=int, default=16, help="of the factors at most (default 16)")
+    command.add_argument("--method", default="task_arithmetic", help="how several models are merged")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the method")
+    command.add_argument("--dtype", default="float32", help="of what is stored (default float32)")
+    command.add_argument("--layers", action="store_true", help="print a line for each weight")
 
 
 def _align(command: argparse.ArgumentParser) -> None:

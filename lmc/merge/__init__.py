@@ -3,7 +3,7 @@
 Models are modules or state dicts of one architecture; the result is a state dict; nothing given is changed. What a
 method needs besides the models:
 
-- nothing: `average` (and `uniform_soup`), `slerp`, `nuslerp`, `multislerp`, `karcher_mean`, `variance_corrected`; over
+- nothing: `average` (and `uniform_soup`), `weighted_sum`, `slerp`, `nuslerp`, `multislerp`, `karcher_mean`, `variance_corrected`; over
   the checkpoints of one run `swa`, `ema`, `lawa`, and with a metric for each `metrics_weighted`;
 - the base they were fine-tuned from: `model_stock`, `wise_ft`, and on task vectors `task_arithmetic`, `ties`, `dare`,
   `della`, `breadcrumbs`, `pcb`, `sce`, `ram`, `magmax`, `nearswap`, `arcee_fusion`, `emr`, by singular vectors `tsv_m`,
@@ -31,10 +31,14 @@ method that takes several models (see `lmc.merge.engine.aligning`).
 
 Models may be checkpoints on disk (`lmc.open_checkpoint`). Methods of the first two kinds merge them into a new folder
 with little memory: `write(method, models, out, base=..., ...)`; `plan(...)` says beforehand what that takes, and
-`replay(recipe, out)` does one again. The command `lmc merge` does the same.
+`replay(recipe, out)` does one again. The command `lmc merge` does the same. Folders of LoRA adapters are models where
+`base=` is given; `extract(models, out, base=base, rank=16)` makes an adapter of a fine-tuned model, or of a merge.
 """
 
-from lmc.merge.disk.write import Plan, plan, replay, write
+from lmc.merge.disk.extract import Extraction, extract
+from lmc.merge.disk.replay import replay
+from lmc.merge.disk.stacking import stack
+from lmc.merge.disk.write import Plan, plan, write
 from lmc.merge.engine.aligning import aligned
 from lmc.merge.engine.method import linear, on_task_vectors, on_tensors
 from lmc.merge.partial.growth import Zipped
@@ -53,6 +57,7 @@ from lmc.merge.rules.averaging import (
     slerp,
     swa,
     variance_corrected,
+    weighted_sum,
 )
 from lmc.merge.rules.postprocess import consensus, lines, on_merged, tall_mask, tall_masks
 from lmc.merge.rules.selection import arcee_fusion, emr, magmax, nearswap, ram, sce
@@ -76,6 +81,7 @@ from lmc.merge.with_training.star import Star, StarPaths, star_model
 from lmc.merge.with_training.trained_soups import balanced_batch, diwa, ratatouille
 
 __all__ = [
+    "Extraction",
     "Inspection",
     "MergeComparison",
     "Mixer",
@@ -102,6 +108,7 @@ __all__ = [
     "ema",
     "emr",
     "evolve",
+    "extract",
     "fisher",
     "fisher_information",
     "fisher_weighted",
@@ -138,6 +145,7 @@ __all__ = [
     "sce",
     "slerp",
     "sparse_soup",
+    "stack",
     "star_model",
     "swa",
     "tall_mask",
@@ -149,6 +157,7 @@ __all__ = [
     "tsv_m",
     "uniform_soup",
     "variance_corrected",
+    "weighted_sum",
     "wise_ft",
     "wise_ft_line",
     "write",

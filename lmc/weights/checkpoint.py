@@ -244,6 +244,10 @@ class Checkpoint(Mapping[str, Tensor]):
         notes = [*self.notes, f"read as {str(dtype).removeprefix('torch.')}"]
         return Checkpoint(self.path, stored, self.ties, notes, self.metadata)
 
+    def on(self, base: Mapping[str, Tensor]) -> "Checkpoint":
+        """The full model: this one itself; of an adapter (`lmc.weights.adapter.Adapter`) what it makes of the base."""
+        return self
+
     def verify(self) -> None:
         """Compare every file with the checksums that were stored when it was written.
 

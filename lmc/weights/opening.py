@@ -21,8 +21,9 @@ from torch import Tensor
 
 from lmc.core.context import warn
 from lmc.errors import DataError, InputError
+from lmc.weights.adapter import CONFIG, Adapter
 from lmc.weights.checkpoint import DTYPES, Checkpoint, Extent, Mapped, Stored, read_json
-from lmc.weights.state import natural, tied_names
+from lmc.weights.state import factor, natural, tied_names
 
 # What wrappers of modules put before or between names.
 WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -48,7 +49,8 @@ def open_checkpoint(
     Args:
         path: a safetensors file; a file of `torch.save` that holds a state dict, at the top or in an entry such as
             "state_dict" or "model" (code in a pickle is never run); or a folder with one of them, or with shards and
-            their index. Files of optimisers and schedulers beside them are passed over.
+            their index. Files of optimisers and schedulers beside them are passed over. The folder of an adapter (LoRA, as
+            PEFT writes it) gives an `Adapter`.
         key: the entry of a `torch.save` file that holds the weights (default: the only one).
         prefix: what is stripped from every name; names without it are left out (default: that of wrappers such as
             DataParallel, `torch.compile` and Lightning, where all names have it; "" strips nothing).
@@ -78,7 +80,9 @@ def open_checkpoint(
             warn(f"{path}: one of {count} shards; open the folder for the whole model")
         opened = open_file(path)
     opened = _unwrapped(opened) if prefix is None else _stripped(opened, prefix)
-    return opened if dtype is None else opened.to(dtype)
+    opened = opened if dtype is None else opened.to(dtype)
+    folder = path if path.is_dir() else path.parent
+    return Adapter(opened, folder) if (folder / CONFIG).is_file() and factor(opened) else opened
 
 
 def _open_file(file: Path, key: str | None) -> Checkpoint:

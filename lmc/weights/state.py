@@ -202,8 +202,9 @@ def unmergeable(state: Mapping[str, Tensor]) -> str:
         return f"{reason}, which are no numbers to add and scale; {DEQUANTISE}"
     if name := factor(state):
         return (
-            f"{name} is a factor of an adapter, and the mean of products is not the product of means; merge each "
-            "adapter into its base first (peft: model.merge_and_unload()), and merge those"
+            f"{name} is a factor of an adapter, and the mean of products is not the product of means; pass the folder of "
+            "the adapter and the model it was trained on as base=, or merge each adapter into its base first (peft: "
+            "model.merge_and_unload()), and merge those"
         )
     return ""
 

@@ -60,7 +60,7 @@ class World:
         rng = torch.Generator().manual_seed(4)
         self.x = torch.randn(24, SIZES[0], generator=rng, dtype=torch.float32)
         self.y = torch.arange(24) % SIZES[-1]
-        self.spec = SPEC
+        self.spec: Any = SPEC
         self.cut: dict[str, Any] = {}  # how data are cut, for functions whose result does not depend on it
 
     @property
@@ -212,8 +212,8 @@ OPTIONS = {
 }
 # Public functions that compute on no weights, or only with files, which have tests of their own.
 NOT_HERE = {
-    "open_checkpoint", "plan", "write", "replay", "barrier", "balanced_batch", "linear", "on_tensors", "on_task_vectors",
-    "on_merged", "sweep",
+    "open_checkpoint", "plan", "write", "replay", "extract", "stack", "barrier", "balanced_batch", "linear", "on_tensors",
+    "on_task_vectors", "on_merged", "sweep",
 }  # fmt: skip
 
 

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from lmc.core.files import __version__, write_text
 from lmc.errors import InputError
+from lmc.merge.disk.stacking import Stack
 from lmc.merge.engine.method import MergeFunction
 from lmc.weights import ModelOrWeights, as_weights
+from lmc.weights.adapter import Adapted
 from lmc.weights.checkpoint import RECIPE, Checkpoint, as_bytes, read_json
 
 MergeRecipe = dict[str, Any]
@@ -70,11 +72,16 @@ def source(method: MergeFunction) -> str:
 
 def _fingerprint(model: ModelOrWeights) -> MergeRecipe:
     """Path, sizes and times of files, or the SHA-256 of what is in memory."""
-    if isinstance(model, Checkpoint):
-        stats = {file.name: file.stat() for file in model.files}
+    if isinstance(model, Checkpoint) and not (isinstance(model, Adapted) and model.base is None):
+        files = {file: file.stat() for file in model.files}
+        named = {str(file.resolve()): [stat.st_size, stat.st_mtime_ns] for file, stat in files.items()}
+        if isinstance(model, Stack):
+            return {"stack": [[str(path), start, stop] for path, start, stop in model.slices], "files": named}
+        if isinstance(model, Adapted):
+            return {"adapter": str(model.path.resolve()), "on": str(Path(str(model.base)).resolve()), "files": named}
         return {
             "path": str(model.path.resolve()),
-            "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+            "files": {file.name: [stat.st_size, stat.st_mtime_ns] for file, stat in files.items()},
         }
     digest = hashlib.sha256()
     for name, tensor in as_weights(model).items():

@@ -26,17 +26,17 @@ from torch import Tensor, nn
 from lmc.core.context import own_context
 from lmc.core.files import write_text
 from lmc.core.progress import tqdm
-from lmc.errors import DataError, InputError
-from lmc.merge.disk.recipe import MergeRecipe, make_recipe, record, recorded, source
+from lmc.errors import InputError
+from lmc.merge.disk.recipe import MergeRecipe, make_recipe, record, recorded
 from lmc.merge.disk.shards import QUEUE, Naming, Shard, layout, naming, parse_dtype, parse_size, write_shard
+from lmc.merge.disk.stacking import Stack
 from lmc.merge.engine.call import sample_size
 from lmc.merge.engine.chunks import DEPTH, VALUES, Chunk, grain
 from lmc.merge.engine.method import MergeFunction, Method
 from lmc.merge.engine.quantiles import SAMPLE
 from lmc.merge.engine.tensors import WeightSets, weight_sets
-from lmc.merge.rules import averaging, postprocess, selection, spectral, task_vectors, ties
-from lmc.merge.with_data import soups
 from lmc.weights import ModelOrWeights
+from lmc.weights.adapter import Adapter
 from lmc.weights.checkpoint import RECIPE, Checkpoint, checksum, read_json, readable
 from lmc.weights.opening import open_checkpoint
 from lmc.weights.state import wide
@@ -61,6 +61,7 @@ class Plan:
         whole: whether tensors are held whole, so that the largest decides about memory; else in chunks.
         one_pass: whether each tensor is read once only; else thresholds of whole models or angles are found first.
         beside: the files that are copied: configuration and tokenizer, of the base or else the first model in a folder.
+        texts: files that are made beside the weights: their names and contents, such as a configuration that is changed.
         notes: what was unwrapped or stripped in the files of the models.
         inputs: the files that are read, whose SHA-256 are kept beside the result.
     """
@@ -75,6 +76,7 @@ class Plan:
     whole: bool
     one_pass: bool
     beside: tuple[Path, ...]
+    texts: Mapping[str, str]
     notes: tuple[str, ...]
     inputs: tuple[Path, ...]
     _stream: Callable[[frozenset[str]], Iterator[tuple[str, Chunk, Tensor]]] = field(repr=False)
@@ -121,7 +123,10 @@ class Plan:
                 record(partial, self.recipe, files)
         record(partial, self.recipe, files, {str(file.resolve()): checksum(file) for file in self.inputs})
         for file in self.beside:
-            shutil.copyfile(file, partial / file.name)
+            if file.name not in self.texts:
+                shutil.copyfile(file, partial / file.name)
+        for name, text in self.texts.items():
+            write_text(partial / name, text)
         if len(self.shards) > 1:
             weight_map = {name: shard.file for shard in self.shards for name in shard.tensors}
             index = {"metadata": {"total_size": self.size}, "weight_map": weight_map}
@@ -222,8 +227,12 @@ def plan(
     whole = how.cuts(arguments) == "whole"
     on_disk = [one for one in (*sets.states, sets.base) if isinstance(one, Checkpoint)]
     notes = tuple(f"{one.path}: {note}" for one in on_disk for note in one.notes)
-    read = tuple(dict.fromkeys(file for one in on_disk for file in one.files))
-    return Plan(out, recipe, shards, names, done, sets.ties, memory, whole, how.one_pass, beside, notes, read, stream)
+    adapters = [model for model in opened if isinstance(model, Adapter)]
+    read = tuple(dict.fromkeys(file for one in (*on_disk, *adapters) for file in one.files))
+    texts = _changed(beside, opened, dtype)
+    return Plan(
+        out, recipe, shards, names, done, sets.ties, memory, whole, how.one_pass, beside, texts, notes, read, stream
+    )
 
 
 def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:
@@ -248,12 +257,28 @@ def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:
 def _beside(sources: Sequence[ModelOrWeights | None]) -> tuple[Path, ...]:
     """Configuration and tokenizer of the first folder that has any: small texts, without indices and old recipes."""
     for given in sources:
-        if isinstance(given, Checkpoint) and given.path.is_dir():
+        if isinstance(given, Checkpoint) and not isinstance(given, Adapter) and given.path.is_dir():
             found = sorted(file for file in given.path.iterdir() if file.suffix in BESIDE and file.is_file())
             found = [f for f in found if not f.name.endswith(".index.json") and f.name not in (RECIPE, *TRAINING)]
             if found:
                 return tuple(found)
     return ()
+
+
+def _changed(beside: Sequence[Path], models: Sequence[ModelOrWeights], dtype: torch.dtype | None) -> dict[str, str]:
+    """The configuration, where the result has other layers or another dtype than it says."""
+    file = next((file for file in beside if file.name == "config.json"), None)
+    if file is None:
+        return {}
+    before = read_json(file)
+    changes: dict[str, Any] = {}
+    for model in models:
+        if isinstance(model, Stack):
+            changes |= model.configured(before)
+    if dtype is not None:
+        name = str(dtype).removeprefix("torch.")
+        changes |= {key: name for key in ("torch_dtype", "dtype") if key in before}
+    return {file.name: json.dumps(before | changes, indent=2) + "\n"} if changes else {}
 
 
 def _partial(out: Path) -> Path:
@@ -284,78 +309,3 @@ def _finished(out: Path, recipe: MergeRecipe, shards: Sequence[Shard]) -> dict[s
 
 def _short(value: Any) -> Any:
     return value["method"] if isinstance(value, dict) and "method" in value else value
-
-
-@own_context
-def replay(
-    recipe: str | Path | Mapping[str, Any],
-    out: str | Path,
-    *,
-    method: MergeFunction | None = None,
-    progress: bool = True,
-) -> Checkpoint:
-    """Repeat the merge of a recipe, into a new folder.
-
-    Args:
-        recipe: `merge.json` of a merged checkpoint, its folder, another copy of that file, or what it holds.
-        out: the folder to make.
-        method: the function, where it is not one of `lmc.merge`.
-
-    Raises:
-        InputError: models that were not on disk; a method that is not known, or has been changed since.
-        DataError: inputs of other sizes than those that were merged, or a result that differs; the file is named.
-    """
-    if not isinstance(recipe, Mapping):
-        path = Path(recipe)
-        recipe = read_json(path / RECIPE if path.is_dir() else path)
-    missing = [key for key in ("method", "rule", "options", "models", "base", "shard_size") if key not in recipe]
-    if missing:
-        raise DataError(f"recipe: not one of lmc.merge.write: it lacks {', '.join(missing)}")
-    chosen = find_method(recipe, method)
-    options = {key: find_method(v) if _is_method(v) else v for key, v in recipe["options"].items()}
-    models = [_input(model, f"models[{i}]") for i, model in enumerate(recipe["models"])]
-    base = None if recipe["base"] is None else _input(recipe["base"], "base")
-    for file, digest in recipe.get("inputs", {}).items():
-        if Path(file).is_file() and checksum(Path(file)) != digest:
-            raise DataError(f"{file}: is not what was merged: its SHA-256 differs from the one in the recipe")
-    how: dict[str, Any] = {key: recipe.get(key) for key in ("dtype", "shard_size")} | options
-    merged = write(chosen, models, out, base=base, progress=progress, **how)
-    made = read_json(merged.path / RECIPE)["files"]
-    for file, digest in recipe.get("files", {}).items():
-        if made.get(file) != digest:
-            raise DataError(
-                f"{merged.path / file}: differs from the file of the recipe: its inputs, or the version of torch "
-                f"({recipe.get('torch')} then), have changed"
-            )
-    return merged
-
-
-# Where the methods are defined that a recipe may name.
-CATALOGUE = (averaging, postprocess, selection, spectral, task_vectors, ties, soups)
-
-
-def find_method(recipe: Mapping[str, Any], given: MergeFunction | None = None) -> MergeFunction:
-    """The method that a recipe names; its source must be what it was."""
-    name = recipe["method"]
-    named = (getattr(module, str(name), None) for module in CATALOGUE)
-    method: Any = next(filter(None, named), None) if given is None else given
-    if not hasattr(method, "method"):
-        raise InputError(f"recipe: {name!r} is not a method of lmc.merge; pass your function as method=")
-    if source(method) != recipe["rule"]:
-        raise InputError(f"recipe: {name!r} is not the function that the recipe was made with: its source differs")
-    return method
-
-
-def _is_method(value: Any) -> bool:
-    return isinstance(value, Mapping) and set(value) == {"method", "rule"}
-
-
-def _input(recorded: Mapping[str, Any], who: str) -> Checkpoint:
-    if "path" not in recorded:
-        raise InputError(f"recipe: {who} was in memory; only checkpoints on disk can be merged again")
-    checkpoint = open_checkpoint(recorded["path"])
-    sizes = {file.name: file.stat().st_size for file in checkpoint.files}
-    before = {name: size for name, (size, _) in recorded["files"].items()}
-    if sizes != before:
-        raise DataError(f"{checkpoint.path}: {who} is not what it was: files and sizes {sizes}, then {before}")
-    return checkpoint

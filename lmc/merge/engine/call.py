@@ -2,7 +2,12 @@
 
 Options may be given per tensor by name patterns, `scale={"*": 1.0, "layers.*.attn": 0.3}`: a pattern (`*` and `?` as in the
 shell) names tensors or whole modules; of several that fit, the last one counts. Tensors that no pattern fits take the
-option's default."""
+option's default.
+
+`scale={"gradient": [0.2, 1.0]}` is a number that changes over the depth of numbered layers, interpolated between those
+given; tensors outside layers take the first one. It may stand for a pattern's value or in a list:
+`weights=[1.0, {"gradient": [0, 1]}]`.
+"""
 
 import hashlib
 import re
@@ -19,6 +24,7 @@ from lmc.errors import InputError
 from lmc.merge.engine.chunks import Chunk, Cut, blocks, grain
 from lmc.merge.engine.tensors import WeightSets
 from lmc.network.moments import Moments
+from lmc.weights.state import numbered_depths
 
 
 def coefficients(weights: Iterable[float] | None, count: int, what: str = "weights") -> list[float]:
@@ -50,32 +56,65 @@ class PerName:
     """The options of one call, resolved for each tensor name.
 
     Args:
-        options: option name -> value, or -> `{pattern: value}`.
+        options: option name -> value, or -> `{pattern: value}`; in values `{"gradient": [...]}` stands for a number.
         defaults: option name -> value for tensors that no pattern fits.
         names: all tensor names; a pattern that fits none of them raises `InputError`.
     """
 
     def __init__(self, options: Mapping[str, Any], defaults: Mapping[str, Any], names: Iterable[str]) -> None:
         names = tuple(names)
-        self.fixed = {key: value for key, value in options.items() if not isinstance(value, Mapping)}
+        patterns = {key: value for key, value in options.items() if isinstance(value, Mapping) and not _gradient(value)}
+        self.fixed = {key: value for key, value in options.items() if key not in patterns}
         self.rules: dict[str, list[tuple[re.Pattern[str], Any]]] = {}
+        self.exact: dict[str, Mapping[str, Any]] = {}  # options that name every tensor by its name
         self.defaults = defaults
-        for key, value in options.items():
-            if isinstance(value, Mapping):
-                self.rules[key] = [(_compile(pattern), choice) for pattern, choice in value.items()]
-                for (regex, _), pattern in zip(self.rules[key], value, strict=True):
-                    if not any(regex.match(name) for name in names):
-                        raise InputError(f"{key}: no tensor fits the pattern {pattern!r}; names are like {names[:3]}")
+        self.depths = numbered_depths(names) if any(map(_has_gradient, options.values())) else {}
+        for key, value in patterns.items():
+            if value.keys() == set(names):
+                self.exact[key] = value
+                continue
+            self.rules[key] = [(_compile(pattern), choice) for pattern, choice in value.items()]
+            for (regex, _), pattern in zip(self.rules[key], value, strict=True):
+                if not any(regex.match(name) for name in names):
+                    raise InputError(f"{key}: no tensor fits the pattern {pattern!r}; names are like {names[:3]}")
 
     def __call__(self, name: str) -> dict[str, Any]:
         """The options for the tensor `name`."""
-        chosen = dict(self.fixed)
+        chosen = self.fixed | {key: value[name] for key, value in self.exact.items()}
         for key, rules in self.rules.items():
             fitting = [value for regex, value in rules if regex.match(name)]
             if not fitting and key not in self.defaults:
                 raise InputError(f"{key}: no pattern fits {name}; add a pattern '*' for all other tensors")
             chosen[key] = fitting[-1] if fitting else self.defaults[key]
-        return chosen
+        if not self.depths:
+            return chosen
+        return {key: _at(value, self.depths.get(name, 0.0), key) for key, value in chosen.items()}
+
+
+def varies(value: Any) -> bool:
+    """True for an option that is not the same for all tensors: patterns, or a gradient, also within a list."""
+    return isinstance(value, Mapping) or (isinstance(value, list | tuple) and any(map(varies, value)))
+
+
+def _gradient(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) == {"gradient"}
+
+
+def _has_gradient(value: Any) -> bool:
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ()
+    return _gradient(value) or any(map(_has_gradient, inside))
+
+
+def _at(value: Any, depth: float, key: str) -> Any:
+    """The value at a depth from 0 to 1: gradients, alone or in a list, are interpolated between their numbers."""
+    if _gradient(value):
+        points = coefficients(value["gradient"], len(value["gradient"]), f"{key}: gradient")
+        if not points:
+            raise InputError(f"{key}: an empty gradient")
+        place = depth * (len(points) - 1)
+        low = min(int(place), max(len(points) - 2, 0))
+        return points[low] + (place - low) * (points[min(low + 1, len(points) - 1)] - points[low])
+    return [_at(each, depth, key) for each in value] if isinstance(value, list | tuple) else value
 
 
 def matches(name: str, pattern: str) -> bool:

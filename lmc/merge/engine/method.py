@@ -77,6 +77,7 @@ class Method:
             suffices.
         shares: for rules on tensors, from the options to the share of each model in averaged statistics.
         cut: which chunks of large tensors the rule may be given; of linear rules, any.
+        alone: whether a rule on tensors is asked about a lone model, which is given back otherwise.
     """
 
     rule: Rule
@@ -84,6 +85,7 @@ class Method:
     survey: Survey | None = None
     shares: Callable[..., Sequence[float]] | None = None
     cut: Cutting = "whole"
+    alone: bool = False
 
     @cached_property
     def parameters(self) -> dict[str, inspect.Parameter]:
@@ -143,7 +145,8 @@ class Method:
         call = self._prepare(sets, options, lambda name, chunk: (sets.stack(name, chunk),), cut)
 
         def merged(name: str, chunk: Chunk) -> Tensor:  # an average of one model is that model, bit for bit
-            return sets.combine(name, [1.0], chunk=chunk) if len(sets) == 1 else self._rule(call, name, chunk)
+            lone = len(sets) == 1 and not self.alone
+            return sets.combine(name, [1.0], chunk=chunk) if lone else self._rule(call, name, chunk)
 
         return assemble_chunks(sets, merged, lambda name: self._average(call, name), cut)
 
@@ -222,15 +225,17 @@ def on_tensors(
     shares: Callable[..., Sequence[float]] | None = None,
     elementwise: bool = False,
     cut: Cutting = "whole",
+    alone: bool = False,
 ) -> Any:
     """Lift `rule(tensors, *, ...) -> tensor`: from `(models, *shape)` to `(*shape)`; a lone model is given back.
 
     `shares(**options)` gives how much of each model goes into averaged statistics (default: `weights`, or equal).
-    `elementwise` and `cut` say which chunks of large tensors the rule may be given.
+    `elementwise` and `cut` say which chunks of large tensors the rule may be given. With `alone`, the rule is asked about
+    a lone model as well.
     """
     if rule is None:
-        return partial(on_tensors, shares=shares, elementwise=elementwise, cut=cut)
-    return lift(Method(rule, "tensors", shares=shares, cut="entries" if elementwise else cut))
+        return partial(on_tensors, shares=shares, elementwise=elementwise, cut=cut, alone=alone)
+    return lift(Method(rule, "tensors", shares=shares, cut="entries" if elementwise else cut, alone=alone))
 
 
 def on_task_vectors(

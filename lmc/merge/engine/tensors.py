@@ -26,10 +26,11 @@ from lmc.errors import InputError, WeightsError
 from lmc.merge.engine.chunks import Ahead, Chunk, Cut, chunks
 from lmc.network.derived import constants_in, derived_names, gauged, warn_of_lagging
 from lmc.weights import ModelOrWeights, as_weights, check_compatible, fitted, tied_names
+from lmc.weights.adapter import Adapter, Changed
 from lmc.weights.agreement import corresponding, prefix_between
-from lmc.weights.checkpoint import Checkpoint, flat
+from lmc.weights.checkpoint import Checkpoint, Mapped, Stored, flat
 from lmc.weights.opening import open_checkpoint
-from lmc.weights.state import dtype_name, inexact, unmergeable, wide
+from lmc.weights.state import dtype_name, inexact, memory, unmergeable, wide
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -96,7 +97,7 @@ class WeightSets:
         What comes next is read from disk meanwhile, where it is small.
         """
         steps = ((name, chunk) for name in names for chunk in chunks(self.shells[name], cut))
-        lazy = [state for state in (*self.states, self.base) if isinstance(state, Checkpoint)]
+        lazy = [s for s in (*self.states, self.base) if isinstance(s, Checkpoint) and not adapted(s)]
         return self._ahead.walk(steps, self.shells, lazy, self._load)
 
     def stack(self, name: str, chunk: Chunk = None) -> Tensor:
@@ -120,8 +121,25 @@ class WeightSets:
         return self._finite(self._base(name, chunk), name, chunk)
 
     def deltas(self, name: str, chunk: Chunk = None) -> Tensor:
-        """`(models, *shape)`: the task vectors, model minus base."""
-        return self._finite(self._stack(name, chunk).sub_(self._base(name, chunk)), name, chunk)
+        """`(models, *shape)`: the task vectors, model minus base; of an adapter what it adds, unrounded."""
+        if not any(map(adapted, self.states)):
+            return self._finite(self._stack(name, chunk).sub_(self._base(name, chunk)), name, chunk)
+        base = self._base(name, chunk)
+        together = base.new_empty((len(self.states), *base.shape))
+        for i, state in enumerate(self.states):
+            added = self._added(state, name, chunk)
+            together[i] = self._read(state, name, chunk) - base if added is None else added
+        return self._finite(together, name, chunk)
+
+    def _added(self, state: Mapping[str, Tensor], name: str, chunk: Chunk) -> Tensor | float | None:
+        """What an adapter on this base adds to it; 0 where it leaves the base's tensor, None for other models."""
+        if not isinstance(state, Checkpoint) or not adapted(state) or name in self.pairs:
+            return None
+        entry = state.entry(name)
+        origin = entry.base if isinstance(entry, Changed) else entry
+        if not _is_at(origin, self.base, name):
+            return None
+        return entry.delta(chunk) if isinstance(entry, Changed) else 0.0
 
     def combine(
         self, name: str, coefficients: Sequence[float], base_coefficient: float = 0.0, chunk: Chunk = None
@@ -160,7 +178,8 @@ class WeightSets:
             whole = torch.view_as_real(state[name].detach().resolve_conj())
             tensor = whole if chunk is None else flat(whole, chunk)
         elif isinstance(state, Checkpoint):
-            tensor = state.read(name, chunk)
+            entry = state.entry(name)
+            tensor = entry.unrounded(chunk) if isinstance(entry, Changed) else entry.read(chunk)
         else:
             tensor = state[name].detach() if chunk is None else flat(state[name].detach(), chunk)
         return tensor.to(self.widths.get(name, tensor.dtype))
@@ -216,7 +235,7 @@ def weight_sets(
     if isinstance(models, (nn.Module, Mapping, str, Path)):
         raise InputError("models: expected a sequence of modules or state dicts, got a single one; write [model]")
     called = [f"models[{i}]" for i in range(len(models))] + ([] if base is None else ["base"])
-    everyone = [_mapping(model) for model in [*models, *([] if base is None else [base])]]
+    everyone = on_base([_mapping(model) for model in models], None if base is None else _mapping(base))
     if not len(models):
         raise InputError("models is empty: pass at least one module or state dict")
     if module is not None:
@@ -275,6 +294,25 @@ def _mapping(model: ModelOrWeights | str | Path) -> Mapping[str, Tensor]:
     if isinstance(model, str | Path):
         return open_checkpoint(model)
     return model if isinstance(model, Mapping) and not isinstance(model, dict) else as_weights(model)
+
+
+def on_base(models: Sequence[Mapping[str, Tensor]], base: Mapping[str, Tensor] | None) -> list[Mapping[str, Tensor]]:
+    """All, the base last, with adapters as the models that they are on the base."""
+    if base is None:
+        return list(models)
+    return [*(model.on(base) if isinstance(model, Adapter) else model for model in models), base]
+
+
+def adapted(state: Mapping[str, Tensor]) -> bool:
+    """True for a base with an adapter: what it reads is computed."""
+    return isinstance(state, Checkpoint) and any(isinstance(entry, Changed) for entry in state.stored.values())
+
+
+def _is_at(stored: Stored, base: Mapping[str, Tensor] | None, name: str) -> bool:
+    """True where `stored` is the base's tensor."""
+    if isinstance(base, Checkpoint):
+        return stored is base.entry(name) or (not isinstance(stored, Mapped) and stored == base.entry(name))
+    return isinstance(stored, Mapped) and base is not None and memory(stored.tensor) == memory(base[name].detach())
 
 
 def _gauged(

@@ -16,6 +16,7 @@ from lmc.merge.engine.call import coefficients
 from lmc.merge.engine.chunks import Cut
 from lmc.merge.engine.method import linear, on_tensors
 from lmc.merge.engine.tensors import weight_sets
+from lmc.merge.rules.task_vectors import weigh
 from lmc.network.moments import Moments, precise
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_compatible
 from lmc.weights.state import wide
@@ -36,6 +37,16 @@ def average(count: int, *, weights: Sequence[float] | None = None) -> list[float
     if abs(sum(values)) < 1e-12:
         raise InputError(f"weights: {values} sum to 0, so that their average is not defined")
     return [value / sum(values) for value in values]
+
+
+@on_tensors(elementwise=True, alone=True)
+def weighted_sum(tensors: Tensor, *, weights: Sequence[float] | None = None) -> Tensor:
+    """`sum_i w_i theta_i`, the weights as they are: they need not sum to 1 (default: all 1).
+
+    What other tools call "linear" without normalisation and, of one model, "passthrough" with a factor: with weight 0 on
+    the last projection of a residual branch the branch is skipped.
+    """
+    return weigh(tensors, weights).sum(0)
 
 
 @linear
@@ -232,14 +243,16 @@ def model_stock(
     base: Tensor,
     filter_wise: bool = False,
     row_wise: bool = False,
+    signed: bool = False,
 ) -> Tensor:
     """Model Stock (Jang, Yun, Han 2024, 2403.19522): between the mean of N fine-tuned models and their base.
 
     `t mean_i theta_i + (1-t) base` with `t = N cos / (1 + (N-1) cos)` (equation 6), cos the mean cosine between two
     task vectors: per tensor; with `filter_wise` per filter, what is at one place of the first axis; with `row_wise` per
     row of the last axis, which mergekit calls filter-wise and which of a convolution is a few entries. A vector is one
-    filter and one row. `t` is 0 where the cosine is not positive (the formula has a pole at `-1/(N-1)`; mergekit lets
-    it become negative there) and 1 where a task vector is zero. A lone model is given back.
+    filter and one row. `t` is 0 where the cosine is not positive (the formula has a pole at `-1/(N-1)`) and 1 where a task
+    vector is zero; with `signed`, as in mergekit, it becomes negative there, and a task vector of zero has cosine 0. A
+    lone model is given back.
     """
     deltas = tensors - base
     count = len(deltas)
@@ -253,8 +266,11 @@ def model_stock(
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()
     cosines = gram / (norms[:, :, None] * norms[:, None, :]).clamp_min(1e-60)
     cosine = (cosines.sum((1, 2)) - count) / (count * (count - 1))
-    t = (count * cosine / (1 + (count - 1) * cosine)).clamp(0, 1).where(cosine > 0, 0.0)
-    t = t.where((norms > 0).all(1), 1.0).to(rows)
+    pole = 1 + (count - 1) * cosine
+    t = (count * cosine / pole).where(pole.abs() >= 1e-6, 0.0)
+    if not signed:
+        t = t.clamp(0, 1).where(cosine > 0, 0.0).where((norms > 0).all(1), 1.0)
+    t = t.to(rows)
     move = (rows.mean(0) * t[:, None]).reshape(base.shape)
     return base + move
 

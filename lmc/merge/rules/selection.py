@@ -3,15 +3,14 @@
 All are called `method([a, b, ...], base=base, scale=1.0, ...)`; none needs data.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lmc.errors import InputError
-from lmc.merge.engine.call import Pass
+from lmc.merge.engine.call import Pass, varies
 from lmc.merge.engine.method import on_task_vectors
 from lmc.merge.rules.task_vectors import per_model
 
@@ -47,46 +46,73 @@ def magmax(deltas: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Overlap:
-    """RAM+'s first pass, `(models,)`: by how much entries that one model alone changes are enlarged."""
+    """RAM+'s first pass: by how much entries that one model alone changes are enlarged, of all tensors or of each.
 
-    factors: Tensor
+    Attributes:
+        deltas: the task vectors.
+        ratio: `(models,)` for the whole model; None where each tensor has its own.
+    """
+
+    deltas: Pass
+    ratio: Tensor | None
+
+    def factors(self, name: str, epsilon: float, boost: float, cap: float) -> Tensor:
+        """`(models,)`: for the tensor `name`."""
+        ratio = _ratio(self.deltas.of(name), epsilon) if self.ratio is None else self.ratio
+        return 1.0 + boost * ratio.clamp(0.0, cap)
 
 
-def _survey_ram(deltas: Pass, *, epsilon: Any, boost: Any, cap: Any, **_: Any) -> Overlap | None:
+def _survey_ram(deltas: Pass, *, epsilon: Any, boost: Any, cap: Any, scope: Any, **_: Any) -> Overlap | None:
+    if scope not in ("model", "tensor"):
+        raise InputError(f"scope must be 'model' or 'tensor', got {scope!r}")
+    if scope == "tensor":
+        return Overlap(deltas, None)
     if boost == 0.0:
         return None
-    if any(isinstance(value, Mapping) for value in (epsilon, boost, cap)):
-        raise InputError("epsilon, boost and cap must be numbers: they hold for the whole model")
+    if any(map(varies, (epsilon, boost, cap))):
+        raise InputError("epsilon, boost and cap must be numbers where scope='model': they hold for the whole model")
+    return Overlap(deltas, _ratio(deltas, epsilon))
+
+
+def _ratio(deltas: Pass, epsilon: float) -> Tensor:
+    """`(models,)`: the number of entries that a model shares with others for each that it changes alone."""
     shared, unique = torch.zeros(2, len(deltas.sets), dtype=torch.float64)
     for tensor in deltas:
         used = tensor.reshape(len(tensor), -1).abs() > epsilon
         several = used.sum(0) > 1
         shared += (used & several).sum(1).cpu()
         unique += (used & ~several).sum(1).cpu()
-    ratio = (shared / unique).where(unique > 0, 0.0)
-    return Overlap(1.0 + boost * ratio.clamp(0.0, cap))
+    return (shared / unique).where(unique > 0, 0.0)
 
 
 @on_task_vectors(survey=_survey_ram, elementwise=True)
 def ram(
-    deltas: Tensor, *, survey: Overlap | None, epsilon: float = 1e-5, boost: float = 0.0, cap: float = 0.2
+    deltas: Tensor,
+    *,
+    survey: Overlap | None,
+    name: str,
+    epsilon: float = 1e-5,
+    boost: float = 0.0,
+    cap: float = 0.2,
+    scope: Literal["model", "tensor"] = "model",
 ) -> Tensor:
     """RAM and RAM+ (Yuan et al. 2026, 2601.13572): what one task alone changes is kept, what several change is averaged.
 
     A task changes an entry where `|tau| > epsilon`; entries changed by several are the mean over those. `boost` (the
     paper's r, 0.1 for RAM+) multiplies what is model t's alone by `1 + boost clip(shared_t / unique_t, 0, cap)`, counted
-    over the whole model.
+    over the whole model, or over each tensor (`scope="tensor"`, mergekit's `ramplus_tl`, which takes the cap itself where
+    nothing is the model's alone; here it is 0).
     """
     used = deltas.abs() > epsilon
     count = used.sum(0)
     kept = deltas * used
-    if survey is not None:
-        kept = kept * torch.where(count == 1, per_model(survey.factors, deltas), 1.0)
+    if survey is not None and boost != 0.0:
+        kept = kept * torch.where(count == 1, per_model(survey.factors(name, epsilon, boost, cap), deltas), 1.0)
     return kept.sum(0) / count.clamp_min(1)
 
 
 @on_task_vectors
-def sce(deltas: Tensor, *, select: float = 1.0, dense: bool = False) -> Tensor:
+def sce(deltas: Tensor, *, select: float = 1.0, dense: bool = False, least: float = 0.0) -> Tensor:
     """SCE (Wan et al. 2024, FuseChat, 2408.07990): select, calculate, erase, tensor by tensor.
 
     1. Select the share `select` of the positions whose variance over the models is not zero, the largest variances.
@@ -94,9 +120,9 @@ def sce(deltas: Tensor, *, select: float = 1.0, dense: bool = False) -> Tensor:
     3. Erase the entries that disagree with the sign of the sum; the rest is averaged with these shares.
 
     As in mergekit, what is not selected stays at the base; with `dense=True`, as in the authors' script, the selection
-    decides the shares alone. Where nothing is selected (identical models and `select < 1`) shares are equal. mergekit
-    takes equal shares wherever squares sum to less than 1e-6, as those of fine-tuned language models do; here only zero
-    counts.
+    decides the shares alone. Where nothing is selected (identical models and `select < 1`) shares are equal, and so they
+    are where the mean squares sum to no more than `least`: mergekit has 1e-6, below which those of fine-tuned language
+    models usually are.
 
     Raises:
         InputError: `select` outside [0, 1].
@@ -111,7 +137,7 @@ def sce(deltas: Tensor, *, select: float = 1.0, dense: bool = False) -> Tensor:
         mask = torch.zeros_like(variance).scatter_(0, variance.topk(count).indices, 1.0)
         chosen = flat * mask
     energy = chosen.square().mean(1)
-    share = energy / energy.sum() if float(energy.sum()) > 0.0 else torch.full_like(energy, 1.0 / len(flat))
+    share = energy / energy.sum() if float(energy.sum()) > least else torch.full_like(energy, 1.0 / len(flat))
     acting = flat if dense else chosen
     sign = torch.where(acting.sum(0) >= 0, 1.0, -1.0).to(acting)
     votes = (acting * sign > 0) * share[:, None]

@@ -63,22 +63,22 @@ def dare(
     deltas: Tensor,
     *,
     uniform: Uniform,
-    density: float = 0.5,
+    density: float | Sequence[float] = 0.5,
     rescale: Rescale = "keep",
     combine_by: Combine = "sum",
     weights: Sequence[float] | None = None,
 ) -> Tensor:
     """DARE (Yu et al. 2024, 2311.03099): drop entries at random, divide the rest by `density`, so that the mean stays.
 
-    Each entry of each task vector is kept with probability `density = 1 - p`. It works while task vectors are small
+    Each entry of each task vector is kept with probability `density = 1 - p`, one for all or one per model. It works while task vectors are small
     (about 0.005). Each model's mask depends on `seed`, the tensor's name and its place in the list. To leave tensors
     whole, as the authors do with classifier heads: `density={"*": 0.1, "head": 1.0}`. `combine_by="ties"` is DARE-TIES
     ("ties-sum" without its normalisation, mergekit's default). Where another tool rescales to the old L1 norm of each tensor, that is `rescale="l1"`, which holds whole tensors in
     memory.
     """
-    _check_density(density)
-    keep = uniform(deltas) < density
-    return combine(_rescale(deltas * keep, deltas, density, rescale), combine_by, weights)
+    chance = per_model(densities(density, len(deltas)), deltas)
+    keep = uniform(deltas) < chance
+    return combine(_rescale(deltas * keep, deltas, chance, rescale), combine_by, weights)
 
 
 @on_task_vectors(cut=_parts("rows"))
@@ -86,8 +86,8 @@ def della(
     deltas: Tensor,
     *,
     uniform: Uniform,
-    density: float = 0.7,
-    epsilon: float = 0.07,
+    density: float | Sequence[float] = 0.7,
+    epsilon: float | Sequence[float] = 0.07,
     rescale: Rescale = "keep",
     combine_by: Combine = "ties",
     weights: Sequence[float] | None = None,
@@ -96,18 +96,19 @@ def della(
 
     MagPrune: within each row (last axis; a vector is one row) the chance to survive rises linearly with the rank of
     `|tau|`, from `density - epsilon` to `density + epsilon`; survivors are divided by their own chance. `epsilon` is
-    half the paper's window (0.14). Rows of one entry have chance `density`. `epsilon=0` is DARE; `rescale="l1"`
+    half the paper's window (0.14); both are one number or one per model. Rows of one entry have chance `density`. `epsilon=0` is DARE; `rescale="l1"`
     restores the L1 norm of each tensor instead, which is biased entry by entry and holds whole tensors in memory.
 
     Raises:
         InputError: chances that leave (0, 1].
     """
-    _check_density(density)
-    if epsilon < 0 or density - epsilon <= 0 or density + epsilon > 1:
+    kept, window = densities(density, len(deltas)), each(epsilon, len(deltas), "epsilon")
+    if any(e < 0 or d - e <= 0 or d + e > 1 for d, e in zip(kept, window, strict=True)):
         raise InputError(f"density {density} +- epsilon {epsilon} must be in (0, 1]")
     length = deltas.shape[-1] if deltas.ndim > 1 else 1
+    middle, half = per_model(kept, deltas), per_model(window, deltas)
     rank = _ranks(deltas.abs())
-    chance = density + epsilon * (2.0 * rank / (length - 1) - 1.0) if length > 1 else torch.full_like(deltas, density)
+    chance = middle + half * (2.0 * rank / (length - 1) - 1.0) if length > 1 else middle.expand_as(deltas)
     keep = uniform(deltas) < chance
     return combine(_rescale(deltas * keep, deltas, chance, rescale), combine_by, weights)
 
@@ -126,8 +127,8 @@ def breadcrumbs(
     deltas: Tensor,
     *,
     name: str,
-    density: float = 0.15,
-    outliers: float = 0.006,
+    density: float | Sequence[float] = 0.15,
+    outliers: float | Sequence[float] = 0.006,
     scope: Together = "filter",
     combine_by: Combine = "sum",
     weights: Sequence[float] | None = None,
@@ -135,7 +136,7 @@ def breadcrumbs(
     """Model Breadcrumbs (Davari, Belilovsky 2024, 2312.06795): drop the smallest entries and the largest outliers.
 
     By `|tau|`, of the top share `density` (the authors' beta) the top share `outliers` (gamma) is dropped, so
-    `density - outliers` is kept, both counts rounded but one entry at least. The authors' script uses 0.15, 0.006 and
+    `density - outliers` is kept, both counts rounded but one entry at least; both are one number or one per model. The authors' script uses 0.15, 0.006 and
     scale 0.2.
 
     Ranked together is a `"filter"` (what is at one place of the first axis; the row of a matrix; a vector is one), which
@@ -146,23 +147,26 @@ def breadcrumbs(
     Raises:
         InputError: unless 0 <= outliers <= density <= 1, or rows that are too short to keep anything.
     """
-    _check_density(density)
-    if not 0.0 <= outliers <= density:
-        raise InputError(f"outliers must be in [0, density = {density}], got {outliers}")
+    shares, dropped = densities(density, len(deltas)), each(outliers, len(deltas), "outliers")
+    for share, drop in zip(shares, dropped, strict=True):
+        if not 0.0 <= drop <= share:
+            raise InputError(f"outliers must be in [0, density = {share}], got {drop}")
     # (models, groups, entries): what is ranked together; a vector is one group
     groups = (1,) if deltas.ndim < 3 or scope == "tensor" else deltas.shape[1 : -1 if scope == "row" else 2]
     rows = deltas.reshape(len(deltas), math.prod(groups), -1)
-    length = rows.shape[-1]
-    kept, dropped = round(density * length), round(outliers * length)
-    if kept <= dropped and density > outliers:
-        if scope == "row" and deltas.ndim > 2:
-            raise InputError(
-                f"{name}: density {density} keeps no entry of rows of {length}; rank filters instead, scope='filter'"
-            )
-        kept = dropped + 1 if dropped < length else length
-        dropped = kept - 1
-    top = rows.abs().topk(kept, dim=-1).indices[..., dropped:]
-    crumbs = torch.zeros_like(rows).scatter_(-1, top, rows.gather(-1, top))
+    crumbs = torch.zeros_like(rows)
+    for own, crumb, share, drop in zip(rows, crumbs, shares, dropped, strict=True):
+        length = rows.shape[-1]
+        last, first = round(share * length), round(drop * length)
+        if last <= first and share > drop:
+            if scope == "row" and deltas.ndim > 2:
+                raise InputError(
+                    f"{name}: density {share} keeps no entry of rows of {length}; rank filters instead, scope='filter'"
+                )
+            last = first + 1 if first < length else length
+            first = last - 1
+        top = own.abs().topk(last, dim=-1).indices[..., first:]
+        crumb.scatter_(-1, top, own.gather(-1, top))
     return combine(crumbs.reshape(deltas.shape), combine_by, weights)
 
 
@@ -246,6 +250,14 @@ def _ranks(values: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(-1, order, places)
 
 
-def _check_density(density: float) -> None:
-    if not 0.0 < density <= 1.0:
+def densities(density: float | Sequence[float], count: int) -> list[float]:
+    """The share of entries kept of each model, checked."""
+    found = each(density, count, "density")
+    if not all(0.0 < share <= 1.0 for share in found):
         raise InputError(f"density, the share of entries kept, must be in (0, 1], got {density}")
+    return found
+
+
+def each(value: float | Sequence[float], count: int, what: str) -> list[float]:
+    """One number for all models, or one for each, as a list."""
+    return coefficients([value] * count if isinstance(value, int | float) else value, count, what)

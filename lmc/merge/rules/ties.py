@@ -4,7 +4,7 @@ Both look at all tensors before they merge the first one, so they read the model
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from lmc.errors import InputError
-from lmc.merge.engine.call import Pass
+from lmc.merge.engine.call import Pass, varies
 from lmc.merge.engine.method import on_task_vectors
 from lmc.merge.engine.quantiles import kth_smallest
-from lmc.merge.rules.task_vectors import Normalize, elect, per_model, weigh
+from lmc.merge.rules.task_vectors import Normalize, densities, elect, per_model, weigh
 
 Scope = Literal["model", "tensor"]
 
@@ -33,7 +33,7 @@ class Trim:
     _limits: dict[str, Tensor] = field(default_factory=dict)
     _majorities: dict[str, float] = field(default_factory=dict)
 
-    def limits(self, name: str, density: float) -> Tensor:
+    def limits(self, name: str, density: float | Sequence[float]) -> Tensor:
         """`(models,)`: the thresholds for the tensor `name`."""
         if self.thresholds is not None:
             return self.thresholds
@@ -57,7 +57,7 @@ def _survey_ties(deltas: Pass, *, density: Any, weights: Any, scope: Scope, **_:
         raise InputError(f"scope must be 'model' or 'tensor', got {scope!r}")
     if scope == "tensor":
         return Trim(deltas, None)
-    if isinstance(density, Mapping) or isinstance(weights, Mapping):
+    if varies(density) or varies(weights):
         raise InputError(
             "density and weights per name pattern need scope='tensor': scope='model' ranks all tensors at once"
         )
@@ -70,7 +70,7 @@ def ties(
     *,
     survey: Trim,
     name: str,
-    density: float = 0.2,
+    density: float | Sequence[float] = 0.2,
     weights: Sequence[float] | None = None,
     scope: Scope = "model",
     undecided: Literal["majority", "positive", "drop"] = "majority",
@@ -78,7 +78,8 @@ def ties(
 ) -> Tensor:
     """TIES (Yadav et al. 2023, 2306.01708, Algorithm 1): trim, elect signs, merge what agrees.
 
-    1. Of each task vector keep the share `density` largest by magnitude, over the whole flattened model.
+    1. Of each task vector keep the share `density` (one for all, or one per model) largest by magnitude, over the whole
+       flattened model.
     2. Elect for each entry the sign of the sum of the trimmed (and weighted) vectors.
     3. Take the weighted mean over the models that have this sign; entries trimmed to zero do not count.
 
@@ -112,17 +113,13 @@ def trim(deltas: Tensor, limits: Tensor) -> Tensor:
     return torch.stack([hardshrink(d, low) if low > 0 else d for d, low in zip(deltas, below, strict=True)])
 
 
-def thresholds(deltas: Iterable[Tensor], density: float, models: int, size: int, more: int = 1) -> Tensor:
+def thresholds(
+    deltas: Iterable[Tensor], density: float | Sequence[float], models: int, size: int, more: int = 1
+) -> Tensor:
     """`(models,)`: the smallest of the `floor(density size) + more` largest magnitudes among all entries of a model."""
-    if not 0.0 < density <= 1.0:
-        raise InputError(f"density, the share of entries kept, must be in (0, 1], got {density}")
     sample = (lambda: (d.abs() for d in deltas.sample())) if isinstance(deltas, Pass) else None
-    return kth_smallest(
-        lambda: (d.abs() for d in deltas),
-        [min(size, max(1, size + 1 - more - int(density * size)))] * models,
-        size,
-        sample,
-    )
+    ranks = [min(size, max(1, size + 1 - more - int(share * size))) for share in densities(density, models)]
+    return kth_smallest(lambda: (d.abs() for d in deltas), ranks, size, sample)
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ class Competition:
 
 
 def _survey_pcb(deltas: Pass, *, density: Any, **_: Any) -> Competition:
-    if isinstance(density, Mapping) or not 0.0 < density <= 1.0:
+    if varies(density) or not isinstance(density, int | float) or not 0.0 < density <= 1.0:
         raise InputError(f"density must be one number in (0, 1]: PCB ranks the whole model; got {density!r}")
     count = len(deltas.sets)
     highest = torch.full((count,), -math.inf, dtype=deltas.sets.dtype)

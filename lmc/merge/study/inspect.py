@@ -16,7 +16,7 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.merge.engine.tensors import STATISTICS, fitting, outline
+from lmc.merge.engine.tensors import STATISTICS, fitting, on_base, outline
 from lmc.merge.study.survey import Difference, LayerReport, Survey, differences
 from lmc.weights import ModelOrWeights, as_weights, tied_names
 from lmc.weights.checkpoint import Checkpoint
@@ -122,6 +122,7 @@ def inspect(
     states = [_opened(given) for given in models]
     called = _names(models, states, names)
     reference = None if base is None else _opened(base)
+    states = on_base(states, reference)[: len(states)]
     if data is not None and model is None:
         raise InputError("barriers on data need the architecture as well: pass model=")
     everyone = [*states, *([] if reference is None else [reference])]

@@ -7,6 +7,7 @@ from plotly.subplots import make_subplots
 
 from lmc.core.results import view
 from lmc.errors import InputError
+from lmc.merge.disk.extract import Extraction
 from lmc.merge.partial.growth import Zipped
 from lmc.merge.study.compare import MergeComparison
 from lmc.merge.study.inspect import Inspection, mean_cosine
@@ -73,6 +74,19 @@ def _add_layers(fig: go.Figure, inspection: Inspection) -> None:
         fig.add_trace(line, row=2, col=1)
     agreement = [layer.conflict if inspection.based else mean_cosine(layer.cosines) for layer in inspection.layers]
     fig.add_trace(go.Bar(x=layers, y=agreement, marker={"color": GREY}, showlegend=False), row=2, col=2)
+
+
+@view(Extraction, "plot")
+def plot_extraction(extraction: Extraction) -> go.Figure:
+    """Draw what is lost of each weight, in the order of the model."""
+    fig = figure()
+    names = [_layer(name) for name in extraction.names]
+    fig.add_trace(go.Bar(x=names, y=list(extraction.errors), marker={"color": GREY}, showlegend=False))
+    step = max(1, -(-len(names) // MOST_NAMED))
+    fig.update_xaxes(
+        type="category", tickvals=names[::step], ticktext=[_short(n) for n in names[::step]], tickangle=-45
+    )
+    return fig.update_yaxes(title="relative error", range=[0, 1])
 
 
 @view(MergeComparison, "plot")

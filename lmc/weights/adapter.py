@@ -1,0 +1,398 @@
+"""Low-rank adapters on disk (LoRA, as PEFT writes them), and the model that one gives on its base, tensor by tensor.
+
+An adapter changes a weight W by `scale B A`, with `scale = alpha / rank`, or `alpha / sqrt(rank)` of rank-stabilised ones
+(Hu et al. 2021, 2106.09685; Kalajdzievski 2023, 2312.03732). DoRA gives every row of the sum a length of its own (Liu et
+al. 2024, 2402.09353). Biases, norms and heads may be stored whole beside it.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lmc.core.context import warn
+from lmc.errors import DataError, MismatchError, WeightsError
+from lmc.weights.checkpoint import Checkpoint, Mapped, Stored, read_json, readable
+from lmc.weights.state import FACTORS, narrowed, tied_names, wide
+
+CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."  # of PEFT, before every name
+FACTOR = re.compile(
+    r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
+    r"(\.(?!weight$|bias$)(?P<adapter>[\w-]+))?(\.(?P<what>weight|bias))?$"
+)
+SAVED = re.compile(r"\.(base_layer|modules_to_save(\.(?!weight$|bias$)[\w-]+)?)(?=\.)")
+# Fields of a configuration that make an adapter something else than a change of weights.
+REFUSED = {
+    "layer_replication": "repeats layers, so that its model has another depth than the base",
+    "target_parameters": "changes parameters that are no weights of modules",
+    "trainable_token_indices": "trains rows of the embedding under names of their own",
+    "alora_invocation_tokens": "acts behind some tokens only, which no change of weights does",
+    "use_qalora": "was trained on groups of quantised inputs",
+}
+# Ways to start the factors that take them off the base: what is stored belongs to what is left of it.
+RESIDUAL = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+class Adapted(Checkpoint):
+    """A base with an adapter, from `Adapter.on`; `path` is the adapter's.
+
+    Attributes:
+        base: the path of the base; None where that is in memory.
+    """
+
+    base: Path | None = None
+
+
+class Adapter(Checkpoint):
+    """An opened adapter: its factors are its tensors; `on(base)` is the model.
+
+    Merging methods take it as a model where `base=` is given. Made by `open_checkpoint`.
+
+    Attributes:
+        config: what `adapter_config.json` holds.
+    """
+
+    def __init__(self, opened: Checkpoint, folder: Path) -> None:
+        super().__init__(opened.path, opened.stored, opened.ties, opened.notes, opened.metadata)
+        self._config_file = folder / CONFIG
+        self.config = read_json(self._config_file)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files that it depends on: the factors and the configuration."""
+        return (*super().files, self._config_file)
+
+    def __repr__(self) -> str:
+        kind = "DoRA" if self.config.get("use_dora") else str(self.config.get("peft_type", "of unknown kind"))
+        origin = self.config.get("base_model_name_or_path")
+        base = f"; base {origin}" if origin else ""
+        lines = [f"Adapter({str(self.path)!r}: {kind}, rank {self.config.get('r', '?')}, {readable(self.size)}{base})"]
+        return "\n  ".join([*lines, *self.notes])
+
+    def on(self, base: Mapping[str, Tensor]) -> Checkpoint:
+        """The full model: the base with what the adapter changes. Nothing is read before it is asked for.
+
+        A name of a tied tensor that the adapter changes is no longer tied.
+
+        Raises:
+            WeightsError: an adapter of another kind, or one that is no change of the base's weights.
+            MismatchError: modules that the base lacks, or of another size there; the first is named.
+            DataError: names that are no part of an adapter, or a configuration that does not fit them.
+        """
+        self._check_kind()
+        factors, saved = self._parts()
+        if isinstance(base, Adapter):
+            raise WeightsError(
+                f"{base.path}: the base is an adapter itself; pass the full model that it was trained on"
+            )
+        place = {name: _stored(base, name, self.path) for name in base}
+        wanted = [f"{module}.weight" for module in factors] + [n for n in saved if n.endswith(".weight")]
+        rename = _renaming(wanted, place)
+        found: dict[str, Stored] = {}
+        for module, parts in factors.items():
+            found |= self._changed(rename(module), module, parts, place)
+        for name, stored in saved.items():
+            new = rename(name)
+            found[new] = Saved(place[new], stored, new) if new in place else stored
+        ties = _kept_ties(tied_names(base), found)
+        entries = {name: found.get(name, entry) for name, entry in place.items() if name not in ties}
+        entries |= {name: entry for name, entry in found.items() if name not in place}
+        note = f"adapter of rank {self.config.get('r')} on {len(factors)} modules"
+        whole = f", {len(saved)} tensors whole" if saved else ""
+        metadata = getattr(base, "metadata", getattr(base, "_metadata", None))
+        made = Adapted(self.path, entries, ties, [*self.notes, note + whole], metadata)
+        made.base = base.path if isinstance(base, Checkpoint) else None
+        return made
+
+    def _check_kind(self) -> None:
+        kind = self.config.get("peft_type")
+        if kind != "LORA":
+            raise WeightsError(
+                f"{self.path}: an adapter of kind {kind}, whose product with the base is not known here; merge it into "
+                "its base first (peft: model.merge_and_unload())"
+            )
+        for field, why in REFUSED.items():
+            if self.config.get(field):
+                raise WeightsError(f"{self.path}: {field} is set: the adapter {why}; it is no task vector")
+        start = str(self.config.get("init_lora_weights"))
+        if start.lower().startswith(RESIDUAL):
+            raise WeightsError(
+                f"{self.path}: init_lora_weights={start!r} took the first factors off the base, so that these belong to "
+                "what was left; convert it first (peft: save_pretrained(..., path_initial_model_for_weight_conversion=))"
+            )
+
+    def _parts(self) -> tuple[dict[str, dict[str, Stored]], dict[str, Stored]]:
+        """The factors of each module, by part, and the tensors that are stored whole; names as in the model."""
+        factors: dict[str, dict[str, Stored]] = {}
+        saved: dict[str, Stored] = {}
+        adapters = set()
+        for name in self:
+            plain = name.removeprefix(PREFIX)
+            if match := FACTOR.match(plain):
+                adapters.add(match["adapter"])
+                part = match["part"].replace("embedding_", "")
+                kind = {"lora_A": "down", "lora_B": "up"}.get(part, "magnitude")
+                kind = "bias" if match["what"] == "bias" else kind
+                own = factors.setdefault(match["module"], {})
+                own[kind] = self.entry(name)
+                if "embedding" in match["part"]:
+                    own["embedding"] = self.entry(name)
+            elif FACTORS.search(plain) or "lora_" in plain or "trainable_tokens" in plain:
+                raise DataError(f"{self.path}: {name} is no part of a LoRA adapter that is known here")
+            elif ".original_module." not in plain:
+                saved[SAVED.sub("", plain)] = self.entry(name)
+        if len(adapters) > 1:
+            raise DataError(
+                f"{self.path}: holds several adapters, {', '.join(map(str, sorted(adapters, key=str)))}; save one"
+            )
+        for module, parts in factors.items():
+            if missing := {"down", "up"} - set(parts):
+                letter = "A" if "down" in missing else "B"
+                raise DataError(f"{self.path}: {module} lacks its factor lora_{letter}")
+        return factors, saved
+
+    def _changed(
+        self, home: str, module: str, parts: Mapping[str, Stored], base: Mapping[str, Stored]
+    ) -> dict[str, Stored]:
+        """The changed tensors of one module, `home` in the base and `module` in the adapter."""
+        name = f"{home}.weight"
+        if name not in base:
+            raise MismatchError(
+                f"{self.path}: changes {name}, which the base lacks (its names are like {next(iter(base), 'none')!r}): "
+                "an adapter of another model"
+            )
+        scale = self._scale(module, parts["down"].shape[0])
+        rows, columns = parts["up"].shape[0], parts["down"].shape[1:]
+        product, shape = (rows, *columns), base[name].shape
+        stored_across = (columns[0], rows) if len(columns) == 1 else ()
+        across = "embedding" in parts or (
+            bool(self.config.get("fan_in_fan_out")) if product == stored_across else shape == stored_across
+        )
+        if parts["up"].shape[1] != parts["down"].shape[0] or shape != (stored_across if across else product):
+            raise MismatchError(
+                f"{self.path}: {name} is {shape} in the base, the factors are {parts['up'].shape} and "
+                f"{parts['down'].shape}: an adapter of another size, or of a grouped convolution"
+            )
+        change = LowRank(parts["up"], parts["down"], scale, across, base[name].dtype)
+        found: dict[str, Stored] = {}
+        if "magnitude" in parts:
+            if across:
+                raise WeightsError(
+                    f"{self.path}: {module}: DoRA on a weight that is stored across, which is not supported; merge it into "
+                    "its base first (peft: model.merge_and_unload())"
+                )
+            found[name] = Directed(base[name], change, name, parts["magnitude"])
+        else:
+            found[name] = Moved(base[name], change, name)
+        if "bias" in parts:
+            bias = f"{home}.bias"
+            if bias not in base:
+                raise MismatchError(f"{self.path}: changes {bias}, which the base lacks")
+            found[bias] = Moved(base[bias], Scaled(parts["bias"], scale, base[bias].dtype), bias)
+        return found
+
+    def _scale(self, module: str, rank: int) -> float:
+        """`alpha / rank` as PEFT chooses them: the first pattern that fits the end of the module's name, else the general ones."""
+        values = {}
+        for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+            patterns = self.config.get(pattern) or {}
+            own = next(
+                (v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), self.config.get(field)
+            )
+            if not isinstance(own, int | float):
+                raise DataError(f"{self._config_file}: lacks {field}, by which the product of the factors is scaled")
+            values[field] = own
+        if values["r"] != rank:
+            raise DataError(f"{self._config_file}: says rank {values['r']} for {module}, its factors have {rank}")
+        return values["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """`scale up @ down`, whose factors are read when asked for.
+
+    Attributes:
+        up, down: (out, rank) and (rank, in), of a convolution (out, rank, 1, 1) and (rank, in, height, width).
+        across: the tensor is stored as (in, out): the product's transpose.
+        dtype: of the base's tensor.
+    """
+
+    up: Stored
+    down: Stored
+    scale: float
+    across: bool
+    dtype: torch.dtype
+
+    def rows(self, first: int, last: int) -> Tensor:
+        """`(last - first, values per row)` in float32 or wider."""
+        rank, kind = self.down.shape[0], wide(self.dtype, self.up.dtype, self.down.dtype)
+        down = self.down.read().to(kind).flatten(1)
+        if self.across:
+            left, right = down[:, first:last].T, self.up.read().to(kind).flatten(1).T
+        else:
+            left, right = self.up.read(slice(first * rank, last * rank)).to(kind).view(-1, rank), down
+        return (left @ right).mul_(self.scale)
+
+    def part(self, shape: Sequence[int], chunk: slice | None) -> Tensor:
+        if chunk is None:
+            return self.rows(0, shape[0]).reshape(tuple(shape))
+        first, last, inside = _covering(shape, chunk)
+        return self.rows(first, last).view(-1)[inside]
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """`scale` times a stored tensor."""
+
+    stored: Stored
+    scale: float
+    dtype: torch.dtype
+
+    def part(self, shape: Sequence[int], chunk: slice | None) -> Tensor:
+        return self.stored.read(chunk).to(wide(self.dtype, self.stored.dtype)) * self.scale
+
+
+@dataclass(frozen=True)
+class Changed:
+    """A tensor of the base as an adapter changes it: like one that is stored, and its difference from the base, unrounded.
+
+    Attributes:
+        base: the tensor of the base.
+        change: by what it is changed.
+        name: for errors.
+    """
+
+    base: Stored
+    change: Any
+    name: str
+
+    @property
+    def file(self) -> Path:
+        return self.base.file
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.base.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.base.shape
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return self.base.size
+
+    def read(self, chunk: slice | None = None) -> Tensor:
+        """The tensor, or this chunk of it flattened, in memory of its own."""
+        return narrowed(self.unrounded(chunk), self.dtype, self.name)
+
+    def unrounded(self, chunk: slice | None = None) -> Tensor:
+        """The same in float32 or wider."""
+        delta = self.delta(chunk)
+        return self.base.read(chunk).to(delta.dtype) + delta
+
+    def delta(self, chunk: slice | None = None) -> Tensor:
+        """The difference from the base, in float32 or wider."""
+        raise NotImplementedError
+
+
+class Moved(Changed):
+    """The base plus a change that does not depend on it."""
+
+    def delta(self, chunk: slice | None = None) -> Tensor:
+        return self.change.part(self.shape, chunk)
+
+
+class Saved(Changed):
+    """A tensor that is stored whole in the adapter."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.change.shape
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return self.change.size
+
+    def unrounded(self, chunk: slice | None = None) -> Tensor:
+        return self.change.read(chunk).to(wide(self.base.dtype, self.change.dtype))
+
+    def delta(self, chunk: slice | None = None) -> Tensor:
+        whole = self.unrounded(chunk)
+        return whole - self.base.read(chunk).to(whole.dtype)
+
+
+@dataclass(frozen=True)
+class Directed(Changed):
+    """DoRA: the rows of base plus change, each with a length of its own."""
+
+    magnitude: Stored
+
+    def delta(self, chunk: slice | None = None) -> Tensor:
+        shape = self.shape
+        if chunk is None:
+            return self._rows(0, shape[0]).reshape(shape)
+        first, last, inside = _covering(shape, chunk)
+        return self._rows(first, last).view(-1)[inside]
+
+    def _rows(self, first: int, last: int) -> Tensor:
+        change = self.change.rows(first, last)
+        width = self.size // self.shape[0]
+        base = self.base.read(slice(first * width, last * width)).to(change.dtype).view(-1, width)
+        length = self.magnitude.read().to(change.dtype).reshape(-1, 1)[first:last]
+        moved = base + change
+        return moved * (length / moved.norm(dim=1, keepdim=True)) - base
+
+
+def _covering(shape: Sequence[int], chunk: slice) -> tuple[int, int, slice]:
+    """The rows that hold a chunk of the flattened tensor, and where the chunk is in them."""
+    width = math.prod(shape[1:])
+    first, last = chunk.start // width, -(-chunk.stop // width)
+    return first, last, slice(chunk.start - first * width, chunk.stop - first * width)
+
+
+def _stored(base: Mapping[str, Tensor], name: str, path: Path) -> Stored:
+    return base.entry(name) if isinstance(base, Checkpoint) else Mapped(path, base[name])
+
+
+def _renaming(wanted: Iterable[str], base: Mapping[str, Stored]) -> Any:
+    """Names of the adapter -> those of the base, where one of them has some words before all names more."""
+    wanted = [name for name in wanted]
+    if all(name in base for name in wanted) or not wanted:
+        return lambda name: name
+    first = next(name for name in wanted if name not in base)
+    for longer in base:
+        if longer.endswith(f".{first}"):
+            before = longer.removesuffix(first)
+            if all(before + name in base for name in wanted):
+                return lambda name: before + name
+    for place in (match.end() for match in re.finditer(r"\.", first)):
+        before = first[:place]
+        if all(name.startswith(before) and name.removeprefix(before) in base for name in wanted):
+            return lambda name: name.removeprefix(before)
+    return lambda name: name
+
+
+def _kept_ties(ties: Mapping[str, str], changed: Mapping[str, Stored]) -> dict[str, str]:
+    """The ties of the base that the adapter leaves: both names unchanged, or stored whole with equal values."""
+    kept = {}
+    for again, first in ties.items():
+        here, there = changed.get(again), changed.get(first)
+        if here is None and there is None:
+            kept[again] = first
+        elif isinstance(here, Saved) and isinstance(there, Saved) and here.change.read().equal(there.change.read()):
+            kept[again] = first
+        else:
+            warn(
+                f"{again}: tied to {first} in the base; the adapter changes one of the two, so that they are no longer tied: "
+                "set tie_word_embeddings to false in the configuration of the result"
+            )
+    return kept
