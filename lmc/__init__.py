@@ -8,6 +8,7 @@ What may move: the symmetries of a network.
     canonical                   the weights of the same function whose scales and signs are fixed
 
 Which move: one network brought onto another.
+    connect                     by whatever connects the two best, within a time: a Connection
     weight_matching             by weights (Git Re-Basin)
     activation_matching         by what units do on the same inputs
     straight_through_matching   by the loss of the midpoint, through rounded matrices
@@ -49,6 +50,8 @@ from lmc.core.files import __version__ as __version__
 if TYPE_CHECKING:
     from lmc import align, data, landscape, merge, models, training, weights
     from lmc.align.activations.matching import activation_matching
+    from lmc.align.connecting.connect import connect
+    from lmc.align.connecting.result import Connection
     from lmc.align.many import match_many
     from lmc.align.relaxed.sinkhorn import sinkhorn_matching
     from lmc.align.relaxed.straight_through import straight_through_matching
@@ -89,6 +92,7 @@ __all__ = [
     "Certificate",
     "CertificateError",
     "Checkpoint",
+    "Connection",
     "ContinuousSymmetries",
     "Curve",
     "DataError",
@@ -115,6 +119,7 @@ __all__ = [
     "align",
     "bezier_curve",
     "canonical",
+    "connect",
     "continuous_symmetries",
     "data",
     "landscape",
@@ -144,6 +149,8 @@ __all__ = [
 # Where names are defined that are not rooms.
 _HOMES = {
     "activation_matching": "lmc.align.activations.matching",
+    "connect": "lmc.align.connecting.connect",
+    "Connection": "lmc.align.connecting.result",
     "match_many": "lmc.align.many",
     "sinkhorn_matching": "lmc.align.relaxed.sinkhorn",
     "straight_through_matching": "lmc.align.relaxed.straight_through",

@@ -1,6 +1,8 @@
 """Permutations, rotations and couplings that bring one network onto another."""
 
 from lmc.align.activations.matching import activation_matching
+from lmc.align.connecting.connect import connect
+from lmc.align.connecting.result import Attempt, Connection, SameFunction
 from lmc.align.many import Matchings, match_many
 from lmc.align.relaxed.sinkhorn import sinkhorn_matching
 from lmc.align.relaxed.straight_through import straight_through_matching
@@ -18,16 +20,20 @@ __all__ = [
     "METHODS",
     "Alignment",
     "AlignmentComparison",
+    "Attempt",
+    "Connection",
     "Epochs",
     "Fusion",
     "Matching",
     "Matchings",
     "RotatableGroups",
     "RotationMatching",
+    "SameFunction",
     "SingularAlignment",
     "activation_matching",
     "barrier_over_time",
     "compare",
+    "connect",
     "fold_norms",
     "inspect_matching",
     "match_many",

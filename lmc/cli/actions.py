@@ -252,6 +252,21 @@ def align(arguments: Namespace) -> None:
     print(f"distance of the weights {before:.4g} before, {after:.4g} after\n{moved}")
 
 
+def connect(arguments: Namespace) -> None:
+    model, loaded = architecture(arguments.model), data(arguments.data)
+    a, b = (_cast(_load(path, model), model) for path in (arguments.a, arguments.b))
+    spec = PermutationSpec.load(Path(arguments.spec)) if arguments.spec else None
+    found = lmc.align.connect(
+        model, a, b, loaded, spec=spec, budget=arguments.budget, seed=arguments.seed, progress=not arguments.quiet
+    )
+    print(found)
+    for out, weights in ((arguments.out, found.weights), (arguments.out_a, found.a)):
+        if out:
+            print(lmc.merge.write(lmc.merge.average, [weights], out, progress=False))
+    if arguments.html:
+        found.save_html(arguments.html)
+
+
 def barrier(arguments: Namespace) -> None:
     if arguments.alphas < 3 or arguments.alphas % 2 == 0:
         raise InputError(f"--alphas {arguments.alphas}: expected an odd number, so that the middle is among them")

@@ -62,6 +62,15 @@ examples:
 --model imports and runs code that you name. In Python: lmc.permutation_spec(model, inputs),
 lmc.weight_matching(spec, a, b), pi.apply(b)"""
 
+CONNECT = """Move B onto A by whatever connects the two best, and say what that is.
+
+examples:
+  lmc connect a.safetensors b.safetensors --model "mlp(64, [64, 64, 64], 10)" --data digits
+  lmc connect a/ b/ --model my_package.models:net(width=64) --data images.npz --budget 300 --out b-connected/ --html path.html
+
+Where the normalisations of A had to be folded, it is written too, beside B: --out-a. An interrupt gives the best so far.
+--model imports and runs code that you name. In Python: lmc.connect(model, a, b, data)"""
+
 BARRIER = """Loss and accuracy on the straight line between two networks.
 
 examples:
@@ -94,6 +103,7 @@ def parser() -> argparse.ArgumentParser:
     _merge(_command(commands, "merge", MERGE + actions.catalogue(), actions.merge))
     _extract(_command(commands, "extract", EXTRACT, actions.extract))
     _align(_command(commands, "align", ALIGN, actions.align))
+    _connect(_command(commands, "connect", CONNECT, actions.connect))
     _barrier(_command(commands, "barrier", BARRIER, actions.barrier))
     return top
 
@@ -152,6 +162,19 @@ def _align(command: argparse.ArgumentParser) -> None:
     command.add_argument("--example", metavar="SIZES", help="shape of example inputs such as 2,3,32,32, without --data")
     command.add_argument("--spec", metavar="FILE", help="a PermutationSpec saved as JSON, instead of --model")
     command.add_argument("--save-permutation", metavar="FILE", help="write the permutation as JSON")
+
+
+def _connect(command: argparse.ArgumentParser) -> None:
+    command.add_argument("a", metavar="A", help="the model that stays")
+    command.add_argument("b", metavar="B", help="the model that is moved")
+    command.add_argument("--model", required=True, help="the architecture, module:factory(arguments)")
+    command.add_argument("--data", required=True, help="a data set of lmc.data, or a file .npz or .safetensors")
+    command.add_argument("--budget", type=float, default=120.0, help="seconds that it may take (default 120)")
+    command.add_argument("--seed", type=int, default=0, help="of all that is random (default 0)")
+    command.add_argument("--spec", metavar="FILE", help="a PermutationSpec saved as JSON (default: found)")
+    command.add_argument("--out", help="the folder to make, with B as moved")
+    command.add_argument("--out-a", help="the folder to make, with A as B was moved onto it")
+    command.add_argument("--html", metavar="FILE", help="save the explorer of both ways as a page")
 
 
 def _barrier(command: argparse.ArgumentParser) -> None:

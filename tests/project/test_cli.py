@@ -129,6 +129,18 @@ def test_align_and_barrier(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert not same(lmc.open_checkpoint(tmp_path / "by-activations"), b)
 
 
+def test_connect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, page = tmp_path / "connected", tmp_path / "path.html"
+    common = ["--model", FACTORY, "--data", "digits", "--quiet"]
+    assert main(["connect", *SEEDS, *common, "--budget", "2", "--out", str(out), "--html", str(page)]) == 0
+    printed = capsys.readouterr().out
+    assert "Connection by" in printed and "of 2 allowed" in printed and "<html" in page.read_text().lower()
+    model, digits = lmc.models.mlp(*MODEL["arguments"]), lmc.data.digits()
+    a, moved = ({name: t.float() for name, t in lmc.open_checkpoint(p).load().items()} for p in (SEEDS[0], out))
+    barrier = lmc.loss_path(model, a, moved, digits, progress=False).barrier
+    assert barrier == pytest.approx(float(re.search(r"([\d.]+) nats after", printed)[1]), abs=5e-3)
+
+
 def test_data_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     inputs, targets = lmc.data.digits().test
     np.savez(tmp_path / "one.npz", inputs=inputs.numpy(), targets=targets.numpy())
@@ -199,7 +211,7 @@ def test_an_interrupt_is_told_and_gone_on_from(
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ("inspect", "merge", "align", "barrier"):
+    for command in ("inspect", "merge", "align", "connect", "barrier"):
         with pytest.raises(SystemExit) as left:
             main([command, "--help"])
         printed = capsys.readouterr().out

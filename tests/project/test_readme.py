@@ -19,6 +19,7 @@ def test_python_runs_as_printed(capsys, tmp_path, monkeypatch):
     for source in blocks("python"):
         exec(compile(source, "README.md", "exec"), namespace)
     assert namespace["naive"].barrier > 1.0
+    assert namespace["found"].barrier < 0.03
     assert namespace["after"].barrier < 0.03
     assert "nats" in capsys.readouterr().out
 

@@ -1,6 +1,5 @@
 """Straight-through matching: the permutation whose midpoint has the lowest loss (Ainsworth et al. 2023, section 3.3)."""
 
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from lmc.align.relaxed.soft import TaskLoss
 from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.matching import matched, weight_matching
+from lmc.core.budget import Budget
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
@@ -36,6 +36,8 @@ def straight_through_matching(
     momentum: float = 0.9,
     batch_size: int = 256,
     patience: int = 10,
+    start: Permutation | None = None,
+    budget: float | None = None,
     loss: Loss | Task | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -46,7 +48,7 @@ def straight_through_matching(
     Latent weights start at A. In each step, pi is the projection of the latent weights onto the permutations of B (weight
     matching, from the last pi); the gradient of the midpoint's loss passes straight through to the latent weights, as if
     they were pi(B). What counts is the loss over all the data, measured after each epoch; the best pi is returned. The
-    first one measured is weight matching's, so the result is never worse than it on these data.
+    first one measured is the start, so the result is never worse than it on these data.
 
     Args:
         spec: the symmetries of the architecture.
@@ -57,6 +59,8 @@ def straight_through_matching(
         lr, momentum: of SGD on the latent weights (the authors: 0.01 for 250 epochs of MNIST).
         batch_size: examples in a step, where the data are given whole.
         patience: end after this many epochs without a better permutation.
+        start: where to begin (default: weight matching's permutation).
+        budget: seconds after which the best so far is returned (default: any).
         loss: of outputs and targets, or an `lmc.Task` (default: cross-entropy).
         seed: decides the order of the data.
         device: where to run (default: where the weights are).
@@ -64,7 +68,7 @@ def straight_through_matching(
 
     Returns:
         The permutation. `.objective` is minus the loss at the midpoint; `.info["losses"]` has it for every epoch, from
-        weight matching on. An interrupt ends the search with a warning and returns the best so far.
+        the start on. An interrupt ends the search with a warning and returns the best so far.
 
     Raises:
         MismatchError: `a` and `b` differ in keys, shapes or device.
@@ -74,7 +78,7 @@ def straight_through_matching(
     """
     if epochs < 1 or patience < 1 or batch_size < 2 or lr <= 0:
         raise InputError(f"{epochs=}, {patience=}, {batch_size=}, {lr=}: expected at least 1, 1, 2, and lr above 0")
-    started = time.perf_counter()
+    clock, interrupted = Budget(budget), False
     a, b = agreeing([a, b], "ab", model=model)
     spec = spec.bind(a)
     chosen = pick_device(device, a)
@@ -85,25 +89,29 @@ def straight_through_matching(
     latent = {name: tensor.clone() for name, tensor in matched(spec, a).items()}
     blocks = build_blocks(spec, latent)
     optimizer = torch.optim.SGD(list(latent.values()), lr=lr, momentum=momentum)
-    pi = weight_matching(spec, a, b, progress=False)
+    pi = weight_matching(spec, a, b, progress=False) if start is None else start
     best, losses, stale = pi, [task.mean(lerp(a, pi.apply(b), 0.5))], 0
     try:
         for _ in tqdm(range(epochs), desc="straight-through", disable=not progress):
             for batch in task.epoch(generator):
                 _step(task, batch, a, pi.apply(b), latent, optimizer)
                 pi = _project(spec, blocks, latent, b, pi)
+                if clock.over:
+                    break
             losses.append(task.mean(lerp(a, pi.apply(b), 0.5)))
             stale = 0 if losses[-1] < min(losses[:-1]) else stale + 1
             best = pi if stale == 0 else best
-            if stale >= patience:
+            if stale >= patience or clock.over:
                 break
     except KeyboardInterrupt:
+        interrupted = True
         warn(f"interrupted: the best of {len(losses)} permutations is returned")
     info = {
         "method": "straight_through_matching",
         "seed": seed,
         "losses": losses,
-        "seconds": time.perf_counter() - started,
+        "interrupted": interrupted,
+        "seconds": clock.spent,
     }
     return Permutation(spec, best.indices, -min(losses), info)
 

@@ -190,7 +190,7 @@ def learn_rotations(
         return b | {name: tensor.to(b[name].dtype) for name, tensor in mix(matrices, theirs).items()}
 
     def current() -> Matrices:
-        return start | {name: torch.matrix_exp(_skew(x, rotated[name])) @ start[name] for name, x in free.items()}
+        return start | {name: torch.matrix_exp(skew(x, rotated[name])) @ start[name] for name, x in free.items()}
 
     optimizer = torch.optim.Adam(list(free.values()), lr=lr)
     best, values = start, [task.mean(lerp(a, moved(start), 0.5))]
@@ -215,7 +215,7 @@ def learn_rotations(
     return best, values
 
 
-def _skew(x: Tensor, ones: bool) -> Tensor:
+def skew(x: Tensor, ones: bool) -> Tensor:
     """`x - x^T`, with `ones` restricted to what maps the vector of ones to 0."""
     skew = x - x.T
     if ones:

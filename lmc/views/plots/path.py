@@ -4,6 +4,7 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from lmc.align.connecting.result import Connection
 from lmc.core.results import view
 from lmc.landscape.curve import Curve
 from lmc.landscape.path import Path
@@ -49,6 +50,12 @@ def plot(path: Path, label: str | None = None, **others: Path) -> go.Figure:
         )
     _dash_legend(fig, {split for path in shown for split in path.values})
     return fig
+
+
+@view(Connection, "plot")
+def plot_connection(connection: Connection) -> go.Figure:
+    """Draw loss and accuracy on the way between the two networks, as they are and connected."""
+    return plot(connection.path, "connected", naive=connection.naive)
 
 
 def _curves(fig: go.Figure, name: str, path: Path, panel: str, colour: str, column: int) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import traitlets
 
+from lmc.align.connecting.result import Connection
 from lmc.core.results import view
 from lmc.errors import InputError
 from lmc.landscape.path import Path
@@ -85,6 +86,29 @@ def save_html(
         title, text, rows: heading, paragraphs, and a table (column -> cell) above the explorer.
     """
     return PathExplorer.write(file, state(labelled_paths(path, label, others)), title, text, rows)
+
+
+@view(Connection, "explore")
+def explore_connection(connection: Connection) -> PathExplorer:
+    """Open the widget with a slider along both ways between the networks: as they are, and connected."""
+    return explore(connection.path, "connected", naive=connection.naive)
+
+
+@view(Connection, "save_html")
+def save_html_connection(
+    connection: Connection,
+    file: str | FilePath,
+    *,
+    title: str | None = None,
+    text: Sequence[str] = (),
+    rows: Sequence[Mapping[str, str]] = (),
+) -> FilePath:
+    """Write the explorer of both ways as one page that needs neither a kernel nor a network, and return where it is.
+
+    Args:
+        title, text, rows: heading, paragraphs, and a table (column -> cell) above the explorer.
+    """
+    return save_html(connection.path, file, "connected", title=title, text=text, rows=rows, naive=connection.naive)
 
 
 def state(paths: Mapping[str, Path]) -> dict[str, Any]:

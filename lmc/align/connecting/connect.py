@@ -1,0 +1,384 @@
+"""Two networks connected as well as can be, within a time: the one call that chooses among all others."""
+
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lmc.align.activations.matching import activation_matching
+from lmc.align.connecting.elements import FreeElement, freedoms, names_of
+from lmc.align.connecting.judge import ALPHAS, Judge, held_out, inputs_of
+from lmc.align.connecting.learned import learn
+from lmc.align.connecting.result import Attempt, Connection, SameFunction
+from lmc.align.connecting.starts import by_activations, by_weights
+from lmc.align.relaxed.soft import TaskLoss
+from lmc.align.relaxed.straight_through import straight_through_matching
+from lmc.align.rotations.folding import Probe, fold_norms
+from lmc.align.rotations.rotatable import rotatable_groups
+from lmc.align.weight_matching.matching import weight_matching
+from lmc.core.budget import Budget
+from lmc.core.context import own_context, warn
+from lmc.core.progress import tqdm
+from lmc.errors import CertificateError, LmcError
+from lmc.landscape.evaluation.evaluation import Repair
+from lmc.landscape.evaluation.evaluator import evaluate
+from lmc.landscape.path import Path, loss_path
+from lmc.network.batches import as_splits, to_device
+from lmc.network.batchnorm import has_batchnorm
+from lmc.network.derived import derived_names
+from lmc.network.inputs import first_of
+from lmc.network.network import Network, pick_device
+from lmc.network.task import Loss, Task
+from lmc.symmetry.continuous import continuous_symmetries
+from lmc.symmetry.find import permutation_spec
+from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
+from lmc.weights import ModelOrWeights, Weights, agreeing
+
+ENOUGH = 1e-3  # a barrier below which nothing is refined any more
+STEPS = 1500  # of learning, at most
+BATCH = 128  # examples in a step of learning
+POSITIONS = 1024  # targets in a step of learning, where examples have many
+POINTS = (25, 11, 5)  # on the paths: the most that take no more than this share of the time
+PATHS = 0.1
+LATE = "no time left"
+EXACT = 1e-9  # tolerance of a permutation, which rounds nothing
+ROUNDINGS = 1e3  # of the stored weights, that any other element may cost
+PERMUTING = 0.5  # share of the time left for straight-through matching, where scales are learned behind it
+
+
+@dataclass
+class Candidate:
+    """One way to move B, and what was said of it."""
+
+    method: str
+    a: Weights
+    weights: Weights
+    permutation: Permutation | None = None
+    barrier: float = math.nan
+    note: str = ""
+
+
+@own_context
+def connect(
+    model: nn.Module,
+    a: ModelOrWeights,
+    b: ModelOrWeights,
+    data: Any,
+    *,
+    spec: PermutationSpec | UnboundSpec | None = None,
+    budget: float | None = 120.0,
+    loss: Loss | Task | None = None,
+    seed: int = 0,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+) -> Connection:
+    """Move B onto A by whatever connects the two best, and measure the way between them before and after.
+
+    The symmetries are found, weight matching and activation matching tried, and where the units of a stream or inside
+    heads may be mixed, rotations with folded norms. The best is refined by the loss of the line: permutations by
+    straight-through matching and the scales that hidden units admit, or all of rotations, invertible mixings, scales and
+    permutations at once (Theus et al. 2025, arXiv:2506.22712, learned matching). Where repaired statistics lower the
+    barrier further (Jordan et al. 2023, arXiv:2211.08403), `path` has them.
+
+    What is best is decided on a fifth of the training data that nothing is learned from; test data are measured on and
+    otherwise not touched. Where the budget is not what ends it, the same seed gives the same result.
+
+    Args:
+        model: the architecture; not touched.
+        a, b: modules or state dicts; neither is changed.
+        data: labelled, as for `lmc.loss_path`.
+        spec: the symmetries of the architecture (default: found on the first two examples).
+        budget: seconds that it may take; None: as long as the methods need. Where it is too short for all, the cheaper
+            methods are what was tried; weight matching always is.
+        loss: of outputs and targets, or an `lmc.Task` (default: cross-entropy).
+        seed: decides which examples are held out, and all that is random in the methods.
+        device: where to run (default: where the weights are).
+        progress: say what is about to be done, and show bars when it takes longer than two seconds.
+
+    Returns:
+        Both networks, the paths, the method and why it was chosen, the certificate, and all that was tried. An interrupt
+        ends the search with a warning and returns the best so far.
+
+    Raises:
+        MismatchError: `a` and `b` differ in keys, shapes or device, or are not of this architecture.
+        SpecError: the spec does not fit them.
+        TraceError: the symmetries cannot be found; pass `spec`.
+        DataError: no labelled data, or losses that are no numbers.
+        WeightsError: weights that are not finite.
+        InputError: a budget that is no positive number of seconds.
+    """
+    clock = Budget(budget)
+    a, b = agreeing([a, b], "ab", model=model)
+    chosen = pick_device(device, a)
+    a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
+    search = _Search(model, a, b, data, spec, loss, seed, chosen, clock, progress)
+    interrupted = False
+    try:
+        search.run()
+    except KeyboardInterrupt:
+        if not search.candidates:
+            raise
+        interrupted = True
+    if interrupted or search.interrupted:
+        warn(f"interrupted: the best of {len(search.candidates)} candidates is returned")
+    return search.result(interrupted or search.interrupted)
+
+
+class _Search:
+    """The candidates of one pair, made one after the other while there is time."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        a: Weights,
+        b: Weights,
+        data: Any,
+        spec: PermutationSpec | UnboundSpec | None,
+        loss: Loss | Task | None,
+        seed: int,
+        device: torch.device,
+        clock: Budget,
+        progress: bool,
+    ) -> None:
+        self.model, self.a, self.b, self.seed, self.clock, self.device = model, a, b, seed, clock, device
+        self.progress = progress
+        self.data = list(data) if isinstance(data, Iterator) else data  # read several times
+        task = Task.of(self.data, loss)
+        self.task = task.fitted(model, as_splits(self.data, task.targets)[0])
+        self.learn, held, self.count = held_out(self.data, self.task, seed)
+        self.made = replace(self.task, targets=None)  # the parts hold the targets that were made
+        self.inputs = inputs_of(self.learn)
+        first = self.inputs[0] if isinstance(self.inputs, list) else self.inputs
+        self.example = to_device(first_of(first, 2), device)
+        found = permutation_spec(model, self.example, progress=False) if spec is None else spec
+        self.spec = found.bind(a)
+        self.judge = Judge(model, a, b, held, self.inputs, self.made, device)
+        self.held = held
+        self.candidates: list[Candidate] = []
+        self.tried: list[Attempt] = []
+        self.turned: list[Candidate] = []  # those whose streams and heads were rotated
+        self.rotated: dict[str, bool] = {}
+        self.folded = (a, b)
+        self.interrupted = False
+        self.reserve = 0.0
+        self.points = POINTS[-1]
+        self.naive: Path | None = None
+
+    @property
+    def best(self) -> Candidate:
+        return min(self.candidates, key=lambda candidate: candidate.barrier)
+
+    @property
+    def left(self) -> float:
+        """Seconds that may be spent on further candidates; the last measurement takes the rest."""
+        return self.clock.left - self.reserve
+
+    # ---- what is tried
+
+    def run(self) -> None:
+        self.attempt("as they are", lambda: Candidate("as they are", self.a, self.b, self.spec.identity()))
+        self.attempt("weight matching", self._weight_matching)
+        self.points = self._points()
+        started = self.clock.spent
+        self.naive = self._path(self.a, self.b, self.data, self.points)
+        self.reserve = self.clock.spent - started
+        if self.progress:
+            self._tell()
+        self.attempt("activation matching", self._activation_matching)
+        self.attempt("rotations by activations", lambda: self._rotations("activations"))
+        if self.rotated:
+            self.attempt("rotations by weights", lambda: self._rotations("weights"))
+        if self.turned:
+            self.attempt("learning", lambda: self._learned(min(self.turned, key=_barrier), permute=True))
+        else:
+            self.attempt("straight-through", self._straight_through)
+            self.attempt("learning", lambda: self._learned(self.best, permute=False))
+
+    def attempt(self, method: str, make: Callable[[], Candidate | None]) -> None:
+        """A candidate, judged, unless there is no time for it or the method refuses the architecture."""
+        if self.interrupted:
+            return
+        refining = method in ("straight-through", "learning")
+        if refining and self.best.barrier < ENOUGH:
+            self.tried.append(Attempt(method, math.nan, 0.0, "not needed"))
+            return
+        if len(self.candidates) > 1 and self.left <= 0:
+            self.tried.append(Attempt(method, math.nan, 0.0, LATE))
+            return
+        started = self.clock.spent
+        try:
+            candidate = make()
+            if candidate is not None and math.isnan(candidate.barrier):
+                candidate.barrier = self.judge(candidate.a, candidate.weights)
+        except LmcError as error:
+            self.tried.append(Attempt(method, math.nan, self.clock.spent - started, f"not here: {error}"))
+            return
+        seconds = self.clock.spent - started
+        if candidate is None:
+            return
+        self.candidates.append(candidate)
+        self.tried.append(Attempt(candidate.method, candidate.barrier, seconds, candidate.note))
+
+    def _weight_matching(self) -> Candidate:
+        pi = weight_matching(self.spec, self.a, self.b, seed=self.seed, progress=False)
+        return Candidate("weight matching", self.a, pi.apply(self.b), pi)
+
+    def _activation_matching(self) -> Candidate:
+        pi = activation_matching(self.spec, self.model, self.a, self.b, self.inputs, device=self.device, progress=False)
+        return Candidate("activation matching", self.a, pi.apply(self.b), pi)
+
+    def _rotations(self, by: str) -> Candidate | None:
+        """B rotated onto A, both with folded norms; None where nothing can be rotated."""
+        if not self.rotated:
+            a, b = (fold_norms(self.spec, self.model, weights, self.example) for weights in (self.a, self.b))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of groups that cannot be verified, and so are not rotated
+                self.rotated = dict(rotatable_groups(self.spec, self.model, b, self.example, seed=self.seed))
+            self.folded = (a, b)
+        if not self.rotated:
+            return None
+        a, b = self.folded
+        if by == "activations":
+            moved = by_activations(self.spec, Network(self.model, self.device), a, b, self.inputs, self.rotated)
+        else:
+            moved = by_weights(self.spec, a, b, self.rotated)
+        self.turned.append(Candidate(f"rotations by {by}", a, moved))
+        return self.turned[-1]
+
+    def _straight_through(self) -> Candidate:
+        start = min((c for c in self.candidates if c.permutation is not None), key=_barrier)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an interrupt is told once, at the end
+            pi = straight_through_matching(
+                self.spec, self.model, self.a, self.b, self.learn, start=start.permutation, loss=self.made,
+                budget=None if math.isinf(self.left) else max(PERMUTING * self.left, 1e-3), seed=self.seed,
+                device=self.device, progress=self.progress,
+            )  # fmt: skip
+        self.interrupted = pi.info["interrupted"]
+        return Candidate(f"{start.method}, straight-through", self.a, pi.apply(self.b), pi)
+
+    def _learned(self, start: Candidate, *, permute: bool) -> Candidate | None:
+        """An element of the whole group, learned from a candidate; without permutations where these are found already."""
+        if derived_names(start.weights):
+            return None  # of normalised weights, which are scaled by other tensors than those in use
+        rotated = self.rotated if self.turned else {}
+        symmetries = continuous_symmetries(self.spec, self.model, self.example, seed=self.seed, progress=self.progress)
+        free = freedoms(self.spec, rotated, symmetries, permute=permute)
+        if not free:
+            return None
+        generator = torch.Generator().manual_seed(self.seed)
+        element = FreeElement(self.spec, free, start.weights, generator)
+        task = TaskLoss(self.model, start.a, self.learn, self.made, self._batch_size(), self.device)
+        budget = Budget(None if math.isinf(self.left) else max(self.left, 1e-3))
+        judge = partial(self.judge, start.a)
+        found = learn(
+            task, start.a, element, judge, steps=STEPS, budget=budget, generator=generator, progress=self.progress
+        )
+        self.interrupted = found.interrupted
+        note = f"{found.steps} steps" + (", interrupted" if found.interrupted else "")
+        method = f"{start.method}, then {names_of(free)} learned"
+        return Candidate(method, start.a, found.weights, None, found.barrier, note)
+
+    def _batch_size(self) -> int:
+        """Examples in a step of learning: fewer where each has many targets."""
+        targets = (self.learn if isinstance(self.learn, tuple) else self.learn[0])[1]
+        return max(8, min(BATCH, BATCH * POSITIONS // (BATCH * max(1, targets[0].numel()))))
+
+    # ---- what is measured
+
+    def _points(self) -> int:
+        """The points on each path for which there is time."""
+        started = self.clock.spent
+        evaluate(self.model, self.a, self.data, loss=self.task, device=self.device)
+        one = self.clock.spent - started
+        return next((count for count in POINTS if count * one < PATHS * self.clock.seconds), POINTS[-1])
+
+    def _path(self, a: Weights, b: Weights, data: Any, points: int | Sequence[float], repair: Repair = "auto") -> Path:
+        return loss_path(
+            self.model, a, b, data, alphas=points, repair=repair, inputs=self.inputs if data is self.held else None,
+            loss=self.made if data is self.held else self.task, device=self.device, progress=False,
+        )  # fmt: skip
+
+    def _tell(self) -> None:
+        limit = "no limit of time" if math.isinf(self.clock.seconds) else f"{self.clock.seconds:.0f} s at most"
+        tqdm.write(
+            f"connect: activation matching, rotations where units may be mixed, then refinement; {limit}, "
+            f"{self.clock.spent:.0f} s spent, {self.reserve:.0f} s kept for the last measurement. "
+            f"Barrier by weight matching so far: {self.best.barrier:.3f} {self.judge.unit}"
+        )
+
+    def result(self, interrupted: bool) -> Connection:
+        certificate, best = self._certified()
+        repaired = not interrupted and self.left > 0 and self._repair_helps(best)
+        naive = self.naive or self._path(self.a, self.b, self.data, self.points)
+        path = self._path(best.a, best.weights, self.data, self.points, "repair" if repaired else "auto")
+        return Connection(
+            a=best.a,
+            weights=best.weights,
+            path=path,
+            naive=naive,
+            method=best.method,
+            reason=self._reason(best),
+            certificate=certificate,
+            tried=tuple(self.tried),
+            repaired=repaired,
+            permutation=best.permutation,
+            held_out=self.count,
+            budget=None if math.isinf(self.clock.seconds) else self.clock.seconds,
+            seconds=self.clock.spent,
+            interrupted=interrupted,
+        )
+
+    def _certified(self) -> tuple[SameFunction, Candidate]:
+        """The check that B moved computes what B computes; of the best candidate that passes it."""
+        probe = Probe(self.model, self.b, self.inputs, torch.Generator().manual_seed(self.seed))
+        power = probe.error(self.a)
+        for candidate in sorted(self.candidates, key=_barrier):
+            rounding = max(torch.finfo(x.dtype).eps for x in self.b.values() if x.is_floating_point())
+            tolerance = EXACT if candidate.permutation is not None else ROUNDINGS * rounding
+            error = probe.error(candidate.weights)
+            if error <= tolerance:
+                return SameFunction(error, tolerance, power), candidate
+            warn(
+                f"{candidate.method}: outputs change by {error:.0e} of their size (tolerance {tolerance:.0e}); left out"
+            )
+        raise CertificateError(
+            f"even B as it is gives outputs that differ by more than {EXACT:.0e} from run to run; make the module "
+            "deterministic in eval mode"
+        )
+
+    def _repair_helps(self, best: Candidate) -> bool:
+        """Whether repaired statistics lower the barrier on the held-out examples; with batch normalisation they are
+        re-estimated anyway."""
+        if has_batchnorm(self.model) or best.barrier < ENOUGH:
+            return False
+        started = self.clock.spent
+        try:
+            repaired = self._path(best.a, best.weights, self.held, ALPHAS, "repair").barrier
+        except LmcError as error:
+            self.tried.append(
+                Attempt("statistics repaired", math.nan, self.clock.spent - started, f"not here: {error}")
+            )
+            return False
+        self.tried.append(Attempt("statistics repaired", repaired, self.clock.spent - started))
+        return repaired < best.barrier
+
+    def _reason(self, best: Candidate) -> str:
+        others = [candidate for candidate in self.candidates if candidate is not best]
+        text = f"its barrier of {best.barrier:.3f} {self.judge.unit} on the held-out examples is the lowest".replace(
+            "  ", " "
+        )
+        if others:
+            second = min(others, key=_barrier)
+            text += f"; next is {second.method} with {second.barrier:.3f}"
+        late = [each.method for each in self.tried if each.note == LATE]
+        return text + (f". There was no time for {', '.join(late)}: the budget was too small" if late else "")
+
+
+def _barrier(candidate: Candidate) -> float:
+    return candidate.barrier

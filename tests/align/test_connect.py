@@ -1,0 +1,239 @@
+"""`lmc.connect`: planted elements of the group are found again, budgets are kept, interrupts keep the best so far."""
+
+import itertools
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lmc
+from lmc.align.connecting import connect as connecting
+from lmc.align.connecting.elements import FreeElement, freedoms
+from lmc.align.connecting.judge import held_out
+from lmc.align.rotations.folding import Probe
+from lmc.core import budget as budgets
+from lmc.errors import InputError
+from lmc.models.mlp import mlp
+from lmc.models.transformers import vit
+from lmc.network.task import Task
+
+QUIET = {"progress": False, "budget": None}
+
+
+@cache
+def digits(name: str) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor], lmc.data.Dataset]:
+    """A stored pair, and few of its data."""
+    pair = lmc.data.checkpoint(name)
+    return pair.model(), pair[0], pair[1], few(lmc.data.digits(flat="mlp" in name))
+
+
+def few(data, train: int = 240, test: int = 100):
+    return {"train": tuple(x[:train] for x in data.train), "test": tuple(x[:test] for x in data.test)}
+
+
+def own_labels(model: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor]:
+    """Inputs with the classes that the model gives them, so that it has a small loss."""
+    with torch.no_grad():
+        return inputs, model(inputs).argmax(1)
+
+
+def seeded(make, seed: int = 0, **options) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make(**options).eval()
+
+
+def convolutional() -> nn.Module:
+    """With batch normalisation whose statistics are those of the inputs."""
+    layers = [nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 10)]
+    model = seeded(lambda: nn.Sequential(*layers))
+    images = lmc.data.digits(flat=False).train[0][:256]
+    model.load_state_dict(lmc.recalibrate_batchnorm(model, None, images))
+    return model
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolutional"])
+def test_a_planted_permutation_is_taken_back(name):
+    model = seeded(lambda: mlp(64, [12, 9], 10)) if name == "mlp" else convolutional()
+    data = own_labels(model, lmc.data.digits(flat=name == "mlp").train[0][:200])
+    a = lmc.weights.as_weights(model)
+    spec = lmc.permutation_spec(model, data[0][:2])
+    planted = spec.random(seed=3)
+    found = lmc.connect(model, a, planted.apply(a), data, **QUIET)
+    assert found.naive.barrier > 0.01 > 1e-6 > found.barrier
+    assert found.permutation == planted.inverse() and found.certificate.max_error < 1e-12
+    assert all(torch.equal(found.weights[key], a[key]) for key in a)
+
+
+def test_planted_rotations_of_a_transformer_are_taken_back():
+    model = seeded(lambda: vit(dim=8, depth=1, heads=2, hidden=12))
+    data = own_labels(model, lmc.data.digits(flat=False).train[0][:200])
+    a = lmc.weights.as_weights(model)
+    spec = lmc.permutation_spec(model, data[0][:2])
+    b = moved_at_random(model, spec, a, data[0][:8], seed=5)
+    found = lmc.connect(model, a, b, data, spec=spec, **QUIET)
+    assert found.naive.barrier > 1e-3 > 1e-5 > found.barrier
+    assert "rotations" in found.method and found.permutation is None
+    assert found.certificate.max_error < found.certificate.tolerance < 1e-3
+
+
+def element_of(model: nn.Module, spec, weights, inputs: Tensor, *, fold: bool, seed: int) -> FreeElement:
+    """An element with random parameters."""
+    weights = dict(lmc.align.fold_norms(spec, model, weights, inputs)) if fold else weights
+    rotated = dict(lmc.align.rotatable_groups(spec, model, weights, inputs)) if fold else {}
+    symmetries = lmc.continuous_symmetries(spec, model, inputs[:2], progress=False)
+    free = freedoms(spec, rotated, symmetries, permute=True)
+    generator = torch.Generator().manual_seed(seed)
+    element = FreeElement(spec, free, weights, generator)
+    for kind, parameters in element.parameters.items():
+        for parameter in parameters.values():
+            size = {"permutation": 3.0, "rotation": 0.4, "scale": 0.3}[kind]
+            with torch.no_grad():
+                parameter += size * torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+    return element
+
+
+def moved_at_random(model, spec, weights, inputs, seed):
+    return element_of(model, spec, weights, inputs, fold=True, seed=seed).exact()
+
+
+@pytest.mark.parametrize("name", ["mlp", "convolutional", "vit"])
+def test_elements_keep_the_function(name):
+    make = {"mlp": lambda: seeded(lambda: mlp(64, [12, 9], 10)), "convolutional": convolutional}
+    make["vit"] = lambda: seeded(lambda: vit(dim=8, depth=1, heads=2, hidden=12))
+    model = make[name]().double()
+    inputs = lmc.data.digits(flat=name == "mlp").train[0][:8].double()
+    spec = lmc.permutation_spec(model, inputs[:2])
+    a = lmc.weights.as_weights(model)
+    element = element_of(model, spec, a, inputs, fold=name == "vit", seed=1)
+    kinds = {freedom.kind for freedom in element.free.values()}
+    assert ("general linear" in kinds) == ("orthogonal fixing 1" in kinds) == (name == "vit")
+    assert all(element.parameters[kind] for kind in (["permutation", "scale"] + ["rotation"] * (name == "vit")))
+    moved = element.exact()
+    probe = Probe(model, a, inputs, torch.Generator().manual_seed(0))
+    assert probe.error(moved) < 1e-9 < 1e-3 < lmc.weights.distance(a, moved)
+    for key, tensor in element().items():
+        torch.testing.assert_close(tensor.detach(), moved[key], rtol=1e-4, atol=1e-5)
+
+
+def test_batch_statistics_need_not_follow():
+    """No scale is learned under which running statistics would have to change: they are estimated anew."""
+    model = convolutional()
+    inputs = lmc.data.digits(flat=False).train[0][:8]
+    spec = lmc.permutation_spec(model, inputs[:2])
+    element = element_of(model, spec, lmc.weights.as_weights(model), inputs, fold=False, seed=1)
+    places = {place for freedom in element.free.values() for scale in freedom.scales for place in scale}
+    assert places and not any("running" in place for place in places)
+
+
+def test_a_trained_pair_is_connected_better_than_by_weights_and_says_how(tmp_path, monkeypatch):
+    monkeypatch.setattr(connecting, "STEPS", 300)
+    model, a, b, data = digits("digits-mlp32")
+    found = lmc.connect(model, a, b, data, **QUIET)
+    pi = lmc.weight_matching(lmc.permutation_spec(model, data["train"][0][:2]), a, b, progress=False)
+    by_weights = lmc.loss_path(model, a, pi.apply(b), data, progress=False)
+    assert found.barrier < 0.5 * by_weights.barrier < by_weights.barrier < found.naive.barrier
+    outputs = [torch.func.functional_call(model, w, (data["test"][0],)) for w in (b, found.weights)]
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-4)
+    methods = [each.method for each in found.tried]
+    assert methods[:3] == ["as they are", "weight matching", "activation matching"] and found.method in methods
+    assert found.method in str(found) and "held out" in str(found) and f"{found.barrier:.3f}" in str(found)
+    assert list(found.to_frame().method) == methods
+    again = lmc.Connection.load(found.save(tmp_path / "connection.safetensors"))
+    assert str(again) == str(found) and torch.equal(again.weights["fc1.weight"], found.weights["fc1.weight"])
+    assert len(found.plot().data) >= 2
+    assert "connected" in found.save_html(tmp_path / "page.html").read_text()
+
+
+def test_nothing_is_chosen_on_test_data(monkeypatch):
+    monkeypatch.setattr(connecting, "STEPS", 50)
+    model, a, b, data = digits("digits-mlp32")
+    other = {"train": data["train"], "test": (data["test"][0].flip(1), data["test"][1].roll(1))}
+    one, two = (lmc.connect(model, a, b, part, **QUIET) for part in (data, other))
+    assert one.method == two.method and one.barrier != two.barrier
+    assert all(torch.equal(one.weights[key], two.weights[key]) for key in a)
+
+
+class Clock:
+    """Each look at it takes a while."""
+
+    def __init__(self, step: float) -> None:
+        self.ticks = itertools.count()
+        self.step = step
+
+    def __call__(self) -> float:
+        return self.step * next(self.ticks)
+
+
+@pytest.mark.parametrize(("step", "budget"), [(0.01, 8.0), (0.1, 30.0)])
+def test_the_budget_is_kept(step, budget, monkeypatch, capsys):
+    model, a, b, data = digits("digits-mlp32")
+    monkeypatch.setattr(budgets, "clock", Clock(step))
+    found = lmc.connect(model, a, b, data, budget=budget, progress=True)
+    assert found.seconds <= budget
+    assert found.budget == budget and not found.interrupted
+    assert f"{budget:.0f} s at most" in "".join(capsys.readouterr())
+    assert found.tried[-2].note.endswith("steps") and 0 < int(found.tried[-2].note.split()[0]) < connecting.STEPS
+
+
+def test_a_budget_too_small_for_all_does_the_cheapest_and_says_so(monkeypatch):
+    model, a, b, data = digits("digits-mlp32")
+    monkeypatch.setattr(budgets, "clock", Clock(1.0))
+    found = lmc.connect(model, a, b, data, budget=0.5, progress=False)
+    assert found.method == "weight matching" and found.barrier < found.naive.barrier
+    assert "too small" in str(found) and found.tried[-1].note == connecting.LATE
+
+
+@pytest.mark.parametrize("where", ["activation_matching", "straight_through_matching", "learn"])
+def test_an_interrupt_gives_the_best_so_far(where, monkeypatch):
+    model, a, b, data = digits("digits-mlp32")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(connecting, where, interrupted)
+    with pytest.warns(UserWarning, match="interrupted"):
+        found = lmc.connect(model, a, b, data, **QUIET)
+    assert found.interrupted and found.barrier < found.naive.barrier
+    assert found.method in ("weight matching", "activation matching")
+
+
+def test_an_interrupt_within_a_method_ends_all(monkeypatch):
+    model, a, b, data = digits("digits-mlp32")
+    moves, calls = FreeElement.__call__, itertools.count()
+
+    def moved(self):
+        if next(calls) == 40:
+            raise KeyboardInterrupt
+        return moves(self)
+
+    monkeypatch.setattr(FreeElement, "__call__", moved)
+    with pytest.warns(UserWarning, match="interrupted"):
+        found = lmc.connect(model, a, b, data, **QUIET)
+    assert found.interrupted and found.tried[-1].note == "40 steps, interrupted"
+
+
+def test_a_network_in_which_nothing_may_move():
+    model = seeded(lambda: nn.Linear(64, 10))
+    data = few(lmc.data.digits())
+    found = lmc.connect(model, model, seeded(lambda: nn.Linear(64, 10), 1), data, **QUIET)
+    assert found.method == "as they are"
+
+
+def test_bad_input():
+    model, a, b, data = digits("digits-mlp32")
+    with pytest.raises(InputError, match="budget=0"):
+        lmc.connect(model, a, b, data, budget=0)
+
+
+def test_a_part_is_held_out():
+    inputs, targets = torch.arange(50.0)[:, None], torch.arange(50)
+    learn, held, count = held_out((inputs, targets), Task(), seed=0)
+    assert count == len(held[1]) == 10 and sorted([*learn[1].tolist(), *held[1].tolist()]) == list(range(50))
+    assert torch.equal(held[0][:, 0].long(), held[1])
+    many = [(inputs[i : i + 5], targets[i : i + 5]) for i in range(0, 50, 5)]
+    learn, held, count = held_out(many, Task(), seed=0)
+    assert len(learn) == 8 and len(held) == 2 and count == 10
+    learn, held, count = held_out([(inputs, targets), (inputs[:3], targets[:3])], Task(), seed=0)
+    assert [len(x[1]) for x in learn] == [40, 3] and [len(x[1]) for x in held] == [10, 3]
