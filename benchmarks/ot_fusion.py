@@ -5,7 +5,8 @@
 `folder` holds the original files (`lmc.data.mnist` says where they are looked for). Three questions: two networks from
 two seeds averaged into one; a wide network fused into a narrow one; and one-shot transfer, where one network has seen all
 of one digit and a tenth of the others, the other one the rest of the others only. Accuracies are on the 10,000 test
-images, in percent; fused networks are not trained any further.
+images, in percent; fused networks are not trained any further. Pixels are brought to mean 0 and variance 1 as the authors
+do; with pixels from 0 to 1 networks trained by their recipe are a point worse, and lose more by fusion.
 """
 
 import argparse
@@ -24,6 +25,8 @@ import lmc
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 RECIPE = {"optimizer": "sgd", "lr": 0.01, "momentum": 0.5, "schedule": "constant", "batch_size": 64}
+MEAN, DEVIATION = 0.1307, 0.3081  # of the pixels of MNIST's training images
+QUESTIONS = ("seeds", "transfer", "widths")
 Weights = Mapping[str, Tensor]
 Split = tuple[Tensor, Tensor]
 
@@ -146,26 +149,30 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--digit", type=int, default=4, help="the digit that only one network sees")
+    parser.add_argument("--questions", nargs="+", choices=QUESTIONS, default=QUESTIONS)
     options = parser.parse_args()
     torch.set_num_threads(1)
     data, model, pairs = lmc.data.mnist(), network(), options.pairs
+    training, test = (((inputs - MEAN) / DEVIATION, targets) for inputs, targets in (data.train, data.test))
 
     def train(architecture: nn.Module, split: Split, seeds: range) -> lmc.training.Trained:
         return lmc.training.train(architecture, split, seeds=seeds, epochs=options.epochs, **RECIPE)
 
-    narrow = train(model, data.train, range(2 * pairs))
-    rows = [two_seeds(model, narrow[2 * k], narrow[2 * k + 1], data.train, data.test) for k in range(pairs)]
-    show(f"Two networks from two seeds, {pairs} pairs:", rows)
-
-    special, rest = split_by_digit(data.train, options.digit, seed=0)
-    specialists = train(model, special, range(100, 100 + pairs))
-    generalists = train(model, rest, range(200, 200 + pairs))
-    rows = [transfer(model, a, b, data.train, data.test) for a, b in zip(specialists, generalists, strict=True)]
-    show(f"A specialist of the digit {options.digit} and a generalist without it, {pairs} pairs:", rows)
-
-    wide = train(network(2), data.train, range(300, 301))
-    rows = [wide_and_narrow(wide[0], narrow[k], data.train, data.test) for k in range(pairs)]
-    show(f"Twice the width into the width, one wide network and {pairs} narrow ones:", rows)
+    if "seeds" in options.questions:
+        narrow = train(model, training, range(2 * pairs))
+        rows = [two_seeds(model, narrow[2 * k], narrow[2 * k + 1], training, test) for k in range(pairs)]
+        show(f"Two networks from two seeds, {pairs} pairs:", rows)
+    if "transfer" in options.questions:
+        special, rest = split_by_digit(training, options.digit, seed=0)
+        specialists = train(model, special, range(100, 100 + pairs))
+        generalists = train(model, rest, range(200, 200 + pairs))
+        rows = [transfer(model, a, b, training, test) for a, b in zip(specialists, generalists, strict=True)]
+        show(f"A specialist of the digit {options.digit} and a generalist without it, {pairs} pairs:", rows)
+    if "widths" in options.questions:
+        narrow = train(model, training, range(pairs))
+        wide = train(network(2), training, range(300, 301))
+        rows = [wide_and_narrow(wide[0], narrow[k], training, test) for k in range(pairs)]
+        show(f"Twice the width into the width, one wide network and {pairs} narrow ones:", rows)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
+from lmc.network.derived import gauged, settled
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, mean
 
@@ -127,7 +128,7 @@ def match_many(
     if len(models) < 2 or restarts < 1 or max_iterations < 1:
         raise InputError(f"{len(models)} models, {restarts=}, {max_iterations=}: expected at least 2, 1 and 1")
     started = time.perf_counter()
-    states = agreeing(models)
+    states = [gauged(state) for state in agreeing(models)]
     spec = spec.bind(states[0])
     # Where nothing may move, there is nothing to relax.
     run = _merge_many if method == "merge_many" or not spec.groups else _cycle_consistent
@@ -216,17 +217,18 @@ def _one_by_one(
     moves, moved = [spec.identity()] * len(states), list(states)
     # Of two models it is enough to move the second: moving the first is the same problem turned round.
     visited = torch.arange(1 if len(states) == 2 else 0, len(states))
-    sweeps, settled, value = 0, False, objective(spec, moved)
-    while not settled and sweeps < max_sweeps:
-        settled, sweeps = True, sweeps + 1
+    sweeps, still, value = 0, False, objective(spec, moved)
+    while not still and sweeps < max_sweeps:
+        still, sweeps = True, sweeps + 1
         for i in visited[torch.randperm(len(visited), generator=generator)].tolist():
-            pi = match(mean([state for j, state in enumerate(moved) if j != i]), moved[i])
+            others = [state for j, state in enumerate(moved) if j != i]
+            pi = match(settled(mean(others), others[0]), moved[i])
             bar.update()
             trial = [*moved[:i], pi.apply(moved[i]), *moved[i + 1 :]]
             reached = objective(spec, trial)
             if reached > value + _ROUNDING * abs(value):
-                moves[i], moved, value, settled = pi.compose(moves[i]), trial, reached, False
-    return moves, {"sweeps": sweeps, "converged": settled}
+                moves[i], moved, value, still = pi.compose(moves[i]), trial, reached, False
+    return moves, {"sweeps": sweeps, "converged": still}
 
 
 def frank_wolfe(

@@ -87,7 +87,9 @@ def curvature(
     Top eigenvalues by Lanczos iteration, all vectors kept orthogonal; the trace as the mean of z'Hz over random signs z
     (Hutchinson). Each step and each probe is one product with H, the derivative of a derivative, over all the data. The
     network is in eval mode: batch normalisation uses its running statistics, which for averaged networks should be
-    re-estimated first (`recalibrate_batchnorm`). Nothing of the caller's is touched.
+    re-estimated first (`recalibrate_batchnorm`). It is the curvature in the parameters as the module has them: where a scale
+    of theirs is free, as before a normalisation or under a weight normalisation, it depends on that scale. Nothing of the
+    caller's is touched.
 
     Args:
         model: the architecture.

@@ -24,6 +24,7 @@ from lmc.landscape.path import Path, mixture_path, points_of
 from lmc.landscape.planes.plane import loss_plane
 from lmc.landscape.planes.plane_result import Plane
 from lmc.network.caches import fresh_copy
+from lmc.network.derived import derived_names, gauged, settled
 from lmc.network.network import Network
 from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, distance, lerp, mean, tied_names
@@ -66,6 +67,29 @@ class Bends:
     interrupted: bool
 
 
+class Settling:
+    """Brings derived tensors of mixtures of gauged weights in line (`lmc.network.derived`); else it changes nothing.
+
+    Args:
+        like: one of the gauged weights.
+    """
+
+    def __init__(self, like: Weights) -> None:
+        self._like = like
+        self._derived = {name: like[name] for name in derived_names(like)}
+
+    def trained(self, module: nn.Module) -> list[str]:
+        """The names of the parameters that are trained: those that follow from others are not."""
+        return [n for n, p in module.named_parameters() if p.is_floating_point() and n not in self._derived]
+
+    def __call__(self, weights: Weights) -> Weights:
+        if not self._derived:
+            return weights
+        device = next(iter(weights.values())).device
+        rest = {name: tensor.to(device) for name, tensor in self._derived.items() if name not in weights}
+        return settled(weights | rest, self._like)
+
+
 def train_bends(
     objective: Objective,
     controls: Sequence[Weights],
@@ -77,8 +101,8 @@ def train_bends(
     One t and one batch a step: an unbiased estimate of the gradient of the mean loss over t (equation 1 with the uniform
     distribution of equation 2). The network is left in train mode with statistics of its own.
     """
-    network = objective.network
-    names = [name for name, parameter in network.module.named_parameters() if parameter.is_floating_point()]
+    network, settle = objective.network, Settling(controls[0])
+    names = settle.trained(network.module)
     points = [{name: weights[name].to(network.device, copy=True) for name in names} for weights in controls]
     free = [tensor.requires_grad_() for bend in points[1:-1] for tensor in bend.values()]
     optimiser = torch.optim.Adam(free, schedule.lr)
@@ -98,7 +122,7 @@ def train_bends(
                 for batch in objective.split.shuffled(schedule.batch_size, generator, drop_last=True):
                     at = shares(float(torch.rand((), generator=generator)))
                     weights = {name: _sum(c * p[name] for c, p in zip(at, points, strict=True)) for name in names}
-                    loss = objective(weights, batch)
+                    loss = objective(settle(weights), batch)
                     optimiser.zero_grad()
                     (loss + 0.5 * schedule.weight_decay * _sum(w.square().sum() for w in weights.values())).backward()
                     optimiser.step()
@@ -109,7 +133,9 @@ def train_bends(
         except KeyboardInterrupt:
             interrupted = True
             warn(f"interrupted: the curve was trained for {len(losses)} epochs")
-    bends = [with_parameters(old, new, network.module) for old, new in zip(controls[1:-1], points[1:-1], strict=True)]
+    bends = [
+        settle(with_parameters(old, new, network.module)) for old, new in zip(controls[1:-1], points[1:-1], strict=True)
+    ]
     return Bends(tuple(bends), np.array(losses), interrupted)
 
 
@@ -174,7 +200,8 @@ class Curve(Result):
 
     @own_context
     def at(self, t: float) -> StateDict:
-        """The weights `phi(t)`, bit by bit those of a at 0 and of b at 1.
+        """The weights `phi(t)`, bit by bit those of a at 0 and of b at 1; where weights are normalised, pruned or orthogonal,
+        what a and b compute, written as averages need it.
 
         Between the controls running statistics of batch normalisation are only averaged; see `recalibrate_batchnorm`.
 
@@ -187,7 +214,7 @@ class Curve(Result):
         if 1.0 in shares:
             control = self.controls[shares.index(1.0)]
             return StateDict(((name, tensor.clone()) for name, tensor in control.items()), like=control)
-        return mean(self.controls, shares)
+        return settled(mean(self.controls, shares), self.controls[0])
 
     @own_context
     def path(
@@ -376,8 +403,8 @@ def _curve(
     if not (isinstance(bends, int) and bends >= 1):
         raise InputError(f"bends={bends!r}; expected a whole number, at least 1")
     objective = Objective(model, a, data, loss=loss, outputs=outputs, device=device, name="a")
-    a, b = ({name: tensor.clone() for name, tensor in end.items()} for end in (a, b))
-    between = [lerp(a, b, j / (bends + 1)) for j in range(1, bends + 1)]
+    a, b = ({name: tensor.clone() for name, tensor in gauged(end, model).items()} for end in (a, b))
+    between = [settled(lerp(a, b, j / (bends + 1)), a) for j in range(1, bends + 1)]
     start = Curve((a, *between, b), kind, np.empty(0), False, fresh_copy(model))
     found = train_bends(objective, start.controls, start.shares, schedule)
     return replace(start, controls=(a, *found.bends, b), losses=found.losses, interrupted=found.interrupted)

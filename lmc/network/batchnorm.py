@@ -58,10 +58,10 @@ class Recalibrator:
         network: the architecture, where to compute.
         inputs: from which statistics are estimated; None: they stay as they are.
         batch_size: examples at a time.
-        mixed: weights are averages of gauged ones, whose derived tensors are made to fit (`lmc.network.derived`).
+        mixed: one of the gauged weights of which averages come, whose derived tensors are made to fit (`lmc.network.derived`).
     """
 
-    def __init__(self, network: Network, inputs: Any, batch_size: int = 256, *, mixed: bool = False) -> None:
+    def __init__(self, network: Network, inputs: Any, batch_size: int = 256, *, mixed: Weights | None = None) -> None:
         if batch_size < 2:
             raise InputError(f"batch_size={batch_size}; a variance needs at least 2 examples")
         self.network, self.mixed = network, mixed
@@ -80,7 +80,7 @@ class Recalibrator:
     def __call__(self, weights: Weights) -> StateDict:
         """The weights with new statistics, on the device they were on."""
         statistics: Weights = {}
-        weights = settled(weights) if self.mixed else weights
+        weights = weights if self.mixed is None else settled(weights, self.mixed)
         if self.norms:
             self.network.load(weights)
             self._estimate()

@@ -13,32 +13,72 @@ import copy
 import dis
 import functools
 import inspect
+import threading
 import types
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+LIBRARIES = ("torch", "numpy", "builtins", "functools", "collections", "enum", "re", "pathlib", "logging", "threading")
 _SETTERS = frozenset(("setdefault", "update", "append", "insert"))
 
 
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """A place outside modules: a dict or list, or one variable of a file or of a closure.
+
+    Attributes:
+        holder: the dict, the list, the globals of a file, or the cell of a closure.
+        name: of the variable; None where the holder is the place.
+    """
+
+    holder: Any
+    name: str | None = None
+
+    @property
+    def key(self) -> tuple[int, str | None]:
+        return id(self.holder), self.name
+
+    def read(self) -> dict[Any, Any]:
+        """What stands there, by key or position."""
+        if self.name is not None:
+            return {self.name: self.holder.get(self.name) if isinstance(self.holder, dict) else _content(self.holder)}
+        return dict(self.holder) if isinstance(self.holder, dict) else dict(enumerate(self.holder))
+
+    def write(self, items: dict[Any, Any]) -> None:
+        """Nothing but this; a variable that is not among the items becomes None."""
+        if isinstance(self.holder, types.CellType):
+            self.holder.cell_contents = items.get(self.name)
+        elif self.name is not None:
+            self.holder[self.name] = items.get(self.name)
+        elif isinstance(self.holder, dict):
+            self.holder.clear()
+            self.holder.update(items)
+        else:
+            self.holder[:] = items.values()
+
+
 class Stores:
-    """What the forward pass of a class of modules may write.
+    """What functions may write, by default those of the forward pass of a class of modules.
 
     Attributes:
         attributes: the names of attributes that are set, on whatever object.
         items: the names that occur in functions which set items of dicts or lists.
-        shared: the dicts and lists of classes, files, closures and default arguments that are named.
+        shared: the dicts and lists of classes, files, closures and default arguments that are named, and the variables of
+            files and closures that are set.
     """
 
-    def __init__(self, kind: type[nn.Module]) -> None:
+    def __init__(self, kind: type[nn.Module], functions: Iterable[Any] | None = None) -> None:
         self.attributes: set[str] = set()
         self.items: set[str] = set()
-        self.shared: list[dict[Any, Any] | list[Any]] = []
+        self.shared: list[Shared] = []
         self._seen: set[int] = set()
-        for start in (kind.forward, kind.__call__):
+        for start in (kind.forward, kind.__call__) if functions is None else functions:
             self._follow(start, kind)
 
     def _follow(self, value: Any, kind: type) -> None:
@@ -56,7 +96,15 @@ class Stores:
                 named += [inspect.getattr_static(kind, name, None), function.__globals__.get(name)]
             if names & _SETTERS or any(step.opname == "STORE_SUBSCR" for step in steps):
                 self.items |= names
-                self.shared += [value for value in named if isinstance(value, dict | list)]
+                self.shared += [Shared(value) for value in named if isinstance(value, dict | list)]
+            self.shared += [Shared(held) for value in named for held in _held(value)]
+            set_here = {step.argval: step.opname for step in steps if step.opname in ("STORE_GLOBAL", "STORE_DEREF")}
+            cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+            for name, operation in set_here.items():
+                if operation == "STORE_GLOBAL":
+                    self.shared.append(Shared(function.__globals__, name))
+                elif name in cells:
+                    self.shared.append(Shared(cells[name], name))
             for value in named:
                 self._follow(value, kind)
 
@@ -65,6 +113,21 @@ class Stores:
 def stores(kind: type[nn.Module]) -> Stores:
     """What the forward pass of a class of modules may write."""
     return Stores(kind)
+
+
+def written_by(functions: Iterable[Any], kind: type[nn.Module]) -> list[Shared]:
+    """The places outside modules that functions of one module may write."""
+    return Stores(kind, functions).shared
+
+
+def _held(value: Any) -> list[dict[Any, Any] | list[Any]]:
+    """The dicts and lists that an object of the caller's own holds, or a thread's own values."""
+    if isinstance(value, threading.local):
+        return [vars(value)]
+    known = (nn.Module, torch.Tensor, type, types.FunctionType, types.MethodType, types.ModuleType)
+    if isinstance(value, known) or type(value).__module__.split(".")[0] in LIBRARIES:
+        return []
+    return [held for held in getattr(value, "__dict__", {}).values() if isinstance(held, dict | list)]
 
 
 def _functions(value: Any) -> Iterator[types.FunctionType]:
@@ -85,10 +148,14 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _is_set(cell: types.CellType) -> bool:
+    return _content(cell) is not None
+
+
+def _content(cell: types.CellType) -> Any:
     try:
-        return cell.cell_contents is not None
-    except ValueError:
-        return False
+        return cell.cell_contents
+    except ValueError:  # not set yet
+        return None
 
 
 # (name of the module, attribute or "_buffers", keys further inside) of a dict or list that holds values.
@@ -108,7 +175,56 @@ _NO_OBJECTS = (
     types.MethodType,
     types.ModuleType,
 )
-_LIBRARIES = ("torch", "numpy", "builtins", "functools", "collections", "enum", "re", "pathlib", "logging", "threading")
+
+
+class Slots(dict[str, Any]):
+    """The attributes of an object that has slots instead of a `__dict__`, as one."""
+
+    def __init__(self, owner: Any) -> None:
+        super().__init__()
+        self.owner = owner
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in _slots(self.owner) if hasattr(self.owner, name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self.owner, name)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        setattr(self.owner, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        delattr(self.owner, name)
+
+    def items(self) -> Any:
+        return [(name, self[name]) for name in self]
+
+    def values(self) -> Any:
+        return [self[name] for name in self]
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
+
+    def clear(self) -> None:
+        for name in list(self):
+            del self[name]
+
+    def update(self, items: Any) -> None:  # type: ignore[override]
+        for name, value in items.items():
+            self[name] = value
+
+
+def _slots(value: Any) -> list[str]:
+    """The slots of an object of the caller's own; none where it has a `__dict__`."""
+    if isinstance(value, _NO_OBJECTS) or hasattr(value, "__dict__"):
+        return []
+    if type(value).__module__.split(".")[0] in LIBRARIES:
+        return []
+    found = [getattr(part, "__slots__", ()) for part in type(value).__mro__]
+    return [name for names in found for name in ([names] if isinstance(names, str) else names)]
 
 
 class Hidden:
@@ -198,48 +314,79 @@ def _made_again(places: Sequence[Address], wanted: Collection[Address], run: Cal
     return {}
 
 
-def derives_outside(module: nn.Module, runs: Sequence[Callable[[], Any]]) -> bool:
-    """Whether dicts or lists that all copies of a module share hold numbers that come out otherwise with other weights.
+def derives_outside(module: nn.Module, runs: Sequence[Callable[[], Any]], same: Callable[[Any, Any], bool]) -> bool:
+    """Whether what all copies of a module share holds numbers that come out otherwise with other weights.
+
+    What functions of single modules and hooks of the caller's write may be a mere record: there it has to change outputs.
 
     Args:
         module: any copy.
-        runs: each calls a fresh copy, with weights of its own. What is shared is afterwards as it was.
+        runs: each calls a fresh copy, with weights of its own, and returns the outputs. What is shared is afterwards as it was.
+        same: whether two outputs are the same.
     """
-    kinds = {type(m) for m in module.modules() if not (isinstance(m, torch.jit.ScriptModule) or is_torch(m))}
-    shared = {id(container): container for kind in kinds for container in stores(kind).shared}
-    return any(_differs(container, runs) for container in shared.values())
+    own = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    kinds = {type(m) for m in own if not is_torch(m)}
+    shared = {place.key: place for kind in kinds for place in stores(kind).shared}
+    if any(_differs(place, runs) for place in shared.values()):
+        return True
+    single = {place.key: place for m in own for place in written_by(_own_functions(m), type(m))}
+    return any(_acts(place, runs, same) for key, place in single.items() if key not in shared)
 
 
-def _differs(container: Container, runs: Sequence[Callable[[], Any]]) -> bool:
-    before, seen = container.copy(), []
-    try:
-        for run in runs:
-            _put(container, {key: value for key, value in _items(before) if not _numbers(value)})
-            run()
-            seen.append(
-                {key: [torch.as_tensor(x).clone() for x in _numbers(value)] for key, value in _items(container)}
-            )
-    except Exception:  # noqa: BLE001 (constants, which the forward pass misses)
-        return False
-    finally:
-        _put(container, dict(_items(before)))
-    first, second = seen
-    return any(
-        len(x) != len(y) or not all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
-        for x, y in ((first[key], second[key]) for key in first.keys() & second.keys())
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own, with no hook or function of the caller's on it."""
+    return is_torch(module) and not any(
+        not (getattr(x, "__module__", None) or type(x).__module__).startswith("torch.") for x in _additions(module)
     )
 
 
-def _items(container: Container) -> Iterator[tuple[Any, Any]]:
-    yield from list(container.items()) if isinstance(container, dict) else list(enumerate(container))
+def _own_functions(module: nn.Module) -> list[Any]:
+    """The functions that one module has as attributes or hooks."""
+    return [value for value in _additions(module) if isinstance(value, types.FunctionType)]
 
 
-def _put(container: Container, items: dict[Any, Any]) -> None:
-    if isinstance(container, list):
-        container[:] = items.values()
-    else:
-        container.clear()
-        container.update(items)
+def _additions(module: nn.Module) -> list[Any]:
+    """The hooks of one module, and the functions among its attributes."""
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    functions = [x for x in vars(module).values() if isinstance(x, types.FunctionType | types.MethodType)]
+    return [*hooks, *functions]
+
+
+def _differs(place: Shared, runs: Sequence[Callable[[], Any]]) -> bool:
+    before, seen = place.read(), []
+    try:
+        for run in runs:
+            place.write(_without_numbers(before))
+            run()
+            seen.append({key: [torch.as_tensor(x).clone() for x in _numbers(v)] for key, v in place.read().items()})
+    except Exception:  # noqa: BLE001 (constants, which the forward pass misses)
+        return False
+    finally:
+        place.write(before)
+    # In the order in which they were put there: keys may be the identities of the copies.
+    return any(
+        len(x) != len(y) or not all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
+        for x, y in zip(*(found.values() for found in seen), strict=False)
+    )
+
+
+def _acts(place: Shared, runs: Sequence[Callable[[], Any]], same: Callable[[Any, Any], bool]) -> bool:
+    """Whether the first outputs come out otherwise with what the second run left in a place."""
+    before, (first, second) = place.read(), runs
+    try:
+        place.write(_without_numbers(before))
+        expected = first()
+        place.write(_without_numbers(before))
+        second()
+        return not same(first(), expected)
+    except Exception:  # noqa: BLE001 (constants, which the forward pass misses)
+        return False
+    finally:
+        place.write(before)
+
+
+def _without_numbers(items: dict[Any, Any]) -> dict[Any, Any]:
+    return {key: value for key, value in items.items() if not _numbers(value)}
 
 
 def _numbers(value: Any) -> list[Any]:
@@ -309,7 +456,7 @@ def _kept_tensors(module: nn.Module) -> list[Tensor]:
 
 def _containers(model: nn.Module, also_torch: bool = False) -> Iterator[tuple[Address, Container]]:
     """Every dict and list in which modules keep values of their own, with where it is."""
-    seen: set[int] = set()
+    seen: dict[int, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) or (is_torch(module) and not also_torch):
             continue
@@ -317,10 +464,10 @@ def _containers(model: nn.Module, also_torch: bool = False) -> Iterator[tuple[Ad
         yield from _inside((name,), vars(module), seen)
 
 
-def _inside(address: Address, container: Container, seen: set[int]) -> Iterator[tuple[Address, Container]]:
+def _inside(address: Address, container: Container, seen: dict[int, Any]) -> Iterator[tuple[Address, Container]]:
     if id(container) in seen:
         return
-    seen.add(id(container))
+    seen[id(container)] = container  # kept, so that nothing else gets its identity
     yield address, container
     for key, value in list(container.items()) if isinstance(container, dict) else list(enumerate(container)):
         if len(address) == 1 and key in _EVERY_MODULE:
@@ -328,8 +475,11 @@ def _inside(address: Address, container: Container, seen: set[int]) -> Iterator[
         if isinstance(value, dict | list):
             yield from _inside((*address, key), value, seen)
         elif hasattr(value, "__dict__") and not isinstance(value, _NO_OBJECTS):
-            if type(value).__module__.split(".")[0] not in _LIBRARIES:
+            if type(value).__module__.split(".")[0] not in LIBRARIES:
                 yield from _inside((*address, key, "__dict__"), vars(value), seen)
+        elif _slots(value) and id(value) not in seen:
+            seen[id(value)] = value
+            yield from _inside((*address, key, "__dict__"), Slots(value), seen)
 
 
 def is_torch(module: nn.Module) -> bool:
@@ -350,10 +500,12 @@ def _lru_caches(model: nn.Module) -> Iterator[Any]:
 
 
 def _tensors_of(value: Any) -> list[Tensor]:
-    """The tensors that a value is or, as a tuple, has; those inside dicts and lists are found there."""
+    """The tensors that a value is or, as a tuple, has; those inside dicts and lists are found there. Arrays count as well."""
     if isinstance(value, Tensor):
         return [value]
-    return [x for x in value if isinstance(x, Tensor)] if isinstance(value, tuple) else []
+    if isinstance(value, np.ndarray) and value.dtype.kind in "fc":
+        return [torch.from_numpy(value)]
+    return [x for leaf in pytree.tree_leaves(value) for x in _tensors_of(leaf)] if isinstance(value, tuple) else []
 
 
 def _same(container: Container, old: Container) -> bool:
@@ -408,6 +560,18 @@ def switches(model: nn.Module) -> bool:
         not isinstance(module, known)
         and (type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval)
         for module in model.modules()
+    )
+
+
+def loads_by_itself(model: nn.Module) -> bool:
+    """Whether a module does something of its own when a state dict is loaded, such as deriving values from it."""
+    return any(
+        module._load_state_dict_pre_hooks
+        or module._load_state_dict_post_hooks
+        or type(module).load_state_dict is not nn.Module.load_state_dict
+        or type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
+        for module in model.modules()
+        if not (isinstance(module, torch.jit.ScriptModule) or is_torch(module))
     )
 
 

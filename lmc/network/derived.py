@@ -9,14 +9,15 @@ spectral norm 1, u and v computed from the average |
 are averaged, and written as v with g = |v| |
 | pruning: mask, and weights that it hides | `weight_orig`, `weight_mask` | the weights in use are averaged; the mask of \
 an average shows what any of them shows |
-| bases of orthogonal parametrizations | `parametrizations.*.0.base` | averaged, with a warning by name where they differ |
+| orthogonal parametrizations: coordinates, base | `parametrizations.*.0.base`, and the module, which says what they mean | \
+matrices in use are averaged and replaced by the nearest orthogonal ones; without the module a warning by name |
 | constants kept as buffers: tables of coordinates and frequencies | buffers of the module, or their names | no weights: \
 kept where all have the same, else averaged with a warning by name |
 | shadows of moving averages, observers of quantisation, codebooks | their names | averaged, with a warning by name |
 | counters of batches and steps, index tables, masks | integers and booleans | kept from the first |
 
 Averages are made in coordinates of the weight that is used: `gauged` brings weight sets there without changing what they
-compute, and `settled` makes derived tensors fit an average. Neither depends on a module.
+compute, and `settled` makes derived tensors fit an average. Only orthogonal parametrizations need the module for it.
 """
 
 import re
@@ -25,13 +26,18 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils.parametrizations import _Orthogonal
+from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.utils.weight_norm import WeightNorm
 
 from lmc.core.context import warn
 from lmc.weights import StateDict, Weights
 
 _SVD = 512  # up to this many rows or columns
 _STEPS = 100  # of the power iteration beyond
+_SINGULAR = 1e-3
 
 # Tensors that lag behind the weights, or belong to data: averaged, but the average means little.
 _LAGGING = (
@@ -41,12 +47,21 @@ _LAGGING = (
     ),
     ("observers of quantisation", re.compile(r"(activation_post_process|fake_quant|observer)\.|\.(min_val|max_val)$")),
     ("statistics of a codebook", re.compile(r"\.(embed_avg|cluster_size)$")),
-    ("bases of orthogonal parametrizations", re.compile(r"(^|\.)parametrizations\.[^.]+\.\d+\.base$")),
+    (
+        "bases of orthogonal parametrizations (known from modules; pass models as modules, or model=)",
+        re.compile(r"(^|\.)parametrizations\.[^.]+\.\d+\.base$"),
+    ),
+    (
+        "vectors of a spectral normalisation behind another parametrization",
+        re.compile(r"(^|\.)parametrizations\.[^.]+\.[1-9]\d*\._[uv]$"),
+    ),
 )
 # Functions of the architecture alone, known by name where no module says what its buffers are.
 _CONSTANT = re.compile(
     r"(^|\.)((\w+_)?coords_table|(original_)?inv_freq|(cos|sin)_cached|freqs_cis|pixel_(mean|std)|masked_bias|attn_mask)$"
 )
+# Names that torch gives to the length of a weight: of "weight", or of the weights of recurrent and attention layers.
+_LENGTH = re.compile(r"(^|\.)(\w+_)?weight(_[ih]h_l\d+(_reverse)?)?_g$")
 _ESTIMATED = re.compile(r"(^|\.)running_(mean|var)$")
 
 
@@ -64,29 +79,29 @@ class Spectral:
 
     def gauge(self, weights: Weights) -> Weights:
         """The same function with u'Wv = 1."""
-        weight, norm = weights[self.weight], self._norm(weights)
+        weight, norm = weights[self.weight], self._norm(weights, self._rows(weights))
         usable = bool(norm.isfinite()) and float(norm) != 0.0
         return {self.weight: (weight.double() / norm).to(weight.dtype)} if usable else {}
 
-    def settle(self, weights: Weights) -> Weights:
+    def settle(self, weights: Weights, like: Weights) -> Weights:
         """Vectors of the largest singular value, unless those there fit a weight of norm 1."""
         weights = {name: weights[name].detach() for name in (self.weight, self.u, self.v)}
-        rounding = 64 * torch.finfo(weights[self.weight].dtype).eps
-        if abs(float(self._norm(weights)) - 1.0) <= rounding:
+        rounding, axis = 64 * torch.finfo(weights[self.weight].dtype).eps, self._rows(like)
+        if abs(float(self._norm(weights, axis)) - 1.0) <= rounding:
             return {}
-        matrix = self._matrix(weights)
+        matrix = _unfolded(weights[self.weight].double(), axis)
         u, v = _leading(matrix, weights[self.u].double(), weights[self.v].double())
         return {self.u: u.to(weights[self.u].dtype), self.v: v.to(weights[self.v].dtype)}
 
-    def _norm(self, weights: Weights) -> Tensor:
-        return weights[self.u].double() @ self._matrix(weights) @ weights[self.v].double()
+    def _norm(self, weights: Weights, axis: int) -> Tensor:
+        return weights[self.u].double() @ _unfolded(weights[self.weight].double(), axis) @ weights[self.v].double()
 
-    def _matrix(self, weights: Weights) -> Tensor:
-        """(len(u), len(v)): torch takes axis 0 as rows, and axis 1 of transposed convolutions."""
-        weight, u, v = weights[self.weight].double(), weights[self.u].double(), weights[self.v].double()
-        axes = [axis for axis in range(weight.ndim) if weight.shape[axis] == len(u)]
-        forms = [weight.movedim(axis, 0).reshape(len(u), -1) for axis in axes]
-        return max(forms, key=lambda form: abs(float(u @ form @ v)))  # along another axis u and v mean nothing
+    def _rows(self, weights: Weights) -> int:
+        """The axis that u runs along: of torch's layers 0, of transposed convolutions 1. Along another u and v mean nothing;
+        those of an average mean nothing along any."""
+        shape = weights[self.weight].shape
+        axes = [axis for axis in range(len(shape)) if shape[axis] == len(weights[self.u])]
+        return axes[0] if len(axes) == 1 else max(axes, key=lambda axis: abs(float(self._norm(weights, axis).detach())))
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,11 @@ class Normed:
     def derived(self) -> tuple[str, ...]:
         return (self.length,)
 
+    def fits(self, weights: Weights) -> bool:
+        """Whether weights are gauged."""
+        length, norm = weights[self.length], self._norm(weights[self.length], weights[self.direction].double())
+        return torch.allclose(length.double(), norm, rtol=8 * torch.finfo(length.dtype).eps, atol=0.0)
+
     def gauge(self, weights: Weights) -> Weights:
         """The same function with g = |v|."""
         length, direction = weights[self.length].double(), weights[self.direction].double()
@@ -110,7 +130,9 @@ class Normed:
             self.length: self._norm(length, weight).to(weights[self.length].dtype),
         }
 
-    def settle(self, weights: Weights) -> Weights:
+    def settle(self, weights: Weights, like: Weights) -> Weights:
+        if not self.fits(like):
+            return {}
         length, direction = weights[self.length], weights[self.direction].double()
         return {self.length: self._norm(length, direction).to(length.dtype)}
 
@@ -138,37 +160,93 @@ class Pruned:
         """The same function with zeros where the mask has them."""
         return {self.weight: weights[self.weight] * weights[self.mask].to(weights[self.weight].dtype)}
 
-    def settle(self, weights: Weights) -> Weights:
+    def settle(self, weights: Weights, like: Weights) -> Weights:
         weight, mask = weights[self.weight], weights[self.mask]
         return {self.mask: ((mask != 0) | (weight != 0)).to(mask.dtype)}
 
 
-Derived: TypeAlias = Spectral | Normed | Pruned
+@dataclass(frozen=True)
+class Orthogonal:
+    """Names of the coordinates X and the base B of a matrix B exp(X), or with another map of X, of orthonormal rows or columns.
+
+    `module` is what computes it. Weights are gauged where X stands for no turn (its map gives the identity), so that the
+    matrix is the first columns of B (of its transpose, where there are more columns than rows).
+    """
+
+    coordinates: str
+    base: str
+    module: nn.Module | None = None
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        return (self.base,)
+
+    def gauge(self, weights: Weights) -> Weights:
+        """The same matrix with coordinates of no turn."""
+        if self.module is None:
+            return {}
+        coordinates, base = weights[self.coordinates], weights[self.base]
+        with torch.no_grad():
+            matrix = functional_call(self.module, {"base": base.double()}, (coordinates.double(),))
+        tall = matrix if matrix.shape[-2] >= matrix.shape[-1] else matrix.mT
+        return {self.coordinates: _no_turn(coordinates), self.base: _completed(tall).to(base.dtype)}
+
+    def settle(self, weights: Weights, like: Weights) -> Weights:
+        """The nearest orthogonal base, unless it is one; the matrix may have any completion."""
+        base, short = weights[self.base], min(weights[self.coordinates].shape[-2:])
+        if not torch.equal(weights[self.coordinates], _no_turn(weights[self.coordinates])):
+            return {}
+        tall = base[..., :short].double()
+        off = tall.mT @ tall - torch.eye(short, dtype=tall.dtype, device=tall.device)
+        if float(off.abs().amax()) <= 64 * torch.finfo(base.dtype).eps:
+            return {}
+        left, values, right = torch.linalg.svd(tall, full_matrices=False)
+        if float(values.amin()) < _SINGULAR:
+            warn(
+                f"{self.base}: the average of orthogonal matrices is nearly singular (smallest singular value "
+                f"{float(values.amin()):.1g}); the nearest orthogonal one is little determined by it"
+            )
+        return {self.base: _completed(left @ right).to(base.dtype)}
 
 
-def derived_in(weights: Mapping[str, Tensor]) -> list[Derived]:
-    """The spectral and weight normalisations and pruned weights in a state dict, known by their names and shapes."""
-    return [*_spectral(weights), *_normed(weights), *_pruned(weights)]
+Derived: TypeAlias = Spectral | Normed | Pruned | Orthogonal
 
 
-def derived_names(weights: Mapping[str, Tensor]) -> frozenset[str]:
+def derived_in(weights: Mapping[str, Tensor], module: nn.Module | None = None) -> list[Derived]:
+    """What in a state dict is written otherwise than it is used, known by names and shapes; orthogonal parametrizations by
+    their module, or once they are gauged."""
+    return [*_plain(weights, module), *_orthogonal(weights, module)]
+
+
+def derived_names(weights: Mapping[str, Tensor], module: nn.Module | None = None) -> frozenset[str]:
     """The tensors that `settled` computes from others: no weights, they take no part in norms, cosines or masks."""
-    return frozenset(name for kind in derived_in(weights) for name in kind.derived)
+    return frozenset(name for kind in derived_in(weights, module) for name in kind.derived)
 
 
-def gauged(weights: Weights) -> StateDict:
-    """The same function in coordinates of which averages make sense."""
+def written(weights: Mapping[str, Tensor], module: nn.Module) -> frozenset[str]:
+    """The tensors that are, once gauged, the weight that is used where no further parametrization follows."""
+    return frozenset(kind.direction if isinstance(kind, Normed) else kind.weight for kind in _plain(weights, module))
+
+
+def _plain(weights: Mapping[str, Tensor], module: nn.Module | None = None) -> "Iterator[Spectral | Normed | Pruned]":
+    yield from _spectral(weights)
+    yield from (kind for kind in _normed(weights) if module is None or _has_norm(module, kind))
+    yield from _pruned(weights)
+
+
+def gauged(weights: Weights, module: nn.Module | None = None) -> StateDict:
+    """The same function in coordinates of which averages make sense; `module` says what orthogonal ones mean."""
     found = StateDict(weights, like=weights)
-    for kind in derived_in(weights):
+    for kind in derived_in(weights, module):
         found |= kind.gauge(found)
     return found
 
 
-def settled(weights: Weights) -> StateDict:
-    """An average of gauged weights with derived tensors of its own."""
+def settled(weights: Weights, like: Weights) -> StateDict:
+    """An average of gauged weights, of which `like` is one, with derived tensors of its own."""
     found = StateDict(weights, like=weights)
     for kind in derived_in(weights):
-        found |= kind.settle(found)
+        found |= kind.settle(found, like)
     return found
 
 
@@ -181,6 +259,7 @@ def warn_of_lagging(
     states: Sequence[Mapping[str, Tensor]],
     buffers: Collection[str] = (),
     same: Callable[[str, int], bool] | None = None,
+    derived: Collection[str] = (),
 ) -> None:
     """Warn once for each kind of tensors that are averaged although they belong to no average, if they differ.
 
@@ -188,12 +267,14 @@ def warn_of_lagging(
         states: the weight sets, or outlines of them.
         buffers: the names of those that a module keeps as buffers.
         same: whether a tensor of the first weight set is the same in another, given by its place.
+        derived: the names of those that are not averaged like weights (`derived_names`).
     """
     if len(states) < 2:
         return
     same = same or (lambda name, i: torch.equal(states[0][name], states[i][name]))
-    known = {kind: [name for name in states[0] if pattern.search(name)] for kind, pattern in _LAGGING}
-    told = {*derived_names(states[0]), *(name for names in known.values() for name in names)}
+    derived = frozenset(derived)
+    known = {kind: [n for n in states[0] if n not in derived and pattern.search(n)] for kind, pattern in _LAGGING}
+    told = {*derived, *(name for names in known.values() for name in names)}
     known["buffers, which no training changes or which belong to one network,"] = [
         name
         for name, tensor in states[0].items()
@@ -217,7 +298,7 @@ def _spectral(weights: Mapping[str, Tensor]) -> Iterator[Spectral]:
             u, v = f"{name[:-5]}_u", f"{name[:-5]}_v"
         elif name.endswith(".original") and "parametrizations." in name:
             stem = name.removesuffix("original")
-            u, v = next(((x, f"{x[:-2]}_v") for x in weights if x.startswith(stem) and x.endswith("._u")), ("", ""))
+            u, v = f"{stem}0._u", f"{stem}0._v"  # behind another parametrization it is not this tensor that is divided
         else:
             continue
         if u in weights and v in weights and weights[u].ndim == 1 and weights[u].numel() in weights[name].shape:
@@ -227,7 +308,7 @@ def _spectral(weights: Mapping[str, Tensor]) -> Iterator[Spectral]:
 
 def _normed(weights: Mapping[str, Tensor]) -> Iterator[Normed]:
     for name in weights:
-        if name.endswith("_g"):
+        if _LENGTH.search(name):
             other = f"{name[:-2]}_v"
         elif name.endswith(".original0") and "parametrizations." in name:
             other = f"{name[:-1]}1"
@@ -242,11 +323,64 @@ def _normed(weights: Mapping[str, Tensor]) -> Iterator[Normed]:
                 yield Normed(name, other)
 
 
+def _has_norm(module: nn.Module, kind: Normed) -> bool:
+    """Whether a module normalises a weight that is written like one under a weight normalisation."""
+    if "parametrizations." in kind.length:
+        return True
+    path, _, own = kind.length.rpartition(".")
+    try:
+        owner = module.get_submodule(path)
+    except AttributeError:
+        return False
+    hooks = [hook for hook in owner._forward_pre_hooks.values() if isinstance(hook, WeightNorm)]
+    return isinstance(owner, torch.jit.ScriptModule) or any(f"{hook.name}_g" == own for hook in hooks)
+
+
 def _pruned(weights: Mapping[str, Tensor]) -> Iterator[Pruned]:
     for name in weights:
         mask = f"{name[:-5]}_mask"
         if name.endswith("_orig") and mask in weights and weights[mask].shape == weights[name].shape:
             yield Pruned(name, mask)
+
+
+def _orthogonal(weights: Mapping[str, Tensor], module: nn.Module | None) -> Iterator[Orthogonal]:
+    for name in weights:
+        if not (name.endswith(".0.base") and "parametrizations." in name):
+            continue
+        coordinates = f"{name.removesuffix('.0.base')}.original"
+        if coordinates not in weights or weights[name].ndim < 2 or weights[name].is_meta:
+            continue
+        computes = None if module is None else _parametrization(module, name.removesuffix(".0.base"))
+        if computes is not None or torch.equal(weights[coordinates], _no_turn(weights[coordinates])):
+            yield Orthogonal(coordinates, name, computes)
+
+
+def _parametrization(module: nn.Module, path: str) -> nn.Module | None:
+    """The first of the parametrizations at a path, if it is an orthogonal one."""
+    try:
+        found = module.get_submodule(path)
+    except AttributeError:
+        return None
+    return found[0] if isinstance(found, ParametrizationList) and isinstance(found[0], _Orthogonal) else None
+
+
+def _no_turn(coordinates: Tensor) -> Tensor:
+    """Coordinates that all of torch's maps take to the identity."""
+    found = torch.zeros_like(coordinates)
+    found.diagonal(dim1=-2, dim2=-1).fill_(-1.0)
+    return found
+
+
+def _completed(tall: Tensor) -> Tensor:
+    """(..., n, n) orthogonal, whose first k columns are those of an orthonormal (..., n, k)."""
+    left, _, right = torch.linalg.svd(tall)
+    k = tall.shape[-1]
+    return torch.cat([left[..., :k] @ right, left[..., k:]], dim=-1)
+
+
+def _unfolded(weight: Tensor, axis: int) -> Tensor:
+    """(rows along an axis, all else)."""
+    return weight.movedim(axis, 0).reshape(weight.shape[axis], -1)
 
 
 def _leading(matrix: Tensor, u: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
+from torch.nn.utils.parametrize import is_parametrized
 
+from lmc.network.derived import written
 from lmc.network.inputs import Call
 from lmc.network.network import Network
+from lmc.weights import Weights
 
 Side = Literal["input", "output"]
 
@@ -55,6 +58,25 @@ def fits(module: nn.Module) -> bool:
     if isinstance(module, nn.Conv1d | nn.Conv2d):
         return module.groups == 1 and module.padding_mode == "zeros" and not isinstance(module.padding, str)
     return isinstance(module, nn.Linear) or _is_conv1d(module)
+
+
+def matrices(module: nn.Module, weights: Weights) -> dict[str, nn.Module]:
+    """The layers that are matrices, by the name of the tensor that holds the matrix in gauged weights."""
+    known, found = written(weights, module), {}
+    for path, layer in module.named_modules():
+        if not fits(layer):
+            continue
+        if not is_parametrized(layer, "weight"):
+            names = ("weight", "weight_v", "weight_orig")
+        elif len(layer.parametrizations["weight"]) == 1:  # type: ignore[index]
+            names = ("parametrizations.weight.original1", "parametrizations.weight.original")
+        else:
+            continue
+        for own in names:
+            name = f"{path}.{own}".removeprefix(".")
+            if name in known or (own == "weight" and name in weights):
+                found[name] = layer
+    return found
 
 
 def rows(module: nn.Module, inputs: Tensor) -> Tensor:

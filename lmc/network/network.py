@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from lmc.core.context import callers_dtype, default_dtype, warn
-from lmc.errors import DataError, InputError, LmcError
+from lmc.errors import DataError, InputError, LmcError, WeightsError
 from lmc.network.batches import tensors, to_device
 from lmc.network.caches import (
     Hidden,
@@ -30,7 +30,9 @@ from lmc.network.caches import (
     derives_outside,
     empty,
     fresh_copy,
-    is_torch,
+    hidden_tensors,
+    is_plain,
+    loads_by_itself,
     removable,
     switches,
     writes_parameters,
@@ -56,6 +58,7 @@ class _Verdict:
 
 
 _PLAIN = _Verdict(caches=False)
+_SHADOWED = 64  # parameters that are looked at one by one
 _VERDICTS: weakref.WeakKeyDictionary[nn.Module, _Verdict] = weakref.WeakKeyDictionary()
 
 
@@ -81,6 +84,12 @@ class Network:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"model: expected an nn.Module, which says what to compute, got {type(model).__name__}")
+        for name, value in model.state_dict(keep_vars=True).items():
+            if not isinstance(value, Tensor):
+                raise WeightsError(
+                    f"{name}: expected a tensor in the state dict of {type(model).__name__}, got {type(value).__name__}; extra "
+                    "state outside parameters and buffers, as quantised layers have it, is not supported"
+                )
         if device.type != "meta" and any(x.is_meta for x in (*model.parameters(), *model.buffers())):
             raise InputError(
                 f"model: {type(model).__name__} is on the meta device, which has shapes and no values; "
@@ -94,7 +103,8 @@ class Network:
         self._switches = switches(model)
         self._scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
         self._copies = writes_parameters(model)
-        self.module = fresh_copy(model, share=not self._renamed).to(device)
+        self._loads = bool(self._renamed) or loads_by_itself(model)
+        self.module = fresh_copy(model, share=not self._loads).to(device)
         if dtype is not None:
             self.module._apply(lambda tensor: _cast(tensor, dtype))
         self.module.eval()
@@ -133,7 +143,7 @@ class Network:
         self.module.train(training)
 
     def _fill(self, weights: Weights) -> None:
-        if self._renamed:
+        if self._loads:
             state = self.module.state_dict()
             state.update(weights)  # keeps the metadata, in which modules look up their version
             self.module.load_state_dict(state)
@@ -163,7 +173,7 @@ class Network:
     @property
     def by_reference(self) -> bool:
         """Whether the loaded weights may be changed in place: the module holds them, and derives nothing from them."""
-        return self._verdict == _PLAIN and not (self._switches or self._copies or self._renamed)
+        return self._verdict == _PLAIN and not (self._switches or self._copies or self._loads)
 
     def buffers(self) -> Weights:
         """The buffers as the last forward pass left them."""
@@ -175,7 +185,8 @@ class Network:
         return self.read(self.result(inputs))
 
     def _call(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return arguments(self.module, to_device(inputs, self.device))
+        args, kwargs = arguments(self.module, to_device(inputs, self.device))
+        return pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # no gradients for the caller's inputs
 
     def result(self, inputs: Any) -> Any:
         """All that the module returns for inputs of any accepted form."""
@@ -206,7 +217,7 @@ class Network:
     @torch.no_grad()
     def many(self, stacked: Weights, inputs: Any) -> Tensor:
         """The outputs (K, N, ...) of K weight sets stacked along a new first axis."""
-        if not self._examine(inputs).functional or self._renamed or self._scripted:
+        if not self._examine(inputs).functional or self._loads or self._scripted:
             return torch.stack([self._alone(stacked, k, inputs) for k in range(len(next(iter(stacked.values()))))])
         args, kwargs = self._call(inputs)
 
@@ -279,7 +290,7 @@ class Network:
 
     def _examine(self, inputs: Any) -> _Verdict:
         """The verdict on this module, which is found at the first inputs, and kept for other copies of it."""
-        if self._verdict is None and all(is_torch(module) for module in self.module.modules()):
+        if self._verdict is None and all(is_plain(module) for module in self.module.modules()):
             self._verdict = _PLAIN
         if self._verdict is not None:
             return self._verdict
@@ -318,11 +329,14 @@ class Network:
         trial.result(inputs)
         return trial.module
 
+    def _given_out(self, removal: Removal, weights: Weights, inputs: Any) -> Any:
+        return _seeded(self._trial(removal, _Verdict(), weights), inputs)
+
     def _judged(self, stale: Removal, weights: Weights, inputs: Any) -> _Verdict:
         """What a fresh copy gives for `weights` is what a copy must give that had other weights before."""
         between = _perturbed(weights)
-        runs = [partial(self._called, stale, given, inputs) for given in (weights, between)]
-        outside = derives_outside(self.module, runs)
+        runs = [partial(self._given_out, stale, given, inputs) for given in (weights, between)]
+        outside = derives_outside(self.module, runs, _equal)
         expected = _seeded(self._trial(stale, _Verdict(), weights), inputs)
         for renews in (False, True):
             trial = self._trial(stale, _Verdict(renews=renews), between)
@@ -343,6 +357,7 @@ class Network:
                 "weight set, which takes longer"
             )
         trial._forget()
+        self._warn_of_shadows(stale, weights, inputs, expected)
         caches = trial._hidden.changing
         trial.load(between)
         functional = False
@@ -351,6 +366,30 @@ class Network:
             functional = _equal(_seeded(trial, inputs, own), expected)
             functional &= all(torch.equal(tensor, self._taken(weights[name])) for name, tensor in own.items())
         return _Verdict(caches, renews, functional)
+
+    def _warn_of_shadows(self, stale: Removal, weights: Weights, inputs: Any, expected: Any) -> None:
+        """Warn of parameters in whose place the module uses copies that are not in its state dict (moving averages)."""
+        trial = self._trial(stale, _Verdict(), weights)
+        kept = [x for x in hidden_tensors(trial.module) if x.is_floating_point() and x.numel() > 1]
+        alike = [n for n in self._own_names if n in weights and any(x.shape == weights[n].shape for x in kept)]
+        if not alike or len(alike) > _SHADOWED:
+            return
+        with contextlib.suppress(Exception):  # of values that nobody asked for
+            for tensor in kept:
+                tensor.detach().copy_(next(iter(_perturbed({"": tensor}).values())))
+            trial._verdict = _Verdict(caches=False)
+            if _equal(_seeded(trial, inputs), expected):
+                return
+            other = _perturbed(weights)
+            for name in alike:
+                changed = self._given_out(stale, {**weights, name: other[name]}, inputs)
+                if _equal(changed, expected):
+                    warn(
+                        f"{self._name}: its outputs do not depend on {name}; it uses a tensor of that shape which it keeps "
+                        "beside its state dict, such as a moving average: all weights are evaluated with the module's own. "
+                        "Make it a buffer, or copy it into the parameters"
+                    )
+                    return
 
     @property
     def _name(self) -> str:

@@ -100,7 +100,7 @@ class Renormalizer:
             network.check(state, f"models[{k}]")
             check_compatible(models[0], state, ("models[0]", f"models[{k}]"))
             check_finite(state, f"models[{k}]")
-        self.network, self.models, self.method = network, [gauged(state) for state in models], method
+        self.network, self.models, self.method = network, [gauged(state, network.module) for state in models], method
         self.batches = list(inputs if batch_size is None else input_batches(network.module, inputs, batch_size))
         network.load(self.models[0])
         self._layers = rescalable(network, first_of(self.batches[0], 1))
@@ -109,7 +109,7 @@ class Renormalizer:
 
     def __call__(self, shares: Sequence[float]) -> StateDict:
         """The repaired average, on the device that the networks are on."""
-        average = settled(mean(self.models, shares))
+        average = settled(mean(self.models, shares), self.models[0])
         if 1.0 in shares:
             return average
         if self.method == "closed_form":

@@ -274,7 +274,11 @@ def measured(measure: Loss, name: str, outputs: Any, targets: Tensor, inputs: An
         InputError: a value of any other shape.
     """
     arguments = (outputs, targets, inputs)[: _arity(measure)]
-    value = torch.as_tensor(measure(*arguments), device=targets.device)
+    found = measure(*arguments)
+    try:
+        value = torch.as_tensor(found, device=targets.device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{name} returned {_describe(found)}; expected one value, or one for each example") from error
     if value.numel() == 1 and len(targets) != 1:
         return value.reshape(())
     if value.numel() != 1 and (value.ndim == 0 or len(value) != len(targets)):

@@ -68,9 +68,13 @@ def record(model: nn.Module, parameters: Stack, fixed: Stack, inputs: Tensor, ta
     def gradients(p: Stack, f: Stack, x: Tensor, y: Tensor) -> tuple[Stack, tuple[Tensor, Tensor]]:
         return vmap(grad_and_value(objective, has_aux=True), randomness="error")(p, f, x, y)
 
-    # Recording runs the step once, so buffers are cloned to keep it from counting.
+    # Recording runs the step once, so buffers are cloned to keep it from counting. What was recorded is run once too: not
+    # every recording can be (of recurrent layers in two directions some cannot).
     scratch = {name: tensor.clone() for name, tensor in fixed.items()}
-    return _without_idle_views(make_fx(gradients)(parameters, scratch, inputs, targets)).forward
+    step = _without_idle_views(make_fx(gradients)(parameters, scratch, inputs, targets)).forward
+    with torch.no_grad():
+        step(parameters, scratch, inputs, targets)
+    return step
 
 
 def _without_idle_views(recorded: GraphModule) -> GraphModule:

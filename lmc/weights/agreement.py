@@ -10,7 +10,17 @@ from torch import Tensor, nn
 from lmc.core.context import warn
 from lmc.errors import InputError, MismatchError, WeightsError
 from lmc.weights.checkpoint import Checkpoint
-from lmc.weights.state import ModelOrWeights, StateDict, Weights, check_codes, dtype_name, inexact, tied_names, wide
+from lmc.weights.state import (
+    ModelOrWeights,
+    StateDict,
+    Weights,
+    check_codes,
+    check_integers,
+    dtype_name,
+    inexact,
+    tied_names,
+    wide,
+)
 
 # Buffers that one file has and another lacks, and that no function of the weights depends on: counters of batches,
 # tables of positions, and masks, which are constants of the architecture.
@@ -58,7 +68,7 @@ def agreeing(
 
     Raises:
         MismatchError: names, shapes, kinds of numbers or devices differ.
-        WeightsError: NaN, infinity, or tensors without values.
+        WeightsError: NaN, infinity, codes of quantised weights, or tensors without values.
     """
     called = [f"models[{i}]" for i in range(len(models))] if names is None else list(names)
     states: list[Weights] = [as_weights(given) for given in models]
@@ -70,6 +80,7 @@ def agreeing(
         states[i] = shared(states[0], state, (called[0], name))
         check_compatible(states[0], states[i], (called[0], name))
         check_finite(state, name)
+    check_integers(states, called)
     for name in states[0]:
         if len(dtypes := {state[name].dtype for state in states}) > 1 and inexact(states[0][name]):
             widest = wide(*dtypes)

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lmc.errors import DataError, InputError
-from lmc.weights.state import StateDict, narrowed
+from lmc.errors import DataError, InputError, WeightsError
+from lmc.weights.state import DEQUANTISE, QUANTISED, StateDict, narrowed
 
 DTYPES = {
     "F64": torch.float64,
@@ -215,7 +215,17 @@ class Checkpoint(Mapping[str, Tensor]):
         return sum(size_of(entry.dtype, entry.shape) for entry in self.stored.values())
 
     def outline(self) -> StateDict:
-        """Tensors of the right names, shapes and dtypes that hold no values and take no memory."""
+        """Tensors of the right names, shapes and dtypes that hold no values and take no memory.
+
+        Raises:
+            WeightsError: tensors of a quantised dtype of torch, which have no such form.
+        """
+        for name, entry in self.stored.items():
+            if entry.dtype in QUANTISED:
+                raise WeightsError(
+                    f"{name} ({str(entry.dtype).removeprefix('torch.')}) belongs to a quantised weight, which are no numbers to "
+                    f"add and scale; {DEQUANTISE}"
+                )
         return StateDict((name, torch.zeros((), dtype=(e := self.entry(name)).dtype).expand(e.shape)) for name in self)
 
     def load(self) -> StateDict:

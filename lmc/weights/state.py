@@ -10,7 +10,7 @@ names and from modules.
 
 import re
 from collections import Counter, OrderedDict
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import lru_cache
 from typing import Any, Self, TypeAlias
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from lmc.core.context import warn
 from lmc.errors import InputError, WeightsError
 
 Weights: TypeAlias = dict[str, Tensor]
@@ -135,6 +136,7 @@ FACTORS = re.compile(
     r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_(down|up)|lora\.(down|up)|hada_w[12]_[ab]|"
     r"lokr_w[12](_[ab])?|vera_lambda_[bd]|ia3_l|dora_scale|prompt_embeddings)(\.|$)"
 )
+QUANTISED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)
 DEQUANTISE = (
     "dequantise it first, by loading it with the library that quantised it and saving float weights, or take the "
@@ -207,6 +209,52 @@ def unmergeable(state: Mapping[str, Tensor]) -> str:
             "model.merge_and_unload()), and merge those"
         )
     return ""
+
+
+def check_integers(
+    states: Sequence[Mapping[str, Tensor]],
+    names: Sequence[str],
+    same: Callable[[str, int], bool] | None = None,
+    values: Callable[[str, int], Tensor] | None = None,
+) -> None:
+    """Check integers and booleans, which no sum is made of: where weight sets differ in them, those of the first are kept.
+
+    Counters, which are single numbers, may differ. Of other integers and masks a warning names the first that differ.
+
+    Args:
+        states: the weight sets, or outlines of them.
+        names: what messages call them.
+        same: whether a tensor of the first weight set is the same in another, given by its place.
+        values: a tensor of a weight set, given by its place.
+
+    Raises:
+        WeightsError: narrow integers (int8, uint8, int16) that are more than a mask differ: they are codes of weights.
+    """
+    same = same or (lambda name, i: torch.equal(states[0][name], states[i][name]))
+    values = values or (lambda name, i: states[i][name])
+    differing: dict[str, str] = {}
+    for name, tensor in states[0].items():
+        if inexact(tensor) or tensor.numel() < 2 or tensor.is_meta:
+            continue
+        others = [i for i in range(1, len(states)) if name in states[i] and not states[i][name].is_meta]
+        first = next((i for i in others if not same(name, i)), None)
+        if first is None:
+            continue
+        differing[name] = names[first]
+        if tensor.dtype in (torch.int8, torch.uint8, torch.int16):
+            both = [values(name, i) for i in (0, first)]
+            if any(bool(((x != 0) & (x != 1)).any()) for x in both):
+                raise WeightsError(
+                    f"{name} holds {dtype_name(tensor)} numbers that differ between {names[0]} and {names[first]}: they look "
+                    f"like codes of a quantised weight, which are no numbers to add and scale; {DEQUANTISE}; if they are "
+                    "no weights, leave them out of both, or give both the same"
+                )
+    if differing:
+        name, more = next(iter(differing)), len(differing) - 1
+        warn(
+            f"{name}{f' and {more} more' if more else ''}: integers or masks that differ between {names[0]} and "
+            f"{differing[name]}; no sums are made of them, those of {names[0]} are kept"
+        )
 
 
 def check_codes(state: Mapping[str, Tensor], what: str) -> None:

@@ -336,8 +336,8 @@ def test_bad_input():
         fuse(case, a, mlp(12, [16, 16, 10], 5))
     with pytest.raises(MismatchError, match="fc1.weight"):
         fuse(case, a, mlp(13, [16, 10], 5))
-    with pytest.raises(MismatchError, match="dtype|float64"):
-        fuse(case, a, {k: v.double() for k, v in b.items()})
+    with pytest.raises(MismatchError, match="int64"):
+        fuse(case, a, b | {"fc1.bias": torch.zeros(16, dtype=torch.int64)})
     with pytest.raises(InputError, match="need it as a module"):
         fuse(case, a, mlp(12, [20, 10], 5).state_dict(), "activations")
     with pytest.raises(InputError, match="importance='max': expected 'l1'"):
@@ -350,6 +350,16 @@ def test_bad_input():
         fuse(case, a, b | {"fc1.bias": torch.full((16,), torch.nan)})
     with pytest.raises(DataError, match="no examples"):
         ot_fusion(case.model, a, b, iter([]), spec=case.spec)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_of_two_dtypes_the_wider_one_is_taken(dtype):
+    case = CASES["mlp"]()
+    a, b = case.other(2), {name: tensor.to(dtype) for name, tensor in case.other(1).items()}
+    found = ot_fusion(case.model, a, b, spec=case.spec, progress=False)
+    assert {tensor.dtype for tensor in found.values()} == {torch.promote_types(torch.float32, dtype)}
+    wide = ot_fusion(case.model, a, {n: t.float() for n, t in b.items()}, spec=case.spec, progress=False)
+    assert all(torch.allclose(found[name].float(), wide[name], atol=1e-6) for name in found)
 
 
 def test_groups_that_transport_cannot_follow_are_named():

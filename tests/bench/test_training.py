@@ -270,3 +270,18 @@ def test_bad_arguments_are_named(changes, error, message):
     arguments = dict(model=SMALL["mlp"][0], data=DATA["images"], epochs=1, progress=False) | changes
     with pytest.raises(error, match=message):
         train(arguments.pop("model"), arguments.pop("data"), **arguments)
+
+
+class BothWays(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(4, 3, batch_first=True, bidirectional=True), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_what_cannot_be_replayed_is_trained_one_by_one():
+    x, y = torch.randn(8, 3, 4), torch.arange(8) % 2
+    assert len(train(BothWays(), (x, y), seeds=range(2), epochs=1, batch_size=4, progress=False)) == 2

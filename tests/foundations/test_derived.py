@@ -109,7 +109,7 @@ def test_gauging_and_settling_keep_a_single_network(norm):
     state = rewritten(model)
     before = {name: tensor.clone() for name, tensor in state.items()}
     copied = network(norm, 1)
-    copied.load_state_dict(settled(gauged(state)))
+    copied.load_state_dict(settled(gauged(state), gauged(state)))
     assert torch.allclose(copied(x), model(x), atol=1e-5)
     assert all(torch.equal(state[name], before[name]) for name in state)
     assert derived_names(state) and not derived_in(nn.Linear(3, 3).state_dict())
@@ -257,16 +257,45 @@ def test_constants_of_the_architecture_are_kept_and_named_where_they_differ(name
     assert len(caught) == 1
 
 
-def test_bases_of_orthogonal_parametrizations_are_named():
-    models = [network_orthogonal(seed) for seed in (0, 1)]
-    with pytest.warns(UserWarning, match="parametrizations.weight.0.base: bases of orthogonal parametrizations"):
-        lmc.merge.average(models)
+@pytest.mark.parametrize("shape", [(6, 6), (8, 5), (5, 8)])
+@pytest.mark.parametrize("mapping", ["matrix_exp", "cayley", "householder"])
+def test_orthogonal_matrices_are_averaged_as_matrices(shape, mapping):
+    a, b, x = *(orthogonal(shape, mapping, seed) for seed in (0, 1)), torch.randn(4, shape[1])
+    again = orthogonal(shape, mapping, 1)
+    again.weight = b.weight.detach().clone()  # another base, and coordinates of no turn
+    assert not torch.allclose(again.parametrizations.weight[0].base, b.parametrizations.weight[0].base)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of averages that are nearly singular
+        results = []
+        for other in (b, again):
+            merged = orthogonal(shape, mapping, 2)
+            merged.load_state_dict(lmc.merge.average([a, other], weights=[0.7, 0.3]))
+            results.append(merged)
+        same = orthogonal(shape, mapping, 2)
+        same.load_state_dict(lmc.merge.average([a, a]))
+    left, _, right = torch.linalg.svd(0.7 * a.weight + 0.3 * b.weight, full_matrices=False)
+    assert torch.allclose(results[0].weight, left @ right, atol=1e-5)
+    assert torch.allclose(results[0](x), results[1](x), atol=1e-5) and torch.allclose(same(x), a(x), atol=1e-5)
+    path = lmc.loss_path(a, a, again, (x, torch.arange(4) % shape[0]), alphas=3, progress=False)
+    assert path.values["data"]["loss"][2] == pytest.approx(
+        nn.functional.cross_entropy(b(x), torch.arange(4) % shape[0]).item(), abs=1e-5
+    )
+    with pytest.warns(
+        UserWarning, match=r"parametrizations.weight.0.base: bases of orthogonal .*pass models as modules"
+    ):
+        lmc.merge.average([a.state_dict(), b.state_dict()])
 
 
-def network_orthogonal(seed: int) -> nn.Module:
+def orthogonal(shape: tuple[int, int], mapping: str, seed: int) -> nn.Module:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return nn.Sequential(p.orthogonal(nn.Linear(6, 6)), nn.ReLU(), nn.Linear(6, 2))
+        layer = p.orthogonal(nn.Linear(shape[1], shape[0]), orthogonal_map=mapping)
+        optimizer = torch.optim.SGD(layer.parameters(), 0.3)
+        for _ in range(5):
+            optimizer.zero_grad()
+            (layer(torch.randn(9, shape[1])) - 1).square().mean().backward()
+            optimizer.step()
+    return layer.eval()
 
 
 @every

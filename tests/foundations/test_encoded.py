@@ -1,6 +1,7 @@
 """Codes and factors are no weights: refused with the way out wherever weights are added, in memory and on disk."""
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,49 @@ def test_what_merely_looks_like_codes_is_merged():
         "half.weight": torch.ones(2).to(torch.float8_e4m3fn),
     }
     assert lmc.merge.average([state, state])["l.weight"].equal(state["l.weight"])
+
+
+def beside(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {"l.weight": torch.ones(2, 2), name: values}
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int16])
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_codes_are_known_by_their_numbers_too(dtype, on_disk, tmp_path):
+    """Under a name that no library is known for."""
+    models = [beside("l.packed", torch.tensor([[3, 7], [k, 9]], dtype=dtype)) for k in (1, 2)]
+    with pytest.raises(WeightsError, match="l.packed holds u?int.* numbers that differ between .*codes"):
+        if on_disk:
+            for k, state in enumerate(models):
+                torch.save(state, tmp_path / f"{k}.pt")
+            lmc.merge.write(lmc.merge.average, [tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "out", progress=False)
+        else:
+            lmc.merge.average(models)
+    with pytest.raises(WeightsError, match="l.packed"):
+        lmc.weights.agreeing(models)
+    assert torch.equal(lmc.merge.average([models[0], models[0]])["l.packed"], models[0]["l.packed"])
+
+
+@pytest.mark.parametrize(
+    "values",
+    [torch.arange(4), torch.tensor([True, False]), torch.tensor([1, 0], dtype=torch.uint8), torch.arange(3).int()],
+)
+def test_integers_that_differ_are_named_and_kept_from_the_first(values):
+    models = [beside("l.table", values), beside("l.table", values.flip(0))]
+    with pytest.warns(UserWarning, match="l.table: integers or masks that differ between") as caught:
+        merged = lmc.merge.average(models)
+    assert len(caught) == 1 and torch.equal(merged["l.table"], values)
+
+
+def test_counters_may_differ(recwarn):
+    models = [beside("l.num_batches_tracked", torch.tensor(k)) for k in (1, 2)]
+    assert int(lmc.merge.average(models)["l.num_batches_tracked"]) == 1 and not recwarn.list
+
+
+def test_quantised_dtypes_of_torch_are_refused_on_disk(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        codes = torch.quantize_per_tensor(torch.ones(2, 2), 0.1, 0, torch.qint8)
+        torch.save({"l.weight": codes}, tmp_path / "a.pt")
+        with pytest.raises(WeightsError, match="l.weight .qint8. belongs to a quantised weight"):
+            lmc.merge.write(lmc.merge.average, [tmp_path / "a.pt", tmp_path / "a.pt"], tmp_path / "out", progress=False)

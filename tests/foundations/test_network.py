@@ -1,6 +1,7 @@
 """Weights put through modules that keep something beside their state dict."""
 
 import functools
+import threading
 import warnings
 
 import pytest
@@ -143,6 +144,29 @@ class InAnObject(Base):
         return self.helper.kept
 
 
+class InATuple(Base):
+    def scale(self):
+        self.pair = getattr(self, "pair", None) or (6, [super().scale()])
+        return self.pair[1][0]
+
+
+class Slotted:
+    __slots__ = ("kept",)
+
+    def __init__(self) -> None:
+        self.kept = None
+
+
+class InSlots(Base):
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.helper = Slotted()
+
+    def scale(self):
+        self.helper.kept = super().scale() if self.helper.kept is None else self.helper.kept
+        return self.helper.kept
+
+
 class Number(Base):
     """A plain number, as logits are scaled by one that is computed once."""
 
@@ -228,6 +252,8 @@ CACHING = [
     LruOfInstance,
     CachedProperty,
     InAnObject,
+    InATuple,
+    InSlots,
     Number,
     NumbersByLength,
     Flagged,
@@ -392,19 +418,138 @@ def _closed():
 
 
 CLOSED = _closed()
-SHARED = (Elsewhere, InAFile, InTheClass, InADefault, InAClosure)
+LAST = None
+OF_THREADS = threading.local()
+
+
+class InAVariable(Base):
+    def scale(self):
+        global LAST
+        LAST = super().scale().detach() if LAST is None else LAST
+        return LAST
+
+
+class OfAThread(Base):
+    def scale(self):
+        if not hasattr(OF_THREADS, "kept"):
+            OF_THREADS.kept = {id(self.table): super().scale().detach()}
+        return OF_THREADS.kept.setdefault(id(self.table), super().scale().detach())
+
+
+class InItsOwnFunction(Base):
+    """A function that one module has, whose closure all copies share."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.made = _closed()
+
+    def scale(self):
+        return self.made(self)
+
+
+class InAHook(Base):
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        kept = None
+
+        def hook(module, _inputs, output):
+            nonlocal kept
+            kept = module.weight.detach().sum() if kept is None else kept
+            return output * kept
+
+        self.b.register_forward_hook(hook)
+
+
+SHARED = (Elsewhere, InAFile, InTheClass, InADefault, InAClosure, InAVariable, OfAThread, InItsOwnFunction, InAHook)
 
 
 @pytest.mark.parametrize("kind", SHARED)
 @pytest.mark.parametrize("called", [False, True])
 def test_what_cannot_be_dropped_is_refused(kind, called, data):
     x, y = data
-    model = kind(0)
+    global LAST
+    model, LAST = kind(0), None
     KEPT.clear()
+    vars(OF_THREADS).clear()
     expected = model(x).detach() if called else None
     with pytest.raises(lmc.InputError, match=f"{kind.__name__}: what it computes from one set of weights"):
         lmc.loss_path(model, kind(1), kind(2), (x, y), alphas=3, progress=False)
     assert expected is None or torch.equal(model(x), expected)
+
+
+def test_hooks_on_layers_of_torch_may_cache_as_well(data):
+    models, kept = [nn.Sequential(nn.Linear(8, 4)) for _ in range(2)], {}
+
+    def hook(module, inputs, output):
+        return output + inputs[0] @ kept.setdefault("weight", module.weight.detach().clone()).T
+
+    models[0][0].register_forward_hook(hook)
+    with pytest.raises(lmc.InputError, match="Sequential: what it computes from one set of weights"):
+        lmc.loss_path(models[0], *models, data, alphas=3, progress=False)
+
+
+def test_hooks_that_only_record_are_no_caches(data):
+    x, y = data
+    models, seen, last = [Base(seed) for seed in range(3)], [], {}
+    for model in models:
+        model.a.register_forward_hook(lambda _module, _inputs, output: seen.append(output.detach()))
+        model.a.register_forward_hook(lambda _module, _inputs, output: last.update(output=output.detach()))
+    path = lmc.loss_path(models[0], *models[1:], (x, y), alphas=3, progress=False)
+    own = [F.cross_entropy(own_outputs(Base, model.state_dict(), x), y).item() for model in models[1:]]
+    assert path.values["data"]["loss"][[0, 2]] == pytest.approx(own, abs=1e-6)
+
+
+class MadeWhenLoaded(Base):
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.kept = self.scale_now()
+        self.register_load_state_dict_post_hook(lambda module, _keys: setattr(module, "kept", module.scale_now()))
+
+    def scale_now(self):
+        return super().scale().detach()
+
+    def scale(self):
+        return self.kept
+
+
+@pytest.mark.parametrize("called", [False, True])
+def test_what_is_made_when_weights_are_loaded_is_made_for_each(called, data):
+    x, y = data
+    models = [MadeWhenLoaded(seed) for seed in range(3)]
+    if called:
+        models[0](x)
+    path = lmc.loss_path(models[0], *models[1:], (x, y), alphas=3, progress=False)
+    own = [F.cross_entropy(own_outputs(MadeWhenLoaded, m.state_dict(), x), y).item() for m in models[1:]]
+    assert path.values["data"]["loss"][[0, 2]] == pytest.approx(own, abs=1e-6)
+    with pytest.raises(lmc.InputError, match="it computes something when weights are loaded"):
+        lmc.bezier_curve(models[0], *models[1:], (x, y), epochs=1, progress=False)
+
+
+class MovingAverage(Base):
+    """Evaluates with a copy of its parameters that no state dict has."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.shadow = {"table": self.table.detach().clone()}
+
+    def scale(self):
+        return 3 * (self.table if self.training else self.shadow["table"]).repeat(2)
+
+
+def test_shadows_of_parameters_are_named(data):
+    with pytest.warns(UserWarning, match="its outputs do not depend on table; it uses a tensor of that shape"):
+        lmc.loss_path(*(MovingAverage(seed) for seed in range(3)), data, alphas=3, progress=False)
+
+
+def test_inputs_that_want_gradients_get_none(data):
+    x, y = data
+    wanting = x.clone().requires_grad_()
+    models = [Base(seed) for seed in range(3)]
+    found = lmc.merge.fisher(models[0], models[1:], [wanting, wanting], samples=4, progress=False)
+    lmc.merge.adamerging(
+        models[0], models[1:], [wanting, wanting], base=models[0].state_dict(), steps=2, progress=False
+    )
+    assert wanting.grad is None and not any(tensor.requires_grad for tensor in found.values())
 
 
 class ConstantsInAFile(Base):

@@ -275,3 +275,18 @@ def test_bad_arguments_say_what_is_wrong():
         evaluate(mlp(), None, batch(), metrics={"worst": lambda outputs, targets: outputs[:7]})
     with pytest.raises(InputError, match="tuple"):
         evaluate(nn.LSTM(6, 4), None, batch())
+
+
+@pytest.mark.parametrize("classes", [3, 40])
+def test_float64_networks_are_judged_in_float64(classes):
+    rng = torch.Generator().manual_seed(0)
+    model = nn.Linear(5, classes).double()
+    x, y = torch.randn(16, 5, generator=rng, dtype=torch.float64), torch.randint(0, classes, (16,), generator=rng)
+    found = evaluate(model, None, (x, y))["data"].loss
+    assert found == pytest.approx(F.cross_entropy(model(x), y).item(), rel=1e-14)
+
+
+def test_a_loss_of_no_number_is_named():
+    x, y = torch.randn(8, 5), torch.zeros(8, dtype=torch.int64)
+    with pytest.raises(InputError, match="loss returned dict; expected one value"):
+        evaluate(nn.Linear(5, 3), None, (x, y), loss=lambda outputs, targets: {"loss": outputs.mean()})

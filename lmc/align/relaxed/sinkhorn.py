@@ -92,7 +92,7 @@ def sinkhorn_matching(
     spec = spec.bind(a)
     chosen = pick_device(device, a)
     Network(model, chosen).check(a, "a")
-    a, b = (gauged({name: tensor.to(chosen) for name, tensor in weights.items()}) for weights in (a, b))
+    a, b = (gauged({name: tensor.to(chosen) for name, tensor in weights.items()}, model) for weights in (a, b))
     generator = torch.Generator().manual_seed(seed)
     step_loss, measure = _objective(spec, model, a, b, data, target, loss, batch_size, generator)
     if not spec.groups:  # nothing may move

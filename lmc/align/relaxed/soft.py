@@ -132,7 +132,7 @@ class TaskLoss(Objective):
             module.train()
             module.track_running_stats, module.running_mean, module.running_var = False, None, None
             module.num_batches_tracked = None
-        self._derived = bool(derived_in(weights))
+        self._derived = weights if derived_in(weights) else None
         self._least = 2 if norms else 1
         self.batch_size = batch_size
         if self.split.whole and norms:
@@ -164,5 +164,5 @@ class TaskLoss(Objective):
     def __call__(self, weights: Weights, batch: Batch) -> Tensor:
         """The mean loss of one batch at a mixture of gauged weights (`lmc.network.derived`); statistics of batch
         normalisation among them are left aside."""
-        weights = settled(weights) if self._derived else weights
+        weights = weights if self._derived is None else settled(weights, self._derived)
         return super().__call__({name: x for name, x in weights.items() if name not in self._statistics}, batch)

@@ -82,7 +82,7 @@ def straight_through_matching(
     a, b = agreeing([a, b], "ab", model=model)
     spec = spec.bind(a)
     chosen = pick_device(device, a)
-    a, b = (gauged({name: tensor.to(chosen) for name, tensor in weights.items()}) for weights in (a, b))
+    a, b = (gauged({name: tensor.to(chosen) for name, tensor in weights.items()}, model) for weights in (a, b))
     task = TaskLoss(model, a, data, loss, batch_size, chosen)
     generator = torch.Generator().manual_seed(seed)
 

@@ -130,7 +130,7 @@ def rotation_matching(
     a, b = agreeing([a, b], "ab", model=model)
     spec = spec.bind(a)
     data = list(data) if isinstance(data, Iterator) else data  # read several times
-    a, b = (gauged(fold_norms(spec, model, weights, data)) for weights in (a, b))
+    a, b = (gauged(fold_norms(spec, model, weights, data), model) for weights in (a, b))
     rotated = rotatable_groups(spec, model, b, data, seed=seed)
     ours, theirs = ({name: tensor.double() for name, tensor in matched(spec, w).items()} for w in (a, b))
     ascent = Ascent(spec, rotated, ours, theirs)
@@ -147,7 +147,7 @@ def rotation_matching(
         )
     mixed = SoftMoves(spec, theirs, next(iter(a.values())).device)(matrices, theirs)
     moved = b | {name: tensor.to(b[name].dtype) for name, tensor in mixed.items()}
-    moved = settled(moved)
+    moved = settled(moved, b)
     moved |= {second: moved[first] for second, first in spec.aliases.items()}
     info = {
         "method": "rotation_matching",

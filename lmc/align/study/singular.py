@@ -18,6 +18,7 @@ from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
+from lmc.network.derived import gauged
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def singular_alignment(a: ModelOrWeights, b: ModelOrWeights, *, gamma: float = 0
     """R and what it is made of, for two networks that are aligned already (`b = pi.apply(b)`).
 
     Every parameter with two axes or more is a matrix whose rows are its first axis (a convolution's columns are
-    `(channel, kernel)`), except those with a single row or column. Decomposed in float64.
+    `(channel, kernel)`), except those with a single row or column. Decomposed in float64; of weights under a weight or
+    spectral normalisation those in use are.
 
     Args:
         a, b: modules or state dicts; neither is changed.
@@ -99,7 +101,7 @@ def singular_alignment(a: ModelOrWeights, b: ModelOrWeights, *, gamma: float = 0
     """
     if not 0.0 <= gamma <= 1.0:
         raise InputError(f"gamma={gamma}: expected a share between 0 and 1")
-    a, b = agreeing([a, b], "ab")
+    a, b = map(gauged, agreeing([a, b], "ab"))
     theirs = matrices(b)
     return SingularAlignment({name: _layer(x, theirs[name], gamma) for name, x in matrices(a).items()}, gamma)
 

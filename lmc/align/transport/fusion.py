@@ -20,6 +20,7 @@ from lmc.network.network import Network, pick_device
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, as_weights, mean
+from lmc.weights.state import inexact, wide
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -122,8 +123,10 @@ def ot_fusion(
     inputs = list(inputs) if isinstance(inputs, Iterator) else inputs  # read several times
     anchor = agreeing([a], ["a"], model=model)[0]
     chosen = pick_device(device, anchor)
-    anchor = gauged(StateDict(((name, tensor.to(chosen)) for name, tensor in anchor.items()), like=anchor))
     network = Network(model, chosen)
+    anchor, states = widest(anchor, [as_weights(source) for source in sources])
+    anchor = StateDict(((name, tensor.to(chosen)) for name, tensor in anchor.items()), like=anchor)
+    anchor = gauged(anchor, network.module)
     network.load(anchor)
     spec = (_found(model, network, inputs, progress) if spec is None else spec).bind(anchor)
     check_alone(spec)
@@ -131,12 +134,12 @@ def ot_fusion(
     transported, couplings = [], []
     for k, source in enumerate(sources):
         name = f"b[{k}]" if several else "b"
-        problem = Problem(spec, network, anchor, source, name, regularization, squared, importance)
+        problem = Problem(spec, network, anchor, states[k], source, name, regularization, squared, importance)
         problem.solve(None if inputs is None else problem.distances(inputs, standardize, batch_size, progress))
-        transported.append(settled(problem.transported()))
+        transported.append(settled(problem.transported(), anchor))
         couplings.append({n: t for coupling in problem.solved.values() for n, t in coupling.plans().items()})
     rest = (1.0 - share) / len(sources) if share is not None else 1.0 / (len(sources) + 1)
-    weights = settled(mean([anchor, *transported], [1.0 - rest * len(sources), *([rest] * len(sources))]))
+    weights = settled(mean([anchor, *transported], [1.0 - rest * len(sources), *([rest] * len(sources))]), anchor)
     info = {
         "method": "ot_fusion",
         "metric": "weights" if inputs is None else "activations",
@@ -146,6 +149,17 @@ def ot_fusion(
         "seconds": time.perf_counter() - started,
     }
     return Fusion(weights, tuple(transported), tuple(couplings), info)
+
+
+def widest(anchor: Weights, others: Sequence[Weights]) -> tuple[Weights, list[Weights]]:
+    """All with each floating-point tensor in the widest dtype that it has anywhere, as `agreeing` makes them."""
+    everyone = [StateDict(state, like=state) for state in (anchor, *others)]
+    for name, tensor in anchor.items():
+        having = [state for state in everyone if name in state and inexact(state[name])]
+        if inexact(tensor) and len(dtypes := {state[name].dtype for state in having}) > 1:
+            for state in having:
+                state[name] = state[name].to(wide(*dtypes))
+    return everyone[0], list(everyone[1:])
 
 
 def _found(model: nn.Module, network: Network, inputs: Any, progress: bool) -> PermutationSpec:

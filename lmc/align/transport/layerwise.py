@@ -14,7 +14,7 @@ from lmc.network.derived import gauged
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network
 from lmc.symmetry.spec import PermutationSpec
-from lmc.weights import ModelOrWeights, Weights, as_weights, check_finite
+from lmc.weights import ModelOrWeights, Weights, check_finite
 from lmc.weights.state import inexact
 
 _SIDES = (8, 16, 28, 32, 64, 96, 128, 224)
@@ -28,6 +28,7 @@ class Problem:
         spec: PermutationSpec,
         network: Network,
         a: Weights,
+        b: Weights,
         source: ModelOrWeights,
         name: str,
         regularization: float,
@@ -35,7 +36,7 @@ class Problem:
         importance: str | None,
     ) -> None:
         self.network, self.source, self.a, self.name = network, source, a, name
-        self.b = gauged({key: tensor.to(network.device) for key, tensor in as_weights(source).items()})
+        self.b = gauged({key: tensor.to(network.device) for key, tensor in b.items()}, network.module)
         check_finite(self.b, name)
         check_depth(a, self.b, name)
         check_fixed_axes(a, self.b, name, spec)

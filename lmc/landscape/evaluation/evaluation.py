@@ -16,7 +16,7 @@ from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.scores import Score
 from lmc.network.batches import Batch, Split, as_splits, head, take, to_device
 from lmc.network.batchnorm import Recalibrator, equal_batches, has_batchnorm
-from lmc.network.derived import derived_in, gauged, warn_of_lagging
+from lmc.network.derived import derived_in, derived_names, gauged, warn_of_lagging
 from lmc.network.network import Network, pick_device
 from lmc.network.repair import Method, Renormalizer
 from lmc.network.task import Loss, Outputs, Task
@@ -84,10 +84,11 @@ class Evaluation:
         judged: dict[str, Any] = {"loss": loss, "metrics": metrics, "outputs": outputs, "batch_size": batch_size}
         judged |= {"device": pick_device(device, self.given[0]), "predictions": predictions}
         self.evaluator = Evaluator(model, data, **judged)
-        warn_of_lagging(self.given, [name for name, _ in model.named_buffers()])
+        buffers = [name for name, _ in model.named_buffers()]
+        warn_of_lagging(self.given, buffers, derived=derived_names(self.given[0], model))
         # Averages are made where a spectral or weight normalisation has one form only.
         placed = [{name: x.to(self.evaluator.device) for name, x in state.items()} for state in self.given]
-        self.states: list[Weights] = [gauged(state) for state in placed]
+        self.states: list[Weights] = [gauged(state, model) for state in placed]
         self.again = partial(
             Evaluation,
             model,
@@ -114,9 +115,11 @@ class Evaluation:
                 "the barrier mostly looks higher than it is; leave repair='auto' to re-estimate them"
             )
         elif has_batchnorm(network.module):
-            self.prepare = Recalibrator(network, self._statistics_inputs(inputs), STATISTICS_BATCH, mixed=True)
+            self.prepare = Recalibrator(
+                network, self._statistics_inputs(inputs), STATISTICS_BATCH, mixed=self.states[0]
+            )
         if self.prepare is None and derived_in(self.states[0]):
-            self.prepare = Recalibrator(network, None, mixed=True)
+            self.prepare = Recalibrator(network, None, mixed=self.states[0])
 
     @property
     def recalibrated(self) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 from lmc.core.context import warn
 from lmc.errors import DataError
 from lmc.network.task import Loss, Task, class_last, measured, no_classes, own_loss
+from lmc.weights.state import wide
 
 FEW_CLASSES = 32
 PROBED = 8  # examples on which it is checked that the mean of a batch is that of its halves
@@ -257,15 +258,18 @@ def _total(
     if value.shape == targets.shape and task.counted(targets) < targets.numel():
         counted = targets != task.ignore
         return value[counted].double().sum(), float(counted.sum())
-    return value.float().reshape(len(targets), -1).mean(1).double().sum(), float(len(targets))
+    return value.to(wide(value.dtype)).reshape(len(targets), -1).mean(1).double().sum(), float(len(targets))
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, best: Tensor, all_count: bool, ignore: int) -> Tensor:
     """Sums (K,) of the cross-entropy of logits (K, N, C), their maxima `best` (K, N) and targets (N,)."""
     if logits.device.type == "cpu" and logits.shape[-1] <= FEW_CLASSES and all_count:
-        logits, best = logits.float(), best.float()
+        logits, best = logits.to(wide(logits.dtype)), best.to(wide(best.dtype))
         right = logits.gather(2, targets.expand(len(logits), -1)[..., None])[..., 0]
         # log sum exp(z - max z) + max z - z[target]: as exact as log_softmax, and several times faster for few classes.
         return ((logits - best[..., None]).exp_().sum(2).log_() + (best - right)).sum(1)
-    rows, goals = logits.float().reshape(-1, logits.shape[-1]), targets.expand(len(logits), -1).reshape(-1)
+    rows, goals = (
+        logits.to(wide(logits.dtype)).reshape(-1, logits.shape[-1]),
+        targets.expand(len(logits), -1).reshape(-1),
+    )
     return F.cross_entropy(rows, goals, reduction="none", ignore_index=ignore).reshape(len(logits), -1).sum(1)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lmc.errors import InputError
 from lmc.merge.engine.chunks import Chunk, Cut
 from lmc.merge.engine.tensors import WeightSets
-from lmc.network.derived import settled
+from lmc.network.derived import derived_names, settled
 from lmc.weights import StateDict, Weights
 from lmc.weights.checkpoint import flat
 from lmc.weights.state import inexact, narrowed
@@ -86,7 +86,7 @@ def assemble_chunks(
 def joined(sets: WeightSets, found: Iterable[tuple[str, Chunk, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors from `assemble_chunks`, and the aliases, in the order of the first model."""
     if sets.derived:
-        yield from settled(dict(joined(replace(sets, derived=False), found))).items()
+        yield from settled(dict(joined(replace(sets, derived=False), found)), dict(sets.states[0])).items()
         return
     first = sets.shells
     names = iter([name for name in first if name not in sets.skip])
@@ -139,15 +139,17 @@ class Mixture:
         self.sets, self.groups, self.shares = sets, groups, shares
         self.origin = {name: origin(name).to(device) for name in sets.weights}
         self.steps = {name: steps(name).to(device) for name in sets.weights}
+        first = dict(sets.states[0]) if sets.derived else {}
+        self._derived = {name: first[name].to(device) for name in derived_names(first)}
 
     def __call__(self, coefficients: Mapping[Any, Tensor]) -> Weights:
-        """The weights, without statistics, for the coefficients `(T,)` of each group."""
+        """The weights, without statistics but with derived tensors of their own, for the coefficients `(T,)` of each group."""
         found = {}
         for name, origin in self.origin.items():
             shares = coefficients[self.groups[name]].to(origin.dtype)
             moved = origin + torch.einsum("t,t...->...", shares, self.steps[name])
             found[name] = moved.to(self.sets.shells[name].dtype)
-        return found
+        return settled(found | self._derived, dict(self.sets.states[0])) if self._derived else found
 
     @torch.no_grad()
     def whole(self, coefficients: Mapping[Any, Tensor]) -> StateDict:

@@ -30,7 +30,7 @@ from lmc.weights.adapter import Adapter, Changed
 from lmc.weights.agreement import corresponding, prefix_between
 from lmc.weights.checkpoint import Checkpoint, Mapped, Stored, flat
 from lmc.weights.opening import open_checkpoint
-from lmc.weights.state import dtype_name, inexact, memory, unmergeable, wide
+from lmc.weights.state import check_integers, dtype_name, inexact, memory, unmergeable, wide
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -252,10 +252,13 @@ def weight_sets(
 
     module = models[0] if module is None and isinstance(models[0], nn.Module) else module
     buffers = frozenset[str]() if module is None else frozenset(name for name, _ in module.named_buffers())
-    everyone, derived = _gauged(everyone, buffers)
+    everyone, derived = _gauged(everyone, buffers, module)
     states, reference = tuple(everyone[: len(models)]), None if base is None else everyone[-1]
     ties = tied(everyone)
     outlines = [outline(state) for state in everyone]
+    check_integers(
+        outlines, called, lambda name, i: equal(everyone[0], everyone[i], name), lambda name, i: everyone[i][name]
+    )
     constants = constants_in(outlines[0])
     weights, statistics, widths, paired = [], set(), {}, set()
     for name, tensor in outlines[0].items():
@@ -316,12 +319,13 @@ def _is_at(stored: Stored, base: Mapping[str, Tensor] | None, name: str) -> bool
 
 
 def _gauged(
-    states: list[Mapping[str, Tensor]], buffers: Collection[str]
+    states: list[Mapping[str, Tensor]], buffers: Collection[str], module: nn.Module | None
 ) -> tuple[list[Mapping[str, Tensor]], frozenset[str]]:
     """The states in coordinates of which averages make sense, and the names that are computed from others."""
-    derived = derived_names(outline(states[0])) if len(states) > 1 else frozenset[str]()
     on_disk = any(isinstance(state, Checkpoint) for state in states)
-    warn_of_lagging([outline(s) for s in states], buffers, lambda name, i: equal(states[0], states[i], name))
+    known = None if on_disk else module
+    derived = derived_names(outline(states[0]), known) if len(states) > 1 else frozenset[str]()
+    warn_of_lagging([outline(s) for s in states], buffers, lambda name, i: equal(states[0], states[i], name), derived)
     if derived and on_disk:
         name = next(iter(sorted(derived)))
         warn(
@@ -330,7 +334,7 @@ def _gauged(
             "modules"
         )
         return states, frozenset()
-    return ([gauged(dict(state)) for state in states] if derived else states), derived
+    return ([gauged(dict(state), known) for state in states] if derived else states), derived
 
 
 def _under(module: nn.Module, state: Mapping[str, Tensor], who: str) -> Mapping[str, Tensor]:

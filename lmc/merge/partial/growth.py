@@ -22,6 +22,7 @@ from lmc.errors import InputError, LmcError
 from lmc.merge.partial.units import Axes, Axis, Member, MergedUnits, Stretch, zipped_weights
 from lmc.network.batches import to_device
 from lmc.network.caches import fresh_copy
+from lmc.network.derived import settled
 from lmc.network.inputs import Call
 from lmc.network.network import Network
 from lmc.symmetry.groups.group import Group, Table
@@ -176,7 +177,7 @@ class Growth:
 def growth(spec: PermutationSpec, module: nn.Module, weights: Weights, example: Call) -> Growth:
     """The groups of a module that may grow, each tried out on an example with the given weights."""
     wide = fresh_copy(module).double().eval()
-    state = {name: x.double() if x.is_floating_point() else x for name, x in weights.items()}
+    state = settled({name: x.double() if x.is_floating_point() else x for name, x in weights.items()}, weights)
     example = to_device(example, next(iter(weights.values())).device)
     example = _double(example)
     network = Network(wide, next(iter(weights.values())).device)
@@ -311,7 +312,7 @@ def _fails(
         (twice, weights, weights, "it is not clear where its units are computed and where they are consumed"),
     ):
         try:
-            larger = widened(module, zipped_weights(axes, {group.name: units}, a, b))
+            larger = widened(module, settled(zipped_weights(axes, {group.name: units}, a, b), weights))
             network = Network(larger, reference.device)
             outputs = network(example)
         except (LmcError, RuntimeError, ValueError, TypeError, IndexError) as error:

@@ -28,6 +28,7 @@ from lmc.merge.partial.growth import Growth, Zipped, growth, widened
 from lmc.merge.partial.units import BOTH, MergedUnits, numbers, zipped_weights
 from lmc.network.batches import tensors
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
+from lmc.network.derived import Derived, Orthogonal, Spectral, derived_in, gauged, settled
 from lmc.network.inputs import Call, first_of, input_batches
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.find import permutation_spec
@@ -122,7 +123,7 @@ class Pair:
                 {name: (2.0 * (k == network)) * state[name] for name in names}
                 for k, state in enumerate((self.a, self.b))
             ]
-            found = zipped_weights(self.growth.axes, units, twice[0], twice[1])
+            found = settled(zipped_weights(self.growth.axes, units, twice[0], twice[1]), self.a)
             return {name: tensor.to(self.home) for name, tensor in found.items()}
 
         return of(0), of(1)
@@ -144,7 +145,7 @@ class Pair:
         return Zipped(module, units, self.growth.kept, (stored / whole, used / whole), self.heads(units, heads), info)
 
     def zipped(self, units: Mapping[str, MergedUnits]) -> Weights:
-        return zipped_weights(self.growth.axes, units, self.a, self.b)
+        return settled(zipped_weights(self.growth.axes, units, self.a, self.b), self.a)
 
 
 def prepare(
@@ -162,6 +163,8 @@ def prepare(
         count = "a single one" if isinstance(models, nn.Module | Mapping) else len(models)
         raise InputError(f"models: expected two, A and B, got {count}")
     a, b = agreeing(models, model=model)
+    _check_scales(derived_in(a, model))
+    a, b = gauged(a, model), gauged(b, model)
     if complex_ := next((name for name, tensor in a.items() if tensor.is_complex()), ""):
         raise WeightsError(f"{complex_}: complex weights; this method takes none, those without data do")
     network = Network(model, pick_device(device, a))
@@ -179,6 +182,19 @@ def prepare(
         permutation = weight_matching(spec, a, b, progress=progress)
     moved = permutation.apply(b)
     return Pair(spec, network, a, moved, permutation, growth(spec, model, a, example), batches, home)
+
+
+def _check_scales(found: Sequence[Derived]) -> None:
+    """Raise `InputError` for layers that cannot hold sums over units: those that fix the scale of their weights."""
+    for kind in found:
+        if isinstance(kind, Spectral | Orthogonal):
+            name = kind.weight if isinstance(kind, Spectral) else kind.coordinates
+            what = "a spectral normalisation" if isinstance(kind, Spectral) else "an orthogonal parametrization"
+            raise InputError(
+                f"{name}: {what} fixes the scale of the weight, so that it holds no sums over merged units; make the weight "
+                "a plain one first: torch.nn.utils.parametrize.remove_parametrizations(layer, 'weight'), or "
+                "torch.nn.utils.remove_spectral_norm(layer) where it was made with hooks"
+            )
 
 
 def per_group(ratio: float | Mapping[str, float], grown: Growth) -> dict[str, float]:

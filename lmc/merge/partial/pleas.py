@@ -5,6 +5,7 @@ parameters; then every layer is fitted to what the two networks do.
 """
 
 import math
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,7 +23,8 @@ from lmc.merge.partial.units import BOTH, Axis, MergedUnits, Stretch, owners, pa
 from lmc.merge.partial.zipit import likeness
 from lmc.network.batches import to_device
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
-from lmc.network.layers import as_matrix, as_weight, fits, rows
+from lmc.network.derived import settled
+from lmc.network.layers import as_matrix, as_weight, matrices, rows
 from lmc.network.network import Network
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights
@@ -55,13 +57,12 @@ def fit_layers(
     for name, layer in layers.items():
         if layer.samples:
             report[name] = layer.solve(fitted, ridge)
-    return fitted, report
+    return settled(fitted, weights), report
 
 
 def _layers(pair: Pair) -> dict[str, nn.Module]:
     tied = set(pair.spec.aliases) | set(pair.spec.aliases.values())
-    found = {f"{path}.weight".removeprefix("."): module for path, module in pair.network.module.named_modules()}
-    return {name: m for name, m in found.items() if name in pair.a and name not in tied and fits(m)}
+    return {name: m for name, m in matrices(pair.network.module, pair.a).items() if name not in tied}
 
 
 @torch.no_grad()
@@ -110,7 +111,7 @@ class _Layer:
 
     @property
     def _bias(self) -> str:
-        return f"{self.name.removesuffix('weight')}bias"
+        return f"{re.sub(r'(parametrizations.)?weight[^.]*([.]original1?)?$', '', self.name)}bias"
 
     def _axis(self, axis: Axis | None, length: int) -> Axis:
         pieces = axis.pieces if axis is not None else (Stretch(0, length, None),)

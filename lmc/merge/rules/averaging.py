@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lmc.core.context import own_context
 from lmc.errors import InputError
@@ -17,6 +17,7 @@ from lmc.merge.engine.chunks import Cut
 from lmc.merge.engine.method import linear, on_tensors
 from lmc.merge.engine.tensors import weight_sets
 from lmc.merge.rules.task_vectors import weigh
+from lmc.network.derived import gauged, settled
 from lmc.network.moments import Moments, precise
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_compatible
 from lmc.weights.state import wide
@@ -112,7 +113,8 @@ def _running(checkpoints: Iterable[ModelOrWeights], step: Callable[[int], float]
     last: Weights = {}
     ties: Mapping[str, str] = {}
     for t, checkpoint in enumerate(checkpoints, start=1):
-        previous, last = last, as_weights(checkpoint)
+        module = checkpoint if isinstance(checkpoint, nn.Module) else None
+        previous, last = last, gauged(as_weights(checkpoint), module)
         sets = weight_sets([last])
         if t == 1:
             total = {name: torch.zeros_like(last[name], dtype=wide(last[name].dtype)) for name in sets.names}
@@ -130,7 +132,7 @@ def _running(checkpoints: Iterable[ModelOrWeights], step: Callable[[int], float]
             result[name] = result[ties[name]]
         else:
             result[name] = total[name].to(tensor.dtype) if name in total else tensor.clone()
-    return result
+    return settled(result, last)
 
 
 @on_tensors(shares=lambda t, **_: [1.0 - t, t], elementwise=True)

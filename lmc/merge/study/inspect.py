@@ -18,6 +18,7 @@ from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.merge.engine.tensors import STATISTICS, fitting, on_base, outline
 from lmc.merge.study.survey import Difference, LayerReport, Survey, differences
+from lmc.network.derived import derived_names, gauged
 from lmc.weights import ModelOrWeights, as_weights, tied_names
 from lmc.weights.checkpoint import Checkpoint
 from lmc.weights.opening import open_checkpoint
@@ -103,7 +104,8 @@ def inspect(
     """Compare models before they are merged: do they fit, are they relatives, do they agree, and what to do then.
 
     Checkpoints on disk are read one tensor at a time. Statistics of normalisations, integers and aliases of tied
-    tensors take no part in norms and cosines. Nothing given is changed.
+    tensors take no part in norms and cosines; of weights under a weight or spectral normalisation those in use do (of
+    checkpoints on disk, those that are stored). Nothing given is changed.
 
     Args:
         models: modules, state dicts, opened checkpoints, or paths of checkpoints.
@@ -132,8 +134,13 @@ def inspect(
     different = differences(everyone)
     skipped = {d.name for d in different if d.kind in ("missing", "shape", "buffer")}
     unusable = {heads[i]: why for i, state in enumerate(everyone) if (why := unmergeable(outline(state)))}
-    survey = Survey(states, reference)
-    compared = [] if unusable else _compared(states[0], model, skipped)
+    derived = derived_names(outline(states[0]))
+    if derived and not skipped and not any(isinstance(state, Checkpoint) for state in everyone):
+        everyone = [gauged(dict(state)) for state in everyone]  # compare the weights in use
+        survey = Survey(everyone[: len(states)], None if reference is None else everyone[-1])
+    else:
+        survey = Survey(states, reference)
+    compared = [] if unusable else [name for name in _compared(states[0], model, skipped) if name not in derived]
     for name in tqdm(compared, desc="inspect", unit=" tensors", disable=not progress):
         survey.add(name)
     faults = {heads[i]: text for i, text in survey.faults.items()}

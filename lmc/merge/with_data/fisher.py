@@ -21,6 +21,7 @@ from lmc.merge.engine.call import coefficients
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.merge.with_data.judge import batches, each
 from lmc.network.batches import take, tensors, to_device
+from lmc.network.derived import derived_names, gauged, settled
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted
 from lmc.weights.state import wide
@@ -137,6 +138,9 @@ def fisher_information(
 ) -> Weights:
     """The diagonal Fisher information `E_x E_y (d log p(y|x) / d theta)^2` of every parameter, in float32 or wider.
 
+    Of weights under a weight or spectral normalisation or a pruning mask it is that of the weight in use, under the name of
+    the tensor that has its shape (`weight_v`, `original1`, `weight_orig`); lengths and directions have none of their own.
+
     `labels="expected"` takes the expectation over y under the model: one backward pass per output. `"sampled"` draws
     one y from it. `"true"` takes the targets (the empirical Fisher, another quantity: it is small where the model
     fits). Outputs are `(N, C)`, or `(N, T, C)` with the log-probabilities of the T positions added up (not with
@@ -166,15 +170,19 @@ def fisher_information(
     state = fitted(model, as_weights(model if weights is None else weights))
     network = Network(model, pick_device(device, state))
     network.check(state, "weights")
+    derived = derived_names(state, model)
+    state = gauged(state, model) if derived else state
     network.load(state)
     sets = weight_sets([state], module=model)
-    trained = {name: state[name].to(network.device) for name in sets.weights}
+    trained = {name: state[name].to(network.device) for name in sets.weights if name not in derived}
+    rest = {name: state[name].to(network.device) for name in derived}
     size = sum(tensor.numel() for tensor in trained.values())
     chunk = max(1, min(samples, 128, GRADIENT_BYTES // (4 * size)))
     generator = torch.Generator().manual_seed(seed)
 
     def score(parameters: Weights, example: Any, pull: Tensor) -> Tensor:
-        outputs = network.outputs(parameters, _batch_of_one(example))[0]
+        weights = settled(parameters | rest, state) if derived else parameters
+        outputs = network.outputs(weights, _batch_of_one(example))[0]
         return (outputs.to(pull.dtype) * pull).sum()
 
     gradients = _EachGradient(score)

@@ -17,7 +17,7 @@ from lmc.merge.engine.assembly import Merged, assemble
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.merge.with_data.judge import batches, each
 from lmc.network.batches import to_device
-from lmc.network.layers import as_matrix, as_weight, fits, rows
+from lmc.network.layers import as_matrix, as_weight, matrices, rows
 from lmc.network.moments import precise
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
@@ -238,8 +238,8 @@ def _prepare(
     sets = weight_sets(models, module=model)
     network = Network(model, pick_device(device, as_weights(sets.states[0])))
     tied = set(sets.ties.values())
-    found = {f"{path}.weight".removeprefix("."): module for path, module in network.module.named_modules()}
-    layers = {n: m for n, m in found.items() if n in sets.weights and n not in tied and fits(m)}
+    found = matrices(network.module, as_weights(sets.states[0]))
+    layers = {n: m for n, m in found.items() if n in sets.weights and n not in tied}
     return _Job(sets, network, layers, each(inputs, len(sets), "inputs"), shrink, samples, batch_size)
 
 

@@ -136,7 +136,7 @@ def greedy_soup(
     Raises:
         WeightsError: no model is finite.
     """
-    states = [as_weights(state) for state in weight_sets(models, module=model).states]
+    states = [as_weights(state) for state in weight_sets(models, module=model, pairs=True).states]
     judge = Judge(model, validation, metric, loss=loss, inputs=inputs, device=device, models=states)
     faults = [finite(state) for state in states]
     bar = tqdm(total=2 * len(states) - 1, desc="greedy soup", disable=not progress)

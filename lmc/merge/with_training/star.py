@@ -15,11 +15,12 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.landscape.curve import Schedule, finite_loss, forked, with_parameters
+from lmc.landscape.curve import Schedule, Settling, finite_loss, forked, with_parameters
 from lmc.landscape.evaluation.evaluation import Objective, some_inputs
 from lmc.landscape.path import Path, Values, loss_path
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
 from lmc.network.caches import fresh_copy
+from lmc.network.derived import gauged, settled
 from lmc.network.task import Loss, Outputs, Task
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, as_weights, mean
@@ -189,14 +190,14 @@ def star_model(
     if not (len(span) == 2 and 0.0 <= span[0] <= span[1] <= 1.0):
         raise InputError(f"span={span}: expected two numbers, 0 <= first <= second <= 1")
     schedule = Schedule(epochs, lr, weight_decay, batch_size, seed, progress)
-    states = agreeing(models, model=model)
+    states = [gauged(state, model) for state in agreeing(models, model=model)]
     known = spec.bind(states[0]) if spec is not None else None
     objective = Objective(model, states[0], data, loss=loss, outputs=outputs, device=device)
     network = objective.network
     states = [states[0], *(_matched(known, states[0], state) for state in states[1:])]
-    centre = mean(states)
+    centre = settled(mean(states), states[0])
     if start is not None:
-        centre = agreeing([states[0], start], ["models[0]", "start"], model=model)[1]
+        centre = gauged(agreeing([states[0], start], ["models[0]", "start"], model=model)[1], model)
     centre, losses, interrupted = _train(objective, centre, states, known, span, schedule)
     if has_batchnorm(network.module):
         centre = recalibrate_batchnorm(model, centre, some_inputs(objective.split), device=network.device)
@@ -217,8 +218,8 @@ def _train(
     schedule: Schedule,
 ) -> tuple[Weights, Values, bool]:
     """The trained centre, the loss in each epoch, and whether training ended early."""
-    network = objective.network
-    names = [name for name, parameter in network.module.named_parameters() if parameter.is_floating_point()]
+    network, settle = objective.network, Settling(start)
+    names = settle.trained(network.module)
     centre = {name: start[name].to(network.device, copy=True).requires_grad_() for name in names}
     optimiser = torch.optim.Adam(list(centre.values()), schedule.lr)
     generator = torch.Generator().manual_seed(schedule.seed)
@@ -233,14 +234,14 @@ def _train(
         try:
             for epoch in range(schedule.epochs):
                 optimiser.param_groups[0]["lr"] = schedule.rate(epoch)
-                now = with_parameters(start, centre, network.module)
+                now = settle(with_parameters(start, centre, network.module))
                 ends = [{name: moved[name].to(network.device) for name in names} for moved in _all(spec, now, sources)]
                 seen = []
                 for batch in objective.split.shuffled(schedule.batch_size, generator, drop_last=True):
                     end = ends[int(torch.randint(len(ends), (), generator=generator))]
                     t = span[0] + (span[1] - span[0]) * float(torch.rand((), generator=generator))
                     point = {name: (1.0 - t) * centre[name] + t * end[name] for name in names}
-                    loss = objective(point, batch)
+                    loss = objective(settle(point), batch)
                     penalty = sum((x.square().sum() for x in point.values()), start=torch.zeros(()))
                     optimiser.zero_grad()
                     (loss + 0.5 * schedule.weight_decay * penalty).backward()
@@ -252,7 +253,7 @@ def _train(
         except KeyboardInterrupt:
             interrupted = True
             warn(f"interrupted: the star was trained for {len(losses)} epochs")
-    return with_parameters(start, centre, network.module), np.array(losses), interrupted
+    return settle(with_parameters(start, centre, network.module)), np.array(losses), interrupted
 
 
 def _all(spec: PermutationSpec | None, centre: Weights, sources: Sequence[Weights]) -> list[Weights]:
