@@ -24,7 +24,7 @@ from lmc.landscape.path import Path, mixture_path, points_of
 from lmc.landscape.planes.plane import loss_plane
 from lmc.landscape.planes.plane_result import Plane
 from lmc.network.caches import fresh_copy
-from lmc.network.derived import derived_names, gauged, settled
+from lmc.network.derived import following, gauged, settled
 from lmc.network.network import Network
 from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, distance, lerp, mean, tied_names
@@ -76,7 +76,7 @@ class Settling:
 
     def __init__(self, like: Weights) -> None:
         self._like = like
-        self._derived = {name: like[name] for name in derived_names(like)}
+        self._derived = {name: like[name] for name in following(like)}
 
     def trained(self, module: nn.Module) -> list[str]:
         """The names of the parameters that are trained: those that follow from others are not."""

@@ -223,6 +223,21 @@ def derived_names(weights: Mapping[str, Tensor], module: nn.Module | None = None
     return frozenset(name for kind in derived_in(weights, module) for name in kind.derived)
 
 
+def following(like: Weights) -> frozenset[str]:
+    """The tensors that `settled` computes from others in averages of gauged weights, of which `like` is one."""
+    kinds = (kind for kind in derived_in(like) if not isinstance(kind, Normed) or kind.fits(like))
+    return frozenset(name for kind in kinds for name in kind.derived)
+
+
+def gauged_as(weights: Weights, like: Weights) -> StateDict:
+    """The same function in the form of gauged weights, without a module: what is not gauged there stays as it is."""
+    found = StateDict(weights, like=weights)
+    for kind in derived_in(weights):
+        if not isinstance(kind, Normed) or kind.fits(like):
+            found |= kind.gauge(found)
+    return found
+
+
 def written(weights: Mapping[str, Tensor], module: nn.Module) -> frozenset[str]:
     """The tensors that are, once gauged, the weight that is used where no further parametrization follows."""
     return frozenset(kind.direction if isinstance(kind, Normed) else kind.weight for kind in _plain(weights, module))

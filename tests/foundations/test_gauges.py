@@ -183,3 +183,7 @@ def test_names_alone_make_no_normalisation():
     middle = merge.average([a, b])
     assert torch.allclose(middle["weight_g"], (a.weight_g + b.weight_g) / 2)
     assert torch.equal(gauged(a.state_dict())["gate_v"], a.gate_v)
+    bend = lmc.bezier_curve(a, a, b, (X, Y), epochs=1, **Q).controls[1]
+    assert not torch.equal(bend["weight_g"], middle["weight_g"])
+    plane = lmc.loss_plane(a, [a, b, Gated(2)], (X, Y), resolution=5, **Q)
+    assert plane.project(b)[2] < 1e-4

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lmc.errors import InputError
 from lmc.landscape.evaluation.measured import Values
-from lmc.network.derived import gauged
+from lmc.network.derived import gauged_as
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
 from lmc.weights.state import inexact
 
@@ -113,7 +113,8 @@ class Frame:
         Raises:
             MismatchError: weights of another architecture.
         """
-        own, state = self.span.origin, gauged(as_weights(weights))  # the form in which the plane was made
+        own = self.span.origin
+        state = gauged_as(as_weights(weights), own)
         there = {name: tensor.to(own[name].device) if name in own else tensor for name, tensor in state.items()}
         state = agreeing([own, there], ["plane", "weights"])[1]
         gram, products, square = np.zeros((2, 2)), np.zeros(2), 0.0

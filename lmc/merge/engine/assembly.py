@@ -11,7 +11,7 @@ from torch import Tensor
 from lmc.errors import InputError
 from lmc.merge.engine.chunks import Chunk, Cut
 from lmc.merge.engine.tensors import WeightSets
-from lmc.network.derived import derived_names, settled
+from lmc.network.derived import following, settled
 from lmc.weights import StateDict, Weights
 from lmc.weights.checkpoint import flat
 from lmc.weights.state import inexact, narrowed
@@ -140,7 +140,7 @@ class Mixture:
         self.origin = {name: origin(name).to(device) for name in sets.weights}
         self.steps = {name: steps(name).to(device) for name in sets.weights}
         first = dict(sets.states[0]) if sets.derived else {}
-        self._derived = {name: first[name].to(device) for name in derived_names(first)}
+        self._derived = {name: first[name].to(device) for name in following(first)}
 
     def __call__(self, coefficients: Mapping[Any, Tensor]) -> Weights:
         """The weights, without statistics but with derived tensors of their own, for the coefficients `(T,)` of each group."""
