@@ -2,9 +2,11 @@ import numpy as np
 import pytest
 import torch
 from alignment_cases import CASES, digits
+from torch import nn
 
 import lmc
 from lmc.align.study.compare import METHODS, compare
+from lmc.core import budget as budgets
 from lmc.errors import InputError
 
 
@@ -96,3 +98,15 @@ def test_a_method_that_refuses_the_architecture_is_skipped_unless_it_is_named(mo
     assert "without OT, weights: shared channels" in repr(found)
     with pytest.raises(lmc.SpecError, match="shared channels"):
         lmc.align.compare(spec, model, a, b, data, methods=["OT, weights"], alphas=3, progress=False)
+
+
+def test_no_method_is_begun_after_the_budget(monkeypatch):
+    times = iter(range(100))
+    monkeypatch.setattr(budgets, "clock", lambda: next(times))
+    world = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 2
+    a, b = ({"weight": torch.randn(2, 3, generator=torch.Generator().manual_seed(s))} for s in (1, 2))
+    spec = lmc.PermutationSpec.from_patterns({"weight": ". ."}, a)
+    found = lmc.align.compare(
+        spec, nn.Linear(3, 2, bias=False), a, b, world, methods=["naive", "weight matching"], budget=1.5, progress=False
+    )
+    assert list(found) == ["naive"] and found.skipped == {"weight matching": "no time left of 1.5 s"}

@@ -48,6 +48,7 @@ PATHS = 0.1
 LATE = "no time left"
 EXACT = 1e-9  # tolerance of a permutation, which rounds nothing
 ROUNDINGS = 1e3  # of the stored weights, that any other element may cost
+RESERVE = 1.5  # times what the first path took is kept for the last, and for the certificate
 PERMUTING = 0.5  # share of the time left for straight-through matching, where scales are learned behind it
 
 
@@ -186,7 +187,7 @@ class _Search:
         self.points = self._points()
         started = self.clock.spent
         self.naive = self._path(self.a, self.b, self.data, self.points)
-        self.reserve = self.clock.spent - started
+        self.reserve = RESERVE * (self.clock.spent - started)
         if self.progress:
             self._tell()
         self.attempt("activation matching", self._activation_matching)

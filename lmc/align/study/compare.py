@@ -1,7 +1,7 @@
 """Every way to align one pair of networks, side by side."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -16,14 +16,18 @@ from lmc.align.relaxed.straight_through import straight_through_matching
 from lmc.align.study.singular import singular_alignment
 from lmc.align.transport.fusion import ot_fusion
 from lmc.align.weight_matching.matching import matched, weight_matching
+from lmc.core.budget import Budget
 from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.core.workers import spread
 from lmc.errors import InputError, SpecError
-from lmc.landscape.path import loss_path
+from lmc.landscape.evaluation.evaluation import Repair, some_inputs
+from lmc.landscape.path import Path, loss_path
+from lmc.network.batches import as_splits
 from lmc.network.network import pick_device
+from lmc.network.task import Task
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights, distance, dot
 
@@ -131,6 +135,7 @@ def compare(
     methods: Iterable[str] | Mapping[str, Aligner] | None = None,
     alphas: int = 11,
     gamma: float = 0.3,
+    budget: float | None = None,
     device: torch.device | str | None = None,
     executor: Any = None,
     progress: bool = True,
@@ -146,6 +151,7 @@ def compare(
             a permutation or the moved weights of B. Default: all in `METHODS`. "naive" leaves B as it is.
         alphas: points on each way.
         gamma: share of the largest singular value from which vectors count for R.
+        budget: seconds after which no further method is begun (default: any); those left out are among the skipped.
         device: where to run (default: where the weights are).
         executor: a `concurrent.futures.Executor` or a dask `Client` whose workers take the methods (default: one after the
             other, here).
@@ -162,7 +168,7 @@ def compare(
     spec = spec.bind(a)
     data = list(data) if isinstance(data, Iterator) else data  # every method reads it again
     shared = {
-        "spec": spec, "model": model, "a": a, "b": b, "data": data, "alphas": alphas, "gamma": gamma,
+        "spec": spec, "model": model, "a": a, "b": b, "data": data, "alphas": alphas, "gamma": gamma, "budget": budget,
         "methods": methods if isinstance(methods, Mapping) else list(aligners),
     }  # fmt: skip
     names = list(aligners)
@@ -174,6 +180,8 @@ def compare(
             bar.update()
             if isinstance(result, Alignment):
                 found[i], split = result, split_here
+            elif isinstance(result, str):
+                skipped[i] = result
             elif methods is not None:
                 raise result
             else:
@@ -191,12 +199,29 @@ def _measure(
     data: Any,
     alphas: int,
     gamma: float,
+    budget: float | None,
     methods: Iterable[str] | Mapping[str, Aligner],
-) -> Callable[[str], tuple[str, Alignment | SpecError]]:
-    """What a worker does for a method: the split and the alignment, or why it does not go with the architecture."""
-    aligners = _chosen(methods)
+) -> Callable[[str], tuple[str, Alignment | SpecError | str]]:
+    """What a worker does for a method: the split and the alignment, or why it does not go with the architecture, or that
+    there is no time for it.
 
-    def measure(name: str) -> tuple[str, Alignment | SpecError]:
+    Paths are evaluated on the split that barriers are taken on, and no other.
+    """
+    aligners, clock = _chosen(methods), Budget(budget)
+    task = Task.of(data)
+    splits = as_splits(data, task.targets)
+    last, inputs = splits[-1], some_inputs(splits[0])
+    judged = {last.name: next(iter(last.batches)) if last.whole else last.batches}
+    task = replace(task.fitted(model, splits[0]), targets=None)  # the splits hold the targets that were made
+
+    def path_to(moved: Weights, repair: Repair) -> Path:
+        return loss_path(
+            model, a, moved, judged, alphas=alphas, repair=repair, inputs=inputs, loss=task, progress=False
+        )  # fmt: skip
+
+    def measure(name: str) -> tuple[str, Alignment | SpecError | str]:
+        if clock.over:
+            return "", f"no time left of {clock.seconds:g} s"
         started = perf_counter()
         try:
             result = aligners[name](spec, model, a, b, data)
@@ -204,9 +229,8 @@ def _measure(
             return "", error
         seconds = perf_counter() - started
         moved = result.apply(b) if isinstance(result, Permutation) else as_weights(result)
-        path = loss_path(model, a, moved, data, alphas=alphas, progress=False)
+        path, repaired = path_to(moved, "auto"), path_to(moved, "repair")
         split = path.split
-        repaired = loss_path(model, a, moved, data, alphas=alphas, repair="repair", progress=False)
         middle = int(np.argmin(np.abs(path.alphas - 0.5)))
         one, two = matched(spec, a), matched(spec, moved)  # statistics are no weights
         norms = (dot(one, one) * dot(two, two)) ** 0.5
