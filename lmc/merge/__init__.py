@@ -7,8 +7,8 @@ method needs besides the models:
   the checkpoints of one run `swa`, `ema`, `lawa`, and with a metric for each `metrics_weighted`;
 - the base they were fine-tuned from: `model_stock`, `wise_ft`, and on task vectors `task_arithmetic`, `ties`, `dare`,
   `della`, `breadcrumbs`, `pcb`, `sce`, `ram`, `magmax`, `nearswap`, `arcee_fusion`, `emr`, by singular vectors `tsv_m`,
-  `iso_c`, `iso_cts`, `wudi`; as postprocessing of any of these `lines`, `consensus`, `tall_mask`;
-- unlabelled inputs, `method(model, models, inputs)`: `fisher`, `regmean`, `regmean_plus_plus`, `adamerging`;
+  `iso_c`, `iso_cts`, `wudi`, `knots`, `twin`; as postprocessing of any of these `lines`, `consensus`, `tall_mask`;
+- unlabelled inputs, `method(model, models, inputs)`: `fisher`, `regmean`, `regmean_plus_plus`, `cat_merging`, `adamerging`;
 - labelled validation data, `method(model, models, validation)`: `greedy_soup`, `learned_soup`, `ama`, `lcsc`, `evolve`;
 - training: `sparse_soup`, `mix_experts`, `balanced_batch`, `diwa`, `ratatouille`, `star_model`.
 
@@ -61,7 +61,7 @@ from lmc.merge.rules.averaging import (
 )
 from lmc.merge.rules.postprocess import consensus, lines, on_merged, tall_mask, tall_masks
 from lmc.merge.rules.selection import arcee_fusion, emr, magmax, nearswap, ram, sce
-from lmc.merge.rules.spectral import iso_c, iso_cts, tsv_m, wudi
+from lmc.merge.rules.spectral import iso_c, iso_cts, knots, tsv_m, twin, wudi
 from lmc.merge.rules.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
 from lmc.merge.rules.ties import pcb, ties
 from lmc.merge.study.compare import MergeComparison, compare
@@ -71,6 +71,7 @@ from lmc.merge.study.robust_line import WiseLine, wise_ft_line
 from lmc.merge.study.trajectory import TrajectoryAverages, trajectory_averages
 from lmc.merge.with_data.adamerging import adamerging
 from lmc.merge.with_data.ama import ama
+from lmc.merge.with_data.cat import cat_merging
 from lmc.merge.with_data.compare_soups import Soups, compare_soups
 from lmc.merge.with_data.fisher import fisher, fisher_information, fisher_weighted
 from lmc.merge.with_data.regmean import regmean, regmean_plus_plus
@@ -99,6 +100,7 @@ __all__ = [
     "average",
     "balanced_batch",
     "breadcrumbs",
+    "cat_merging",
     "compare",
     "compare_soups",
     "consensus",
@@ -117,6 +119,7 @@ __all__ = [
     "iso_c",
     "iso_cts",
     "karcher_mean",
+    "knots",
     "lawa",
     "lcsc",
     "learned_soup",
@@ -155,6 +158,7 @@ __all__ = [
     "ties",
     "trajectory_averages",
     "tsv_m",
+    "twin",
     "uniform_soup",
     "variance_corrected",
     "weighted_sum",

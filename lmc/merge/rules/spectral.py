@@ -5,14 +5,19 @@ all other tensors (biases, norms) by the mean of their task vectors unless said 
 leave them out by `scale={"*": 1.0, "embed": 0.0}`.
 """
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lmc.errors import InputError
+from lmc.merge.engine.call import Pass, coefficients
 from lmc.merge.engine.method import on_task_vectors
+from lmc.merge.rules.task_vectors import Combine, combine, elect, weigh
+from lmc.merge.rules.ties import Scope, Trim, survey_ties, trim
 
 
 @on_task_vectors
@@ -102,6 +107,124 @@ def wudi(deltas: Tensor, *, rest: Literal["base", "mean"] = "base") -> Tensor:
         return ((wide @ grams).sum(0) @ torch.linalg.pinv(grams.sum(0), hermitian=True)).to(tasks)
 
     return _by_matrices(deltas, merged, 0.0 if rest == "base" else 1.0)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The aligned parts of all matrices, `(models, k, in)`, one after the other, as a `Pass` has the task vectors."""
+
+    deltas: Pass
+
+    @property
+    def sets(self) -> Any:
+        return self.deltas.sets
+
+    @cached_property
+    def size(self) -> int:
+        """The number of values of the parts of each model."""
+        return sum(part[0].numel() for part in self)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        for delta in self.deltas:
+            if delta.ndim > 2:
+                yield _aligned(delta.flatten(2))[1]
+
+    def of(self, name: str) -> "Parts":
+        """Those of one tensor alone."""
+        return Parts(self.deltas.of(name))
+
+
+def _survey_knots(deltas: Pass, *, density: Any, weights: Any, scope: Any, **_: Any) -> Trim:
+    return survey_ties(Parts(deltas), density=density, weights=weights, scope=scope)
+
+
+@on_task_vectors(survey=_survey_knots)
+def knots(
+    deltas: Tensor,
+    *,
+    survey: Trim,
+    name: str,
+    density: float | Sequence[float] = 0.2,
+    weights: Sequence[float] | None = None,
+    scope: Scope = "model",
+    combine_by: Combine = "ties",
+) -> Tensor:
+    """KnOTS (Stoica et al. 2025, 2410.19735): task vectors merged in the common coordinates of their outputs; for adapters.
+
+    With `[tau_1 ... tau_T] = U S [V_1^T ... V_T^T]` the parts `S V_t^T` of all tasks are aligned; their entries are trimmed
+    and merged as by `ties` (or added, `combine_by="sum"`, which is task arithmetic), and `tau = U merged`. The share
+    `density` is kept over the parts of the whole model, as in the paper, or of each matrix (`scope="tensor"`). Directions
+    below 1e-5 of the largest singular value are dropped. The paper's scale is 0.6. Where singular values are equal, the
+    coordinates, and so the result, are not unique.
+    """
+
+    def merged(tasks: Tensor) -> Tensor:
+        frame, parts = _aligned(tasks)
+        if not parts.numel():
+            return torch.zeros_like(tasks[0])
+        limits = survey.limits(name, density)
+        parts = trim(parts, limits)
+        if combine_by != "ties":
+            return frame @ combine(parts, combine_by, weights)
+        summed = weigh(parts, weights)
+        open_ = bool(((summed.sum(0) == 0) & (summed.abs().sum(0) > 0)).any())
+        return frame @ elect(parts, weights, survey.majority(name, limits, weights) if open_ else 0.0)
+
+    if deltas.ndim > 2:
+        return merged(deltas.flatten(2)).reshape(deltas.shape[1:])
+    return combine(deltas, "sum" if combine_by == "sum" else "mean", weights)
+
+
+def _aligned(tasks: Tensor) -> tuple[Tensor, Tensor]:
+    """`(out, k)` and `(models, k, in)`: the left singular vectors of all tasks side by side, and the tasks in them."""
+    wide = tasks.double()
+    values, vectors = torch.linalg.eigh(torch.einsum("toi,tpi->op", wide, wide))
+    used = values > values[-1:].clamp_min(0.0) * 1e-10
+    frame = vectors[:, used & (values > 0.0)]
+    return frame.to(tasks), (frame.T @ wide).to(tasks)
+
+
+@on_task_vectors
+def twin(
+    deltas: Tensor,
+    *,
+    weights: Sequence[float],
+    shared: float = 0.3,
+    density: float = 0.2,
+    compress: Literal["svd", "magnitude", "none"] = "svd",
+) -> Tensor:
+    """Twin-Merging (Lu et al. 2024, 2406.15479): a shared expert, and what each task has beyond it, weighted for the input.
+
+    `shared sum_t tau_t + sum_t w_t C(tau_t - shared sum_s tau_s)`, where C keeps the share `density` of the singular values
+    of a matrix, or of the largest entries; vectors stay as they are. The weights are what a router says of the inputs at
+    hand: they sum to 1, and one model stands for each kind of input. Without compression a lone weight of 1 gives that
+    task's model and equal weights the mean, whatever is shared. The authors' factor is 0.29.
+
+    Raises:
+        InputError: weights that do not sum to 1, an unknown way to compress, or a density outside (0, 1].
+    """
+    values = coefficients(weights, len(deltas))
+    if abs(sum(values) - 1.0) > 1e-6:
+        raise InputError(f"weights: {values} should sum to 1, as those of a router do")
+    if compress not in ("svd", "magnitude", "none"):
+        raise InputError(f"compress must be 'svd', 'magnitude' or 'none', got {compress!r}")
+    if not 0.0 < density <= 1.0:
+        raise InputError(f"density, the share that is kept, must be in (0, 1], got {density}")
+    common = shared * deltas.sum(0)
+    own = [w * _compressed(delta - common, density, compress) for w, delta in zip(values, deltas, strict=True) if w]
+    return common + torch.stack(own).sum(0)
+
+
+def _compressed(delta: Tensor, density: float, how: str) -> Tensor:
+    if how == "none" or density == 1.0 or delta.ndim < 2:
+        return delta
+    matrix = delta.flatten(1)
+    if how == "svd":
+        u, s, v = _leading(matrix, max(1, int(density * min(matrix.shape))))
+        return ((u * s) @ v).reshape(delta.shape)
+    flat = matrix.flatten()
+    top = flat.abs().topk(max(1, int(density * len(flat)))).indices
+    return torch.zeros_like(flat).scatter_(0, top, flat[top]).reshape(delta.shape)
 
 
 def _by_matrices(deltas: Tensor, merged: Callable[[Tensor], Tensor], otherwise: float = 1.0) -> Tensor:

@@ -28,7 +28,7 @@ class Trim:
     For the whole model (`thresholds`), or, where that is None, for one tensor after the other.
     """
 
-    deltas: Pass
+    deltas: Any  # a `Pass`, or what is iterated like one
     thresholds: Tensor | None
     _limits: dict[str, Tensor] = field(default_factory=dict)
     _majorities: dict[str, float] = field(default_factory=dict)
@@ -52,7 +52,8 @@ class Trim:
         return self._majorities[scope]
 
 
-def _survey_ties(deltas: Pass, *, density: Any, weights: Any, scope: Scope, **_: Any) -> Trim:
+def survey_ties(deltas: Any, *, density: Any, weights: Any, scope: Scope, **_: Any) -> Trim:
+    """The thresholds of the whole model, or the way to those of each tensor; `deltas` are iterated as a `Pass` is."""
     if scope not in ("model", "tensor"):
         raise InputError(f"scope must be 'model' or 'tensor', got {scope!r}")
     if scope == "tensor":
@@ -64,7 +65,7 @@ def _survey_ties(deltas: Pass, *, density: Any, weights: Any, scope: Scope, **_:
     return Trim(deltas, thresholds(deltas, density, len(deltas.sets), deltas.size))
 
 
-@on_task_vectors(survey=_survey_ties, elementwise=True)
+@on_task_vectors(survey=survey_ties, elementwise=True)
 def ties(
     deltas: Tensor,
     *,

@@ -10,9 +10,12 @@ from torch import nn
 from lmc.errors import InputError
 from lmc.merge.rules.averaging import average, karcher_mean, model_stock, slerp
 from lmc.merge.rules.postprocess import consensus, lines
+from lmc.merge.rules.selection import magmax, ram, sce
+from lmc.merge.rules.spectral import iso_c, iso_cts, knots, tsv_m, wudi
 from lmc.merge.rules.task_vectors import breadcrumbs, dare, della, task_arithmetic
 from lmc.merge.rules.ties import pcb, ties
 from lmc.merge.with_data.adamerging import adamerging
+from lmc.merge.with_data.cat import cat_merging
 from lmc.merge.with_data.fisher import fisher
 from lmc.merge.with_data.regmean import regmean, regmean_plus_plus
 from lmc.merge.with_data.soups import greedy_soup, learned_soup, wise_ft
@@ -110,6 +113,21 @@ CANDIDATES: dict[str, Candidate] = {
     "della": Candidate(_on_base(della), {"density": (0.3, 0.7), "scale": FEW_SCALES}, needs_base=True),
     "breadcrumbs": Candidate(_on_base(breadcrumbs), {"density": (0.15, 0.5), "scale": FEW_SCALES}, needs_base=True),
     "pcb": Candidate(_on_base(pcb), {"scale": FEW_SCALES}, needs_base=True),
+    "sce": Candidate(_on_base(sce), {"select": (0.1, 1.0), "scale": (1.0, 1.5)}, needs_base=True),
+    "ram": Candidate(_on_base(ram), {"boost": (0.0, 0.1), "scale": FEW_SCALES}, needs_base=True),
+    "magmax": Candidate(_on_base(magmax), {"scale": FEW_SCALES}, needs_base=True),
+    "tsv_m": Candidate(_on_base(tsv_m), {"scale": FEW_SCALES}, needs_base=True),
+    "iso_c": Candidate(_on_base(iso_c), {"scale": FEW_SCALES}, needs_base=True),
+    "iso_cts": Candidate(_on_base(iso_cts), {"scale": FEW_SCALES}, needs_base=True),
+    "wudi": Candidate(_on_base(wudi), {"rest": ("base", "mean"), "scale": (0.7, 1.0)}, needs_base=True),
+    "knots": Candidate(_on_base(knots), {"density": (0.2, 1.0), "scale": FEW_SCALES}, needs_base=True),
+    "cat_merging": Candidate(
+        lambda task, **options: cat_merging(
+            task.model, task.models, task.inputs, base=task.base, progress=False, **options
+        ),
+        {"directions": (1, 3), "scale": (0.3, 0.5, 1.0)},
+        needs_base=True,
+    ),
     "consensus": Candidate(_on_base(consensus), {"threshold": (0.2, 0.4), "scale": FEW_SCALES}, needs_base=True),
     "lines": Candidate(_lines, {"beta": (0.5, 1.0), "scale": FEW_SCALES}, needs_base=True),
     "adamerging": Candidate(

@@ -82,7 +82,7 @@ def regmean(
     Returns:
         The merged weights, a state dict whose `.report` names the layers that were fitted.
     """
-    job = _prepare(model, models, inputs, shrink, samples, batch_size, device)
+    job = layer_inputs(model, models, inputs, shrink, samples, batch_size, device)
     left: dict[str, Tensor] = {}
     right: dict[str, Tensor] = {}
     for t in tqdm(range(len(job.sets)), desc="RegMean", disable=not progress):
@@ -115,7 +115,7 @@ def regmean_plus_plus(
     with BatchNorm runs on averaged statistics here, which spoils the inputs: recalibrated LayerNorm networks suit it.
     Arguments and result as for `regmean`.
     """
-    job = _prepare(model, models, inputs, shrink, samples, batch_size, device)
+    job = layer_inputs(model, models, inputs, shrink, samples, batch_size, device)
     job.network.load(dict(assemble(job.sets, job.plain, job.shares)))
     order = job.order()
     merged: dict[str, Tensor] = {}
@@ -130,7 +130,7 @@ def regmean_plus_plus(
 
 
 @dataclass(frozen=True)
-class _Job:
+class LayerInputs:
     """The inputs of one call, and the layers to fit: weight name -> module of the private network."""
 
     sets: WeightSets
@@ -224,7 +224,7 @@ class _Job:
         return Merged(StateDict(weights, like=self.sets.states[0]), RegMeanReport(tuple(merged), averaged))
 
 
-def _prepare(
+def layer_inputs(
     model: nn.Module,
     models: Sequence[ModelOrWeights],
     inputs: Sequence[Any],
@@ -232,15 +232,17 @@ def _prepare(
     samples: int,
     batch_size: int,
     device: torch.device | str | None,
-) -> _Job:
+    base: ModelOrWeights | None = None,
+) -> LayerInputs:
+    """The linear layers of the models, and the data that they are run on."""
     if not 0.0 <= shrink <= 1.0:
         raise InputError(f"shrink must be in [0, 1], got {shrink}")
-    sets = weight_sets(models, module=model)
+    sets = weight_sets(models, base, module=model)
     network = Network(model, pick_device(device, as_weights(sets.states[0])))
     tied = set(sets.ties.values())
     found = matrices(network.module, as_weights(sets.states[0]))
     layers = {n: m for n, m in found.items() if n in sets.weights and n not in tied}
-    return _Job(sets, network, layers, each(inputs, len(sets), "inputs"), shrink, samples, batch_size)
+    return LayerInputs(sets, network, layers, each(inputs, len(sets), "inputs"), shrink, samples, batch_size)
 
 
 class _EnoughError(Exception):
