@@ -196,6 +196,7 @@ def merge(arguments: Namespace) -> None:
             base=arguments.base,
             dtype=arguments.dtype,
             shard_size=arguments.shard_size,
+            vocabulary=arguments.vocabulary,
             **settings,
         )
         print(plan, flush=True)

@@ -132,6 +132,7 @@ def _merge(command: argparse.ArgumentParser) -> None:
     command.add_argument("--out", help="the folder to make; it must not exist")
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the method")
     command.add_argument("--dtype", help="of the result, such as bfloat16 (default: as in the first model)")
+    command.add_argument("--vocabulary", choices=("union", "base"), help="merge by token where tokenizers differ")
     command.add_argument("--shard-size", default="5GB", help="bytes per file at most (default 5GB)")
     command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     command.add_argument("--recipe", metavar="FILE", help="do the merge of a merge.json, or of a mergekit config.yml")

@@ -28,6 +28,7 @@ from lmc.core.extras import require
 from lmc.errors import DataError, InputError
 from lmc.merge.disk.mergekit_methods import Translation, nearest, translation
 from lmc.merge.disk.stacking import BEFORE, layer_count, layer_of, layer_prefix, stack
+from lmc.merge.disk.vocabulary import by_token
 from lmc.merge.disk.write import Plan, plan
 from lmc.merge.engine.tensors import weight_sets
 from lmc.weights.adapter import Adapter
@@ -330,11 +331,18 @@ def plan_configuration(
     base = _view([source for source, _ in order if source is not None], models) if based else None
     if how.base == "first" and base is not None:
         views, base = [base, *views], None
-    names = weight_sets(views, base).names
+    vocabulary = "base" if config.vocabulary in (config.base, "base") else config.vocabulary
+    if vocabulary not in (None, "union", "base"):
+        raise InputError(f"tokenizer_source: {vocabulary!r} is not supported; give union, base, or the base_model")
+    if vocabulary is not None:
+        joined, origin, _ = by_token(views, base, vocabulary)
+        names = weight_sets(joined, origin).names
+    else:
+        names = weight_sets(views, base).names
     options = _options(config, how, order, views[0], names, models, prefixes)
     if "seed" in how.function.method.signature.parameters:
         options["seed"] = seed
-    merged = plan(how.function, views, out, base=base, dtype=config.dtype, **options)
+    merged = plan(how.function, views, out, base=base, dtype=config.dtype, vocabulary=vocabulary, **options)
     return replace(merged, texts=dict(merged.texts) | _texts(config, content, models))
 
 
@@ -358,8 +366,6 @@ def _sorted(part: Slice, config: Configuration, how: Translation) -> tuple[Sourc
 
 def _opened(config: Configuration, folders: Mapping[str, str | Path], near: Path) -> dict[str, Checkpoint]:
     names = [source.model for part in config.slices for source in part.sources]
-    if config.vocabulary not in (None, "union", "base"):
-        names.append(str(config.vocabulary))
     return {name: _open(name, folders, near) for name in dict.fromkeys(names)}
 
 

@@ -66,7 +66,7 @@ def replay(
     for file, digest in recipe.get("inputs", {}).items():
         if Path(file).is_file() and checksum(Path(file)) != digest:
             raise DataError(f"{file}: is not what was merged: its SHA-256 differs from the one in the recipe")
-    how: dict[str, Any] = {key: recipe.get(key) for key in ("dtype", "shard_size")} | options
+    how: dict[str, Any] = {key: recipe.get(key) for key in ("dtype", "shard_size", "vocabulary")} | options
     merged = write(chosen, models, out, base=base, progress=progress, **how)
     made = read_json(merged.path / RECIPE)["files"]
     for file, digest in recipe.get("files", {}).items():

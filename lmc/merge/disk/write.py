@@ -30,6 +30,7 @@ from lmc.errors import InputError
 from lmc.merge.disk.recipe import MergeRecipe, make_recipe, record, recorded
 from lmc.merge.disk.shards import QUEUE, Naming, Shard, layout, naming, parse_dtype, parse_size, write_shard
 from lmc.merge.disk.stacking import Stack
+from lmc.merge.disk.vocabulary import by_token
 from lmc.merge.engine.call import sample_size
 from lmc.merge.engine.chunks import DEPTH, VALUES, Chunk, grain
 from lmc.merge.engine.method import MergeFunction, Method
@@ -148,6 +149,7 @@ def write(
     base: Source | None = None,
     dtype: torch.dtype | str | None = None,
     shard_size: int | str = "5GB",
+    vocabulary: str | None = None,
     progress: bool = True,
     **options: Any,
 ) -> Checkpoint:
@@ -158,7 +160,7 @@ def write(
 
     Raises: as `plan` and `Plan.write`; after an interrupt or an error, the same call goes on where this one stopped.
     """
-    planned = plan(method, models, out, base=base, dtype=dtype, shard_size=shard_size, **options)
+    planned = plan(method, models, out, base=base, dtype=dtype, shard_size=shard_size, vocabulary=vocabulary, **options)
     if progress:
         print(planned, flush=True)
     return planned.write(progress=progress)
@@ -174,6 +176,7 @@ def plan(
     base: Source | None = None,
     dtype: torch.dtype | str | None = None,
     shard_size: int | str = "5GB",
+    vocabulary: str | None = None,
     **options: Any,
 ) -> Plan:
     """Check all that can be checked before a merge to disk, and say what it will take.
@@ -186,6 +189,8 @@ def plan(
         base: the weights that the models were fine-tuned from.
         dtype: of floating-point tensors in the result, such as "bfloat16" (default: as in the first model).
         shard_size: bytes per file at most, as a number or like "5GB"; a larger tensor has a file of its own.
+        vocabulary: for models whose tokenizers differ: "union" or "base", see `lmc.merge.disk.vocabulary`; rows of embeddings
+            and heads follow their tokens.
         options: those of the method.
 
     Raises:
@@ -214,8 +219,12 @@ def plan(
     arguments = {k: v for k, v in arguments.items() if k not in ("models", "base", "options")} | (
         arguments.get("options", {})  # further options, of postprocessing methods
     )
-    sets = weight_sets(opened, reference, pairs=True, cast=dtype)
     recipe = make_recipe(method, arguments, opened, reference, limit, dtype)
+    joined, texts = opened, {}
+    if vocabulary is not None:
+        joined, reference, texts = by_token(opened, reference, vocabulary)
+        recipe["vocabulary"] = vocabulary
+    sets = weight_sets(joined, reference, pairs=True, cast=dtype)
     names = naming(opened[0])
     shards = layout({name: form for name, form in sets.form.items() if name not in sets.ties}, limit, names)
 
@@ -229,7 +238,7 @@ def plan(
     notes = tuple(f"{one.path}: {note}" for one in on_disk for note in one.notes)
     adapters = [model for model in opened if isinstance(model, Adapter)]
     read = tuple(dict.fromkeys(file for one in (*on_disk, *adapters) for file in one.files))
-    texts = _changed(beside, opened, dtype)
+    texts |= _changed(beside, opened, dtype, texts)
     return Plan(
         out, recipe, shards, names, done, sets.ties, memory, whole, how.one_pass, beside, texts, notes, read, stream
     )
@@ -265,12 +274,14 @@ def _beside(sources: Sequence[ModelOrWeights | None]) -> tuple[Path, ...]:
     return ()
 
 
-def _changed(beside: Sequence[Path], models: Sequence[ModelOrWeights], dtype: torch.dtype | None) -> dict[str, str]:
+def _changed(
+    beside: Sequence[Path], models: Sequence[ModelOrWeights], dtype: torch.dtype | None, texts: Mapping[str, str]
+) -> dict[str, str]:
     """The configuration, where the result has other layers or another dtype than it says."""
     file = next((file for file in beside if file.name == "config.json"), None)
     if file is None:
         return {}
-    before = read_json(file)
+    before = json.loads(texts[file.name]) if file.name in texts else read_json(file)
     changes: dict[str, Any] = {}
     for model in models:
         if isinstance(model, Stack):

@@ -16,6 +16,7 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
+from lmc.merge.disk.vocabulary import differing
 from lmc.merge.engine.tensors import STATISTICS, fitting, on_base, outline
 from lmc.merge.study.survey import Difference, LayerReport, Survey, differences
 from lmc.network.derived import derived_names, gauged
@@ -149,7 +150,9 @@ def inspect(
         barriers = _barriers(model, [as_weights(state) for state in states], data, alphas, device, progress)
     layers = tuple(survey.layer(name, sums) for name, sums in survey.layers.items())
     total, matrices = survey.layer("all", survey.total), survey.layer("matrices", survey.matrices)
-    said = advice(called, different, faults, unusable, matrices, reference is not None, barriers)
+    folders = [state.path for state in everyone if isinstance(state, Checkpoint)]
+    words = differing(folders, heads[: len(folders)]) if len(folders) == len(everyone) > 1 else []
+    said = (*words, *advice(called, different, faults, unusable, matrices, reference is not None, barriers))
     return Inspection(called, reference is not None, different, faults, layers, total, matrices, barriers, said)
 
 
