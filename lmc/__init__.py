@@ -23,7 +23,7 @@ What it looks like: losses between networks.
     loss_plane, random_plane, trajectory_plane   over a Plane through three, around one, along a run
     loss_triangle, loss_simplex over mixtures of three or more: a Triangle, a Simplex
     Task                        how outputs are judged, where they are no plain classes
-    landscape                   all of these, similarity, curvature, variance
+    landscape                   all of these, layer by layer, telescoping, similarity, multiplicity, curvature, variance
 
 What comes of it: weights combined.
     recalibrate_batchnorm       statistics of batch normalisation estimated again

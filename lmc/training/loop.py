@@ -129,6 +129,8 @@ def train(
     momentum: float = 0.9,
     init: ModelOrWeights | None = None,
     keep: int | Iterable[int] | None = None,
+    record: bool = False,
+    start: int = 0,
     together: int | None = None,
     device: torch.device | str | None = None,
     progress: bool = True,
@@ -149,6 +151,10 @@ def train(
     init: weights that every seed starts from, so that only the order of the data differs.
     keep: keep the weights along the way: a number of epochs between them, or the epochs themselves (0: before
         the first step); found in `trajectory`.
+    record: keep the weights before the first step and after every one, in `steps`: what `lmc.landscape.telescope` takes.
+        Every step holds a copy of all weights.
+    start: epochs that `init` has behind it, so that the schedule goes on from there and `epochs` counts from the beginning:
+        a branch of a run, see `branches`. The optimiser starts afresh.
     device: where to train (default: where `model` is); the weights stay there.
 
     Interrupting (Ctrl-C, or the notebook's stop button) ends training with a warning and returns what there is,
@@ -167,9 +173,13 @@ def train(
     blank = fresh_copy(model).to(device).train()
     check_model(blank, inputs, targets)
     kept = epochs_to_keep(keep, epochs)
+    if not 0 <= start < epochs or (start and init is None):
+        raise InputError(
+            f"start={start}: expected a number of epochs below epochs={epochs}, with init= weights to go on from"
+        )
     runs: list[_Run] = []
     interrupted = False
-    with tqdm(total=epochs * len(seeds), desc="training", unit="epoch", disable=not progress) as bar:
+    with tqdm(total=(epochs - start) * len(seeds), desc="training", unit="epoch", disable=not progress) as bar:
         waiting = list(seeds)
         size = together or len(waiting)
         try:
@@ -180,7 +190,7 @@ def train(
                     continue
                 waiting = waiting[size:]
                 runs.append(run)
-                _finish(run, recipe, inputs, targets, kept, bar)
+                _finish(run, recipe, inputs, targets, kept, bar, start, record)
         except KeyboardInterrupt:
             if not runs:
                 raise
@@ -201,6 +211,7 @@ class _Run:
     orders: list[torch.Generator]
     history: list[tuple[list[float], list[float]]] = field(default_factory=list)  # of each epoch, loss and accuracy
     snapshots: dict[int, list[Weights]] = field(default_factory=dict)
+    steps: list[list[Weights]] = field(default_factory=list)
 
     @classmethod
     def start(cls, blank: nn.Module, seeds: list[int], recipe: Recipe, init, inputs: Tensor, targets: Tensor) -> "_Run":
@@ -225,15 +236,19 @@ class _Run:
         return [StateDict((name, stack[source][i].clone()) for name, source in names) for i in range(len(self.seeds))]
 
 
-def _finish(run: _Run, recipe: Recipe, inputs: Tensor, targets: Tensor, kept: set[int], bar: tqdm) -> None:
+def _finish(
+    run: _Run, recipe: Recipe, inputs: Tensor, targets: Tensor, kept: set[int], bar: tqdm, start: int, recorded: bool
+) -> None:
     """Train a run to its end; when interrupted, the run holds what was reached."""
     optimizer = _optimizer(recipe, run.parameters)
     batch = min(recipe.batch_size, len(inputs))
     steps = len(inputs) // batch
     with _own_randomness(run.seeds[0], inputs.device), torch.no_grad():
-        if 0 in kept:
-            run.snapshots[0] = run.weights()
-        for epoch in range(recipe.epochs):
+        if start in kept:
+            run.snapshots[start] = run.weights()
+        if recorded:
+            run.steps.append(run.weights())
+        for epoch in range(start, recipe.epochs):
             order = torch.stack([torch.randperm(len(inputs), generator=g) for g in run.orders]).to(inputs.device)
             totals = torch.zeros(2, len(run.seeds), device=inputs.device)
             for i in range(steps):
@@ -245,6 +260,8 @@ def _finish(run: _Run, recipe: Recipe, inputs: Tensor, targets: Tensor, kept: se
                     parameter.grad = gradients[name].contiguous()
                 optimizer.step()
                 totals += torch.stack(scores)
+                if recorded:
+                    run.steps.append(run.weights())
             loss, accuracy = (totals / steps).cpu()
             run.history.append((loss.tolist(), accuracy.tolist()))
             if epoch + 1 in kept:
@@ -255,7 +272,7 @@ def _finish(run: _Run, recipe: Recipe, inputs: Tensor, targets: Tensor, kept: se
 def _collect(
     runs: list[_Run], model: nn.Module, data: object, recipe: Recipe, seconds: float, interrupted: bool
 ) -> Trained:
-    seeds, weights, history, trajectory = [], [], [], []
+    seeds, weights, history, trajectory, steps = [], [], [], [], []
     for run in runs:
         for i, (seed, state) in enumerate(zip(run.seeds, run.weights(), strict=True)):
             losses = tuple(loss[i] for loss, _ in run.history)
@@ -263,6 +280,8 @@ def _collect(
             weights.append(state)
             history.append(History(losses, tuple(accuracy[i] for _, accuracy in run.history)))
             trajectory.append({epoch: states[i] for epoch, states in run.snapshots.items()})
+            if run.steps:
+                steps.append([states[i] for states in run.steps])
             if losses and not math.isfinite(losses[-1]):
                 warn(f"seed {seed} diverged: its loss is {losses[-1]}; try a smaller lr")
     if interrupted:
@@ -270,7 +289,7 @@ def _collect(
         warn(f"training interrupted after {done} of {recipe.epochs} epochs")
     name = str(getattr(data, "name", "data"))
     groups = (tuple(seeds), tuple(weights), tuple(history), tuple(trajectory))
-    return Trained(type(model).__name__, name, *groups, recipe, seconds, interrupted)
+    return Trained(type(model).__name__, name, *groups, recipe, seconds, interrupted, tuple(steps))
 
 
 def _optimizer(recipe: Recipe, parameters: Stack) -> torch.optim.Optimizer:

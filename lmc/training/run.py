@@ -52,7 +52,8 @@ class Trained(Sequence[Weights]):
     """Trained weights, one dict per seed, in the order of `seeds`; `a, b = train(..., seeds=(0, 1))` unpacks them.
 
     `trajectory[i]` maps an epoch (0: before the first step) to the weights of seed `seeds[i]` after it, for the
-    epochs asked for by `keep`. When `interrupted`, the weights are those of the last step, seeds that had not
+    epochs asked for by `keep`; `steps[i]` holds the weights before the first step and after each, where they were recorded.
+    When `interrupted`, the weights are those of the last step, seeds that had not
     begun are missing, and histories hold the finished epochs.
     """
 
@@ -65,6 +66,7 @@ class Trained(Sequence[Weights]):
     recipe: Recipe
     seconds: float
     interrupted: bool = False
+    steps: tuple[Sequence[Weights], ...] = ()
 
     def __len__(self) -> int:
         return len(self.weights)

@@ -135,6 +135,10 @@ CALLS: dict[str, Callable[[World], Any]] = {
         w.model, [w.a, w.b, w.c], w.data, alphas=3, **w.cut, **Q
     ),
     "similarity": lambda w: landscape.similarity(w.model, w.a, w.b, w.data, **w.cut),
+    "layerwise_barriers": lambda w: landscape.layerwise_barriers(w.model, w.a, w.b, w.data, alphas=3, **w.cut, **Q),
+    "multiplicity": lambda w: landscape.multiplicity(w.model, w.models, w.data, **w.cut),
+    "telescope": lambda w: landscape.telescope(w.model, w.models, w.x),
+    "gradient_change": lambda w: landscape.gradient_change(w.model, w.a, w.b, w.x, probes=2),
     "variance_ratios": lambda w: landscape.variance_ratios(
         w.model, weights.mean(w.models), w.models, w.x, **w.cut, **Q
     ),
@@ -200,6 +204,14 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "mean": lambda w: weights.mean([w.a, w.b]),
     "tied_names": lambda w: weights.tied_names(w.a),
     # training
+    "branches": lambda w: [
+        found.weights
+        for found in training.branches(w.model, w.data, at=[1], epochs=2, batch_size=8, **Q).children.values()
+    ],
+    "projection": lambda w: training.projection({"w": (5, 3)}, 2)(w.x[0, :2]),
+    "intrinsic_dimension": lambda w: training.intrinsic_dimension(
+        w.model, {"train": w.data, "test": w.data}, [2], baseline=0.5, seeds=[0], epochs=1, batch_size=8, **Q
+    ),
     "train": lambda w: training.train(w.model, w.data, seeds=range(2), epochs=1, batch_size=8, **Q).weights,
 }
 # Options that lifted rules cannot do without.

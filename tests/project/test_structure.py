@@ -24,7 +24,7 @@ ALLOWED = {
     "landscape": FLOOR,
     "align": FLOOR | {"symmetry", "landscape"},
     "merge": FLOOR | {"symmetry", "landscape", "align"},
-    "views": FLOOR | {"symmetry", "landscape", "align", "merge"},
+    "views": FLOOR | {"symmetry", "landscape", "align", "merge", "training"},
     "models": {"errors"},
     "data": {"errors", "core", "weights", "models"},
     "training": FLOOR,

@@ -8,6 +8,7 @@ from lmc.views.plots import (  # noqa: E402, F401 (they register themselves)
     merging,
     path,
     plane,
+    runs,
     studies,
     sweeps,
     symmetry,

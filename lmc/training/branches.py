@@ -1,0 +1,81 @@
+"""Branches of a run: from when on do two continuations of one network stay connected?"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from lmc.core.context import own_context
+from lmc.errors import InputError
+from lmc.training.loop import train
+from lmc.training.run import Trained
+from lmc.weights import Weights
+
+
+@dataclass(frozen=True, eq=False)
+class Branches:
+    """A run, and what became of it from some epochs on in other orders of the data.
+
+    Attributes:
+        trunk: the run itself, with its weights at the epochs in question.
+        children: epoch -> the finished networks that branched off there, one for each seed.
+    """
+
+    trunk: Trained
+    children: Mapping[int, Trained]
+
+    def pairs(self) -> dict[int, tuple[Weights, Weights]]:
+        """Epoch -> the first two children, whose barrier is the instability of the trunk at that epoch."""
+        return {epoch: (found[0], found[1]) for epoch, found in self.children.items()}
+
+    def __repr__(self) -> str:
+        epochs = ", ".join(map(str, self.children))
+        return f"Branches({self.trunk.model} on {self.trunk.data}, from epochs {epochs}; {self.trunk.recipe})"
+
+
+@own_context
+def branches(
+    model: nn.Module,
+    data: Any,
+    *,
+    at: Iterable[int],
+    seeds: Iterable[int] = (1, 2),
+    seed: int = 0,
+    epochs: int = 20,
+    device: torch.device | str | None = None,
+    progress: bool = True,
+    **options: Any,
+) -> Branches:
+    """Train one network, and go on from some of its epochs with other orders of the data (Frankle et al. 2020).
+
+    Instability analysis (arXiv:1912.05671, algorithm 1): children of one epoch share weights and schedule, and differ in
+    the order of the data alone. The epoch from which on their barrier vanishes,
+    `lmc.loss_path(model, *branches.pairs()[epoch], data).barrier`, is where the run became stable.
+
+    Args:
+        model, data, epochs, device, progress: as for `train`.
+        at: the epochs to branch off from, 0 (the initialisation) to `epochs - 1`.
+        seeds: of the children's orders, at least two, none of them the trunk's.
+        seed: of the trunk: its initialisation and order.
+        options: further arguments of `train`.
+
+    Raises:
+        InputError: epochs outside the run, fewer than two seeds, or those of the trunk; and what `train` raises.
+        DataError: unusable data.
+    """
+    wanted, orders = sorted(set(at)), list(seeds)
+    if not wanted or wanted[0] < 0 or wanted[-1] >= epochs:
+        raise InputError(f"at={wanted}: expected epochs from 0 to {epochs - 1}")
+    if len(orders) < 2 or seed in orders:
+        raise InputError(f"seeds={orders}: expected at least two, other than the trunk's {seed}")
+    common: dict[str, Any] = {"epochs": epochs, "device": device, "progress": progress, **options}
+    trunk = train(model, data, seeds=[seed], keep=wanted, **common)
+    if trunk.interrupted:
+        raise KeyboardInterrupt
+    children = {
+        epoch: train(model, data, seeds=orders, init=trunk.trajectory[0][epoch], start=epoch, **common)
+        for epoch in wanted
+    }
+    return Branches(trunk, children)

@@ -1,0 +1,122 @@
+"""Branches of a run, random projections, and the intrinsic dimension."""
+
+import math
+
+import pytest
+import torch
+from support import blobs, same
+
+import lmc
+from lmc.training.intrinsic import hadamard
+
+DATA = {"train": blobs(96, 0), "test": blobs(60, 1)}
+MODEL = lmc.models.mlp(8, [10], 4)
+SHAPES = {"w": (7, 9), "b": (9,), "v": (1,)}
+
+
+def test_children_share_the_trunk_up_to_their_epoch_and_part_afterwards():
+    found = lmc.training.branches(MODEL, DATA, at=[0, 3], epochs=4, batch_size=16, progress=False)
+    assert list(found.children) == [0, 3] and found.trunk.seeds == (0,)
+    early, late = found.pairs()[0], found.pairs()[3]
+    assert not same(*early) and not same(*late)
+    assert lmc.weights.distance(*late) < lmc.weights.distance(*early)
+    assert len(found.children[3].history[0].loss) == 1  # the schedule goes on, it does not begin again
+
+
+def test_a_run_that_goes_on_keeps_the_schedule():
+    whole = lmc.training.train(
+        MODEL, DATA, seeds=[5], epochs=4, lr=0.1, optimizer="sgd", keep=[3], momentum=0.0, progress=False
+    )
+    last = lmc.training.train(
+        MODEL, DATA, seeds=[5], epochs=4, start=3, init=whole.trajectory[0][3], lr=0.1, optimizer="sgd", momentum=0.0,
+        progress=False,
+    )  # fmt: skip
+    begun = lmc.training.train(
+        MODEL,
+        DATA,
+        seeds=[5],
+        epochs=1,
+        init=whole.trajectory[0][3],
+        lr=0.1,
+        optimizer="sgd",
+        momentum=0.0,
+        progress=False,
+    )
+    start = whole.trajectory[0][3]
+    # one epoch at the end of a cosine moves much less than one that begins it
+    assert 0 < lmc.weights.distance(start, last[0]) < 0.5 * lmc.weights.distance(start, begun[0])
+
+
+@pytest.mark.parametrize("options", [{"at": [9]}, {"at": []}, {"at": [0], "seeds": [0, 1]}, {"at": [0], "seeds": [1]}])
+def test_bad_branches_are_refused(options):
+    with pytest.raises(lmc.InputError):
+        lmc.training.branches(MODEL, DATA, epochs=4, progress=False, **options)
+    with pytest.raises(lmc.InputError, match="start"):
+        lmc.training.train(MODEL, DATA, epochs=4, start=4, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "fastfood"])
+def test_projections_are_linear_with_a_true_adjoint(kind):
+    p = lmc.training.projection(SHAPES, 5, kind=kind, seed=3, dtype=torch.float64)
+    x, y = torch.randn(5, dtype=torch.float64), torch.randn(73, dtype=torch.float64)
+    assert torch.allclose(p.forward(x) @ y, x @ p.adjoint(y), atol=1e-12)
+    assert torch.allclose(p.forward(3 * x), 3 * p.forward(x), atol=1e-12)
+    assert {name: tuple(t.shape) for name, t in p(x).items()} == SHAPES
+    assert all(not t.any() for t in p(torch.zeros(5, dtype=torch.float64)).values())
+    again = lmc.training.projection(SHAPES, 5, kind=kind, seed=3, dtype=torch.float64)
+    assert torch.equal(p.forward(x), again.forward(x))
+
+
+def test_columns_have_norm_one_over_the_whole_network():
+    for kind in ("dense", "sparse"):
+        p = lmc.training.projection(SHAPES, 6, kind=kind, dtype=torch.float64)
+        columns = torch.stack([p.forward(e) for e in torch.eye(6, dtype=torch.float64)])
+        assert torch.allclose(columns.norm(dim=1), torch.ones(6, dtype=torch.float64), atol=1e-12)
+    norms = []
+    for seed in range(40):
+        p = lmc.training.projection({"w": (300,)}, 4, seed=seed, dtype=torch.float64)
+        norms += [float(p.forward(e).norm()) for e in torch.eye(4, dtype=torch.float64)]
+    assert sum(norms) / len(norms) == pytest.approx(1.0, abs=0.01) and max(norms) < 1.2
+    square = lmc.training.projection({"w": (256,)}, 4, dtype=torch.float64)  # nothing cut off: exactly one
+    assert float(square.forward(torch.eye(4, dtype=torch.float64)[1]).norm()) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_the_hadamard_transform_against_its_matrix():
+    matrix = torch.ones(1, 1)
+    for _ in range(3):
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    x = torch.randn(8)
+    assert torch.allclose(hadamard(x), matrix @ x, atol=1e-5) and torch.allclose(
+        hadamard(hadamard(x)), 8 * x, atol=1e-5
+    )
+
+
+def test_a_quadratic_with_k_conditions_needs_k_dimensions():
+    k, total = 6, 40
+    conditions = torch.randn(k, total, dtype=torch.float64)
+    for d in (k - 1, k, k + 2):
+        p = lmc.training.projection({"w": (total,)}, d, kind="dense", seed=1, dtype=torch.float64)
+        seen = torch.stack([conditions @ p.forward(e) for e in torch.eye(d, dtype=torch.float64)], 1)
+        goal = torch.ones(k, 1, dtype=torch.float64)
+        left = float((seen @ torch.linalg.lstsq(seen, goal).solution - goal).norm())
+        assert (left < 1e-9) == (d >= k)
+
+
+def test_more_dimensions_solve_more():
+    found = lmc.training.intrinsic_dimension(
+        MODEL, DATA, [1, 40], baseline=1.0, seeds=[0, 1], epochs=20, lr=0.05, batch_size=32, progress=False
+    )
+    low, high = found.accuracies.mean(1)
+    assert low < high and high > 0.9 and found.value == 40 and found.parameters == 134
+    assert "d_int90 = 40" in repr(found) and list(found.to_frame()["dimension"]) == [1, 40]
+
+
+def test_bad_subspaces_are_refused():
+    for options in ({"kind": "cubic"}, {"dimension": 0}, {"dimension": 74}):
+        with pytest.raises(lmc.InputError):
+            lmc.training.projection(SHAPES, **{"dimension": 3, **options})
+    with pytest.raises(lmc.InputError, match="too large"):
+        lmc.training.projection({"w": (1 << 20,)}, 1 << 10, kind="dense")
+    with pytest.raises(lmc.InputError, match="test split"):
+        lmc.training.intrinsic_dimension(MODEL, DATA["train"], [2], baseline=1.0, progress=False)
+    assert math.isclose(sum(x.numel() for x in MODEL.parameters()), 134)

@@ -1,0 +1,113 @@
+"""The telescoping account of a run, and the change of gradients along it (Jeffares et al. 2024)."""
+
+import numpy as np
+import pytest
+import torch
+from support import blobs, classifier
+from torch import nn
+
+import lmc
+
+
+def run(model: nn.Module, steps: int = 6, lr: float = 5e-2) -> list[dict[str, torch.Tensor]]:
+    """The weights before the first and after every step of plain gradient descent, in float64."""
+    model = model.double()
+    inputs, targets = blobs(64, 0)
+    found = [{k: v.clone() for k, v in model.state_dict().items()}]
+    for _ in range(steps):
+        model.zero_grad()
+        nn.functional.cross_entropy(model(inputs.double()), targets).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= lr * p.grad
+        found.append({k: v.clone() for k, v in model.state_dict().items()})
+    return found
+
+
+INPUTS = blobs(20, 1)[0]
+
+
+def test_a_linear_network_is_accounted_for_exactly():
+    model = nn.Linear(8, 4)
+    found = lmc.landscape.telescope(model, run(model), INPUTS)
+    assert found.errors.max() < 1e-13 and found.linear.max() < 1e-13
+    assert np.allclose(found.approximation, found.end, atol=1e-12) and np.abs(found.end - found.start).mean() > 1e-3
+
+
+def test_terms_of_layers_add_up_and_one_step_is_the_linearisation():
+    model = classifier(0)
+    steps = run(model)
+    found = lmc.landscape.telescope(model, steps, INPUTS)
+    assert list(found.moved) == ["0", "2"] and all(len(size) == 6 for size in found.sizes.values())
+    error = np.abs(found.end - found.start - sum(found.moved.values())).mean()
+    assert error == pytest.approx(found.errors[-1], rel=1e-9) and 0 < found.errors[-1] < found.linear[-1]
+    once = lmc.landscape.telescope(model, steps[:2], INPUTS)
+    assert once.errors[1] == pytest.approx(once.linear[1], rel=1e-9) and once.errors[1] > 0
+
+
+def test_smaller_steps_along_the_same_way_divide_the_error():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4))  # smooth, so that the law holds exactly
+    ends = run(model, 1, lr=1.0)
+    errors = []
+    for parts in (1, 2, 4, 8):
+        way = (lmc.weights.lerp(*ends, k / parts) for k in range(parts + 1))  # a generator: nothing is held
+        errors.append(lmc.landscape.telescope(model, way, INPUTS).errors[-1])
+    ratios = [a / b for a, b in zip(errors, errors[1:], strict=False)]
+    assert all(1.6 < ratio < 2.6 for ratio in ratios), ratios
+
+
+def test_training_records_what_the_telescope_takes():
+    model = lmc.models.mlp(8, [6], 4)
+    trained = lmc.training.train(
+        model, blobs(64, 0), seeds=[0, 1], epochs=2, batch_size=16, record=True, progress=False
+    )
+    assert [len(steps) for steps in trained.steps] == [9, 9]
+    assert all(torch.equal(trained.steps[1][-1][k], trained[1][k]) for k in trained[1])
+    found = lmc.landscape.telescope(model, trained.steps[0], INPUTS)
+    assert len(found.errors) == 9 and found.errors[-1] < found.linear[-1]
+    assert "telescope" in repr(found).lower() and len(found.to_frame()) == 8
+
+
+def test_gradients_of_a_linear_network_never_change_and_those_of_others_settle():
+    model = nn.Linear(8, 4)
+    ends = run(model, 3)
+    assert max(lmc.landscape.gradient_change(model, ends[0], ends[-1], INPUTS).values()) < 1e-28
+    deep = classifier(0)
+    steps = run(deep, 40)
+    early = lmc.landscape.gradient_change(deep, steps[0], steps[1], INPUTS)
+    assert list(early) == ["0", "2"] and min(early.values()) > 0
+    assert lmc.landscape.gradient_change(deep, steps[3], steps[3], INPUTS) == {"0": 0.0, "2": 0.0}
+
+
+def test_gradient_change_is_the_mean_over_outputs_and_parameters():
+    model = classifier(0).double()
+    ends = run(classifier(0), 5)
+    many = lmc.landscape.gradient_change(model, ends[0], ends[-1], INPUTS[:4].double(), probes=4000)
+
+    def jacobian(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        def outputs(p: dict[str, torch.Tensor]) -> torch.Tensor:
+            return torch.func.functional_call(model, p, (INPUTS[:4].double(),))
+
+        return torch.func.jacrev(outputs)(weights)  # (N, C, *shape)
+
+    first, last = jacobian(ends[0]), jacobian(ends[-1])
+    for layer in ("0", "2"):
+        squares = [
+            (last[f"{layer}.{kind}"] - first[f"{layer}.{kind}"]).square().flatten(2) for kind in ("weight", "bias")
+        ]
+        assert many[layer] == pytest.approx(float(torch.cat(squares, -1).mean()), rel=0.1)
+
+
+def test_bad_input_is_refused():
+    model = classifier(0)
+    with pytest.raises(lmc.InputError, match="none"):
+        lmc.landscape.telescope(model, [], INPUTS)
+    with pytest.raises(lmc.InputError, match="single"):
+        lmc.landscape.telescope(model, [model], INPUTS)
+    with pytest.raises(lmc.DataError, match="no example"):
+        lmc.landscape.telescope(model, [model, model], INPUTS[:0])
+    with pytest.raises(lmc.MismatchError):
+        lmc.landscape.telescope(model, [model, nn.Linear(8, 4)], INPUTS)
+    with pytest.raises(lmc.InputError, match="probes"):
+        lmc.landscape.gradient_change(model, model, model, INPUTS, probes=0)
