@@ -1,7 +1,8 @@
 """lmc: linear mode connectivity and weight-space merging.
 
 What may move: the symmetries of a network.
-    permutation_spec            groups of interchangeable units, found and certified: a PermutationSpec of Groups and Tables
+    permutation_spec            groups of interchangeable units, found and certified: a PermutationSpec
+    Group, Table                what a spec is made of: a kind of units, and their places in one tensor
     continuous_symmetries       scales, signs, rotations and invertible mixings: ContinuousSymmetries
     Permutation, Certificate    an element of a spec, which applies to weights; what was proven, and how
     Element                     an element of the whole group: units scaled, flipped or mixed, then permuted

@@ -122,6 +122,16 @@ def match_many(
         MismatchError: models of different architectures.
         SpecError: the spec does not fit.
         WeightsError: NaN or infinity in the weights.
+
+    Example:
+        >>> import lmc
+        >>> data, model = lmc.data.digits(), lmc.data.checkpoint("digits-mlp64").model()
+        >>> spec = lmc.permutation_spec(model, data.test[0][:2])
+        >>> b = spec.random(seed=0).apply(model)  # the same network, its units in another order
+        >>> c = spec.random(seed=1).apply(model)
+        >>> first, second, third = lmc.match_many(spec, [model, b, c]).apply([model, b, c])
+        >>> lmc.weights.distance(first, second), lmc.weights.distance(first, third)
+        (0.0, 0.0)
     """
     if method not in get_args(ManyMethod):
         raise InputError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(ManyMethod)))}")

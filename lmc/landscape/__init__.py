@@ -1,4 +1,20 @@
-"""The landscape: losses of many weight sets over paths, planes and curves between networks."""
+"""The landscape: losses of many weight sets, over paths, planes, mixtures and curves between networks.
+
+    evaluate                    loss and metrics of one network on every split: a Score for each; Evaluator for many networks
+    loss_path                   along the straight line between two: a Path
+    barrier                     its highest point over the line between the ends: a Barrier
+    pairwise_barriers           between every two of many networks: PairwiseBarriers
+    bezier_curve, polygonal_chain   a trained way around a barrier: a Curve (Garipov et al. 2018)
+    loss_plane                  the plane through three networks: a Plane
+    random_plane                around one network, in directions scaled like its filters (Li et al. 2018)
+    trajectory_plane            along a training run, by principal components
+    loss_triangle, loss_simplex mixtures of three, or of more: a Triangle, a Simplex of Mixtures (each a Mixture)
+
+What a picture of losses does not show:
+    similarity, linear_cka      whether two networks compute the same: a Similarity
+    curvature                   eigenvalues and trace of the Hessian: a Curvature
+    variance_ratios             the variance that averaging takes from each layer: VarianceRatios
+"""
 
 from lmc.landscape.curvature import Curvature, curvature
 from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain

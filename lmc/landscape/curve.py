@@ -359,6 +359,14 @@ def bezier_curve(
         WeightsError: weights that are not finite.
         DataError: unusable data.
         InputError: an unusable argument, or a loss that became NaN or infinite.
+
+    Example:
+        >>> import lmc
+        >>> stored, data = lmc.data.checkpoint("digits-mlp64"), lmc.data.digits()
+        >>> model, (a, b) = stored.model(), stored.weights
+        >>> curve = lmc.bezier_curve(model, a, b, data, epochs=4)
+        >>> curve.path(data.test).barrier < lmc.loss_path(model, a, b, data.test).barrier / 2
+        True
     """
     schedule = Schedule(epochs, lr, weight_decay, batch_size, seed, progress)
     return _curve("bezier", model, a, b, data, bends, schedule, loss, outputs, device)
@@ -382,7 +390,16 @@ def polygonal_chain(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Curve:
-    """Train a chain of straight segments from a over the bends to b; all else is as for `bezier_curve`."""
+    """Train a chain of straight segments from a over the bends to b; all else is as for `bezier_curve`.
+
+    Example:
+        >>> import lmc
+        >>> stored, data = lmc.data.checkpoint("digits-mlp64"), lmc.data.digits()
+        >>> model, (a, b) = stored.model(), stored.weights
+        >>> chain = lmc.polygonal_chain(model, a, b, data, epochs=4)
+        >>> chain.path(data.test).barrier < lmc.loss_path(model, a, b, data.test).barrier / 2
+        True
+    """
     schedule = Schedule(epochs, lr, weight_decay, batch_size, seed, progress)
     return _curve("chain", model, a, b, data, bends, schedule, loss, outputs, device)
 

@@ -233,6 +233,14 @@ def loss_path(
         WeightsError: weights that are not finite.
         DataError: unusable data.
         InputError: an unusable argument.
+
+    Example:
+        >>> import lmc
+        >>> stored, data = lmc.data.checkpoint("digits-mlp64"), lmc.data.digits()
+        >>> model, (a, b) = stored.model(), stored.weights
+        >>> path = lmc.loss_path(model, a, b, data.test)
+        >>> round(path.barrier, 1)  # nats
+        1.5
     """
     evaluation = Evaluation(
         model,

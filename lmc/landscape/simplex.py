@@ -290,6 +290,17 @@ def loss_triangle(
         MismatchError: models of different architectures, dtypes or devices.
         WeightsError: weights that are not finite.
         DataError: unusable data.
+
+    Example:
+        >>> import lmc
+        >>> stored, data = lmc.data.checkpoint("digits-mlp64"), lmc.data.digits()
+        >>> model, (a, b) = stored.model(), stored.weights
+        >>> spec = lmc.permutation_spec(model, data.test[0][:2])
+        >>> moved = lmc.weight_matching(spec, a, b).apply(b)
+        >>> lmc.loss_triangle(model, [a, b, moved], data.test, names=["A", "B", "B moved"], resolution=4)
+        Triangle of 15 mixtures of A, B, B moved
+          data: loss 0.157 at A, 0.137 at B, 0.137 at B moved; 1.295 at the uniform soup
+          lowest data loss: ...
     """
     if isinstance(models, Mapping) or len(models) != 3:
         raise InputError(f"models: expected three networks, got {len(models)}; for more use loss_simplex")
@@ -341,6 +352,15 @@ def loss_simplex(
         names: default "A", "B", ...
         data, resolution, resume, repair, inputs, loss, metrics, outputs, batch_size, device, executor, progress: as for
             `loss_triangle`.
+
+    Example:
+        >>> import lmc
+        >>> stored, data = lmc.data.checkpoint("digits-mlp64"), lmc.data.digits()
+        >>> model, (a, b) = stored.model(), stored.weights
+        >>> lmc.loss_simplex(model, [a, b], data.test, resolution=4)
+        Simplex of 5 mixtures of A, B
+          data: loss 0.157 at A, 0.137 at B; 1.678 at the uniform soup
+          lowest data loss: 1 B: data loss 0.137, accuracy 95.7 %
     """
     if isinstance(models, Mapping) or len(models) < 2:
         raise InputError(f"models: expected at least two networks, got {len(models)}")

@@ -33,6 +33,13 @@ Models may be checkpoints on disk (`lmc.open_checkpoint`). Methods of the first 
 with little memory: `write(method, models, out, base=..., ...)`; `plan(...)` says beforehand what that takes, and
 `replay(recipe, out)` does one again. The command `lmc merge` does the same. Folders of LoRA adapters are models where
 `base=` is given; `extract(models, out, base=base, rank=16)` makes an adapter of a fine-tuned model, or of a merge.
+`stack(slices)` opens layers of several models as one.
+
+Their parts: `task_vector`; the masks `tall_masks` and `magnitude_masks`; `fisher_information`, and `fisher_weighted` with
+information of one's own; `aligned`, what `align=` does.
+
+Results: `Extraction`, `Inspection`, `MergeComparison`, `Mixer`, `Plan`, `Soups`, `Star` and its `StarPaths`,
+`TrajectoryAverages`, `WiseLine`, `Zipped`.
 """
 
 from lmc.merge.disk.extract import Extraction, extract

@@ -42,6 +42,13 @@ def recalibrate_batchnorm(
     Raises:
         MismatchError: weights of another architecture.
         DataError: no inputs, or a batch with a single value per channel, whose variance is unknown.
+
+    Example:
+        >>> import lmc, torch
+        >>> model, images = lmc.models.mlp(64, [32], 10, norm="batch"), torch.randn(200, 64)
+        >>> weights = lmc.recalibrate_batchnorm(model, None, images)
+        >>> bool((weights["norm1.running_var"] != model.state_dict()["norm1.running_var"]).all())
+        True
     """
     source = fitted(model, as_weights(model if weights is None else weights))
     network = Network(model, pick_device(device, source))

@@ -63,6 +63,17 @@ def repair(
     Raises:
         MismatchError: networks of different architectures. DataError: no inputs. InputError: a bad argument.
         WeightsError: NaN or infinity in the weights.
+
+    Example:
+        >>> import lmc
+        >>> stored, data = lmc.data.checkpoint("digits-mlp64"), lmc.data.digits()
+        >>> model, (a, b) = stored.model(), stored.weights
+        >>> spec = lmc.permutation_spec(model, data.test[0][:2])
+        >>> moved = lmc.weight_matching(spec, a, b).apply(b)
+        >>> soups = lmc.weights.mean([a, moved]), lmc.repair(model, [a, moved], data.train)
+        >>> plain, repaired = (lmc.landscape.evaluate(model, soup, data.test)["data"].loss for soup in soups)
+        >>> repaired < plain
+        True
     """
     if method not in get_args(Method):
         raise InputError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(Method)))}")

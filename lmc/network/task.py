@@ -54,6 +54,13 @@ class Task:
         unit: of the loss, for labels of plots.
         higher: measures of which higher values are better.
         derived: further values as functions of the mean loss, for example {"perplexity": math.exp}.
+
+    Example:
+        >>> import lmc, torch
+        >>> model, x = torch.nn.Linear(3, 1), torch.randn(20, 3)
+        >>> task = lmc.Task.regression()
+        >>> lmc.landscape.evaluate(model, None, (x, model(x).detach()), loss=task)["data"].loss < 1e-9
+        True
     """
 
     loss: Loss | None = None

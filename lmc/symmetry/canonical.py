@@ -55,8 +55,14 @@ def canonical(
         SpecError: the spec does not fit the weights, or the function would change.
         WeightsError: weights that are not finite.
 
-    >>> spec = lmc.permutation_spec(model, x, continuous=True)
-    >>> lmc.weights.distance(lmc.canonical(spec, model, a), lmc.canonical(spec, model, b))
+    Example:
+        >>> import lmc, torch
+        >>> model, x = lmc.models.mlp(64, [32], 10), torch.randn(2, 64)
+        >>> spec = lmc.permutation_spec(model, x, continuous=True)
+        >>> a = model.state_dict()
+        >>> b = {**a, "fc1.weight": 2 * a["fc1.weight"], "fc1.bias": 2 * a["fc1.bias"], "head.weight": a["head.weight"] / 2}
+        >>> lmc.weights.distance(lmc.canonical(spec, model, a), lmc.canonical(spec, model, b)) < 1e-5
+        True
     """
     weights = agreeing([weights], ["weights"], model=model)[0]
     spec = known(spec.bind(weights), model, inputs)

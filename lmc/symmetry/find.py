@@ -55,6 +55,12 @@ def permutation_spec(
         CertificateError: a group that was found, given by name, does not keep the function, or the module cannot be computed
             in double precision.
         InputError: inputs or `outputs` that the module cannot take.
+
+    Example:
+        >>> import lmc, torch
+        >>> spec = lmc.permutation_spec(lmc.models.mlp(64, [32], 10), torch.randn(2, 64))
+        >>> dict(spec.patterns)
+        {'fc1.weight': 'fc1 .', 'fc1.bias': 'fc1', 'head.weight': '. fc1', 'head.bias': '.'}
     """
     _check(model, inputs)
     if renamed := renamed_entries(model):

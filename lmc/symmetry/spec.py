@@ -55,6 +55,13 @@ class PermutationSpec(Symmetries, Result):
         assumed: values of tensors, with the line that reads them, that decide on a size or a branch of the model: the
             symmetries are those of the sizes and branches of the example.
         continuous: the scales, signs and mixings that units admit beyond permutations, if they were looked for.
+
+    Example:
+        >>> import lmc, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> spec = lmc.PermutationSpec.from_patterns({"0.weight": "h .", "0.bias": "h", "2.weight": ". h"}, model)
+        >>> spec.certify(model, torch.randn(2, 3)).max_error < 1e-12
+        True
     """
 
     @classmethod
@@ -279,6 +286,14 @@ class Permutation(Result, Mapping[str, Tensor]):
         indices: `group name -> (n,)` int64 tensor on the CPU.
         objective: what the matching that found it maximised; None if it was not found by one.
         info: how it was found (method, seed, restarts, sweeps, seconds, ...).
+
+    Example:
+        >>> import lmc
+        >>> data, model = lmc.data.digits(), lmc.data.checkpoint("digits-mlp64").model()
+        >>> spec = lmc.permutation_spec(model, data.test[0][:2])
+        >>> pi = spec.random(seed=0)
+        >>> pi.compose(pi.inverse()) == spec.identity()
+        True
     """
 
     spec: PermutationSpec

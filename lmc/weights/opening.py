@@ -63,6 +63,14 @@ def open_checkpoint(
         DataError: a file that is missing, cut short, malformed, or holds more than tensors; an index that does not fit
             its shards. The file is named.
         InputError: a `prefix` that no name has.
+
+    Example:
+        >>> import lmc, tempfile
+        >>> from safetensors.torch import save_file
+        >>> file = tempfile.mkdtemp() + "/model.safetensors"
+        >>> save_file(lmc.models.mlp(64, [32], 10).state_dict(), file)
+        >>> lmc.open_checkpoint(file)
+        Checkpoint('.../model.safetensors': 4 tensors; 9.64 kB in 1 file)
     """
     path = Path(path)
 

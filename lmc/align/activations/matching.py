@@ -78,6 +78,15 @@ def activation_matching(
         SpecError: the spec does not fit them.
         DataError: no inputs, or activations that are not finite.
         WeightsError: weights that are not finite.
+
+    Example:
+        >>> import lmc
+        >>> data, model = lmc.data.digits(), lmc.data.checkpoint("digits-mlp64").model()
+        >>> spec = lmc.permutation_spec(model, data.test[0][:2])
+        >>> b = spec.random(seed=0).apply(model)  # the same network, its units in another order
+        >>> pi = lmc.activation_matching(spec, model, model, b, data.train)
+        >>> lmc.weights.distance(model, pi.apply(b))
+        0.0
     """
     if method not in get_args(Method):
         raise InputError(f"method={method!r}: expected one of {', '.join(map(repr, get_args(Method)))}")

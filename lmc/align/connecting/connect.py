@@ -112,6 +112,15 @@ def connect(
         DataError: no labelled data, or losses that are no numbers.
         WeightsError: weights that are not finite.
         InputError: a budget that is no positive number of seconds.
+
+    Example:
+        >>> import lmc
+        >>> data, model = lmc.data.digits(), lmc.data.checkpoint("digits-mlp64").model()
+        >>> spec = lmc.permutation_spec(model, data.test[0][:2])
+        >>> b = spec.random(seed=0).apply(model)  # the same network, its units in another order
+        >>> found = lmc.connect(model, model, b, data, budget=None, progress=False)
+        >>> print(str(found).splitlines()[0])
+        Connection by weight matching: test barrier 1.444 before, 0.000 nats after
     """
     clock = Budget(budget)
     a, b = agreeing([a, b], "ab", model=model)

@@ -84,6 +84,16 @@ def sinkhorn_matching(
         SpecError: the spec does not fit them.
         DataError: no data for a target that needs them.
         WeightsError: weights that are not finite.
+
+    Example:
+        >>> import lmc
+        >>> stored, data = lmc.data.checkpoint("digits-mlp64"), lmc.data.digits()
+        >>> model, (a, b) = stored.model(), stored.weights
+        >>> spec = lmc.permutation_spec(model, data.test[0][:2])
+        >>> pi = lmc.sinkhorn_matching(spec, model, a, b, data, steps=60)
+        >>> naive, aligned = (lmc.loss_path(model, a, end, data.test).barrier for end in (b, pi.apply(b)))
+        >>> aligned < naive / 2
+        True
     """
     target = target or ("l2" if data is None else "midpoint")
     _check(target, data, tau, iterations, lr, steps, measure_every, patience)

@@ -75,6 +75,15 @@ def straight_through_matching(
         SpecError: the spec does not fit them.
         DataError: no labelled data.
         WeightsError: weights that are not finite.
+
+    Example:
+        >>> import lmc
+        >>> data, model = lmc.data.digits(), lmc.data.checkpoint("digits-mlp64").model()
+        >>> spec = lmc.permutation_spec(model, data.test[0][:2])
+        >>> b = spec.random(seed=0).apply(model)  # the same network, its units in another order
+        >>> pi = lmc.straight_through_matching(spec, model, model, b, data, epochs=1)
+        >>> lmc.weights.distance(model, pi.apply(b))
+        0.0
     """
     if epochs < 1 or patience < 1 or batch_size < 2 or lr <= 0:
         raise InputError(f"{epochs=}, {patience=}, {batch_size=}, {lr=}: expected at least 1, 1, 2, and lr above 0")

@@ -112,6 +112,15 @@ def ot_fusion(
         MissingPackageError: POT is not installed; unequal widths, `regularization` and `importance` need it.
         SpecError: a spec that does not fit, or symmetries that transport cannot follow.
         DataError: unusable inputs.
+
+    Example:
+        >>> import lmc
+        >>> data, model = lmc.data.digits(), lmc.data.checkpoint("digits-mlp64").model()
+        >>> spec = lmc.permutation_spec(model, data.test[0][:2])
+        >>> b = spec.random(seed=0).apply(model)  # the same network, its units in another order
+        >>> fused = lmc.ot_fusion(model, model, b, data.train[0][:400], spec=spec)
+        >>> lmc.weights.distance(model, fused.weights) < 1e-5
+        True
     """
     started = time.perf_counter()
     several = isinstance(b, Sequence)

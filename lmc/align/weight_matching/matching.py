@@ -53,6 +53,16 @@ def weight_matching(
         MismatchError: `a` and `b` differ in keys, shapes or device.
         SpecError: the spec does not fit the weights.
         WeightsError: NaN or infinity in the weights.
+
+    Example:
+        >>> import lmc
+        >>> stored, data = lmc.data.checkpoint("digits-mlp64"), lmc.data.digits()
+        >>> model, (a, b) = stored.model(), stored.weights
+        >>> spec = lmc.permutation_spec(model, data.test[0][:2])
+        >>> pi = lmc.weight_matching(spec, a, b)
+        >>> before, after = (lmc.loss_path(model, a, end, data.test).barrier for end in (b, pi.apply(b)))
+        >>> print(f"barrier {before:.1f} nats, then {after:.1f}")
+        barrier 1.5 nats, then 0.1
     """
     if restarts < 1 or max_sweeps < 1:
         raise InputError(f"restarts={restarts}, max_sweeps={max_sweeps}: both must be at least 1")

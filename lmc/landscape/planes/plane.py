@@ -73,6 +73,16 @@ def loss_plane(
         MismatchError: models of different architectures, dtypes or devices.
         WeightsError: weights that are not finite.
         DataError: unusable data.
+
+    Example:
+        >>> import lmc
+        >>> stored, data = lmc.data.checkpoint("digits-mlp64"), lmc.data.digits()
+        >>> model, (a, b) = stored.model(), stored.weights
+        >>> spec = lmc.permutation_spec(model, data.test[0][:2])
+        >>> moved = lmc.weight_matching(spec, a, b).apply(b)
+        >>> lmc.loss_plane(model, [a, b, moved], data.test, names=["A", "B", "B moved"], resolution=5)
+        Plane of 5 x 5 points
+          data: loss 0.157 at A, 0.137 at B, 0.137 at B moved, 0.137 to 1.953 over the plane
     """
     if len(models) != 3 or isinstance(models, Mapping):
         raise InputError(f"models: expected three networks, got {len(models)}")
@@ -148,6 +158,14 @@ def random_plane(
         MismatchError: weights that do not fit the architecture.
         WeightsError: weights that are not finite.
         DataError: unusable data.
+
+    Example:
+        >>> import lmc
+        >>> stored, data = lmc.data.checkpoint("digits-mlp64"), lmc.data.digits()
+        >>> model, (a, b) = stored.model(), stored.weights
+        >>> lmc.random_plane(model, a, data.test, resolution=5)
+        Plane of 5 x 5 points
+          data: loss 0.157 at A, 0.157 to 11.587 over the plane
     """
     counts = _counts(resolution)
     if not all(count % 2 for count in counts):
@@ -219,6 +237,15 @@ def trajectory_plane(
         MismatchError: weights of different architectures, dtypes or devices.
         WeightsError: weights that are not finite.
         DataError: unusable data.
+
+    Example:
+        >>> import lmc
+        >>> run, data = lmc.data.checkpoint("digits-mlp64-trajectory"), lmc.data.digits()
+        >>> states = [run.at(0, epoch) for epoch in sorted(set(run.epochs))]  # of seed 0
+        >>> lmc.trajectory_plane(run.model(), states, data.test, resolution=5)
+        Plane of 5 x 5 points
+          axes explain 91.5% and 7.1% of the trajectory
+          data: loss 0.157 at end, 0.157 to 2.308 over the plane
     """
     if isinstance(trajectory, Mapping) or len(trajectory) < 3:
         raise InputError(f"trajectory: expected at least three weight sets, got {len(trajectory)}")

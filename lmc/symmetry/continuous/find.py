@@ -60,6 +60,13 @@ def continuous_symmetries(
         CertificateError: the module cannot be computed in double precision.
         InputError: inputs that show nothing.
         SpecError: the spec does not fit the module.
+
+    Example:
+        >>> import lmc, torch
+        >>> model, x = lmc.models.mlp(64, [32], 10), torch.randn(2, 64)
+        >>> print(lmc.continuous_symmetries(lmc.permutation_spec(model, x), model, x))
+        ContinuousSymmetries:
+          fc1  permutation + scale (fc1.weight +1, fc1.bias +1, head.weight -1)
     """
     spec.check(model)
     if draws < 1:
