@@ -33,6 +33,7 @@ from lmc.align.relaxed.straight_through import straight_through_matching
 from lmc.align.rotations.folding import fold_norms
 from lmc.align.rotations.matching import RotationMatching, rotation_matching
 from lmc.align.rotations.rotatable import RotatableGroups, rotatable_groups
+from lmc.align.rotations.whole_group import GroupMatching, group_matching
 from lmc.align.study.compare import METHODS, Alignment, AlignmentComparison, compare
 from lmc.align.study.epochs import Epochs, barrier_over_time
 from lmc.align.study.inspect import Matching, inspect_matching
@@ -48,6 +49,7 @@ __all__ = [
     "Connection",
     "Epochs",
     "Fusion",
+    "GroupMatching",
     "Matching",
     "Matchings",
     "RotatableGroups",
@@ -59,6 +61,7 @@ __all__ = [
     "compare",
     "connect",
     "fold_norms",
+    "group_matching",
     "inspect_matching",
     "match_many",
     "ot_fusion",

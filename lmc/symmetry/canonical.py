@@ -17,6 +17,7 @@ from lmc.core.context import own_context, warn
 from lmc.errors import InputError, LmcError, SpecError
 from lmc.symmetry.continuous.find import continuous_symmetries
 from lmc.symmetry.continuous.places import Move, Occurrence, moved, occurrences
+from lmc.symmetry.element import Element, Factors, wide_dtype
 from lmc.symmetry.groups.kinds import Kind
 from lmc.symmetry.proof.certify import relative_error
 from lmc.symmetry.proof.probe import Probe
@@ -66,27 +67,53 @@ def canonical(
     """
     weights = agreeing([weights], ["weights"], model=model)[0]
     spec = known(spec.bind(weights), model, inputs)
-    gauges = [_Gauge(spec, name) for name in spec.groups]
-    gauges = [gauge for gauge in gauges if gauge.lengths or gauge.balanced or gauge.patterns]
-    if not gauges:
+    assert spec.continuous is not None
+    if not any(kind.scales or kind.signs for kind in spec.continuous.kinds.values()):
         warn(f"{type(model).__name__}: no unit has a scale or a sign of its own; the weights are as they were")
-    wide = {
-        n: t.to(torch.complex128 if t.is_complex() else torch.float64) if t.is_floating_point() or t.is_complex() else t
-        for n, t in weights.items()
-    }
-    fixed = _scaled(spec, gauges, wide)
-    for gauge in gauges:
-        for pattern in gauge.patterns:
-            fixed = moved(spec, fixed, gauge.flips(fixed, pattern))
+    element = fixing(spec, weights)
+    fixed = element.apply(weights)
     if inputs is not None:
         probe = Probe(model, None)
-        error = relative_error(probe.outputs_of(inputs, wide), probe.outputs_of(inputs, fixed))
+        wide = widened(weights)
+        error = relative_error(probe.outputs_of(inputs, wide), probe.outputs_of(inputs, element.apply(wide)))
         if not error <= CHANGED:
             raise SpecError(
                 f"fixing the scales changes the outputs by {error:.1e} of their size: the spec's continuous symmetries are "
                 "not those of this module"
             )
-    return StateDict(((name, tensor.to(weights[name].dtype)) for name, tensor in fixed.items()), like=weights)
+    return fixed
+
+
+def fixing(spec: PermutationSpec, weights: Weights) -> Element:
+    """The element that brings weights into their canonical form."""
+    wide = widened(weights)
+    gauges = [_Gauge(spec, name) for name in spec.groups]
+    factors: Factors = {name: {} for name in spec.groups}
+
+    def change(gauge: _Gauge, by: Mapping[str, Tensor]) -> None:
+        nonlocal wide
+        wide = moved(spec, wide, [Move(gauge.places[name], factor) for name, factor in by.items()])
+        for name, factor in by.items():
+            factors[gauge.name][name] = factors[gauge.name].get(name, 1.0) * factor
+
+    for _ in range(SWEEPS):
+        largest = 0.0
+        for gauge in gauges:
+            for row, logs in gauge.steps(wide):
+                if bool(logs.any()):
+                    change(gauge, {name: torch.exp(e * logs) for name, e in row.items()})
+                    largest = max(largest, float(logs.abs().max()))
+        if largest <= CONVERGED:
+            break
+    for gauge in gauges:
+        for pattern in gauge.patterns:
+            change(gauge, gauge.flips(wide, pattern))
+    return Element(spec, spec.identity().indices, {name: own for name, own in factors.items() if own})
+
+
+def widened(weights: Weights) -> Weights:
+    """Weights in double precision."""
+    return {name: tensor.to(wide_dtype(tensor.dtype)) for name, tensor in weights.items()}
 
 
 def known(spec: PermutationSpec, model: nn.Module, inputs: Inputs | None) -> PermutationSpec:
@@ -193,28 +220,13 @@ class _Gauge:
             squares = torch.stack([self.squares(weights, n) for n in names])
             yield from zip(self.balanced, _least(exponents, squares), strict=True)
 
-    def flips(self, weights: Weights, pattern: tuple[str, frozenset[str]]) -> list[Move]:
+    def flips(self, weights: Weights, pattern: tuple[str, frozenset[str]]) -> dict[str, Tensor]:
+        """For each occurrence of a pattern the sign (n,) of each unit's largest entry at the first."""
         pivot, names = pattern
         units = self.places[pivot].units(weights[self.places[pivot].tensor], self.units)
         units = units.real if units.is_complex() else units
         largest = units.gather(1, units.abs().argmax(1, keepdim=True))[:, 0]
-        return [Move(self.places[name], torch.where(largest < 0, -1.0, 1.0)) for name in names]
-
-
-def _scaled(spec: PermutationSpec, gauges: Sequence[_Gauge], weights: Weights) -> Weights:
-    """The weights after sweeps over all groups, until no scale changes."""
-    for _ in range(SWEEPS):
-        largest = 0.0
-        for gauge in gauges:
-            for row, logs in gauge.steps(weights):
-                step = float(logs.abs().max())
-                if step > 0.0:
-                    moves = [Move(gauge.places[name], torch.exp(e * logs)) for name, e in row.items()]
-                    weights = moved(spec, weights, moves)
-                    largest = max(largest, step)
-        if largest <= CONVERGED:
-            break
-    return weights
+        return dict.fromkeys(names, torch.where(largest < 0, -1.0, 1.0).double())
 
 
 def _least(exponents: Tensor, squares: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ class Element(Result):
         return StateDict(self._acted(weights), like=weights)
 
     def _acted(self, weights: Weights) -> Weights:
-        wide = {name: weights[name].to(_wide(weights[name].dtype)) for name in self._touched}
+        wide = {name: weights[name].to(wide_dtype(weights[name].dtype)) for name in self._touched}
         wide |= {alias: wide[first] for alias, first in self.spec.aliases.items() if first in wide and alias in weights}
         mixed = moved(self.spec, wide, [move for name in self.factors for move in self._moves(name)])
         return act(self.spec, self.indices, {n: mixed[n].to(t.dtype) if n in mixed else t for n, t in weights.items()})
@@ -181,7 +181,7 @@ class Element(Result):
         proof = self.permutation.certify(model, inputs, weights=weights, outputs=outputs, tolerance=tolerance)
         if not self.factors:
             return proof
-        own = {n: t.to(_wide(t.dtype)) for n, t in as_weights(model if weights is None else weights).items()}
+        own = {n: t.to(wide_dtype(t.dtype)) for n, t in as_weights(model if weights is None else weights).items()}
         probe = Probe(model, outputs)
         reference = probe.outputs_of(inputs, own)
         error = relative_error(reference, probe.outputs_of(inputs, self._acted(own)))
@@ -257,6 +257,6 @@ def _inverted(factor: Tensor) -> Tensor:
     return 1.0 / factor if factor.ndim == 1 else torch.linalg.inv(factor)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which weights of a dtype are scaled and mixed."""
     return torch.complex128 if dtype.is_complex else torch.float64 if dtype.is_floating_point else dtype

@@ -69,6 +69,7 @@ MAKE: dict[str, Any] = {
     "Matchings": lambda: lmc.match_many(SPEC, MODELS, **QUIET),
     "Fusion": lambda: lmc.ot_fusion(MODEL, A, B, INPUTS, spec=SPEC, **QUIET),
     "RotationMatching": lambda: align.rotation_matching(SPEC, MODEL, A, B, DATA, steps=0, **QUIET),
+    "GroupMatching": lambda: align.group_matching(SPEC, MODEL, A, B, inputs=INPUTS, **QUIET),
     "RotatableGroups": lambda: align.RotatableGroups({"stream": True}, {"stream": 1e-12}, {"stream": 0.5}),
     "Matching": lambda: align.inspect_matching(
         lmc.weight_matching(SPEC, A, B, **QUIET), A, B, model=MODEL, data=DATA, steps=2, alphas=3, **QUIET

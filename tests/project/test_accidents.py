@@ -121,6 +121,7 @@ CALLS: dict[str, Callable[[World], Any]] = {
         w.spec, w.model, w.a, w.b, w.data, methods=["weight matching"], alphas=3, **Q
     ),
     "fold_norms": lambda w: align.fold_norms(w.spec, w.model, w.a, w.x),
+    "group_matching": lambda w: align.group_matching(w.spec, w.model, w.a, w.b, inputs=w.x, **Q),
     "inspect_matching": lambda w: align.inspect_matching(
         lmc.weight_matching(w.spec, w.a, w.b, **Q), w.a, w.b, model=w.model, data=w.data, steps=2, alphas=3, **Q
     ),

@@ -1,4 +1,4 @@
-"""Weight matching over orthogonal matrices and permutations by coordinate ascent on `sum <A, g(B)>`."""
+"""Weight matching over orthogonal matrices and permutations by coordinate ascent on `sum <A, g(B)>`; invertible matrices."""
 
 from collections.abc import Iterable, Mapping
 
@@ -15,6 +15,9 @@ from lmc.weights import Weights
 Matrices = dict[str, Tensor]
 
 _ROUNDING = 1e-12
+_MOST_CONDITION = 1e4  # of an invertible matrix to start from
+_HALVINGS = 12
+_GAIN = 1e-6  # relative, of a step that is the last
 
 
 def nearest_rotation(gain: Tensor, ones: bool = False) -> Tensor:
@@ -29,6 +32,53 @@ def nearest_rotation(gain: Tensor, ones: bool = False) -> Tensor:
         gain = gain + (gain.norm() + 1.0) / n
     u, _, v = torch.linalg.svd(gain)
     return u @ v
+
+
+def nearest_invertible(a: Tensor, b: Tensor, dual_a: Tensor, dual_b: Tensor, steps: int) -> Tensor:
+    """The invertible M (n, n) for which `|a - M b|^2 + |dual_a - M^-T dual_b|^2` is least, as far as descent finds it.
+
+    Starts are the nearest rotation and the least squares of either part alone, which are exact where a M exists that brings
+    b onto a; from the best of them by Gauss-Newton steps M <- (1 + S) M. With the residuals r, s of the two parts, S solves
+    the Sylvester equation `S (M b)(M b)^T + (M^-T dual_b)(M^-T dual_b)^T S = r (M b)^T - (M^-T dual_b) s^T`; steps are
+    halved until the sum is smaller. It grows without bound towards singular matrices, so that none is reached.
+
+    Args:
+        a, b: (n, p), what M mixes.
+        dual_a, dual_b: (n, q), what its inverse transpose mixes.
+        steps: at most, of Gauss-Newton.
+    """
+
+    def both(m: Tensor) -> tuple[Tensor, Tensor]:
+        return m @ b, torch.linalg.solve(m.T, dual_b)
+
+    def loss(m: Tensor) -> float:
+        x, z = both(m)
+        return float((a - x).square().sum() + (dual_a - z).square().sum())
+
+    starts = [nearest_rotation(a @ b.T + dual_a @ dual_b.T)]
+    if min(a.shape[1], dual_a.shape[1]) >= len(a):
+        starts.append(a @ torch.linalg.pinv(b))
+        starts.append(torch.linalg.pinv(dual_a @ torch.linalg.pinv(dual_b)).T)
+    m = min((start for start in starts if float(torch.linalg.cond(start)) < _MOST_CONDITION), key=loss)
+    value = loss(m)
+    for _ in range(steps):
+        x, z = both(m)
+        p, u = torch.linalg.eigh(x @ x.T)
+        q, v = torch.linalg.eigh(z @ z.T)
+        right = v.T @ ((a - x) @ x.T - z @ (dual_a - z).T) @ u
+        step = v @ (right / (p[None, :] + q[:, None]).clamp_min(1e-12 * float(p.max() + q.max()) + 1e-300)) @ u.T
+        for halving in range(_HALVINGS):
+            trial = m + 0.5**halving * step @ m
+            better = loss(trial)
+            if better < value:
+                break
+        else:
+            return m
+        done = value - better <= _GAIN * value
+        m, value = trial, better
+        if done:
+            return m
+    return m
 
 
 def unmoved(spec: PermutationSpec, like: Tensor) -> Matrices:

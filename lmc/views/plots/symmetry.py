@@ -11,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from lmc.align.many import Matchings
 from lmc.align.rotations.matching import RotationMatching
+from lmc.align.rotations.whole_group import GroupMatching
 from lmc.align.transport.fusion import Fusion
 from lmc.core.results import view
 from lmc.errors import InputError
@@ -203,6 +204,19 @@ def plot_element(element: Element, groups: Sequence[str] | None = None) -> go.Fi
             f"{name}: {f'{where} scaled' if where and factor.ndim == 1 else f'{where} mixed' if where else 'permuted'}"
         )
     return _maps(maps, titles, "size")
+
+
+@view(GroupMatching, "plot")
+def plot_group_matching(matching: GroupMatching, groups: Sequence[str] | None = None) -> go.Figure:
+    """Draw for some groups the sizes of the entries of the matrix by which B's units are mixed and permuted, as of an element.
+
+    Args:
+        groups: which (default: the first three that are scaled or mixed, or the first three).
+
+    Raises:
+        InputError: a group that there is not.
+    """
+    return plot_element(matching.element, groups)
 
 
 @view(Matchings, "plot")
