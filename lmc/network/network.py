@@ -462,7 +462,7 @@ def pick_device(device: torch.device | str | None, weights: Weights) -> torch.de
     try:
         chosen = torch.device(device)
         torch.empty(0, device=chosen)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
         raise InputError(f"device={device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if chosen.type == "meta":
         raise InputError("the meta device holds no values: nothing can be computed there; load the weights elsewhere")

@@ -3,10 +3,12 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lmc.core.context import own_context, warn
 from lmc.errors import CertificateError, InputError
+from lmc.network.batches import to_device
 from lmc.network.network import renamed_entries
 from lmc.symmetry.continuous.find import continuous_symmetries
 from lmc.symmetry.discovery.discover import discover
@@ -78,7 +80,7 @@ def permutation_spec(
         names.update(dict.fromkeys(name for name in chosen if name))
         return list(chosen.values())
 
-    found = discover(model, inputs, selected, progress=progress)
+    found = discover(model, _beside(model, inputs), selected, progress=progress)
     spec = PermutationSpec(
         found.groups,
         found.shapes,
@@ -114,6 +116,17 @@ def permutation_spec(
             "outputs= that depend on them"
         )
     return replace(spec, certificate=proof)
+
+
+def _beside(model: nn.Module, inputs: Inputs) -> Inputs:
+    """The inputs on the device of the module; on the meta device, which has no values, everything stays where it is."""
+    home = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    found = {tensor.device for tensor in tensors_in(as_call(inputs))}
+    return (
+        to_device(inputs, home)
+        if found - {home} and not {"meta"} & {device.type for device in found | {home}}
+        else inputs
+    )
 
 
 def _check(model: nn.Module, inputs: Inputs) -> None:

@@ -176,11 +176,11 @@ class Growth:
 @torch.no_grad()
 def growth(spec: PermutationSpec, module: nn.Module, weights: Weights, example: Call) -> Growth:
     """The groups of a module that may grow, each tried out on an example with the given weights."""
-    wide = fresh_copy(module).double().eval()
+    device = next(iter(weights.values())).device
+    wide = fresh_copy(module).double().eval().to(device)
     state = settled({name: x.double() if x.is_floating_point() else x for name, x in weights.items()}, weights)
-    example = to_device(example, next(iter(weights.values())).device)
-    example = _double(example)
-    network = Network(wide, next(iter(weights.values())).device)
+    example = _double(to_device(example, device))
+    network = Network(wide, device)
     network.load(state)
     reference = network(example)
     sides = _sides(spec, module)
