@@ -14,7 +14,7 @@ from lmc.merge.partial.pleas import pleas, spend
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
 
-WIDENABLE = ("mlp", "cnn", "vgg-bn", "resnet-bn")
+WIDENABLE = ("mlp", "cnn", "vgg-bn", pytest.param("resnet-bn", marks=pytest.mark.thorough))
 
 
 def merged(case: Case, a: Weights, b: Weights, data: Tensor | None, **options):

@@ -17,7 +17,7 @@ from lmc.symmetry.groups.group import Table
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
 
-WIDENABLE = ("mlp", "cnn", "vgg-bn", "resnet-bn")
+WIDENABLE = ("mlp", "cnn", "vgg-bn", pytest.param("resnet-bn", marks=pytest.mark.thorough))
 
 
 def zipit(case: Case, a: Weights, b: Weights, **options):

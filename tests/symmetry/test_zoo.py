@@ -17,14 +17,19 @@ import lmc
 ids = [entry.name for entry in ENTRIES]
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache
 def discovered(number: int) -> tuple[nn.Module, lmc.PermutationSpec]:
     entry = ENTRIES[number]
     model = entry.build()
     return model, lmc.permutation_spec(model, entry.example(), outputs=entry.outputs, certify=False)
 
 
-@pytest.mark.parametrize("number", range(len(ENTRIES)), ids=ids)
+def every(nth: int) -> list:
+    """The entries by their numbers, of which every n-th runs by default."""
+    return [pytest.param(k, marks=[pytest.mark.thorough] if k % nth else []) for k in range(len(ENTRIES))]
+
+
+@pytest.mark.parametrize("number", every(3), ids=ids)
 def test_zoo(number: int) -> None:
     entry = ENTRIES[number]
     model, spec = discovered(number)
@@ -62,10 +67,7 @@ def check_coverage(entry: Entry, model: nn.Module, spec: lmc.PermutationSpec) ->
         assert spec.coverage == pytest.approx(entry.share_moving(model), abs=1e-9), spec.frozen
 
 
-A_TENTH = [pytest.param(n, marks=[pytest.mark.thorough] if n % 10 else []) for n in range(len(ENTRIES))]
-
-
-@pytest.mark.parametrize("number", A_TENTH, ids=ids)
+@pytest.mark.parametrize("number", every(9), ids=ids)
 def test_a_wrong_edit_is_refused(number: int) -> None:
     """A family that forgets one of the tensors that it must move is refused, by the shapes or by the certificate."""
     entry = ENTRIES[number]
