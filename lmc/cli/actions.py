@@ -4,6 +4,7 @@ import ast
 import importlib
 import inspect as introspect
 import json
+import operator
 import os
 import shutil
 import sys
@@ -23,12 +24,17 @@ import lmc.merge
 import lmc.weights
 from lmc.errors import DataError, InputError
 from lmc.landscape.path import loss_path
+from lmc.network.batches import LABELS
+from lmc.network.inputs import first_of, input_batches
+from lmc.network.task import Task
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import StateDict, fitted
 from lmc.weights.checkpoint import RECIPE
 from lmc.weights.opening import open_checkpoint
 
+SPLITS = ("train_", "test_")
+TASKS = ("classes", "segmentation", "regression", "binary", "language", "reconstruction", "own_loss")
 NOT_OPTIONS = ("models", "base", "align", "options")
 
 
@@ -87,30 +93,60 @@ def architecture(text: str) -> nn.Module:
     return made.eval()
 
 
-def data(text: str) -> Any:
-    """A data set of `lmc.data`, such as `digits` or `digits(flat=False)`, or arrays in an .npz or .safetensors file.
+def data(text: str, task: Task | None = None) -> Any:
+    """Data by name, with the task that judges them if there is one.
 
-    Arrays are called `inputs` and `targets`, or `train_inputs`, `train_targets`, `test_inputs` and `test_targets`.
+    They are a data set of `lmc.data`, such as `digits` or `digits(flat=False)`; or what a function of the user's own makes,
+    such as `package.module:loader(batch_size=64)`; or arrays in an .npz or .safetensors file. These are called `inputs`
+    and `targets`, `inputs` alone for a task without targets, or as the arguments of the module and "labels"; each with
+    `train_` or `test_` before it where there are two sets.
     """
-    if not text.endswith((".npz", ".safetensors")):
-        return imported(f"lmc.data:{text}", call=True)
-    arrays = _arrays(Path(text))
-    if {"inputs", "targets"} <= set(arrays):
+    if text.endswith((".npz", ".safetensors")):
+        found = _sets(_arrays(Path(text)), text, task)
+    else:
+        found = imported(text if ":" in text else f"lmc.data:{text}", call=True)
+    return found if task is None else task.on(found)
+
+
+def _sets(arrays: dict[str, Tensor], text: str, task: Task | None) -> Any:
+    """Arrays as data: one set, or a training and a test set."""
+    parts = {split: {n.removeprefix(split): t for n, t in arrays.items() if n.startswith(split)} for split in SPLITS}
+    if all(parts.values()) and sum(map(len, parts.values())) == len(arrays):
+        train, test = (_sets(part, text, task) for part in parts.values())
+        return SimpleNamespace(train=train, test=test)
+    own_targets = task is not None and task.targets is not None
+    if set(arrays) == {"inputs", "targets"}:
         return arrays["inputs"], arrays["targets"]
-    names = [f"{split}_{part}" for split in ("train", "test") for part in ("inputs", "targets")]
-    if not set(names) <= set(arrays):
-        raise DataError(f"{text}: expected arrays inputs and targets, or {', '.join(names)}; found {', '.join(arrays)}")
-    train, test = (tuple(arrays[f"{split}_{part}"] for part in ("inputs", "targets")) for split in ("train", "test"))
-    return SimpleNamespace(train=train, test=test)
+    if set(arrays) == {"inputs"} and own_targets:
+        return arrays["inputs"]
+    if not own_targets and not set(arrays) & set(LABELS):
+        raise DataError(
+            f"{text}: expected arrays inputs and targets, or arguments of the module and labels, each with train_ or test_ "
+            f"before it where there are two sets; found {', '.join(arrays)}"
+        )
+    return arrays
+
+
+def task(text: str | None) -> Task | None:
+    """A task of `lmc.Task`, such as `regression` or `classes(ignore=255)`; or of the user's own, `package.module:name`: a
+    task or a loss, or with arguments a function that makes one."""
+    if text is None:
+        return None
+    if ":" not in text and text.partition("(")[0] not in TASKS:
+        raise InputError(f"--task {text}: expected {', '.join(TASKS)}, or package.module:task for one of your own")
+    found = imported(text, call="(" in text) if ":" in text else imported(f"lmc:Task.{text}", call=True)
+    return found if isinstance(found, Task) else Task.of((), found)
 
 
 def imported(text: str, call: bool = False) -> Any:
-    """The object `module:name`, or with `call` the result of `module:name(arguments)`; arguments are literals."""
+    """The object `module:name`, or with `call` the result of `module:name(arguments)`; arguments are literals. A name may
+    have parts, as in `module:Class.method`."""
     place, _, expression = text.partition(":")
     try:
         tree = ast.parse(expression, mode="eval").body
         node = tree.func if isinstance(tree, ast.Call) else tree
-        if not isinstance(node, ast.Name) or (isinstance(tree, ast.Call) and not call):
+        name = ast.unparse(node)
+        if not all(map(str.isidentifier, name.split("."))) or (isinstance(tree, ast.Call) and not call):
             raise ValueError("not a name")
         arguments = [ast.literal_eval(a) for a in tree.args] if isinstance(tree, ast.Call) else []
         keywords = {str(k.arg): ast.literal_eval(k.value) for k in tree.keywords} if isinstance(tree, ast.Call) else {}
@@ -119,9 +155,9 @@ def imported(text: str, call: bool = False) -> Any:
     if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)  # as `python -m` has it
     try:
-        found = getattr(importlib.import_module(place), node.id)
+        found = operator.attrgetter(name)(importlib.import_module(place))
     except (ImportError, AttributeError) as error:
-        raise InputError(f"{text!r}: cannot import {node.id} from {place} ({error})") from error
+        raise InputError(f"{text!r}: cannot import {name} from {place} ({error})") from error
     try:
         return found(*arguments, **keywords) if call else found
     except TypeError as error:
@@ -149,7 +185,7 @@ GIVEN = ("spec", "model", "a", "b", "data", "inputs", "progress")
 
 def inspect(arguments: Namespace) -> None:
     model = architecture(arguments.model) if arguments.model else None
-    loaded = data(arguments.data) if arguments.data else None
+    loaded = data(arguments.data, task(arguments.task)) if arguments.data else None
     found = lmc.merge.inspect(
         arguments.models, base=arguments.base, model=model, data=loaded, progress=not arguments.quiet
     )
@@ -157,7 +193,8 @@ def inspect(arguments: Namespace) -> None:
     for difference in found.differences:
         print(f"  {difference.name}: {difference.kind}: {', '.join(map(str, difference.found))}")
     if found.barriers is not None:
-        print("  barriers, nats:", np.array2string(found.barriers, precision=3, suppress_small=True).replace("\n", ""))
+        unit = f", {found.unit}" if found.unit else ""
+        print(f"  barriers{unit}:", np.array2string(found.barriers, precision=3, suppress_small=True).replace("\n", ""))
     if arguments.layers:
         print(f"{'layer':40} {'values':>12} {'norms':30} {'cosine':>7} {'conflict':>8}")
         for layer in found.layers:
@@ -239,7 +276,7 @@ def align(arguments: Namespace) -> None:
     aligner = getattr(lmc.align, arguments.method)
     check_options(aligner, settings, GIVEN)
     model = architecture(arguments.model) if arguments.model else None
-    loaded = data(arguments.data) if arguments.data else None
+    loaded = data(arguments.data, task(arguments.task)) if arguments.data else None
     if "model" in needs and (model is None or loaded is None):
         raise InputError(f"--method {arguments.method} looks at what the networks do: give --model and --data")
     spec = _spec(arguments, model, loaded)
@@ -271,7 +308,7 @@ def connect(arguments: Namespace) -> None:
 def barrier(arguments: Namespace) -> None:
     if arguments.alphas < 3 or arguments.alphas % 2 == 0:
         raise InputError(f"--alphas {arguments.alphas}: expected an odd number, so that the middle is among them")
-    model, loaded = architecture(arguments.model), data(arguments.data)
+    model, loaded = architecture(arguments.model), data(arguments.data, task(arguments.task))
     a, b = (_cast(_load(path, model), model) for path in (arguments.a, arguments.b))
     path = loss_path(model, a, b, loaded, alphas=arguments.alphas, progress=not arguments.quiet)
     middle = int(np.argmin(np.abs(path.alphas - 0.5)))
@@ -279,6 +316,8 @@ def barrier(arguments: Namespace) -> None:
     for split, measures in path.values.items():
         for name, values in measures.items():
             line = f"{split:6} {name:9} a {values[ends[0]]:.4f}   middle {values[middle]:.4f}   b {values[ends[1]]:.4f}"
+            if name == "loss" and path.unit:
+                line += f" {path.unit}"
             if name == "loss":
                 line += f"   barrier {path.barrier_of('loss', split).value:.4f}"
             elif name == "accuracy":
@@ -328,13 +367,12 @@ def _spec(arguments: Namespace, model: torch.nn.Module | None, loaded: Any) -> P
         raise InputError("which units may move follows from the architecture: give --model, or a saved --spec")
     if loaded is None and not arguments.example:
         raise InputError("--model needs inputs to run on: give --data, or their shape as --example 2,3,32,32")
-    return permutation_spec(model, _example(arguments.example, loaded), progress=not arguments.quiet)
+    return permutation_spec(model, _example(arguments.example, model, loaded), progress=not arguments.quiet)
 
 
-def _example(sizes: str | None, loaded: Any) -> Tensor:
+def _example(sizes: str | None, model: nn.Module, loaded: Any) -> Any:
     if sizes is None:
-        inputs = (loaded.train if hasattr(loaded, "train") else loaded)[0]
-        return inputs[:2]
+        return first_of(next(input_batches(model, loaded, 2)), 2)
     try:
         shape = [int(size) for size in sizes.split(",")]
     except ValueError as error:

@@ -76,9 +76,14 @@ BARRIER = """Loss and accuracy on the straight line between two networks.
 examples:
   lmc barrier a.safetensors b.safetensors --model "mlp(64, [64, 64, 64], 10)" --data digits
   lmc barrier a/ b-aligned/ --model my_package.models:net(width=64) --data images.npz --html path.html
+  lmc barrier a/ b/ --model my_package.models:net --data tokens.npz --task language
 
-Arrays in a file of data are called inputs and targets, or train_inputs, train_targets, test_inputs and test_targets.
---model imports and runs code that you name. In Python: lmc.loss_path(model, a, b, data)"""
+Arrays in a file of data are called inputs and targets, or train_inputs, train_targets, test_inputs and test_targets; or as
+the arguments of the module, with labels. --model, --data and --task import and run code that you name.
+In Python: lmc.loss_path(model, a, b, lmc.Task.language().on(data))"""
+
+DATA = "a data set of lmc.data, module:function(arguments), or a file .npz or .safetensors"
+TASK = "how the data are judged (default: classes): regression, segmentation, 'language('bits')', ... or module:task"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -122,7 +127,8 @@ def _inspect(command: argparse.ArgumentParser) -> None:
     command.add_argument("--base", help="what the models were fine-tuned from")
     command.add_argument("--layers", action="store_true", help="print a line for each layer")
     command.add_argument("--model", help="the architecture, module:factory(arguments), for barriers on --data")
-    command.add_argument("--data", help="a data set of lmc.data, or a file .npz or .safetensors")
+    command.add_argument("--data", help=DATA)
+    command.add_argument("--task", help=TASK)
 
 
 def _merge(command: argparse.ArgumentParser) -> None:
@@ -159,7 +165,8 @@ def _align(command: argparse.ArgumentParser) -> None:
     command.add_argument("--method", default="weight_matching", choices=sorted(actions.ALIGNERS))
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the method")
     command.add_argument("--model", help="the architecture, module:factory(arguments)")
-    command.add_argument("--data", help="a data set of lmc.data, or a file .npz or .safetensors")
+    command.add_argument("--data", help=DATA)
+    command.add_argument("--task", help=TASK)
     command.add_argument("--example", metavar="SIZES", help="shape of example inputs such as 2,3,32,32, without --data")
     command.add_argument("--spec", metavar="FILE", help="a PermutationSpec saved as JSON, instead of --model")
     command.add_argument("--save-permutation", metavar="FILE", help="write the permutation as JSON")
@@ -182,7 +189,8 @@ def _barrier(command: argparse.ArgumentParser) -> None:
     command.add_argument("a", metavar="A")
     command.add_argument("b", metavar="B")
     command.add_argument("--model", required=True, help="the architecture, module:factory(arguments)")
-    command.add_argument("--data", required=True, help="a data set of lmc.data, or a file .npz or .safetensors")
+    command.add_argument("--data", required=True, help=DATA)
+    command.add_argument("--task", help=TASK)
     command.add_argument("--alphas", type=int, default=25, help="points on the line (default 25)")
     command.add_argument("--html", metavar="FILE", help="save the explorer of the path as a page")
 

@@ -1,6 +1,7 @@
 """Statistics of averaged networks: an interpolated network has its endpoints' weights, but not their activations."""
 
 import copy
+import sys
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from lmc.core.context import own_context
 from lmc.errors import DataError, InputError, LmcError
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.derived import settled
+from lmc.network.inputs import input_batches, length
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted, tied_names
 
@@ -35,7 +37,8 @@ def recalibrate_batchnorm(
     Args:
         model: the architecture; not touched.
         weights: state dict or module (None: the module's own); not touched.
-        inputs: a tensor (N, ...), a tuple or mapping of tensors, or a list of such batches. No targets.
+        inputs: a tensor (N, ...), a tuple or mapping of tensors, a `Dataset`, a loader or list of such batches, a data
+            object, or several sets, of which the training set is used; targets are left out.
         batch_size: examples at a time; a tensor is cut into equal batches of at most this size.
         device: where to compute (default: where the weights are). The result lies where the weights were.
 
@@ -55,7 +58,7 @@ def recalibrate_batchnorm(
     network.check(source, "weights")
     if inputs is None:
         raise DataError("inputs: None; pass a tensor (N, ...), a tuple or mapping of such, or a list of batches")
-    return Recalibrator(network, inputs, batch_size)(source)
+    return Recalibrator(network, calls_in(network.module, inputs, batch_size), batch_size)(source)
 
 
 class Recalibrator:
@@ -136,6 +139,23 @@ def _norms(model: nn.Module) -> list[_BatchNorm | _InstanceNorm]:
     """The batch and instance normalisation layers that keep running statistics."""
     found = (module for module in model.modules() if isinstance(module, _BatchNorm | _InstanceNorm))
     return [module for module in found if module.track_running_stats and module.running_mean is not None]
+
+
+class Calls(list[Any]):
+    """Calls of a module, from which targets were taken already."""
+
+
+def calls_in(module: nn.Module, inputs: Any, batch_size: int = 256) -> list[Any]:
+    """The calls of the module that inputs of any accepted form stand for: those given whole in equal batches, those of a
+    loader as they come, but for single examples, which have no variance."""
+    if batch_size < 2:
+        raise InputError(f"batch_size={batch_size}; a variance needs at least 2 examples")
+    if isinstance(inputs, Calls):
+        return inputs
+    calls = list(input_batches(module, inputs, sys.maxsize))
+    if len(calls) == 1 and not isinstance(inputs, list) and length(calls[0]) is not None:
+        return equal_batches(calls[0], batch_size)
+    return [call for call in calls if length(call) != 1] or calls
 
 
 def equal_batches(inputs: Any, batch_size: int) -> list[Any]:

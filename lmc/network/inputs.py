@@ -32,7 +32,7 @@ def input_batches(model: nn.Module, inputs: Any, batch_size: int) -> Iterator[Ca
     whole = bool(tensors(inputs)) and not isinstance(inputs, list) and not _is_loader(inputs)
     for batch in (inputs,) if whole else _iterable(inputs):
         call = _without_targets(model, batch, needed)
-        count = _length(call)
+        count = length(call)
         seen += 1 if count is None else count
         if not whole or count is None or count <= batch_size:
             yield call
@@ -101,10 +101,10 @@ def _without_targets(model: nn.Module, batch: Any, needed: int) -> Call:
 
 def first_of(call: Call, count: int) -> Call:
     """The first examples of a call; all of it where its tensors do not count the same examples along axis 0."""
-    return call if _length(call) is None else take(call, slice(0, count))
+    return call if length(call) is None else take(call, slice(0, count))
 
 
-def _length(call: Call) -> int | None:
+def length(call: Call) -> int | None:
     """The number of examples; None where the lengths of axis 0 differ, and of a data object."""
     lengths = {len(tensor) for tensor in tensors(call) if tensor.ndim}
     if not lengths or 0 in lengths:

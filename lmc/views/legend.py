@@ -53,7 +53,7 @@ def labelled_paths(path: Shown, label: str | None, others: Mapping[str, Shown]) 
 
 def measure_title(measure: str, unit: str) -> str:
     """A measure with its unit: "loss (nats)", "accuracy (%)"; that of the loss is `unit`, and may be empty."""
-    known = {"loss": unit, "accuracy": "%"}.get(measure)
+    known = {"loss": unit, "barrier": unit, "accuracy": "%"}.get(measure)
     return f"{measure} ({known})" if known else measure
 
 

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lmc.errors import DataError, InputError, MismatchError
 from lmc.network.batchnorm import recalibrate_batchnorm
+from lmc.network.task import Task
 
 
 def net():
@@ -37,6 +39,30 @@ def test_batches_weigh_by_their_size():
     variance = (10 * parts[0].var((0, 2, 3)) + 50 * parts[1].var((0, 2, 3))) / 60
     torch.testing.assert_close(state["1.running_mean"], model[0](inputs).mean((0, 2, 3)))
     torch.testing.assert_close(state["1.running_var"], variance)
+
+
+def test_inputs_come_in_any_form_of_data():
+    model, inputs = net(), images(40)
+    labels = torch.zeros(40, dtype=torch.long)
+    whole, batches = (recalibrate_batchnorm(model, None, given) for given in (inputs, list(inputs.split(16))))
+    forms = {
+        "pair": ((inputs, labels), whole),
+        "sets": ({"train": (inputs, labels), "test": (inputs[:4], labels[:4])}, whole),
+        "data set": (TensorDataset(inputs, labels), whole),
+        "task": (Task.regression().on((inputs, labels)), whole),
+        "loader": (DataLoader(TensorDataset(inputs, labels), batch_size=16), batches),
+        "loader of mappings": (
+            DataLoader([{"input": x, "labels": y} for x, y in zip(inputs, labels, strict=True)], batch_size=16),
+            batches,
+        ),
+        "list of pairs": (list(zip(inputs.split(16), labels.split(16), strict=True)), batches),
+    }
+    for name, (given, expected) in forms.items():
+        found = recalibrate_batchnorm(model, None, given)
+        assert all(torch.equal(found[key], expected[key]) for key in expected), name
+    odd = images(17)  # the last batch of the loader is one example, which has no variance
+    one, other = (recalibrate_batchnorm(model, None, x) for x in (DataLoader(TensorDataset(odd), 16), [odd[:16]]))
+    assert all(torch.equal(one[key], other[key]) for key in other)
 
 
 def test_old_statistics_leave_no_trace():
@@ -127,10 +153,10 @@ def test_unusable_inputs_are_refused():
     with pytest.raises(DataError, match="more than 1 value per channel"):
         recalibrate_batchnorm(model, None, torch.randn(1, 8))
     with pytest.raises(DataError, match="without targets"):
-        recalibrate_batchnorm(model, None, (torch.randn(5, 8), torch.zeros(5)))
+        recalibrate_batchnorm(model, None, (torch.randn(5, 8), torch.zeros(5), torch.zeros(5)))
     with pytest.raises(DataError, match="fails on these inputs.*5x7"):
         recalibrate_batchnorm(model, None, torch.randn(5, 7))
-    with pytest.raises(DataError, match="N > 0"):
+    with pytest.raises(DataError, match="a tensor has none"):
         recalibrate_batchnorm(model, None, torch.randn(0, 8))
     with pytest.raises(DataError, match="no examples"):
         recalibrate_batchnorm(model, None, [])

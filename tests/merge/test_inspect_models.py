@@ -123,6 +123,21 @@ def test_barriers_between_stored_networks() -> None:
     assert len(found.plot().data) == 2 + 3 + 1  # two matrices, a line for each model, bars
 
 
+def test_barriers_have_the_unit_of_the_task() -> None:
+    draw = torch.Generator().manual_seed(0)
+    model = lmc.models.mlp(6, [8], 2)
+    models = [{n: torch.randn(t.shape, generator=draw) for n, t in model.state_dict().items()} for _ in range(2)]
+    data = lmc.Task.regression().on((torch.randn(30, 6, generator=draw), torch.randn(30, 2, generator=draw)))
+    found = lmc.merge.inspect(models, model=model, data=data, progress=False)
+    path = lmc.loss_path(model, *models, data, alphas=11, progress=False)
+    assert found.unit == "squared error" and found.barriers[0, 1] == path.barrier
+    assert "squared error" in found.advice[-1] and "nats" not in str(found)
+    assert any("barrier (squared error)" in note.text for note in found.plot().layout.annotations)
+    spec = lmc.permutation_spec(model, data.data[0][:2], progress=False)
+    compared = lmc.align.compare(spec, model, *models, data, methods=["weight matching"], alphas=3, progress=False)
+    assert compared.unit == "squared error" and "(squared error)" in compared.plot().layout.xaxis.title.text
+
+
 def test_bad_input() -> None:
     with pytest.raises(lmc.InputError, match="expected a sequence"):
         lmc.merge.inspect(state(0))

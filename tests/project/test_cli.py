@@ -261,3 +261,54 @@ def test_a_barrier_of_wrapped_and_half_precision_weights(tmp_path: Path, capsys:
     torch.save({"state_dict": {f"_orig_mod.{n}": t for n, t in lmc.open_checkpoint(SEEDS[1]).load().items()}}, wrapped)
     assert main([*plain[:2], wrapped, *plain[3:]]) == 0
     assert capsys.readouterr().out.splitlines()[2:] == expected.splitlines()
+
+
+def test_tasks_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "kinds_of_tasks.py").write_text(
+        "import torch, lmc\nfrom torch import nn\nfrom torch.utils.data import DataLoader, TensorDataset\n"
+        "def numbers(outputs=2):\n    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, outputs))\n"
+        "def words():\n    return nn.Sequential(nn.Embedding(7, 8), nn.Linear(8, 9), nn.ReLU(), nn.Linear(9, 7))\n"
+        "def loader(size):\n    draw = torch.Generator().manual_seed(0)\n"
+        "    x, y = torch.randn(20, 6, generator=draw), torch.randn(20, 2, generator=draw)\n"
+        "    return DataLoader(TensorDataset(x, y), batch_size=size)\n"
+        "def absolute(outputs, targets):\n    return (outputs - targets).abs().mean()\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import kinds_of_tasks as kinds  # pyright: ignore[reportMissingImports]
+
+    def stored(make: object, name: str) -> list[str]:
+        files = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            files.append(str(tmp_path / f"{name}{seed}.safetensors"))
+            save_file(make().state_dict(), files[-1])  # pyright: ignore[reportCallIssue]
+        return files
+
+    numbers, words = stored(kinds.numbers, "numbers"), stored(kinds.words, "words")
+    of_numbers = ["--model", "kinds_of_tasks:numbers", "--data", "kinds_of_tasks:loader(7)"]
+    (x, y), ends = kinds.loader(20).dataset.tensors, [kinds.numbers() for _ in numbers]
+    for end, file in zip(ends, numbers, strict=True):
+        end.load_state_dict(lmc.open_checkpoint(file).load())
+    for task, measure, unit in (
+        ("regression", torch.nn.functional.mse_loss, "squared error"),
+        ("kinds_of_tasks:absolute", torch.nn.functional.l1_loss, ""),
+    ):
+        assert main(["barrier", *numbers, *of_numbers, "--task", task, "--alphas", "3", "--quiet"]) == 0
+        line = capsys.readouterr().out.splitlines()[0]
+        assert float(line.split()[3]) == pytest.approx(measure(ends[0](x), y).item(), abs=1e-4) and unit in line
+    out = str(tmp_path / "aligned")
+    for method in ("weight_matching", "activation_matching", "straight_through_matching"):
+        settings = ["--set", "epochs=1"] if method.startswith("straight") else []
+        made = ["--out", f"{out}-{method}", "--method", method, "--task", "regression", *settings, "--quiet"]
+        assert main(["align", *numbers, *of_numbers, *made]) == 0
+    assert main(["inspect", *numbers, *of_numbers, "--task", "regression", "--quiet"]) == 0
+    assert "barriers, squared error" in capsys.readouterr().out
+    tokens = torch.randint(7, (12, 5), generator=torch.Generator().manual_seed(0))
+    save_file({"train_inputs": tokens, "test_inputs": tokens[:4].clone()}, tmp_path / "tokens.safetensors")
+    said = ["barrier", *words, "--model", "kinds_of_tasks:words", "--data", "tokens.safetensors", "--alphas", "3"]
+    assert main([*said, "--task", "language('bits')", "--quiet"]) == 0
+    printed = capsys.readouterr().out
+    assert "bits per token" in printed and "perplexity" in printed
+    status, error = failing(capsys, *said, "--task", "lines")
+    assert status == 2 and "expected classes, segmentation" in error

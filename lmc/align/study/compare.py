@@ -85,12 +85,13 @@ class Alignment:
 class AlignmentComparison(Result):
     """The alignments of one pair by method, as a mapping, a data frame (`to_frame`) and a figure (`plot`).
 
-    `skipped` holds the methods that do not go with this architecture, each with its reason.
+    `skipped` holds the methods that do not go with this architecture, each with its reason; `unit` is that of the loss.
     """
 
     alignments: dict[str, Alignment]
     split: str
     skipped: dict[str, str] = field(default_factory=dict)
+    unit: str = "nats"
 
     def __getitem__(self, method: str) -> Alignment:
         return self.alignments[method]
@@ -174,21 +175,20 @@ def compare(
     names = list(aligners)
     found: dict[int, Alignment] = {}
     skipped: dict[int, str] = {}
-    split = "data"
+    split, unit = "data", "nats"
     with tqdm(total=len(names), desc="compare", unit=" methods", disable=not progress) as bar:
-        for i, (split_here, result) in spread(executor, _measure, shared, names):
+        for i, (judged, result) in spread(executor, _measure, shared, names):
             bar.update()
             if isinstance(result, Alignment):
-                found[i], split = result, split_here
+                found[i], (split, unit) = result, judged
             elif isinstance(result, str):
                 skipped[i] = result
             elif methods is not None:
                 raise result
             else:
                 skipped[i] = str(result)  # not asked for by name: the others are still worth having
-    return AlignmentComparison(
-        {names[i]: found[i] for i in sorted(found)}, split, {names[i]: skipped[i] for i in sorted(skipped)}
-    )
+    reasons = {names[i]: skipped[i] for i in sorted(skipped)}
+    return AlignmentComparison({names[i]: found[i] for i in sorted(found)}, split, reasons, unit)
 
 
 def _measure(
@@ -201,8 +201,8 @@ def _measure(
     gamma: float,
     budget: float | None,
     methods: Iterable[str] | Mapping[str, Aligner],
-) -> Callable[[str], tuple[str, Alignment | SpecError | str]]:
-    """What a worker does for a method: the split and the alignment, or why it does not go with the architecture, or that
+) -> Callable[[str], tuple[tuple[str, str], Alignment | SpecError | str]]:
+    """What a worker does for a method: the split, the unit of the loss and the alignment, or why it does not go with the architecture, or that
     there is no time for it.
 
     Paths are evaluated on the split that barriers are taken on, and no other.
@@ -219,14 +219,14 @@ def _measure(
             model, a, moved, judged, alphas=alphas, repair=repair, inputs=inputs, loss=task, progress=False
         )  # fmt: skip
 
-    def measure(name: str) -> tuple[str, Alignment | SpecError | str]:
+    def measure(name: str) -> tuple[tuple[str, str], Alignment | SpecError | str]:
         if clock.over:
-            return "", f"no time left of {clock.seconds:g} s"
+            return ("", ""), f"no time left of {clock.seconds:g} s"
         started = perf_counter()
         try:
             result = aligners[name](spec, model, a, b, data)
         except SpecError as error:
-            return "", error
+            return ("", ""), error
         seconds = perf_counter() - started
         moved = result.apply(b) if isinstance(result, Permutation) else as_weights(result)
         path, repaired = path_to(moved, "auto"), path_to(moved, "repair")
@@ -234,7 +234,7 @@ def _measure(
         middle = int(np.argmin(np.abs(path.alphas - 0.5)))
         one, two = matched(spec, a), matched(spec, moved)  # statistics are no weights
         norms = (dot(one, one) * dot(two, two)) ** 0.5
-        return split, Alignment(
+        return (split, path.unit), Alignment(
             weights=moved,
             permutation=result if isinstance(result, Permutation) else None,
             objective=dot(one, two),

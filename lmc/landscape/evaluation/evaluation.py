@@ -15,7 +15,7 @@ from lmc.errors import InputError, WorkerError
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.scores import Score
 from lmc.network.batches import Batch, Split, as_splits, head, take, to_device
-from lmc.network.batchnorm import Recalibrator, equal_batches, has_batchnorm
+from lmc.network.batchnorm import Calls, Recalibrator, calls_in, equal_batches, has_batchnorm
 from lmc.network.derived import derived_in, derived_names, gauged, warn_of_lagging
 from lmc.network.network import Network, pick_device
 from lmc.network.repair import Method, Renormalizer
@@ -190,15 +190,18 @@ class Evaluation:
         return time.perf_counter() - start
 
     def _statistics_inputs(self, given: Any) -> Any:
-        return some_inputs(self.evaluator.splits[0]) if given is None else given
+        if given is None:
+            return some_inputs(self.evaluator.splits[0])
+        return calls_in(self.evaluator.network.module, given, STATISTICS_BATCH)
 
 
-def some_inputs(split: Split) -> Any:
+def some_inputs(split: Split) -> Calls:
     """Evenly spaced inputs of a split given whole, else its first batches: about `STATISTICS_EXAMPLES` of them."""
     if split.whole:
         inputs, targets = next(iter(split.batches))
-        return take(inputs, slice(None, None, -(-len(targets) // STATISTICS_EXAMPLES)))
-    found, count = [], 0
+        chosen = take(inputs, slice(None, None, -(-len(targets) // STATISTICS_EXAMPLES)))
+        return Calls(equal_batches(chosen, STATISTICS_BATCH))
+    found, count = Calls(), 0
     for inputs, targets in split.batches:
         if len(targets) > 1:  # a loader's last batch may be one example, which has no variance
             found.append(inputs)

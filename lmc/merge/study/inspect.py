@@ -40,7 +40,7 @@ class Inspection(Result):
         faults: model -> the first tensor of it that is not finite; such tensors are left out of the report.
         layers: one `LayerReport` per module, in the order of the first model.
         total: all weights together. matrices: those with two axes or more, by which relatives and strangers are distinguished.
-        barriers: (M, M) barriers of the loss on the lines between the models, in nats; None without data.
+        barriers: (M, M) barriers of the loss on the lines between the models, in `unit`; None without data.
         advice: what to do, one sentence each.
     """
 
@@ -53,6 +53,7 @@ class Inspection(Result):
     matrices: LayerReport
     barriers: np.ndarray | None
     advice: tuple[str, ...]
+    unit: str = "nats"
 
     def to_frame(self) -> "pandas.DataFrame":
         """One row per layer: its size, norm of each model relative to the base, smallest cosine, sign conflicts."""
@@ -145,15 +146,18 @@ def inspect(
     for name in tqdm(compared, desc="inspect", unit=" tensors", disable=not progress):
         survey.add(name)
     faults = {heads[i]: text for i, text in survey.faults.items()}
-    barriers = None
+    barriers, unit, flat = None, "nats", FLAT
     if data is not None and model is not None and not (skipped or faults or unusable):
-        barriers = _barriers(model, [as_weights(state) for state in states], data, alphas, device, progress)
+        weights = [as_weights(state) for state in states]
+        barriers, unit, flat = _barriers(model, weights, data, alphas, device, progress)
     layers = tuple(survey.layer(name, sums) for name, sums in survey.layers.items())
     total, matrices = survey.layer("all", survey.total), survey.layer("matrices", survey.matrices)
     folders = [state.path for state in everyone if isinstance(state, Checkpoint)]
     words = differing(folders, heads[: len(folders)]) if len(folders) == len(everyone) > 1 else []
-    said = (*words, *advice(called, different, faults, unusable, matrices, reference is not None, barriers))
-    return Inspection(called, reference is not None, different, faults, layers, total, matrices, barriers, said)
+    said = (*words, *advice(called, different, faults, unusable, matrices, reference is not None))
+    if barriers is not None and len(called) > 1:
+        said = (*said, _basin(called, barriers, unit, flat))
+    return Inspection(called, reference is not None, different, faults, layers, total, matrices, barriers, said, unit)
 
 
 def mean_cosine(cosines: np.ndarray) -> float:
@@ -193,16 +197,18 @@ def _compared(state: Mapping[str, Tensor], model: nn.Module | None, skipped: set
 
 def _barriers(
     model: nn.Module, states: Sequence[Any], data: Any, alphas: int, device: torch.device | str | None, progress: bool
-) -> np.ndarray:
+) -> tuple[np.ndarray, str, float]:
+    """The barriers, the unit of the loss, and the height below which a barrier is small."""
     from lmc.landscape.path import loss_path
 
     count = len(states)
-    found = np.zeros((count, count))
+    found, unit, ends = np.zeros((count, count)), "nats", 1.0
     pairs = [(i, j) for i in range(count) for j in range(i)]
     for i, j in tqdm(pairs, desc="barriers", unit=" pairs", disable=not progress):
         path = loss_path(model, states[i], states[j], data, alphas=alphas, device=device, progress=False)
         found[i, j] = found[j, i] = path.barrier
-    return found
+        unit, ends = path.unit, max(path.losses[path.split][[0, -1]])
+    return found, unit, FLAT * (1.0 if unit.startswith("nats") else ends)
 
 
 FAR = 0.5  # a task vector longer than this share of the base is no usual fine-tuning
@@ -210,7 +216,7 @@ RELATIVES, STRANGERS = 0.9, 0.5  # cosines of weights: above, one origin; below,
 TWINS = 0.9999
 AGREE = 0.3  # mean cosine of task vectors from which they point the same way
 LONGER = 3.0  # one task vector this much longer than another decides the merge alone
-FLAT = 0.1  # a barrier below this many nats is small beside what fine-tuning gains
+FLAT = 0.1  # a barrier below this many nats, or this share of another loss, is small beside what fine-tuning gains
 
 
 def advice(
@@ -220,7 +226,6 @@ def advice(
     unusable: Mapping[str, str],
     matrices: LayerReport,
     based: bool,
-    barriers: np.ndarray | None,
 ) -> tuple[str, ...]:
     """One sentence for each thing that a person should know before merging."""
     if unusable:
@@ -232,8 +237,6 @@ def advice(
     if len(names) < 2:
         return (*said, "One model alone: there is nothing to merge.")
     said += _task_vectors(names, matrices) if based else _weights(matrices)
-    if barriers is not None:
-        said.append(_basin(names, barriers))
     return tuple(said)
 
 
@@ -319,12 +322,13 @@ def _weights(matrices: LayerReport) -> list[str]:
     ]
 
 
-def _basin(names: Sequence[str], barriers: np.ndarray) -> str:
+def _basin(names: Sequence[str], barriers: np.ndarray, unit: str, flat: float) -> str:
     i, j = np.unravel_index(int(barriers.argmax()), barriers.shape)
     top = float(barriers[i, j])
-    if top < FLAT:
-        return f"The highest barrier between two models is {top:.2g} nats: they share a basin, where averages are safe."
+    high = f"{top:.2g} {unit}".strip()
+    if top < flat:
+        return f"The highest barrier between two models is {high}: they share a basin, where averages are safe."
     return (
-        f"The line between {names[int(j)]} and {names[int(i)]} has a barrier of {top:.2g} nats: their plain average is "
+        f"The line between {names[int(j)]} and {names[int(i)]} has a barrier of {high}: their plain average is "
         "worse than both; align= them, or merge others."
     )

@@ -33,6 +33,7 @@ class TrajectoryAverages(Result):
         values: "checkpoint", "SWA", "LAWA", "EMA" -> split -> measure -> (T,); NaN where an interrupt came first.
         last: the same names -> weights at the last checkpoint.
         window, decay: of LAWA and of EMA. start: the place of the checkpoint at which SWA begins.
+        unit: of the loss.
     """
 
     steps: npt.NDArray[np.float64]
@@ -41,6 +42,7 @@ class TrajectoryAverages(Result):
     window: int
     decay: float
     start: int
+    unit: str = "nats"
 
     @property
     def split(self) -> str:
@@ -139,4 +141,4 @@ def trajectory_averages(
             for measure, value in score.values.items():
                 values[name][split][measure][t] = value
     last = {name: at(name, len(states) - 1) for name in AVERAGES}
-    return TrajectoryAverages(axis, values, last, window, decay, start)
+    return TrajectoryAverages(axis, values, last, window, decay, start, evaluation.evaluator.task.unit)

@@ -52,12 +52,14 @@ class Soups(Result):
         ingredients: in the order in which the greedy soup tried them, the best first.
         layers: layer -> the share of each model, in the order given, in the soup learned per layer.
         scores: "best model" and each soup -> "validation" and "test" (where there is such data) -> measure -> value.
+        unit: of the loss.
     """
 
     weights: dict[str, Weights]
     ingredients: tuple[SoupIngredient, ...]
     layers: dict[str, tuple[float, ...]]
     scores: dict[str, dict[str, dict[str, float]]]
+    unit: str = "nats"
 
     def to_frame(self) -> "pd.DataFrame":
         """A row for each ingredient: name, score alone, share in each soup, reason."""
@@ -159,12 +161,14 @@ def compare_soups(
     )
     judged = {"best model": states[taken[0]], **weights}
     scores: dict[str, dict[str, dict[str, float]]] = {soup: {} for soup in judged}
+    unit = "nats"
     for split, data in (("validation", chosen(validation)), ("test", test)):
         if data is not None:
             evaluator = Evaluator(model, data, loss=loss, device=pick_device(device, states[0]))
+            unit = evaluator.task.unit
             for soup, score in zip(judged, evaluator(judged.values()), strict=True):
                 scores[soup][split] = dict(score["data"].values)
-    return Soups(weights, rows, {layer: tuple(share) for layer, share in per_layer.items()}, scores)
+    return Soups(weights, rows, {layer: tuple(share) for layer, share in per_layer.items()}, scores, unit)
 
 
 def _spread(shares: Sequence[float], places: Sequence[int], count: int) -> list[float]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lmc.errors import DataError, InputError, WeightsError
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.network.batches import TaskData, as_splits, take, tensors
-from lmc.network.batchnorm import Recalibrator
+from lmc.network.batchnorm import Recalibrator, calls_in
 from lmc.network.network import Network, pick_device
 from lmc.network.task import Loss, Task
 from lmc.weights import Weights, check_finite
@@ -120,7 +120,10 @@ class Judge:
         self.measure = metric
         self.higher = metric != "loss"
         self._unmerged = models
-        self._recalibrate = None if inputs is None else Recalibrator(Network(model, where), inputs)
+        self._recalibrate = None
+        if inputs is not None:
+            network = Network(model, where)
+            self._recalibrate = Recalibrator(network, calls_in(network.module, inputs))
         self._function: Callable[[Weights], Any] | None = None
         if callable(validation):
             self._function = validation

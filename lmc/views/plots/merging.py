@@ -14,6 +14,7 @@ from lmc.merge.study.inspect import Inspection, mean_cosine
 from lmc.merge.study.robust_line import WiseLine
 from lmc.merge.study.trajectory import TrajectoryAverages
 from lmc.merge.with_data.compare_soups import Soups
+from lmc.views.legend import measure_title
 from lmc.views.plots.style import BLACK, BLUE, CYCLE, GREEN, GREY, ORANGE, SCALE, SKY, colours, figure, styled
 
 MOST_NAMED, LONGEST = 10, 16  # names of layers under an axis, and their letters
@@ -25,7 +26,10 @@ DIVERGING = ((0.0, "#D55E00"), (0.5, "#FFFFFF"), (1.0, "#0072B2"))
 def plot_inspection(inspection: Inspection) -> go.Figure:
     """Draw cosines between models, barriers if they were measured, and by layer norms and agreement."""
     what = "task vectors" if inspection.based else "weights"
-    titles = [f"cosine of {what}", *(["barrier (nats)"] if inspection.barriers is not None else [])]
+    titles = [
+        f"cosine of {what}",
+        *([measure_title("barrier", inspection.unit)] if inspection.barriers is not None else []),
+    ]
     by_layer = [
         "norm" + (" relative to the base" if inspection.based else ""),
         "sign conflict" if inspection.based else "mean cosine",
@@ -166,7 +170,7 @@ def plot_soups(soups: Soups) -> go.Figure:
         marker = {"size": 13, "color": colour, "symbol": symbol, "line": {"width": 2.5}}
         dots = go.Scatter(x=losses, y=order, mode="markers", name=split, marker=marker)
         fig.add_trace(dots.update(hovertemplate="%{y}: %{x:.4f}"), row=1, col=2)
-    fig.update_yaxes(autorange="reversed", col=2).update_xaxes(title_text="loss (nats)", col=2)
+    fig.update_yaxes(autorange="reversed", col=2).update_xaxes(title_text=measure_title("loss", soups.unit), col=2)
     return fig.update_layout(hovermode="closest")
 
 
@@ -193,7 +197,7 @@ def plot_trajectory(averages: TrajectoryAverages, split: str | None = None) -> g
             )
             trace.update(showlegend=column == 1, hovertemplate=f"{name}: %{{y:.4g}}<extra></extra>")
             fig.add_trace(trace, row=1, col=column)
-        title = f"{split} loss (nats)" if panel == "loss" else f"{split} accuracy (%)"
+        title = f"{split} {measure_title(panel, averages.unit)}"
         fig.update_yaxes(title_text=title, type="log" if panel == "loss" else "linear", col=column)
         fig.update_xaxes(title_text="checkpoint", col=column)
     return fig

@@ -15,7 +15,7 @@ from lmc.errors import InputError
 from lmc.landscape.curvature import Curvature
 from lmc.landscape.similarity import Similarity
 from lmc.landscape.variance import VarianceRatios
-from lmc.views.legend import labelled
+from lmc.views.legend import labelled, measure_title
 from lmc.views.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SCALE, SKY, colours, figure, styled
 
 SHORTEST = 1e-3  # seconds; what takes less is drawn there
@@ -78,7 +78,9 @@ def plot_comparison(comparison: AlignmentComparison) -> go.Figure:
     fig.add_trace(
         time.update(marker={"color": "black", "size": 9}, hovertemplate="%{text:.2g} s<extra></extra>"), row=1, col=3
     )
-    fig.update_xaxes(title_text=f"{comparison.split} loss barrier (nats)", rangemode="tozero", col=1)
+    fig.update_xaxes(
+        title_text=f"{comparison.split} loss {measure_title('barrier', comparison.unit)}", rangemode="tozero", col=1
+    )
     fig.update_xaxes(title_text="similarity to A", nticks=4, col=2)
     fig.update_xaxes(title_text="seconds", type="log", nticks=4, tickangle=0, col=3)
     return styled(fig, height=120 + 48 * len(methods)).update_layout(
