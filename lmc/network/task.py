@@ -152,6 +152,12 @@ class Task:
             return replace(self, labels=split.labels, unit="")
         return self
 
+    @property
+    def is_binary(self) -> bool:
+        """Whether outputs are logits of independent yes-or-no answers."""
+        function = self.loss.func if isinstance(self.loss, functools.partial) else self.loss
+        return isinstance(function, nn.BCEWithLogitsLoss) or function in BINARY
+
     def on(self, data: Any) -> TaskData:
         """`data` with this task, for functions that take labelled data but no `loss`."""
         return TaskData(data, self)
@@ -413,3 +419,6 @@ def _next_tokens(inputs: Any, targets: Tensor | None) -> Tensor:
 
 def _inputs_themselves(inputs: Any, _targets: Tensor | None) -> Tensor:
     return tensors(inputs)[0]
+
+
+BINARY = (_binary_cross_entropy, F.binary_cross_entropy_with_logits)

@@ -86,7 +86,7 @@ def test_information_of_token_models_adds_up_positions() -> None:
         expected += torch.autograd.grad(loss, model[1].weight)[0] ** 2 / 6
     assert torch.allclose(found["1.weight"], expected, atol=1e-6)
     with pytest.raises(DataError, match="sampled"):
-        merge.fisher_information(model, None, tokens)
+        merge.fisher_information(model, None, tokens, labels="expected")
 
 
 def test_networks_whose_course_depends_on_the_data_are_measured_one_example_at_a_time() -> None:

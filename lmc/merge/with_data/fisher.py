@@ -4,7 +4,7 @@ For every likelihood here the outputs f are natural parameters, so that `d log p
 softmax, the sigmoid or f itself as the mean: one product with the outputs gives every score.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,9 +20,10 @@ from lmc.merge.engine.assembly import assemble
 from lmc.merge.engine.call import coefficients
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.merge.with_data.judge import batches, each
-from lmc.network.batches import take, tensors, to_device
+from lmc.network.batches import cuttable, take, tensors, to_device
 from lmc.network.derived import derived_names, gauged, settled
 from lmc.network.network import Network, pick_device
+from lmc.network.task import Task, tensor_of
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted
 from lmc.weights.state import wide
 
@@ -41,7 +42,7 @@ def fisher(
     base: ModelOrWeights | None = None,
     weights: Sequence[float] | None = None,
     samples: int = 1024,
-    labels: Labels = "expected",
+    labels: Labels | None = None,
     likelihood: Likelihood | None = None,
     normalize: bool = False,
     floor: float = 1e-6,
@@ -59,7 +60,8 @@ def fisher(
         model: the architecture; its weights are not used and not touched.
         models: the fine-tuned models.
         data: for each model inputs of its task: a tensor, `(inputs, targets)`, an iterable of batches, or a data set
-            (its `.train`). Targets are used with `labels="true"` only.
+            (its `.train`), as they are or with a task, `lmc.Task.binary().on(data)`. Of targets their values are used with
+            `labels="true"` only, else which of them count and how outputs are laid out.
         base: not used; taken so that all methods are called alike.
         weights: one number per model (default 1 each).
         samples: examples per task; 256 to 4096 suffice.
@@ -131,7 +133,7 @@ def fisher_information(
     data: Any,
     *,
     samples: int = 1024,
-    labels: Labels = "expected",
+    labels: Labels | None = None,
     likelihood: Likelihood | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -143,14 +145,15 @@ def fisher_information(
 
     `labels="expected"` takes the expectation over y under the model: one backward pass per output. `"sampled"` draws
     one y from it. `"true"` takes the targets (the empirical Fisher, another quantity: it is small where the model
-    fits). Outputs are `(N, C)`, or `(N, T, C)` with the log-probabilities of the T positions added up (not with
-    "expected"). The square is of each example's own gradient, in eval mode.
+    fits). By default it is "expected" for outputs `(N, C)`, and "sampled" where an example has many positions: `(N, T, C)`,
+    or `(N, C, ...)` beside targets `(N, ...)`. The log-probabilities of positions are added up; those whose target does not
+    count are left out. The square is of each example's own gradient (of a graph, of each node's), in eval mode.
 
     The likelihood says what outputs mean: logits of C classes; logits of C independent yes-or-no answers; or means of
     Gaussians with variance 1, for which the expected information is the Gauss-Newton diagonal
-    `E_x sum_c (d f_c / d theta)^2`. By default it is read off the targets: Gaussian where they are floating-point,
-    Bernoulli where one output meets integer targets, otherwise classes. (The softmax of a single output is constant, its
-    information zero.)
+    `E_x sum_c (d f_c / d theta)^2`. By default it is that of the task, or read off the targets: Gaussian where they are
+    floating-point, Bernoulli where one output meets integer targets, otherwise classes. (The softmax of a single output is
+    constant, its information zero.)
 
     Args:
         weights: where to measure (None: the module's own).
@@ -163,12 +166,13 @@ def fisher_information(
         InputError: an unknown `labels` or `likelihood`.
         DataError: outputs or targets that do not fit them, or a single output without targets and `likelihood=`.
     """
-    if labels not in ("expected", "sampled", "true"):
+    if labels not in (None, "expected", "sampled", "true"):
         raise InputError(f"labels must be 'expected', 'sampled' or 'true', got {labels!r}")
     if likelihood not in (None, "categorical", "bernoulli", "gaussian"):
         raise InputError(f"likelihood must be 'categorical', 'bernoulli' or 'gaussian', got {likelihood!r}")
     state = fitted(model, as_weights(model if weights is None else weights))
-    network = Network(model, pick_device(device, state))
+    task = Task.of(data)
+    network = Network(model, pick_device(device, state), tensor_of if task.labels is not None else task.read)
     network.check(state, "weights")
     derived = derived_names(state, model)
     state = gauged(state, model) if derived else state
@@ -180,28 +184,56 @@ def fisher_information(
     chunk = max(1, min(samples, 128, GRADIENT_BYTES // (4 * size)))
     generator = torch.Generator().manual_seed(seed)
 
-    def score(parameters: Weights, example: Any, pull: Tensor) -> Tensor:
+    def score(parameters: Weights, inputs: Any, pull: Tensor) -> Tensor:
         weights = settled(parameters | rest, state) if derived else parameters
-        outputs = network.outputs(weights, _batch_of_one(example))[0]
+        outputs = network.outputs(weights, inputs)
         return (outputs.to(pull.dtype) * pull).sum()
 
-    gradients = _EachGradient(score)
+    gradients = _EachGradient(score, chunk)
     found = {name: torch.zeros_like(tensor, dtype=wide(tensor.dtype)) for name, tensor in trained.items()}
     count = 0
     for inputs, targets in batches(data, "data", limit=samples, size=chunk):
         inputs = to_device(inputs, network.device)
         outputs = network(inputs)
-        outputs = outputs.to(wide(outputs.dtype))
-        kind = _likelihood(outputs, targets) if likelihood is None else likelihood
-        for pull, share in _pulls(outputs, targets, kind, labels, generator):
-            for name, gradient in gradients(trained, inputs, pull).items():
-                found[name] += torch.einsum("n,n...->...", share.to(found[name]), gradient.to(found[name]).square())
-        count += len(outputs)
-    return {name: (total / count).to(state[name].device) for name, total in found.items()}
+        if not isinstance(outputs, Tensor):
+            raise DataError(
+                "the information is that of one tensor of outputs: say which with lmc.Task(outputs=...).on(data)"
+            )
+        targets = None if targets is None else targets.to(outputs.device)
+        rows, back = _classes_last(outputs.to(wide(outputs.dtype)), targets)
+        kind = _likelihood(rows, targets, task) if likelihood is None else likelihood
+        if labels is None:
+            taken: Labels = "expected" if rows.ndim == 2 else "sampled"
+        else:
+            taken = labels
+        counts = torch.ones(rows.shape[:-1], dtype=torch.bool, device=rows.device)
+        if targets is not None and kind == "categorical" and targets.shape == counts.shape:
+            counts = targets != task.ignore
+        for pull, share in _pulls(rows, targets, kind, taken, generator, counts):
+            for part, found_here in gradients(trained, inputs, back(pull)):
+                for name, gradient in found_here.items():
+                    own = share[part].to(found[name])
+                    found[name] += torch.einsum("n,n...->...", own, gradient.to(found[name]).square())
+        count += int(counts.reshape(len(counts), -1).any(1).sum())
+    return {name: (total / max(count, 1)).to(state[name].device) for name, total in found.items()}
 
 
-def _likelihood(outputs: Tensor, targets: Tensor | None) -> Likelihood:
-    """The one that targets ask for."""
+def _classes_last(outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Outputs (N, ..., C), and the way back to how they came."""
+    first = outputs.ndim > 2 and targets is not None and not targets.is_floating_point()
+    if first and outputs.shape[:-1] != targets.shape and outputs.shape[:1] + outputs.shape[2:] == targets.shape:
+        return outputs.movedim(1, -1), lambda pull: pull.movedim(-1, 1)
+    if targets is None and outputs.ndim > 3:
+        raise DataError(
+            f"outputs {tuple(outputs.shape)}: targets tell which axis holds the classes; pass (inputs, targets)"
+        )
+    return outputs, lambda pull: pull
+
+
+def _likelihood(outputs: Tensor, targets: Tensor | None, task: Task) -> Likelihood:
+    """The one that the task or the targets ask for."""
+    if task.is_binary:
+        return "bernoulli"
     if targets is not None and targets.is_floating_point():
         return "gaussian"
     if outputs.shape[-1] > 1:
@@ -212,9 +244,18 @@ def _likelihood(outputs: Tensor, targets: Tensor | None) -> Likelihood:
 
 
 def _pulls(
-    outputs: Tensor, targets: Tensor | None, likelihood: Likelihood, labels: Labels, generator: torch.Generator
+    outputs: Tensor,
+    targets: Tensor | None,
+    likelihood: Likelihood,
+    labels: Labels,
+    generator: torch.Generator,
+    counts: Tensor,
 ) -> Iterable[tuple[Tensor, Tensor]]:
-    """Scores `y - mean(f)` shaped like the outputs, each with the share `(N,)` of every example's square that counts."""
+    """Scores `y - mean(f)` shaped like the outputs, each with the share `(N,)` of every example's square that counts.
+
+    Args:
+        counts: (N, ...) whether a position counts; scores are zero where it does not.
+    """
     if likelihood == "categorical" and outputs.shape[-1] == 1:
         raise DataError("likelihood='categorical' of a single output has no information; use 'bernoulli' or 'gaussian'")
     mean = {"categorical": lambda: outputs.softmax(-1), "bernoulli": outputs.sigmoid, "gaussian": lambda: outputs}[
@@ -228,15 +269,15 @@ def _pulls(
             unit = torch.zeros_like(outputs)
             unit[:, c] = 1.0
             if likelihood == "categorical":
-                yield unit - mean, mean[:, c]
+                yield unit - mean, mean[:, c] * counts
             else:  # independent outputs: products of different ones have expectation 0
                 yield unit, ones if likelihood == "gaussian" else mean[:, c] * (1.0 - mean[:, c])
         return
     if labels == "sampled":
         drawn = _draw(mean.cpu(), likelihood, generator).to(mean)
     else:
-        drawn = _as_outputs(targets, outputs, likelihood)
-    yield drawn - mean, ones
+        drawn = _as_outputs(targets, outputs, likelihood, counts)
+    yield (drawn - mean) * counts[..., None], ones
 
 
 def _draw(mean: Tensor, likelihood: Likelihood, generator: torch.Generator) -> Tensor:
@@ -249,7 +290,7 @@ def _draw(mean: Tensor, likelihood: Likelihood, generator: torch.Generator) -> T
     return F.one_hot(flat[:, 0], mean.shape[-1]).reshape(mean.shape)
 
 
-def _as_outputs(targets: Tensor | None, outputs: Tensor, likelihood: Likelihood) -> Tensor:
+def _as_outputs(targets: Tensor | None, outputs: Tensor, likelihood: Likelihood, counts: Tensor) -> Tensor:
     """Targets shaped like the outputs; classes as one-hot vectors."""
     classes = likelihood == "categorical" and targets is not None and not targets.is_floating_point()
     shape = outputs.shape[:-1] if classes else outputs.shape
@@ -257,33 +298,56 @@ def _as_outputs(targets: Tensor | None, outputs: Tensor, likelihood: Likelihood)
         targets = targets.reshape(shape)  # (N,) for a single output (N, 1)
     if targets is None or targets.shape != shape:
         raise DataError(f"labels='true' needs targets of shape {tuple(shape)}")
-    goal = F.one_hot(targets.long(), outputs.shape[-1]) if classes else targets
+    goal = F.one_hot(targets.long().where(counts, 0), outputs.shape[-1]) if classes else targets
     return goal.to(outputs)
 
 
 class _EachGradient:
-    """Gradients `(N, *shape)` of a function of (weights, example, target) for each of N examples.
+    """Gradients `(n, *shape)` of a function of (weights, inputs, pulls) for stretches of n of N examples, each stretch
+    with its place.
 
-    All at once; one after the other for networks that cannot be batched so, whose course depends on the data (as where
-    attention masks are looked at).
+    Those of a stretch all at once; one after the other for networks that cannot be batched so, whose course depends on the
+    data (as where attention masks are looked at). Examples of one call that cannot be cut, the nodes of a graph, are pulled
+    at one by one in that call.
     """
 
-    def __init__(self, function: Callable[[Weights, Any, Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[[Weights, Any, Tensor], Tensor], chunk: int) -> None:
         self.function = function
+        self.chunk = chunk
         self.together = True
 
-    def __call__(self, weights: Weights, inputs: Any, targets: Tensor) -> Weights:
+    def __call__(self, weights: Weights, inputs: Any, pulls: Tensor) -> Iterator[tuple[slice, Weights]]:
+        if cuttable(inputs, pulls):
+            yield slice(None), self._of(weights, inputs, pulls)
+            return
+        for start in range(0, len(pulls), self.chunk):
+            part = slice(start, start + self.chunk)
+            yield part, self._of(weights, None, _one_at_a_time(pulls)[part], whole=inputs)
+
+    def _of(self, weights: Weights, examples: Any, pulls: Tensor, whole: Any = None) -> Weights:
+        def one(weights: Weights, example: Any, pull: Tensor) -> Tensor:
+            return (
+                self.function(weights, _batch_of_one(example), pull[None])
+                if whole is None
+                else self.function(weights, whole, pull)
+            )
+
         if self.together:
             try:
-                return vmap(grad(self.function), in_dims=(None, 0, 0))(weights, inputs, targets)
+                return vmap(grad(one), in_dims=(None, None if examples is None else 0, 0))(weights, examples, pulls)
             except RuntimeError:
                 self.together = False
         leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
         rows = []
-        for n, target in enumerate(targets):
-            value = self.function(leaves, take(inputs, n), target)
+        for n, pull in enumerate(pulls):
+            value = one(leaves, None if examples is None else take(examples, n), pull)
             rows.append(torch.autograd.grad(value, list(leaves.values()), allow_unused=True, materialize_grads=True))
         return {name: torch.stack(column) for name, column in zip(leaves, zip(*rows, strict=True), strict=True)}
+
+
+def _one_at_a_time(pulls: Tensor) -> Tensor:
+    """(N, N, ...): the pulls, each alone in its place."""
+    return torch.eye(len(pulls), device=pulls.device, dtype=pulls.dtype)[(...,) + (None,) * (pulls.ndim - 1)] * pulls
 
 
 def _batch_of_one(example: Any) -> Any:

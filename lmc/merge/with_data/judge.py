@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lmc.errors import DataError, InputError, WeightsError
 from lmc.landscape.evaluation.evaluator import Evaluator
-from lmc.network.batches import TaskData, as_splits, take, tensors
+from lmc.network.batches import LABELS, TaskData, as_splits, cuttable, take, tensors
 from lmc.network.batchnorm import Recalibrator, calls_in
 from lmc.network.network import Network, pick_device
 from lmc.network.task import Loss, Task
@@ -38,30 +38,51 @@ def batches(data: Any, what: str, *, limit: int | None, size: int) -> Iterator[t
     """Batches `(inputs, targets or None)` of at most `size` examples.
 
     Args:
-        data: `(inputs, targets)`, an iterable of such batches, a data set (see `chosen`), or inputs alone: a tensor or
-            a mapping of tensors.
+        data: `(inputs, targets)`, an iterable of such batches, a data set (see `chosen`), or inputs alone: a tensor, a
+            mapping of tensors, or an iterable of these. A batch that is one call (a graph) comes as it is.
         what: how messages call the data.
         limit: use this many examples, spread evenly over data given whole, the first ones of an iterable.
     """
     data = chosen(data)
-    if isinstance(data, (Tensor, Mapping)):
+    if isinstance(data, Tensor) or (isinstance(data, Mapping) and not data.keys() & set(LABELS)):
         leaves = tensors(data)
         if not leaves or any(leaf.ndim == 0 or len(leaf) != len(leaves[0]) or len(leaf) == 0 for leaf in leaves):
             raise DataError(f"{what}: inputs must be non-empty tensors with the examples along axis 0")
         whole: list[tuple[Any, Tensor | None]] = [(data, None)]
     else:
-        whole = list(as_splits(data)[0].batches)
-    if len(whole) == 1 and limit is not None and limit < (count := len(tensors(whole[0][0])[0])):
+        data = list(data) if isinstance(data, Iterator) else data
+        try:
+            whole = list(as_splits(data)[0].batches)
+        except DataError:
+            held = as_splits(data, _targets_or_none)[0].batches
+            whole = [
+                (inputs, None if targets.ndim == 2 and not targets.numel() else targets) for inputs, targets in held
+            ]
+    if len(whole) == 1 and _pieces(*whole[0]) and limit is not None and limit < (count := len(tensors(whole[0][0])[0])):
         spread = torch.linspace(0, count - 1, limit).round().long()
         inputs, targets = whole[0]
         whole = [(take(inputs, spread), None if targets is None else targets[spread])]
     left = limit
     for inputs, targets in whole:
         count = len(tensors(inputs)[0])
+        if not _pieces(inputs, targets):
+            yield inputs, targets
+            left = None if left is None else max(0, left - count)
+            continue
         for start in range(0, count if left is None else min(count, left), size):
             part = slice(start, min(start + size, count if left is None else left))
             yield take(inputs, part), None if targets is None else targets[part]
         left = None if left is None else left - count
+
+
+def _targets_or_none(inputs: Any, targets: Tensor | None) -> Tensor:
+    """The targets, or an empty tensor in their place for inputs alone."""
+    return torch.empty(len(tensors(inputs)[0]), 0) if targets is None else targets
+
+
+def _pieces(inputs: Any, targets: Tensor | None) -> bool:
+    """Whether a batch can be cut into examples."""
+    return cuttable(inputs, tensors(inputs)[0] if targets is None else targets)
 
 
 def gather(data: Any, what: str) -> tuple[Any, Tensor | None]:
