@@ -113,9 +113,8 @@ def test_what_needs_whole_tensors_says_so(large: list[Path], tmp_path: Path) -> 
 
     for method, options in (
         (merge.on_tensors(first), {}),
-        (merge.dare, {"rescale": "l1"}),
         (merge.della, {"rescale": {"block.1": "l2"}}),
-        (merge.lines, {"method": merge.dare, "rescale": "l1"}),
+        (merge.lines, {"method": merge.della, "rescale": "l1"}),
     ):
         plan = merge.plan(method, large[1:], tmp_path / "out", base=large[0], **options)
         assert plan.whole and plan.memory >= 18 * 4 * SIZE and "for whole tensors" in str(plan)

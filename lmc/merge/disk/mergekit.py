@@ -331,7 +331,7 @@ def plan_configuration(
     base = _view([source for source, _ in order if source is not None], models) if based else None
     if how.base == "first" and base is not None:
         views, base = [base, *views], None
-    vocabulary = "base" if config.vocabulary in (config.base, "base") else config.vocabulary
+    vocabulary = "base" if config.base is not None and config.vocabulary == config.base else config.vocabulary
     if vocabulary not in (None, "union", "base"):
         raise InputError(f"tokenizer_source: {vocabulary!r} is not supported; give union, base, or the base_model")
     if vocabulary is not None:

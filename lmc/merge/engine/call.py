@@ -12,7 +12,7 @@ given; tensors outside layers take the first one. It may stand for a pattern's v
 import hashlib
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import translate
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lmc.errors import InputError
-from lmc.merge.engine.chunks import Chunk, Cut, blocks, grain
+from lmc.merge.engine.chunks import Chunk, Cut, blocks, chunks, grain
 from lmc.merge.engine.tensors import WeightSets
 from lmc.network.moments import Moments
 from lmc.weights.state import numbered_depths
@@ -192,6 +192,10 @@ class Uniform:
     name: str
     chunk: Chunk = None
 
+    def at(self, chunk: Chunk) -> "Uniform":
+        """The same for another chunk of the tensor."""
+        return replace(self, chunk=chunk)
+
     def __call__(self, like: Tensor) -> Tensor:
         """As many as `like`, `(models, *shape)`, has entries; in its dtype, on its device."""
         start = 0 if self.chunk is None else self.chunk.start
@@ -208,7 +212,34 @@ class Uniform:
         return drawn.reshape(like.shape).to(like)
 
 
-GIVEN = ("base", "name", "generator", "uniform", "moments", "survey")  # parameters of rules that are not options
+@dataclass(frozen=True)
+class Parts:
+    """All of one tensor, `(chunk, values)` after each other, for rules that ask something of it before its first chunk."""
+
+    call: "MethodCall"
+    name: str
+
+    def __iter__(self) -> Iterator[tuple[Chunk, Tensor]]:
+        for chunk in chunks(self.call.sets.shells[self.name], self.call.cut):
+            yield chunk, self.call.read(self.name, chunk)[0]
+
+    def once(self, find: Callable[["Parts"], Any]) -> Any:
+        """What `find` says of this tensor, found at its first chunk."""
+        if self.name not in self.call.latest:
+            self.call.latest.clear()  # chunks of a tensor come together
+            self.call.latest[self.name] = find(self)
+        return self.call.latest[self.name]
+
+
+GIVEN = (
+    "base",
+    "name",
+    "generator",
+    "uniform",
+    "moments",
+    "parts",
+    "survey",
+)  # parameters of rules that are not options
 
 
 @dataclass(frozen=True)
@@ -223,6 +254,7 @@ class MethodCall:
         seed: of random numbers.
         survey: what the survey found.
         moments: for a name, the moments of its whole tensors.
+        latest: what the rule has found of the latest tensor.
     """
 
     sets: WeightSets
@@ -232,6 +264,7 @@ class MethodCall:
     seed: int
     survey: Any
     moments: Callable[[str], Moments]
+    latest: dict[str, Any] = field(default_factory=dict)
 
     def apply(self, rule: Callable[..., Any], wanted: Container[str], name: str, chunk: Chunk) -> Any:
         """The result of the rule, which wants those of `GIVEN`, for a tensor or a chunk of it, flattened."""
@@ -249,6 +282,7 @@ class MethodCall:
             "generator": lambda: generator(self.seed, name),
             "uniform": lambda: Uniform(self.seed, name, chunk),
             "moments": lambda: partial(self.moments, name),
+            "parts": lambda: Parts(self, name),
             "survey": lambda: self.survey,
         }
         given = {key: make() for key, make in makers.items() if key in wanted}

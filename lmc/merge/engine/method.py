@@ -20,6 +20,7 @@ parameters receives it:
   depend on the option `seed`, the name and the entry's place alone;
 - `moments`: a function without arguments that gives the means and inner products of whole tensors (`moments.Moments`),
   of tensors minus base if the rule names `base` and there is one; it reads the tensor once more;
+- `parts`: all of the tensor, chunk by chunk, as `(chunk, values)`; `parts.once(find)` keeps what a function finds in them;
 - `survey`: what the method's survey found in a first pass over all tensors (thresholds of whole models).
 
 Every method reads one tensor of all models at a time; one with a survey reads them all more than once. A rule that
@@ -95,8 +96,8 @@ class Method:
 
     @property
     def one_pass(self) -> bool:
-        """True where each tensor is read once only."""
-        return self.survey is None and "moments" not in self.parameters
+        """True where each tensor is read once only, whatever the options."""
+        return self.survey is None and not {"moments", "parts"} & set(self.parameters)
 
     @property
     def needs_base(self) -> bool:

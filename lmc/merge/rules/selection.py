@@ -3,6 +3,8 @@
 All are called `method([a, b, ...], base=base, scale=1.0, ...)`; none needs data.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,8 +12,9 @@ import torch
 from torch import Tensor
 
 from lmc.errors import InputError
-from lmc.merge.engine.call import Pass, varies
+from lmc.merge.engine.call import Parts, Pass, varies
 from lmc.merge.engine.method import on_task_vectors
+from lmc.merge.engine.quantiles import kth_smallest
 from lmc.merge.rules.task_vectors import per_model
 
 
@@ -111,15 +114,15 @@ def ram(
     return kept.sum(0) / count.clamp_min(1)
 
 
-@on_task_vectors
-def sce(deltas: Tensor, *, select: float = 1.0, dense: bool = False, least: float = 0.0) -> Tensor:
+@on_task_vectors(elementwise=True)
+def sce(deltas: Tensor, *, parts: Parts, select: float = 1.0, dense: bool = False, least: float = 0.0) -> Tensor:
     """SCE (Wan et al. 2024, FuseChat, 2408.07990): select, calculate, erase, tensor by tensor.
 
     1. Select the share `select` of the positions whose variance over the models is not zero, the largest variances.
     2. Calculate the share of each model in proportion to its mean square there.
     3. Erase the entries that disagree with the sign of the sum; the rest is averaged with these shares.
 
-    As in mergekit, what is not selected stays at the base; with `dense=True`, as in the authors' script, the selection
+    Of equal variances at the edge all are selected. As in mergekit, what is not selected stays at the base; with `dense=True`, as in the authors' script, the selection
     decides the shares alone. Where nothing is selected (identical models and `select < 1`) shares are equal, and so they
     are where the mean squares sum to no more than `least`: mergekit has 1e-6, below which those of fine-tuned language
     models usually are.
@@ -129,20 +132,32 @@ def sce(deltas: Tensor, *, select: float = 1.0, dense: bool = False, least: floa
     """
     if not 0.0 <= select <= 1.0:
         raise InputError(f"select, the share of positions, must be in [0, 1], got {select}")
-    flat = deltas.reshape(len(deltas), -1)
-    chosen = flat
-    if select < 1.0:
-        variance = flat.var(0, correction=0)
-        count = int(select * int(torch.count_nonzero(variance)))
-        mask = torch.zeros_like(variance).scatter_(0, variance.topk(count).indices, 1.0)
-        chosen = flat * mask
-    energy = chosen.square().mean(1)
-    share = energy / energy.sum() if float(energy.sum()) > least else torch.full_like(energy, 1.0 / len(flat))
-    acting = flat if dense else chosen
+    limit, share = parts.once(lambda whole: _calculated(whole, select, least, len(deltas)))
+    chosen = deltas if select == 1.0 else deltas * (deltas.var(0, correction=0) >= limit)
+    acting = deltas if dense else chosen
     sign = torch.where(acting.sum(0) >= 0, 1.0, -1.0).to(acting)
-    votes = (acting * sign > 0) * share[:, None]
+    votes = (acting * sign > 0) * per_model(share, acting)
     total = votes.sum(0)
-    return ((votes * acting).sum(0) / total.where(total > 0, 1.0)).reshape(deltas.shape[1:])
+    return (votes * acting).sum(0) / total.where(total > 0, 1.0)
+
+
+def _calculated(parts: Parts, select: float, least: float, models: int) -> tuple[float, Tensor]:
+    """The smallest variance that is selected, and `(models,)` the share of each model, of a whole tensor."""
+    limit, size = 0.0, sum(deltas[0].numel() for _, deltas in parts)
+    if select < 1.0:
+
+        def variances() -> Iterator[Tensor]:
+            for _, deltas in parts:
+                yield deltas.var(0, correction=0).reshape(1, -1)
+
+        count = int(select * sum(int(torch.count_nonzero(found)) for found in variances()))
+        limit = float(kth_smallest(variances, [size + 1 - count], size)[0]) if count else math.inf
+    energy = torch.zeros(models, dtype=torch.float64)
+    for _, deltas in parts:
+        chosen = deltas if select == 1.0 else deltas * (deltas.var(0, correction=0) >= limit)
+        energy += chosen.double().square().reshape(models, -1).sum(1).cpu() / size
+    total = float(energy.sum())
+    return limit, energy / total if total > least else torch.full_like(energy, 1.0 / models)
 
 
 @on_task_vectors

@@ -7,7 +7,7 @@ entries kept. Scaling is the common trap: a *sum* over T tasks wants a scale nea
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lmc.core.context import own_context
 from lmc.errors import InputError
-from lmc.merge.engine.call import coefficients
+from lmc.merge.engine.call import Parts, Uniform, coefficients
 from lmc.merge.engine.chunks import Cut
 from lmc.merge.engine.method import on_task_vectors
 from lmc.merge.engine.tensors import weight_sets
@@ -25,7 +25,6 @@ Combine = Literal["sum", "mean", "ties", "ties-sum"]
 Normalize = Literal["weights", "count", "none"]
 Together = Literal["filter", "row", "tensor"]
 Rescale = Literal["keep", "l1", "l2", "none"]
-Uniform = Callable[[Tensor], Tensor]
 
 
 @own_context
@@ -49,20 +48,17 @@ def task_arithmetic(deltas: Tensor, *, weights: Sequence[float] | None = None) -
     return combine(deltas, "sum", weights)
 
 
-def _parts(parts: Cut) -> Callable[..., Cut]:
+def _rows_or_whole(*, rescale: Rescale = "keep", **_: object) -> Cut:
     """Whole tensors where `rescale` asks for their norms."""
-
-    def cut(*, rescale: Rescale = "keep", **_: object) -> Cut:
-        return parts if rescale in ("keep", "none") else "whole"
-
-    return cut
+    return "rows" if rescale in ("keep", "none") else "whole"
 
 
-@on_task_vectors(cut=_parts("entries"))
+@on_task_vectors(elementwise=True)
 def dare(
     deltas: Tensor,
     *,
     uniform: Uniform,
+    parts: Parts,
     density: float | Sequence[float] = 0.5,
     rescale: Rescale = "keep",
     combine_by: Combine = "sum",
@@ -76,12 +72,27 @@ def dare(
     ("ties-sum" without its normalisation, mergekit's default). Where another tool rescales to the old L1 norm of each tensor, that is `rescale="l1"`, which holds whole tensors in
     memory.
     """
-    chance = per_model(densities(density, len(deltas)), deltas)
-    keep = uniform(deltas) < chance
-    return combine(_rescale(deltas * keep, deltas, chance, rescale), combine_by, weights)
+    shares = densities(density, len(deltas))
+    kept = deltas * (uniform(deltas) < per_model(shares, deltas))
+    if rescale in ("l1", "l2"):
+        order = 1 if rescale == "l1" else 2
+        factors = per_model(parts.once(lambda whole: _restoring(whole, uniform, shares, order)), kept)
+        return combine(kept * factors, combine_by, weights)
+    return combine(_rescale(kept, deltas, per_model(shares, deltas), rescale), combine_by, weights)
 
 
-@on_task_vectors(cut=_parts("rows"))
+def _restoring(parts: Parts, uniform: Uniform, shares: Sequence[float], order: int) -> Tensor:
+    """`(models,)`: the norm of each whole tensor over that of what is kept of it."""
+    before, after = torch.zeros(2, len(shares), dtype=torch.float64)
+    for chunk, deltas in parts:
+        keep = uniform.at(chunk)(deltas) < per_model(shares, deltas)
+        sizes = deltas.double().abs().pow(order).reshape(len(deltas), -1)
+        before += sizes.sum(1).cpu()
+        after += (sizes * keep.reshape(len(deltas), -1)).sum(1).cpu()
+    return (before / after).pow(1 / order).where(after.pow(1 / order) > 1e-7, 1.0)
+
+
+@on_task_vectors(cut=_rows_or_whole)
 def della(
     deltas: Tensor,
     *,
