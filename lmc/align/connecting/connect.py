@@ -18,13 +18,13 @@ from lmc.align.connecting.result import Attempt, Connection, SameFunction
 from lmc.align.connecting.starts import by_activations, by_weights
 from lmc.align.relaxed.soft import TaskLoss
 from lmc.align.relaxed.straight_through import straight_through_matching
-from lmc.align.rotations.folding import Probe, fold_norms
+from lmc.align.rotations.folding import NORMS, Probe, fold_norms
 from lmc.align.rotations.rotatable import rotatable_groups
 from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.budget import Budget
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
-from lmc.errors import CertificateError, LmcError
+from lmc.errors import CertificateError, LmcError, SpecError
 from lmc.landscape.evaluation.evaluation import Repair
 from lmc.landscape.evaluation.evaluator import evaluate
 from lmc.landscape.path import Path, loss_path
@@ -200,10 +200,11 @@ class _Search:
         if self.progress:
             self._tell()
         self.attempt("activation matching", self._activation_matching)
-        self.attempt("rotations by activations", lambda: self._rotations("activations"))
+        if self._may_rotate():
+            self.attempt("norms folded", self._folded)
         if self.rotated:
+            self.attempt("rotations by activations", lambda: self._rotations("activations"))
             self.attempt("rotations by weights", lambda: self._rotations("weights"))
-        if self.turned:
             self.attempt("learning", lambda: self._learned(min(self.turned, key=_barrier), permute=True))
         else:
             self.attempt("straight-through", self._straight_through)
@@ -242,16 +243,35 @@ class _Search:
         pi = activation_matching(self.spec, self.model, self.a, self.b, self.inputs, device=self.device, progress=False)
         return Candidate("activation matching", self.a, pi.apply(self.b), pi)
 
-    def _rotations(self, by: str) -> Candidate | None:
-        """B rotated onto A, both with folded norms; None where nothing can be rotated."""
-        if not self.rotated:
+    def _may_rotate(self) -> bool:
+        """Whether there are heads, or normalisations between which a stream might rotate."""
+        norms = (name for name, module in self.model.named_modules() if isinstance(module, NORMS))
+        stream = any(f"{name}.weight" in self.spec.tables_by_tensor for name in norms)
+        return not self.best.barrier < ENOUGH and (stream or any(group.within for group in self.spec.groups.values()))
+
+    def _folded(self) -> Candidate | None:
+        """The best permutation with folded norms; None where that lets nothing rotate."""
+        note = ""
+        try:
             a, b = (fold_norms(self.spec, self.model, weights, self.example) for weights in (self.a, self.b))
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of groups that cannot be verified, and so are not rotated
-                self.rotated = dict(rotatable_groups(self.spec, self.model, b, self.example, seed=self.seed))
-            self.folded = (a, b)
+        except SpecError as error:  # what is inside heads may be mixed all the same
+            a, b, note = self.a, self.b, f"not folded: {error}"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of groups that cannot be verified, and so are not rotated
+            self.rotated = dict(rotatable_groups(self.spec, self.model, b, self.example, seed=self.seed))
         if not self.rotated:
             return None
+        self.folded = (a, b)
+        start = self._best_permuted()
+        moved = start.permutation.apply(b) if start.permutation is not None else b
+        self.turned.append(Candidate(f"{start.method}, norms folded", a, moved, note=note))
+        return self.turned[-1]
+
+    def _best_permuted(self) -> Candidate:
+        return min((c for c in self.candidates if c.permutation is not None), key=_barrier)
+
+    def _rotations(self, by: str) -> Candidate:
+        """B rotated onto A, both with folded norms."""
         a, b = self.folded
         if by == "activations":
             moved = by_activations(self.spec, Network(self.model, self.device), a, b, self.inputs, self.rotated)
@@ -261,7 +281,7 @@ class _Search:
         return self.turned[-1]
 
     def _straight_through(self) -> Candidate:
-        start = min((c for c in self.candidates if c.permutation is not None), key=_barrier)
+        start = self._best_permuted()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an interrupt is told once, at the end
             pi = straight_through_matching(
@@ -276,9 +296,8 @@ class _Search:
         """An element of the whole group, learned from a candidate; without permutations where these are found already."""
         if derived_names(start.weights):
             return None  # of normalised weights, which are scaled by other tensors than those in use
-        rotated = self.rotated if self.turned else {}
         symmetries = continuous_symmetries(self.spec, self.model, self.example, seed=self.seed, progress=self.progress)
-        free = freedoms(self.spec, rotated, symmetries, permute=permute)
+        free = freedoms(self.spec, self.rotated, symmetries, permute=permute)
         if not free:
             return None
         generator = torch.Generator().manual_seed(self.seed)
