@@ -325,3 +325,20 @@ def test_a_network_without_groups_needs_no_finite_outputs():
 def test_the_bound_is_the_even_power_of_ten_above_the_error(error, bound):
     found = lmc.Certificate(error, 1e-9, 3, 1, 1.0, ())
     assert found.bound == pytest.approx(bound, rel=1e-12)
+
+
+@pytest.mark.parametrize("lowest", [-1e9, torch.finfo(torch.float32).min, -torch.inf])
+def test_values_that_are_ruled_out_hide_nothing(lowest):
+    """Beside the lowest number there is, a change of the other logits is far below the tolerance."""
+
+    class RuledOut(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).masked_fill(torch.tensor([False, True, False, False]), lowest)
+
+    torch.manual_seed(0)
+    model, x = RuledOut(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)), torch.randn(5, 6)
+    proof = lmc.permutation_spec(model, x).certificate
+    assert proof is not None and proof.unverified == () and proof.max_error < 1e-12
+    wrong = lmc.PermutationSpec.from_patterns({"0.weight": "h .", "0.bias": "h"}, model)
+    with pytest.raises(lmc.CertificateError, match="'h'"):
+        wrong.certify(model, x)

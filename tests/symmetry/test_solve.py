@@ -133,8 +133,22 @@ def test_join_keeps_products_and_drops_what_is_determined() -> None:
 def test_join_pairs_what_is_neither() -> None:
     units = Units()
     a, b = units.fresh(2), units.fresh(2)
-    (pairs,) = join(units, (4,), [a[[0, 0, 1, 1]], b[[0, 0, 0, 1]]])
+    (pairs,) = join(units, (5,), [a[[0, 0, 1, 1, 1]], b[[0, 0, 0, 1, 1]]])
     assert units.distinct(pairs) == 3
+
+
+def test_join_takes_a_flattened_axis_apart() -> None:
+    """Rows (2, 3) that were flattened: one coordinate on the first digit, one on both, as before they were flattened."""
+    flat, apart = Units(), Units()
+    results = []
+    for units, shape in ((flat, (6,)), (apart, (2, 3))):
+        a, inner = units.fresh(2), units.fresh(6)
+        rows = np.broadcast_to(a[:, None], (2, 3)).reshape(shape) if units is flat else along(a, 0, 2)
+        both = np.where(np.arange(6) < 3, inner, inner[[0, 1, 2, 0, 1, 2]]).reshape(shape)
+        results.append(
+            (len(join(units, shape, [rows, both])), sorted(len(f.roots) for f in solved(units, a, inner).fibres))
+        )
+    assert results[0] == results[1]
 
 
 def test_join_relates_blocks_where_dims_overlap_in_part() -> None:

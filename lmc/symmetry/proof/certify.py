@@ -32,6 +32,7 @@ from lmc.weights import ModelOrWeights, Weights, as_weights
 
 FURTHER_DRAWS = 2
 PLACES = 3
+LOUD = 1e6  # times the median
 MANY = 16  # families, from which on a gradient is cheaper than as many forward passes
 
 
@@ -192,7 +193,11 @@ def _places(
 
 
 def relative_error(reference: list[Tensor], outputs: list[Tensor]) -> float:
-    """The largest difference of two lists of outputs, relative to the largest value of each output."""
+    """The largest difference of two lists of outputs, relative to the largest value of each output.
+
+    Values that are far larger than most (the lowest number there is, where words are ruled out) are compared among
+    themselves: beside them no other difference would show.
+    """
     worst = 0.0
     if not any(x.numel() for x in reference):
         raise CertificateError("the model's outputs are empty on this example: nothing can be compared")
@@ -209,10 +214,12 @@ def relative_error(reference: list[Tensor], outputs: list[Tensor]) -> float:
             return float("inf")
         if not bool(finite.any()):
             raise CertificateError("the model's outputs are not finite on this example: nothing can be compared")
-        x, y = x[finite], y[finite]
-        scale = float(x.abs().max())
-        difference = float((x - y).abs().max())
-        worst = max(worst, difference / scale if scale > 0 else difference)
+        sizes, differences = x[finite].abs(), (x - y)[finite].abs()
+        loud = sizes > LOUD * sizes[sizes > 0].median() if bool(sizes.any()) else sizes > 0
+        for part in (loud, ~loud):
+            if bool(part.any()):
+                scale, difference = float(sizes[part].max()), float(differences[part].max())
+                worst = max(worst, difference / scale if scale > 0 else difference)
     return worst
 
 
