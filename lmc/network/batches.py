@@ -317,7 +317,7 @@ def head(batch: Batch, count: int) -> Batch:
 def check_numbers(inputs: Any, name: str) -> None:
     """Raise `DataError` for inputs that hold NaN, and say where; infinity may be meant, as in an additive mask."""
     for leaf in tensors(inputs):
-        if leaf.is_floating_point() and bool(torch.isnan(leaf).any()):
+        if leaf.is_floating_point() and not leaf.is_meta and bool(torch.isnan(leaf).any()):
             first = tuple(int(i) for i in torch.isnan(leaf).nonzero()[0])
             raise DataError(f"{name}: inputs of shape {tuple(leaf.shape)} hold NaN, first at {first}")
 

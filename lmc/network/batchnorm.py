@@ -11,7 +11,7 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lmc.core.context import own_context
 from lmc.errors import DataError, InputError, LmcError
-from lmc.network.batches import take, tensors, to_device
+from lmc.network.batches import check_numbers, take, tensors, to_device
 from lmc.network.derived import settled
 from lmc.network.inputs import input_batches, length
 from lmc.network.network import Network, pick_device
@@ -78,6 +78,8 @@ class Recalibrator:
         self.norms = [] if inputs is None else _norms(network.module)
         calls = [] if inputs is None else equal_batches(inputs, batch_size)
         self.batches = [to_device(batch, network.device) for batch in calls]
+        for batch in self.batches:
+            check_numbers(batch, "inputs")
         if inputs is not None and not self.batches:
             raise DataError("inputs: no examples to estimate batch statistics from")
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lmc.errors import DataError
-from lmc.network.batches import DATASET_BATCH, LABELS, TaskData, fields, take, tensors
+from lmc.network.batches import DATASET_BATCH, LABELS, TaskData, check_numbers, fields, take, tensors
 
 Call = Any  # a tensor, a tuple of positional tensors, a mapping of keyword tensors, or a data object
 
@@ -24,7 +24,7 @@ def input_batches(model: nn.Module, inputs: Any, batch_size: int) -> Iterator[Ca
     for them. Optional arguments go in a mapping.
 
     Raises:
-        DataError: no examples at all, or something that is none of the above.
+        DataError: no examples at all, NaN, or something that is none of the above.
     """
     inputs = _training_inputs(inputs)
     needed = required_arguments(model)
@@ -34,6 +34,7 @@ def input_batches(model: nn.Module, inputs: Any, batch_size: int) -> Iterator[Ca
         call = _without_targets(model, batch, needed)
         count = length(call)
         seen += 1 if count is None else count
+        check_numbers(call, "inputs")
         if not whole or count is None or count <= batch_size:
             yield call
         else:

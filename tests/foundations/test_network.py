@@ -648,3 +648,27 @@ def test_state_dicts_with_other_names_than_the_module(data):
     with pytest.warns(UserWarning, match=r"^Fused: hooks store parameters under other names \(qk\)"):
         spec = lmc.permutation_spec(model, x[:2], progress=False)
     assert "qk" in spec.shapes and not any("qk" in group.tables for group in spec.groups.values())
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda m, a, b, x, y: lmc.merge.fisher(m, [a, b], [x, x], progress=False),
+        lambda m, a, b, x, y: lmc.merge.regmean(m, [a, b], [x, x], progress=False),
+        lambda m, a, b, x, y: lmc.merge.adamerging(m, [a, b], [x, x], base=m, steps=1, progress=False),
+        lambda m, a, b, x, y: lmc.merge.ama(m, [a, b], (x, y), base=m, steps=1, progress=False),
+        lambda m, a, b, x, y: lmc.merge.learned_soup(m, [a, b], (x, y), epochs=1, progress=False),
+        lambda m, a, b, x, y: lmc.landscape.curvature(m, a, (x, y), top=1, probes=1, steps=2, progress=False),
+        lambda m, a, b, x, y: lmc.bezier_curve(m, a, b, (x, y), epochs=1, progress=False),
+        lambda m, a, b, x, y: lmc.repair(m, [a, b], x, progress=False),
+        lambda m, a, b, x, y: lmc.recalibrate_batchnorm(m, a, x),
+        lambda m, a, b, x, y: lmc.landscape.variance_ratios(m, a, [a, b], x, progress=False),
+        lambda m, a, b, x, y: lmc.loss_path(m, a, b, (x, y), alphas=3, progress=False),
+    ],
+)
+def test_inputs_that_are_no_numbers_are_named(call, data):
+    x, y = data
+    bad = x.clone()
+    bad[3, 2] = torch.nan
+    with pytest.raises(lmc.DataError, match=r"inputs of shape \(\d+, 8\) hold NaN, first at"):
+        call(*(Base(seed) for seed in range(3)), bad, y)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lmc.landscape.evaluation.evaluation import Objective
-from lmc.network.batches import Batch, check_numbers
+from lmc.network.batches import Batch
 from lmc.network.derived import derived_in, settled
 from lmc.network.task import Loss, Task
 from lmc.symmetry.groups.group import Table
@@ -123,9 +123,6 @@ class TaskLoss(Objective):
         device: torch.device,
     ) -> None:
         super().__init__(model, weights, data, loss=loss, device=device, name="a")
-        if self.split.held:
-            for inputs, _ in self.split.batches:
-                check_numbers(inputs, self.split.name)
         norms = {n: module for n, module in self.network.module.named_modules() if isinstance(module, _BatchNorm)}
         self._statistics = {f"{n}.{own}" for n, module in norms.items() for own, _ in module.named_buffers()}
         for module in norms.values():

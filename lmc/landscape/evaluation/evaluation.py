@@ -14,7 +14,7 @@ from lmc.core.progress import tqdm
 from lmc.errors import InputError, WorkerError
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.scores import Score
-from lmc.network.batches import Batch, Split, as_splits, head, take, to_device
+from lmc.network.batches import Batch, Split, as_splits, check_numbers, head, take, to_device
 from lmc.network.batchnorm import Calls, Recalibrator, calls_in, equal_batches, has_batchnorm
 from lmc.network.derived import derived_in, derived_names, gauged, warn_of_lagging
 from lmc.network.network import Network, pick_device
@@ -243,6 +243,8 @@ class Objective:
     ) -> None:
         task = Task.of(data, loss, outputs=outputs)
         self.split = as_splits(data, task.targets)[0]
+        for held, _ in self.split.batches if self.split.held else []:
+            check_numbers(held, self.split.name)
         self.task = task.fitted(model, self.split)
         self.network = Network(model, pick_device(device, weights), self.task.read)
         self.network.check(weights, name)

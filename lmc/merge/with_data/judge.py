@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lmc.errors import DataError, InputError, WeightsError
 from lmc.landscape.evaluation.evaluator import Evaluator
-from lmc.network.batches import LABELS, TaskData, as_splits, cuttable, take, tensors
+from lmc.network.batches import LABELS, TaskData, as_splits, check_numbers, cuttable, take, tensors
 from lmc.network.batchnorm import Recalibrator, calls_in
 from lmc.network.network import Network, pick_device
 from lmc.network.task import Loss, Task
@@ -64,6 +64,7 @@ def batches(data: Any, what: str, *, limit: int | None, size: int) -> Iterator[t
         whole = [(take(inputs, spread), None if targets is None else targets[spread])]
     left = limit
     for inputs, targets in whole:
+        check_numbers(inputs, what)
         count = len(tensors(inputs)[0])
         if not _pieces(inputs, targets):
             yield inputs, targets
