@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lmc.errors import InputError
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -38,11 +40,17 @@ def own_context(function: Callable[P, R]) -> Callable[P, R]:
     def inside(*args: P.args, **kwargs: P.kwargs) -> R:
         with ExitStack() as stack:
             _enter(stack)
+            _check_seed(kwargs.get("seed", 0))
             plain_args = [_plain(value) for value in args]
             plain_kwargs = {name: _plain(value) for name, value in kwargs.items()}
             return function(*plain_args, **plain_kwargs)  # type: ignore[arg-type]
 
     return inside
+
+
+def _check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not hasattr(type(seed), "__index__"):
+        raise InputError(f"seed={seed!r}: expected a whole number")
 
 
 def _enter(stack: ExitStack) -> None:

@@ -445,6 +445,8 @@ def test_bad_input():
         with pytest.raises(DataError, match=message):
             activation_matching(case.spec, case.model, a, b, inputs)
     with pytest.raises(DataError, match="h1: activations of a hold NaN"):
+        activation_matching(case.spec, case.model, a, b, torch.full((30, 12), torch.inf))
+    with pytest.raises(DataError, match="inputs of shape .* hold NaN"):
         activation_matching(case.spec, case.model, a, b, torch.full((30, 12), torch.nan))
 
 

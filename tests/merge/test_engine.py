@@ -1,6 +1,7 @@
 """What every merging method has in common: roles of tensors, ties, dtypes, options per name, methods of one's own."""
 
 import copy
+import math
 from collections.abc import Mapping
 
 import pytest
@@ -328,3 +329,27 @@ def test_paths_of_checkpoints_are_models_too(tmp_path) -> None:
         assert all(torch.equal(found[name], expected[name]) for name in expected)
     with pytest.raises(InputError, match=r"write \[model\]"):
         merge.average(paths[1])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scale": math.nan}, "scale=nan: expected a finite number"),
+        ({"scale": {"gradient": [0.0, math.inf]}}, "scale=inf: expected a finite number"),
+        ({"density": "half"}, "density='half': expected a number"),
+        ({"density": {"*": "half"}}, "density='half': expected a number"),
+        ({"weights": ["a", 1]}, "weights: .*expected numbers, one per model"),
+    ],
+)
+def test_options_that_are_no_numbers_are_named(options, message):
+    models = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 5.0])}]
+    with pytest.raises(InputError, match=message):
+        merge.ties(models, base={"w": torch.zeros(2)}, **options)
+
+
+def test_seeds_are_whole_numbers():
+    models = [{"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([3.0, 5.0])}]
+    with pytest.raises(InputError, match="seed='a': expected a whole number"):
+        merge.dare(models, base={"w": torch.zeros(2)}, seed="a")
+    with pytest.raises(InputError, match="seed=0.5: expected a whole number"):
+        merge.dare(models, base={"w": torch.zeros(2)}, seed=0.5)

@@ -10,6 +10,7 @@ given; tensors outside layers take the first one. It may stand for a pattern's v
 """
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,12 +30,31 @@ from lmc.weights.state import numbered_depths
 
 def coefficients(weights: Iterable[float] | None, count: int, what: str = "weights") -> list[float]:
     """`weights` as floats, one per model (default: 1 each), checked."""
-    values = [1.0] * count if weights is None else [float(w) for w in weights]
+    try:
+        values = [1.0] * count if weights is None else [float(w) for w in weights]
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what}: {weights!r}; expected numbers, one per model") from error
     if len(values) != count:
         raise InputError(f"{what}: {len(values)} values for {count} models; give one per model")
     if not all(abs(v) < float("inf") for v in values):
         raise InputError(f"{what}: {values} are not all finite")
     return values
+
+
+def check_numbers_of(options: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Raise `InputError` for an option that is no number where one is expected, or one that is NaN or infinite."""
+    for key, value in options.items():
+        wanted = isinstance(defaults.get(key), int | float) and not isinstance(defaults[key], bool)
+        for leaf in _leaves(value):
+            if isinstance(leaf, float) and not math.isfinite(leaf):
+                raise InputError(f"{key}={leaf}: expected a finite number")
+            if wanted and isinstance(leaf, str):
+                raise InputError(f"{key}={leaf!r}: expected a number, as {defaults[key]!r} is")
+
+
+def _leaves(value: Any) -> list[Any]:
+    inside = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else None
+    return [value] if inside is None else [leaf for item in inside for leaf in _leaves(item)]
 
 
 def affine(values: Sequence[float]) -> tuple[list[float], float]:

@@ -43,7 +43,17 @@ from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.merge.engine.aligning import PARAMETER, aligned
 from lmc.merge.engine.assembly import assemble_chunks, joined
-from lmc.merge.engine.call import GIVEN, MethodCall, Pass, PerName, Read, affine, coefficients, convex
+from lmc.merge.engine.call import (
+    GIVEN,
+    MethodCall,
+    Pass,
+    PerName,
+    Read,
+    affine,
+    check_numbers_of,
+    coefficients,
+    convex,
+)
 from lmc.merge.engine.chunks import Chunk, Cut
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.network.moments import moments
@@ -129,6 +139,7 @@ class Method:
 
     def chunks(self, sets: WeightSets, **options: Any) -> Iterator[tuple[str, Chunk, Tensor]]:
         """The same in chunks of tensors, `(name, chunk, values)`, without aliases."""
+        check_numbers_of(options, {name: p.default for name, p in self.signature.parameters.items()})
         cut = self.cuts(options)
         if self.kind == "task vectors":
             shares = self._shares(sets, options)
