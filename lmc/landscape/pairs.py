@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 Move: TypeAlias = Callable[[Weights, Weights], Any]
 Pair: TypeAlias = tuple[int, int]
 
+MOST_TASKS = 8192  # handing out a task takes a scheduler some milliseconds, which thousands of workers wait for
+
 
 @dataclass(frozen=True, eq=False)
 class PairwiseBarriers(Result):
@@ -166,11 +168,14 @@ def pairwise_barriers(
     done = total - len(pairs)
     with tqdm(total=total, initial=done, desc="pairs", unit="pair", disable=not progress) as bar:
         try:
-            for k, (split, unit, *measured) in spread(executor, _measure, shared, pairs):
-                found = replace(found, split=split, unit=unit)  # the arrays stay the same
-                _note(found, pairs[k], *measured)
-                done += 1
-                bar.update()
+            together = -(-len(pairs) // MOST_TASKS)
+            parts = [pairs[start : start + together] for start in range(0, len(pairs), together or 1)]
+            for k, part in spread(executor, _measure, shared, parts):
+                for pair, (split, unit, *measured) in zip(parts[k], part, strict=True):
+                    found = replace(found, split=split, unit=unit)  # the arrays stay the same
+                    _note(found, pair, *measured)
+                done += len(part)
+                bar.update(len(part))
         except (KeyboardInterrupt, WorkerError) as error:
             if not done:
                 raise
@@ -187,8 +192,8 @@ def _measure(
     align: Move | None,
     alphas: Values,
     **options: Any,
-) -> Callable[[Pair], tuple[str, str, float, float, float, float]]:
-    """What a worker does for a pair: split, unit, barrier, error barrier and the losses of both ends."""
+) -> Callable[[Sequence[Pair]], list[tuple[str, str, float, float, float, float]]]:
+    """What a worker does for some pairs: of each split, unit, barrier, error barrier and the losses of both ends."""
 
     def measure(pair: Pair) -> tuple[str, str, float, float, float, float]:
         i, j = pair
@@ -205,7 +210,7 @@ def _measure(
         rises = (path.barrier, path.error_barrier) if known else (math.nan, math.nan)
         return path.split, path.unit, *rises, float(start), float(end)
 
-    return measure
+    return lambda pairs: [measure(pair) for pair in pairs]
 
 
 def _blank(names: tuple[str, ...], aligned: bool) -> PairwiseBarriers:
