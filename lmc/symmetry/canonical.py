@@ -232,11 +232,10 @@ class _Gauge:
 def _least(exponents: Tensor, squares: Tensor) -> Tensor:
     """(rows, n): logarithms x of the scales that make `sum_o squares_o exp(2 sum_r e_ro x_r)` least, unit by unit, by Newton's
     method; 0 for units of which the sum has no least value, since all that a scale makes larger, or smaller, is zero."""
-    total = squares.sum(0)
+    total, exponents = squares.sum(0), exponents.to(squares.device)
     sides = [(exponents[:, :, None] * sign).clamp_min(0).mul(squares).sum(1) for sign in (1.0, -1.0)]
     alive = (torch.minimum(*sides) > DEAD).all(0)
     x = torch.zeros(len(exponents), squares.shape[1], dtype=torch.float64, device=squares.device)
-    exponents = exponents.to(squares.device)
     for _ in range(NEWTON):
         terms = squares * torch.exp(2 * exponents.T @ x) / total.clamp_min(DEAD)
         slope = exponents @ terms

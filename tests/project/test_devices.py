@@ -15,7 +15,7 @@ import lmc
 KEYS = ("a", "b", "c", "base", "model", "x", "y")
 WEIGHTS = KEYS[:4]
 # The same numbers up to rounding: on a CPU several threads mix what the first layer makes.
-ROUNDED = {"random_plane", "trajectory_plane"}
+ROUNDED = {"random_plane", "trajectory_plane", "connect"}
 MIXTURES = {
     "weights": WEIGHTS, "weights and model": (*WEIGHTS, "model"), "data": ("x", "y"), "model": ("model",),
     "model and data": ("model", "x", "y"), "weights and data": (*WEIGHTS, "x", "y"),
