@@ -1,6 +1,7 @@
 """Kinds of continuous symmetries, against those derived by hand."""
 
 from collections.abc import Callable, Mapping, Sequence
+from fnmatch import fnmatch
 
 import pytest
 import torch
@@ -309,3 +310,34 @@ def test_kinds_derived_by_hand(case):
         assert match, kind
         found.remove(match[0])
     assert not found or make in HEADS  # and what whole heads and the stream admit
+
+
+# What comes into a batch norm scales against its gain, its gain against what goes out; a stream has one scale for each of the
+# former, and one more. Streams of transformers have one for each norm, against what reads it.
+BN, RELU, GELU, HEADS_OF = (2, True, "none"), (1, False, "none"), (0, False, "none"), (2, True, "none")
+UNITS = (1, True, "general linear")
+TRANSFORMER = {"*.fc1": GELU, "*.heads": HEADS_OF, "*.q": UNITS, "*.v": UNITS, "*": (5, True, "none")}
+STORED = {
+    "digits-mlp64": {"*": RELU},
+    "digits-cnn": {"*": RELU},
+    "digits-vgg11": {"conv*": BN, "fc": RELU},
+    "digits-resnet20": {"*block*": BN, "*": (5, True, "none")},
+    "digits-resnet20-layernorm": {"*": RELU},
+    "digits-vit": TRANSFORMER,
+    "toy-text-gpt": TRANSFORMER,
+}
+SLOW = ("digits-vgg11", "digits-resnet20", "digits-resnet20-layernorm", "digits-vit")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.thorough] if name in SLOW else []) for name in STORED]
+)
+def test_kinds_of_the_stored_networks(name):
+    stored = lmc.data.checkpoint(name)
+    source = stored.manifest["data"]
+    data = getattr(lmc.data, source["function"])(**source["options"])
+    found = kinds(stored.model(), data.train[0][:2])
+    for family, kind in found.items():
+        expected = next(e for pattern, e in STORED[name].items() if fnmatch(family, pattern))
+        assert (len(kind.scales), kind.sign, kind.mixing) == expected, (family, kind)
+        assert kind.error < 1e-9 and (kind.power > 1e-5 or not kind.scales)

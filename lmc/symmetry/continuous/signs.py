@@ -3,7 +3,7 @@
 The sets form a vector space over GF(2). Candidates are the occurrences with odd exponents of a scale, those of a mixing,
 all, those that make the unit, the same gate of a cell at all its occurrences; beyond these, all sets of a few occurrences,
 or sets that are grown as long as the outputs come closer to what they were. Of equal layers the first is searched, and what
-it admits is tried on the others.
+it admits is tried on the others; where that is nothing, a change at all occurrences is tried on each of a few layers.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from lmc.symmetry.notation.grammar import generic
 
 MOST_TRIED = 5  # occurrences of which all sets are tried
 MOST_GROWN = 12  # occurrences of which sets are grown
+MANY = 6  # equal layers beyond the first, of which none is tried where the first admits nothing
 SMALL = 1e-6  # changes of the outputs that are looked at twice
 
 Pattern = frozenset[int]
@@ -37,8 +38,9 @@ def sign_patterns(lab: Lab, kinds: dict[str, Kind], tolerance: float) -> dict[st
             for pattern in (*_candidates(first.live, first.kind), *_search(len(first.live), basis, first.error)):
                 if pattern and not basis.holds(pattern) and first.error(pattern) <= tolerance:
                     basis.add(pattern)
+        implied = bool(first.implied) and all(trial.implied == first.implied for trial in others)
         together = [move for trial in others for pattern in basis.patterns for move in trial.moves(pattern)]
-        alike = bool(together) and lab.error(together) <= tolerance
+        alike = implied or (lab.error(together) <= tolerance if together else len(others) >= MANY)
         for trial in (first, *others):
             own = basis
             if trial is not first and not alike:
