@@ -345,7 +345,7 @@ def bezier_curve(
         bends: control points between the ends.
         epochs: passes over the data.
         lr: rate of Adam.
-        weight_decay: L2 penalty (weight_decay / 2) |phi(t)|^2 on the point of the curve, not on the bends.
+        weight_decay: L2 penalty ``(weight_decay / 2) |phi(t)|^2`` on the point of the curve, not on the bends.
         loss, outputs: as for `lmc.landscape.evaluate`.
         batch_size: examples in a step, where the data are given whole; an incomplete last batch is left out.
         seed: of the order of the data, of t and of dropout.

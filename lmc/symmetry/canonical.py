@@ -40,7 +40,7 @@ def canonical(
 ) -> StateDict:
     """The weights of the same function whose scales and signs are fixed, so that distances and averages mean something.
 
-    Gains are folded (|gain| = 1), and the norms of what comes into a unit and of what goes out are balanced. Weights that
+    Gains are folded (``|gain| = 1``), and the norms of what comes into a unit and of what goes out are balanced. Weights that
     differ by scales and signs of units have the same canonical form, up to rounding; the order of units, rotations and
     invertible mixings are left as they are. Of a pattern of signs, the entry that is largest in size becomes positive.
 

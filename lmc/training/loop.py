@@ -143,23 +143,28 @@ def train(
     keeps statistics per seed. A model that cannot be vectorised, for example because of dropout, is trained
     one seed after the other. No global random state is read or changed.
 
-    data: a data set with `.train`, a pair `(inputs, targets)`, or an iterable of such batches. Inputs are
-        `(N, ...)`, targets class numbers `(N,)`, or `(N, T)` for logits `(N, T, classes)`. An epoch visits each
-        sample once, less the incomplete last batch.
-    optimizer: "adam", "adamw" (decoupled weight decay) or "sgd" (with `momentum`).
-    schedule: "cosine" from `lr` down to 0 over all steps, or "constant".
-    init: weights that every seed starts from, so that only the order of the data differs.
-    keep: keep the weights along the way: a number of epochs between them, or the epochs themselves (0: before
-        the first step); found in `trajectory`.
-    record: keep the weights before the first step and after every one, in `steps`: what `lmc.landscape.telescope` takes.
-        Every step holds a copy of all weights.
-    start: epochs that `init` has behind it, so that the schedule goes on from there and `epochs` counts from the beginning:
-        a branch of a run, see `branches`. The optimiser starts afresh.
-    device: where to train (default: where `model` is); the weights stay there.
-
     Interrupting (Ctrl-C, or the notebook's stop button) ends training with a warning and returns what there is,
-    with `interrupted=True`. Raises `InputError` for arguments outside their range, a layer that cannot
-    initialise itself, or logits that do not fit the targets; `DataError` for unusable data.
+    with `interrupted=True`.
+
+    Args:
+        data: a data set with `.train`, a pair `(inputs, targets)`, or an iterable of such batches. Inputs are
+            `(N, ...)`, targets class numbers `(N,)`, or `(N, T)` for logits `(N, T, classes)`. An epoch visits each
+            sample once, less the incomplete last batch.
+        optimizer: "adam", "adamw" (decoupled weight decay) or "sgd" (with `momentum`).
+        schedule: "cosine" from `lr` down to 0 over all steps, or "constant".
+        init: weights that every seed starts from, so that only the order of the data differs.
+        keep: keep the weights along the way: a number of epochs between them, or the epochs themselves (0: before
+            the first step); found in `trajectory`.
+        record: keep the weights before the first step and after every one, in `steps`: what `lmc.landscape.telescope` takes.
+            Every step holds a copy of all weights.
+        start: epochs that `init` has behind it, so that the schedule goes on from there and `epochs` counts from the beginning:
+            a branch of a run, see `branches`. The optimiser starts afresh.
+        device: where to train (default: where `model` is); the weights stay there.
+
+    Raises:
+        InputError: arguments outside their range, a layer that cannot initialise itself, or logits that do not fit the
+            targets.
+        DataError: unusable data.
     """
     began = time.perf_counter()
     recipe = Recipe(

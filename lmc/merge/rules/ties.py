@@ -125,7 +125,7 @@ def thresholds(
 
 @dataclass(frozen=True)
 class Competition:
-    """PCB's first passes, `(models,)` each: the range that |tau| is clipped to, and that of the balance kept."""
+    """PCB's first passes, `(models,)` each: the range that ``|tau|`` is clipped to, and that of the balance kept."""
 
     low: Tensor
     high: Tensor
@@ -160,7 +160,7 @@ def _survey_pcb(deltas: Pass, *, density: Any, **_: Any) -> Competition:
 def pcb(deltas: Tensor, *, survey: Competition, density: float = 0.1, weights: Sequence[float] | None = None) -> Tensor:
     """PCB-Merging (Du et al. 2024, 2410.02396): entries compete within their task and with those of the other tasks.
 
-    Over the flattened model, per task: `a` is |tau| clipped to its quantiles 1e-4 and 1 - 1e-4; intra-balancing
+    Over the flattened model, per task: `a` is ``|tau|`` clipped to its quantiles 1e-4 and 1 - 1e-4; intra-balancing
     `exp(T minmax(a)^2)`; inter-balancing `tanh(tau * sum_t tau)`; of their product the top share `density` is kept and
     scaled to [0, 1] as s. The result is `sum_t w_t sgn(tau_t) a_t s_t / sum_t s_t`. The authors' scale (or weights) is
     1.2 for density 0.1. `density=1` keeps all but the minimum. Where nothing competes (two opposite task vectors, whose

@@ -1,0 +1,50 @@
+"""Stored plotly figures stay alive: their data lie in the page, one plotly.js lies in the site, and each is drawn when it
+comes into view."""
+
+import json
+import shutil
+from pathlib import Path
+
+import plotly
+
+MIME = "application/vnd.plotly.v1+json"
+LIBRARY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+
+
+def _markup(figure: dict) -> str:
+    """A box that the page's script fills."""
+    content = {"data": figure["data"], "layout": figure["layout"]}
+    held = json.dumps(content, separators=(",", ":")).replace("</", "<\\/")
+    height = figure["layout"].get("height", 450)
+    return f'<div class="figure-box" style="min-height:{height}px"><script type="application/json">{held}</script></div>'
+
+
+def read(app, name, source):
+    """Before a notebook is parsed, put boxes in the place of its figures and of their pictures."""
+    if app.builder.format != "html" or Path(app.env.doc2path(name)).suffix != ".ipynb":
+        return
+    notebook = json.loads(source[0])
+    outputs = [output for cell in notebook["cells"] for output in cell.get("outputs", [])]
+    drawn = [output for output in outputs if MIME in output.get("data", {})]
+    for output in drawn:
+        output["data"] = {"text/html": _markup(output["data"][MIME])}
+    source[0] = json.dumps(notebook)
+    app.env.metadata[name]["figures"] = bool(drawn)
+
+
+def scripts(app, page, template, context, doctree):
+    if app.env.metadata.get(page, {}).get("figures"):
+        for file in ("plotly.min.js", "figures.js"):
+            app.add_js_file(file, loading_method="defer")
+
+
+def finish(app, error):
+    if error is None and app.builder.format == "html":
+        shutil.copyfile(LIBRARY, Path(app.outdir) / "_static" / "plotly.min.js")
+
+
+def setup(app):
+    app.connect("source-read", read)
+    app.connect("html-page-context", scripts)
+    app.connect("build-finished", finish)
+    return {"parallel_read_safe": True, "parallel_write_safe": True, "version": "1"}
