@@ -7,7 +7,6 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
 
-import lmc  # noqa: E402
 
 project, author = "lmc", "the lmc contributors"
 copyright = author
@@ -25,7 +24,7 @@ extensions = [
     "links",
     "reference",
 ]
-exclude_patterns = ["_templates", "api/generated/.ignore"]
+exclude_patterns = ["_templates"]
 templates_path = ["_templates"]
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
@@ -65,6 +64,7 @@ html_theme_options = {
 }
 html_show_sourcelink = False
 html_copy_source = False
+
 
 def setup(app):
     """Defaults that are made anew print as `<factory>`, which is no Python: the whole signature would stay plain text."""

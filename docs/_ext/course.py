@@ -42,7 +42,13 @@ def make(app, config):
         if png := _largest_picture(notebook):
             _write(HERE / "_thumbnails" / f"{path.stem}.webp", _thumbnail(png))
             picture = [f":img-top: _thumbnails/{path.stem}.webp", f":img-alt: a figure of {title}"]
-            cards += [f":::{{grid-item-card}} {title}", *picture, f":link: notebooks/{path.stem}", ":link-type: doc", ":::"]
+            cards += [
+                f":::{{grid-item-card}} {title}",
+                *picture,
+                f":link: notebooks/{path.stem}",
+                ":link-type: doc",
+                ":::",
+            ]
     grid = ["::::{grid} 1 2 3 3", ":gutter: 3", "", *cards, "::::"]
     _write(HERE / "gallery.md", "\n".join(["# Gallery", "", "One picture of each notebook.", "", *grid, ""]).encode())
     tree = ["```{toctree}", ":maxdepth: 1", "", *pages, "```"]

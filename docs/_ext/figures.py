@@ -16,7 +16,9 @@ def _markup(figure: dict) -> str:
     content = {"data": figure["data"], "layout": figure["layout"]}
     held = json.dumps(content, separators=(",", ":")).replace("</", "<\\/")
     height = figure["layout"].get("height", 450)
-    return f'<div class="figure-box" style="min-height:{height}px"><script type="application/json">{held}</script></div>'
+    return (
+        f'<div class="figure-box" style="min-height:{height}px"><script type="application/json">{held}</script></div>'
+    )
 
 
 def read(app, name, source):
