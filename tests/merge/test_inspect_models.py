@@ -1,6 +1,8 @@
 """`lmc.merge.inspect`: differences, numbers and advice for models whose relation is known."""
 
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -136,6 +138,29 @@ def test_barriers_have_the_unit_of_the_task() -> None:
     spec = lmc.permutation_spec(model, data.data[0][:2], progress=False)
     compared = lmc.align.compare(spec, model, *models, data, methods=["weight matching"], alphas=3, progress=False)
     assert compared.unit == "squared error" and "(squared error)" in compared.plot().layout.xaxis.title.text
+
+
+def test_adapters_copies_frozen_layers_and_costs(tmp_path: Path) -> None:
+    base = {"l0.weight": torch.randn(6, 4), "l1.weight": torch.randn(4, 6)}
+    factors = {
+        "base_model.model.l1.lora_A.weight": torch.randn(2, 6),
+        "base_model.model.l1.lora_B.weight": torch.randn(4, 2),
+    }
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        save_file(factors, tmp_path / name / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2 + ord(name)}
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps(config))
+    save_file(base, tmp_path / "base.safetensors")
+    paths = [tmp_path / "a", tmp_path / "b"]
+    said = lmc.merge.inspect(paths, base=tmp_path / "base.safetensors", progress=False).advice
+    assert "a (rank 2), b (rank 2)" in said[0] and "extract" in said[0]
+    assert "1 of 2 layers are the base's in all models, first l0" in said[1]
+    assert any("same task vector" in sentence for sentence in said) and said[-1].startswith("A merge on disk reads")
+    alone = lmc.merge.inspect(paths, progress=False).advice
+    assert len(alone) == 2 and all("base=" in sentence for sentence in alone)
+    twins = lmc.merge.inspect([base, dict(base)], progress=False).advice
+    assert twins[0] == "models[0] and models[1] have the same weights: leave one out."
 
 
 def test_bad_input() -> None:

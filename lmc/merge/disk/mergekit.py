@@ -18,7 +18,7 @@ Gradients are interpolated over the layers of a slice; tensors outside layers ta
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -422,6 +422,11 @@ def _options(
         first = next(iter(values.values()))
         options[key] = first if all(value == first for value in values.values()) else values
     return options
+
+
+def _values(option: Any) -> Iterable[Any]:
+    """The values of an option, which is one for all tensors or one for each name."""
+    return option.values() if isinstance(option, Mapping) else [option]
 
 
 def _places(

@@ -72,6 +72,11 @@ class WeightSets:
         return len(self.states)
 
     @cached_property
+    def _adapted(self) -> frozenset[int]:
+        """The identities of the states that are a base with an adapter: what they read is computed."""
+        return frozenset(id(state) for state in self.states if adapted(state))
+
+    @cached_property
     def shells(self) -> Mapping[str, Tensor]:
         """The names with tensors of the shape that rules are given, whose values are not to be read."""
         first = outline(self.states[0])
@@ -97,7 +102,7 @@ class WeightSets:
         What comes next is read from disk meanwhile, where it is small.
         """
         steps = ((name, chunk) for name in names for chunk in chunks(self.shells[name], cut))
-        lazy = [s for s in (*self.states, self.base) if isinstance(s, Checkpoint) and not adapted(s)]
+        lazy = [s for s in (*self.states, self.base) if isinstance(s, Checkpoint) and id(s) not in self._adapted]
         return self._ahead.walk(steps, self.shells, lazy, self._load)
 
     def stack(self, name: str, chunk: Chunk = None) -> Tensor:
@@ -122,7 +127,7 @@ class WeightSets:
 
     def deltas(self, name: str, chunk: Chunk = None) -> Tensor:
         """`(models, *shape)`: the task vectors, model minus base; of an adapter what it adds, unrounded."""
-        if not any(map(adapted, self.states)):
+        if not self._adapted:
             return self._finite(self._stack(name, chunk).sub_(self._base(name, chunk)), name, chunk)
         base = self._base(name, chunk)
         together = base.new_empty((len(self.states), *base.shape))
@@ -133,7 +138,7 @@ class WeightSets:
 
     def _added(self, state: Mapping[str, Tensor], name: str, chunk: Chunk) -> Tensor | float | None:
         """What an adapter on this base adds to it; 0 where it leaves the base's tensor, None for other models."""
-        if not isinstance(state, Checkpoint) or not adapted(state) or name in self.pairs:
+        if not isinstance(state, Checkpoint) or id(state) not in self._adapted or name in self.pairs:
             return None
         entry = state.entry(name)
         origin = entry.base if isinstance(entry, Changed) else entry

@@ -21,7 +21,8 @@ from lmc.merge.engine.tensors import STATISTICS, fitting, on_base, outline
 from lmc.merge.study.survey import Difference, LayerReport, Survey, differences
 from lmc.network.derived import derived_names, gauged
 from lmc.weights import ModelOrWeights, as_weights, tied_names
-from lmc.weights.checkpoint import Checkpoint
+from lmc.weights.adapter import Adapter
+from lmc.weights.checkpoint import Checkpoint, readable
 from lmc.weights.opening import open_checkpoint
 from lmc.weights.state import inexact, unmergeable
 
@@ -126,7 +127,7 @@ def inspect(
     states = [_opened(given) for given in models]
     called = _names(models, states, names)
     reference = None if base is None else _opened(base)
-    states = on_base(states, reference)[: len(states)]
+    given, states = states, on_base(states, reference)[: len(states)]
     if data is not None and model is None:
         raise InputError("barriers on data need the architecture as well: pass model=")
     everyone = [*states, *([] if reference is None else [reference])]
@@ -154,7 +155,10 @@ def inspect(
     total, matrices = survey.layer("all", survey.total), survey.layer("matrices", survey.matrices)
     folders = [state.path for state in everyone if isinstance(state, Checkpoint)]
     words = differing(folders, heads[: len(folders)]) if len(folders) == len(everyone) > 1 else []
+    ranks = {who: model.config.get("r") for who, model in zip(called, given, strict=True) if isinstance(model, Adapter)}
+    words += [] if unusable else _further(ranks, layers, matrices, called, reference is not None)
     said = (*words, *advice(called, different, faults, unusable, matrices, reference is not None))
+    said = (*said, *_cost(everyone)) if len(called) > 1 and not unusable else said
     if barriers is not None and len(called) > 1:
         said = (*said, _basin(called, barriers, unit, flat))
     return Inspection(called, reference is not None, different, faults, layers, total, matrices, barriers, said, unit)
@@ -257,6 +261,43 @@ def _fit(differences: Sequence[Difference]) -> list[str]:
     if kinds["tie"]:
         said.append(f"{kinds['tie']} tensors are tied in one model and not in another: untie or tie them first.")
     return said
+
+
+def _further(
+    ranks: Mapping[str, Any], layers: Sequence[LayerReport], matrices: LayerReport, names: Sequence[str], based: bool
+) -> list[str]:
+    """What the models are: adapters, copies of each other, fine-tunes with frozen layers."""
+    said = []
+    if ranks:
+        listed = ", ".join(f"{who} (rank {rank})" for who, rank in ranks.items())
+        said.append(
+            f"Adapters, taken as the task vectors that they are: {listed}. A merge can become an adapter again, "
+            "lmc.merge.extract(models, out, base=base, rank=...); knots and tsv_m were made for low ranks."
+        )
+    for i, name in enumerate(names):
+        for j in range(i):
+            pair = matrices.cosines[i, j], matrices.norms[i], matrices.norms[j]
+            if not based and pair[0] > 1.0 - 1e-12 and np.isclose(pair[1], pair[2], rtol=1e-12, atol=0.0):
+                said.append(f"{names[j]} and {name} have the same weights: leave one out.")
+    frozen = [layer.name for layer in layers if based and layer.size and not layer.norms.any()]
+    if frozen and len(frozen) < len(layers):
+        said.append(
+            f"{len(frozen)} of {len(layers)} layers are the base's in all models, first {frozen[0]}: no method changes them."
+        )
+    return said
+
+
+def _cost(states: Sequence[Mapping[str, Tensor]]) -> list[str]:
+    """What a merge on disk would read and write."""
+    if not all(isinstance(state, Checkpoint) for state in states):
+        return []
+    read = sum(file.stat().st_size for file in {f for s in states if isinstance(s, Checkpoint) for f in s.files})
+    first = states[0]
+    size = first.size if isinstance(first, Checkpoint) else 0
+    return [
+        f"A merge on disk reads {readable(read)} (some methods two or three times) and writes {readable(size)}; "
+        "lmc.merge.plan(...) says how much memory a method takes."
+    ]
 
 
 def _task_vectors(names: Sequence[str], matrices: LayerReport) -> list[str]:
