@@ -11,6 +11,7 @@ from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import DataError, InputError
 from lmc.landscape.evaluation.evaluator import Evaluator
+from lmc.landscape.evaluation.scores import joined
 from lmc.network.batches import Split, head, take, to_device
 from lmc.network.network import Network, pick_device
 from lmc.network.task import Outputs
@@ -170,9 +171,20 @@ def _grams(network: Network, weights: Weights, inputs: Any) -> dict[str, Tensor]
 
 
 def _some(split: Split, examples: int) -> Any:
-    """Evenly spaced inputs of a split given whole, else the start of its first batch, all of one that cannot be cut."""
-    inputs, targets = next(iter(split.batches))
+    """Evenly spaced inputs of a split given whole, else those of its first batches; of batches that cannot be joined or
+    cut, the first."""
     if split.whole:
-        inputs = take(inputs, slice(None, None, -(-len(targets) // examples)))
-        targets = targets[:: -(-len(targets) // examples)]
-    return head((inputs, targets), examples)[0]
+        inputs, targets = next(iter(split.batches))
+        step = -(-len(targets) // examples)
+        return head((take(inputs, slice(None, None, step)), targets[::step]), examples)[0]
+    parts: list[Any] = []
+    goals: list[Tensor] = []
+    for inputs, targets in split.batches:
+        parts.append(inputs)
+        goals.append(targets)
+        if sum(map(len, goals)) >= examples:
+            break
+    try:
+        return head((joined(parts), torch.cat(goals)), examples)[0]
+    except (RuntimeError, TypeError):  # sequences of several lengths, graphs
+        return head((parts[0], goals[0]), examples)[0]

@@ -333,6 +333,20 @@ def derives_outside(module: nn.Module, runs: Sequence[Callable[[], Any]], same: 
     return any(_acts(place, runs, same) for key, place in single.items() if key not in shared)
 
 
+def form(model: nn.Module) -> tuple[Any, ...]:
+    """What tells whether a module computes as it did, but for its weights: its modules, their flags and numbers, and the
+    functions on them."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple((k, v) for k, v in vars(module).items() if isinstance(v, bool | int | str) and k != "training"),
+            tuple(map(id, _additions(module))),
+        )
+        for name, module in model.named_modules()
+    )
+
+
 def is_plain(module: nn.Module) -> bool:
     """Whether a module is one of torch's own, with no hook or function of the caller's on it."""
     return is_torch(module) and not any(
@@ -418,18 +432,22 @@ def _is_namespace(address: Address) -> bool:
 
 
 def _float_places(module: nn.Module) -> Iterator[tuple[Address, Any]]:
-    """The address of everything hidden that holds floating-point tensors, or numbers that forward passes may have set, and
-    what kind of place it is."""
+    """The address of everything hidden that holds floating-point tensors, or numbers and tensors of any kind that forward
+    passes may have set, and what kind of place it is."""
     state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
     classes = {name: type(m) for name, m in module.named_modules()}
     for address, container in _containers(module):
         owner = classes[address[0]]
         for key, value in container.items() if isinstance(container, dict) else enumerate(container):
-            tensors = [x for x in _tensors_of(value) if x.is_floating_point() or x.is_complex()]
-            if isinstance(value, float | complex):
-                held = key in stores(owner).attributes if _is_namespace(address) else address[1] in stores(owner).items
+            tensors = _tensors_of(value)
+            plain = not any(x.is_floating_point() or x.is_complex() for x in tensors)
+            held = not any(id(x) in state for x in tensors)
+            if isinstance(value, int | float | complex) or (
+                tensors and plain
+            ):  # a count, an index, a mask: or a constant
+                held &= key in stores(owner).attributes if _is_namespace(address) else address[1] in stores(owner).items
             else:
-                held = bool(tensors) and not any(id(x) in state for x in tensors)
+                held &= bool(tensors)
             if held:
                 yield (*address, key), (owner, address[1:], key if _is_namespace(address) else None)
 

@@ -29,6 +29,7 @@ from lmc.network.caches import (
     Removal,
     derives_outside,
     empty,
+    form,
     fresh_copy,
     hidden_tensors,
     is_plain,
@@ -59,7 +60,8 @@ class _Verdict:
 
 _PLAIN = _Verdict(caches=False)
 _SHADOWED = 64  # parameters that are looked at one by one
-_VERDICTS: weakref.WeakKeyDictionary[nn.Module, _Verdict] = weakref.WeakKeyDictionary()
+# With the form that the module had: its caller may set flags, exchange layers, or add hooks.
+_VERDICTS: weakref.WeakKeyDictionary[nn.Module, tuple[_Verdict, Any]] = weakref.WeakKeyDictionary()
 
 
 class Network:
@@ -300,14 +302,17 @@ class Network:
             few, weights = _few(inputs), as_weights(self._model) if self._loaded is None else self._loaded
             try:
                 stale = removable(self.module, lambda removal: self._called(removal, weights, few))
-                verdict = _VERDICTS.get(self._model) or self._judged(stale, weights, few)
+                known, seen = _VERDICTS.get(self._model, (None, None))
+                verdict = (
+                    known if known is not None and seen == form(self._model) else self._judged(stale, weights, few)
+                )
             except LmcError:
                 self._verdict = None
                 raise
             except Exception:  # noqa: BLE001 (the caller's own call of the module will raise it)
                 verdict, self._verdict = self._verdict, None
                 return verdict
-        _VERDICTS[self._model] = verdict
+        _VERDICTS[self._model] = verdict, form(self._model)
         self._adopt(stale, verdict)
         if stale and self._loaded is not None:
             self.load(self._loaded)

@@ -19,14 +19,18 @@ from lmc.weights.state import ModelOrWeights, StateDict, Weights, inexact, narro
 
 @own_context
 def lerp(a: ModelOrWeights, b: ModelOrWeights, alpha: float) -> StateDict:
-    """`(1 - alpha) a + alpha b`; exactly `a` at 0 and exactly `b` at 1 (integers come from `a`)."""
+    """`(1 - alpha) a + alpha b`, entry by entry; exactly `a` at 0 and exactly `b` at 1 (integers come from `a`).
+
+    Of weights under a weight or spectral normalisation it mixes the tensors that are stored; `lmc.merge.average` and
+    `lmc.loss_path` mix the weights that are used.
+    """
     a, b = _pair(a, b)
     return StateDict({name: _combine(name, [x, b[name]], [1.0 - alpha, alpha]) for name, x in a.items()}, like=a)
 
 
 @own_context
 def mean(models: Sequence[ModelOrWeights], weights: Sequence[float] | None = None) -> StateDict:
-    """The weighted mean of several weight sets; `weights` sum to 1 (default: all equal)."""
+    """The weighted mean of several weight sets, entry by entry as in `lerp`; `weights` sum to 1 (default: all equal)."""
     states = [as_weights(model) for model in models]
     if not states:
         raise InputError("mean of no weights at all: pass at least one model")

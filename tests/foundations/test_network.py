@@ -672,3 +672,56 @@ def test_inputs_that_are_no_numbers_are_named(call, data):
     bad[3, 2] = torch.nan
     with pytest.raises(lmc.DataError, match=r"inputs of shape \(\d+, 8\) hold NaN, first at"):
         call(*(Base(seed) for seed in range(3)), bad, y)
+
+
+class Chosen(Base):
+    """Keeps which units are largest: an index, or how many there are: numbers that are no floating-point ones."""
+
+    def __init__(self, seed: int, what: str) -> None:
+        super().__init__(seed)
+        self.what, self.kept = what, None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        size = self.a.weight.detach().norm(dim=1)
+        if self.kept is None:
+            self.kept = {"index": size.topk(3).indices, "mask": size > size.median(), "number": int(size.argmax())}[
+                self.what
+            ]
+        chosen = F.one_hot(torch.tensor(self.kept), 6) if self.what == "number" else self.kept
+        scale = torch.zeros(6).index_fill(0, chosen, 1.0) if self.what == "index" else chosen
+        return self.b(F.relu(self.a(x)) * scale)
+
+
+@pytest.mark.parametrize("what", ["index", "mask", "number"])
+@pytest.mark.parametrize("called", [False, True])
+def test_choices_that_depend_on_weights_are_made_for_each(what, called, data):
+    x, y = data
+    models = [Chosen(seed, what) for seed in range(6)]
+    if called:
+        models[0](x)
+    for a, b in zip(models[1:-1], models[2:], strict=True):
+        path = lmc.loss_path(models[0], a, b, (x, y), alphas=3, progress=False)
+        own = [F.cross_entropy(own_outputs(lambda s: Chosen(s, what), m.state_dict(), x), y).item() for m in (a, b)]
+        assert path.values["data"]["loss"][[0, 2]] == pytest.approx(own, abs=1e-6)
+
+
+class Switched(Base):
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.kept, self.wanted = None, False
+
+    def scale(self):
+        if not self.wanted:
+            return super().scale()
+        self.kept = super().scale() if self.kept is None else self.kept
+        return self.kept
+
+
+def test_a_module_that_was_changed_is_looked_at_again(data):
+    x, y = data
+    models = [Switched(seed) for seed in range(3)]
+    own = [F.cross_entropy(own_outputs(Switched, m.state_dict(), x), y).item() for m in models[1:]]
+    for wanted in (False, True):
+        models[0].wanted = wanted
+        path = lmc.loss_path(models[0], *models[1:], (x, y), alphas=3, progress=False)
+        assert path.values["data"]["loss"][[0, 2]] == pytest.approx(own, abs=1e-6)

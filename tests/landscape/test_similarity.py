@@ -89,6 +89,16 @@ def test_batches_and_convolutions():
     assert found.count == 60 and list(found.cka) == ["0", "1", "2", "3"]
 
 
+@pytest.mark.parametrize("size", [7, 100])
+def test_data_in_batches_are_compared_as_the_whole(size):
+    x, y = examples(100)
+    batches = [(x[i : i + size], y[i : i + size]) for i in range(0, 100, size)]
+    whole, found = (similarity(network(0), network(1), network(2), data) for data in ((x, y), batches))
+    assert found.cka == pytest.approx(whole.cka, abs=1e-6)
+    few = similarity(network(0), network(1), network(2), batches, examples=20)
+    assert few.cka == pytest.approx(similarity(network(0), network(1), network(2), (x[:20], y[:20])).cka, abs=1e-6)
+
+
 def test_bad_input():
     data = examples(20)
     with pytest.raises(InputError, match="examples=1"):
