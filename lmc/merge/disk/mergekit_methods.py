@@ -68,6 +68,8 @@ def _added(p: Parameters, normalize: bool) -> dict[str, Any]:
     if p.one("normalize", normalize):
         total = sum(weights)
         weights = [weight / (total if abs(total) >= 1e-8 else 1.0) for weight in weights]
+    if len(set(weights)) == 1:  # a factor of the sum, which takes one product instead of one for each model
+        weights, scale = [1.0] * len(weights), scale * weights[0]
     return {"weights": weights, "scale": scale}
 
 

@@ -202,7 +202,8 @@ def combine(deltas: Tensor, how: Combine, weights: Sequence[float] | None = None
 
 def weigh(deltas: Tensor, weights: Sequence[float] | None) -> Tensor:
     """Each of `(models, *shape)` times its weight."""
-    return deltas if weights is None else deltas * per_model(coefficients(weights, len(deltas)), deltas)
+    values = coefficients(weights, len(deltas))
+    return deltas if all(value == 1.0 for value in values) else deltas * per_model(values, deltas)
 
 
 def per_model(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ CANDIDATES: dict[str, Candidate] = {
     "tsv_m": Candidate(_on_base(tsv_m), {"scale": FEW_SCALES}, needs_base=True),
     "iso_c": Candidate(_on_base(iso_c), {"scale": FEW_SCALES}, needs_base=True),
     "iso_cts": Candidate(_on_base(iso_cts), {"scale": FEW_SCALES}, needs_base=True),
-    "wudi": Candidate(_on_base(wudi), {"rest": ("base", "mean"), "scale": (0.7, 1.0)}, needs_base=True),
+    "wudi": Candidate(_on_base(wudi), {"rest": ("base", "mean"), "scale": (0.1, 0.3, 0.5, 1.0)}, needs_base=True),
     "knots": Candidate(_on_base(knots), {"density": (0.2, 1.0), "scale": FEW_SCALES}, needs_base=True),
     "cat_merging": Candidate(
         lambda task, **options: cat_merging(
