@@ -136,11 +136,11 @@ def as_splits(data: Any, targets_of: TargetsOf | None = None) -> list[Split]:
     elif isinstance(data, Mapping) and data and not any(isinstance(value, Tensor) for value in data.values()):
         named = {str(name): data[name] for name in sorted(data, key=lambda n: {"train": 0, "test": 2}.get(n, 1))}
     else:
-        named = _masked(data) or {"data": data}
+        named = masked(data) or {"data": data}
     return [_split(part, name, targets_of) for name, part in named.items()]
 
 
-def _masked(data: Any) -> dict[str, Any]:
+def masked(data: Any) -> dict[str, Any]:
     """One set for each of the masks `train_mask`, `val_mask` and `test_mask` of a data object; else none."""
     masks = {name: getattr(data, f"{name}_mask", None) for name in ("train", "val", "test")}
     found = {name: mask for name, mask in masks.items() if isinstance(mask, Tensor)}

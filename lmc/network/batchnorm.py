@@ -14,7 +14,7 @@ from lmc.errors import DataError, InputError, LmcError
 from lmc.network.batches import check_numbers, take, tensors, to_device
 from lmc.network.derived import settled
 from lmc.network.inputs import input_batches, length
-from lmc.network.network import Network, pick_device
+from lmc.network.network import Network, pick_device, whole
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted, tied_names
 
 
@@ -54,7 +54,7 @@ def recalibrate_batchnorm(
         True
     """
     source = fitted(model, as_weights(model if weights is None else weights))
-    network = Network(model, pick_device(device, source))
+    network = Network(model, pick_device(device, source), whole)
     network.check(source, "weights")
     if inputs is None:
         raise DataError("inputs: None; pass a tensor (N, ...), a tuple or mapping of such, or a list of batches")

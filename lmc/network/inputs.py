@@ -132,3 +132,11 @@ def arguments(module: nn.Module, call: Call) -> tuple[tuple[Any, ...], dict[str,
     if required and all(name in known for name in required):
         return (), {name: known[name] for name in asked if name in known}
     return (call,), {}
+
+
+def plain(module: nn.Module, call: Call) -> Any:
+    """A call as tensors, a tuple or a mapping: a data object, such as a graph, as what `module` takes of it."""
+    if isinstance(call, Tensor | tuple | list | Mapping):
+        return call
+    args, kwargs = arguments(module, call)
+    return kwargs or args

@@ -64,6 +64,11 @@ _SHADOWED = 64  # parameters that are looked at one by one
 _VERDICTS: weakref.WeakKeyDictionary[nn.Module, tuple[_Verdict, Any]] = weakref.WeakKeyDictionary()
 
 
+def whole(result: Any) -> Any:
+    """All of a module's result, for functions that only run it."""
+    return result
+
+
 class Network:
     """One architecture in eval mode on one device; `load` gives it weights, calling it gives its outputs.
 

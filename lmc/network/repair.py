@@ -20,7 +20,7 @@ from lmc.network.derived import gauged, settled
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.layers import Layer, rescalable, run_seen
 from lmc.network.moments import ChannelMoments
-from lmc.network.network import Network, pick_device
+from lmc.network.network import Network, pick_device, whole
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_compatible, check_finite, fitted, mean
 
 Method = Literal["passes", "closed_form"]
@@ -80,7 +80,7 @@ def repair(
     states = [fitted(model, as_weights(other), f"models[{k}]") for k, other in enumerate(models)]
     if not states:
         raise InputError("repair of no models at all: pass at least one")
-    network = Network(model, pick_device(device, states[0]))
+    network = Network(model, pick_device(device, states[0]), whole)
     equal = [1.0 / len(states)] * len(states)
     renormalizer = Renormalizer(network, states, inputs, method, batch_size, progress)
     return renormalizer(equal if shares is None else shares)

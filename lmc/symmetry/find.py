@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lmc.core.context import own_context, warn
 from lmc.errors import CertificateError, InputError
 from lmc.network.batches import to_device
+from lmc.network.inputs import plain
 from lmc.network.network import renamed_entries
 from lmc.symmetry.continuous.find import continuous_symmetries
 from lmc.symmetry.discovery.discover import discover
@@ -35,8 +36,8 @@ def permutation_spec(
     Args:
         model: any `nn.Module`, on any device and in any precision; it is not changed. On the meta device (shapes without
             numbers) symmetries are found but cannot be certified.
-        inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; small shapes with at
-            least two examples (and two tokens) are best.
+        inputs: a tensor, a tuple of positional arguments, a dict of keyword arguments, or a data object (a graph) that
+            has them; small shapes with at least two examples (and two tokens) are best.
         outputs: the output that must stay the same: an attribute or key, a position, or a function of the result; by
             default every floating-point tensor of the result but caches and records (`past_key_values`,
             `hidden_states`, `attentions` and their kin). The spec's `outputs` names them.
@@ -65,6 +66,7 @@ def permutation_spec(
         {'fc1.weight': 'fc1 .', 'fc1.bias': 'fc1', 'head.weight': '. fc1', 'head.bias': '.'}
     """
     _check(model, inputs)
+    inputs, also = plain(model, inputs), None if also is None else plain(model, also)
     if renamed := renamed_entries(model):
         more = f" and {len(renamed) - 2} more" if len(renamed) > 2 else ""
         warn(

@@ -9,6 +9,7 @@ import torch
 from support import close, same
 from torch import Tensor, nn
 
+import lmc
 import lmc.merge as merge
 from lmc.errors import DataError, InputError, MismatchError
 
@@ -402,3 +403,84 @@ def test_nothing_of_the_caller_is_touched(method, nets) -> None:
     assert not any(m._forward_pre_hooks for module in everything for m in module.modules())
     assert math.isfinite(float(sum(v.double().sum() for v in merged.values())))
     assert torch.allclose(merged["bn.running_var"], torch.stack([m.bn.running_var for m in models]).mean(0))
+
+
+def test_information_of_pixels_leaves_out_what_does_not_count() -> None:
+    draw = torch.Generator().manual_seed(0)
+    model = nn.Conv2d(2, 3, 1)
+    images, masks = torch.randn(5, 2, 3, 4, generator=draw), torch.randint(3, (5, 3, 4), generator=draw)
+    masks[0], masks[1, :2] = 255, 255
+    task = lmc.Task.segmentation()
+    found = merge.fisher_information(model, None, task.on((images, masks)), labels="true")
+    expected = torch.zeros_like(model.weight)
+    for image, mask in zip(images[1:], masks[1:], strict=True):
+        loss = nn.functional.cross_entropy(model(image[None]), mask[None], ignore_index=255, reduction="sum")
+        expected += torch.autograd.grad(loss, model.weight)[0] ** 2 / 4
+    assert torch.allclose(found["weight"], expected, atol=1e-6)
+    # what stands at places that do not count makes no difference, nor to drawn labels, which classes first must not mislead
+    other = images.where((masks != 255)[:, None], torch.randn(images.shape, generator=draw))
+    for labels in ("true", None):
+        one, two = (merge.fisher_information(model, None, task.on((x, masks)), labels=labels) for x in (images, other))
+        assert torch.allclose(one["weight"], two["weight"], atol=1e-6)
+    with pytest.raises(DataError, match="which axis holds the classes"):
+        merge.fisher_information(model, None, images)
+
+
+def test_information_of_independent_labels_is_that_of_their_task() -> None:
+    draw = torch.Generator().manual_seed(0)
+    model, x = nn.Linear(4, 3), torch.randn(9, 4, generator=draw)
+    yes = (torch.randn(9, 3, generator=draw) > 0).float()
+    found = merge.fisher_information(model, None, lmc.Task.binary().on((x, yes)))
+    p = model(x).sigmoid()
+    assert torch.allclose(found["bias"], (p * (1 - p)).mean(0), atol=1e-6)
+    assert torch.allclose(found["weight"], (p * (1 - p)).T @ x.square() / 9, atol=1e-6)
+
+
+class Nodes(nn.Module):
+    """Sums over neighbours, then a linear map."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor, edge_index: torch.Tensor) -> torch.Tensor:
+        return self.lin(x.index_add(0, edge_index[1], x[edge_index[0]]))
+
+
+def test_one_graph_is_an_example_for_every_method() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x, edges = torch.randn(7, 3, generator=draw), torch.randint(7, (2, 12), generator=draw)
+    y = torch.randint(2, (7,), generator=draw)
+    mask = torch.arange(7) % 2 == 0
+    graph = SimpleNamespace(x=x, edge_index=edges, y=y, train_mask=mask, val_mask=None, test_mask=~mask)
+    models = [Nodes(), Nodes()]
+    found = merge.fisher_information(models[0], None, graph, labels="true")
+    loss = nn.functional.cross_entropy(models[0](x, edges), y, reduction="none")
+    rows = [torch.autograd.grad(loss[n], models[0].lin.weight, retain_graph=True)[0] ** 2 for n in range(7) if mask[n]]
+    assert torch.allclose(found["lin.weight"], torch.stack(rows).mean(0), atol=1e-6)
+    merged = merge.regmean(models[0], models, [graph, graph], progress=False)
+    gathered = (x.index_add(0, edges[1], x[edges[0]])).double()
+    gram = gathered.T @ gathered
+    gram = 0.9 * gram + 0.1 * torch.diag(gram.diag())
+    sums = [gram @ m.lin.weight.double().T for m in models]
+    assert torch.allclose(merged["lin.weight"].double(), torch.linalg.solve(2 * gram, sum(sums)).T, atol=1e-5)
+    soup = merge.greedy_soup(models[0], models, graph, progress=False)
+    best = min(nn.functional.cross_entropy(m(x, edges)[mask], y[mask]).item() for m in models)
+    alone = [
+        row.score
+        for row in merge.greedy_soup(models[0], models, graph, metric="loss", progress=False).report.ingredients
+    ]
+    assert min(alone) == pytest.approx(best, rel=1e-5) and soup
+    spec = lmc.permutation_spec(models[0], graph, progress=False)
+    assert spec.certificate is not None
+
+
+def test_unlabelled_batches_serve_methods_that_need_no_labels() -> None:
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 3, generator=draw)
+    models = [nn.Linear(3, 2), nn.Linear(3, 2)]
+    whole = merge.regmean(models[0], models, [x, x], progress=False)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x), batch_size=5)
+    for given in (loader, [x[:5], x[5:]], iter([x[:5], x[5:]])):
+        found = merge.regmean(models[0], models, [given, x], progress=False)
+        assert all(torch.allclose(found[name], whole[name], atol=1e-6) for name in whole)

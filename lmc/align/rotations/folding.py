@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from lmc.core.context import own_context
 from lmc.errors import DataError, SpecError, WeightsError
-from lmc.network.inputs import first_of, input_batches
+from lmc.network.inputs import first_of, input_batches, plain
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.symmetry.tracing.outputs import select
 from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing
 
 TOLERANCE = 1e-9
@@ -70,6 +71,10 @@ def fold_norms(
     return StateDict(((name, tensor.to(weights[name].dtype)) for name, tensor in folded.items()), like=weights)
 
 
+def _in_one_row(result: Any) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in select(result)])
+
+
 class Probe:
     """An architecture in float64, examples to run it on, and the outputs of some weights as a reference.
 
@@ -80,8 +85,8 @@ class Probe:
     def __init__(self, model: nn.Module, weights: Weights, inputs: Any, generator: torch.Generator) -> None:
         if name := next((name for name, tensor in weights.items() if tensor.is_complex()), None):
             raise WeightsError(f"{name}: complex weights cannot be rotated; match them with weight_matching")
-        self.network = Network(model, pick_device(None, weights), dtype=torch.float64)
-        call = first_of(next(input_batches(model, inputs, EXAMPLES)), EXAMPLES)
+        self.network = Network(model, pick_device(None, weights), _in_one_row, torch.float64)
+        call = plain(model, first_of(next(input_batches(model, inputs, EXAMPLES)), EXAMPLES))
         self._calls = [_double(call)]
         self._reference = self(weights)
         if not bool(self._reference.isfinite().all()):
@@ -100,7 +105,7 @@ class Probe:
     def __call__(self, weights: Mapping[str, Tensor]) -> Tensor:
         """The outputs in float64, those of all examples in one row."""
         wide = {name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in weights.items()}
-        return torch.cat([self.network.outputs(wide, call).flatten() for call in self._calls])
+        return torch.cat([self.network.outputs(wide, call) for call in self._calls])
 
     def error(self, weights: Mapping[str, Tensor], reference: Tensor | None = None) -> float:
         """The largest difference to the reference (default: outputs of the weights given first), relative to its largest value."""

@@ -29,8 +29,8 @@ from lmc.merge.partial.units import BOTH, MergedUnits, numbers, zipped_weights
 from lmc.network.batches import tensors
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
 from lmc.network.derived import Derived, Orthogonal, Spectral, derived_in, gauged, settled
-from lmc.network.inputs import Call, first_of, input_batches
-from lmc.network.network import Network, pick_device
+from lmc.network.inputs import Call, first_of, input_batches, plain
+from lmc.network.network import Network, pick_device, whole
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
@@ -167,14 +167,14 @@ def prepare(
     a, b = gauged(a, model), gauged(b, model)
     if complex_ := next((name for name, tensor in a.items() if tensor.is_complex()), ""):
         raise WeightsError(f"{complex_}: complex weights; this method takes none, those without data do")
-    network = Network(model, pick_device(device, a))
+    network = Network(model, pick_device(device, a), whole)
     network.check(a, "a")
     home = next((tensor.device for tensor in a.values()), network.device)
     a, b = ({name: tensor.to(network.device) for name, tensor in weights.items()} for weights in (a, b))
     batches = [] if inputs is None else list(input_batches(model, inputs, batch_size))
     for call in batches[:1]:
         network.check_inputs(a, call, "inputs")
-    example = first_of(batches[0], 2) if batches else guess_inputs(network.module)
+    example = plain(network.module, first_of(batches[0], 2)) if batches else guess_inputs(network.module)
     spec = permutation_spec(network.module, example, progress=progress) if spec is None else spec.bind(a)
     if permutation is None and batches:
         permutation = activation_matching(spec, model, a, b, batches, device=network.device, progress=progress)

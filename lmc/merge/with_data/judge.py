@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from lmc.errors import DataError, InputError, WeightsError
 from lmc.landscape.evaluation.evaluator import Evaluator
-from lmc.network.batches import LABELS, TaskData, as_splits, check_numbers, cuttable, take, tensors
+from lmc.network.batches import LABELS, TaskData, as_splits, check_numbers, cuttable, masked, take, tensors
 from lmc.network.batchnorm import Recalibrator, calls_in
-from lmc.network.network import Network, pick_device
+from lmc.network.network import Network, pick_device, whole
 from lmc.network.task import Loss, Task
 from lmc.weights import Weights, check_finite
 
@@ -26,6 +26,8 @@ def chosen(data: Any) -> Any:
     """The one set of examples in `data`: `.validation` of a data set that has it, else `.train`, never `.test`."""
     if isinstance(data, TaskData):
         return data.task.on(chosen(data.data))
+    if sets := masked(data):
+        return sets.get("val", sets["train"])
     if splits(data):
         data = SimpleNamespace(**data)
     for name in ("validation", "train"):
@@ -92,7 +94,10 @@ def gather(data: Any, what: str) -> tuple[Any, Tensor | None]:
     if len(parts) == 1:
         return parts[0]
     columns = [inputs for inputs, _ in parts]
-    targets = torch.cat([goal for _, goal in parts if goal is not None])
+    if not all(_pieces(inputs, goal) for inputs, goal in parts):
+        raise DataError(f"{what}: several calls that cannot be cut into examples (graphs); this method draws batches of examples")
+    goals = [goal for _, goal in parts if goal is not None]
+    targets = torch.cat(goals) if goals else None
     if isinstance(columns[0], Tensor):
         return torch.cat(columns), targets
     if isinstance(columns[0], Mapping):
@@ -144,7 +149,7 @@ class Judge:
         self._unmerged = models
         self._recalibrate = None
         if inputs is not None:
-            network = Network(model, where)
+            network = Network(model, where, whole)
             self._recalibrate = Recalibrator(network, calls_in(network.module, inputs))
         self._function: Callable[[Weights], Any] | None = None
         if callable(validation):

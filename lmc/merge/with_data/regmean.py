@@ -19,7 +19,7 @@ from lmc.merge.with_data.judge import batches, each
 from lmc.network.batches import to_device
 from lmc.network.layers import as_matrix, as_weight, matrices, rows
 from lmc.network.moments import precise
-from lmc.network.network import Network, pick_device
+from lmc.network.network import Network, pick_device, whole
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def layer_inputs(
     if not 0.0 <= shrink <= 1.0:
         raise InputError(f"shrink must be in [0, 1], got {shrink}")
     sets = weight_sets(models, base, module=model)
-    network = Network(model, pick_device(device, as_weights(sets.states[0])))
+    network = Network(model, pick_device(device, as_weights(sets.states[0])), whole)
     tied = set(sets.ties.values())
     found = matrices(network.module, as_weights(sets.states[0]))
     layers = {n: m for n, m in found.items() if n in sets.weights and n not in tied}
