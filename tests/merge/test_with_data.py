@@ -473,6 +473,11 @@ def test_one_graph_is_an_example_for_every_method() -> None:
     assert min(alone) == pytest.approx(best, rel=1e-5) and soup
     spec = lmc.permutation_spec(models[0], graph, progress=False)
     assert spec.certificate is not None
+    methods = ["average", "adamerging", "regmean", "fisher"]
+    compared = merge.compare(
+        models[0], models, graph, base=Nodes(), data=[graph, graph], methods=methods, progress=False
+    )
+    assert set(methods) <= set(compared.to_frame().index)
 
 
 def test_unlabelled_batches_serve_methods_that_need_no_labels() -> None:

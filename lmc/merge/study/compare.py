@@ -20,8 +20,8 @@ from lmc.errors import InputError, LmcError, WorkerError
 from lmc.merge.engine.aligning import Align, aligned
 from lmc.merge.rules.averaging import average
 from lmc.merge.study.candidates import Candidate, MergeTask, models_of, selected
-from lmc.merge.with_data.judge import Judge, chosen, gather, splits
-from lmc.network.batches import TaskData, take, tensors
+from lmc.merge.with_data.judge import Judge, batches, chosen, gather, splits
+from lmc.network.batches import IGNORED, TaskData, cuttable, take, tensors
 from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
@@ -398,7 +398,18 @@ def _every_second(data: Any, name: str, start: int) -> Any:
     if isinstance(data, TaskData):
         return data.task.on(_every_second(data.data, name, start))
     index = slice(start, None, 2)
-    inputs, targets = (data, None) if isinstance(data, Tensor | Mapping) else gather(data, name)
+    parts = list(batches(data, name, limit=None, size=1 << 40))
+    cut = [cuttable(inputs, tensors(inputs)[0] if targets is None else targets) for inputs, targets in parts]
+    if len(parts) > 1 and not all(cut):  # graphs
+        return parts[index]
+    inputs, targets = parts[0] if len(parts) == 1 else gather(data, name)
+    if targets is not None and not all(cut):  # one graph: every second of the nodes that count
+        if targets.is_floating_point():
+            raise InputError(f"validation {name!r}: one call of the module cannot be split; pass test= as well")
+        places = (targets != IGNORED).nonzero()[index].unbind(1)
+        kept = torch.full_like(targets, IGNORED)
+        kept[places] = targets[places]
+        return [(inputs, kept)]
     if len(tensors(inputs)[0]) < 2:
         raise InputError(f"validation {name!r}: one example cannot be split; pass test= as well")
     return take(inputs, index) if targets is None else (take(inputs, index), targets[index])

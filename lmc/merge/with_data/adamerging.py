@@ -17,7 +17,7 @@ from lmc.merge.engine.assembly import Merged, Mixture
 from lmc.merge.engine.call import Pass
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.merge.rules.ties import thresholds, trim
-from lmc.merge.with_data.judge import each, gather
+from lmc.merge.with_data.judge import each, gather, pieces
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
 from lmc.weights import ModelOrWeights, Weights, as_weights, fitted
@@ -165,7 +165,8 @@ class _Examples:
     """Draws batches of inputs without end, each example once per round, in an order fixed by the seed."""
 
     def __init__(self, data: Any, what: str, batch_size: int, seed: int) -> None:
-        self.inputs, _ = gather(data, what)
+        self.inputs, targets = gather(data, what)
+        self.cuttable = pieces(self.inputs, targets)  # a graph is one example
         self.count = len(tensors(self.inputs)[0])
         self.batch_size = min(batch_size, self.count)
         self.generator = torch.Generator().manual_seed(seed)
@@ -175,4 +176,4 @@ class _Examples:
         if len(self.queue) < self.batch_size:
             self.queue = torch.randperm(self.count, generator=self.generator).tolist()
         index = torch.tensor([self.queue.pop() for _ in range(self.batch_size)])
-        return take(self.inputs, index)
+        return take(self.inputs, index) if self.cuttable else self.inputs

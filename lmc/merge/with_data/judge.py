@@ -60,7 +60,7 @@ def batches(data: Any, what: str, *, limit: int | None, size: int) -> Iterator[t
             whole = [
                 (inputs, None if targets.ndim == 2 and not targets.numel() else targets) for inputs, targets in held
             ]
-    if len(whole) == 1 and _pieces(*whole[0]) and limit is not None and limit < (count := len(tensors(whole[0][0])[0])):
+    if len(whole) == 1 and pieces(*whole[0]) and limit is not None and limit < (count := len(tensors(whole[0][0])[0])):
         spread = torch.linspace(0, count - 1, limit).round().long()
         inputs, targets = whole[0]
         whole = [(take(inputs, spread), None if targets is None else targets[spread])]
@@ -68,7 +68,7 @@ def batches(data: Any, what: str, *, limit: int | None, size: int) -> Iterator[t
     for inputs, targets in whole:
         check_numbers(inputs, what)
         count = len(tensors(inputs)[0])
-        if not _pieces(inputs, targets):
+        if not pieces(inputs, targets):
             yield inputs, targets
             left = None if left is None else max(0, left - count)
             continue
@@ -83,7 +83,7 @@ def _targets_or_none(inputs: Any, targets: Tensor | None) -> Tensor:
     return torch.empty(len(tensors(inputs)[0]), 0) if targets is None else targets
 
 
-def _pieces(inputs: Any, targets: Tensor | None) -> bool:
+def pieces(inputs: Any, targets: Tensor | None) -> bool:
     """Whether a batch can be cut into examples."""
     return cuttable(inputs, tensors(inputs)[0] if targets is None else targets)
 
@@ -94,8 +94,10 @@ def gather(data: Any, what: str) -> tuple[Any, Tensor | None]:
     if len(parts) == 1:
         return parts[0]
     columns = [inputs for inputs, _ in parts]
-    if not all(_pieces(inputs, goal) for inputs, goal in parts):
-        raise DataError(f"{what}: several calls that cannot be cut into examples (graphs); this method draws batches of examples")
+    if not all(pieces(inputs, goal) for inputs, goal in parts):
+        raise DataError(
+            f"{what}: several calls that cannot be cut into examples (graphs); this method draws batches of examples"
+        )
     goals = [goal for _, goal in parts if goal is not None]
     targets = torch.cat(goals) if goals else None
     if isinstance(columns[0], Tensor):
