@@ -12,7 +12,7 @@ from lmc.core.budget import Budget
 from lmc.core.progress import tqdm
 from lmc.weights import Weights
 
-RATES = {"permutation": 0.03, "rotation": 0.01, "scale": 0.01}
+RATES = {"permutation": 0.03, "rotation": 0.02, "scale": 0.01}
 BETWEEN = (0.1, 0.9)  # the paper's 0.4 to 0.6 leaves barriers beside the middle
 WARM = 0.05  # share of the steps in which rates rise
 PROBES = 5  # steps by which their number is set
