@@ -17,7 +17,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import (
     BrokenExecutor,
     CancelledError,
@@ -38,6 +38,7 @@ from lmc.errors import InputError, WorkerError
 SMALL = 1 << 16  # bytes that go with each task; more is written to a file, or scattered
 ATTEMPTS = 3  # at sending what is shared, where the workers that held it were lost
 TRIES = 2  # of a task whose process dies
+PATIENCE = 20.0  # seconds after which it is asked whether a scheduler is still there
 DEEP = 6  # steps into an object, to say which part of it cannot be pickled
 
 Task = Callable[[Any], Any]
@@ -83,6 +84,7 @@ def crew(
         yield lambda tasks: ((i, task(each)) for i, each in enumerate(tasks))
         return
     executor = as_executor(executor)
+    client = getattr(executor, "_client", None)  # of dask
     with _sent(executor, pack(make, shared)) as send:
         held: list[Any] = []  # what is sent, under which key
 
@@ -96,7 +98,7 @@ def crew(
                 try:
                     for i, task in left.items():
                         futures[_submit(executor, _work, __version__, os.getpid(), *held, task)] = i
-                    for future in as_completed(futures):
+                    for future in _as_done(futures, client):
                         i = futures[future]
                         try:
                             result = future.result()
@@ -118,7 +120,7 @@ def crew(
                         del left[i]
                         yield i, result
                 finally:  # after an interrupt or an error, what has not begun does not begin
-                    for future in futures:
+                    for future in futures if getattr(client, "status", "") != "closed" else ():
                         future.cancel()
                 if gone is not None:
                     raise gone
@@ -269,6 +271,23 @@ def _submit(executor: Executor, *call: Any) -> Future[Any]:
         raise WorkerError(f"executor: a worker of it died ({error}): pass a new one") from error
     except RuntimeError as error:
         raise InputError(f"executor: it takes no more work ({error}): pass a new one") from error
+
+
+def _as_done(futures: Iterable[Future[Any]], client: Any) -> Iterator[Future[Any]]:
+    """Futures as they are done; those of a scheduler that is gone never are.
+
+    Raises:
+        WorkerError: the client has given up to reach its scheduler.
+    """
+    waiting = set(futures)
+    while waiting:
+        try:
+            for future in as_completed(waiting, timeout=None if client is None else PATIENCE):
+                waiting.discard(future)
+                yield future
+        except TimeoutError:
+            if client.status == "closed":
+                raise WorkerError("the scheduler is gone: connect to a new one") from None
 
 
 def _died(error: Exception) -> bool:

@@ -7,8 +7,9 @@ import signal
 import threading
 import time
 import warnings
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,6 +259,27 @@ def test_a_cell_without_memory_is_recorded(tmp_path):
     with pytest.warns(UserWarning, match="1 of 3 cells failed"):
         found = lmc.sweep(greedy, {"log": [str(tmp_path / "log")], "seed": range(3)}, **QUIET)
     assert "memory" in found.failed[0].error and len(ran(str(tmp_path / "log"))) == 2
+
+
+def test_a_scheduler_that_is_gone_is_not_waited_for(monkeypatch):
+    class Gone(Executor):
+        """Its first task is done, and nothing after that."""
+
+        _client = SimpleNamespace(status="closed")
+        count = 0
+
+        def submit(self, fn, /, *args, **kwargs):
+            future: Future = Future()
+            if not self.count:
+                future.set_result(fn(*args, **kwargs))
+            self.count += 1
+            return future
+
+    monkeypatch.setattr(workers, "PATIENCE", 0.05)
+    found = workers.spread(Gone(), lambda: lambda task: task, {}, [1, 2, 3])
+    assert next(found) == (0, 1)
+    with pytest.raises(WorkerError, match="the scheduler is gone: connect to a new one"):
+        next(found)
 
 
 @pytest.fixture(scope="module")
