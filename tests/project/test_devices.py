@@ -15,13 +15,18 @@ import lmc
 KEYS = ("a", "b", "c", "base", "model", "x", "y")
 WEIGHTS = KEYS[:4]
 # The same numbers up to rounding: on a CPU several threads mix what the first layer makes.
-ROUNDED = {"random_plane", "trajectory_plane", "connect"}
+ROUNDED = {"random_plane", "trajectory_plane", "connect", "branches"}
 MIXTURES = {
     "weights": WEIGHTS, "weights and model": (*WEIGHTS, "model"), "data": ("x", "y"), "model": ("model",),
     "model and data": ("model", "x", "y"), "weights and data": (*WEIGHTS, "x", "y"),
 }  # fmt: skip
 A_TENTH = ("loss_path", "weight_matching", "ties", "fold_norms", "repair", "train")
-TRIED = [pytest.param(name, marks=[] if name in A_TENTH else [pytest.mark.thorough]) for name in NAMES]
+HAS_ITS_OWN = {"projection"}  # lies on the device that it is asked to lie on, not where its argument is
+TRIED = [
+    pytest.param(name, marks=[] if name in A_TENTH else [pytest.mark.thorough])
+    for name in NAMES
+    if name not in HAS_ITS_OWN
+]
 
 
 def moved(keys: tuple[str, ...]) -> World:
