@@ -182,9 +182,8 @@ def gradient_change(
         directions: Tensor | None = None
         found = []
         for end in ends:
-            value, back = vjp(
-                lambda p, end=end, one=one: network.outputs({**end, **p}, one), {n: end[n] for n in names}
-            )
+            at = {name: end[name] for name in names}
+            value, back = vjp(lambda p, end=end, one=one: network.outputs({**end, **p}, one), at)[:2]
             if directions is None:
                 drawn = torch.randn(probes, value.numel(), generator=generator, dtype=torch.float64)
                 directions = drawn.reshape(probes, *value.shape).to(value.device)

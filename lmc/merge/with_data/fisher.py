@@ -220,9 +220,9 @@ def fisher_information(
 
 def _classes_last(outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Outputs (N, ..., C), and the way back to how they came."""
-    first = outputs.ndim > 2 and targets is not None and not targets.is_floating_point()
-    if first and outputs.shape[:-1] != targets.shape and outputs.shape[:1] + outputs.shape[2:] == targets.shape:
-        return outputs.movedim(1, -1), lambda pull: pull.movedim(-1, 1)
+    if targets is not None and outputs.ndim > 2 and not targets.is_floating_point():
+        if outputs.shape[:-1] != targets.shape and outputs.shape[:1] + outputs.shape[2:] == targets.shape:
+            return outputs.movedim(1, -1), lambda pull: pull.movedim(-1, 1)
     if targets is None and outputs.ndim > 3:
         raise DataError(
             f"outputs {tuple(outputs.shape)}: targets tell which axis holds the classes; pass (inputs, targets)"
