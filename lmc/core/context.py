@@ -10,7 +10,7 @@ import inspect
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -97,7 +97,7 @@ def _plain(value: Any) -> Any:
         found = [t for t in (*value.parameters(), *value.buffers()) if not is_lazy(t) and t.is_inference()]
         memo = {id(t): nn.Parameter(t.clone()) if isinstance(t, nn.Parameter) else t.clone() for t in found}
         return copy.deepcopy(value, memo) if found else value
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):  # other mappings may read each tensor from disk
         changed = {key: new for key, old in value.items() if (new := _plain(old)) is not old}
         return {**value, **changed} if changed else value
     if type(value) in (list, tuple):

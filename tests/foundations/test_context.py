@@ -126,3 +126,23 @@ def _other(model: nn.Module, seed: int) -> dict:
     return {
         k: v + torch.rand(v.shape, generator=rng) if v.is_floating_point() else v for k, v in model.state_dict().items()
     }
+
+
+def test_checkpoints_among_the_arguments_are_not_read():
+    """A mapping that reads each tensor from disk is passed on as it is."""
+    from collections.abc import Mapping
+
+    from lmc.core.context import own_context
+
+    class Lazy(Mapping):
+        def __getitem__(self, name):
+            raise AssertionError("read")
+
+        def __iter__(self):
+            return iter(["a"])
+
+        def __len__(self):
+            return 1
+
+    given = Lazy()
+    assert own_context(lambda models: models[0])([given]) is given
