@@ -100,8 +100,8 @@ CASES: dict[str, Case] = {
     ),
 }
 VIT = (
-    (r"query$|\.qk$|attention\.q", QK),
-    (r"value$|\.v$", V),
+    (r"query$|q_proj$", QK),
+    (r"value$|v_proj$", V),
     (r"heads$", HEADS),
     (r"fc1|intermediate", GELU),
     (r"", stream(5)),
@@ -139,7 +139,20 @@ CASES |= {
     "DINOv2": Case(
         tiny("Dinov2ForImageClassification", image_size=28, patch_size=14),
         images(2, 3, 28, 28),
-        ((r"query$", QK), (r"value$", V), (r"heads$", HEADS), (r"fc1", GELU), (r"", stream(9))),
+        ((r"q_proj$", QK), (r"v_proj$", V), (r"heads$", HEADS), (r"fc1", GELU), (r"", stream(9))),
+    ),
+    "ELECTRA": Case(tiny("ElectraForMaskedLM", embedding_size=16), tokens(), BERT),
+    "XLM-R": Case(tiny("XLMRobertaForMaskedLM"), tokens(), BERT),
+    "DeiT": Case(tiny("DeiTForImageClassification", image_size=16, patch_size=8), images(2, 3, 16, 16), VIT),
+    # The norm in front writes to the stream, and has no scale.
+    "CLIP, vision": Case(
+        tiny("CLIPVisionModelWithProjection", image_size=16, patch_size=8, projection_dim=6), images(2, 3, 16, 16), VIT
+    ),
+    # Two of eight units of each head turn with the position; the others mix.
+    "GPT-NeoX": Case(
+        tiny("GPTNeoXForCausalLM"),
+        tokens(),
+        ((r"heads$", FUSED_HEADS), (r"mlp|dense_h", GELU), (r"query_key_value", QK), (r"", stream(5))),
     ),
     "timm ViT": Case(
         timm("vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=24),
@@ -150,7 +163,7 @@ CASES |= {
     "timm ConvNeXt": Case(
         timm("convnext_atto", depths=(1, 1, 2, 1), dims=(8, 12, 16, 20)),
         images(2, 3, 64, 64),
-        ((r"fc1", GELU), (r"stream\.2$", stream(3)), (r"stages\.stream\.2$", stream(5)), (r"", stream(3))),
+        ((r"fc1", GELU), (r"stages\.stream\.2$", stream(5)), (r"", stream(3))),
     ),
     # A rectified stream: a scale for the stream, and one for each batch norm that writes to it.
     "timm ResNet18": Case(

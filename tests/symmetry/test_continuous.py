@@ -312,6 +312,31 @@ def test_kinds_derived_by_hand(case):
     assert not found or make in HEADS  # and what whole heads and the stream admit
 
 
+class Single(nn.Module):
+    """Leaves torch, and double precision, on its way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.from_numpy(self.a(x).detach().cpu().numpy().astype("float32"))
+        return self.b(h.relu().to(x))
+
+
+def test_single_precision_is_named_and_gets_the_tolerance_that_is_possible():
+    torch.manual_seed(0)
+    model, x = Single(), torch.randn(20, 6)
+    patterns = {"a.weight": "h .", "a.bias": "h", "b.weight": ". h", "b.bias": "."}
+    spec = lmc.PermutationSpec.from_patterns(patterns, model)
+    with pytest.warns(UserWarning, match="lower precision"):
+        found = lmc.continuous_symmetries(spec, model, x, progress=False)
+    assert 1e-8 < found.tolerance < 1e-3
+    (kind,) = found.kinds.values()
+    assert not kind.sign and kind.mixing == "none" and len(kind.scales) == 1
+    assert kind.scales[0] == pytest.approx(SCALE, abs=0.02)
+
+
 # What comes into a batch norm scales against its gain, its gain against what goes out; a stream has one scale for each of the
 # former, and one more. Streams of transformers have one for each norm, against what reads it.
 BN, RELU, GELU, HEADS_OF = (2, True, "none"), (1, False, "none"), (0, False, "none"), (2, True, "none")

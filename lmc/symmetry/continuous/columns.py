@@ -56,7 +56,8 @@ class Lab:
     """Draws of weights, and what the outputs do there.
 
     Attributes:
-        noise: relative change of the outputs under permutations, at the weights on which elements are tried: rounding.
+        noise: relative change of the outputs by rounding: under permutations, and where gradients are not to be had, between
+            weights close together.
     """
 
     def __init__(
@@ -158,16 +159,20 @@ class Lab:
             raise
         except Exception:  # noqa: BLE001 (operators without derivatives raise what they like)
             self._by_differences = frozenset(names)
+            self.noise = max(self.noise, self._rounding(weights))
 
         reference: list[Tensor] = []
 
         def rate(moves: Sequence[Move]) -> Tensor:
             reference.extend([] if reference else self._outputs(weights))
-            ends = [self._outputs(moved(self.spec, weights, _steps(moves, t))) for t in (STEP, -STEP)]
-            return factors @ (flat(ends[0], reference) - flat(ends[1], reference)).cpu() / (2 * STEP)
+            step = max(STEP, self.noise ** (1 / 3))  # the rounding of outputs, and the curvature, weigh as much then
+            ends = [self._outputs(moved(self.spec, weights, _steps(moves, t))) for t in (step, -step)]
+            return factors @ (flat(ends[0], reference) - flat(ends[1], reference)).cpu() / (2 * step)
 
         if number == 1 and not self._by_differences:
-            self._by_differences = self._wrong(chosen, found, rate)
+            if self._wrong(chosen, found, rate):
+                self.noise = max(self.noise, self._rounding(weights))
+                self._by_differences = self._wrong(chosen, found, rate)
         for family, (name, units) in chosen.items():
             for o, place in enumerate(self.places(name)):
                 if place.tensor in self._by_differences:
@@ -178,6 +183,15 @@ class Lab:
         for family, table in self.tables.items():
             table.entries.append(found[family])
             table.reach.append(reach[family].sqrt())
+
+    def _rounding(self, weights: Weights) -> float:
+        """How far the outputs are from a straight line between weights close together: where they are rounded."""
+        generator = torch.Generator().manual_seed(self.seed)
+        steps = {n: STEP * torch.randn(t.shape, generator=generator).to(t) for n, t in weights.items() if _is_number(t)}
+        ends = [self._outputs({n: t + sign * steps.get(n, 0) * t for n, t in weights.items()}) for sign in (1, -1)]
+        middle = self._outputs(weights)
+        first, second, between = (flat(outputs, middle) for outputs in (*ends, middle))
+        return float((first + second - 2 * between).abs().max())
 
     def _wrong(
         self,

@@ -76,7 +76,7 @@ def continuous_symmetries(
     lab = Lab(spec, model, inputs, outputs, draws, seed, progress)
     if lab.noise > tolerance / 10:
         warn(
-            f"{type(model).__name__} computes in lower precision than float64 somewhere: permutations change its outputs by "
+            f"{type(model).__name__} computes in lower precision than float64 somewhere: its outputs are rounded by "
             f"{lab.noise:.0e}, so finite elements are held against {100 * lab.noise:.0e}, not {tolerance:.0e}"
         )
         tolerance = 100 * lab.noise
