@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.func import functionalize
 from torch.fx import Node
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils import _pytree as pytree
 from zoo.certificate import check_tables, permuted
 
@@ -56,9 +55,16 @@ class Tally:
 
 
 def operators() -> list[Any]:
-    """The entries of the database that take float64 and compute something."""
+    """The entries of the database that take float64 and compute something; by default a third of those that compute each
+    value alone, for which there is one rule."""
+    from torch.testing._internal.common_methods_invocations import op_db  # takes seconds to import
+    from torch.testing._internal.opinfo.core import BinaryUfuncInfo, UnaryUfuncInfo
+
     no_use = ("empty", "new_empty", "linalg.svd")  # nothing is written, or the result has no fixed sign
-    return [op for op in op_db if torch.float64 in op.supported_dtypes("cpu") and not op.name.startswith(no_use)]
+    found = [op for op in op_db if torch.float64 in op.supported_dtypes("cpu") and not op.name.startswith(no_use)]
+    alone = [op for op in found if isinstance(op, BinaryUfuncInfo | UnaryUfuncInfo)]
+    left = set() if os.environ.get("LMC_THOROUGH") else {id(op) for k, op in enumerate(alone) if k % 3}
+    return [op for op in found if id(op) not in left]
 
 
 def tally(entries: list[Any]) -> Tally:
