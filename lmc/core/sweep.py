@@ -129,8 +129,12 @@ def sweep(
         WorkerError: the executor has lost its workers, or they have another version of this package. Finished cells are
             kept in the folder.
 
-    >>> lmc.sweep(lambda width, seed: width + seed, {"width": [8, 16], "seed": range(2)}, executor=pool)  # doctest: +SKIP
-    Sweep of <lambda>: 2 width x 2 seed, 4 of 4 cells, 8e-06 s of work
+    >>> from concurrent.futures import ThreadPoolExecutor
+    >>> import lmc
+    >>> with ThreadPoolExecutor(2) as pool:
+    ...     found = lmc.sweep(lambda width, seed: width + seed, {"width": [8, 16], "seed": range(2)}, executor=pool)
+    >>> found.to_frame()["value"].tolist()
+    [8, 9, 16, 17]
     """
     plain, cells = _cells(grid)
     with ExitStack() as stack:
