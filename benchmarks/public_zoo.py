@@ -215,6 +215,40 @@ class Graphs(nn.Module):
         return self.second(self.first(x, edge_index, *more).relu(), edge_index, *more)
 
 
+class Spread(nn.Module):
+    """A convolution alone, or between linear layers from i to `inner` and on to o channels."""
+
+    def __init__(self, layer: nn.Module, i: int = 0, inner: int = 0, o: int = 0):
+        super().__init__()
+        self.layer = layer
+        self.before, self.after = (nn.Linear(i, inner), nn.Linear(inner, o)) if i else (nn.Identity(), nn.Identity())
+
+    def forward(self, x: Tensor, edge_index: Tensor, *more: Any) -> Tensor:
+        return self.after(self.layer(self.before(x), edge_index, *more))
+
+
+class Twice(nn.Module):
+    """A convolution that takes the features it began with as well."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.layer(x, x.tanh(), edge_index)
+
+
+class Placed(nn.Module):
+    """A convolution of points in space, three of whose features are their places."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        return self.layer(x, torch.linspace(0, 1, 3 * len(x)).view(-1, 3).to(x), edge_index)
+
+
 def torch_geometric_models() -> Iterator[tuple[str, Built]]:
     from torch_geometric.nn import conv
 
@@ -234,10 +268,30 @@ def torch_geometric_models() -> Iterator[tuple[str, Built]]:
         "GatedGraphConv": lambda c, i, o: c(o, 2),
         "PNAConv": lambda c, i, o: c(i, o, ["mean", "max"], ["identity"], deg=torch.tensor([0, 4, 4])),
         "EGConv": lambda c, i, o: c(i, o, num_heads=2),
-        "DNAConv": lambda c, i, o: c(o),
+        "SSGConv": lambda c, i, o: c(i, o, alpha=0.1),
+        "FastRGCNConv": lambda c, i, o: c(i, o, num_relations=2),
+        "RGATConv": lambda c, i, o: c(i, o, num_relations=2),
+        "GMMConv": lambda c, i, o: c(i, o, dim=3, kernel_size=2),
+        "PANConv": lambda c, i, o: c(i, o, filter_size=2),
+        "PDNConv": lambda c, i, o: c(i, o, edge_dim=3, hidden_channels=8),
+        "FusedGATConv": lambda c, i, o: c(i, o, add_self_loops=False),
+        "MixHopConv": lambda c, i, o: c(i, o, powers=[1]),
+        "GravNetConv": lambda c, i, o: c(i, o, space_dimensions=3, propagate_dimensions=4, k=3),
+    } | {  # those that keep the number of channels stand between two linear layers
+        "GatedGraphConv": lambda c, i, o: Spread(c(20, 2), i, 20, o),
+        "CGConv": lambda c, i, o: Spread(c(20), i, 20, o),
+        "LGConv": lambda c, i, o: Spread(c(), i, 20, o),
+        "SimpleConv": lambda c, i, o: Spread(c(), i, 20, o),
+        "AntiSymmetricConv": lambda c, i, o: Spread(c(20), i, 20, o),
+        "GPSConv": lambda c, i, o: Spread(c(20, conv.GCNConv(20, 20), heads=4), i, 20, o),
+        "DirGNNConv": lambda c, i, o: c(conv.GCNConv(i, o)),
+        "GCN2Conv": lambda c, i, o: Spread(Twice(c(20, alpha=0.1)), i, 20, o),
+        "FAConv": lambda c, i, o: Spread(Twice(c(20)), i, 20, o),
+        "PointNetConv": lambda c, i, o: Placed(c(mlp(i + 3, o))),
+        "PointTransformerConv": lambda c, i, o: Placed(c(i, o)),
     }
-    weighted = {"GINEConv": (torch.randn(12, 3),), "NNConv": (torch.randn(12, 3),)}
-    weighted["RGCNConv"] = (torch.arange(12) % 2,)
+    weighted = {name: (torch.randn(12, 3),) for name in ("GINEConv", "NNConv", "GMMConv", "PDNConv")}
+    weighted |= {name: (torch.arange(12) % 2,) for name in ("RGCNConv", "FastRGCNConv", "RGATConv")}
     for name in conv.__all__:
         layer, make = getattr(conv, name), special.get(name, lambda c, i, o: c(i, o))
         yield (
