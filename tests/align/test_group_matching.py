@@ -1,5 +1,7 @@
 """Matching modulo the whole group: planted elements of every kind are found again, and nothing gets worse."""
 
+import functools
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,7 +26,6 @@ class Rotated(nn.Module):
 MODELS = {
     "relu": (lambda: lmc.models.mlp(6, [7, 5], 3), (8, 6)),
     "tanh": (lambda: lmc.models.mlp(6, [7, 5], 3, activation="tanh"), (8, 6)),
-    "gelu": (lambda: lmc.models.mlp(6, [7, 5], 3, activation="gelu"), (8, 6)),
     "batch norm": (lambda: lmc.models.mlp(6, [7, 5], 3, norm="batch"), (8, 6)),
     "rotated": (Rotated, (8, 6)),
     "linear": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)), (8, 6)),
@@ -33,6 +34,7 @@ MODELS = {
 }
 
 
+@functools.cache
 def world(name: str):
     make, shape = MODELS[name]
     torch.manual_seed(0)
@@ -63,10 +65,10 @@ def test_a_planted_element_is_found_again(name):
     assert difference(found.element.apply(planted), a) < 1e-9
 
 
-@pytest.mark.parametrize("name", ["relu", "rotated", "attention", "transformer"])
+@pytest.mark.parametrize("name", ["relu", "rotated", "attention"])
 def test_of_two_networks_the_objective_never_falls_and_functions_stay(name):
-    model, x, spec, a, _ = world(name)
-    _, _, _, _, b = world(name)
+    model, x, spec, a, b = world(name)
+    torch.manual_seed(2)
     b = {n: torch.randn_like(t) * 0.4 if t.is_floating_point() else t for n, t in b.items()}
     found = lmc.align.group_matching(spec, model, a, b, progress=False)
     assert found.objective >= found.info["objective_at_identity"]
