@@ -13,6 +13,7 @@ Permutations of units, as a `Permutation` whose `apply(b)` gives the moved weigh
 
 Beyond permutations:
     ot_fusion                   networks of other widths, by optimal transport: a Fusion (Singh and Jaggi 2020)
+    group_matching              scales, signs, rotations and invertible mixings at once: a GroupMatching
     rotation_matching           rotations of residual streams: a RotationMatching (Theus et al. 2025)
     rotatable_groups            the groups that may be rotated: RotatableGroups
     fold_norms                  the same function with normalisation folded into its neighbours, so that groups may be rotated

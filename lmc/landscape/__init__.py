@@ -4,6 +4,7 @@
     loss_path                   along the straight line between two: a Path
     barrier                     its highest point over the line between the ends: a Barrier
     pairwise_barriers           between every two of many networks: PairwiseBarriers
+    layerwise_barriers          with some layers moving while all others stay: LayerwiseBarriers (Adilova et al. 2024)
     bezier_curve, polygonal_chain   a trained way around a barrier: a Curve (Garipov et al. 2018)
     loss_plane                  the plane through three networks: a Plane
     random_plane                around one network, in directions scaled like its filters (Li et al. 2018)
@@ -13,6 +14,8 @@
 What a picture of losses does not show:
     similarity, linear_cka      whether two networks compute the same: a Similarity
     curvature                   eigenvalues and trace of the Hessian: a Curvature
+    multiplicity                the decisions of several networks, example by example: a Multiplicity
+    telescope, gradient_change  what training did to the outputs, step by step and layer by layer: a Telescope
     variance_ratios             the variance that averaging takes from each layer: VarianceRatios
 """
 

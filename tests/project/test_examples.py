@@ -9,7 +9,7 @@ import torch
 
 import lmc
 
-ROOMS = ("lmc", "lmc.align", "lmc.landscape", "lmc.merge", "lmc.weights")
+ROOMS = ("lmc", "lmc.align", "lmc.landscape", "lmc.merge", "lmc.training", "lmc.weights")
 FLAGS = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
 
 
