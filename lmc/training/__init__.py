@@ -1,9 +1,9 @@
 """Training of small networks.
 
-    train                       many seeds of one architecture at once: Trained, with a History and the Recipe
-    branches                    a run, and what becomes of it from some epochs on in other orders of the data: Branches
-    intrinsic_dimension         of a task, by training inside random subspaces: an IntrinsicDimension (Li et al. 2018)
-    projection                  a random subspace of weights: a Projection
+train                       many seeds of one architecture at once: Trained, with a History and the Recipe
+branches                    a run, and what becomes of it from some epochs on in other orders of the data: Branches
+intrinsic_dimension         of a task, by training inside random subspaces: an IntrinsicDimension (Li et al. 2018)
+projection                  a random subspace of weights: a Projection
 """
 
 from lmc.training.branches import Branches, branches
