@@ -291,7 +291,7 @@ def align(arguments: Namespace) -> None:
 
 
 def connect(arguments: Namespace) -> None:
-    model, loaded = architecture(arguments.model), data(arguments.data)
+    model, loaded = architecture(arguments.model), data(arguments.data, task(arguments.task))
     a, b = (_cast(_load(path, model), model) for path in (arguments.a, arguments.b))
     spec = PermutationSpec.load(Path(arguments.spec)) if arguments.spec else None
     found = lmc.align.connect(

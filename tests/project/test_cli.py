@@ -302,6 +302,9 @@ def test_tasks_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str], monke
         settings = ["--set", "epochs=1"] if method.startswith("straight") else []
         made = ["--out", f"{out}-{method}", "--method", method, "--task", "regression", *settings, "--quiet"]
         assert main(["align", *numbers, *of_numbers, *made]) == 0
+    found = ["connect", *numbers, *of_numbers, "--task", "regression", "--budget", "3", "--out", f"{out}-connected"]
+    assert main([*found, "--quiet"]) == 0
+    capsys.readouterr()
     assert main(["inspect", *numbers, *of_numbers, "--task", "regression", "--quiet"]) == 0
     assert "barriers, squared error" in capsys.readouterr().out
     tokens = torch.randint(7, (12, 5), generator=torch.Generator().manual_seed(0))
