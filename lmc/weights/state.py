@@ -164,9 +164,11 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
         WeightsError: a finite value leaves the range of `dtype`, such as 65504 of float16; the tensor is named.
     """
     if dtype.itemsize < tensor.dtype.itemsize and dtype.is_floating_point and tensor.numel():
-        values = tensor.to(wide(tensor.dtype)).abs()
+        values, most = tensor.to(wide(tensor.dtype)), torch.finfo(dtype).max
+        low, high = values.aminmax()  # one pass; NaN where there is one
         # Asked of the values, not of the result: casts to float8 may stop at its largest number.
-        if bool(((values > torch.finfo(dtype).max) & torch.isfinite(values)).any()):
+        within = bool((low >= -most) & (high <= most))
+        if not within and bool(((values.abs() > most) & torch.isfinite(values)).any()):
             raise WeightsError(
                 f"{name}: the result leaves the range of {str(dtype).removeprefix('torch.')}, up to "
                 f"{torch.finfo(dtype).max:g}; convert the models to float32 or bfloat16 first, or use a smaller scale"
