@@ -127,10 +127,9 @@ def test_batch_statistics_need_not_follow():
     assert places and not any("running" in place for place in places)
 
 
-def test_a_trained_pair_is_connected_better_than_by_weights_and_says_how(tmp_path, monkeypatch):
-    monkeypatch.setattr(connecting, "STEPS", 300)
+def test_a_trained_pair_is_connected_better_than_by_weights_and_says_how(tmp_path):
     model, a, b, data = digits("digits-mlp32")
-    found = lmc.connect(model, a, b, data, **QUIET)
+    found = lmc.connect(model, a, b, data, steps=300, **QUIET)
     pi = lmc.weight_matching(lmc.permutation_spec(model, data["train"][0][:2]), a, b, progress=False)
     by_weights = lmc.loss_path(model, a, pi.apply(b), data, progress=False)
     assert found.barrier < 0.5 * by_weights.barrier < by_weights.barrier < found.naive.barrier
@@ -146,11 +145,10 @@ def test_a_trained_pair_is_connected_better_than_by_weights_and_says_how(tmp_pat
     assert "connected" in found.save_html(tmp_path / "page.html").read_text()
 
 
-def test_nothing_is_chosen_on_test_data(monkeypatch):
-    monkeypatch.setattr(connecting, "STEPS", 50)
+def test_nothing_is_chosen_on_test_data():
     model, a, b, data = digits("digits-mlp32")
     other = {"train": data["train"], "test": (data["test"][0].flip(1), data["test"][1].roll(1))}
-    one, two = (lmc.connect(model, a, b, part, **QUIET) for part in (data, other))
+    one, two = (lmc.connect(model, a, b, part, steps=50, **QUIET) for part in (data, other))
     assert one.method == two.method and one.barrier != two.barrier
     assert all(torch.equal(one.weights[key], two.weights[key]) for key in a)
 
@@ -174,7 +172,7 @@ def test_the_budget_is_kept(step, budget, monkeypatch, capsys):
     assert found.seconds <= budget
     assert found.budget == budget and not found.interrupted
     assert f"{budget:.0f} s at most" in "".join(capsys.readouterr())
-    assert found.tried[-2].note.endswith("steps") and 0 < int(found.tried[-2].note.split()[0]) < connecting.STEPS
+    assert found.tried[-2].note.endswith("steps") and 0 < int(found.tried[-2].note.split()[0]) < 1500
 
 
 def test_a_budget_too_small_for_all_does_the_cheapest_and_says_so(monkeypatch):
@@ -225,6 +223,8 @@ def test_bad_input():
     model, a, b, data = digits("digits-mlp32")
     with pytest.raises(InputError, match="budget=0"):
         lmc.connect(model, a, b, data, budget=0)
+    with pytest.raises(InputError, match="steps=0"):
+        lmc.connect(model, a, b, data, steps=0)
 
 
 def test_a_part_is_held_out():

@@ -92,7 +92,7 @@ CALLS: dict[str, Callable[[World], Any]] = {
     "activation_matching": lambda w: lmc.activation_matching(w.spec, w.model, w.a, w.b, w.x, **w.cut, **Q),
     "bezier_curve": lambda w: lmc.bezier_curve(w.model, w.a, w.b, w.data, epochs=2, **Q),
     "canonical": lambda w: lmc.canonical(w.spec, w.model, w.a, inputs=w.x),
-    "connect": lambda w: lmc.connect(w.model, w.a, w.b, w.data, spec=w.spec, budget=None, **Q),
+    "connect": lambda w: lmc.connect(w.model, w.a, w.b, w.data, spec=w.spec, steps=3, budget=None, **Q),
     "continuous_symmetries": lambda w: str(lmc.continuous_symmetries(w.spec, w.model, w.x, **Q)),
     "loss_path": lambda w: lmc.loss_path(w.model, w.a, w.b, w.data, alphas=3, **w.cut, **Q),
     "loss_plane": lambda w: lmc.loss_plane(w.model, [w.a, w.b, w.c], w.data, resolution=5, **w.cut, **Q),

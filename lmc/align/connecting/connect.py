@@ -24,7 +24,7 @@ from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.budget import Budget
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
-from lmc.errors import CertificateError, LmcError, SpecError
+from lmc.errors import CertificateError, InputError, LmcError, SpecError
 from lmc.landscape.evaluation.evaluation import Repair
 from lmc.landscape.evaluation.evaluator import evaluate
 from lmc.landscape.path import Path, loss_path
@@ -40,7 +40,6 @@ from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
 ENOUGH = 1e-3  # a barrier below which nothing is refined any more
-STEPS = 1500  # of learning, at most
 BATCH = 128  # examples in a step of learning
 POSITIONS = 1024  # targets in a step of learning, where examples have many
 POINTS = (25, 11, 5)  # on the paths: the most that take no more than this share of the time
@@ -73,6 +72,7 @@ def connect(
     *,
     spec: PermutationSpec | UnboundSpec | None = None,
     budget: float | None = 120.0,
+    steps: int = 1500,
     loss: Loss | Task | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -96,6 +96,7 @@ def connect(
         spec: the symmetries of the architecture (default: found on the first two examples).
         budget: seconds that it may take; None: as long as the methods need. Where it is too short for all, the cheaper
             methods are what was tried; weight matching always is.
+        steps: of learning, at most.
         loss: of outputs and targets, or an `lmc.Task` (default: cross-entropy).
         seed: decides which examples are held out, and all that is random in the methods.
         device: where to run (default: where the weights are).
@@ -111,7 +112,7 @@ def connect(
         TraceError: the symmetries cannot be found; pass `spec`.
         DataError: no labelled data, or losses that are no numbers.
         WeightsError: weights that are not finite.
-        InputError: a budget that is no positive number of seconds.
+        InputError: a budget that is no positive number of seconds, or fewer than one step.
 
     Example:
         >>> import lmc
@@ -123,10 +124,12 @@ def connect(
         Connection by weight matching: test barrier 1.444 before, 0.000 nats after
     """
     clock = Budget(budget)
+    if steps < 1:
+        raise InputError(f"{steps=}: expected at least 1")
     a, b = agreeing([a, b], "ab", model=model)
     chosen = pick_device(device, a)
     a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
-    search = _Search(model, a, b, data, spec, loss, seed, chosen, clock, progress)
+    search = _Search(model, a, b, data, spec, steps, loss, seed, chosen, clock, progress)
     interrupted = False
     try:
         search.run()
@@ -149,6 +152,7 @@ class _Search:
         b: Weights,
         data: Any,
         spec: PermutationSpec | UnboundSpec | None,
+        steps: int,
         loss: Loss | Task | None,
         seed: int,
         device: torch.device,
@@ -156,7 +160,7 @@ class _Search:
         progress: bool,
     ) -> None:
         self.model, self.a, self.b, self.seed, self.clock, self.device = model, a, b, seed, clock, device
-        self.progress = progress
+        self.progress, self.steps = progress, steps
         self.data = list(data) if isinstance(data, Iterator) else data  # read several times
         task = Task.of(self.data, loss)
         self.task = task.fitted(model, as_splits(self.data, task.targets)[0])
@@ -306,7 +310,7 @@ class _Search:
         budget = Budget(None if math.isinf(self.left) else max(self.left, 1e-3))
         judge = partial(self.judge, start.a)
         found = learn(
-            task, start.a, element, judge, steps=STEPS, budget=budget, generator=generator, progress=self.progress
+            task, start.a, element, judge, steps=self.steps, budget=budget, generator=generator, progress=self.progress
         )
         self.interrupted = found.interrupted
         note = f"{found.steps} steps" + (", interrupted" if found.interrupted else "")
