@@ -347,7 +347,7 @@ class _Search:
 
     def result(self, interrupted: bool) -> Connection:
         certificate, best = self._certified()
-        repaired = not interrupted and self.left > 0 and self._repair_helps(best)
+        repaired = not interrupted and self.left > self.reserve and self._repair_helps(best)
         naive = self.naive or self._path(self.a, self.b, self.data, self.points)
         path = self._path(best.a, best.weights, self.data, self.points, "repair" if repaired else "auto")
         return Connection(
