@@ -57,6 +57,9 @@ MAKE: dict[str, Any] = {
     "Curve": lambda: lmc.bezier_curve(MODEL, A, B, DATA, epochs=2, **QUIET),
     "Curvature": lambda: landscape.curvature(MODEL, A, DATA, top=2, probes=2, **QUIET),
     "Similarity": lambda: landscape.similarity(MODEL, A, B, DATA),
+    "LayerwiseBarriers": lambda: landscape.layerwise_barriers(MODEL, A, B, DATA, alphas=3, **QUIET),
+    "Multiplicity": lambda: landscape.multiplicity(MODEL, MODELS, DATA),
+    "Telescope": lambda: landscape.telescope(MODEL, MODELS, INPUTS),
     "VarianceRatios": lambda: landscape.variance_ratios(MODEL, lmc.weights.mean([A, B]), [A, B], INPUTS),
     "Permutation": lambda: lmc.weight_matching(SPEC, A, B, **QUIET),
     "PermutationSpec": lambda: SPEC,
@@ -66,6 +69,9 @@ MAKE: dict[str, Any] = {
     "Element": lambda: lmc.Element.random(
         lmc.permutation_spec(MODEL, INPUTS, certify=False, continuous=True, **QUIET), seed=0
     ),
+    "Connection": lambda: lmc.connect(MODEL, A, B, DATA, spec=SPEC, budget=1.0, **QUIET),
+    "SameFunction": lambda: align.SameFunction(1e-7, 1e-4, 0.5),
+    "Extraction": lambda: merge.Extraction("adapter", ("fc.weight",), (2,), (0.1,), 0.1, ()),
     "Matchings": lambda: lmc.match_many(SPEC, MODELS, **QUIET),
     "Fusion": lambda: lmc.ot_fusion(MODEL, A, B, INPUTS, spec=SPEC, **QUIET),
     "RotationMatching": lambda: align.rotation_matching(SPEC, MODEL, A, B, DATA, steps=0, **QUIET),
@@ -89,8 +95,8 @@ MAKE: dict[str, Any] = {
     "WiseLine": lambda: merge.wise_ft_line(MODEL, B, merged_tasks(), base=A, alphas=3, **QUIET),
     "TrajectoryAverages": lambda: merge.trajectory_averages(MODEL, MODELS, DATA, **QUIET),
 }
-EXPLORED = {"Path", "Plane", "Triangle", "Simplex", "Matching", "Epochs", "Mixer"}
-NOT_DRAWN = {"Certificate", "ContinuousSymmetries", "Mixer", "RotatableGroups"}
+EXPLORED = {"Connection", "Path", "Plane", "Triangle", "Simplex", "Matching", "Epochs", "Mixer"}
+NOT_DRAWN = {"Certificate", "ContinuousSymmetries", "Mixer", "RotatableGroups", "SameFunction"}
 LEFT_BEHIND = {"Curve": {"model": MODEL}, "Star": {"model": MODEL}, "Zipped": {"model": MODEL}}
 
 
@@ -148,7 +154,7 @@ def test_what_has_an_explorer_opens_it_and_writes_it(result, tmp_path):
         return
     assert result.save_html(tmp_path / "page.html", title="Seen & kept") == tmp_path / "page.html"
     assert "<h1>Seen &amp; kept</h1>" in (tmp_path / "page.html").read_text(encoding="utf-8")
-    assert name in repr(result.explore()) or isinstance(result, lmc.Triangle)
+    assert name in repr(result.explore()) or isinstance(result, lmc.Triangle | lmc.Connection)
 
 
 def test_it_is_saved_and_read_back(result, tmp_path):

@@ -263,7 +263,7 @@ NAMES = sorted([*CALLS, *LIFTED])
 # Weights are trained or moved by batches: another size is another result, and not here.
 BY_BATCHES = {
     "bezier_curve", "polygonal_chain", "sinkhorn_matching", "straight_through_matching", "rotation_matching", "adamerging",
-    "ama", "learned_soup", "star_model", "train",
+    "ama", "learned_soup", "star_model", "train", "intrinsic_dimension",
 }  # fmt: skip
 
 
