@@ -314,6 +314,16 @@ class TestSmallProblems:
         assert torch.equal(index, again) and improvement == pytest.approx(same)
         assert torch.equal(assign(gain, torch.randn(40, generator=generator) * 3)[0], index)
 
+    def test_prices_of_a_solved_assignment_are_found_again(self):
+        """Dual variables: each row likes its own column best at these prices, which one more pass leaves as they are."""
+        generator = torch.Generator().manual_seed(0)
+        prices, wishes = torch.randn(2, 30, generator=generator, dtype=torch.float64)
+        index = torch.randperm(30, generator=generator)
+        gain = wishes[:, None] + prices - torch.rand(30, 30, generator=generator, dtype=torch.float64)
+        gain[torch.arange(30), index] = wishes + prices[index]
+        assert torch.equal(assign(gain)[0], index)
+        assert torch.allclose(prices_of(gain, index, prices), prices)
+
 
 class TestWhatIsMatched:
     def test_statistics_move_but_have_no_say(self):

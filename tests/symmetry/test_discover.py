@@ -1,6 +1,7 @@
 """Symmetries of small modules, derived by hand: what is found, what must not be found, and how it is told."""
 
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -338,6 +339,14 @@ def test_module_paths_that_are_python_keywords() -> None:
         lambda m, x: m.parts["in"](x).relu() @ m.w, parts=nn.ModuleDict({"in": nn.Linear(3, 5)}), w=parameter(5, 2)
     )
     assert list(discover(model, torch.randn(2, 3)).groups) == ["parts.in"]
+
+
+def test_groups_are_named_after_what_makes_their_units() -> None:
+    """By the order of use, whatever the alphabet says."""
+    model = nn.Sequential(
+        OrderedDict(zebra=nn.Linear(4, 5), act=nn.Tanh(), bear=nn.Linear(5, 6), relu=nn.ReLU(), ant=nn.Linear(6, 2))
+    )
+    assert list(discover(model, torch.randn(2, 4)).groups) == ["zebra", "bear"]
 
 
 def test_same_result_twice() -> None:

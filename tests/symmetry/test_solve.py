@@ -47,6 +47,15 @@ def test_frozen_and_counted_units_stay() -> None:
     assert fibres(solved(units, a, b)) == [[[4], [6]], [[3], [5], [7]]]
 
 
+def test_units_of_different_multisets_stay_apart() -> None:
+    """Two halves of an axis, each read by itself: as many units in each, and yet none may change halves."""
+    units = Units()
+    a = units.fresh(4)
+    units.count(a[:2])
+    units.count(a[2:])
+    assert sorted(fibres(solved(units, a))) == [[[0], [1]], [[2], [3]]]
+
+
 def test_the_image_of_fixed_units_is_fixed() -> None:
     units = Units()
     a = units.fresh(2)
