@@ -286,7 +286,7 @@ def _as_done(futures: Iterable[Future[Any]], client: Any) -> Iterator[Future[Any
                 waiting.discard(future)
                 yield future
         except TimeoutError:
-            if client.status == "closed":
+            if client is not None and client.status == "closed":
                 raise WorkerError("the scheduler is gone: connect to a new one") from None
 
 
