@@ -67,7 +67,7 @@ def test_complex_networks_are_matched_like_real_ones(method: str):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["cnn", "resnet-bn"])
+@pytest.mark.parametrize("name", ["cnn", pytest.param("resnet-bn", marks=pytest.mark.thorough)])
 def test_the_order_of_keys_changes_nothing(name: str, method: str):
     case = CASES[name]()
     a, b, data = case.other(1), case.other(2), (case.inputs, case.targets)

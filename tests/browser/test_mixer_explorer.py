@@ -28,6 +28,7 @@ def mixer() -> lmc.merge.Mixer:
     return scope["mixer"]
 
 
+@pytest.mark.thorough
 def test_sliders_move_the_bars_and_the_kernel(open_notebook, server):
     write(server, "mixer.ipynb", SOURCE, "widget = mixer.explore()\nwidget", "other = mixer.explore()\nother")
     lab = open_notebook("mixer.ipynb")

@@ -85,6 +85,7 @@ def test_keys_and_tabs_in_jupyterlab(lab):
     first.locator(".lmc-reading").filter(has_text="x = 1.00, y = 1.00").wait_for()
 
 
+@pytest.mark.thorough
 def test_a_dead_kernel_leaves_the_last_picture_and_says_so(lab):
     first = lab.page.locator(".lmc-plane").first
     first.locator(".lmc-note[data-state=exact]").wait_for()

@@ -205,7 +205,8 @@ def test_bad_input_is_refused():
 
 
 @pytest.mark.parametrize(
-    "name", ["digits-mlp64", "digits-vgg11", pytest.param("digits-resnet20", marks=pytest.mark.thorough)]
+    "name",
+    ["digits-mlp64", *(pytest.param(n, marks=pytest.mark.thorough) for n in ("digits-vgg11", "digits-resnet20"))],
 )
 def test_digits_networks_come_close_to_their_ensemble(name: str):
     stored, data = lmc.data.checkpoint(name), lmc.data.digits(flat="mlp" in name)
@@ -228,7 +229,7 @@ def test_digits_networks_come_close_to_their_ensemble(name: str):
     assert ensemble - 0.03 < found[2] < ensemble + 0.015
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet-bn"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("resnet-bn", marks=pytest.mark.thorough)])
 def test_with_heads_of_their_own_unmerged_networks_answer_as_before(name: str):
     case = CASES[name]()
     a, b, inputs = double(case.other(3)), double(case.other(4)), case.inputs.double()

@@ -359,7 +359,7 @@ def test_the_units_of_one_group_are_averages_of_their_members():
     assert zipped_weights({}, {}, a, b)["x"].tolist() == [0.5, 0.5]
 
 
-@pytest.mark.parametrize("name", ["digits-mlp64", "digits-vgg11"])
+@pytest.mark.parametrize("name", ["digits-mlp64", pytest.param("digits-vgg11", marks=pytest.mark.thorough)])
 def test_digits_networks_improve_with_width(name: str):
     stored, data = lmc.data.checkpoint(name), lmc.data.digits(flat="mlp" in name)
     model, (a, b) = stored.model(), stored.weights
@@ -379,7 +379,7 @@ def test_digits_networks_improve_with_width(name: str):
     assert ensemble < losses[1] < losses[0] < 0.6 * naive
 
 
-@pytest.mark.parametrize("name", ["mlp", "resnet-bn"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("resnet-bn", marks=pytest.mark.thorough)])
 def test_with_heads_of_their_own_unmerged_networks_answer_as_before(name: str):
     case = CASES[name]()
     a, b, inputs = double(case.other(3)), double(case.other(4)), case.inputs.double()

@@ -93,7 +93,11 @@ LIBRARY = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LIBRARY)
+# By default one of each kind: a decoder, grouped queries, experts, an encoder with a decoder, an encoder, pictures.
+USUAL = {"gpt2", "llama", "mixtral", "t5", "bert", "vit"}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in USUAL else pytest.mark.thorough) for n in LIBRARY])
 def test_models_as_the_library_builds_them(name: str) -> None:
     model, config, options, inputs, expected = LIBRARY[name]
     spec = lmc.permutation_spec(library(model, config, options), inputs, trials=1)

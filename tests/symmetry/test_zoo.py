@@ -29,7 +29,7 @@ def every(nth: int) -> list:
     return [pytest.param(k, marks=[pytest.mark.thorough] if k % nth else []) for k in range(len(ENTRIES))]
 
 
-@pytest.mark.parametrize("number", every(3), ids=ids)
+@pytest.mark.parametrize("number", every(10), ids=ids)
 def test_zoo(number: int) -> None:
     entry = ENTRIES[number]
     model, spec = discovered(number)
