@@ -70,7 +70,8 @@ def test_merge_compare_with_a_budget(nets, workers):
     found = merge.compare(
         MODEL, nets[:2], DATA.train, base=nets[2], methods=["average", "ties"], seconds=0.01, executor=workers, **QUIET
     )
-    assert found.to_frame().loc[["average", "ties"], "tried"].tolist() == [1, 1], "what has begun is finished"
+    average, ties = found.to_frame().loc[["average", "ties"], "tried"].tolist()
+    assert average == 1 and 1 <= ties < 20, "what has begun is finished, and no more begins"
 
 
 def test_barrier_over_time(nets, workers):

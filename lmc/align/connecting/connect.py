@@ -39,7 +39,8 @@ from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
-ENOUGH = 1e-3  # a barrier below which nothing is refined any more
+ENOUGH = 1e-3  # a barrier below which nothing is refined any more,
+SHARE = 0.02  # or this share of the barrier as they are: what is learned below that is the examples, not the networks
 BATCH = 128  # examples in a step of learning
 POSITIONS = 1024  # targets in a step of learning, where examples have many
 POINTS = (25, 11, 5)  # on the paths: the most that take no more than this share of the time
@@ -188,6 +189,12 @@ class _Search:
         return min(self.candidates, key=lambda candidate: candidate.barrier)
 
     @property
+    def enough(self) -> bool:
+        """Whether the best is so low that refining it would fit the examples it is judged by."""
+        naive = self.candidates[0].barrier
+        return self.best.barrier < max(ENOUGH, SHARE * naive if math.isfinite(naive) else 0.0)
+
+    @property
     def left(self) -> float:
         """Seconds that may be spent on further candidates; the last measurement takes the rest."""
         return self.clock.left - self.reserve
@@ -219,7 +226,7 @@ class _Search:
         if self.interrupted:
             return
         refining = method in ("straight-through", "learning")
-        if refining and self.best.barrier < ENOUGH:
+        if refining and self.enough:
             self.tried.append(Attempt(method, math.nan, 0.0, "not needed"))
             return
         if len(self.candidates) > 1 and self.left <= 0:
@@ -251,7 +258,7 @@ class _Search:
         """Whether there are heads, or normalisations between which a stream might rotate."""
         norms = (name for name, module in self.model.named_modules() if isinstance(module, NORMS))
         stream = any(f"{name}.weight" in self.spec.tables_by_tensor for name in norms)
-        return not self.best.barrier < ENOUGH and (stream or any(group.within for group in self.spec.groups.values()))
+        return not self.enough and (stream or any(group.within for group in self.spec.groups.values()))
 
     def _folded(self) -> Candidate | None:
         """The best permutation with folded norms; None where that lets nothing rotate."""
