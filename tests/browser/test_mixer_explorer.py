@@ -74,5 +74,7 @@ def test_the_saved_page_moves_without_a_kernel(window, mixer, tmp_path):
         slider.press("End")
     reading.filter(has_text=f"mean accuracy {50 * mixer.grid[-1, -1].sum():.1f} %").wait_for()
     page.get_by_role("button", name="best of the grid").click()
-    shown = [page.get_by_label(f"coefficient of {name}, all layers").input_value() for name in mixer.names]
-    assert [float(value) for value in shown] == list(mixer.best)
+    from playwright.sync_api import expect  # there where a browser is
+
+    for name, value in zip(mixer.names, mixer.best, strict=True):  # the page answers a moment later
+        expect(page.get_by_label(f"coefficient of {name}, all layers")).to_have_value(f"{value:g}")
