@@ -192,6 +192,8 @@ class Network:
         return self.read(self.result(inputs))
 
     def _call(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if isinstance(inputs, Tensor):  # the usual call, made at every point of a landscape
+            return (inputs.to(self.device).detach(),), {}
         args, kwargs = arguments(self.module, to_device(inputs, self.device))
         return pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # no gradients for the caller's inputs
 
