@@ -128,9 +128,12 @@ def layerwise_barriers(
     parts = _layers(model, evaluation.states[0]) if layers is None else _checked(layers, evaluation.states[0])
     grid = points_of(alphas)
     every = [name for name, tensor in evaluation.states[0].items() if inexact(tensor)]
-    full = _barriers(evaluation, [every], grid, "all layers")[0][0]
+    split = evaluation.evaluator.splits[-1].name
+    ends = np.array([score[split].loss for score in evaluation.evaluator(map(evaluation.ready, evaluation.states))])
+    level = float(ends.mean())
+    full = _barriers(evaluation, [every], grid, level, "all layers")[0][0]
     alone = cumulative is None or cumulative == "minimal"
-    rows = _barriers(evaluation, list(parts.values()), grid, "layers") if alone else []
+    rows = _barriers(evaluation, list(parts.values()), grid, level, "layers") if alone else []
     order = list(parts)
     if cumulative is not None:
         if cumulative == "minimal":
@@ -141,10 +144,8 @@ def layerwise_barriers(
         elif cumulative == "random":
             order = [order[i] for i in torch.randperm(len(order), generator=torch.Generator().manual_seed(seed))]
         joined = [[name for layer in order[: k + 1] for name in parts[layer]] for k in range(len(order))]
-        rows = _barriers(evaluation, joined, grid, "layers")
+        rows = _barriers(evaluation, joined, grid, level, "layers")
     from_a, from_b = np.array(rows).T
-    split = evaluation.evaluator.splits[-1].name
-    ends = np.array([score[split].loss for score in evaluation.evaluator(map(evaluation.ready, evaluation.states))])
     return LayerwiseBarriers(
         tuple(order), from_a, from_b, ends, full, split, cumulative or "", evaluation.evaluator.task.unit
     )
@@ -169,9 +170,9 @@ def _checked(layers: Mapping[str, Sequence[str]], weights: Weights) -> dict[str,
 
 
 def _barriers(
-    evaluation: Evaluation, parts: Sequence[Sequence[str]], grid: Values, what: str
+    evaluation: Evaluation, parts: Sequence[Sequence[str]], grid: Values, level: float, what: str
 ) -> list[tuple[float, float]]:
-    """For each set of tensors, the barriers of moving it inside a and inside b."""
+    """For each set of tensors, the barriers above a level of moving it inside a and inside b."""
     split = evaluation.evaluator.splits[-1].name
     a, b = evaluation.states
     inside = [float(alpha) for alpha in grid if 0.0 <= alpha <= 1.0]
@@ -183,7 +184,6 @@ def _barriers(
             yield evaluation.ready({**home, **moved})
 
     scores = evaluation.run(weights(), list(range(len(points))), what, fewest=len(points))
-    ends = [score[split].loss for score in evaluation.evaluator(map(evaluation.ready, (a, b)))]
     losses = np.array([scores[i][split].loss for i in range(len(points))]).reshape(len(parts), 2, len(inside))
-    rises = losses.max(-1) - sum(ends) / 2
+    rises = losses.max(-1) - level
     return [(float(rise[0]), float(rise[1])) for rise in rises]

@@ -112,7 +112,8 @@ def telescope(
     for given in run:
         after = _prepared(model, given, network)
         delta = {name: after[name] - before[name] for names in layers.values() for name in names}
-        for layer, term in _terms(network, before, call, layers, delta).items():
+        for layer, names in layers.items():
+            term = _along(network, before, call, {name: delta[name] for name in names})
             terms[layer] += term
             sizes[layer].append(float(term.abs().mean()))
         now = _outputs(network, after, call)
@@ -237,10 +238,3 @@ def _along(network: Network, weights: Weights, call: Any, direction: Weights) ->
     at = {name: weights[name] for name in direction}
     with torch.no_grad():
         return jvp(lambda p: network.outputs({**weights, **p}, call), (at,), (direction,))[1]
-
-
-def _terms(
-    network: Network, weights: Weights, call: Any, layers: dict[str, list[str]], delta: Weights
-) -> dict[str, Tensor]:
-    """Each layer's part of the derivative along a step."""
-    return {layer: _along(network, weights, call, {n: delta[n] for n in names}) for layer, names in layers.items()}

@@ -346,25 +346,14 @@ STORED = {
     "digits-mlp64": {"*": RELU},
     "digits-cnn": {"*": RELU},
     "digits-vgg11": {"conv*": BN, "fc": RELU},
-    "digits-resnet20": {"*block*": BN, "*": (5, True, "none")},
-    "digits-resnet20-layernorm": {"*": RELU},
     "digits-vit": TRANSFORMER,
     "toy-text-gpt": TRANSFORMER,
 }
 SLOW = ("digits-vgg11", "digits-vit")
-MINUTES = (
-    "digits-resnet20",
-    "digits-resnet20-layernorm",
-)  # each takes some: run them by hand after a change of the engine
 
 
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[pytest.mark.thorough] if name in SLOW else [])
-        for name in STORED
-        if name not in MINUTES
-    ],
+    "name", [pytest.param(name, marks=[pytest.mark.thorough] if name in SLOW else []) for name in STORED]
 )
 def test_kinds_of_the_stored_networks(name):
     stored = lmc.data.checkpoint(name)
