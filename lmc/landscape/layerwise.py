@@ -18,7 +18,7 @@ from lmc.landscape.path import points_of
 from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights, Weights
 from lmc.weights.arithmetic import mixture
-from lmc.weights.state import inexact, modules_in_order
+from lmc.weights.state import inexact, tensors_by_module
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -125,9 +125,9 @@ def layerwise_barriers(
         device=device,
         progress=progress,
     )
-    parts = _layers(model, evaluation.states[0]) if layers is None else _checked(layers, evaluation.states[0])
-    grid = points_of(alphas)
     every = [name for name, tensor in evaluation.states[0].items() if inexact(tensor)]
+    parts = tensors_by_module(model, every) if layers is None else _checked(layers, evaluation.states[0])
+    grid = points_of(alphas)
     split = evaluation.evaluator.splits[-1].name
     ends = np.array([score[split].loss for score in evaluation.evaluator(map(evaluation.ready, evaluation.states))])
     level = float(ends.mean())
@@ -149,15 +149,6 @@ def layerwise_barriers(
     return LayerwiseBarriers(
         tuple(order), from_a, from_b, ends, full, split, cumulative or "", evaluation.evaluator.task.unit
     )
-
-
-def _layers(model: nn.Module, weights: Weights) -> dict[str, list[str]]:
-    """The floating-point tensors of each module, in the order in which the module holds them."""
-    moving = [name for name, tensor in weights.items() if inexact(tensor)]
-    parts: dict[str, list[str]] = {module: [] for module in modules_in_order(model, moving)}
-    for name in moving:
-        parts[name.rpartition(".")[0] or name].append(name)
-    return parts
 
 
 def _checked(layers: Mapping[str, Sequence[str]], weights: Weights) -> dict[str, list[str]]:

@@ -19,7 +19,7 @@ from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
 from lmc.network.task import Outputs, Task
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
-from lmc.weights.state import modules_in_order
+from lmc.weights.state import tensors_by_module
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -220,12 +220,8 @@ def _prepared(model: nn.Module, given: ModelOrWeights, network: Network) -> Weig
 
 
 def _layers(model: nn.Module, weights: Weights) -> dict[str, list[str]]:
-    """The parameters of each module, in the order of the model; tied ones once."""
-    own = [name for name, _ in model.named_parameters() if name in weights]
-    layers: dict[str, list[str]] = {module: [] for module in modules_in_order(model, own)}
-    for name in own:
-        layers[name.rpartition(".")[0] or name].append(name)
-    return layers
+    """The parameters of each module, tied ones once."""
+    return tensors_by_module(model, [name for name, _ in model.named_parameters() if name in weights])
 
 
 def _outputs(network: Network, weights: Weights, call: Any) -> Tensor:

@@ -311,6 +311,15 @@ def modules_in_order(model: nn.Module, names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(m for name in model.state_dict() if (m := name.rpartition(".")[0] or name) in wanted))
 
 
+def tensors_by_module(model: nn.Module, names: Iterable[str]) -> dict[str, list[str]]:
+    """The tensors `names` under the modules that hold them, these in the order in which the model registers them."""
+    chosen = list(names)
+    found: dict[str, list[str]] = {module: [] for module in modules_in_order(model, chosen)}
+    for name in chosen:
+        found[name.rpartition(".")[0] or name].append(name)
+    return found
+
+
 def model_depths(model: nn.Module, names: Sequence[str]) -> dict[str, float]:
     """As `numbered_depths`; where blocks are not numbered clearly, each module is one, in the model's order."""
     try:
