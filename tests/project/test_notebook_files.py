@@ -15,8 +15,8 @@ MACHINE_PATH = re.compile(r"/(?:home|Users|root|tmp|work|opt)/")
 
 
 def tool(name: str):
-    """A program of `tools/`, as a module."""
-    spec = importlib.util.spec_from_file_location(name, FOLDER.parent / "tools" / f"{name}.py")
+    """A program of this project that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, FOLDER.parent / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -49,7 +49,7 @@ def test_notebook_was_run_top_to_bottom(path: Path):
 def test_outputs_are_of_the_code_above_them(path: Path):
     notebook = nbformat.read(path, as_version=4)
     executed = notebook.metadata.get("lmc", {}).get("executed")
-    assert executed == tool("run_notebooks").checksum(notebook), "run tools/run_notebooks.py"
+    assert executed == tool("tools/run_notebooks").checksum(notebook), "run tools/run_notebooks.py"
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -78,3 +78,17 @@ def test_notebook_outputs_can_be_compared(path: Path):
             assert LIVE_VIEW not in data, "a stored view of a widget without its state"
             assert not re.search(r"\b0x[0-9a-f]{6,}", text), f"an object's address in {text[:80]!r}"
             assert not MACHINE_PATH.search(text), f"a path of one machine in {text[:80]!r}"
+
+
+def test_numbers_in_texts_may_differ_by_rounding_alone():
+    outline, stored = tool("conftest").outline, "barrier 0.44 nats, 12 units, 3e-16"
+    same = outline(stored, [stored])
+    assert outline("barrier 0.45 nats, 12 units, 2e-16", [stored]) == same
+    assert outline("barrier 0.43 nats, 12 units, 1e-15", ["another", stored]) == same
+    others = (
+        "barrier 0.46 nats, 12 units, 3e-16",
+        "barrier 0.44 nats, 13 units, 3e-16",
+        "barrier 0.4 nats, 12 units, 3e-16",
+    )
+    for other in (*others, "barrier 0.44 bits, 12 units, 3e-16", "barrier 1.44 nats, 12 units, 3e-16"):
+        assert outline(other, [stored]) != same

@@ -162,8 +162,9 @@ def test_inputs_that_are_not_tensors(mask: Tensor | None) -> None:
     spec.certify(Options(), inputs)
 
 
-def test_compiled_module() -> None:
-    spec = lmc.permutation_spec(torch.compile(Block()), torch.randn(4, 5))
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.thorough)])
+def test_compiled_module(backend: str) -> None:
+    spec = lmc.permutation_spec(torch.compile(Block(), backend=backend), torch.randn(4, 5))
     assert sizes(spec) == [10]
     assert all(name.startswith("_orig_mod.") for name in spec.shapes)
 
