@@ -325,6 +325,12 @@ class Network:
             self.load(self._loaded)
         return verdict
 
+    def alike(self, model: nn.Module) -> "Network":
+        """A module of the same code in other sizes, for which the verdict on this one holds."""
+        if self._verdict is not None:
+            _VERDICTS[model] = self._verdict, form(model)
+        return Network(model, self.device, self.read, self._dtype)
+
     def forget_calls(self, inputs: Any) -> None:
         """Empty what the module makes again by itself, of earlier calls by others, which `inputs` show."""
         if self._verdict is None:

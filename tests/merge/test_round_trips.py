@@ -65,8 +65,19 @@ def folder(root: Path, form: str, seed: int, tied: bool) -> Path:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("form", ["one file", "sharded", "bin", "sharded bin"])
-@pytest.mark.parametrize("shard_size", ["5GB", "3kB"])
+@pytest.mark.parametrize(
+    ("form", "shard_size"),
+    [
+        ("one file", "5GB"),
+        ("sharded", "3kB"),
+        ("bin", "3kB"),
+        ("sharded bin", "5GB"),
+        *(
+            pytest.param(*case, marks=pytest.mark.thorough)
+            for case in (("one file", "3kB"), ("sharded", "5GB"), ("bin", "5GB"), ("sharded bin", "3kB"))
+        ),
+    ],
+)
 def test_transformers_reads_what_was_merged(form: str, tied: bool, shard_size: str, tmp_path: Path):
     paths = [folder(tmp_path, form, seed, tied) for seed in (0, 1)]
     merged = lmc.merge.write(lmc.merge.average, paths, tmp_path / "out", shard_size=shard_size, progress=False)

@@ -190,7 +190,7 @@ def growth(spec: PermutationSpec, module: nn.Module, weights: Weights, example: 
         reason = _unfit(spec, group)
         if reason is None:
             axes = _axes(spec, sides, {group.name})
-            reason = _computes_two(axes) or _fails(wide, state, axes, group, example, reference)
+            reason = _computes_two(axes) or _fails(network, wide, state, axes, group, example, reference)
         if reason is None:
             sizes[group.name] = group.size
         else:
@@ -292,7 +292,13 @@ def _computes_two(axes: Axes) -> str | None:
 
 
 def _fails(
-    module: nn.Module, weights: Weights, axes: Axes, group: Group, example: Call, reference: Tensor
+    network: Network,
+    module: nn.Module,
+    weights: Weights,
+    axes: Axes,
+    group: Group,
+    example: Call,
+    reference: Tensor,
 ) -> str | None:
     """The reason for which the module does not compute the same with more units in a group; None if it does."""
     generator = torch.Generator().manual_seed(0)
@@ -313,8 +319,7 @@ def _fails(
     ):
         try:
             larger = widened(module, settled(zipped_weights(axes, {group.name: units}, a, b), weights))
-            network = Network(larger, reference.device)
-            outputs = network(example)
+            outputs = network.alike(larger)(example)
         except (LmcError, RuntimeError, ValueError, TypeError, IndexError) as error:
             return f"the module does not run with more units ({str(error).splitlines()[0][:100]})"
         if outputs.shape != reference.shape:

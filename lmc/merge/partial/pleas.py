@@ -25,7 +25,6 @@ from lmc.network.batches import to_device
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
 from lmc.network.derived import settled
 from lmc.network.layers import as_matrix, as_weight, matrices, rows
-from lmc.network.network import Network
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights
 
@@ -290,7 +289,7 @@ def _worth(pair: Pair, alike: Mapping[str, Tensor], progress: bool) -> dict[str,
         module = widened(pair.network.module, weights)
         if has_batchnorm(module):
             module.load_state_dict(recalibrate_batchnorm(module, weights, few))
-        network = Network(module, pair.network.device)
+        network = pair.network.alike(module)
         squares = [(network(call).double() - y).square() for call, y in zip(few, goal, strict=True)]
         return float(torch.cat([square.flatten() for square in squares]).mean())
 
