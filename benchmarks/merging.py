@@ -1,13 +1,14 @@
 """Every merging method on networks fine-tuned from one base on digits, ranked over seeds.
 
-    python benchmarks/merging.py                    # both settings, 5 seeds, tables on standard output
+    python benchmarks/merging.py                    # all settings, 5 seeds, tables on standard output
     python benchmarks/merging.py --setting classes --seeds 2
 
-Two settings of four tasks each, one network `64-128-64-10` and one head for all:
+Three settings of four tasks each, one network `64-128-64-10` and one head for all:
 
 - classes: each task has the images of some digits ({0,1,2}, {3,4,5}, {6,7}, {8,9}); the base knows all ten a little;
 - views: each task has all digits turned by 90 degrees, inverted, shifted by 3 pixels, or mirrored; the base has seen a
-  few.
+  few;
+- adapters: the tasks of "views", each learned by a low-rank adapter (rank 4 on all three matrices) on the frozen base.
 
 The score is the mean accuracy over the tasks' test images, always among all ten digits. Scales of task vectors and all
 learned coefficients come from validation images; no test image is used for anything else, nor seen by AdaMerging.
@@ -29,6 +30,7 @@ import lmc.merge as merge
 from lmc.data import digits
 from lmc.models import mlp
 
+SETTINGS = ("classes", "views", "adapters")
 SCALES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 1.0, 1.5, 2.0)
 CLASSES = ([0, 1, 2], [3, 4, 5], [6, 7], [8, 9])
 VIEWS: tuple[Callable[[Tensor], Tensor], ...] = (
@@ -75,6 +77,30 @@ def fine_tune(model: nn.Module, data: Pair, steps: int, lr: float, seed: int) ->
     return model.eval()
 
 
+def adapt(model: nn.Module, data: Pair, steps: int, lr: float, seed: int, rank: int = 4) -> nn.Module:
+    """The same by `W + B A` with factors of a rank, B = 0 at first; everything else is frozen."""
+    generator = torch.Generator().manual_seed(seed)
+    fixed = {name: tensor.detach() for name, tensor in model.named_parameters()}
+    matrices = [name for name, tensor in fixed.items() if tensor.ndim == 2]
+    down = {n: torch.randn(rank, fixed[n].shape[1], generator=generator) / rank**0.5 for n in matrices}
+    up = {n: torch.zeros(len(fixed[n]), rank) for n in matrices}
+    optimizer = torch.optim.Adam([tensor.requires_grad_() for tensor in (*down.values(), *up.values())], lr=lr)
+
+    def moved() -> dict[str, Tensor]:
+        return fixed | {name: fixed[name] + up[name] @ down[name] for name in matrices}
+
+    for _ in range(steps):
+        index = torch.randint(len(data[1]), (64,), generator=generator)
+        outputs = torch.func.functional_call(model, moved(), (data[0][index],))
+        loss = nn.functional.cross_entropy(outputs, data[1][index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    tuned = copy.deepcopy(model)
+    tuned.load_state_dict({name: tensor.detach() for name, tensor in moved().items()})
+    return tuned.eval()
+
+
 def make(setting: str, seed: int) -> Bench:
     data = digits(flat=True)
     x, y = torch.cat([data.train[0], data.test[0]]), torch.cat([data.train[1], data.test[1]])
@@ -95,7 +121,8 @@ def make(setting: str, seed: int) -> Bench:
     seen = [(x[few], y[few])] + ([] if setting == "classes" else [task(t, few) for t in range(4)])
     start = torch.cat([a for a, _ in seen]), torch.cat([b for _, b in seen])
     base = fine_tune(model, start, 60 if setting == "classes" else 150, 3e-3, seed)
-    models = [fine_tune(base, part, 100, 1e-3, 1000 + seed + t) for t, part in enumerate(parts[0])]
+    tune, steps = (adapt, 200) if setting == "adapters" else (fine_tune, 100)
+    models = [tune(base, part, steps, 1e-3, 1000 + seed + t) for t, part in enumerate(parts[0])]
     return Bench(base, models, *parts)
 
 
@@ -111,6 +138,20 @@ def scaled(method: Any, **options: Any) -> Callable[[Bench], dict[str, Tensor]]:
 
 def with_data(method: Any, **options: Any) -> Callable[[Bench], dict[str, Tensor]]:
     return lambda b: method(b.base, b.models, [x for x, _ in b.train], progress=False, **options)
+
+
+def scaled_with_data(method: Any, **options: Any) -> Callable[[Bench], dict[str, Tensor]]:
+    """The same for a method that looks at training images as well."""
+
+    def build(bench: Bench) -> dict[str, Tensor]:
+        inputs = [x for x, _ in bench.train]
+
+        def on_tasks(models: Any, **more: Any) -> dict[str, Tensor]:
+            return method(bench.base, models, inputs, progress=False, **options, **more)
+
+        return scaled(on_tasks)(bench)
+
+    return build
 
 
 METHODS: dict[str, Callable[[Bench], dict[str, Tensor]]] = {
@@ -134,6 +175,19 @@ METHODS: dict[str, Callable[[Bench], dict[str, Tensor]]] = {
     "pcb (0.1)": scaled(merge.pcb),
     "lines": scaled(merge.lines, blocks=BLOCKS, beta=0.5),
     "consensus": scaled(merge.consensus),
+    "sce (0.1)": scaled(merge.sce, select=0.1),
+    "sce (1)": scaled(merge.sce),
+    "ram": scaled(merge.ram),
+    "ram+": scaled(merge.ram, boost=0.1),
+    "magmax": scaled(merge.magmax),
+    "multislerp": lambda b: merge.multislerp(b.models, base=b.base),
+    "tsv_m": scaled(merge.tsv_m),
+    "iso_c": scaled(merge.iso_c),
+    "iso_cts": scaled(merge.iso_cts),
+    "wudi": scaled(merge.wudi, rest="mean"),
+    "knots (0.2)": scaled(merge.knots, density=0.2),
+    "knots (1)": scaled(merge.knots, density=1.0),
+    "cat_merging": scaled_with_data(merge.cat_merging),
     "fisher": with_data(merge.fisher, samples=256),
     "fisher (normalised)": with_data(merge.fisher, samples=256, normalize=True, floor=1e-9),
     "regmean": with_data(merge.regmean),
@@ -181,12 +235,12 @@ def table(setting: str, seeds: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--setting", choices=["classes", "views"], action="append")
+    parser.add_argument("--setting", choices=SETTINGS, action="append")
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(f"Python {platform.python_version()}, torch {torch.__version__}, 1 thread\n")
-    for setting in arguments.setting or ["classes", "views"]:
+    for setting in arguments.setting or SETTINGS:
         print(table(setting, arguments.seeds))
 
 

@@ -4,7 +4,8 @@
 
 The models are those of `merging_on_disk.py`: a base and two "fine-tuned" from it, random, in the shapes of a small Llama.
 Each merge has a process of its own, one thread, everything from the start of Python on. mergekit lives in an environment of
-its own.
+its own. The limit is a process that imports torch, reads the files that the merge reads in chunks, converts them to
+float32, adds them up, converts the sum and writes it: no checks, no checksum, no waiting for the disk.
 """
 
 import argparse
@@ -42,12 +43,44 @@ def recipes(folder: Path, layers: int) -> dict[str, dict[str, Any]]:
     }
 
 
+LIMIT = """
+import sys
+import torch
+from lmc.weights.checkpoint import as_bytes
+torch.set_num_threads(1)
+*inputs, out = sys.argv[1:]
+files, values = [open(name, "rb") for name in inputs], 1 << 18
+chunk = torch.empty(values, dtype=torch.bfloat16)
+with open(out, "wb") as result:
+    while True:
+        total = torch.zeros(values)
+        counts = []
+        for file in files:
+            counts.append(file.readinto(as_bytes(chunk)))
+            total += chunk.float()
+        if not counts[0]:
+            break
+        result.write(as_bytes(total.bfloat16())[: counts[0]])
+"""
+
+
+def limit(folder: Path, content: dict[str, Any]) -> float:
+    """Process time of the least that the merge of a configuration could be."""
+    parts = content.get("models") or [source for part in content["slices"] for source in part["sources"]]
+    inputs = {entry["model"] for entry in parts} | ({content["base_model"]} if "base_model" in content else set())
+    if "slices" in content:  # layers of two models, as many as one has
+        inputs = set(list(inputs)[:1])
+    files = [f"{name}/model.safetensors" for name in sorted(inputs)]
+    return measure([sys.executable, "-c", LIMIT, *files, str(folder / "limit.bin")], folder)["process"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--mergekit", help="the command mergekit-yaml of another environment")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--layers", type=int, default=12, help="12 make 0.44 billion values (default)")
+    parser.add_argument("--workers", type=int, default=1, help="threads of both (default 1)")
     parser.add_argument("--only", action="append")
     arguments = parser.parse_args()
     folder = arguments.folder / f"{arguments.dtype}-{arguments.layers}"
@@ -55,8 +88,11 @@ def main() -> None:
         make(folder, DTYPES[arguments.dtype], arguments.layers)
     size = lmc.open_checkpoint(folder / "a").size / 1e9
     print(f"two models and their base, {size:.2f} GB each, {arguments.dtype}; torch {torch.__version__}\n")
-    print("| merge_method | lmc, process s | mergekit, process s | lmc, MB | mergekit, MB | time | memory | result |")
-    print("|---|---|---|---|---|---|---|---|", flush=True)
+    print(
+        "| merge_method | limit, process s | lmc, process s | mergekit, process s | lmc, wall s | mergekit, wall s | lmc, MB | "
+        "mergekit, MB | time | memory | result |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
     for name, content in recipes(folder, arguments.layers).items():
         if arguments.only and name not in arguments.only:
             continue
@@ -65,22 +101,19 @@ def main() -> None:
         for out in outs:
             shutil.rmtree(out, ignore_errors=True)
         command = [sys.executable, "-m", "lmc", "merge", "--recipe", str(file), "--out", str(outs[0]), "--quiet"]
-        mine = measure(command, folder)
-        cells = [f"{mine['process']:.1f}", "", f"{mine['resident']:.0f}", "", "", "", ""]
+        mine = measure([*command, "--workers", str(arguments.workers)], folder)
+        least = limit(folder, content) if arguments.dtype == "bfloat16" else float("nan")
+        cells = [f"{least:.1f}", f"{mine['process']:.1f}", "", f"{mine['wall']:.1f}", "", f"{mine['resident']:.0f}"]
+        cells += ["", "", "", ""]
         if arguments.mergekit:
-            command = [
-                arguments.mergekit,
-                str(file),
-                str(outs[1]),
-                "--num-threads",
-                "1",
-                "--quiet",
-                "--no-copy-tokenizer",
-            ]
-            peer = measure(command, folder)
-            cells[1], cells[3] = f"{peer['process']:.1f}", f"{peer['resident']:.0f}"
-            cells[4:6] = [f"{100 * mine[key] / peer[key]:.0f} %" for key in ("process", "resident")]
-            cells[6] = "random masks" if name.startswith("dare") else compare(*outs, outs[1])
+            threads = str(arguments.workers)
+            command = [arguments.mergekit, str(file), str(outs[1]), "--num-threads", threads, "--quiet"]
+            peer = measure([*command, "--no-copy-tokenizer"], folder)
+            cells[2], cells[4], cells[6] = (
+                f"{peer[key]:.{d}f}" for key, d in (("process", 1), ("wall", 1), ("resident", 0))
+            )
+            cells[7:9] = [f"{100 * mine[key] / peer[key]:.0f} %" for key in ("process", "resident")]
+            cells[9] = "random masks" if name.startswith("dare") else compare(*outs, outs[1])
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 

@@ -218,7 +218,8 @@ def merge(arguments: Namespace) -> None:
             )
         own = method(arguments.method) if arguments.method else None
         folders = dict(map(_folder, arguments.folder))
-        merged = lmc.merge.replay(arguments.recipe, arguments.out, method=own, folders=folders, progress=show)
+        how: dict[str, Any] = {"workers": arguments.workers, "progress": show}
+        merged = lmc.merge.replay(arguments.recipe, arguments.out, method=own, folders=folders, **how)
     else:
         if not arguments.method or not arguments.models:
             raise InputError("give a method and at least one model: lmc merge average a/ b/ --out merged/")
@@ -239,7 +240,7 @@ def merge(arguments: Namespace) -> None:
         print(plan, flush=True)
         if arguments.dry_run:
             return
-        merged = plan.write(progress=show)
+        merged = plan.write(workers=arguments.workers, progress=show)
     if arguments.save_recipe:
         shutil.copyfile(merged.path / RECIPE, arguments.save_recipe)
     print(merged)

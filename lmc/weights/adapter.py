@@ -8,7 +8,7 @@ al. 2024, 2402.09353). Biases, norms and heads may be stored whole beside it.
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ FACTOR = re.compile(
     r"(?P<module>.+)\.(?P<part>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(\.(?!weight$|bias$)(?P<adapter>[\w-]+))?(\.(?P<what>weight|bias))?$"
 )
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared)\.weight$")
+HEAD = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 SAVED = re.compile(r"\.(base_layer|modules_to_save(\.(?!weight$|bias$)[\w-]+)?)(?=\.)")
 # Fields of a configuration that make an adapter something else than a change of weights.
 REFUSED = {
@@ -33,6 +35,8 @@ REFUSED = {
     "target_parameters": "changes parameters that are no weights of modules",
     "trainable_token_indices": "trains rows of the embedding under names of their own",
     "alora_invocation_tokens": "acts behind some tokens only, which no change of weights does",
+    "arrow_config": "chooses among adapters for every token",
+    "use_bdlora": "has factors of blocks",
     "use_qalora": "was trained on groups of quantised inputs",
 }
 # Ways to start the factors that take them off the base: what is stored belongs to what is left of it.
@@ -92,14 +96,15 @@ class Adapter(Checkpoint):
                 f"{base.path}: the base is an adapter itself; pass the full model that it was trained on"
             )
         place = {name: _stored(base, name, self.path) for name in base}
+        _add_head(place, factors, saved, self.path)
         wanted = [f"{module}.weight" for module in factors] + [n for n in saved if n.endswith(".weight")]
         rename = _renaming(wanted, place)
         found: dict[str, Stored] = {}
-        for module, parts in factors.items():
-            found |= self._changed(rename(module), module, parts, place)
         for name, stored in saved.items():
             new = rename(name)
-            found[new] = Saved(place[new], stored, new) if new in place else stored
+            found[new] = Changed(place[new], new, start=stored) if new in place else stored
+        for module, parts in factors.items():
+            found |= self._changed(rename(module), module, parts, place, found)
         ties = _kept_ties(tied_names(base), found)
         entries = {name: found.get(name, entry) for name, entry in place.items() if name not in ties}
         entries |= {name: entry for name, entry in found.items() if name not in place}
@@ -117,9 +122,9 @@ class Adapter(Checkpoint):
                 f"{self.path}: an adapter of kind {kind}, whose product with the base is not known here; merge it into "
                 "its base first (peft: model.merge_and_unload())"
             )
-        for field, why in REFUSED.items():
-            if self.config.get(field):
-                raise WeightsError(f"{self.path}: {field} is set: the adapter {why}; it is no task vector")
+        for key, why in REFUSED.items():
+            if self.config.get(key):
+                raise WeightsError(f"{self.path}: {key} is set: the adapter {why}; it is no task vector")
         start = str(self.config.get("init_lora_weights"))
         if start.lower().startswith(RESIDUAL):
             raise WeightsError(
@@ -139,7 +144,7 @@ class Adapter(Checkpoint):
                 part = match["part"].replace("embedding_", "")
                 kind = {"lora_A": "down", "lora_B": "up"}.get(part, "magnitude")
                 kind = "bias" if match["what"] == "bias" else kind
-                own = factors.setdefault(match["module"], {})
+                own = factors.setdefault(SAVED.sub("", match["module"] + ".")[:-1], {})
                 own[kind] = self.entry(name)
                 if "embedding" in match["part"]:
                     own["embedding"] = self.entry(name)
@@ -158,18 +163,30 @@ class Adapter(Checkpoint):
         return factors, saved
 
     def _changed(
-        self, home: str, module: str, parts: Mapping[str, Stored], base: Mapping[str, Stored]
+        self,
+        home: str,
+        module: str,
+        parts: Mapping[str, Stored],
+        base: Mapping[str, Stored],
+        saved: Mapping[str, Stored],
     ) -> dict[str, Stored]:
-        """The changed tensors of one module, `home` in the base and `module` in the adapter."""
-        name = f"{home}.weight"
+        """The changed tensors of one module, `home` in the base and `module` in the adapter; `saved` are stored whole."""
+        name, bias = f"{home}.weight", f"{home}.bias"
+        if f"{home.removesuffix('.out_proj')}.in_proj_weight" in base:
+            raise WeightsError(
+                f"{self.path}: {module} is part of a torch.nn.MultiheadAttention, where peft (0.21) adds the product of "
+                "the output projection twice; merge it into its base first (peft: model.merge_and_unload())"
+            )
         if name not in base:
             raise MismatchError(
                 f"{self.path}: changes {name}, which the base lacks (its names are like {next(iter(base), 'none')!r}): "
-                "an adapter of another model"
+                "an adapter of another model, or a base whose file has other names than its modules; in the second case "
+                "load the model and pass its state dict as base"
             )
         scale = self._scale(module, parts["down"].shape[0])
         rows, columns = parts["up"].shape[0], parts["down"].shape[1:]
-        product, shape = (rows, *columns), base[name].shape
+        start = _whole(saved, name)
+        product, shape = (rows, *columns), base[name].shape if start is None else start.shape
         stored_across = (columns[0], rows) if len(columns) == 1 else ()
         across = "embedding" in parts or (
             bool(self.config.get("fan_in_fan_out")) if product == stored_across else shape == stored_across
@@ -187,27 +204,29 @@ class Adapter(Checkpoint):
                     f"{self.path}: {module}: DoRA on a weight that is stored across, which is not supported; merge it into "
                     "its base first (peft: model.merge_and_unload())"
                 )
-            found[name] = Directed(base[name], change, name, parts["magnitude"])
+            found[name] = Directed(base[name], name, change, start, magnitude=parts["magnitude"])
         else:
-            found[name] = Moved(base[name], change, name)
+            found[name] = Changed(base[name], name, change, start)
         if "bias" in parts:
-            bias = f"{home}.bias"
             if bias not in base:
                 raise MismatchError(f"{self.path}: changes {bias}, which the base lacks")
-            found[bias] = Moved(base[bias], Scaled(parts["bias"], scale, base[bias].dtype), bias)
+            added = Scaled(parts["bias"], scale, base[bias].dtype)
+            found[bias] = Changed(base[bias], bias, added, _whole(saved, bias))
         return found
 
     def _scale(self, module: str, rank: int) -> float:
         """`alpha / rank` as PEFT chooses them: the first pattern that fits the end of the module's name, else the general ones."""
         values = {}
-        for field, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        for key, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
             patterns = self.config.get(pattern) or {}
             own = next(
-                (v for key, v in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), self.config.get(field)
+                (v for end, v in patterns.items() if re.match(rf"(.*\.)?({end})$", module)), self.config.get(key)
             )
             if not isinstance(own, int | float):
-                raise DataError(f"{self._config_file}: lacks {field}, by which the product of the factors is scaled")
-            values[field] = own
+                raise DataError(f"{self._config_file}: lacks {key}, by which the product of the factors is scaled")
+            values[key] = own
+        if rank == 0:
+            raise DataError(f"{self.path}: {module} has factors of rank 0, which are no adapter")
         if values["r"] != rank:
             raise DataError(f"{self._config_file}: says rank {values['r']} for {module}, its factors have {rank}")
         return values["lora_alpha"] / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
@@ -264,13 +283,20 @@ class Changed:
 
     Attributes:
         base: the tensor of the base.
-        change: by what it is changed.
         name: for errors.
+        change: what is added, `LowRank` or `Scaled`; None where nothing is.
+        start: the tensor that is stored whole in the adapter, which takes the place of the base's; None where none is.
     """
 
     base: Stored
-    change: Any
     name: str
+    change: Any = None
+    start: Stored | None = None
+
+    @property
+    def origin(self) -> Stored:
+        """The tensor that the change is added to."""
+        return self.base if self.start is None else self.start
 
     @property
     def file(self) -> Path:
@@ -282,12 +308,12 @@ class Changed:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.base.shape
+        return self.origin.shape
 
     @property
     def size(self) -> int:
         """The number of values."""
-        return self.base.size
+        return self.origin.size
 
     def read(self, chunk: slice | None = None) -> Tensor:
         """The tensor, or this chunk of it flattened, in memory of its own."""
@@ -295,61 +321,45 @@ class Changed:
 
     def unrounded(self, chunk: slice | None = None) -> Tensor:
         """The same in float32 or wider."""
-        delta = self.delta(chunk)
-        return self.base.read(chunk).to(delta.dtype) + delta
+        origin = self.origin.read(chunk).to(wide(self.dtype, self.origin.dtype))
+        return origin if self.change is None else origin + self.change.part(self.shape, chunk)
 
     def delta(self, chunk: slice | None = None) -> Tensor:
         """The difference from the base, in float32 or wider."""
-        raise NotImplementedError
-
-
-class Moved(Changed):
-    """The base plus a change that does not depend on it."""
-
-    def delta(self, chunk: slice | None = None) -> Tensor:
-        return self.change.part(self.shape, chunk)
-
-
-class Saved(Changed):
-    """A tensor that is stored whole in the adapter."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.change.shape
-
-    @property
-    def size(self) -> int:
-        """The number of values."""
-        return self.change.size
-
-    def unrounded(self, chunk: slice | None = None) -> Tensor:
-        return self.change.read(chunk).to(wide(self.base.dtype, self.change.dtype))
-
-    def delta(self, chunk: slice | None = None) -> Tensor:
+        if self.start is None:
+            return self.change.part(self.shape, chunk)
         whole = self.unrounded(chunk)
         return whole - self.base.read(chunk).to(whole.dtype)
 
 
 @dataclass(frozen=True)
 class Directed(Changed):
-    """DoRA: the rows of base plus change, each with a length of its own."""
+    """DoRA: the rows of origin plus change, each with a length of its own.
 
-    magnitude: Stored
+    Attributes:
+        magnitude: the lengths.
+    """
 
-    def delta(self, chunk: slice | None = None) -> Tensor:
+    magnitude: Stored = field(kw_only=True)
+
+    def unrounded(self, chunk: slice | None = None) -> Tensor:
         shape = self.shape
         if chunk is None:
             return self._rows(0, shape[0]).reshape(shape)
         first, last, inside = _covering(shape, chunk)
         return self._rows(first, last).view(-1)[inside]
 
+    def delta(self, chunk: slice | None = None) -> Tensor:
+        whole = self.unrounded(chunk)
+        return whole - self.base.read(chunk).to(whole.dtype)
+
     def _rows(self, first: int, last: int) -> Tensor:
         change = self.change.rows(first, last)
         width = self.size // self.shape[0]
-        base = self.base.read(slice(first * width, last * width)).to(change.dtype).view(-1, width)
+        origin = self.origin.read(slice(first * width, last * width)).to(change.dtype).view(-1, width)
         length = self.magnitude.read().to(change.dtype).reshape(-1, 1)[first:last]
-        moved = base + change
-        return moved * (length / moved.norm(dim=1, keepdim=True)) - base
+        moved = origin + change
+        return moved * (length / moved.norm(dim=1, keepdim=True))
 
 
 def _covering(shape: Sequence[int], chunk: slice) -> tuple[int, int, slice]:
@@ -361,6 +371,39 @@ def _covering(shape: Sequence[int], chunk: slice) -> tuple[int, int, slice]:
 
 def _stored(base: Mapping[str, Tensor], name: str, path: Path) -> Stored:
     return base.entry(name) if isinstance(base, Checkpoint) else Mapped(path, base[name])
+
+
+def _add_head(
+    place: dict[str, Stored],
+    factors: Mapping[str, Mapping[str, Stored]],
+    saved: Mapping[str, Stored],
+    path: Path,
+) -> None:
+    """A head that is tied to the embedding is not stored; where the adapter changes one of them, they part."""
+    embeddings = [name for name, entry in place.items() if EMBEDDING.search(name) and len(entry.shape) == 2]
+    heads = [name for name in place if HEAD.search(name)]
+    changed = {f"{module}.weight": parts for module, parts in factors.items()}
+    wanted = next((name for name in (*changed, *saved) if HEAD.search(name) and name not in place), None)
+    if heads or len(embeddings) != 1:
+        return
+    (embedding,) = embeddings
+    if wanted is not None and (wanted in saved or changed[wanted]["up"].shape[0] == place[embedding].shape[0]):
+        place[wanted] = place[embedding]
+        warn(
+            f"{path}: changes {wanted}, which the base has in {embedding} alone; the result has both: set "
+            "tie_word_embeddings to false in its configuration"
+        )
+    elif embedding in changed or embedding in saved:
+        warn(
+            f"{path}: changes {embedding}, and the base stores no head: where a model takes it from the embedding, it "
+            "changes as well, as in what peft merges, but not in the model with its adapter"
+        )
+
+
+def _whole(found: Mapping[str, Stored], name: str) -> Stored | None:
+    """The tensor that an adapter stores whole and does not change further."""
+    entry = found.get(name)
+    return entry.start if isinstance(entry, Changed) and entry.change is None else None
 
 
 def _renaming(wanted: Iterable[str], base: Mapping[str, Stored]) -> Any:
@@ -388,7 +431,7 @@ def _kept_ties(ties: Mapping[str, str], changed: Mapping[str, Stored]) -> dict[s
         here, there = changed.get(again), changed.get(first)
         if here is None and there is None:
             kept[again] = first
-        elif isinstance(here, Saved) and isinstance(there, Saved) and here.change.read().equal(there.change.read()):
+        elif (x := _whole(changed, again)) and (y := _whole(changed, first)) and x.read().equal(y.read()):
             kept[again] = first
         else:
             warn(

@@ -221,6 +221,7 @@ def test_ties_of_the_base(tmp_path: Path):
         ({"init_lora_weights": "pissa_niter_4"}, "belong to"),
         ({"lora_alpha": None}, "lacks lora_alpha"),
         ({"r": 4}, "says rank 4"),
+        ({"rank": 0, "r": 0}, "rank 0"),
     ],
 )
 def test_what_is_no_task_vector_is_refused(
@@ -229,6 +230,48 @@ def test_what_is_no_task_vector_is_refused(
     folder, _ = adapter(tmp_path / "a", **config)
     with pytest.raises((WeightsError, DataError), match=message):
         merge.task_arithmetic([lmc.open_checkpoint(folder)], base=base)
+
+
+def test_a_head_that_is_tied_without_being_stored(tmp_path: Path):
+    """transformers stores a tied head under no name: an adapter that changes it, or the embedding, parts the two."""
+    weights = {"embed_tokens.weight": torch.randn(6, 4), "l.weight": torch.randn(4, 4)}
+    t = {f"{PEFT}lm_head.lora_A.weight": torch.randn(2, 4), f"{PEFT}lm_head.lora_B.weight": torch.randn(6, 2)}
+    config = {"r": 2, "lora_alpha": 2}
+    with pytest.warns(UserWarning, match="which the base has in embed_tokens.weight alone"):
+        full = lmc.open_checkpoint(stored(tmp_path / "a", t, config)).on(weights)
+    assert torch.equal(full["embed_tokens.weight"], weights["embed_tokens.weight"])
+    torch.testing.assert_close(full["lm_head.weight"], weights["embed_tokens.weight"] + product(t, "lm_head", 1))
+    t = {
+        f"{PEFT}embed_tokens.lora_embedding_A": torch.randn(2, 6),
+        f"{PEFT}embed_tokens.lora_embedding_B": torch.randn(4, 2),
+    }
+    with pytest.warns(UserWarning, match="the base stores no head"):
+        assert list(lmc.open_checkpoint(stored(tmp_path / "b", t, config)).on(weights)) == list(weights)
+
+
+def test_attention_of_torch_is_refused(tmp_path: Path):
+    weights = {"attn.in_proj_weight": torch.zeros(12, 4), "attn.out_proj.weight": torch.zeros(4, 4)}
+    for module, rows in (("attn", 12), ("attn.base_layer.out_proj", 4)):
+        t = {f"{PEFT}{module}.lora_A.weight": torch.randn(2, 4), f"{PEFT}{module}.lora_B.weight": torch.randn(rows, 2)}
+        with pytest.raises(WeightsError, match="MultiheadAttention"):
+            lmc.open_checkpoint(stored(tmp_path / module, t, {"r": 2, "lora_alpha": 2})).on(weights)
+
+
+def test_factors_on_a_tensor_that_is_stored_whole(base: dict[str, Tensor], tmp_path: Path):
+    """PEFT stores embeddings beside their factors, for they may have been resized: the product is added to those."""
+    name, factors = "net.embed.weight", f"{PEFT}net.embed.lora_embedding_"
+    t = drawn(5, {f"{factors}A": (2, 20), f"{factors}B": (10, 2), f"{PEFT}net.embed.base_layer.weight": (20, 10)})
+    folder = stored(tmp_path / "a", t, {"r": 2, "lora_alpha": 6})
+    expected = t[f"{PEFT}net.embed.base_layer.weight"] + 3 * (t[f"{factors}B"] @ t[f"{factors}A"]).T
+    full = lmc.open_checkpoint(folder).on(base)
+    torch.testing.assert_close(full[name], expected)
+    torch.testing.assert_close(full.read(name, slice(33, 77)), expected.flatten()[33:77])
+    torch.testing.assert_close(merge.task_vector(lmc.open_checkpoint(folder), base=base)[name], expected - base[name])
+    more = drawn(6, {f"{factors}A": (2, 23), f"{PEFT}net.embed.base_layer.weight": (23, 10)})
+    resized = lmc.open_checkpoint(stored(tmp_path / "b", t | more, {"r": 2, "lora_alpha": 6}))
+    assert resized.on(base)[name].shape == (23, 10)
+    with pytest.raises(MismatchError, match="vocabularies of"):
+        merge.task_arithmetic([resized], base=base)
 
 
 def test_bad_input(base: dict[str, Tensor], tmp_path: Path):

@@ -1,6 +1,7 @@
 """Configurations of mergekit: what their values mean, what they compute, what is refused; stacks of layers."""
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import lmc
 from lmc import merge
 from lmc.cli import main
 from lmc.errors import DataError, InputError
-from lmc.merge.disk.mergekit import configuration, evaluate, read_configuration
+from lmc.merge.disk.mergekit_language import configuration, evaluate, read_configuration
 
 State = dict[str, Tensor]
 
@@ -240,7 +241,24 @@ GOOD: dict[str, Any] = {"models": [model("a", weight=1.0)], "merge_method": "tie
         ({"slices": [{"sources": [piece("a", 0, 4)]}]}, "one of models: and slices:"),
         ({"models": None}, "found none"),
         ({"models": "a"}, "list of mappings"),
-        ({"modules": {"x": {}}}, "several modules"),
+        ({"modules": {"x": {}}}, "models:, slices: and modules:"),
+        ({"models": None, "modules": {"text": {"models": []}, "vision": {"models": []}}}, "several modules"),
+        (
+            {
+                "models": None,
+                "modules": {"text": {"models": [model("a")], "parameters": {"weight": 1}}},
+                "parameters": {"weight": 2},
+            },
+            "both set weight",
+        ),
+        ({"tokenizer": {"source": "union", "tokens": {"x": {"force": True}}}}, "force without source"),
+        ({"tokenizer": {"source": "union", "tokens": {"x": {"source": "nowhere"}}}}, "none of the models"),
+        (
+            {"tokenizer": {"source": "base", "tokens": {"x": {"source": {"kind": "model_token", "model": "a"}}}}},
+            "one of token: and token_id:",
+        ),
+        ({"tokenizer_source": "union"}, "no tokenizer.json there"),
+        ({"tokenizer_source": "nowhere"}, "nothing is downloaded"),
         ({"base_model": None}, "needs one"),
         ({"models": [model("a")]}, "weight of a is not set"),
         ({"models": [model("a", weight="much")]}, "expected a number"),
@@ -266,9 +284,158 @@ def test_what_has_no_effect_is_said(here: Path):
         configuration(GOOD | {"parameters": {"lamda": 1.0}})
     with pytest.warns(UserWarning, match="did you mean 'base_model'"):
         configuration(GOOD | {"basemodel": "x"})
-    Path("two.yml").write_text("a: 1\n---\nb: 2\n")
-    with pytest.raises(DataError, match="one YAML document"):
-        merge.replay("two.yml", "out", progress=False)
+    with pytest.warns(UserWarning, match=r"models\[0\].parameters: 'normalize' is one number for all models"):
+        configuration(GOOD | {"models": [model("a", weight=1.0, normalize=False)]})
+    with pytest.warns(UserWarning, match=r"models\[0\]: 'layer_range' is no key there"):
+        configuration(GOOD | {"models": [piece("a", 0, 2, weight=1.0)]})
+    for text, message in (
+        ("a: 1\n---\nb: 2\n", "one YAML document"),
+        ("models:\n  - model: a\n    model: b\n", "'model' stands twice in one mapping, in lines 2 and 3"),
+        ("a: [1", "one YAML document"),
+        ("[]", "expected a mapping"),
+    ):
+        Path("wrong.yml").write_text(text)
+        with pytest.raises(DataError, match=message):
+            merge.replay("wrong.yml", "out", progress=False)
+
+
+# A configuration for each form that the language has: what it reads as, and a value that holds for a tensor.
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "numbers as texts, comments, flow mappings": (
+        """
+        merge_method: nearswap   # towards another model
+        base_model: org/base
+        models: [{model: org/other}]
+        parameters: {t: 1e-4}
+        dtype: torch.float16
+        """,
+        {"method": "nearswap", "base": "org/base", "dtype": "float16", "models": ["org/other", "org/base"], "t": 1e-4},
+    ),
+    "revisions and adapters": (
+        """
+        merge_method: task_arithmetic
+        base_model: {model: {path: org/base, revision: main}}
+        models:
+          - model: org/base@main+org/lora@v2
+            parameters: {weight: 0.5}
+          - model: {model: org/base, lora: {path: org/second}}
+            parameters: {weight: [0, 1]}
+        """,
+        {"method": "task_arithmetic", "models": ["org/base@main+org/lora@v2", "org/base+org/second", "org/base"]},
+    ),
+    "filters with gradients": (
+        """
+        merge_method: slerp
+        base_model: x
+        slices:
+          - sources:
+              - {model: x, layer_range: [0, 32]}
+              - {model: y, layer_range: [0, 32]}
+        parameters:
+          t:
+            - {filter: self_attn, value: [0, 0.5, 1]}
+            - {filter: mlp, value: [1, 0]}
+            - value: 0.25
+        dtype: bfloat16
+        """,
+        {"method": "slerp", "slices": 1, "models": ["x", "y"], "t": 0.75, "dtype": "bfloat16"},
+    ),
+    "a stack of slices, some of them merged, each with a base and parameters of its own": (
+        """
+        merge_method: passthrough
+        slices:
+          - sources: [{model: x, layer_range: [0, 8]}]
+            residual_weight: 0.1
+          - sources: [{model: x, layer_range: [4, 12], parameters: {scale: [{filter: o_proj, value: 0.0}, {value: 1.0}]}}]
+          - base_model: y
+            sources: [{model: y, layer_range: [12, 16]}]
+            parameters: {scale: 1}
+        out_dtype: float32
+        """,
+        {"method": "passthrough", "slices": 3, "dtype": "float32"},
+    ),
+    "anchors": (
+        """
+        merge_method: dare_ties
+        base_model: b
+        models:
+          - model: x
+            parameters: &usual {weight: 0.4, density: 0.53}
+          - model: y
+            parameters:
+              <<: *usual
+              density: 0.6
+        parameters: {int8_mask: true, normalize: true, rescale: false, lambda: 0.9}
+        """,
+        {"method": "dare_ties", "models": ["x", "y", "b"], "lambda": 0.9},
+    ),
+    "tokens": (
+        """
+        merge_method: linear
+        models:
+          - {model: x, parameters: {weight: 1}}
+          - {model: y, parameters: {weight: 1}}
+        tokenizer:
+          source: union
+          tokens:
+            <|im_start|>: {source: x}
+            <|eot_id|>: {source: y, force: true}
+            <|new|>: {source: {kind: model_token, model: x, token: <|old|>}}
+            <|second|>: {source: {kind: model_token, model: x, token_id: 7}}
+            <|none|>: {source: {kind: zero}}
+          pad_to_multiple_of: 64
+        chat_template: auto
+        """,
+        {"method": "linear", "vocabulary": {
+            "source": "union", "pad": 64, "tokens": {
+                "<|im_start|>": {"force": False, "model": "x"}, "<|eot_id|>": {"force": True, "model": "y"},
+                "<|new|>": {"force": False, "model": "x", "token": "<|old|>"},
+                "<|second|>": {"force": False, "model": "x", "token": 7}, "<|none|>": {"force": False, "zero": True},
+            },
+        }},
+    ),
+    "one module": (
+        """
+        merge_method: ties
+        base_model: b
+        modules:
+          text_decoder:
+            parameters: {density: 0.5}
+            models:
+              - {model: x, parameters: {weight: 1.0}}
+        parameters: {weight: 0.5}
+        tokenizer_source: base
+        """,
+        {"method": "ties", "models": ["x", "b"], "density": 0.5, "vocabulary": {"source": "base"}},
+    ),
+}  # fmt: skip
+PARAMETERS: dict[str, str] = {
+    "karcher": "{max_iter: 20, tol: 1e-6}", "model_stock": "{filter_wise: true}", "sce": "{select_topk: 0.1}",
+    "nuslerp": "{weight: 0.5, nuslerp_row_wise: false, nuslerp_flatten: false}", "arcee_fusion": "{}",
+    "multislerp": "{weight: 0.5, normalize_weights: true}", "ram": "{epsilon: 1e-6}",
+    "ramplus_tl": "{r: 0.1, alpha: 0.2, epsilon: 1e-5}", "breadcrumbs": "{weight: 1, density: 0.9, gamma: 0.01}",
+    "breadcrumbs_ties": "{weight: 1, density: 0.9, gamma: 0.01}", "dare_linear": "{weight: 1, density: 0.5}",
+    "della": "{weight: 1, density: 0.5, epsilon: 0.2, lambda: 1.1}", "della_linear": "{weight: 1, density: [0.5, 0.8]}",
+}  # fmt: skip
+MORE = {
+    name: (
+        f"merge_method: {name}\nbase_model: b\nmodels: [{{model: x}}, {{model: b}}]\nparameters: {text}",
+        {"method": name},
+    )
+    for name, text in PARAMETERS.items()
+}
+
+
+@pytest.mark.parametrize("name", [*FORMS, *MORE])
+@pytest.mark.filterwarnings("error")
+def test_every_form_of_the_language(name: str, tmp_path: Path):
+    text, expected = (FORMS | MORE)[name]
+    (tmp_path / "config.yml").write_text(textwrap.dedent(text))
+    read = configuration(read_configuration(tmp_path / "config.yml"))
+    found = {key: getattr(read, key) for key in ("method", "base", "dtype", "vocabulary")}
+    found |= {"slices": len(read.slices), "models": [s.model for part in read.slices for s in part.sources]}
+    found |= {key: evaluate(value, "model.layers.3.mlp.up_proj.weight", 0.25) for key, value in read.parameters.items()}
+    assert {key: found[key] for key in expected} == expected
 
 
 def test_slices_of_unequal_length(here: Path):

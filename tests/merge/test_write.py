@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections import namedtuple
 from pathlib import Path
 
@@ -17,10 +18,12 @@ from torch import Tensor
 
 import lmc.merge as merge
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
+from lmc.merge.disk import shards
 from lmc.merge.disk import write as to_disk
 from lmc.merge.disk.shards import parse_size
 from lmc.merge.engine import chunks as parts
 from lmc.merge.engine import quantiles
+from lmc.merge.engine.method import MergeFunction
 from lmc.weights.checkpoint import Extent
 from lmc.weights.opening import open_checkpoint
 from lmc.weights.state import natural
@@ -141,13 +144,13 @@ def test_an_interrupted_merge_goes_on(
     whole = contents(run(name, paths, tmp_path / "whole").path)
     original, calls = to_disk.write_shard, []
 
-    def interrupted(path, shard, ties, parts, written):
+    def interrupted(path, shard, ties, parts, written, start):
         calls.append(shard.file)
         if len(calls) > after:
             path.write_bytes(b"half a file")
             path.with_name(".merge.json.0badcafe").write_text("{")
             raise Stop
-        return original(path, shard, ties, parts, written)
+        return original(path, shard, ties, parts, written, start)
 
     monkeypatch.setattr(to_disk, "write_shard", interrupted)
     with pytest.raises(Stop):
@@ -407,14 +410,101 @@ def test_a_recipe_that_no_longer_holds_is_refused(tmp_path: Path, paths: list[Pa
         merge.write(merge.average, paths[1:], tmp_path / "d", align=lambda w: w)
 
 
-def test_a_killed_process_leaves_what_can_be_gone_on_from(tmp_path: Path, paths: list[Path]) -> None:
+@pytest.mark.parametrize("size", [150, 10_000])
+def test_a_killed_process_leaves_what_can_be_gone_on_from(size: int, tmp_path: Path, paths: list[Path]) -> None:
     """A process that is killed in the middle of a write: the same call finishes, with the result of a quiet run."""
-    whole = contents(run("ties", paths, tmp_path / "whole").path)
-    script = KILLED.format(paths=[str(p) for p in paths], out=str(tmp_path / "out"), after=7)
+    whole = contents(run("ties", paths, tmp_path / "whole", shard_size=size).path)
+    script = KILLED.format(paths=[str(p) for p in paths], out=str(tmp_path / "out"), after=5, size=size)
     assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == 9
     assert not (tmp_path / "out").exists() and list((tmp_path / ".out.unfinished").glob("*.safetensors"))
-    assert contents(run("ties", paths, tmp_path / "out").path) == whole
+    options = METHODS["ties"] | {"base": paths[0], "shard_size": size}
+    plan = merge.plan(merge.ties, paths[1:], tmp_path / "out", **options)
+    if size > 150:  # one file, of which four tensors were whole
+        assert plan.begun is not None and len(plan.begun.tensors) == 4 and "4 tensors of" in str(plan)
+    assert contents(run("ties", paths, tmp_path / "out", shard_size=size).path) == whole
     assert not list(tmp_path.glob(".*"))
+
+
+def stopped(paths: list[Path], out: Path, at: str, **options) -> tuple[MergeFunction, list[str]]:
+    """A merge into one file that an interrupt ended at a tensor, and the tensors that its method is asked for."""
+    asked: list[str] = []
+
+    @merge.on_tensors
+    def mean(tensors: Tensor, *, name: str) -> Tensor:
+        asked.append(name)
+        if name == at and asked.count(name) == 1:
+            raise Stop
+        return tensors.mean(0)
+
+    with pytest.raises(Stop):
+        merge.write(mean, paths[1:], out, progress=False, **options)
+    return mean, asked
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_one_file_goes_on_behind_its_last_whole_tensor(
+    workers: int, tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "APART", 1)
+    mean, asked = stopped(paths, tmp_path / "out", "block.2.weight", workers=workers)
+    begun = merge.plan(mean, paths[1:], tmp_path / "out").begun
+    assert begun is not None and "block.1.weight" in begun.tensors and "block.2.weight" not in begun.tensors
+    before = len(asked)
+    result = merge.write(mean, paths[1:], tmp_path / "out", workers=workers, progress=False)
+    assert not begun.tensors & set(asked[before:]) and "block.2.weight" in asked[before:]
+    quiet = merge.write(mean, paths[1:], tmp_path / "quiet", progress=False)
+    assert contents(result.path) == contents(quiet.path)
+    result.verify()
+
+
+@pytest.mark.parametrize("damage", ["content", "note", "header", "cut", "no note"])
+def test_what_is_left_of_a_file_is_checked(
+    damage: str, tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "APART", 1)
+    mean, _ = stopped(paths, tmp_path / "out", "block.2.weight")
+    partial = tmp_path / ".out.unfinished"
+    file, notes = partial / "model.safetensors", partial / ".model.safetensors.progress"
+    begun = merge.plan(mean, paths[1:], tmp_path / "out").begun
+    assert begun is not None
+    data = bytearray(file.read_bytes())
+    if damage == "content":
+        data[begun.size - 1] ^= 1
+    elif damage == "header":
+        data[9] ^= 1
+    elif damage == "cut":
+        data = data[: begun.size - 1]
+    elif damage == "note":  # half of the last line: the line before counts
+        notes.write_text(notes.read_text()[:-10])
+    else:
+        notes.unlink()
+    file.write_bytes(data)
+    left = merge.plan(mean, paths[1:], tmp_path / "out").begun
+    assert (left is not None and left.size < begun.size) if damage == "note" else left is None
+    result = merge.write(mean, paths[1:], tmp_path / "out", progress=False)
+    assert same(result, mean([state(1), state(2)]))
+    result.verify()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_workers_give_the_same(name: str, tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "VALUES", 7)
+    monkeypatch.setattr(parts, "AHEAD", 1)
+    before = torch.get_num_threads(), threading.active_count()
+    expected = contents(run(name, paths, tmp_path / "one").path)
+    assert contents(run(name, paths, tmp_path / "three", workers=3).path) == expected
+    assert (torch.get_num_threads(), threading.active_count()) == before
+
+
+def test_workers_that_fail(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parts, "VALUES", 7)
+    monkeypatch.setattr(parts, "AHEAD", 1)
+    before = threading.active_count()
+    stopped(paths, tmp_path / "out", "block.0.weight", workers=3)
+    assert threading.active_count() == before
+    for wrong in (0, True, 1.5, "2"):
+        with pytest.raises(InputError, match="workers"):
+            run("average", paths, tmp_path / "x", workers=wrong)
 
 
 KILLED = """
@@ -422,19 +512,20 @@ import os
 import lmc.merge as merge
 from lmc.merge.disk import shards
 
-original, count = shards._Hashed.write, 0
+original, count = shards._Growing.write, 0
+shards.APART = 1
 
-def write(self, place, values):
+def write(self, place, values, last=False):
     global count
     count += 1
     if count > {after}:
         self.file.write(b"half"); self.file.flush()
         os._exit(9)
-    original(self, place, values)
+    original(self, place, values, last)
 
-shards._Hashed.write = write
+shards._Growing.write = write
 base, *models = {paths}
-merge.write(merge.ties, models, {out!r}, base=base, shard_size=150, density=0.4, progress=False)
+merge.write(merge.ties, models, {out!r}, base=base, shard_size={size}, density=0.4, progress=False)
 """
 
 

@@ -1,32 +1,14 @@
-"""Merges that are written in mergekit's configuration language, done here: `lmc.merge.replay("config.yml", "merged/")`.
-
-    models:                            one of models and slices
-      - model: math/                   a folder; with `folders=` also a name of a model that was downloaded
-        parameters:
-          weight: [0.0, 0.5, 1.0]      over the depth of the layers
-          density:                     by parts of names, the first that fits
-            - filter: mlp
-              value: 0.3
-            - value: 0.5
-      - model: base/+adapter/          a LoRA adapter on its base
-    merge_method: ties
-    base_model: base/
-    dtype: bfloat16
-
-Values are looked up for each tensor: in the parameters of the model, of its slice, of all; the first that is set counts.
-Gradients are interpolated over the layers of a slice; tensors outside layers take the first value.
-"""
+"""Merges that are written in mergekit's configuration language, done here: `lmc.merge.replay("config.yml", "merged/")`."""
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lmc.core.context import warn
-from lmc.core.extras import require
-from lmc.errors import DataError, InputError
-from lmc.merge.disk.mergekit_methods import Translation, nearest, translation
+from lmc.errors import InputError
+from lmc.merge.disk.mergekit_language import Configuration, Setting, Slice, Source, configuration, evaluate
+from lmc.merge.disk.mergekit_methods import Translation, translation
 from lmc.merge.disk.stacking import BEFORE, layer_count, layer_of, layer_prefix, stack
 from lmc.merge.disk.vocabulary import by_token
 from lmc.merge.disk.write import Plan, plan
@@ -34,240 +16,6 @@ from lmc.merge.engine.tensors import weight_sets
 from lmc.weights.adapter import Adapter
 from lmc.weights.checkpoint import Checkpoint, read_json
 from lmc.weights.opening import open_checkpoint
-
-TOP = (
-    "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
-    "chat_template", "modules", "name",
-)  # fmt: skip
-GOOD = ("parameters", "sources", "base_model", "residual_weight")
-Setting = Any  # a number, a list of numbers over the depth, or a list of {filter, value}
-
-
-@dataclass(frozen=True)
-class Source:
-    """A model of a slice: what it is called, its layers (None is all), and its parameters."""
-
-    model: str
-    layers: tuple[int, int] | None
-    parameters: Mapping[str, Setting]
-
-
-@dataclass(frozen=True)
-class Slice:
-    """Models that are merged layer by layer."""
-
-    sources: tuple[Source, ...]
-    parameters: Mapping[str, Setting]
-    base: str | None
-
-
-@dataclass(frozen=True)
-class Configuration:
-    """A configuration as it is written, checked.
-
-    Attributes:
-        method: mergekit's name of the method.
-        slices: from the first layers to the last; one without layers for `models:`.
-        base: the base, or None.
-        parameters: those of all.
-        dtype: of the result.
-        vocabulary: how tokenizers are brought together: None, "union", "base", or the name of a model.
-        chat_template: None, "auto" or a text.
-    """
-
-    method: str
-    slices: tuple[Slice, ...]
-    base: str | None
-    parameters: Mapping[str, Setting]
-    dtype: str | None
-    vocabulary: str | None
-    chat_template: str | None
-
-
-def read_configuration(file: Path) -> dict[str, Any]:
-    """What a YAML file holds.
-
-    Raises:
-        DataError: no YAML, several documents, or no mapping.
-    """
-    yaml = require("yaml", "recipes")
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"{file}: not one YAML document ({' '.join(str(error).split())})") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{file}: expected a mapping with merge_method:, found {type(content).__name__}")
-    return content
-
-
-def configuration(content: Mapping[str, Any]) -> Configuration:
-    """Check a configuration; nothing is opened.
-
-    Raises:
-        InputError: keys that are missing, contradict each other or are not supported, unknown methods; what was meant is
-            named.
-    """
-    for key in content:
-        if key not in TOP:
-            warn(f"recipe: {key!r} is no key of a configuration{nearest(key, TOP)}; it has no effect")
-    how = translation(content.get("merge_method"))
-    if content.get("modules"):
-        raise InputError(
-            "modules: models of several modules are not supported; merge each by a configuration of its own"
-        )
-    given = [key for key in ("models", "slices") if content.get(key)]
-    if len(given) != 1:
-        raise InputError(f"expected one of models: and slices:, found {' and '.join(given) or 'none'}")
-    parameters = _parameters(content, "parameters", how)
-    base = None if content.get("base_model") is None else _called(content["base_model"])
-    if given == ["models"]:
-        sources = tuple(
-            _source(entry, f"models[{i}]", how) for i, entry in enumerate(_list(content["models"], "models"))
-        )
-        if base is not None and base not in [source.model for source in sources]:
-            sources = (*sources, Source(base, None, {}))
-        slices = (Slice(sources, {}, None),)
-    else:
-        slices = tuple(_slice(entry, f"slices[{i}]", how) for i, entry in enumerate(_list(content["slices"], "slices")))
-    if content.get("tokenizer") and content.get("tokenizer_source"):
-        raise InputError("tokenizer and tokenizer_source: give one of them")
-    chat = content.get("chat_template")
-    out = content.get("out_dtype") or content.get("dtype")
-    return Configuration(
-        str(content["merge_method"]),
-        slices,
-        base,
-        parameters,
-        out,
-        _vocabulary(content),
-        None if chat is None else str(chat),
-    )
-
-
-def _vocabulary(content: Mapping[str, Any]) -> str | None:
-    tokenizer = content.get("tokenizer")
-    if not tokenizer:
-        found = content.get("tokenizer_source")
-        return None if found is None else _called(found)
-    if not isinstance(tokenizer, Mapping):
-        raise InputError(f"tokenizer: expected a mapping with source:, got {tokenizer!r}")
-    for key in ("tokens", "pad_to_multiple_of"):
-        if tokenizer.get(key):
-            raise InputError(f"tokenizer.{key} is not supported; leave it out")
-    return _called(tokenizer.get("source", "union"))
-
-
-def _list(value: Any, what: str) -> list[Any]:
-    if not isinstance(value, list) or not all(isinstance(entry, Mapping) for entry in value):
-        raise InputError(f"{what}: expected a list of mappings")
-    return value
-
-
-def _slice(entry: Mapping[str, Any], where: str, how: Translation) -> Slice:
-    _check_keys(entry, GOOD, where)
-    sources = tuple(
-        _source(source, f"{where}.sources[{i}]", how)
-        for i, source in enumerate(_list(entry.get("sources"), f"{where}.sources"))
-    )
-    lengths = {source.layers[1] - source.layers[0] for source in sources if source.layers}
-    if len(lengths) != 1 or any(source.layers is None for source in sources):
-        raise InputError(
-            f"{where}: all sources need a layer_range, of the same length; found {[s.layers for s in sources]}"
-        )
-    base = entry.get("base_model")
-    return Slice(sources, _parameters(entry, f"{where}.parameters", how), None if base is None else _called(base))
-
-
-def _source(entry: Mapping[str, Any], where: str, how: Translation) -> Source:
-    _check_keys(entry, ("model", "layer_range", "parameters"), where)
-    if "model" not in entry:
-        raise InputError(f"{where}: lacks model:")
-    layers = entry.get("layer_range")
-    if layers is not None and not (
-        isinstance(layers, list) and len(layers) == 2 and all(isinstance(n, int) for n in layers)
-    ):
-        raise InputError(f"{where}: layer_range: expected [first, after the last], got {layers!r}")
-    return Source(
-        _called(entry["model"]),
-        None if layers is None else (layers[0], layers[1]),
-        _parameters(entry, f"{where}.parameters", how),
-    )
-
-
-def _called(reference: Any) -> str:
-    """A model's reference as text: `path`, or `path+adapter`."""
-    if isinstance(reference, Mapping):
-        model, lora = (reference.get(key) for key in ("model", "lora"))
-        name = model.get("path") if isinstance(model, Mapping) else model
-        added = lora.get("path") if isinstance(lora, Mapping) else lora
-        reference = f"{name}+{added}" if added else name
-    if not isinstance(reference, str) or not reference:
-        raise InputError(f"{reference!r}: expected the path of a model, or path+adapter")
-    return reference
-
-
-def _check_keys(entry: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in entry:
-        if key not in known:
-            warn(f"{where}: {key!r} is no key there{nearest(key, known)}; it has no effect")
-
-
-def _parameters(entry: Mapping[str, Any], where: str, how: Translation) -> dict[str, Setting]:
-    found = entry.get("parameters") or {}
-    if not isinstance(found, Mapping):
-        raise InputError(f"{where}: expected a mapping of parameters, got {found!r}")
-    for name, setting in found.items():
-        if name not in how.known:
-            warn(f"{where}: {name!r} is no parameter of the method{nearest(name, how.known)}; it has no effect")
-        _check_setting(setting, f"{where}.{name}")
-    return dict(found)
-
-
-def _check_setting(setting: Setting, where: str) -> None:
-    if isinstance(setting, Mapping):
-        setting = [setting]
-    if isinstance(setting, list) and any(isinstance(entry, Mapping) for entry in setting):
-        for entry in setting:
-            if not isinstance(entry, Mapping) or not {"value"} <= set(entry) <= {"value", "filter"}:
-                raise InputError(f"{where}: expected entries {{filter, value}}, got {entry!r}")
-            _check_setting(entry["value"], where)
-        return
-    for value in setting if isinstance(setting, list) else [setting]:
-        _number(value, where)
-
-
-def _number(value: Any, where: str) -> float | bool:
-    if isinstance(value, bool | int | float):
-        return value
-    try:
-        return float(value)  # YAML takes 1e-5 for a text
-    except (TypeError, ValueError):
-        raise InputError(
-            f"{where}: expected a number, a list of numbers or of {{filter, value}}, got {value!r}"
-        ) from None
-
-
-def evaluate(setting: Setting, name: str, t: float) -> float | bool | None:
-    """The value of a setting for the tensor `name` at depth `t` from 0 to 1; None where no filter fits."""
-    if isinstance(setting, Mapping):
-        setting = [setting]
-    if not isinstance(setting, list):
-        return _number(setting, name)
-    if not setting:
-        return None
-    if not isinstance(setting[0], Mapping):
-        values = [_number(value, name) for value in setting]
-        if all(isinstance(value, bool) for value in values):
-            return values[int(t * (len(values) - 1))]
-        place = t * (len(values) - 1)
-        low = int(place)
-        share = place - low
-        return (1 - share) * values[low] + share * values[min(low + 1, len(values) - 1)]
-    for entry in setting:
-        wanted = entry.get("filter")
-        if wanted is None or wanted == "*" or str(wanted) in name:
-            return evaluate(entry["value"], name, t)
-    return None
 
 
 @dataclass(frozen=True)
@@ -331,10 +79,16 @@ def plan_configuration(
     base = _view([source for source, _ in order if source is not None], models) if based else None
     if how.base == "first" and base is not None:
         views, base = [base, *views], None
-    vocabulary = "base" if config.base is not None and config.vocabulary == config.base else config.vocabulary
-    if vocabulary not in (None, "union", "base"):
-        raise InputError(f"tokenizer_source: {vocabulary!r} is not supported; give union, base, or the base_model")
-    if vocabulary is not None:
+    vocabulary = None
+    if config.vocabulary is not None:
+        places = {source.model: j for j, source in enumerate(order[0][1])}
+        if order[0][0] is not None:
+            first = how.base == "first"
+            places = {order[0][0].model: 0 if first else "base"} | {name: j + first for name, j in places.items()}
+        wanted = dict(config.vocabulary)
+        if wanted["source"] == "base" and config.base is not None and places.get(config.base) not in (0, "base"):
+            wanted["source"] = config.base  # one of the models that are averaged, and not the first
+        vocabulary = _by_places(wanted, places, lambda name: _place(name, folders, near))
         joined, origin, _ = by_token(views, base, vocabulary)
         names = weight_sets(joined, origin).names
     else:
@@ -344,6 +98,22 @@ def plan_configuration(
         options["seed"] = seed
     merged = plan(how.function, views, out, base=base, dtype=config.dtype, vocabulary=vocabulary, **options)
     return replace(merged, texts=dict(merged.texts) | _texts(config, content, models))
+
+
+def _by_places(
+    vocabulary: Mapping[str, Any], places: Mapping[str, int | str], folder: Callable[[str], Path]
+) -> dict[str, Any]:
+    """The vocabulary with models by their places; the result has a row for each token and none more, as there."""
+    source, tokens = vocabulary["source"], {}
+    if source not in ("union", "base"):
+        source = str(folder(source).resolve())
+    for token, row in vocabulary.get("tokens", {}).items():
+        if not row:
+            continue
+        if "model" in row and row["model"] not in places:
+            raise InputError(f"tokenizer.tokens.{token}: {row['model']} is none of the models that are merged")
+        tokens[token] = {**row, "model": places[row["model"]]} if "model" in row else row
+    return {"source": source, "tokens": tokens, "pad": vocabulary.get("pad", 1)}
 
 
 def _layered(config: Configuration) -> bool:
@@ -422,11 +192,6 @@ def _options(
         first = next(iter(values.values()))
         options[key] = first if all(value == first for value in values.values()) else values
     return options
-
-
-def _values(option: Any) -> Iterable[Any]:
-    """The values of an option, which is one for all tensors or one for each name."""
-    return option.values() if isinstance(option, Mapping) else [option]
 
 
 def _places(

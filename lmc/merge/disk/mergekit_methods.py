@@ -52,6 +52,12 @@ class Translation:
     base: str = "task vectors"
     models: tuple[int, int] = (1, 1 << 30)
 
+    @property
+    def each(self) -> tuple[str, ...]:
+        """The names of the parameters that every model may have of its own."""
+        own = ("weight", "density", "gamma", "scale", *(("epsilon",) if "density" in self.known else ()))
+        return tuple(name for name in self.known if name in own)
+
 
 def _linear(p: Parameters) -> dict[str, Any]:
     weights = p.each("weight")

@@ -6,14 +6,15 @@ from typing import Any
 
 from lmc.core.context import own_context
 from lmc.errors import DataError, InputError
-from lmc.merge.disk.mergekit import plan_configuration, read_configuration
+from lmc.merge.disk.mergekit import plan_configuration
+from lmc.merge.disk.mergekit_language import read_configuration
 from lmc.merge.disk.recipe import source
 from lmc.merge.disk.stacking import stack
 from lmc.merge.disk.write import write
 from lmc.merge.engine.method import MergeFunction
 from lmc.merge.rules import averaging, postprocess, selection, spectral, task_vectors, ties
 from lmc.merge.with_data import soups
-from lmc.weights.checkpoint import RECIPE, Checkpoint, checksum, read_json
+from lmc.weights.checkpoint import RECIPE, Checkpoint, read_json, sampled_checksum
 from lmc.weights.opening import open_checkpoint
 
 
@@ -25,11 +26,12 @@ def replay(
     method: MergeFunction | None = None,
     folders: Mapping[str, str | Path] | None = None,
     seed: int = 0,
+    workers: int = 1,
     progress: bool = True,
 ) -> Checkpoint:
     """Do the merge of a recipe, into a new folder: repeat one of `write`, or carry out a configuration of mergekit.
 
-    Configurations of mergekit are read as mergekit 0.1.5 reads them, see `lmc.merge.disk.mergekit`; sums are made in
+    Configurations of mergekit are read as mergekit 0.1.5 reads them, see `lmc.merge.disk.mergekit_language`; sums are made in
     float32, where mergekit makes most of them in `dtype`, and random masks have other numbers.
 
     Args:
@@ -39,6 +41,7 @@ def replay(
         method: the function, where it is not one of `lmc.merge`.
         folders: for a configuration of mergekit, names of models -> where they are: nothing is downloaded.
         seed: for a configuration of mergekit, of random masks.
+        workers: threads, as for `Plan.write`.
 
     Raises:
         InputError: models that were not on disk, or are not here; a method that is not known, or has been changed since;
@@ -55,7 +58,7 @@ def replay(
         planned = plan_configuration(recipe, out, folders=folders or {}, near=near, seed=seed)
         if progress:
             print(planned, flush=True)
-        return planned.write(progress=progress)
+        return planned.write(workers=workers, progress=progress)
     missing = [key for key in ("method", "rule", "options", "models", "base", "shard_size") if key not in recipe]
     if missing:
         raise DataError(f"recipe: not one of lmc.merge.write: it lacks {', '.join(missing)}")
@@ -64,10 +67,10 @@ def replay(
     models = [_input(model, f"models[{i}]") for i, model in enumerate(recipe["models"])]
     base = None if recipe["base"] is None else _input(recipe["base"], "base")
     for file, digest in recipe.get("inputs", {}).items():
-        if Path(file).is_file() and checksum(Path(file)) != digest:
+        if Path(file).is_file() and sampled_checksum(Path(file)) != digest:
             raise DataError(f"{file}: is not what was merged: its SHA-256 differs from the one in the recipe")
     how: dict[str, Any] = {key: recipe.get(key) for key in ("dtype", "shard_size", "vocabulary")} | options
-    merged = write(chosen, models, out, base=base, progress=progress, **how)
+    merged = write(chosen, models, out, base=base, workers=workers, progress=progress, **how)
     made = read_json(merged.path / RECIPE)["files"]
     for file, digest in recipe.get("files", {}).items():
         if made.get(file) != digest:

@@ -5,20 +5,21 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
-from torch import Tensor
 
 from lmc.errors import InputError
-from lmc.merge.engine.chunks import VALUES, Chunk
+from lmc.merge.engine.chunks import VALUES, Made
 from lmc.weights.checkpoint import DTYPES, Checkpoint, as_bytes, checksum, size_of
 
 QUEUE = 4  # chunks that wait to be written
+APART = 1 << 23  # bytes at least between two notes of how far a file has come
+NOTE = re.compile(r"^(\d+) ([0-9a-f]{64})\n", re.MULTILINE)
 LABELS = {dtype: label for label, dtype in DTYPES.items()}
 NAME = re.compile(
     r"(?P<stem>model|pytorch_model|diffusion_pytorch_model|open_clip_model)(?P<variant>\.[\w-]+?)??"
@@ -39,15 +40,13 @@ class Shard:
         return sum(size_of(*tensor) for tensor in self.tensors.values())
 
     def header(self, ties: Mapping[str, str]) -> tuple[bytes, dict[str, int]]:
-        """The first bytes of the file, and where each tensor begins.
+        """The first bytes of the file, and where each tensor begins: at a multiple of its item size.
 
-        Wide dtypes come first, so that every tensor begins at a multiple of its item size.
+        In the order of the model, or, where that is no such place for one of them, wide dtypes first.
         """
-        places: dict[str, int] = {}
-        end = 0
-        for name in sorted(self.tensors, key=lambda name: -self.tensors[name][0].itemsize):
-            places[name] = end
-            end += size_of(*self.tensors[name])
+        places = self._places(self.tensors)
+        if any(place % self.tensors[name][0].itemsize for name, place in places.items()):
+            places = self._places(sorted(self.tensors, key=lambda name: -self.tensors[name][0].itemsize))
         kept = {second: first for second, first in ties.items() if first in self.tensors}
         entries: dict[str, object] = {"__metadata__": {"format": "pt"} | kept}
         for name, (dtype, shape) in self.tensors.items():
@@ -57,6 +56,14 @@ class Shard:
         text += b" " * (-len(text) % 8)
         start = 8 + len(text)
         return len(text).to_bytes(8, "little") + text, {name: start + place for name, place in places.items()}
+
+    def _places(self, order: Iterable[str]) -> dict[str, int]:
+        """Where each tensor begins behind the header, one after the other."""
+        places, end = {}, 0
+        for name in order:
+            places[name] = end
+            end += size_of(*self.tensors[name])
+        return places
 
 
 @dataclass(frozen=True)
@@ -105,32 +112,89 @@ def layout(tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], limit: in
     return tuple(Shard(names.file(i, len(groups)), group) for i, group in enumerate(groups, start=1))
 
 
+@dataclass(frozen=True)
+class Begun:
+    """A file that an interrupted run has begun.
+
+    Attributes:
+        file: its name.
+        size: how many bytes of it stay.
+        tensors: what is whole in them.
+        digest: the SHA-256 of these bytes so far.
+    """
+
+    file: str
+    size: int
+    tensors: frozenset[str]
+    digest: Any
+
+
+def begun(folder: Path, shard: Shard, ties: Mapping[str, str]) -> Begun | None:
+    """What of a file is there and as it was written, by the last note of how far it had come."""
+    path, notes = folder / shard.file, _notes(folder / shard.file)
+    if not path.is_file() or not notes.is_file():
+        return None
+    lines = NOTE.findall(notes.read_text(errors="replace"))
+    size, expected = (int(lines[-1][0]), lines[-1][1]) if lines else (0, "")
+    header, places = shard.header(ties)
+    digest, left = hashlib.sha256(), size
+    with open(path, "rb") as file:
+        if file.read(len(header)) != header:
+            return None
+        file.seek(0)
+        while left and (part := file.read(min(left, APART))):
+            digest.update(part)
+            left -= len(part)
+    if left or digest.hexdigest() != expected:
+        return None
+    found = frozenset(name for name, place in places.items() if place + size_of(*shard.tensors[name]) <= size)
+    return Begun(shard.file, size, found, digest)
+
+
+def _notes(path: Path) -> Path:
+    """Beside a file that grows: how many bytes are whole tensors, and their SHA-256, a line each time."""
+    return path.with_name(f".{path.name}.progress")
+
+
 def write_shard(
     path: Path,
     shard: Shard,
     ties: Mapping[str, str],
-    chunks: Iterator[tuple[str, Chunk, Tensor]],
+    chunks: Iterator[Made],
     written: Callable[[int], object],
+    start: Begun | None = None,
 ) -> str:
     """Write each chunk of each tensor to its place as it comes, and say how many bytes it had.
 
     A thread writes while the next chunks are made. On return all is on the disk.
 
+    Args:
+        start: what an interrupted run has left of the file; the chunks are those of the other tensors.
+
     Returns:
         The SHA-256 of the file.
     """
     header, places = shard.header(ties)
-    with open(path, "wb") as opened, ThreadPoolExecutor(1, thread_name_prefix="write") as pool:
-        file = _Hashed(opened)
-        pending = deque([pool.submit(file.write, 0, header)])
-        left = len(shard.tensors)
+    how, notes = ("wb", "w") if start is None else ("r+b", "a")
+    with (
+        open(path, how) as opened,
+        open(_notes(path), notes) as progress,
+        ThreadPoolExecutor(1, thread_name_prefix="write") as pool,
+    ):
+        file = _Growing(opened, progress)
+        if start is None:
+            pending = deque([pool.submit(file.write, 0, header)])
+        else:
+            pending = deque([pool.submit(file.go_on, start)])
+        left = len(shard.tensors) - (0 if start is None else len(start.tensors))
         while left:
             name, chunk, tensor = next(chunks)
-            start, stop = (0, tensor.numel()) if chunk is None else (chunk.start, chunk.stop)
+            begin, stop = (0, tensor.numel()) if chunk is None else (chunk.start, chunk.stop)
             values = as_bytes(tensor.cpu().contiguous()) if tensor.numel() else b""
-            pending.append(pool.submit(file.write, places[name] + start * tensor.element_size(), values))
+            last = stop == torch.Size(shard.tensors[name][1]).numel()
+            pending.append(pool.submit(file.write, places[name] + begin * tensor.element_size(), values, last))
             written(len(values))
-            left -= stop == torch.Size(shard.tensors[name][1]).numel()
+            left -= last
             while len(pending) > (QUEUE if tensor.numel() <= VALUES else 0):
                 pending.popleft().result()
         for write in pending:
@@ -140,21 +204,32 @@ def write_shard(
     return checksum(path) if file.digest is None else file.digest.hexdigest()
 
 
-class _Hashed:
-    """A file with the SHA-256 of what was written, as long as that goes on from where it ended."""
+class _Growing:
+    """A file with the SHA-256 of what was written, as long as that goes on from where it ended, and notes of both."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self.file = file
+    def __init__(self, file: BinaryIO, notes: TextIO) -> None:
+        self.file, self.notes = file, notes
         self.digest: Any = hashlib.sha256()
-        self.end = 0
+        self.end = self.noted = 0
 
-    def write(self, place: int, values: bytes | memoryview) -> None:
+    def go_on(self, start: Begun) -> None:
+        self.digest, self.end, self.noted = start.digest.copy(), start.size, start.size
+        self.file.truncate(start.size)
+        self.file.seek(start.size)
+
+    def write(self, place: int, values: bytes | memoryview, last: bool = False) -> None:
+        """Write to a place; `last`: with this, a tensor is whole."""
         if place != self.end:  # tensors of several widths are not stored in the order of the model
             self.digest = None
             self.file.seek(place)
         if self.digest is not None:
             self.digest.update(values)
         self.end = place + self.file.write(values)
+        if last and self.digest is not None and self.end - self.noted >= APART:
+            self.file.flush()
+            self.notes.write(f"{self.end} {self.digest.hexdigest()}\n")
+            self.notes.flush()
+            self.noted = self.end
 
 
 def parse_size(size: int | str) -> int:

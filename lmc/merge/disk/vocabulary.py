@@ -5,11 +5,24 @@
 The tokens of a model are read from the `tokenizer.json` beside it. With "base" the result has the tokens of the base (or
 else of the first model) under their numbers, with "union" those of the others behind them, model by model. A model that
 lacks a token takes the row of the base there, or else the mean of the models that have it: its task vector is zero.
+
+A mapping says more, as mergekit's `tokenizer:` does:
+
+    vocabulary={
+        "source": "union",                      # or "base", or a folder whose tokenizer the result has
+        "tokens": {                             # where the rows of some tokens come from, in models that lack them
+            "<x>": {"model": 0},                # models[0], or "base"
+            "<y>": {"model": "base", "token": "<z>"},       # its row of another token, by text or number
+            "<w>": {"zero": True, "force": True},           # also in models that have it
+        },
+        "pad": 64,                              # a multiple for the number of rows; those added are the mean of all
+    }
 """
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +30,19 @@ import torch
 from torch import Tensor
 
 from lmc.errors import DataError, InputError
+from lmc.merge.engine.chunks import VALUES
 from lmc.weights.agreement import VOCABULARY
 from lmc.weights.checkpoint import Checkpoint, Stored, read_json
 from lmc.weights.state import narrowed, wide
 
 FILE = "tokenizer.json"
+TEXTS = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)  # beside it
 SHOWN = 3  # tokens in a text
 
 
@@ -35,6 +56,8 @@ class Rows:
         base: the same of the base, whose rows stand in first; None without a base.
         others: the same of all models; the mean of the rows of those that have the token stands in where the base lacks it.
         name: for errors.
+        given: rows whose place is set: a stored tensor and its row there, None for zeros.
+        padded: the first of the rows at the end that are the mean of those before; None without any.
     """
 
     own: Stored
@@ -42,6 +65,8 @@ class Rows:
     base: tuple[Stored, Tensor] | None
     others: tuple[tuple[Stored, Tensor], ...]
     name: str
+    given: Mapping[int, tuple[Stored, int] | None] = field(default_factory=dict)
+    padded: int | None = None
 
     @property
     def file(self) -> Path:
@@ -73,15 +98,33 @@ class Rows:
         own = _gather(self.own, self.index[part], width)
         for place in (self.index[part] < 0).nonzero().flatten().tolist():
             row = part.start + place
-            if self.base is not None and self.base[1][row] >= 0:
-                having = [self.base]
-            else:
-                having = [(stored, index) for stored, index in self.others if index[row] >= 0]
-            if having:
+            if self.padded is not None and row >= self.padded:
+                own[place] = self._mean
+            elif row in self.given:
+                found = self.given[row]
+                if found is not None:
+                    own[place] = _gather(found[0], torch.tensor([found[1]]), width)[0].to(own.dtype)
+            elif having := self._having(row):
                 kind = wide(*(stored.dtype for stored, _ in having))
                 rows = [_gather(stored, index[row : row + 1], width)[0].to(kind) for stored, index in having]
                 own[place] = narrowed(torch.stack(rows).mean(0), self.dtype, self.name)
         return own
+
+    def _having(self, row: int) -> list[tuple[Stored, Tensor]]:
+        """Whose rows stand in: the base's, or else those of all that have one."""
+        if self.base is not None and self.base[1][row] >= 0:
+            return [self.base]
+        return [(stored, index) for stored, index in self.others if index[row] >= 0]
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        """Of the rows before the padded ones."""
+        width, count = max(1, self.own.size // max(1, self.own.shape[0])), self.padded or 0
+        step = max(1, VALUES // width)
+        total = torch.zeros(width, dtype=torch.float64)
+        for start in range(0, count, step):
+            total += self._rows(slice(start, min(start + step, count)), width).double().sum(0)
+        return (total / count).to(self.dtype)
 
 
 def _gather(stored: Stored, index: Tensor, width: int) -> Tensor:
@@ -129,51 +172,127 @@ def vocabulary_tensors(model: Checkpoint, count: int) -> list[str]:
     ]
 
 
-def by_token(models: Sequence[Any], base: Any, policy: str) -> tuple[list[Any], Any, dict[str, str]]:
+@dataclass(frozen=True)
+class Policy:
+    """What `vocabulary=` says, checked.
+
+    Attributes:
+        source: "union", "base", or the folder whose tokenizer the result has.
+        tokens: token -> where its row comes from.
+        pad: a multiple for the number of rows; None: as many as the first model, or more.
+    """
+
+    source: str
+    tokens: Mapping[str, Mapping[str, Any]]
+    pad: int | None
+
+
+def policy_of(vocabulary: str | Mapping[str, Any]) -> Policy:
+    """The policy that is meant.
+
+    Raises:
+        InputError: one that is not known.
+    """
+    given: Mapping[str, Any] = {"source": vocabulary} if isinstance(vocabulary, str) else vocabulary
+    if not isinstance(given, Mapping) or not set(given) <= {"source", "tokens", "pad"}:
+        raise InputError(
+            f"vocabulary must be 'union', 'base' or a mapping of source, tokens and pad, got {vocabulary!r}"
+        )
+    source, named, pad = given.get("source", "union"), given.get("tokens") or {}, given.get("pad")
+    if source not in ("union", "base") and not Path(source).is_dir():
+        raise InputError(f"vocabulary must be 'union' or 'base', or a folder with a tokenizer, got {source!r}")
+    if pad is not None and (isinstance(pad, bool) or not isinstance(pad, int) or pad < 1):
+        raise InputError(f"vocabulary: pad={pad!r}: expected a whole number of at least 1")
+    for token, row in named.items():
+        if not isinstance(row, Mapping) or not set(row) <= {"model", "token", "zero", "force"}:
+            raise InputError(f"vocabulary: {token!r}: expected a mapping of model, token, zero and force, got {row!r}")
+    return Policy(source, named, pad)
+
+
+def by_token(
+    models: Sequence[Any], base: Any, vocabulary: str | Mapping[str, Any]
+) -> tuple[list[Any], Any, dict[str, str]]:
     """The models and the base with one vocabulary, and the files that say so.
 
     Raises:
         InputError: a policy that is not known, models in memory, or without a `tokenizer.json`.
     """
-    if policy not in ("union", "base"):
-        raise InputError(f"vocabulary must be 'union' or 'base', got {policy!r}")
+    policy = policy_of(vocabulary)
     everyone = [*models, *([] if base is None else [base])]
     for i, model in enumerate(everyone):
         if not isinstance(model, Checkpoint):
             raise InputError(
                 f"vocabulary: models[{i}] is in memory; tokens are read from the tokenizer.json beside a model"
             )
-        if not tokens(model.path):
-            raise InputError(f"{model.path}: vocabulary: no {FILE} there; save the model with its (fast) tokenizer")
-    known = [tokens(model.path) for model in everyone]
-    first = known[-1] if base is not None else known[0]
-    home = everyone[-1] if base is not None else everyone[0]
-    if all(own == first for own in known) and len({_height(m, _count(first)) for m in everyone}) == 1:
-        return list(models), base, {}
+    if base is not None:
+        everyone = [model.on(base) for model in everyone]  # adapters as the models that they are
+    folders = [_folder(model) for model in everyone]
+    known = [tokens(folder) for folder in folders]
+    at = len(everyone) - 1 if base is not None else 0  # whose numbers stay, unless another folder's are wanted
+    home = folders[at] if policy.source in ("union", "base") else Path(policy.source)
+    first = tokens(home)
+    if not first:
+        raise InputError(f"{home}: vocabulary: no {FILE} there; save the model with its (fast) tokenizer")
     joint = dict(first)
-    if policy == "union":
+    if policy.source == "union":
         for own in known:
             for token in sorted(own.keys() - joint.keys(), key=lambda token, own=own: own[token]):
                 joint[token] = max(joint.values()) + 1
-    height = max(_height(home, _count(first)), max(joint.values()) + 1)
+    for token in policy.tokens:
+        joint.setdefault(token, max(joint.values()) + 1)
+    count = max(joint.values()) + 1
+    heights = [_height(model, _count(own)) for model, own in zip(everyone, known, strict=True)]
+    own_rows = heights[at] if home == folders[at] and policy.pad is None else 0
+    height = max(own_rows, count) if policy.pad is None else -(-count // policy.pad) * policy.pad
+    if not policy.tokens and all(own == first for own in known) and set(heights) == {height}:
+        return everyone[: len(models)], base, {}
+    given = {joint[token]: _given(token, row, known, base is not None) for token, row in policy.tokens.items()}
+    forced = [joint[token] for token, row in policy.tokens.items() if row.get("force")]
     indices = []
-    for own, model in zip(known, everyone, strict=True):
+    for i, own in enumerate(known):
         index = torch.full((height,), -1, dtype=torch.int64)
         for token, number in joint.items():
             index[number] = own.get(token, -1)
-        if model is home:  # its rows behind the tokens stay
-            used = index >= 0
+        if i == at:  # its rows behind the tokens stay
             rest = torch.arange(height)
-            index = torch.where(
-                ~used & (rest > max(joint.values())) & (rest < _height(home, _count(first))), rest, index
-            )
+            index = torch.where((index < 0) & (rest >= count) & (rest < own_rows), rest, index)
+        index[forced] = -1
         indices.append(index)
-    views = [
-        _view(model, own, everyone, indices, i, base is not None)
-        for i, (model, own) in enumerate(zip(everyone, known, strict=True))
-    ]
-    texts = _texts(home.path, joint, first, [m.path for m in everyone], height)
+    padded = count if policy.pad is not None and height > count else None
+    views = [_view(everyone, known, indices, i, base is not None, given, padded) for i in range(len(everyone))]
+    foreign = policy.source not in ("union", "base")
+    texts = _texts(home, everyone[at].path, joint, first, folders, height, foreign)
     return views[: len(models)], None if base is None else views[-1], texts
+
+
+def _folder(model: Checkpoint) -> Path:
+    """Where the tokenizer of a model is; that of an adapter without one is its base's.
+
+    Raises:
+        InputError: nowhere.
+    """
+    places = [model.path, getattr(model, "base", None)]
+    found = next((place for place in places if place is not None and tokens(place)), None)
+    if found is None:
+        raise InputError(f"{model.path}: vocabulary: no {FILE} there; save the model with its (fast) tokenizer")
+    return found
+
+
+def _given(
+    token: str, row: Mapping[str, Any], known: Sequence[Mapping[str, int]], based: bool
+) -> tuple[int, int] | None:
+    """The place of a model, and its row; None for zeros."""
+    if row.get("zero"):
+        return None
+    last = len(known) - based
+    place = len(known) - 1 if row.get("model") == "base" and based else row.get("model")
+    if isinstance(place, bool) or not isinstance(place, int) or not 0 <= place < len(known):
+        raise InputError(f"vocabulary: {token!r}: model must be the place of a model, 0 to {last - 1}, or 'base'")
+    wanted = row.get("token", token)
+    found = wanted if isinstance(wanted, int) else known[place].get(wanted)
+    if found is None or not 0 <= found < _count(known[place]):
+        raise InputError(f"vocabulary: {token!r}: its model, {row['model']}, has no token {wanted!r}")
+    return place, found
 
 
 def _height(model: Checkpoint, count: int) -> int:
@@ -185,18 +304,25 @@ def _height(model: Checkpoint, count: int) -> int:
 
 
 def _view(
-    model: Checkpoint,
-    own: Mapping[str, int],
     everyone: Sequence[Checkpoint],
+    known: Sequence[Mapping[str, int]],
     indices: Sequence[Tensor],
     i: int,
     based: bool,
+    given: Mapping[int, tuple[int, int] | None],
+    padded: int | None,
 ) -> Checkpoint:
+    model = everyone[i]
     stored = dict(model.stored)
-    for name in vocabulary_tensors(model, _count(own)):
+    for name in vocabulary_tensors(model, _count(known[i])):
         here = [(other.entry(name), index) for other, index in zip(everyone, indices, strict=True) if name in other]
         base = here[-1] if based and name in everyone[-1] else None
-        stored[name] = Rows(model.stored[name], indices[i], base, tuple(here[: len(everyone) - based]), name)
+        others = tuple(here[: len(everyone) - based])
+        rows = {
+            number: None if place is None else (everyone[place[0]].entry(name), place[1])
+            for number, place in given.items()
+        }
+        stored[name] = Rows(model.stored[name], indices[i], base, others, name, rows, padded)
     lacking = int((indices[i] < 0).sum())
     note = f"rows of {FILE} brought into one order" + (
         f"; {lacking} tokens that it lacks stand as in the others" if lacking else ""
@@ -205,9 +331,15 @@ def _view(
 
 
 def _texts(
-    home: Path, joint: Mapping[str, int], first: Mapping[str, int], folders: Sequence[Path], height: int
+    home: Path,
+    first_model: Path,
+    joint: Mapping[str, int],
+    first: Mapping[str, int],
+    folders: Sequence[Path],
+    height: int,
+    foreign: bool,
 ) -> dict[str, str]:
-    """The tokenizer with the further tokens, and the configuration with their number."""
+    """The tokenizer with the further tokens, all of its files where it is `foreign`, and the configuration."""
     content = read_json(home / FILE)
     entries = {}
     for folder in folders:
@@ -219,10 +351,14 @@ def _texts(
         for token, number in joint.items()
         if token not in first
     ]
-    content["added_tokens"] = [*(content.get("added_tokens") or []), *further]
-    found = {FILE: json.dumps(content, ensure_ascii=False, indent=2) + "\n"} if further else {}
-    if (home / "config.json").is_file():
-        config = read_json(home / "config.json")
+    found = {}
+    if foreign:
+        found |= {file.name: file.read_text(encoding="utf-8") for name in TEXTS if (file := home / name).is_file()}
+    if further or foreign:
+        content["added_tokens"] = [*(content.get("added_tokens") or []), *further]
+        found[FILE] = json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    if (first_model / "config.json").is_file():
+        config = read_json(first_model / "config.json")
         if config.get("vocab_size") not in (None, height):
             found["config.json"] = json.dumps(config | {"vocab_size": height}, indent=2) + "\n"
     return found

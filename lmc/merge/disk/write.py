@@ -9,36 +9,49 @@ tensors of all models. Threads read what comes next and write what is done meanw
     merged = plan.write()           # or all at once: lmc.merge.write(lmc.merge.ties, [...], "merged/", ...)
 
 The files grow in a hidden folder beside the output, which takes its name when all of them are complete. After an
-interrupt the same call goes on with the first unfinished file; the result is the same, bit for bit.
+interrupt the same call goes on behind the last tensors that are whole in the first unfinished file; the result is the
+same, bit for bit.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lmc.core.context import own_context
 from lmc.core.files import write_text
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.merge.disk.recipe import MergeRecipe, make_recipe, record, recorded
-from lmc.merge.disk.shards import QUEUE, Naming, Shard, layout, naming, parse_dtype, parse_size, write_shard
+from lmc.merge.disk.shards import (
+    QUEUE,
+    Begun,
+    Naming,
+    Shard,
+    begun,
+    layout,
+    naming,
+    parse_dtype,
+    parse_size,
+    write_shard,
+)
 from lmc.merge.disk.stacking import Stack
 from lmc.merge.disk.vocabulary import by_token
 from lmc.merge.engine.call import sample_size
-from lmc.merge.engine.chunks import DEPTH, VALUES, Chunk, grain
+from lmc.merge.engine.chunks import DEPTH, VALUES, Made, grain
 from lmc.merge.engine.method import MergeFunction, Method
 from lmc.merge.engine.quantiles import SAMPLE
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.weights import ModelOrWeights
 from lmc.weights.adapter import Adapter
-from lmc.weights.checkpoint import RECIPE, Checkpoint, checksum, read_json, readable
+from lmc.weights.checkpoint import RECIPE, Checkpoint, checksum, read_json, readable, sampled_checksum
 from lmc.weights.opening import open_checkpoint
 from lmc.weights.state import wide
 
@@ -57,6 +70,7 @@ class Plan:
         shards: the files, in order.
         naming: what they and their index are called: as those of the first model.
         done: the files that an interrupted run has finished, with their SHA-256.
+        begun: what it has left of the file that it was at.
         ties: further names of stored tensors, which are not stored again.
         memory: bytes of memory at most, about, besides what the program holds already.
         whole: whether tensors are held whole, so that the largest decides about memory; else in chunks.
@@ -64,7 +78,7 @@ class Plan:
         beside: the files that are copied: configuration and tokenizer, of the base or else the first model in a folder.
         texts: files that are made beside the weights: their names and contents, such as a configuration that is changed.
         notes: what was unwrapped or stripped in the files of the models.
-        inputs: the files that are read, whose SHA-256 are kept beside the result.
+        inputs: the files that are read; SHA-256 of samples of them are kept beside the result.
     """
 
     out: Path
@@ -72,6 +86,7 @@ class Plan:
     shards: tuple[Shard, ...]
     naming: Naming
     done: Mapping[str, str]
+    begun: Begun | None
     ties: Mapping[str, str]
     memory: int
     whole: bool
@@ -80,7 +95,7 @@ class Plan:
     texts: Mapping[str, str]
     notes: tuple[str, ...]
     inputs: tuple[Path, ...]
-    _stream: Callable[[frozenset[str]], Iterator[tuple[str, Chunk, Tensor]]] = field(repr=False)
+    _stream: Callable[[frozenset[str], int], Generator[Made, None, None]] = field(repr=False)
 
     @property
     def size(self) -> int:
@@ -100,29 +115,46 @@ class Plan:
         if self.beside:
             lines.append(f"  copied from {self.beside[0].parent}: {', '.join(file.name for file in self.beside)}")
         lines += [f"  {note}" for note in self.notes]
-        return "\n".join(lines + ([f"  {len(self.done)} files are complete already"] if self.done else []))
+        lines += [f"  {len(self.done)} files are complete already"] if self.done else []
+        if self.begun is not None:
+            lines.append(f"  {len(self.begun.tensors)} tensors of {self.begun.file} are complete already")
+        return "\n".join(lines)
 
-    def write(self, *, progress: bool = True) -> Checkpoint:
+    def write(self, *, workers: int = 1, progress: bool = True) -> Checkpoint:
         """Do it, and return the opened result.
 
+        Args:
+            workers: threads that make a tensor each, for as many processor cores; torch itself uses one thread then. The
+                result is the same, bit for bit; memory grows with them.
+            progress: show a bar.
+
         Raises:
-            InputError: too little space on the disk (nothing is written), or `out` exists by now.
+            InputError: no whole number of workers, too little space on the disk (nothing is written), or `out` exists by now.
             WeightsError: a tensor with values that are not finite; it, its model and its file are named.
         """
+        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
+            raise InputError(f"workers={workers!r}: expected a whole number of threads, at least 1")
         todo = [shard for shard in self.shards if shard.file not in self.done]
         needed = sum(shard.size for shard in todo) + sum(file.stat().st_size for file in self.beside)
+        needed -= 0 if self.begun is None else self.begun.size
         free = shutil.disk_usage(next(folder for folder in self.out.parents if folder.exists())).free
         if needed > free:
             raise InputError(f"{self.out}: needs {readable(needed)}, its disk has {readable(free)} free; make room")
         partial, files = _partial(self.out), dict(self.done)
         partial.mkdir(parents=True, exist_ok=True)
         record(partial, self.recipe, files)
-        chunks = self._stream(frozenset(name for s in self.shards if s.file in files for name in s.tensors))
-        with tqdm(total=needed, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar:
+        whole = frozenset(name for s in self.shards if s.file in files for name in s.tensors)
+        chunks = self._stream(whole if self.begun is None else whole | self.begun.tensors, workers)
+        with (
+            _threads(1 if workers > 1 else torch.get_num_threads()),
+            closing(chunks),
+            tqdm(total=needed, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar,
+        ):
             for shard in todo:
-                files[shard.file] = write_shard(partial / shard.file, shard, self.ties, chunks, bar.update)
+                start = self.begun if self.begun is not None and self.begun.file == shard.file else None
+                files[shard.file] = write_shard(partial / shard.file, shard, self.ties, chunks, bar.update, start)
                 record(partial, self.recipe, files)
-        record(partial, self.recipe, files, {str(file.resolve()): checksum(file) for file in self.inputs})
+        record(partial, self.recipe, files, {str(file.resolve()): sampled_checksum(file) for file in self.inputs})
         for file in self.beside:
             if file.name not in self.texts:
                 shutil.copyfile(file, partial / file.name)
@@ -132,7 +164,7 @@ class Plan:
             weight_map = {name: shard.file for shard in self.shards for name in shard.tensors}
             index = {"metadata": {"total_size": self.size}, "weight_map": weight_map}
             write_text(partial / self.naming.index, json.dumps(index, indent=2) + "\n")
-        for stray in partial.glob(".*"):  # half-written text of a run that was killed
+        for stray in partial.glob(".*"):  # notes of progress, and half-written text of a run that was killed
             stray.unlink()
         _must_not_exist(self.out)
         os.rename(partial, self.out)
@@ -149,7 +181,8 @@ def write(
     base: Source | None = None,
     dtype: torch.dtype | str | None = None,
     shard_size: int | str = "5GB",
-    vocabulary: str | None = None,
+    vocabulary: str | Mapping[str, Any] | None = None,
+    workers: int = 1,
     progress: bool = True,
     **options: Any,
 ) -> Checkpoint:
@@ -163,7 +196,7 @@ def write(
     planned = plan(method, models, out, base=base, dtype=dtype, shard_size=shard_size, vocabulary=vocabulary, **options)
     if progress:
         print(planned, flush=True)
-    return planned.write(progress=progress)
+    return planned.write(workers=workers, progress=progress)
 
 
 @own_context
@@ -176,7 +209,7 @@ def plan(
     base: Source | None = None,
     dtype: torch.dtype | str | None = None,
     shard_size: int | str = "5GB",
-    vocabulary: str | None = None,
+    vocabulary: str | Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Plan:
     """Check all that can be checked before a merge to disk, and say what it will take.
@@ -189,8 +222,8 @@ def plan(
         base: the weights that the models were fine-tuned from.
         dtype: of floating-point tensors in the result, such as "bfloat16" (default: as in the first model).
         shard_size: bytes per file at most, as a number or like "5GB"; a larger tensor has a file of its own.
-        vocabulary: for models whose tokenizers differ: "union" or "base", see `lmc.merge.disk.vocabulary`; rows of embeddings
-            and heads follow their tokens.
+        vocabulary: for models whose tokenizers differ: "union", "base" or a mapping that says more, see
+            `lmc.merge.disk.vocabulary`; rows of embeddings and heads follow their tokens.
         options: those of the method.
 
     Raises:
@@ -228,10 +261,12 @@ def plan(
     names = naming(opened[0])
     shards = layout({name: form for name, form in sets.form.items() if name not in sets.ties}, limit, names)
 
-    def stream(done: frozenset[str]) -> Iterator[tuple[str, Chunk, Tensor]]:
-        return how.chunks(replace(sets, skip=done | frozenset(sets.ties)), **arguments)
+    def stream(done: frozenset[str], workers: int) -> Generator[Made, None, None]:
+        return how.chunks(replace(sets, skip=done | frozenset(sets.ties), workers=workers), **arguments)
 
     done = _finished(out, recipe, shards)
+    rest = next((shard for shard in shards if shard.file not in done), None)
+    left = None if rest is None else begun(_partial(out), rest, sets.ties)
     memory, beside = _memory(how, sets, arguments), _beside([reference, *opened])
     whole = how.cuts(arguments) == "whole"
     on_disk = [one for one in (*sets.states, sets.base) if isinstance(one, Checkpoint)]
@@ -240,8 +275,33 @@ def plan(
     read = tuple(dict.fromkeys(file for one in (*on_disk, *adapters) for file in one.files))
     texts |= _changed(beside, opened, dtype, texts)
     return Plan(
-        out, recipe, shards, names, done, sets.ties, memory, whole, how.one_pass, beside, texts, notes, read, stream
+        out,
+        recipe,
+        shards,
+        names,
+        done,
+        left,
+        sets.ties,
+        memory,
+        whole,
+        how.one_pass,
+        beside,
+        texts,
+        notes,
+        read,
+        stream,
     )
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Another number of threads for the arithmetic of torch."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:

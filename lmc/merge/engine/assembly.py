@@ -1,7 +1,7 @@
 """The result of a merge: its tensors one after the other, weights that remember how they were found, and mixtures whose
 coefficients are learned."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmc.errors import InputError
-from lmc.merge.engine.chunks import Chunk, Cut
+from lmc.merge.engine.chunks import Chunk, Cut, Made, side_by_side
 from lmc.merge.engine.tensors import WeightSets
 from lmc.network.derived import following, settled
 from lmc.weights import StateDict, Weights
@@ -56,34 +56,38 @@ def assemble_chunks(
     merged: Callable[[str, Chunk], Tensor],
     shares: Callable[[str], tuple[Sequence[float], float]],
     cut: Cut,
-) -> Iterator[tuple[str, Chunk, Tensor]]:
+) -> Generator[Made, None, None]:
     """As `assemble`, large tensors in chunks that `cut` allows; aliases are left out."""
     weights = frozenset(sets.weights)
     first = sets.shells
+
+    def made(names: Sequence[str]) -> Iterator[Made]:
+        for name, chunk in sets.walk(names, cut):
+            original = first[name]
+            if name in weights:
+                tensor = merged(name, chunk)
+            elif name in sets.statistics:
+                tensor = sets.combine(name, *shares(name), chunk=chunk)
+            else:
+                whole = sets.states[0][name].detach()
+                tensor = whole.clone() if chunk is None else flat(whole, chunk).clone()
+            shape = tuple(original.shape) if chunk is None else (chunk.stop - chunk.start,)
+            if tensor.shape != shape:
+                raise InputError(f"{name}: the method gave shape {tuple(tensor.shape)}, expected {shape}")
+            dtype = sets.form[name][0]
+            if name in sets.pairs:  # a chunk of pairs begins and ends with a whole one
+                tensor = torch.view_as_complex(
+                    narrowed(tensor, dtype.to_real(), name).contiguous().view(*shape[:-1], -1, 2)
+                )
+                tensor = tensor if chunk is not None else tensor.view(sets.form[name][1])
+                chunk = None if chunk is None else slice(chunk.start // 2, chunk.stop // 2)
+            yield name, chunk, narrowed(tensor, dtype, name) if inexact(tensor) else tensor
+
     names = [name for name in first if name not in sets.skip and name not in sets.ties]
-    for name, chunk in sets.walk(names, cut):
-        original = first[name]
-        if name in weights:
-            tensor = merged(name, chunk)
-        elif name in sets.statistics:
-            tensor = sets.combine(name, *shares(name), chunk=chunk)
-        else:
-            whole = sets.states[0][name].detach()
-            tensor = whole.clone() if chunk is None else flat(whole, chunk).clone()
-        shape = tuple(original.shape) if chunk is None else (chunk.stop - chunk.start,)
-        if tensor.shape != shape:
-            raise InputError(f"{name}: the method gave shape {tuple(tensor.shape)}, expected {shape}")
-        dtype = sets.form[name][0]
-        if name in sets.pairs:  # a chunk of pairs begins and ends with a whole one
-            tensor = torch.view_as_complex(
-                narrowed(tensor, dtype.to_real(), name).contiguous().view(*shape[:-1], -1, 2)
-            )
-            tensor = tensor if chunk is not None else tensor.view(sets.form[name][1])
-            chunk = None if chunk is None else slice(chunk.start // 2, chunk.stop // 2)
-        yield name, chunk, narrowed(tensor, dtype, name) if inexact(tensor) else tensor
+    yield from side_by_side(names, made, sets.workers)
 
 
-def joined(sets: WeightSets, found: Iterable[tuple[str, Chunk, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def joined(sets: WeightSets, found: Iterable[Made]) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors from `assemble_chunks`, and the aliases, in the order of the first model."""
     if sets.derived:
         yield from settled(dict(joined(replace(sets, derived=False), found)), dict(sets.states[0])).items()

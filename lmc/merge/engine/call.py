@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from lmc.errors import InputError
-from lmc.merge.engine.chunks import Chunk, Cut, blocks, chunks, grain
+from lmc.merge.engine.chunks import Chunk, Cut, Latest, blocks, chunks, grain
 from lmc.merge.engine.tensors import WeightSets
-from lmc.network.moments import Moments
+from lmc.network.moments import Moments, moments
 from lmc.weights.state import numbered_depths
 
 
@@ -245,10 +245,7 @@ class Parts:
 
     def once(self, find: Callable[["Parts"], Any]) -> Any:
         """What `find` says of this tensor, found at its first chunk."""
-        if self.name not in self.call.latest:
-            self.call.latest.clear()  # chunks of a tensor come together
-            self.call.latest[self.name] = find(self)
-        return self.call.latest[self.name]
+        return self.call.latest(self.name, "parts", lambda: find(self))
 
 
 GIVEN = (
@@ -273,8 +270,8 @@ class MethodCall:
         cut: which chunks it may be given.
         seed: of random numbers.
         survey: what the survey found.
-        moments: for a name, the moments of its whole tensors.
-        latest: what the rule has found of the latest tensor.
+        apart: what moments are taken of.
+        latest: what was found of the latest tensor.
     """
 
     sets: WeightSets
@@ -283,8 +280,12 @@ class MethodCall:
     cut: Cut
     seed: int
     survey: Any
-    moments: Callable[[str], Moments]
-    latest: dict[str, Any] = field(default_factory=dict)
+    apart: Pass
+    latest: Latest = field(default_factory=Latest)
+
+    def moments(self, name: str) -> Moments:
+        """The moments of the whole tensors of a name."""
+        return self.latest(name, "moments", lambda: moments(self.apart.of(name)))
 
     def apply(self, rule: Callable[..., Any], wanted: Container[str], name: str, chunk: Chunk) -> Any:
         """The result of the rule, which wants those of `GIVEN`, for a tensor or a chunk of it, flattened."""

@@ -1,9 +1,11 @@
-"""Parts of large tensors, and reading from disk what comes next while the present chunk is worked on."""
+"""Parts of large tensors, several tensors side by side, and reading from disk what comes next meanwhile."""
 
+import queue
+import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
 
@@ -16,6 +18,9 @@ Load = Callable[[Checkpoint, str, Chunk], Tensor]
 
 VALUES = 1 << 18  # of a chunk: a few chunks fit into the cache of a processor core
 DEPTH = 3  # steps that are read ahead
+AHEAD = 8  # chunks that a worker makes before its turn
+Found = TypeVar("Found")
+Made: TypeAlias = tuple[str, Chunk, Tensor]
 
 
 def grain(tensor: Tensor, cut: Cut) -> int:
@@ -53,6 +58,70 @@ def blocks(sizes: Mapping[str, int], count: int, length: int) -> Iterator[tuple[
             yield name, slice(start, min(start + length, size))
             at += stride
         begin += size
+
+
+class Latest(threading.local):
+    """What was found of the tensor that a thread is at, whose chunks come together."""
+
+    def __init__(self) -> None:
+        self._name: str | None = None
+        self._found: dict[str, Any] = {}
+
+    def __call__(self, name: str, what: str, find: Callable[[], Found]) -> Found:
+        """`find()`, asked once for the tensor `name`."""
+        if name != self._name:
+            self._name, self._found = name, {}
+        if what not in self._found:
+            self._found[what] = find()
+        return self._found[what]
+
+
+def side_by_side(
+    names: Iterable[str], made: Callable[[Sequence[str]], Iterator[Made]], workers: int
+) -> Generator[Made, None, None]:
+    """`made(names)`, in order, with each tensor made by a thread of its own, `workers` at a time.
+
+    A thread that is ahead of its turn waits when it has made a few chunks.
+    """
+    if workers == 1:
+        yield from made(list(names))
+        return
+    ended, names = threading.Event(), iter(names)
+    waiting: deque[tuple[Future[None], queue.Queue[Made | None]]] = deque()
+
+    def give(name: str, place: "queue.Queue[Made | None]") -> None:
+        try:
+            for found in made([name]):
+                if not _put(place, found, ended):
+                    return
+        finally:
+            _put(place, None, ended)
+
+    with ThreadPoolExecutor(workers, thread_name_prefix="merge") as pool:
+        try:
+            while True:
+                while len(waiting) < workers and (name := next(names, None)) is not None:
+                    place: queue.Queue[Made | None] = queue.Queue(AHEAD)
+                    waiting.append((pool.submit(give, name, place), place))
+                if not waiting:
+                    return
+                done, place = waiting.popleft()
+                while (found := place.get()) is not None:
+                    yield found
+                done.result()
+        finally:
+            ended.set()
+
+
+def _put(place: "queue.Queue[Made | None]", found: Made | None, ended: threading.Event) -> bool:
+    """Wait for room; False where the reader has gone."""
+    while not ended.is_set():
+        try:
+            place.put(found, timeout=0.5)
+        except queue.Full:
+            continue
+        return True
+    return False
 
 
 class Ahead:

@@ -31,9 +31,9 @@ of the first axis, `(models, filters, rest)`. With chunks, memory does not depen
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Any, Literal, Protocol
 
 import torch
@@ -54,9 +54,8 @@ from lmc.merge.engine.call import (
     coefficients,
     convex,
 )
-from lmc.merge.engine.chunks import Chunk, Cut
+from lmc.merge.engine.chunks import Chunk, Cut, Made
 from lmc.merge.engine.tensors import WeightSets, weight_sets
-from lmc.network.moments import moments
 from lmc.weights import ModelOrWeights, StateDict
 
 Rule = Callable[..., Any]
@@ -137,7 +136,7 @@ class Method:
         """The merged weights, `(name, tensor)` one at a time in the order of the first model."""
         return joined(sets, self.chunks(sets, **options))
 
-    def chunks(self, sets: WeightSets, **options: Any) -> Iterator[tuple[str, Chunk, Tensor]]:
+    def chunks(self, sets: WeightSets, **options: Any) -> Generator[Made, None, None]:
         """The same in chunks of tensors, `(name, chunk, values)`, without aliases."""
         check_numbers_of(options, {name: p.default for name, p in self.signature.parameters.items()})
         cut = self.cuts(options)
@@ -185,8 +184,7 @@ class Method:
         found = self.survey(Pass(sets, read, cut), **options) if self.survey else None
         from_base = "base" in self.parameters and sets.base is not None
         apart = Pass(sets, (lambda name, chunk: (sets.deltas(name, chunk),)) if from_base else read, cut)
-        latest = lru_cache(maxsize=1)(lambda name: moments(apart.of(name)))  # chunks of a tensor come together
-        return MethodCall(sets, PerName(options, defaults, sets.names), read, cut, seed, found, latest)
+        return MethodCall(sets, PerName(options, defaults, sets.names), read, cut, seed, found, apart)
 
     def _rule(self, call: MethodCall, name: str, chunk: Chunk) -> Any:
         return call.apply(self.rule, self.parameters, name, chunk)
@@ -213,7 +211,7 @@ class Method:
 
 def _add_deltas(
     sets: WeightSets, delta: Delta, shares: Callable[[str], tuple[Sequence[float], float]], cut: Cut
-) -> Iterator[tuple[str, Chunk, Tensor]]:
+) -> Generator[Made, None, None]:
     """`base + delta` for every weight; where the delta is that of a lone model, that model's own bits."""
 
     def merged(name: str, chunk: Chunk) -> Tensor:

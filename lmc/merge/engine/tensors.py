@@ -50,6 +50,7 @@ class WeightSets:
         pairs: names of complex tensors, which are computed as pairs of real numbers, `(*shape, 2)`.
         cast: the dtype of floating-point tensors in the result; None: as in the first model.
         skip: names that the result is to leave out.
+        workers: how many tensors of the result are made at a time, each by a thread.
         derived: the states are gauged: the result has tensors that are computed from others, see `lmc.network.derived`.
 
     Wherever a `chunk` is given, only that chunk of the flattened tensor is read, and `(*shape)` is its length.
@@ -66,6 +67,7 @@ class WeightSets:
     cast: torch.dtype | None = None
     skip: frozenset[str] = frozenset()
     derived: bool = False
+    workers: int = 1
     _ahead: Ahead = field(default_factory=Ahead, repr=False, compare=False)
 
     def __len__(self) -> int:

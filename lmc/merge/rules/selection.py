@@ -5,7 +5,7 @@ All are called `method([a, b, ...], base=base, scale=1.0, ...)`; none needs data
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lmc.errors import InputError
 from lmc.merge.engine.call import Parts, Pass, varies
+from lmc.merge.engine.chunks import Latest
 from lmc.merge.engine.method import on_task_vectors
 from lmc.merge.engine.quantiles import kth_smallest
 from lmc.merge.rules.task_vectors import per_model
@@ -58,10 +59,13 @@ class Overlap:
 
     deltas: Pass
     ratio: Tensor | None
+    _latest: Latest = field(default_factory=Latest)
 
     def factors(self, name: str, epsilon: float, boost: float, cap: float) -> Tensor:
         """`(models,)`: for the tensor `name`."""
-        ratio = _ratio(self.deltas.of(name), epsilon) if self.ratio is None else self.ratio
+        ratio = self.ratio
+        if ratio is None:
+            ratio = self._latest(name, "ratio", lambda: _ratio(self.deltas.of(name), epsilon))
         return 1.0 + boost * ratio.clamp(0.0, cap)
 
 

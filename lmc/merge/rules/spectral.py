@@ -74,7 +74,7 @@ def iso_cts(deltas: Tensor, *, common: float = 0.8) -> Tensor:
 
     def merged(tasks: Tensor) -> Tensor:
         rank = min(tasks.shape[1:])
-        own = (rank - int(common * rank)) // len(tasks)
+        own = min(round((rank - int(common * rank)) / len(tasks)), rank // len(tasks))
         triples = [_leading(tasks.sum(0), rank - own * len(tasks))]
         shared = triples[0][0]
         triples += [_leading(task - shared @ (shared.T @ task), own) for task in tasks]

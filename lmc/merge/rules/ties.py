@@ -4,6 +4,7 @@ Both look at all tensors before they merge the first one, so they read the model
 """
 
 import math
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -14,6 +15,7 @@ from torch.nn.functional import hardshrink
 
 from lmc.errors import InputError
 from lmc.merge.engine.call import Pass, varies
+from lmc.merge.engine.chunks import Latest
 from lmc.merge.engine.method import on_task_vectors
 from lmc.merge.engine.quantiles import kth_smallest
 from lmc.merge.rules.task_vectors import Normalize, densities, elect, per_model, weigh
@@ -30,26 +32,30 @@ class Trim:
 
     deltas: Any  # a `Pass`, or what is iterated like one
     thresholds: Tensor | None
-    _limits: dict[str, Tensor] = field(default_factory=dict)
-    _majorities: dict[str, float] = field(default_factory=dict)
+    _latest: Latest = field(default_factory=Latest)
+    _whole: dict[str, float] = field(default_factory=dict)  # the majority sign of the whole model
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def limits(self, name: str, density: float | Sequence[float]) -> Tensor:
         """`(models,)`: the thresholds for the tensor `name`."""
         if self.thresholds is not None:
             return self.thresholds
-        if name not in self._limits:
-            own = self.deltas.of(name)
-            # Chunks of a tensor come one after the other, so that one tensor's thresholds are enough.
-            self._limits = {name: thresholds(own, density, len(own.sets), own.size, more=0)}
-        return self._limits[name]
+        own = self.deltas.of(name)
+        return self._latest(name, "limits", lambda: thresholds(own, density, len(own.sets), own.size, more=0))
 
     def majority(self, name: str, limits: Tensor, weights: Sequence[float] | None) -> float:
         """The sign that most entries elect, of the whole model or of the tensor; -1 when there are as many of both."""
-        scope, own = ("", self.deltas) if self.thresholds is not None else (name, self.deltas.of(name))
-        if scope not in self._majorities:
-            votes = sum(float(weigh(trim(d, limits), weights).sum(0).sign_().sum()) for d in own)
-            self._majorities = {scope: 1.0 if votes > 0 else -1.0}
-        return self._majorities[scope]
+
+        def found(deltas: Any) -> float:
+            votes = sum(float(weigh(trim(d, limits), weights).sum(0).sign_().sum()) for d in deltas)
+            return 1.0 if votes > 0 else -1.0
+
+        if self.thresholds is None:
+            return self._latest(name, "majority", lambda: found(self.deltas.of(name)))
+        with self._lock:
+            if "sign" not in self._whole:
+                self._whole["sign"] = found(self.deltas)
+            return self._whole["sign"]
 
 
 def survey_ties(deltas: Any, *, density: Any, weights: Any, scope: Scope, **_: Any) -> Trim:

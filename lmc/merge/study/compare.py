@@ -18,12 +18,13 @@ from lmc.core.results import Result
 from lmc.core.workers import spread
 from lmc.errors import InputError, LmcError, WorkerError
 from lmc.merge.engine.aligning import Align, aligned
+from lmc.merge.engine.tensors import on_base
 from lmc.merge.rules.averaging import average
 from lmc.merge.study.candidates import Candidate, MergeTask, models_of, selected
 from lmc.merge.with_data.judge import Judge, batches, chosen, gather, splits
 from lmc.network.batches import IGNORED, TaskData, cuttable, take, tensors
 from lmc.network.task import Loss, Task
-from lmc.weights import ModelOrWeights, Weights, agreeing
+from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
 
 if TYPE_CHECKING:
     import pandas
@@ -352,7 +353,8 @@ def _weights(
     names = [f"models[{i}]" for i in range(len(models))]
     if base is None:
         return agreeing(models, names, model=model), None
-    *states, origin = agreeing([*models, base], [*names, "base"], model=model)
+    everyone = on_base(list(models), base if isinstance(base, Mapping) else as_weights(base))  # type: ignore[arg-type]
+    *states, origin = agreeing(everyone, [*names, "base"], model=model)
     return states, origin
 
 
