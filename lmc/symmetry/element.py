@@ -12,8 +12,8 @@ from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import CertificateError, SpecError
 from lmc.symmetry.continuous.places import Move, Occurrence, moved, occurrences, random_matrix
-from lmc.symmetry.groups.symmetries import Certificate, Evidence, act, sources
-from lmc.symmetry.proof.certify import relative_error
+from lmc.symmetry.groups.symmetries import Certificate, act, sources
+from lmc.symmetry.proof.certify import evidence_of, relative_error
 from lmc.symmetry.proof.probe import Probe
 from lmc.symmetry.spec import Permutation, PermutationSpec
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector
@@ -172,7 +172,7 @@ class Element(Result):
             tolerance: allowed difference of outputs, relative to their largest value.
 
         Returns:
-            The certificate; its power is the change of the outputs where a family acts but at one occurrence.
+            The certificate; its power is the change of the outputs where a group acts but at one occurrence.
 
         Raises:
             CertificateError: the outputs differ by more than `tolerance`, or the module cannot be computed.
@@ -185,14 +185,13 @@ class Element(Result):
         probe = Probe(model, outputs)
         reference = probe.outputs_of(inputs, own)
         error = relative_error(reference, probe.outputs_of(inputs, self._acted(own)))
-        families: dict[str, Evidence] = dict(proof.families)
-        for family, names in self.spec.families.items():
-            acting = [name for name in names if self.factors.get(name)]
-            if acting:
-                left = next(iter(self.factors[acting[0]]))
-                broken = moved(self.spec, own, [move for name in acting for move in self._moves(name, left)])
-                power = relative_error(reference, probe.outputs_of(inputs, broken))
-                families[family] = Evidence(error, max(power, families[family].power if family in families else 0.0))
+        powers = {name: power for evidence in proof.families.values() for name, power in evidence.powers.items()}
+        for name, own_factors in self.factors.items():
+            if own_factors:
+                broken = moved(self.spec, own, self._moves(name, next(iter(own_factors))))
+                change = relative_error(reference, probe.outputs_of(inputs, broken))
+                powers[name] = max(powers.get(name, 0.0), change)
+        families = evidence_of(self.spec, max(error, proof.max_error), powers)
         if not error <= tolerance:
             raise CertificateError(
                 f"the weights after the element compute another function: outputs differ by {error:.1e} of their size "

@@ -42,7 +42,7 @@ def permutation_spec(
             default every floating-point tensor of the result but caches and records (`past_key_values`,
             `hidden_states`, `attentions` and their kin). The spec's `outputs` names them.
         certify: prove the result in float64: `trials` random elements of the whole group, each on other weights, and each
-            family of groups broken on purpose, to see that an error would show.
+            group broken on purpose, to see that an error would show.
         also: a second, larger input to certify on as well.
         tolerance: allowed difference of outputs, relative to their largest value.
         continuous: look for scales, signs, rotations and invertible mixings as well (`lmc.continuous_symmetries`), and keep
@@ -112,8 +112,9 @@ def permutation_spec(
             "all ways are taken"
         ) from error
     if proof.unverified:
+        more = f" and {len(proof.unverified) - 8} more" if len(proof.unverified) > 8 else ""
         warn(
-            f"not verified: {', '.join(proof.unverified)}. These groups follow from the operators, but breaking them on "
+            f"not verified: {', '.join(proof.unverified[:8])}{more}. These groups follow from the operators, but breaking them on "
             "purpose does not change the outputs on these inputs, so a mistake would not be seen; pass larger inputs, or "
             "outputs= that depend on them"
         )

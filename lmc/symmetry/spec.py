@@ -119,13 +119,14 @@ class PermutationSpec(Symmetries, Result):
     ) -> Certificate:
         """Prove the symmetries on examples: random elements of the whole group keep the outputs, in float64 or complex128.
 
-        Weights are drawn so that signals survive whatever the module's own are, and each family of groups is broken on
-        purpose, to see that an error would show. Those that cannot be seen are the certificate's `unverified`.
+        Weights are drawn so that signals survive whatever the module's own are, and each group is broken on purpose, to see
+        that an error would show. Those that cannot be seen are the certificate's `unverified`. Inputs of one value throughout
+        (zeros, ones) hide weights: they are tried with noise as well.
 
         Args:
             model: gives the architecture and the size of its weights; not changed.
             inputs: a tensor, a tuple of positional arguments, or a dict of keyword arguments; brought to the model's device.
-            trials: number of random elements, each on other weights; where a family cannot be seen, up to two more.
+            trials: number of random elements, each on other weights; where a group cannot be seen, up to two more.
             outputs: the outputs that must stay the same, as in `lmc.permutation_spec`.
             also: a second, larger input; some tensors (positions, buckets) are only used by longer inputs.
             tolerance: allowed difference of outputs, relative to their largest value.
@@ -381,7 +382,7 @@ class Permutation(Result, Mapping[str, Tensor]):
             tolerance: allowed difference of outputs, relative to their largest value.
 
         Returns:
-            The certificate; families that this permutation moves and these weights hide are its `unverified`.
+            The certificate; groups that this permutation moves and these weights hide are its `unverified`.
 
         Raises:
             CertificateError: the outputs differ by more than `tolerance`, or the module cannot be computed.

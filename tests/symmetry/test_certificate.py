@@ -1,14 +1,17 @@
 """Certificates can fail: on weights that hide nothing, with the power of each verdict beside the error."""
 
+from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmc
 from lmc.symmetry.proof.certify import MANY
-from lmc.symmetry.proof.probe import draw
+from lmc.symmetry.proof.probe import Probe, draw, varied
 from lmc.symmetry.tracing.outputs import kept
 
 HIDDEN = {"0.weight": "h .", "0.bias": "h", "2.weight": ". h"}
@@ -103,8 +106,8 @@ def test_a_group_whose_breakage_is_invisible_is_named():
     assert spec.certificate is not None and spec.certificate.unverified == ("unseen",)
     assert spec.certificate.families["unseen"].power == 0 < spec.certificate.families["seen"].power
     assert "not verified: unseen" in repr(spec) and "unseen" in str(spec.certificate)
-    frame = spec.certificate.to_frame().set_index("family")
-    assert list(frame.loc["unseen", ["power", "verified"]]) == [0.0, False]
+    frame = spec.certificate.to_frame().set_index("group")
+    assert list(frame.loc["unseen", ["family", "power", "verified"]]) == ["unseen", 0.0, False]
     # The same spec is proven by inputs that show the branch, also as the second example.
     assert spec.certify(model, (x, torch.ones(4, 1))).unverified == ()
     assert spec.certify(model, (x, torch.zeros(4, 1)), also=(x, torch.ones(4, 1))).unverified == ()
@@ -342,3 +345,176 @@ def test_values_that_are_ruled_out_hide_nothing(lowest):
     wrong = lmc.PermutationSpec.from_patterns({"0.weight": "h .", "0.bias": "h"}, model)
     with pytest.raises(lmc.CertificateError, match="'h'"):
         wrong.certify(model, x)
+
+
+class Applied(nn.Module):
+    """Two layers, what comes between them, and what becomes of the result."""
+
+    def __init__(self, ending: Callable[[Tensor], Any], between: Callable[[Tensor], Tensor] = torch.relu, n: int = 3):
+        super().__init__()
+        self.a, self.b, self.between, self.ending = nn.Linear(6, 8), nn.Linear(8, n), between, ending
+
+    def forward(self, x: Tensor) -> Any:
+        return self.ending(self.b(self.between(self.a(x))))
+
+
+def filled(act: type[nn.Module] = nn.ReLU, **values: float) -> nn.Sequential:
+    """Weights and biases times a factor, or biases of one value (`dead`, `bias`)."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), act(), nn.Linear(8, 3))
+    with torch.no_grad():
+        for name, value in values.items():
+            layer, part = model[0 if name.endswith("1") else 2], name[0]
+            if name in ("dead", "bias"):
+                model[0].bias[: 4 if name == "dead" else 8] = value
+            else:
+                (layer.weight if part == "w" else layer.bias).mul_(value)
+    return model
+
+
+HIDING = {
+    "half of the units are dead": filled(dead=-1e4),
+    "all units are dead": filled(bias=-1e4),
+    "all units are dead for good": filled(bias=-1e8),
+    "biases of 1e8": filled(bias=1e8),
+    "weights of 1e8": filled(w1=1e8, b1=1e8, w2=1e8, b2=1e8),
+    "weights of 1e-8": filled(w1=1e-8, b1=1e-8, w2=1e-8, b2=1e-8),
+    "1e8 and back": filled(w1=1e8, w2=1e-8),
+    "squares leave single precision": filled(w1=1e30, b1=1e30),
+    "an output bias that is louder than all": filled(w2=1e-8, b2=1e8),
+    "saturated by weights": filled(nn.Tanh, w1=1e8, b1=1e8),
+    "saturated by biases": filled(nn.Tanh, bias=1e4),
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e8, 0.0])
+@pytest.mark.parametrize("model", HIDING.values(), ids=HIDING)
+def test_weights_and_inputs_that_hide_units_hide_no_wrong_spec(model, scale):
+    x = scale * torch.randn(4, 6)
+    proof = lmc.permutation_spec(model, x).certificate
+    assert proof is not None and proof.unverified == () and proof.max_error < 1e-12 and proof.power > 1e-5
+    for wrong in ({"0.weight": "h ."}, {"0.bias": "h", "2.weight": ". h"}):  # all that zeros show moves
+        with pytest.raises(lmc.CertificateError, match="'h'"):
+            lmc.PermutationSpec.from_patterns(wrong, model).certify(model, x)
+
+
+@pytest.mark.parametrize("act", [nn.Tanh, nn.ReLU])
+def test_signals_survive_sixty_layers(act):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), *(m for _ in range(60) for m in (act(), nn.Linear(16, 16))))
+    proof = lmc.permutation_spec(model, torch.randn(4, 6)).certificate
+    assert proof is not None and proof.unverified == () and proof.max_error < 1e-9
+    with pytest.raises(lmc.CertificateError, match="'h'"):
+        lmc.PermutationSpec.from_patterns({"0.weight": "h ."}, model).certify(model, torch.randn(4, 6))
+
+
+def test_only_inputs_of_one_value_throughout_get_noise():
+    ids, gate = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(4, 1)
+    assert varied(torch.randn(4, 6), 0) is None and varied(ids, 0) is None and varied(torch.zeros(()), 0) is None
+    assert varied((torch.randn(4, 6), gate), 0) is None  # a closed gate stays closed
+    given = {"x": torch.ones(4, 6), "ids": ids, "n": 3}
+    found = varied(given, 0)
+    assert isinstance(found, dict) and found["n"] == 3 and torch.equal(found["ids"], ids)
+    assert len(found["x"].unique()) == 24 and bool((given["x"] == 1).all())
+    (turned,) = varied((torch.zeros(3, dtype=torch.complex64),), 0)
+    assert turned.dtype == torch.complex64 and len(turned.abs().unique()) == 3
+
+
+def test_noise_that_a_module_refuses_is_not_tried():
+    class Picky(Applied):
+        def forward(self, x: Tensor) -> Any:
+            if bool((x != 1).any()):
+                raise ValueError("only ones")
+            return super().forward(x)
+
+    model = Picky(torch.tanh)
+    spec = lmc.PermutationSpec.from_patterns({"a.weight": "h .", "a.bias": "h", "b.weight": ". h"}, model)
+    assert spec.certify(model, torch.ones(4, 6)).max_error < 1e-12
+
+
+FAINT = {
+    "a constant": lambda y: 0 * y + 1,
+    "zeros": lambda y: 0 * y,
+    "the share of the only class": lambda y: y[:, :1].softmax(-1),
+    "the place of the only class": lambda y: y[:, :1].argmax(-1),
+    "clipped": lambda y: y.clamp(100, 200),
+    "beside 1e12": lambda y: y + 1e12,
+}
+
+
+@pytest.mark.parametrize("ending", FAINT.values(), ids=FAINT)
+def test_outputs_that_say_nothing_prove_nothing(ending):
+    model = Applied(ending)
+    with pytest.warns(UserWarning, match="not verified: a"):
+        proof = lmc.permutation_spec(model, torch.randn(4, 6)).certificate
+    assert proof is not None and proof.unverified == ("a",) and proof.power == 0.0
+    wrong = lmc.PermutationSpec.from_patterns({"a.weight": "h ."}, model)
+    assert wrong.certify(model, torch.randn(4, 6)).unverified == ("h",)  # not seen, and said so
+
+
+@pytest.mark.parametrize("ending", [lambda y: y.argmax(-1), lambda y: y > 0, torch.sign, torch.round, Tensor.half])
+def test_outputs_of_few_values_prove_what_they_show(ending):
+    torch.manual_seed(0)
+    model, x = Applied(ending), torch.randn(8, 6)
+    proof = lmc.permutation_spec(model, x).certificate
+    assert proof is not None and proof.unverified == () and proof.max_error < 1e-12
+    with pytest.raises(lmc.CertificateError, match="'h'"):
+        lmc.PermutationSpec.from_patterns({"a.weight": "h ."}, model).certify(model, x)
+
+
+@pytest.mark.parametrize(
+    ("between", "groups"),
+    [
+        (lambda h: F.dropout(h, 0.5, True), 0),
+        (lambda h: h + torch.randn(8), 0),
+        (lambda h: h + torch.randn(len(h), 1), 1),
+        (lambda h: F.batch_norm(h, None, None, training=True).relu(), 1),
+        (lambda h: (h - h.mean(0)).relu(), 1),
+    ],
+)
+def test_units_are_told_apart_by_noise_of_their_own_and_not_by_the_batch(between, groups):
+    """Of a random function the draw counts: noise that units do not share tells them apart."""
+    model, x = Applied(torch.tanh, between), torch.randn(4, 6)
+    spec = lmc.permutation_spec(model, x)
+    assert len(spec.groups) == groups and spec.certificate is not None and spec.certificate.unverified == ()
+    by_hand = lmc.PermutationSpec.from_patterns({"a.weight": "h .", "a.bias": "h", "b.weight": ". h"}, model)
+    if groups:
+        assert by_hand.certify(model, x).unverified == ()
+    else:
+        with pytest.raises(lmc.CertificateError, match="'h'"):
+            by_hand.certify(model, x)
+
+
+class Experts(nn.Module):
+    """Each example goes to the expert that its gate prefers."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(6, count)
+        self.first = nn.Parameter(torch.randn(count, 8, 6) * 0.4)
+        self.second = nn.Parameter(torch.randn(count, 3, 8) * 0.4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, chosen = self.gate(x).softmax(-1).max(-1)
+        h = torch.einsum("bhd,bd->bh", self.first[chosen], x).relu()
+        return weight[:, None] * torch.einsum("boh,bh->bo", self.second[chosen], h)
+
+
+@pytest.mark.parametrize("count", [6, 64])  # broken one by one, and by halves
+def test_an_expert_without_tokens_hides_behind_no_other(count, monkeypatch):
+    torch.manual_seed(0)
+    model, x, runs = Experts(count), torch.randn(2, 6), []
+    run = Probe.outputs_of
+    monkeypatch.setattr(Probe, "outputs_of", lambda self, *args: runs.append(1) or run(self, *args))
+    with pytest.warns(UserWarning, match="not verified: first") as told:
+        spec = lmc.permutation_spec(model, x)
+    proof = spec.certificate
+    assert proof is not None and sorted(len(e.powers) for e in proof.families.values()) == [1, count]
+    drawn = [draw(model, number, 0) for number in range(proof.trials)]
+    used = {int(e) for w in drawn for e in F.linear(x, w["gate.weight"], w["gate.bias"]).argmax(-1)}
+    assert proof.unverified == tuple(f"first[{e}]" for e in range(count) if e not in used)
+    assert 1 < len(used) < count and ("more" in str(told[0].message)) == (len(proof.unverified) > 8)
+    assert len(runs) < 100
+    frame = proof.to_frame().set_index("group")
+    assert sum(frame["verified"]) == 1 + len(used) and set(frame["family"]) == set(spec.families)
+    assert len(spec.certify(model, torch.randn(60 * count, 6)).unverified) <= count // 32  # nearly every expert has one

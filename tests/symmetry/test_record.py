@@ -107,6 +107,18 @@ def repeated(m: Layers, x: Tensor, n: Tensor) -> Tensor:
     return m.c(m.a(x).relu().repeat_interleave(n, dim=0))
 
 
+def noise(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def noise_of_units(m: Layers, x: Tensor) -> Tensor:
+    return m.c(m.a(x).relu() + noise((8,))) * (2.0 if x.max().item() > 100 else 1.0)
+
+
+def noise_of_rows(m: Layers, x: Tensor) -> Tensor:
+    return m.c(m.a(x).relu() + noise((len(x), 1))) * (2.0 if x.max().item() > 100 else 1.0)
+
+
 def words(m: Layers, ids: Tensor) -> Tensor:
     return m.c(m.a(ids).relu()) * (2.0 if ids.max().item() > 3 else 1.0)
 
@@ -127,6 +139,8 @@ CASES: dict[Callable[..., Tensor], tuple[tuple[Any, ...], list[int], str]] = {
     while_compiling: ((X,), [8], ""),
     circular: ((X,), [8], "a number that is read"),
     repeated: ((X, torch.tensor([1, 2, 0, 1, 1])), [8], "the size of repeat_interleave"),
+    noise_of_units: ((X,), [], "a number that is read"),
+    noise_of_rows: ((X,), [8], "a number that is read"),
     words: ((torch.tensor([0, 5, 5]),), [8], "a number that is read"),
 }
 

@@ -31,12 +31,17 @@ class Evidence:
 
     Attributes:
         error: largest change of the outputs when the family moved with all the others, relative to their largest value.
-        power: change of the outputs when the family moves and one of the tensors that it touches is left behind; of
-            specs with many families the rate of change, when one of the tensors begins to move alone.
+        powers: group -> change of the outputs when it moves and one of the tensors that it touches is left behind; of
+            specs with many groups the rate of change, when one of the tensors begins to move alone.
     """
 
     error: float
-    power: float
+    powers: Mapping[str, float]
+
+    @property
+    def power(self) -> float:
+        """The smallest power of the groups."""
+        return min(self.powers.values(), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ class Certificate(Result):
         moved: share of the weight entries that changed places (a certificate in which nothing moves proves nothing).
         inputs: shapes of the example inputs used.
         dtype: the precision of the arithmetic.
-        families: family of groups -> error and power.
+        families: family of groups -> error, and power of each group.
         outputs: names of the outputs compared, if the model returns several.
     """
 
@@ -74,19 +79,30 @@ class Certificate(Result):
 
     @property
     def power(self) -> float:
-        """The smallest power of the families that could be verified."""
-        seen = [e.power for name, e in self.families.items() if name not in self.unverified]
-        return min(seen, default=0.0)
+        """The smallest power of the groups that could be verified."""
+        return min((p for e in self.families.values() for p in e.powers.values() if self._seen(p)), default=0.0)
 
     @property
     def unverified(self) -> tuple[str, ...]:
-        """The families for which an error would not have been seen: their power is not far above the tolerance."""
-        return tuple(name for name, e in self.families.items() if not e.power > VISIBLE * self.tolerance)
+        """The groups for which an error would not have been seen: their power is not far above the tolerance. Where that
+        are all the groups of a family, its name stands for them."""
+        found: list[str] = []
+        for family, evidence in self.families.items():
+            hidden = [name for name, power in evidence.powers.items() if not self._seen(power)]
+            found += [family] if hidden and len(hidden) == len(evidence.powers) else hidden
+        return tuple(found)
+
+    def _seen(self, power: float) -> bool:
+        return power > VISIBLE * self.tolerance
 
     def to_frame(self) -> "pd.DataFrame":
-        """A row for each family of groups: error, power, and whether an error would have been seen."""
-        rows = [(name, e.error, e.power, name not in self.unverified) for name, e in self.families.items()]
-        return require("pandas").DataFrame(rows, columns=["family", "error", "power", "verified"])
+        """A row for each group: its family, error, power, and whether an error would have been seen."""
+        rows = [
+            (name, family, evidence.error, power, self._seen(power))
+            for family, evidence in self.families.items()
+            for name, power in evidence.powers.items()
+        ]
+        return require("pandas").DataFrame(rows, columns=["group", "family", "error", "power", "verified"])
 
     def __str__(self) -> str:
         tried = "one permutation" if self.trials == 1 else f"{self.trials} random permutations"

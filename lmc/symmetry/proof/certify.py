@@ -1,20 +1,20 @@
 """The proof by numbers: the same outputs, to rounding, in float64; and other outputs when a group is broken on purpose.
 
 A wrong permutation changes outputs by 1e-3 or more of their size; a right one by 1e-15. Equal outputs prove nothing about
-a group that the outputs do not depend on, so each family of groups is broken once: it moves, but one of the tensors that
-it touches is left behind. Where that changes nothing, other tensors and then other weights are tried. Of many families
-(a group for each head of each layer) a single gradient shows what an infinitesimal breakage of each would do; only those
-of which it shows nothing are broken one by one.
+a group that the outputs do not depend on, so each group is broken once: it moves, but one of the tensors that it touches
+is left behind. Where that changes nothing, other tensors and then other weights are tried. Of many groups (one for each
+head of each layer) a single gradient shows what an infinitesimal breakage of each would do; those of which it shows
+nothing are broken together, and by halves where that changes the outputs, until each that matters was broken alone.
 """
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lmc.errors import CertificateError, InputError
-from lmc.symmetry.groups.group import Table
 from lmc.symmetry.groups.symmetries import (
     VISIBLE,
     Certificate,
@@ -26,14 +26,14 @@ from lmc.symmetry.groups.symmetries import (
     permute_tensor,
     random_indices,
 )
-from lmc.symmetry.proof.probe import Probe, draw
+from lmc.symmetry.proof.probe import Probe, draw, varied
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, tensors_in
 from lmc.weights import ModelOrWeights, Weights, as_weights
 
 FURTHER_DRAWS = 2
 PLACES = 3
 LOUD = 1e6  # times the median
-MANY = 16  # families, from which on a gradient is cheaper than as many forward passes
+MANY = 16  # groups, from which on a gradient is cheaper than as many forward passes
 
 
 def certify_spec(
@@ -52,12 +52,10 @@ def certify_spec(
         raise InputError(f"trials={trials}: at least one permutation must be tried")
     spec.check(model)
     probe = Probe(model, outputs)
-    examples = [inputs] if also is None else [inputs, also]
-    power = dict.fromkeys(spec.families, 0.0)
-    turns = {
-        family: {name: torch.arange(spec.groups[name].size).roll(1) for name in names}
-        for family, names in spec.families.items()
-    }
+    given = [inputs] if also is None else [inputs, also]
+    examples = [*given, *_others(given, probe, model, seed)]
+    power = dict.fromkeys(spec.groups, 0.0)
+    turns = {name: torch.arange(group.size).roll(1) for name, group in spec.groups.items()}
     worst = moved = 0.0
     trial = 0
     while trial < trials or (trial < trials + FURTHER_DRAWS and _unseen(power, tolerance)):
@@ -77,16 +75,10 @@ def certify_spec(
                 )
             worst = max(worst, error)
         for example, reference in zip(examples, references, strict=True):
-            if len(_unseen(power, tolerance)) > MANY:
-                slopes = probe.slopes(example, weights, seed + trial)
-                for family in _unseen(power, tolerance):
-                    power[family] = max(power[family], _first_order(spec, turns[family], weights, slopes))
-            for family in _unseen(power, tolerance):
-                seen = _power(spec, turns[family], probe, example, weights, reference, tolerance)
-                power[family] = max(power[family], seen)
+            _break(spec, turns, probe, example, weights, reference, power, tolerance, seed + trial)
         trial += 1
-    families = {family: Evidence(worst, power[family]) for family in spec.families}
-    shapes = tuple(_shapes(example) for example in examples)
+    families = evidence_of(spec, worst, power)
+    shapes = tuple(_shapes(example) for example in given)
     return Certificate(worst, tolerance, trial, len(spec.groups), moved, shapes, probe.dtype, families, probe.names)
 
 
@@ -111,85 +103,115 @@ def certify_permutation(
             f"the permuted weights compute another function: outputs differ by {error:.1e} of their size "
             f"(tolerance {tolerance:.0e}); call spec.certify(model, inputs) to see which group is wrong"
         )
-    families = {}
-    for family, names in spec.families.items():
-        moving = {name: indices[name] for name in names if not _stays(indices[name])}
-        if moving:
-            power = _power(spec, moving, probe, inputs, own, reference, tolerance)
-            families[family] = Evidence(error, power)
+    moving = {name: index for name, index in indices.items() if not _stays(index)}
+    power = dict.fromkeys(moving, 0.0)
+    _break(spec, moving, probe, inputs, own, reference, power, tolerance, seed=0)
+    families = evidence_of(spec, error, power)
     moved = _moved_share(spec, indices)
     shapes = (_shapes(inputs),)
     return Certificate(error, tolerance, 1, len(indices), moved, shapes, probe.dtype, families, probe.names)
 
 
+def evidence_of(spec: Symmetries, error: float, power: Mapping[str, float]) -> dict[str, Evidence]:
+    """What was seen of the groups with a power, by family."""
+    found = {family: {n: power[n] for n in names if n in power} for family, names in spec.families.items()}
+    return {family: Evidence(error, own) for family, own in found.items() if own}
+
+
 def _unseen(power: Mapping[str, float], tolerance: float) -> list[str]:
-    return [family for family, seen in power.items() if not seen > VISIBLE * tolerance]
+    return [name for name, seen in power.items() if not seen > VISIBLE * tolerance]
 
 
-def _power(
+def _break(
     spec: Symmetries,
-    moving: Indices,
+    turns: Indices,
     probe: Probe,
     inputs: Inputs,
     weights: Weights,
     reference: list[Tensor],
+    power: dict[str, float],
     tolerance: float,
-) -> float:
-    """The change of the outputs, relative to their size, when a family moves but for one place that it touches."""
-    most = 0.0
-    for broken in _broken(spec, moving, weights):
-        most = max(most, relative_error(reference, probe.outputs_of(inputs, broken)))
-        if most > VISIBLE * tolerance:
-            break
-    return most
+    seed: int,
+) -> None:
+    """Break every group of which nothing was seen yet, and note by how much the outputs change, relative to their size.
 
-
-def _broken(spec: Symmetries, moving: Indices, weights: Weights) -> Iterator[Weights]:
-    """The weights after a family has moved everywhere but in one place, the largest first.
-
-    Where a function is symmetric in each place alone, as in a sum of units, that keeps it: so at last one unit is
-    overwritten by another, which it survives only if it does not depend on the units.
+    Args:
+        turns: group -> the order in which its units are broken.
+        power: group -> the largest change seen so far; written.
     """
-    tables, sizes = _places(spec, moving, weights)
-    for left in sorted(sizes, key=lambda place: -sizes[place])[: PLACES if len(sizes) > 1 else 0]:
-        yield weights | {
-            tensor: permute_tensor(weights[tensor], kept, moving)
-            for tensor, found in tables.items()
-            if (kept := [item for item in found if (spec.aliases.get(tensor, tensor), item[1].dims) != left])
-        }
-    overwritten = {name: torch.arange(len(index)).clamp(min=1) for name, index in moving.items()}
-    yield weights | {t: permute_tensor(weights[t], found, overwritten) for t, found in tables.items() if found}
+
+    def broken(names: list[str], rank: int) -> None:
+        """Groups that show nothing together show nothing alone, for no two breakages cancel on drawn weights."""
+        change = relative_error(reference, probe.outputs_of(inputs, _broken(spec, turns, names, weights, rank)))
+        if len(names) > 1 and change > VISIBLE * tolerance:
+            broken(names[: len(names) // 2], rank)
+            broken(names[len(names) // 2 :], rank)
+            return
+        for name in names:
+            power[name] = max(power[name], change)
+
+    many = len(_unseen(power, tolerance)) > MANY
+    if many:
+        slopes = probe.slopes(inputs, weights, seed)
+        for name in _unseen(power, tolerance):
+            power[name] = max(power[name], _first_order(spec, turns, name, weights, slopes))
+    for rank in range(PLACES + 1):
+        hidden = [n for n in _unseen(power, tolerance) if rank == PLACES or 1 < len(_places(spec, n, weights)) > rank]
+        for names in [hidden] if many and hidden else [[name] for name in hidden]:
+            broken(names, rank)
 
 
-def _first_order(spec: Symmetries, moving: Indices, weights: Weights, slopes: Weights) -> float:
-    """The largest rate at which the outputs change, relative to their size, when one place of a family moves alone."""
-    tables, sizes = _places(spec, moving, weights)
-    most = 0.0
-    for tensor, dims in sizes:
-        if tensor in slopes:
-            alone = [item for item in tables[tensor] if item[1].dims == dims]
-            step = permute_tensor(weights[tensor], alone, moving) - weights[tensor]
-            rate = slopes[tensor].conj() * step
-            most = max(most, abs(float(rate.real.sum())))
-    return most
+def _broken(spec: Symmetries, turns: Indices, names: list[str], weights: Weights, rank: int) -> Weights:
+    """The weights after groups have moved everywhere but in one place each, the largest but `rank`.
+
+    Where a function is symmetric in each place alone, as in a sum of units, that keeps it: so at rank `PLACES` one unit of
+    each is overwritten by another, which it survives only if it does not depend on the units.
+    """
+    left = {n: None if rank == PLACES else list(_places(spec, n, weights))[rank] for n in names}
+    orders = {n: _overwritten(turns[n]) if rank == PLACES else turns[n] for n in names}
+    tensors = dict.fromkeys(tensor for n in names for tensor in spec.groups[n].tables if tensor in weights)
+    moving = {
+        t: [(n, x) for n, x in spec.tables_by_tensor[t] if n in left and (spec.aliases.get(t, t), x.dims) != left[n]]
+        for t in tensors
+    }
+    return weights | {t: permute_tensor(weights[t], found, orders) for t, found in moving.items() if found}
 
 
-def _places(
-    spec: Symmetries, moving: Indices, weights: Weights
-) -> tuple[dict[str, list[tuple[str, Table]]], dict[tuple[str, tuple[int, ...]], int]]:
-    """The tables of the moving groups by tensor, and the number of entries of each place. A place is a tensor, under the
-    first of its names, and the axes of a table: a group may have two axes of one tensor."""
-    tables: dict[str, list[tuple[str, Table]]] = {}
-    for name in moving:
-        for tensor, found in spec.groups[name].tables.items():
-            if tensor in weights:
-                tables.setdefault(tensor, []).extend((name, table) for table in found)
+def _overwritten(order: Tensor) -> Tensor:
+    """All units stay but the first that an order moves, which becomes a copy of the one that would take its place."""
+    index = torch.arange(len(order))
+    first = int((order != index).nonzero()[0])
+    index[first] = order[first]
+    return index
+
+
+def _first_order(spec: Symmetries, turns: Indices, name: str, weights: Weights, slopes: Weights) -> float:
+    """The largest rate at which the outputs change, relative to their size, when one place of a group moves alone."""
+    rates: dict[tuple[str, tuple[int, ...]], float] = {}
+    for place in _places(spec, name, weights):
+        tensor, dims = place
+        for table in spec.groups[name].tables[tensor] if tensor in slopes else ():
+            if table.dims == dims:
+                own, slope = (
+                    x.movedim(dims, tuple(range(len(dims)))).flatten(0, len(dims) - 1)
+                    for x in (weights[tensor].detach().cpu(), slopes[tensor])
+                )
+                rows = torch.from_numpy(table.rows)
+                step = own[rows[turns[name]]] - own[rows]
+                rates[place] = rates.get(place, 0.0) + float((slope[rows].conj() * step).real.sum())
+    return max(map(abs, rates.values()), default=0.0)
+
+
+def _places(spec: Symmetries, name: str, weights: Weights) -> dict[tuple[str, tuple[int, ...]], int]:
+    """The places of a group with their numbers of entries, the largest first. A place is a tensor, under the first of its
+    names, and the axes of a table: a group may have two axes of one tensor."""
     sizes = {
         (spec.aliases.get(tensor, tensor), table.dims): weights[tensor].numel()
-        for tensor, found in tables.items()
-        for _, table in found
+        for tensor, tables in spec.groups[name].tables.items()
+        if tensor in weights
+        for table in tables
     }
-    return tables, sizes
+    return dict(sorted(sizes.items(), key=lambda item: -item[1]))
 
 
 def relative_error(reference: list[Tensor], outputs: list[Tensor]) -> float:
@@ -254,6 +276,16 @@ def _guilty(
             group = spec.groups[members[0]]
             found.append(f"{family!r} ({group.size} units in {', '.join(list(group.tables)[:3])}): {alone:.1e}")
     return "; ".join(found) if found else "none alone, only several together"
+
+
+def _others(given: list[Inputs], probe: Probe, model: nn.Module, seed: int) -> Iterator[Inputs]:
+    """Examples with noise in place of those that are of one value throughout, where the module takes them."""
+    for example in given:
+        other = varied(example, seed)
+        if other is not None:
+            with suppress(CertificateError):
+                if all(bool(output.isfinite().any()) for output in probe.outputs_of(other, draw(model, 0, seed))):
+                    yield other
 
 
 def _shapes(example: Inputs) -> tuple[tuple[int, ...], ...]:

@@ -2,7 +2,8 @@
 
 Of drawn weights nothing is 0 or 1 by design, and signals survive from the input to the output. Default initialisations
 hide errors: biases are zero, norms and fresh statistics are the same for all units, a scale of 1e-6 switches a branch
-off, and standard deviations far below 1 / sqrt(fan-in) let signals fade below rounding.
+off, and standard deviations far below 1 / sqrt(fan-in) let signals fade below rounding. So do weights with biases of 1e4,
+which rule units out or hold them where they saturate, and inputs of one value throughout.
 """
 
 import math
@@ -22,11 +23,13 @@ from torch.utils._pytree import tree_map
 from lmc.errors import CertificateError, InputError, LmcError
 from lmc.network.network import Network
 from lmc.symmetry.tracing.failures import not_computed, quiet
-from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, kept
+from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, kept, tensors_in
 from lmc.weights import Weights
 
 BLOCK = 1_000_003  # prime, so that no two rows of a larger tensor get the same piece of the repeated block
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+LARGE = 10.0  # root mean square of biases and gains that later draws have nearer 1
+LOUDER = 1.5  # times 1 / sqrt(fan-in): signals that have faded so far grow through many layers
 
 
 def draw(module: nn.Module, number: int, seed: int) -> Weights:
@@ -34,7 +37,8 @@ def draw(module: nn.Module, number: int, seed: int) -> Weights:
 
     Args:
         number: draw 0 keeps the module's own weights, with noise, wherever their size lets signals through; later draws
-            keep their sizes only.
+            keep their sizes only, and of biases and gains not those that are large; from draw 2 on matrices have at
+            least a size by which signals grow.
         seed: of the noise.
     """
     generator = torch.Generator().manual_seed(seed + number)
@@ -63,6 +67,8 @@ def _parameter(own: Tensor, kind: nn.Module, part: str, number: int, generator: 
     wanted = 1.0 if isinstance(kind, EMBEDDINGS) else _fan_in(own, kind, part) ** -0.5
     least = wanted / 50 if isinstance(kind, EMBEDDINGS) else wanted / 4
     kept = size if least <= size <= 4 * wanted else wanted
+    if number > 1 and not isinstance(kind, EMBEDDINGS):
+        kept = max(kept, LOUDER * wanted)
     if number > 0 or size == 0:
         return noise.mul_(kept)
     return noise.mul_(0.3 * kept).add_(own, alpha=kept / size)
@@ -74,6 +80,8 @@ def _vector(own: Tensor, noise: Tensor, number: int) -> Tensor:
         return own + 0.3 * noise
     sign = float(own.sign().mean()) if own.numel() else 0.0
     size = _size(own)
+    if number > 0 and size > LARGE:
+        own, size = own / size, 1.0
     if abs(sign) == 1:
         base = torch.full_like(own, sign) if size < 0.05 else own
         return base * torch.exp(0.3 * noise)
@@ -100,7 +108,28 @@ def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _size(tensor: Tensor) -> float:
     """The root of the mean square."""
-    return float(torch.linalg.vector_norm(tensor)) / math.sqrt(max(1, tensor.numel()))
+    norm = float(torch.linalg.vector_norm(tensor))
+    if not math.isfinite(norm):  # squares leave the range of single precision
+        norm = float(torch.linalg.vector_norm(tensor.abs().double()))
+    return norm / math.sqrt(max(1, tensor.numel()))
+
+
+def varied(inputs: Inputs, seed: int) -> Inputs | None:
+    """Inputs that are of one value throughout, such as zeros, with noise: weights that they are multiplied by are seen. None
+    where any tensor has several values already."""
+    given = [tensor for tensor in tensors_in(as_call(inputs)) if tensor.numel() > 1 and not tensor.is_meta]
+    inexact = any(x.is_floating_point() or x.is_complex() for x in given)
+    if not inexact or any(bool((x != x.reshape(-1)[0]).any()) for x in given):
+        return None
+    generator = torch.Generator().manual_seed(seed)
+
+    def noisy(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            return value
+        return value + _noise(value, generator).to(value)
+
+    args, kwargs = as_call(inputs)
+    return tree_map(noisy, kwargs or args)
 
 
 def _fan_in(tensor: Tensor, kind: nn.Module, part: str) -> int:

@@ -140,8 +140,8 @@ def recorded(
         if node.op == "get_attr":
             value = getattr(traced, str(node.target))
             literal = all("lift_fresh" in str(user.target) for user in node.users)
-            kind = "constant" if literal or value.data_ptr() in kept else "input"
-            leaves[node.name] = Leaf(kind, str(node.target), value if kind == "constant" else None)
+            known = isinstance(value, Tensor) and (literal or value.data_ptr() in kept)  # a generator is not
+            leaves[node.name] = Leaf("constant" if known else "input", str(node.target), value if known else None)
     results = nodes[-1].args[0]
     buffers = frozenset(name for name, _ in model.named_buffers(remove_duplicate=False) if name in tensors)
     return Graph(nodes, leaves, list(results), [], aliases, tensors, buffers, read_in(nodes))
