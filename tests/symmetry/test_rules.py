@@ -122,6 +122,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], list[int]]]
     # normalisation
     "softmax": (lambda a: a.softmax(1), [A], [4, 6]),
     "layer_norm": (lambda a, w, b: F.layer_norm(a, (6,), w, b), [A, (6,), (6,)], [4, 6]),
+    "weight_norm": (lambda v, g: torch._weight_norm(v, g, 0), [A, (4, 1)], [4, 6]),
     "rms_norm": (lambda a, w: F.rms_norm(a, (6,), w), [A, (6,)], [4, 6]),
     "batch_norm": (lambda x, m, v: F.batch_norm(x, m, v), [I2, (6,), (6,)], [2, 6]),
     "instance_norm": (lambda x: F.instance_norm(x), [I2], [2, 6]),

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from lmc.core.progress import tqdm
 from lmc.errors import TraceError
 from lmc.symmetry.discovery.provenance import Piece, chooses_without_ties, piece_tag, pieces, sorted_runs
-from lmc.symmetry.rules import core, interpret
+from lmc.symmetry.rules import core, interpret, is_deterministic
 from lmc.symmetry.rules.chosen import settle
 from lmc.symmetry.rules.indexing import run_of
 from lmc.symmetry.rules.registry import Op, Parts, is_operand, operands_in
@@ -245,10 +245,6 @@ def masks_in(node: Node) -> frozenset[int]:
         for number, index in enumerate(indices)
         if isinstance(index, Node) and index.meta["val"].dtype in (torch.bool, torch.uint8)
     )
-
-
-def is_deterministic(target: Any) -> bool:
-    return torch.Tag.nondeterministic_seeded not in getattr(target, "tags", [torch.Tag.nondeterministic_seeded])
 
 
 def evaluated(units: Units, node: Node, args: Any, kwargs: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:

@@ -7,7 +7,7 @@ that depend on the order along some dims (F) and indexing by data (I).
 """
 
 from lmc.symmetry.rules import contractions, indexing, moves, reductions
-from lmc.symmetry.rules.registry import RULES, Op, interpret, is_pointwise, rule_of
+from lmc.symmetry.rules.registry import RULES, Op, interpret, is_deterministic, is_pointwise, rule_of
 
 __all__ = [
     "RULES",
@@ -15,6 +15,7 @@ __all__ = [
     "contractions",
     "indexing",
     "interpret",
+    "is_deterministic",
     "is_pointwise",
     "moves",
     "reductions",

@@ -189,6 +189,13 @@ def present(*tags: Tag | None) -> list[Tag]:
     return [t for t in tags if t is not None]
 
 
+@rule(*named("_weight_norm"))
+def weight_norm(op: Op, v: Tag, g: Tag, dim: int = 0) -> Tag:
+    """A direction for each index along `dim` times its length; one for the whole tensor where `dim` is -1."""
+    directions = normalise(op, v, tuple(d for d in range(len(v.shape)) if d != dim))
+    return core.pointwise(op.units, op.shape, [directions, g])
+
+
 @rule(*named("softmax _softmax log_softmax _log_softmax _safe_softmax"))
 def softmax(op: Op, x: Tag, dim: int, *_: Any, **__: Any) -> Tag:
     return normalise(op, x, (dim % len(x.shape),) if x.shape else ())

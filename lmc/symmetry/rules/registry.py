@@ -142,6 +142,11 @@ def fixed(units: Units, value: Any) -> Any:
     return replace(value, points=None)
 
 
+def is_deterministic(target: Any) -> bool:
+    """Whether an operator gives the same each time: it draws no numbers."""
+    return torch.Tag.nondeterministic_seeded not in getattr(target, "tags", [torch.Tag.nondeterministic_seeded])
+
+
 def is_pointwise(target: Any) -> bool:
     tags = getattr(target, "tags", [])
     return torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ from torch.utils import _pytree as pytree
 from lmc.core.context import callers_dtype, default_dtype
 from lmc.errors import InputError, TraceError
 from lmc.network.network import anew, call_with, uncalled
-from lmc.symmetry.rules import is_pointwise, rule_of
+from lmc.symmetry.rules import is_deterministic, is_pointwise, rule_of
 from lmc.symmetry.tracing.failures import BY_HAND, LAZY, Stopped, call_of, explained, quiet, stopping
 from lmc.symmetry.tracing.graph import PREFIX, Graph, Leaf, aliases_of, module_path, movable, source_line
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, select
@@ -262,14 +263,14 @@ def export(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     with quiet(), sdpa_kernel(SDPBackend.MATH), torch.no_grad():
         try:
             program = torch.export.export(subject, args, kwargs, strict=False)
+            refuse_unknown_sizes(model, program)
             if not all(is_understood(node) for node in program.graph.nodes):
                 program = program.run_decompositions(decompositions())
         except Exception as error:
             cause = error.__cause__ if isinstance(error, Stopped) and error.__cause__ else error
-            if isinstance(cause, InputError):
+            if isinstance(cause, InputError | TraceError):
                 raise cause from None
             raise explained(model, args, kwargs, cause) from cause
-    refuse_unknown_sizes(model, program)
     names = subject.original if isinstance(subject, Renamed) else {}
     return graph_of(model, program, names)
 
@@ -295,21 +296,21 @@ def wrapped(model: nn.Module, outputs: OutputSelector) -> nn.Module:
 
 
 def is_understood(node: Node) -> bool:
-    """Whether a node can be interpreted as it is: it has a rule, or is pointwise, and overwrites nothing."""
+    """Whether a node can be interpreted as it is: it has a rule, is pointwise, or is made of nothing that varies, and
+    overwrites nothing."""
     if node.op != "call_function" or node.target is operator.getitem:
         return True
     known = rule_of(node.target) is not None or is_pointwise(node.target)
+    made = not node.all_input_nodes and is_deterministic(node.target)
     schema = getattr(node.target, "_schema", None)
-    return known and schema is not None and not overwrites(node)
+    return (known or made) and schema is not None and not overwrites(node)
 
 
-def decompositions() -> dict[Any, Any]:
+@cache
+def decompositions() -> Mapping[Any, Any]:
     """Decompose only what has no rule: fewer, larger operators are faster to interpret and easier to explain."""
     table = torch.export.default_decompositions()
-    for op in list(table.keys()):
-        if rule_of(op) is not None:
-            del table[op]
-    return table
+    return {op: table[op] for op in list(table.keys()) if rule_of(op) is None}
 
 
 def graph_of(model: nn.Module, program: Any, names: Mapping[str, str]) -> Graph:
