@@ -7,7 +7,10 @@ from pathlib import Path
 
 import plotly
 
+import lmc
+
 MIME = "application/vnd.plotly.v1+json"
+THEME = Path(lmc.__file__).parent / "views" / "lab" / "static" / "figures.css"
 LIBRARY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
 
 
@@ -38,11 +41,15 @@ def scripts(app, page, template, context, doctree):
     if app.env.metadata.get(page, {}).get("figures"):
         for file in ("plotly.min.js", "figures.js"):
             app.add_js_file(file, loading_method="defer")
+        app.add_css_file("figures.css")
+    if page.startswith("notebooks/"):
+        app.add_js_file("slides.js", loading_method="defer")
 
 
 def finish(app, error):
     if error is None and app.builder.format == "html":
-        shutil.copyfile(LIBRARY, Path(app.outdir) / "_static" / "plotly.min.js")
+        for file in (LIBRARY, THEME):
+            shutil.copyfile(file, Path(app.outdir) / "_static" / file.name)
 
 
 def setup(app):

@@ -1,4 +1,5 @@
-"""The stored checkpoints under `data/`: small networks trained by `tools/make_checkpoints.py`.
+"""The stored checkpoints under `data/`, which an installed package has in `lmc/data/stored`: small networks trained by
+`tools/make_checkpoints.py`.
 
 Trained losses differ between machines in the last digits and then in the first ones; evaluations of stored
 weights do not. So the notebooks evaluate these.
@@ -20,7 +21,7 @@ from lmc.weights import StateDict
 from lmc.weights.state import natural
 
 MANIFEST = "manifest.json"
-REMEDY = "Stored checkpoints are part of the repository, not of the installed package: clone it, or pass folder="
+REMEDY = "Stored checkpoints come with the repository and with the installed package; others are found by folder="
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -73,8 +74,8 @@ class CheckpointSet(Sequence[StateDict]):
 def checkpoint(name: str, folder: str | Path | None = None) -> CheckpointSet:
     """The stored checkpoint `name`, each file checked against the sha256 in its manifest before it is read.
 
-    Looked for in `folder`, or in the folder `data` of the repository this package runs from, of the current folder,
-    or of a folder above it. Raises `DataError` when it is not there or a file is not what the manifest says.
+    Looked for in `folder`, or in the folder `data` of the repository this package runs from, among what was installed with
+    it, and in the folder `data` of the current folder or of one above it. Raises `DataError` when it is not there or a file is not what the manifest says.
     """
     place = _find(name, folder)
     try:
@@ -98,7 +99,12 @@ def checkpoint(name: str, folder: str | Path | None = None) -> CheckpointSet:
 def _find(name: str, folder: str | Path | None) -> Path:
     here = Path.cwd()
     around = [Path(__file__).parents[2], here, *here.parents]
-    places = [Path(folder).expanduser()] if folder is not None else [parent / "data" for parent in around]
+    own = Path(__file__).parent / "stored"
+    places = (
+        [Path(folder).expanduser()]
+        if folder is not None
+        else [around[0] / "data", own, *(p / "data" for p in around[1:])]
+    )
     for place in places:
         if (place / name / MANIFEST).is_file():
             return place / name

@@ -4,6 +4,7 @@ planes.
 Colours are those of Okabe and Ito (2008, "Color Universal Design"), darkened where they must stand on white.
 """
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -26,6 +27,16 @@ GRID = "#E4E4E4"
 # The name of a thing decides its colour, in every figure and explorer; other names take the next free colour.
 COLOURS = {"naive": ORANGE, "aligned": BLUE, "path": BLUE, "repaired": GREEN, "curve": PURPLE}
 CYCLE = (BLUE, ORANGE, GREEN, PURPLE, SKY, GOLD, BLACK)
+# So do dashes, for readers without colours. Dots are left to the split that no barrier is taken on.
+DASHES = {"naive": "dash"}
+DASH_CYCLE = ("solid", "dashdot", "longdash", "longdashdot")
+PATTERNS = {
+    "solid": "none",
+    "dash": "9 5",
+    "dashdot": "10 4 2.5 4",
+    "longdash": "17 6",
+    "longdashdot": "17 5 2.5 5",
+}  # pixels
 # From nothing to much; light is low, so that it prints and projects well.
 SCALE = ((0.0, "#F7FBFF"), (0.25, "#C6DBEF"), (0.5, "#6BAED6"), (0.75, "#2171B5"), (1.0, "#08306B"))
 
@@ -74,6 +85,12 @@ def colours(names: list[str]) -> dict[str, str]:
         if name not in chosen:
             chosen[name] = free.pop(0) if free else GREY
     return chosen
+
+
+def dashes(names: list[str]) -> dict[str, str]:
+    """A dash for each name: its own where it has one, else the next of the cycle, which begins again at its end."""
+    cycle = itertools.cycle(DASH_CYCLE)
+    return {name: DASHES[name] if name in DASHES else next(cycle) for name in names}
 
 
 MOST_NAMED = 5  # points of a track

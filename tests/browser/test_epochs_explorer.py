@@ -52,8 +52,8 @@ def test_a_drag_in_jupyterlab_reaches_page_kernel_and_the_other_widget(server, o
     first.get_by_role("slider", name="position on the path").press("ArrowRight")
     until(lab, "v.alpha", lambda alpha: alpha == 0.625)
     drag(lab.page, first.locator(".lmc-chart").first, (0.5, 0.5), (0.3, 0.5))
-    # The chart is 520 wide, with margins of 58 and 26. Of a drag the kernel hears now and then, and its end.
-    there = (0.3 * 520 - 58) / (520 - 58 - 26)
+    # The chart is 520 wide, with margins of 66 and 26. Of a drag the kernel hears now and then, and its end.
+    there = (0.3 * 520 - 66) / (520 - 66 - 26)
     told = until(lab, "(w.alpha, v.alpha)", lambda both: both[0] == both[1] and abs(both[0] - there) < 0.005)[0]
     first.locator(".lmc-note[data-state=exact]").wait_for()
     exact = until(lab, "result[1]['aligned'].exact(w.alpha)['data'].loss", lambda loss: loss > 0)

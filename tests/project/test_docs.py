@@ -1,15 +1,27 @@
 """The site's own pages are true: their Python compiles, their names are public, their papers are numbers that exist."""
 
+import importlib
+import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import safetensors.torch
+import torch
 
 import lmc
+from lmc.cli import main
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGES = sorted([*DOCS.glob("*.md"), *(DOCS / "guides").glob("*.md")])
+PAGES = sorted([*DOCS.glob("*.md"), *(DOCS / "guides").glob("*.md"), *(DOCS / "teaching").rglob("*.md")])
 PAGES = [page for page in PAGES if page.name not in ("course.md", "gallery.md")]  # made by the build
+# One page of exercises on every run, the others, half a minute of training, on the thorough one.
+EXERCISES = [
+    pytest.param(page, marks=[] if page.stem.startswith("06") else [pytest.mark.thorough])
+    for page in PAGES
+    if page.parent.name == "exercises"
+]
 
 
 def named(text: str) -> set[str]:
@@ -20,10 +32,11 @@ def named(text: str) -> set[str]:
 def test_names_are_public_and_python_compiles(page):
     text = page.read_text(encoding="utf-8")
     for name in named(text):
-        value = lmc
+        value, path = lmc, "lmc"
         for part in name.split(".")[1:]:
-            assert part in dir(value), f"{page.name}: {name}"
-            value = getattr(value, part)
+            path += f".{part}"
+            # What is no public name is a module, there to be imported.
+            value = getattr(value, part) if part in dir(value) else importlib.import_module(path)
     for source in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
         compile(source, page.name, "exec")
 
@@ -39,3 +52,77 @@ def test_terms_of_the_glossary_are_in_order():
     text = (DOCS / "glossary.md").read_text(encoding="utf-8")
     terms = re.findall(r"^(\w[\w ]*)\n  \w", text, re.M)
     assert len(terms) > 12 and terms == sorted(terms)
+
+
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+COMMANDS = re.compile(r"^```\n(lmc .*?)^```", re.M | re.S)
+SMALL = """
+import torch
+import lmc
+data = lmc.data.digits()
+model = lmc.models.mlp(64, [16], 10)
+a, b = lmc.training.train(model, data, seeds=[0, 1], epochs=3, progress=False)
+spec = lmc.permutation_spec(model, data.train[0][:2])
+"""
+GPT = """
+import lmc, transformers, torch
+config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=1, n_head=2)
+model, ids = transformers.GPT2LMHeadModel(config).eval(), torch.randint(40, (4, 8))
+"""
+# What stands before the Python of a guide: networks to try it on.
+BEFORE = {"align_two": SMALL, "bring_your_network": GPT, "sweep": SMALL, "matplotlib": SMALL}
+
+
+GUIDES = [  # a sweep starts processes, each with an import of torch
+    pytest.param(page, marks=[pytest.mark.thorough] if page.stem == "sweep" else [])
+    for page in PAGES
+    if page.parent.name == "guides"
+]
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda page: page.stem)
+def test_guides_run_as_printed(guide, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    text = guide.read_text(encoding="utf-8")
+    names: dict = {}
+    if guide.stem == "matplotlib":
+        pytest.importorskip("matplotlib", reason="the recipe is for those who have matplotlib; lmc itself does without")
+    exec(BEFORE.get(guide.stem, ""), names)
+    for source in PYTHON.findall(text):
+        exec(compile(source.replace("budget=60", "budget=2"), guide.name, "exec"), names)
+    for line in "".join(COMMANDS.findall(text)).splitlines():
+        _folders(tmp_path)
+        assert main(shlex.split(line.split("#")[0])[1:]) == 0, line
+
+
+def _folders(where: Path) -> None:
+    """A base and two models fine-tuned from it, as folders of checkpoints."""
+    draw = torch.Generator().manual_seed(0)
+    for name in ("base", "math", "code"):
+        weights = {n: torch.randn(t.shape, generator=draw) for n, t in lmc.models.mlp(8, [6], 3).state_dict().items()}
+        (where / name).mkdir(exist_ok=True)
+        safetensors.torch.save_file(weights, where / name / "model.safetensors")
+
+
+@pytest.mark.parametrize("page", EXERCISES, ids=lambda page: page.stem)
+def test_solutions_run_and_what_they_claim_holds(page, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for source in PYTHON.findall(page.read_text(encoding="utf-8")):
+        exec(compile(source, page.name, "exec"), names)
+
+
+def test_every_try_has_its_exercises():
+    """One exercise for each point of a notebook's last section, hidden behind a click, with an assertion in it."""
+    for notebook in sorted((DOCS.parent / "notebooks").glob("*.ipynb")):
+        last = "".join(json.loads(notebook.read_text(encoding="utf-8"))["cells"][-1]["source"])
+        points = re.findall(r"^- \*\*", last.partition("## Try")[2], re.M)
+        page = DOCS / "teaching" / "exercises" / f"{notebook.stem}.md"
+        assert bool(points) == page.exists(), notebook.stem
+        if points:
+            tasks = re.split(r"^## \d", page.read_text(encoding="utf-8"), flags=re.M)[1:]
+            assert len(tasks) == len(points), notebook.stem
+            assert f"exercises/{notebook.stem}.md" in last
+            for task in tasks:
+                question, _, answer = task.partition("<details><summary>Solution</summary>")
+                assert "```" not in question and "assert " in answer and answer.rstrip().endswith("</details>")

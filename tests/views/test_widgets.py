@@ -1,6 +1,7 @@
 """The path explorer: what it is given to draw, and the page that carries it. Its moves are tested in a browser."""
 
 import base64
+import io
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import traitlets
+from PIL import Image
 from support import embedded
 
 from lmc.errors import InputError
@@ -19,6 +21,7 @@ from lmc.landscape.path import Path, loss_path
 from lmc.models import mlp
 from lmc.views.widgets.explorer import FOLDER, module
 from lmc.views.widgets.path import state
+from lmc.views.widgets.poster import png
 
 WIDGETS = FOLDER / "js"
 
@@ -122,6 +125,34 @@ def test_the_widget_carries_a_page_for_readers_without_a_kernel():
     assert embedded(data["text/html"])["active"] == "aligned"
     unscripted = re.sub(r"<(script|style).*?</\1>", "", data["text/html"], flags=re.S)
     assert "Path of 5 points" in unscripted and "Trust this notebook" in unscripted
+    assert re.search(
+        r'<img src="data:image/png;base64,[\w+/=]{800,}" alt="loss \(nats\) on the way from A to B', unscripted
+    )
+
+
+def test_a_poster_draws_what_the_path_holds(naive, aligned):
+    poster = aligned.explore(naive=naive).poster()
+    picture = np.asarray(Image.open(io.BytesIO(poster.png)).convert("RGBA"), dtype=int)
+    height, width = picture.shape[:2]
+    losses = {"naive": naive.losses["data"], "aligned": aligned.losses["data"]}
+    low, high = (edge(list(losses.values())) for edge in (np.min, np.max))
+    assert f"from {low:.3g} (below) to {high:.3g} (above)" in poster.caption
+    for name, values in losses.items():
+        colour = [int(poster.names[name][i : i + 2], 16) for i in (1, 3, 5)]
+        for i in (0, 2, 4):
+            column = (
+                np.abs(picture[:, round(3 + i / 4 * (width - 7)), :3] - colour).sum(1)
+                + 255
+                - picture[:, round(3 + i / 4 * (width - 7)), 3]
+            )
+            expected = 3 + (high - values[i]) / (high - low) * (height - 6)
+            assert min(abs(np.flatnonzero(column < 30) - expected)) < 4, (name, i)
+
+
+def test_a_poster_has_few_colours_and_no_ground():
+    assert Image.open(io.BytesIO(png(np.zeros((20, 30, 4))))).convert("RGBA").getextrema() == ((0, 0),) * 4
+    with pytest.raises(ValueError, match="more than a palette holds"):
+        png(np.random.default_rng(0).random((20, 30, 4)))
 
 
 @pytest.mark.parametrize("where", ["VSCODE_PID", "google.colab"])

@@ -15,7 +15,7 @@ from lmc.merge.study.robust_line import WiseLine
 from lmc.merge.study.trajectory import TrajectoryAverages
 from lmc.merge.with_data.compare_soups import Soups
 from lmc.views.legend import measure_title
-from lmc.views.plots.style import BLACK, BLUE, CYCLE, GREEN, GREY, ORANGE, SCALE, SKY, colours, figure, styled
+from lmc.views.plots.style import BLACK, BLUE, CYCLE, GREEN, GREY, ORANGE, SCALE, SKY, colours, dashes, figure, styled
 
 MOST_NAMED, LONGEST = 10, 16  # names of layers under an axis, and their letters
 # From opposite to alike, white in the middle.
@@ -71,10 +71,11 @@ def _matrix(names: list[str], values: np.ndarray, scale, limits: tuple[float, fl
 def _add_layers(fig: go.Figure, inspection: Inspection) -> None:
     layers = [_layer(layer.name) for layer in inspection.layers]
     unit = np.array([layer.base_norm if inspection.based and layer.base_norm else 1.0 for layer in inspection.layers])
-    palette = colours(list(inspection.names))
+    palette, lines = colours(list(inspection.names)), dashes(list(inspection.names))
     for i, name in enumerate(inspection.names):
         norms = np.array([layer.norms[i] for layer in inspection.layers]) / unit
-        line = go.Scatter(x=layers, y=norms, name=name, mode="lines+markers", line={"color": palette[name]})
+        line = go.Scatter(x=layers, y=norms, name=name, mode="lines+markers")
+        line.update(line={"color": palette[name], "dash": lines[name]})
         fig.add_trace(line, row=2, col=1)
     agreement = [layer.conflict if inspection.based else mean_cosine(layer.cosines) for layer in inspection.layers]
     fig.add_trace(go.Bar(x=layers, y=agreement, marker={"color": GREY}, showlegend=False), row=2, col=2)
@@ -187,11 +188,12 @@ def plot_trajectory(averages: TrajectoryAverages, split: str | None = None) -> g
     panels = ["loss", *(["accuracy"] if "accuracy" in averages.values["checkpoint"][split] else [])]
     fig = styled(make_subplots(1, len(panels), horizontal_spacing=0.11), height=420)
     tints = {"checkpoint": GREY, **dict(zip(("SWA", "LAWA", "EMA"), CYCLE, strict=False))}
+    lines = {"checkpoint": "dot", **dashes(["SWA", "LAWA", "EMA"])}
     for column, panel in enumerate(panels, start=1):
         for name, splits in averages.values.items():
             heights = splits[split][panel] * (100.0 if panel == "accuracy" else 1.0)
             line = {"color": tints[name], "width": 2 if name == "checkpoint" else 3}
-            line["dash"] = "dot" if name == "checkpoint" else "solid"
+            line["dash"] = lines[name]
             trace = go.Scatter(
                 x=averages.steps, y=heights, mode="lines+markers", name=name, line=line, legendgroup=name
             )
@@ -209,14 +211,14 @@ def plot_wise_line(line: WiseLine) -> go.Figure:
     fig = styled(go.Figure(), height=460)
     reference = 100.0 * line.accuracies[line.reference]
     shifts = [name for name in line.paths if name != line.reference]
-    tints = colours(shifts)
+    tints, lines = colours(shifts), dashes(shifts)
     text = [f"alpha {alpha:.2g}" for alpha in line.alphas]
-    curves = [(name, line.accuracies[name], tints[name], 2) for name in shifts]
+    curves = [(name, line.accuracies[name], {"color": tints[name], "dash": lines[name], "width": 2}) for name in shifts]
     if len(shifts) > 1:
-        curves.append(("mean of the shifts", line.shifted, BLACK, 4))
-    for name, values, colour, width in curves:
+        curves.append(("mean of the shifts", line.shifted, {"color": BLACK, "width": 4}))
+    for name, values, look in curves:
         trace = go.Scatter(x=reference, y=100.0 * values, mode="lines+markers", name=name, text=text)
-        trace.update(line={"color": colour, "width": width}, marker={"size": 6 + width})
+        trace.update(line=look, marker={"size": 6 + look["width"]})
         fig.add_trace(trace.update(hovertemplate="%{text}: %{x:.1f} %, %{y:.1f} %"))
     for alpha, label in ((0.0, "base"), (1.0, "tuned")):
         at = int(abs(line.alphas - alpha).argmin())

@@ -10,7 +10,7 @@ from lmc.landscape.curve import Curve
 from lmc.landscape.path import Path
 from lmc.merge.with_training.star import Star, StarPaths
 from lmc.views.legend import labelled_paths, measure_title
-from lmc.views.plots.style import BLACK, BLUE, COLOURS, DASHES, GREEN, ORANGE, colours, figure, styled
+from lmc.views.plots.style import BLACK, BLUE, COLOURS, GREEN, ORANGE, colours, dashes, figure, styled
 from lmc.weights.arithmetic import distance
 
 _KINDS = {
@@ -24,8 +24,9 @@ _KINDS = {
 def plot(path: Path, label: str | None = None, **others: Path) -> go.Figure:
     """Draw loss and (for classifications) accuracy over alpha: `aligned.plot(naive=naive)` draws both paths.
 
-    Colours stand for paths, dashes for splits. On the split that barriers are taken on, an arrow stands for the
-    barrier: from the straight line between the ends to the curve, where their difference is largest.
+    Colours and dashes stand for paths. The split that barriers are taken on is thick, with its points, others are thin and
+    dotted. An arrow stands for the barrier: from the straight line between the ends to the curve, where their difference is
+    largest.
 
     Args:
         label: what the path is called (default: "aligned" beside a path called "naive", else "path").
@@ -38,17 +39,17 @@ def plot(path: Path, label: str | None = None, **others: Path) -> go.Figure:
     shown = list(paths.values())
     panels = ["loss", *(["accuracy"] if all(path.accuracies for path in shown) else [])]
     fig = styled(make_subplots(1, len(panels), horizontal_spacing=0.11), height=430)
-    tints = colours(list(paths))
+    tints, lines = colours(list(paths)), dashes(list(paths))
     for column, panel in enumerate(panels, start=1):
         labels = _Labels(shown, panel)
         for name, path in paths.items():
-            _curves(fig, name, path, panel, tints[name], column)
+            _curves(fig, name, path, panel, {"color": tints[name], "dash": lines[name]}, column)
             _barrier(fig, path, panel, tints[name], column, labels)
         fig.update_xaxes(title_text="α, from A (0) to B (1)", col=column)
         fig.update_yaxes(
             title_text=measure_title(panel, path.unit), rangemode="tozero" if panel == "loss" else "normal", col=column
         )
-    _dash_legend(fig, {split for path in shown for split in path.values})
+    _split_legend(fig, shown)
     return fig
 
 
@@ -58,7 +59,7 @@ def plot_connection(connection: Connection) -> go.Figure:
     return plot(connection.path, "connected", naive=connection.naive)
 
 
-def _curves(fig: go.Figure, name: str, path: Path, panel: str, colour: str, column: int) -> None:
+def _curves(fig: go.Figure, name: str, path: Path, panel: str, line: dict[str, str], column: int) -> None:
     for split, measures in path.values.items():
         heights = measures[panel] * (100.0 if panel == "accuracy" else 1.0)
         known = ~np.isnan(heights)
@@ -70,7 +71,7 @@ def _curves(fig: go.Figure, name: str, path: Path, panel: str, colour: str, colu
             name=f"{name}: barrier {path.barrier:.3f} {path.unit}".rstrip() if panel == "loss" else name,
             legendgroup=name,
             showlegend=main and column == 1,
-            line={"color": colour, "width": 3 if main else 2, "dash": DASHES.get(split, "dash")},
+            line={**line, "width": 3} if main else {**line, **_thin(path, split)},
             marker={"size": 5},
             hovertemplate=f"{name}, {split}: %{{y:.3g}}<extra></extra>",
         )
@@ -143,14 +144,21 @@ class _Labels:
         return None
 
 
-def _dash_legend(fig: go.Figure, splits: set[str]) -> None:
-    if len(splits) < 2:
+def _thin(path: Path, split: str) -> dict[str, str | float]:
+    """The line of a split that no barrier is taken on: dots, in as many ways as there are such splits."""
+    others = [name for name in path.values if name != path.split]
+    return {"width": 2, "dash": ("dot", "2px,9px", "6px,9px")[others.index(split) % 3]}
+
+
+def _split_legend(fig: go.Figure, paths: list[Path]) -> None:
+    first = paths[0]
+    if len(first.values) < 2:
         return
-    for split in sorted(splits):
-        line = {"color": BLACK, "width": 2.5, "dash": DASHES.get(split, "dash")}
-        fig.add_trace(
-            go.Scatter(x=[None], y=[None], mode="lines", line=line, name=split, hoverinfo="skip"), row=1, col=1
-        )
+    for split in sorted(first.values):
+        main = split == first.split
+        line = {"color": BLACK, **({"width": 3} if main else _thin(first, split))}
+        key = go.Scatter(x=[None], y=[None], mode="lines+markers" if main else "lines", line=line, marker={"size": 5})
+        fig.add_trace(key.update(name=split, hoverinfo="skip"), row=1, col=1)
 
 
 @view(Curve, "plot")
@@ -188,6 +196,7 @@ def plot_star(star: Star) -> go.Figure:
 def plot_star_paths(paths: StarPaths) -> go.Figure:
     """Draw the loss over alpha for every line, coloured by its kind; the legend has the mean barrier of each kind."""
     fig = figure(height=430)
+    dash = dashes(list(paths.kinds))
     for kind, lines in paths.kinds.items():
         colour, text = _KINDS[kind]
         for i, path in enumerate(lines):
@@ -198,7 +207,7 @@ def plot_star_paths(paths: StarPaths) -> go.Figure:
                 name=f"{text}: barrier {paths.barriers[kind].mean():.3f} {path.unit}".rstrip(),
                 legendgroup=kind,
                 showlegend=i == 0,
-                line={"color": colour, "width": 2.5},
+                line={"color": colour, "dash": dash[kind], "width": 2.5},
                 hovertemplate=f"{text} {i}: %{{y:.3g}}<extra></extra>",
             )
             fig.add_trace(trace)

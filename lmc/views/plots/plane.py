@@ -11,7 +11,7 @@ from lmc.core.results import view
 from lmc.errors import InputError
 from lmc.landscape.planes.plane_result import Plane
 from lmc.views.legend import measure_title, named_points, track_colours, tracked
-from lmc.views.plots.style import BLACK, GRID, SCALE, styled
+from lmc.views.plots.style import BLACK, GRID, SCALE, dashes, styled
 
 LEVELS = 14  # contours
 SPACING = 0.4  # between panels, as a share of the figure, divided by their number
@@ -117,9 +117,9 @@ def _ticks(low: float, high: float) -> dict[str, list]:
 
 def _draw(fig: go.Figure, plane: Plane, column: int) -> None:
     """The tracks, and the models on top of them."""
-    tints = track_colours(list(plane.tracks))
+    tints, lines = track_colours(list(plane.tracks)), dashes(list(plane.tracks))
     for name, track in plane.tracks.items():
-        line = {"color": tints[name], "width": 3}
+        line = {"color": tints[name], "dash": lines[name], "width": 3}
         mode = "lines+markers" if len(track) <= FEW else "lines"
         halo = go.Scatter(x=track[:, 0], y=track[:, 1], mode="lines", line={"color": "white", "width": 6}, opacity=0.7)
         fig.add_trace(halo.update(showlegend=False, hoverinfo="skip"), row=1, col=column)

@@ -9,7 +9,7 @@ from lmc.landscape.layerwise import LayerwiseBarriers
 from lmc.landscape.multiplicity import Multiplicity
 from lmc.landscape.telescoping import Telescope
 from lmc.training.intrinsic import IntrinsicDimension
-from lmc.views.plots.style import BLACK, BLUE, GREY, ORANGE, SCALE, colours, figure, styled
+from lmc.views.plots.style import BLACK, BLUE, GREY, ORANGE, SCALE, colours, dashes, figure, styled
 
 
 @view(Telescope, "plot")
@@ -24,8 +24,10 @@ def plot_telescope(telescope: Telescope) -> go.Figure:
     ):
         line = go.Scatter(x=steps, y=np.maximum(errors[1:], 1e-16), name=name, line={"color": colour, "dash": dash})
         fig.add_trace(line.update(hovertemplate="%{y:.2e}"), row=1, col=1)
-    for layer, colour in colours(list(telescope.sizes)).items():
-        line = go.Scatter(x=steps, y=np.cumsum(telescope.sizes[layer]), name=layer or "model", line={"color": colour})
+    tints, lines = colours(list(telescope.sizes)), dashes(list(telescope.sizes))
+    for layer, colour in tints.items():
+        line = go.Scatter(x=steps, y=np.cumsum(telescope.sizes[layer]), name=layer or "model")
+        line.update(line={"color": colour, "dash": lines[layer]})
         fig.add_trace(line.update(hovertemplate="%{y:.3g}"), row=1, col=2)
     fig.update_yaxes(type="log", exponentformat="power", dtick=1, row=1, col=1).update_yaxes(
         rangemode="tozero", row=1, col=2

@@ -16,7 +16,7 @@ from lmc.landscape.curvature import Curvature
 from lmc.landscape.similarity import Similarity
 from lmc.landscape.variance import VarianceRatios
 from lmc.views.legend import labelled, measure_title
-from lmc.views.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SCALE, SKY, colours, figure, styled
+from lmc.views.plots.style import BLACK, BLUE, GREEN, GREY, ORANGE, PURPLE, SCALE, SKY, colours, dashes, figure, styled
 
 SHORTEST = 1e-3  # seconds; what takes less is drawn there
 
@@ -144,9 +144,9 @@ def plot_epochs(result: Epochs) -> go.Figure:
     unit = result.paths[names[0]][0].unit
     titles = ["barrier", *(f"{name}: loss on the way" for name in names)]
     fig = styled(make_subplots(1, 1 + len(names), horizontal_spacing=0.09, subplot_titles=titles), height=400)
-    tints = colours(names)
+    tints, lines = colours(names), dashes(names)
     for name, found in result.barriers.items():
-        line = {"color": tints[name], "width": 3}
+        line = {"color": tints[name], "dash": lines[name], "width": 3}
         trace = go.Scatter(x=result.epochs, y=found, mode="lines+markers", name=name, line=line, marker={"size": 6})
         fig.add_trace(trace.update(hovertemplate=f"{name}: %{{y:.3g}} {unit}<extra></extra>"), row=1, col=1)
     shades = sample_colorscale([list(stop) for stop in SCALE], np.linspace(0.25, 1.0, len(result.epochs)).tolist())
@@ -182,12 +182,11 @@ def plot_ratios(ratios: VarianceRatios, label: str = "merged", **others: Varianc
     layers = list(next(iter(networks.values())).ends)
     many = len(layers) > 6  # their names are slanted, and need room
     fig = figure(height=540 if many else 420)
-    tints = colours(list(networks))
+    tints, lines = colours(list(networks)), dashes(list(networks))
     for name, found in networks.items():
         line = go.Scatter(x=layers, y=list(found.ratios.values()), mode="lines+markers", name=name)
-        fig.add_trace(
-            line.update(line={"color": tints[name], "width": 3}, hovertemplate=f"{name}: %{{y:.2f}}<extra></extra>")
-        )
+        line.update(line={"color": tints[name], "dash": lines[name], "width": 3})
+        fig.add_trace(line.update(hovertemplate=f"{name}: %{{y:.2f}}<extra></extra>"))
     fig.add_hline(1.0, line={"color": BLACK, "width": 1.5, "dash": "dot"})
     fig.update_xaxes(title_text="layer", type="category", tickangle=-45 if many else 0)
     fig.update_yaxes(title_text="variance, relative to the ends", rangemode="tozero")

@@ -16,14 +16,13 @@ from lmc.views.legend import (
     SCALE,
     SKY,
     colours,
+    dashes,
 )  # fmt: skip
 
 __all__ = [
-    "BLACK", "BLUE", "COLOURS", "CYCLE", "DASHES", "FONT", "GOLD", "GREEN", "GREY", "GRID", "ORANGE", "PURPLE", "SCALE",
-    "SKY", "TEMPLATE", "colours", "figure", "styled",
+    "BLACK", "BLUE", "COLOURS", "CYCLE", "FONT", "GOLD", "GREEN", "GREY", "GRID", "ORANGE", "PURPLE", "SCALE",
+    "SKY", "TEMPLATE", "colours", "dashes", "figure", "styled",
 ]  # fmt: skip
-
-DASHES = {"test": "solid", "data": "solid", "train": "dot"}
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 

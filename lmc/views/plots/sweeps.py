@@ -6,7 +6,7 @@ from lmc.core.results import view
 from lmc.core.sweep import Sweep
 from lmc.errors import InputError
 from lmc.landscape.pairs import PairwiseBarriers
-from lmc.views.plots.style import BLUE, SCALE, colours, figure
+from lmc.views.plots.style import BLUE, SCALE, colours, dashes, figure
 
 
 @view(Sweep, "plot")
@@ -35,6 +35,7 @@ def plot_sweep(sweep: Sweep, y: str | None = None, *, x: str | None = None, by: 
             raise InputError(f"{name!r} is no parameter; the grid has {', '.join(sweep.grid)}")
     kinds = sweep.grid[by] if by else [None]
     tints = colours([str(kind) for kind in kinds]) if by else {"None": BLUE}
+    lines = dashes(list(tints))
     fig = figure()
     for kind in kinds:
         groups: dict[str, list[float]] = {}
@@ -56,7 +57,9 @@ def plot_sweep(sweep: Sweep, y: str | None = None, *, x: str | None = None, by: 
         line = go.Scatter(x=[places[place] for place in at], y=means, mode="lines", name=name, legendgroup=name)
         fig.add_trace(
             line.update(
-                showlegend=by is not None, line={**style, "width": 3}, hovertemplate="mean %{y:.4g}<extra></extra>"
+                showlegend=by is not None,
+                line={**style, "dash": lines[str(kind)], "width": 3},
+                hovertemplate="mean %{y:.4g}<extra></extra>",
             )
         )
     fig.update_xaxes(title_text=x, type=None if x in numeric else "category")

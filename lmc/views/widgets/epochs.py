@@ -9,9 +9,10 @@ import traitlets
 
 from lmc.align.study.epochs import Epochs
 from lmc.core.results import view
-from lmc.views.legend import SCALE, colours
+from lmc.views.legend import PATTERNS, SCALE, colours, dashes
 from lmc.views.widgets.explorer import Explorer, answer, module, style
 from lmc.views.widgets.path import axis_state, panel_state, path_state
+from lmc.views.widgets.poster import Poster, curves
 
 
 class EpochsExplorer(Explorer):
@@ -48,6 +49,11 @@ class EpochsExplorer(Explorer):
         path = self.result[epoch][name]
         return answer(path.exact, [float(alpha)], path.split)
 
+    def poster(self) -> Poster:
+        tints = colours(list(self.result.paths))
+        lines = {name: (self.result.epochs, found, tints[name]) for name, found in self.result.barriers.items()}
+        return curves("barrier over the epochs", lines)
+
     def __repr__(self) -> str:
         return f"EpochsExplorer({', '.join(self.result.paths)}; {len(self.result.epochs)} epochs)"
 
@@ -79,7 +85,7 @@ def state(result: Epochs) -> dict[str, Any]:
     """The state of the explorer: all that it draws, standing at the last epoch, halfway between the runs."""
     every = [path for paths in result.paths.values() for path in paths]
     measures = ["loss", *(["accuracy"] if all(path.accuracies for path in every) else [])]
-    tints = colours(list(result.paths))
+    tints, lines = colours(list(result.paths)), dashes(list(result.paths))
     barriers = {name: [_number(value) for value in found] for name, found in result.barriers.items()}
     data = {
         "epochs": list(result.epochs),
@@ -88,7 +94,8 @@ def state(result: Epochs) -> dict[str, Any]:
             {
                 "name": name,
                 "colour": tints[name],
-                "paths": [path_state(name, path, measures, tints[name], shown=False) for path in paths],
+                "dash": PATTERNS[lines[name]],
+                "paths": [path_state(name, path, measures, tints[name], lines[name], shown=False) for path in paths],
                 "barriers": barriers[name],
             }
             for name, paths in result.paths.items()

@@ -25,6 +25,7 @@ import traitlets
 from lmc.core.files import write_text
 from lmc.errors import InputError, LmcError
 from lmc.landscape.evaluation.measured import Live, Predictions
+from lmc.views.widgets.poster import Poster
 
 FOLDER = Path(__file__).parent
 
@@ -51,6 +52,7 @@ _BUNDLED = """<script type="module">
 </script>"""
 
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./([\w.]+)";\n', re.MULTILINE)
+_LAYOUT = re.compile(r"^[ \t]*(?://.*)?\n|^[ \t]+", re.MULTILINE)  # indents, empty lines, lines of comments
 _EXPORT = re.compile(r"^export (?=(?:const|function)\b)", re.MULTILINE)
 
 _STYLE = """:root { color-scheme: light dark; --lmc-page: #fff; --lmc-ink: #1b1b1b; }
@@ -58,6 +60,7 @@ _STYLE = """:root { color-scheme: light dark; --lmc-page: #fff; --lmc-ink: #1b1b
 body { margin: 0 auto; max-width: 1180px; background: var(--lmc-page); color: var(--lmc-ink);
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }
 main { padding: 8px 24px 24px; }
+@media (max-width: 500px) { main { padding: 4px 8px 16px; } }
 h1 { font-size: 26px; line-height: 1.25; margin: 18px 0 8px; }
 table { border-collapse: collapse; margin: 14px 0; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 14px 4px 0; text-align: left; border-bottom: 1px solid color-mix(in srgb, currentColor 18%, transparent); }"""
@@ -71,8 +74,8 @@ def source(name: str) -> str:
 def module(name: str) -> str:
     """One ES module: the file `name`, after the files beside it that it imports, without their imports and exports.
 
-    Widgets are given to Jupyter and to pages as one text, so that nothing has to be built or fetched. All files share
-    one scope: their top-level names must differ.
+    Widgets are given to Jupyter and to pages as one text, so that nothing has to be built or fetched; it is stored with every
+    notebook, so comments and indents stay here. All files share one scope: their top-level names must differ.
     """
     parts: dict[str, str] = {}
 
@@ -85,7 +88,7 @@ def module(name: str) -> str:
 
     add(name)
     last = parts.pop(name)
-    return "".join(_EXPORT.sub("", text) for text in parts.values()) + last
+    return _LAYOUT.sub("", "".join(_EXPORT.sub("", text) for text in parts.values()) + last)
 
 
 def style(*names: str) -> str:
@@ -119,16 +122,19 @@ def page(
     )
 
 
-def inline(module: str, style: str, state: Mapping[str, Any], *, key: str, summary: str) -> str:
+def inline(module: str, style: str, state: Mapping[str, Any], *, key: str, poster: Poster, summary: str) -> str:
     """The widget alone, for the output of a notebook cell: live while the kernel's model of this key is there.
 
-    `summary` stands in its place where scripts do not run, as in a notebook that is not trusted yet.
+    `poster` and `summary` stand in its place where scripts do not run, as in a notebook that is not trusted yet.
     """
     start = _BUNDLED.format(still=_still(module, state), key=key)
+    names = " ".join(f'<span style="color: {colour}">■</span> {html.escape(n)}' for n, colour in poster.names.items())
+    source = f"data:image/png;base64,{base64.b64encode(poster.png).decode()}"
+    caption = html.escape(poster.caption)
     return (
-        f'<div data-lmc="{key}"><pre>{html.escape(summary)}</pre>'
-        "<p><small>Trust this notebook, or run it, to see the figure: it is a small program.</small></p></div>"
-        f"<style>{style}</style>{start}"
+        f'<div data-lmc="{key}"><p><img src="{source}" alt="{caption}"><br>{names} {caption}</p>'
+        f"<pre>{html.escape(summary)}</pre><p><small>This is a still picture. Trust this notebook, or run it, and the figure "
+        f"moves: it is a small program.</small></p></div><style>{style}</style>{start}"
     )
 
 
@@ -246,6 +252,10 @@ class Explorer(anywidget.AnyWidget):
         """The values at a place that was not evaluated before."""
         raise NotImplementedError
 
+    def poster(self) -> Poster:
+        """What stands for it where it cannot move."""
+        raise NotImplementedError
+
     @classmethod
     def write(
         cls,
@@ -290,7 +300,8 @@ class Explorer(anywidget.AnyWidget):
         data = bundle[0] if isinstance(bundle, tuple) else bundle
         if data is not None:
             state = {name: getattr(self, name) for name in ("data", *self.shared)}
-            data["text/html"] = inline(self._kind._esm, self._kind._css, state, key=self.key, summary=self._summary)
+            still = {"poster": self.poster(), "summary": self._summary}
+            data["text/html"] = inline(self._kind._esm, self._kind._css, state, key=self.key, **still)
             if not _views_wanted():
                 data.pop("application/vnd.jupyter.widget-view+json", None)
         return bundle

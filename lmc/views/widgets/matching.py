@@ -12,6 +12,7 @@ from lmc.align.study.inspect import MatchedGroup, Matching
 from lmc.core.results import view
 from lmc.views.legend import SCALE
 from lmc.views.widgets.explorer import Explorer, encode, module, style
+from lmc.views.widgets.poster import Poster, maps
 
 
 class MatchingExplorer(Explorer):
@@ -41,6 +42,12 @@ class MatchingExplorer(Explorer):
             known = ", ".join(self.matching.groups)
             raise traitlets.TraitError(f"group={proposal['value']!r}; expected one of {known}")
         return proposal["value"]
+
+    def poster(self) -> Poster:
+        steps = self.matching.groups[self.group].similarity
+        cell = np.ones((max(1, 200 // steps.shape[1]),) * 2)
+        what = f"how alike units of A (rows) and B (columns) are in {self.group}, as trained and aligned"
+        return maps(what, [np.kron(np.asarray(steps[i], np.float64), cell) for i in (0, -1)])
 
     def __repr__(self) -> str:
         return f"MatchingExplorer({', '.join(self.matching.groups)}; {len(self.matching.shares)} steps)"

@@ -12,6 +12,7 @@ from lmc.core.results import view
 from lmc.merge.study.mixer import Mixer
 from lmc.views.legend import CYCLE, GREY
 from lmc.views.widgets.explorer import Explorer, module, style
+from lmc.views.widgets.poster import Poster, curves
 
 
 class MixerExplorer(Explorer):
@@ -41,6 +42,13 @@ class MixerExplorer(Explorer):
 
     def answer(self, place: Any) -> dict[str, Any]:
         return {"values": (scale(self.mixer) * list(self.mixer.scores(place).values())).tolist()}
+
+    def poster(self) -> Poster:
+        mixer, levels = self.mixer, range(len(self.mixer.levels))
+        together = scale(mixer) * np.array([mixer.grid[(i,) * len(mixer.names)] for i in levels])
+        tints = dict(zip(mixer.tasks, [*CYCLE, *[GREY] * len(mixer.tasks)], strict=False))
+        lines = {task: (mixer.levels, together[:, t], tints[task]) for t, task in enumerate(mixer.tasks)}
+        return curves(f"each task as all coefficients rise from {mixer.levels[0]:g} to {mixer.levels[-1]:g}", lines)
 
     def __repr__(self) -> str:
         return f"MixerExplorer({', '.join(self.mixer.names)}; {', '.join(self.mixer.groups)})"

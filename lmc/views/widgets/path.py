@@ -13,8 +13,9 @@ from lmc.align.connecting.result import Connection
 from lmc.core.results import view
 from lmc.errors import InputError
 from lmc.landscape.path import Path
-from lmc.views.legend import colours, labelled_paths, measure_title
+from lmc.views.legend import PATTERNS, colours, dashes, labelled_paths, measure_title
 from lmc.views.widgets.explorer import Explorer, answer, images_state, module, shown_state, style
+from lmc.views.widgets.poster import Poster, curves
 
 
 class PathExplorer(Explorer):
@@ -48,6 +49,11 @@ class PathExplorer(Explorer):
         name, alpha = place
         path = self.paths[name]
         return answer(path.exact, [float(alpha)], path.split)
+
+    def poster(self) -> Poster:
+        tints = colours(list(self.paths))
+        lines = {name: (path.alphas, path.losses[path.split], tints[name]) for name, path in self.paths.items()}
+        return curves(f"{measure_title('loss', self._results[0].unit)} on the way from A to B", lines)
 
     def __repr__(self) -> str:
         points = len(next(iter(self.paths.values())).alphas)
@@ -124,21 +130,24 @@ def state(paths: Mapping[str, Path]) -> dict[str, Any]:
                 f"{name}: points from {path.alphas[0]:g} to {path.alphas[-1]:g}, the others from {first.alphas[0]:g} "
                 f"to {first.alphas[-1]:g}; paths shown together must cover the same stretch"
             )
-    tints = colours(list(paths))
+    tints, lines = colours(list(paths)), dashes(list(paths))
     measures = ["loss", *(["accuracy"] if all(path.accuracies for path in paths.values()) else [])]
     data = {
-        "paths": [path_state(name, path, measures, tints[name]) for name, path in paths.items()],
+        "paths": [path_state(name, path, measures, tints[name], lines[name]) for name, path in paths.items()],
         "panels": [panel_state(measure, paths) for measure in measures],
         "images": images_state([path.predictions for path in paths.values() if path.predictions is not None]),
     }
     return {"data": data, "alpha": 0.5, "active": list(paths)[-1]}
 
 
-def path_state(name: str, path: Path, measures: list[str], colour: str, shown: bool = True) -> dict[str, Any]:
+def path_state(
+    name: str, path: Path, measures: list[str], colour: str, dash: str, shown: bool = True
+) -> dict[str, Any]:
     """One path as the charts draw it; `shown`: with what is predicted on it."""
     return {
         "name": name,
         "colour": colour,
+        "dash": PATTERNS[dash],
         "alphas": [round(float(alpha), 6) for alpha in path.alphas],
         "split": path.split,
         "series": {

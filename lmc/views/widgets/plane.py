@@ -10,8 +10,9 @@ import traitlets
 
 from lmc.core.results import view
 from lmc.landscape.planes.plane_result import Plane
-from lmc.views.legend import SCALE, named_points, track_colours, tracked
+from lmc.views.legend import PATTERNS, SCALE, dashes, named_points, track_colours, tracked
 from lmc.views.widgets.explorer import Explorer, answer, encode, module, style
+from lmc.views.widgets.poster import Poster, between, maps
 
 
 class PlaneExplorer(Explorer):
@@ -47,6 +48,16 @@ class PlaneExplorer(Explorer):
     def answer(self, place: Any) -> dict[str, Any]:
         split, x, y = place
         return answer(self.plane.exact, [float(x), float(y)], split)
+
+    def poster(self) -> Poster:
+        x, y = self.plane.x, self.plane.y
+        places = {
+            name: ((px - x[0]) / (x[-1] - x[0]), (y[-1] - py) / (y[-1] - y[0]))
+            for name, (px, py) in self.plane.places.items()
+        }
+        places_of = [np.interp(np.linspace(grid[0], grid[-1], 120), grid, np.arange(len(grid))) for grid in (y, x)]
+        values = between(self.plane.values[self.split][self.measure], *places_of)[::-1]
+        return maps(f"{self.split} {self.measure} over the plane", [values], places)
 
     def __repr__(self) -> str:
         return f"PlaneExplorer({len(self.plane.x)} x {len(self.plane.y)} points; {', '.join(self.plane.places)})"
@@ -91,7 +102,7 @@ def state(plane: Plane, tracks: Mapping[str, Any] | None = None) -> dict[str, An
         InputError: see `explore`.
     """
     plane = tracked(plane, tracks)
-    tints = track_colours(list(plane.tracks))
+    tints, lines = track_colours(list(plane.tracks)), dashes(list(plane.tracks))
     measures = list(plane.values[plane.split])
     data = {
         "x": plane.x.tolist(),
@@ -102,7 +113,13 @@ def state(plane: Plane, tracks: Mapping[str, Any] | None = None) -> dict[str, An
         "values": {s: {m: encode(_shown(m, grid)) for m, grid in ms.items()} for s, ms in plane.values.items()},
         "models": [{"name": name, "place": list(place)} for name, place in plane.places.items()],
         "tracks": [
-            {"name": n, "colour": tints[n], "points": track.tolist(), "labels": named_points(plane, n)}
+            {
+                "name": n,
+                "colour": tints[n],
+                "dash": PATTERNS[lines[n]],
+                "points": track.tolist(),
+                "labels": named_points(plane, n),
+            }
             for n, track in plane.tracks.items()
         ],
         "scale": [list(stop) for stop in SCALE],

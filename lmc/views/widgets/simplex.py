@@ -12,6 +12,7 @@ from lmc.core.results import view
 from lmc.landscape.simplex import Simplex
 from lmc.views.legend import CYCLE, GREY, SCALE, measure_title
 from lmc.views.widgets.explorer import Explorer, encode, module, style
+from lmc.views.widgets.poster import Poster, curves, maps
 
 
 class SimplexExplorer(Explorer):
@@ -58,6 +59,25 @@ class SimplexExplorer(Explorer):
         told = _evaluated(self.mixtures, place)
         self.exact = told.get("values", {})
         return told
+
+    def poster(self) -> Poster:
+        """The triangle of the first three models; the line between two."""
+        shown, names = self.mixtures, self.mixtures.names
+        what = f"{self.split} {measure_title(self.measure, shown.unit)}"
+        if len(names) == 2:
+            share = np.linspace(0.0, 1.0, 49)
+            values = shown.interpolate(np.stack([1.0 - share, share], 1), self.measure, self.split)
+            return curves(f"{what} from {names[0]} to {names[1]}", {"mixture": (share, values, CYCLE[0])})
+        across, up = np.meshgrid(np.linspace(0.0, 1.0, 121), np.linspace(1.0, 0.0, 105))
+        shares = np.zeros((across.size, len(names)))
+        shares[:, :3] = np.stack([up, 1.0 - across - 0.5 * up, across - 0.5 * up], -1).reshape(-1, 3)
+        inside = (shares >= -1e-9).all(1)
+        values = np.full(across.size, np.nan)
+        values[inside] = shown.interpolate(shares[inside].clip(0.0), self.measure, self.split)
+        corners = dict(
+            zip((f"{names[0]} above", names[1], names[2]), ((0.5, 0.0), (0.0, 1.0), (1.0, 1.0)), strict=True)
+        )
+        return maps(f"{what} of mixtures", [values.reshape(across.shape)], corners)
 
     def __repr__(self) -> str:
         return f"SimplexExplorer({', '.join(self.mixtures.names)}; {len(self.mixtures.counts)} mixtures)"

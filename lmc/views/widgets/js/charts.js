@@ -1,8 +1,8 @@
 // Curves of a measure between two networks, with a cursor that can be dragged.
 
-import { drag, node, shape, valueAt } from "./common.js";
+import { drag, node, rgb, shape, valueAt } from "./common.js";
 
-export const CHART = { width: 520, height: 248, left: 58, right: 26, top: 26, bottom: 34 };
+export const CHART = { width: 520, height: 262, left: 66, right: 26, top: 34, bottom: 40 }; // room for the letters of a phone
 
 // An empty chart: a title, ticks and grid lines, and the places of values. `panel` has title, range and ticks.
 export function frame({ panel, low, high, marks, names = (value) => String(value) }) {
@@ -11,7 +11,7 @@ export function frame({ panel, low, high, marks, names = (value) => String(value
   const x = (value) => left + ((width - left - right) * (value - low)) / (high - low);
   const y = (value) => height - bottom - ((height - top - bottom) * (value - from)) / (to - from);
   const svg = shape("svg", { viewBox: `0 0 ${width} ${height}`, class: "lmc-chart", role: "img", "aria-label": panel.title });
-  svg.append(shape("text", { x: 4, y: 15, class: "lmc-title" }, panel.title));
+  svg.append(shape("text", { x: 4, y: 17, class: "lmc-title" }, panel.title));
   for (const tick of panel.ticks) {
     svg.append(shape("line", { x1: left, x2: width - right, y1: y(tick), y2: y(tick), class: "lmc-grid" }));
     svg.append(shape("text", { x: left - 7, y: y(tick) + 4.5, class: "lmc-tick", "text-anchor": "end" }, String(tick)));
@@ -36,6 +36,12 @@ export function frame({ panel, low, high, marks, names = (value) => String(value
       drag(svg, { move, release });
     },
   };
+}
+
+// The numbers of a path, a row for each split and point.
+export function pathRows({ name, alphas, series }) {
+  const values = (measures, i) => Object.fromEntries(Object.entries(measures).map(([measure, found]) => [measure, found[i]]));
+  return Object.entries(series).flatMap(([split, measures]) => alphas.map((alpha, i) => ({ path: name, split, alpha, ...values(measures, i) })));
 }
 
 // The paths of one measure over alpha; `update` moves the cursor, `redraw` takes other paths of the same names.
@@ -68,7 +74,7 @@ export function pathChart({ panel, paths, low, high, pick, release }) {
 
 function drawPath(first, panel, { x, y }) {
   let path = first;
-  const group = shape("g", { style: `--c: ${path.colour}` });
+  const group = shape("g", { style: `--c: ${path.colour}; --dash: ${path.dash}` });
   const lines = Object.keys(path.series).map((split) => {
     const line = shape("polyline", { class: split === path.split ? "lmc-line" : "lmc-line lmc-other" });
     group.append(line);
@@ -87,7 +93,7 @@ function drawPath(first, panel, { x, y }) {
   function label(others) {
     if (!arrow.firstChild) return;
     const { text } = path.barriers[panel.measure];
-    const place = clear(arrow.firstChild, 7.2 * text.length, others);
+    const place = clear(arrow.firstChild, 9.4 * text.length, others); // as wide as on a phone
     if (place) arrow.append(shape("text", place, text));
   }
   redraw(first);
@@ -145,4 +151,38 @@ function crosses(points, [left, right], [top, bottom]) {
     }
   }
   return false;
+}
+
+// ---- on canvases: a bar of colours, and a point
+
+// `colour(share)` from 0 below to 1 above; marks are [share, text].
+export function colourBar(pen, { x, y, height, colour, marks, title, ink, soft }) {
+  for (let i = 0; i < height; i++) {
+    pen.fillStyle = rgb(colour(1 - (i + 0.5) / height));
+    pen.fillRect(x, y + i, 13, 1.5);
+  }
+  [pen.textAlign, pen.textBaseline, pen.fillStyle] = ["left", "alphabetic", soft];
+  for (const [share, text] of marks) {
+    pen.fillRect(x + 13, y + (1 - share) * height - 0.5, 4, 1);
+    pen.fillText(text, x + 20, y + (1 - share) * height + 4.5);
+  }
+  pen.save();
+  pen.translate(x + 60, y + height / 2);
+  pen.rotate(-Math.PI / 2);
+  [pen.textAlign, pen.fillStyle] = ["center", ink];
+  pen.fillText(title, 0, 0);
+  pen.restore();
+}
+
+// The point that is dragged; `hollow` where it is not quite there. Or another disc.
+export function spot(pen, x, y, { hollow = false, radius = 9, fill = hollow ? "rgba(213, 94, 0, 0.25)" : "rgba(213, 94, 0, 0.9)", edge = hollow ? "#d55e00" : "#fff", width = 3 } = {}) {
+  const ring = (size, tint, stroke, line) => {
+    pen.beginPath();
+    pen.arc(x, y, size, 0, 2 * Math.PI);
+    [pen.fillStyle, pen.strokeStyle, pen.lineWidth] = [tint, stroke, line];
+    pen.fill();
+    pen.stroke();
+  };
+  ring(radius, fill, edge, width);
+  if (edge === "#fff") ring(radius + 1.5, "transparent", "#222", 1);
 }

@@ -1,8 +1,10 @@
 // What the explorers share: a stage to stand on, small parts (tabs, sliders, axes, colours), and the arithmetic of grids.
 //
-// An explorer's module begins with `import { stage, node } from "./common.js";`. In Python `page.module("explorer.js")`
-// gives one text without imports, for anywidget's `_esm` and for `page.page`, and `page.style("explorer.css")` its CSS
-// after common.css. So the top-level names of an explorer must differ from the ones exported here.
+// An explorer's module begins with `import { stage, node } from "./common.js";`. In Python `module("new_explorer.js")` gives
+// one text without imports, for anywidget and for pages, and `style("new_explorer.css")` its CSS after common.css. So the
+// top-level names of an explorer must differ from the ones exported here.
+
+import { keepers } from "./keep.js";
 
 export const SVG = "http://www.w3.org/2000/svg";
 export const SPEAK_AFTER = 400; // milliseconds of rest before a screen reader is told
@@ -23,8 +25,9 @@ export function initialize({ model }) {
 // `draw()` draws everything; `redraw` asks for it, and is first called here. `speak(text)` tells a screen reader once things are at rest.
 // `listen(name, act)` hears a trait change that was not made here. `ask(content, reply, silence)` sends `content` to the
 // kernel: `reply(answer)` when it answers, `silence(why)` when it does not (at once where there is no kernel).
+// `show(...parts)` fills the stage, and adds the buttons that save it: `rows()` gives its numbers as [{ column: value }].
 // `el.replaceChildren(stage.root)` is done here; return `stage.close` from `render`.
-export function stage({ model, el, name, draw }) {
+export function stage({ model, el, name, draw, rows }) {
   const spoken = node("div", { class: "lmc-spoken", "aria-live": "polite" });
   const root = node("div", { class: `lmc ${name}` }, spoken);
   el.replaceChildren(root);
@@ -75,6 +78,7 @@ export function stage({ model, el, name, draw }) {
     root,
     redraw,
     ask,
+    show: (...parts) => root.append(...parts, keepers(root, name, rows)),
     listen: (trait, act) => hear(`change:${trait}`, act),
     speak(text) {
       clearTimeout(speaking);
@@ -155,12 +159,19 @@ export function shape(tag, attributes, text) {
   return made;
 }
 
-// Buttons of which one is chosen; items are { name, colour? }. `update(index)` shows which.
+// A short piece of a line, as it is drawn.
+export function sample({ colour, dash = "none" }) {
+  const svg = shape("svg", { viewBox: "0 0 28 10", class: "lmc-sample", "aria-hidden": true });
+  svg.append(shape("line", { x1: 1, x2: 27, y1: 5, y2: 5, style: `--c: ${colour}; --dash: ${dash}` }));
+  return svg;
+}
+
+// Buttons of which one is chosen; items are { name, colour?, dash? }. `update(index)` shows which.
 export function tabs(label, items, pick) {
   const group = node("div", { class: "lmc-tabs", role: "radiogroup", "aria-label": label });
   const buttons = items.map((item, i) => {
-    const look = item.colour ? { class: "lmc-tinted", style: `--c: ${item.colour}` } : {};
-    const button = node("button", { type: "button", role: "radio", ...look }, item.name);
+    const look = item.colour ? { style: `--c: ${item.colour}` } : {};
+    const button = node("button", { type: "button", role: "radio", ...look }, ...(item.colour ? [sample(item)] : []), item.name);
     button.addEventListener("click", () => pick(i));
     button.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
@@ -184,8 +195,8 @@ export function tabs(label, items, pick) {
   };
 }
 
-// A slider under a chart, whose margins it shares. `step(n)` gives the value n places on, for keys.
-export function slider({ low, high, label, ends = ["", ""], step, pick, release }) {
+// A slider under a chart, whose margins it shares unless `look` is another class. `step(n)` gives the value n places on, for keys.
+export function slider({ low, high, label, ends = ["", ""], step, pick, release = () => {}, look = "lmc-slider" }) {
   const input = node("input", { type: "range", min: low, max: high, step: "any", "aria-label": label });
   input.addEventListener("input", () => pick(input.valueAsNumber));
   input.addEventListener("change", () => release());
@@ -198,12 +209,61 @@ export function slider({ low, high, label, ends = ["", ""], step, pick, release 
     release(SETTLE_AFTER);
   });
   return {
-    node: node("label", { class: "lmc-slider" }, node("b", {}, ends[0]), input, node("b", {}, ends[1])),
+    node: node("label", { class: look }, node("b", {}, ends[0]), input, node("b", {}, ends[1])),
     update(value, text) {
       if (input.valueAsNumber !== value) input.value = value;
       input.setAttribute("aria-valuetext", text);
     },
   };
+}
+
+// Buttons that go somewhere: [text, what it says when pointed at, act].
+export function buttons(...items) {
+  const bar = node("div", { class: "lmc-buttons" });
+  for (const [text, title, act] of items) {
+    const button = node("button", { type: "button", title }, text);
+    button.addEventListener("click", act);
+    bar.append(button);
+  }
+  return bar;
+}
+
+// A button that carries a share from where it is, `at()`, to 1 in so many milliseconds, and from 1 over again: `go(share)`
+// all the way, `rest()` when it stops. Who wants no motion is shown `steps` alone.
+export function player({ text, duration, steps, at, go, rest = () => {} }) {
+  let frame = 0;
+  const button = node("button", { type: "button", class: "lmc-play" }, `▶ ${text}`);
+  const start = () => {
+    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
+    const began = performance.now() - (at() >= 1 ? 0 : at()) * duration;
+    const tick = (now) => {
+      const share = clamp((now - began) / duration, 0, 1);
+      go(still ? steps[nearest(steps, share)] : share);
+      if (share < 1) frame = requestAnimationFrame(tick);
+      else stop();
+    };
+    button.textContent = "❚❚ pause";
+    frame = requestAnimationFrame(tick);
+  };
+  const stop = () => {
+    if (!frame) return;
+    cancelAnimationFrame(frame);
+    frame = 0;
+    button.textContent = `▶ ${text}`;
+    rest();
+  };
+  button.addEventListener("click", () => (frame ? stop() : start()));
+  return { node: button, stop, running: () => frame !== 0 };
+}
+
+// Calls `move(dx, dy, event)` for arrow keys: 1 to the right, 1 upwards.
+export function arrows(element, move) {
+  element.addEventListener("keydown", (event) => {
+    const way = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key];
+    if (!way) return;
+    event.preventDefault();
+    move(...way, event);
+  });
 }
 
 // Calls `move(x, y)` with positions from 0 to 1 over the element while a pointer is down, and `release()` at the end.

@@ -2,10 +2,10 @@
 // changes, epoch by epoch. All of it was computed beforehand; where a slider is let go of, a kernel evaluates the network.
 
 import {
-  clamp, colourScale, drag, exactly, format, initialize, nearest, node, SETTLE_AFTER, shape, slider, stage, stepped,
+  clamp, colourScale, drag, exactly, format, initialize, nearest, node, player, SETTLE_AFTER, shape, slider, stage, stepped,
   tabs, tell, valueAt,
 } from "./common.js";
-import { CHART, frame, pathChart, track } from "./charts.js";
+import { CHART, frame, pathChart, pathRows, track } from "./charts.js";
 import { heatMap, rangeOf } from "./grid.js";
 import { predictions, unpackImages, unpackShown } from "./pictures.js";
 
@@ -16,14 +16,26 @@ function render({ model, el }) {
   const { epochs, runs } = data;
   const alphas = runs[0].paths[0].alphas;
   const [low, high] = [alphas[0], alphas.at(-1)];
-  let [epoch, alpha, active, exact, playing, drawn] = [0, 0, 0, null, 0, null];
+  let [epoch, alpha, active, exact, drawn] = [0, 0, 0, null, null];
 
-  const scene = stage({ model, el, name: "lmc-epochs", draw });
+  const rows = () => runs.flatMap(({ paths }) => paths.flatMap((path, i) => pathRows(path).map((row) => ({ epoch: epochs[i], ...row }))));
+  const scene = stage({ model, el, name: "lmc-epochs", draw, rows });
   const reading = node("div", { class: "lmc-reading" });
   const note = node("span", { class: "lmc-note" });
   const names = tabs("path shown", runs, (index) => (choose(epoch, alpha, index), values.settle(SETTLE_AFTER)));
-  const play = node("button", { type: "button", class: "lmc-play" }, "▶ train");
-  play.addEventListener("click", () => (playing ? pause() : start()));
+  const last = epochs.length - 1;
+  const steps = epochs.map((_, i) => (last ? i / last : 1));
+  const play = player({
+    text: "train",
+    duration: PACE * last,
+    steps,
+    at: () => steps[epoch],
+    go(share) {
+      const next = Math.floor(share * last + 1e-9);
+      if (next !== epoch) choose(next, alpha, active);
+    },
+    rest: () => values.settle(),
+  });
   const values = exactly({
     ask: scene.ask,
     note,
@@ -37,43 +49,26 @@ function render({ model, el }) {
   });
   const settle = (delay) => values.settle(delay);
   const walk = (value) => choose(epoch, value, active);
-  const wait = (value) => (pause(), choose(nearest(epochs, value), alpha, active));
+  const wait = (value) => (play.stop(), choose(nearest(epochs, value), alpha, active));
   const now = () => runs.map((run) => run.paths[epoch]);
   const charts = data.panels.map((panel) => pathChart({ panel, paths: now(), low, high, pick: walk, release: settle }));
   const along = slider({ low, high, label: "position on the path", ends: ["A", "B"], step: (n) => stepped(alphas, alpha, n), pick: walk, release: settle });
   const over = barrierChart(data, wait, settle);
   const ends = { low: epochs[0], high: epochs.at(-1), label: "epoch" };
   const time = slider({ ...ends, step: (n) => epochs[clamp(epoch + n, 0, epochs.length - 1)], pick: wait, release: settle });
-  const land = landscape(data, (px, py) => (pause(), choose(nearest(epochs, py), px, active)), settle);
+  const land = landscape(data, (px, py) => (play.stop(), choose(nearest(epochs, py), px, active)), settle);
   const shown = predictions();
 
   shown.node.hidden = true;
-  scene.root.append(node("div", { class: "lmc-head" }, names.node, play), node("div", { class: "lmc-head" }, reading, note));
   const left = node("div", {}, ...charts.map((chart) => chart.node), along.node);
-  scene.root.append(node("div", { class: "lmc-pair" }, left, node("div", {}, over.node, time.node, land.node)), shown.node);
+  const pair = node("div", { class: "lmc-pair" }, left, node("div", {}, over.node, time.node, land.node));
+  const heads = [node("div", { class: "lmc-head" }, names.node, play.node), node("div", { class: "lmc-head" }, reading, note)];
+  scene.show(...heads, pair, shown.node);
 
   function choose(toEpoch, toAlpha, toActive) {
     [epoch, alpha, active] = [toEpoch, clamp(toAlpha, low, high), toActive];
     values.moved();
     tell(model, { epoch: epochs[epoch], alpha, active: runs[active].name });
-  }
-
-  function start() {
-    play.textContent = "❚❚ pause";
-    if (epoch === epochs.length - 1) choose(0, alpha, active);
-    playing = setInterval(() => {
-      if (epoch < epochs.length - 1) choose(epoch + 1, alpha, active);
-      else {
-        pause();
-        values.settle();
-      }
-    }, PACE);
-  }
-
-  function pause() {
-    clearInterval(playing);
-    playing = 0;
-    play.textContent = "▶ train";
   }
 
   function draw() {
@@ -115,7 +110,7 @@ function render({ model, el }) {
   [epoch, alpha, active] = read();
   values.settle(SETTLE_AFTER);
   return () => {
-    pause();
+    play.stop();
     values.stop();
     scene.close();
   };
@@ -138,7 +133,7 @@ function barrierChart({ epochs, runs, barrier }, pick, release) {
   const [low, high] = ends(epochs);
   const chart = frame({ panel: barrier, low, high, marks: marksOf(epochs, 0.045) });
   const groups = runs.map((run) => {
-    const group = shape("g", { style: `--c: ${run.colour}` });
+    const group = shape("g", { style: `--c: ${run.colour}; --dash: ${run.dash}` });
     group.append(shape("polyline", { class: "lmc-line", points: track(epochs, run.barriers, chart.x, chart.y) }));
     const dots = run.barriers.map((value, i) => {
       const dot = shape("circle", { class: "lmc-dot", cx: chart.x(epochs[i]), cy: value === null ? 0 : chart.y(value) });

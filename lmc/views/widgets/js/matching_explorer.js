@@ -1,7 +1,9 @@
 // The matching explorer: a slider that carries out a permutation. B's units find their places beside A's, the matrix of
 // similarities gets its diagonal, and the barrier on the way from A to B shrinks; B stays the same function throughout.
 
-import { bytes, clamp, colourScale, fit, format, initialize, nearest, node, shape, stage, stepped, tabs, tell, theme, ticks } from "./common.js";
+import {
+  bytes, clamp, colourScale, fit, format, initialize, nearest, node, player, shape, slider, stage, stepped, tabs, tell, theme, ticks,
+} from "./common.js";
 import { frame, track } from "./charts.js";
 import { placing, positions } from "./matching_steps.js";
 
@@ -11,48 +13,34 @@ const PLAY = 7000; // milliseconds from naive to aligned
 function render({ model, el }) {
   const data = model.get("data");
   const groups = data.groups.map((group) => ({ ...group, values: bytes(group.similarity), pictures: unpackFields(group.fields) }));
-  let [placed, active, playing] = [0, 0, 0];
+  let [placed, active] = [0, 0];
 
-  const scene = stage({ model, el, name: "lmc-match", draw });
+  const alike = (step) => Object.fromEntries(groups.map(({ name, agreement }) => [`similarity of ${name}`, agreement[step]]));
+  const rows = () => data.shares.map((share, step) => ({ "share in place": share, barrier: data.barriers[step], ...alike(step) }));
+  const scene = stage({ model, el, name: "lmc-match", draw, rows });
   const reading = node("div", { class: "lmc-reading" });
   const names = tabs("group of units", groups, (i) => choose(placed, i));
   const line = data.paths.length ? lineChart(data) : null;
   const course = courseChart(data, groups, (share) => choose(share, active));
   const matrix = similarityMatrix(data);
   const fields = fieldRows();
-  const control = shareSlider(data.shares, (share) => choose(share, active), () => placed);
-  const play = node("button", { type: "button", class: "lmc-match-play" });
-  play.addEventListener("click", () => (playing ? stop() : start()));
-  control.node.prepend(play);
+  const play = player({ text: "play", duration: PLAY, steps: data.shares, at: () => placed, go: set, rest: scene.redraw });
+  const ends = { low: 0, high: 1, ends: ["naive", "aligned"], look: "lmc-match-control", label: "share of B's units in their places" };
+  const control = slider({ ...ends, step: (count) => stepped(data.shares, placed, count), pick: (share) => choose(share, active) });
+  const row = node("div", { class: "lmc-match-row" }, play.node, control.node);
 
   const charts = node("div", { class: "lmc-match-charts" }, ...(line ? [line.node] : []), course.node);
-  scene.root.append(node("div", { class: "lmc-head" }, names.node, reading));
-  scene.root.append(control.node);
-  scene.root.append(node("div", { class: "lmc-match-body" }, charts, matrix.node), fields.node);
+  const body = node("div", { class: "lmc-match-body" }, charts, matrix.node);
+  scene.show(node("div", { class: "lmc-head" }, names.node, reading), row, body, fields.node);
 
-  function start() {
-    const still = matchMedia("(prefers-reduced-motion: reduce)").matches;
-    const from = placed >= 1 ? 0 : placed;
-    const began = performance.now() - from * PLAY;
-    const tick = (now) => {
-      const share = clamp((now - began) / PLAY, 0, 1);
-      choose(still ? data.shares[nearest(data.shares, share)] : share, active, true);
-      if (share < 1) playing = requestAnimationFrame(tick);
-      else stop();
-    };
-    playing = requestAnimationFrame(tick);
-    scene.redraw();
+  function choose(share, index) {
+    play.stop();
+    active = index;
+    set(share);
   }
 
-  function stop() {
-    cancelAnimationFrame(playing);
-    playing = 0;
-    scene.redraw();
-  }
-
-  function choose(share, index, byPlay = false) {
-    if (playing && !byPlay) stop();
-    [placed, active] = [clamp(share, 0, 1), index];
+  function set(share) {
+    placed = clamp(share, 0, 1);
     scene.redraw();
     tell(model, { placed: Number(placed.toFixed(6)), group: groups[active].name });
   }
@@ -67,19 +55,18 @@ function render({ model, el }) {
     reading.textContent = lines.join(" · ");
     names.update(active);
     control.update(placed, lines.join(", "));
-    play.textContent = playing ? "❚❚ pause" : "▶ play";
     line?.update(step);
     course.update(placed, active);
     matrix.update(group, step, placed);
     fields.update(group, placed);
-    if (!playing) scene.speak(`${group.name}: ${lines.join(", ")}`);
+    if (!play.running()) scene.speak(`${group.name}: ${lines.join(", ")}`);
   }
 
   function heard() {
     const index = Math.max(0, groups.findIndex(({ name }) => name === model.get("group")));
     const told = clamp(model.get("placed"), 0, 1);
     if (Math.abs(told - placed) < 1e-6 && index === active) return; // what was just set here comes back
-    if (playing) return;
+    if (play.running()) return;
     [placed, active] = [told, index];
     scene.redraw();
   }
@@ -88,7 +75,7 @@ function render({ model, el }) {
   scene.listen("group", heard);
   heard();
   return () => {
-    cancelAnimationFrame(playing);
+    play.stop();
     scene.close();
   };
 }
@@ -100,31 +87,12 @@ function unpackFields(fields) {
   return { count, height, width, a, b, made: new Map() };
 }
 
-function shareSlider(shares, pick, now) {
-  const input = node("input", { type: "range", min: 0, max: 1, step: "any", "aria-label": "share of B's units in their places" });
-  input.addEventListener("input", () => pick(input.valueAsNumber));
-  input.addEventListener("keydown", (event) => {
-    const step = { ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 3, PageDown: -3 }[event.key];
-    const end = { Home: 0, End: 1 }[event.key];
-    if (!step && end === undefined) return;
-    event.preventDefault();
-    pick(end ?? stepped(shares, now(), step));
-  });
-  return {
-    node: node("div", { class: "lmc-match-control" }, node("b", {}, "naive"), input, node("b", {}, "aligned")),
-    update(value, text) {
-      if (input.valueAsNumber !== value) input.value = value;
-      input.setAttribute("aria-valuetext", text);
-    },
-  };
-}
-
 // ---- charts
 
 function span(numbers) {
-  const found = ticks(Math.min(0, ...numbers), Math.max(...numbers) * 1.04 + 1e-6);
+  const found = ticks(Math.min(0, ...numbers), Math.max(1e-3, ...numbers) * 1.04);
   const step = found.length > 1 ? found[1] - found[0] : 1;
-  const high = found.at(-1) >= Math.max(...numbers) ? found.at(-1) : Number((found.at(-1) + step).toPrecision(12));
+  const high = found.at(-1) >= Math.max(1e-3, ...numbers) ? found.at(-1) : Number((found.at(-1) + step).toPrecision(12));
   return { range: [found[0], high], ticks: high === found.at(-1) ? found : [...found, high] };
 }
 

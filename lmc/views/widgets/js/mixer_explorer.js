@@ -2,26 +2,21 @@
 // while the sliders move, the latest position first; until it answers, and where there is none, bars are interpolated in
 // a grid over the coefficients of whole models.
 
-import { format, initialize, node, stage, tell } from "./common.js";
+import { buttons, format, initialize, node, stage, tell } from "./common.js";
 
 function render({ model, el }) {
   const data = model.get("data");
   let rows = copy(model.get("coefficients"));
   let [exact, busy, stale, alone] = [null, false, false, false];
 
-  const scene = stage({ model, el, name: "lmc-mixer", draw });
+  const scene = stage({ model, el, name: "lmc-mixer", draw, rows: () => gridRows(data) });
   const reading = node("div", { class: "lmc-reading" });
   const note = node("span", { class: "lmc-note" });
   const desk = mixingDesk(data, set);
   const bars = taskBars(data);
-  const places = node("div", { class: "lmc-mixer-places" });
-  for (const [text, title, values] of settings(data)) {
-    const button = node("button", { type: "button", title }, text);
-    button.addEventListener("click", () => move(data.groups.map(() => [...values])));
-    places.append(button);
-  }
-  scene.root.append(node("div", { class: "lmc-head" }, reading, note));
-  scene.root.append(node("div", { class: "lmc-mixer-body" }, node("div", {}, desk.node, places), bars.node));
+  const places = settings(data).map(([text, title, values]) => [text, title, () => move(data.groups.map(() => [...values]))]);
+  const body = node("div", { class: "lmc-mixer-body" }, node("div", {}, desk.node, buttons(...places)), bars.node);
+  scene.show(node("div", { class: "lmc-head" }, reading, note), body);
 
   // `group` is null for the slider of the whole model.
   function set(group, index, value) {
@@ -99,6 +94,16 @@ function settings(data) {
   ];
 }
 
+// What was evaluated beforehand: a row for each combination of levels.
+function gridRows({ names, levels, tasks, measures, grid }) {
+  return Array.from({ length: grid.length / tasks.length }, (_, row) => {
+    const level = (i) => levels[Math.floor(row / levels.length ** (names.length - 1 - i)) % levels.length];
+    const coefficients = names.map((name, i) => [`coefficient of ${name}`, level(i)]);
+    const scores = tasks.map((task, t) => [`${measures[t].name} on ${task}`, grid[row * tasks.length + t]]);
+    return Object.fromEntries([...coefficients, ...scores]);
+  });
+}
+
 // A value with its unit.
 function shown(measure, value) {
   return `${format(value, measure.digits)} ${measure.unit}`.trim();
@@ -134,14 +139,14 @@ function interpolated(data, coefficients) {
 function mixingDesk(data, set) {
   const desk = node("div", {
     class: "lmc-mixer-desk",
-    style: `grid-template-columns: minmax(4em, 9em) repeat(${data.names.length}, minmax(0, 1fr))`,
+    style: `--models: ${data.names.length}`,
   });
   const cells = [];
-  desk.append(node("span", {}));
+  desk.append(node("span", { class: "lmc-mixer-corner" }));
   data.names.forEach((name, i) => desk.append(node("b", { class: "lmc-mixer-name", style: `--c: ${data.colours[i]}` }, name)));
   for (const group of [null, ...data.groups.keys()]) {
     const label = group === null ? "all layers" : data.groups[group];
-    desk.append(node(group === null ? "b" : "span", {}, label));
+    desk.append(node(group === null ? "b" : "span", { class: "lmc-mixer-label" }, label));
     data.names.forEach((name, i) => {
       const input = node("input", {
         type: "range", min: 0, max: data.top, step: 0.05, "aria-label": `coefficient of ${name}, ${label}`,

@@ -3,7 +3,7 @@
 // of, a kernel evaluates the network that is there.
 
 import { clamp, exactly, format, initialize, nearest, node, SETTLE_AFTER, slider, stage, stepped, tabs, tell, valueAt } from "./common.js";
-import { pathChart } from "./charts.js";
+import { pathChart, pathRows } from "./charts.js";
 import { predictions, unpackImages, unpackShown } from "./pictures.js";
 
 function render({ model, el }) {
@@ -13,7 +13,7 @@ function render({ model, el }) {
   const [low, high] = [paths[0].alphas[0], paths[0].alphas.at(-1)];
   let [alpha, active, exact] = [0, 0, null];
 
-  const scene = stage({ model, el, name: "lmc-path", draw });
+  const scene = stage({ model, el, name: "lmc-path", draw, rows: () => paths.flatMap(pathRows) });
   const reading = node("div", { class: "lmc-reading" });
   const note = node("span", { class: "lmc-note" });
   const pick = (value) => choose(value, active);
@@ -34,8 +34,8 @@ function render({ model, el }) {
   const shown = paths.some((path) => path.shown) ? predictions() : null;
 
   const left = node("div", { class: "lmc-left" }, ...charts.map((chart) => chart.node), handle.node);
-  scene.root.append(node("div", { class: "lmc-head" }, names.node, reading, note));
-  scene.root.append(node("div", { class: "lmc-body" }, left, ...(shown ? [shown.node] : [])));
+  const body = node("div", { class: "lmc-body" }, left, ...(shown ? [shown.node] : []));
+  scene.show(node("div", { class: "lmc-head" }, names.node, reading, note), body);
   if (!shown) scene.root.classList.add("lmc-narrow");
 
   function choose(value, index) {

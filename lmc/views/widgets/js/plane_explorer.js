@@ -3,9 +3,10 @@
 // evaluates the network that is there.
 
 import {
-  clamp, colourScale, drag, exactly, fit, floats, format, initialize, logTicks, node, rgb, SETTLE_AFTER, stage,
+  arrows, buttons, clamp, colourScale, drag, exactly, fit, floats, format, initialize, logTicks, node, sample, SETTLE_AFTER, stage,
   stepped, tabs, tell, theme, ticks,
 } from "./common.js";
+import { colourBar, spot } from "./charts.js";
 import { contour, heatMap, rangeOf, valueIn } from "./grid.js";
 import { predictions, unpackImages, unpackShown } from "./pictures.js";
 import { hidden, paintSurface, view } from "./surface.js";
@@ -21,17 +22,14 @@ function render({ model, el }) {
   let [exact, eye] = [null, { yaw: 0.5, pitch: 0.62 }];
   let painted = {}; // what the two pictures show that do not change while the point moves
 
-  const scene = stage({ model, el, name: "lmc-plane", draw });
+  const scene = stage({ model, el, name: "lmc-plane", draw, rows: () => planeRows(data) });
   const reading = node("div", { class: "lmc-reading" });
   const note = node("span", { class: "lmc-note" });
   const splits = tabs("split", data.splits.map((name) => ({ name })), (i) => show(data.splits[i], measure));
   const measures = tabs("measure", data.measures, (i) => show(split, data.measures[i].name));
-  const places = node("div", { class: "lmc-places" }, "go to ");
-  for (const { name, place } of [...data.models, { name: "middle", place: middle(data.models) }]) {
-    const button = node("button", { type: "button" }, name);
-    button.addEventListener("click", () => (move(...place), values.settle()));
-    places.append(button);
-  }
+  const targets = [...data.models, { name: "middle", place: middle(data.models) }];
+  const places = buttons(...targets.map(({ name, place }) => [name, `go to ${name}`, () => (move(...place), values.settle())]));
+  places.prepend("go to ");
   const map = node("canvas", { class: "lmc-map", tabindex: 0, role: "application", "aria-roledescription": "map" });
   const surface = node("canvas", { class: "lmc-surface", tabindex: 0, role: "img", "aria-label": "surface; arrow keys turn it" });
   const shown = predictions();
@@ -51,9 +49,9 @@ function render({ model, el }) {
   });
 
   shown.node.hidden = true;
-  scene.root.append(node("div", { class: "lmc-head" }, splits.node, measures.node, places));
-  scene.root.append(node("div", { class: "lmc-head" }, reading, note));
-  scene.root.append(node("div", { class: "lmc-pair" }, map, surface), foot(data), shown.node);
+  const head = node("div", { class: "lmc-head" }, splits.node, measures.node, places);
+  const pair = node("div", { class: "lmc-pair" }, map, surface);
+  scene.show(head, node("div", { class: "lmc-head" }, reading, note), pair, foot(data), shown.node);
 
   function show(toSplit, toMeasure) {
     [split, measure] = [toSplit, toMeasure];
@@ -75,10 +73,7 @@ function render({ model, el }) {
     },
     release: () => values.settle(),
   });
-  map.addEventListener("keydown", (event) => {
-    const [dx, dy] = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] ?? [0, 0];
-    if (!dx && !dy) return;
-    event.preventDefault();
+  arrows(map, (dx, dy, event) => {
     if (event.shiftKey) move(point[0] + (dx * (x.at(-1) - x[0])) / 200, point[1] + (dy * (y.at(-1) - y[0])) / 200);
     else move(dx ? stepped(x, point[0], dx) : point[0], dy ? stepped(y, point[1], dy) : point[1]);
     values.settle(SETTLE_AFTER);
@@ -93,12 +88,7 @@ function render({ model, el }) {
     begin: (across, down) => (grip = { across, down, ...eye }),
     move: (across, down) => turn(grip.yaw - 3.2 * (across - grip.across), grip.pitch + 2.4 * (down - grip.down)),
   });
-  surface.addEventListener("keydown", (event) => {
-    const [dx, dy] = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, 1], ArrowDown: [0, -1] }[event.key] ?? [0, 0];
-    if (!dx && !dy) return;
-    event.preventDefault();
-    turn(eye.yaw + TURN * dx, eye.pitch + TURN * dy);
-  });
+  arrows(surface, (dx, dy) => turn(eye.yaw + TURN * dx, eye.pitch + TURN * dy));
 
   function draw() {
     const field = data.fields[split][measure];
@@ -156,6 +146,11 @@ function shaded(data, name, reversed, raw) {
   return { x: data.x, y: data.y, raw, values: raw.map(height), height, colour, marks };
 }
 
+function planeRows({ x, y, splits, measures, fields }) {
+  const values = (split, i) => Object.fromEntries(measures.map(({ name }) => [name, fields[split][name].raw[i]]));
+  return splits.flatMap((split) => y.flatMap((py, j) => x.map((px, i) => ({ split, x: px, y: py, ...values(split, j * x.length + i) }))));
+}
+
 // Whether a place is a point of the grid that was evaluated.
 function known({ x, y, interpolated }, [px, py]) {
   const [column, row] = [x.indexOf(px), y.indexOf(py)];
@@ -171,7 +166,7 @@ function foot({ x, y, tracks, missing, interpolated, gaps }) {
   const lines = [];
   if (missing) lines.push(`${missing} points were not evaluated`);
   for (const [name, count] of Object.entries(gaps)) if (count) lines.push(`${name} is not a number at ${count} points`);
-  const names = tracks.map(({ name, colour }) => node("span", { class: "lmc-key", style: `--c: ${colour}` }, name));
+  const names = tracks.map((track) => node("span", {}, sample(track), track.name));
   const parts = [lines.length ? `Gaps: ${lines.join("; ")}.` : ""];
   if (interpolated.length) parts.push(`Of ${x.length * y.length} grid points ${interpolated.length} were interpolated.`);
   return node("div", { class: "lmc-foot" }, ...names, ...parts.map((text) => node("span", {}, text)));
@@ -270,35 +265,22 @@ function axes(pen, chart, { x, y, axes: [across, up] }, [ink, soft]) {
 }
 
 function bar(pen, { left, top, width, height }, field, { measures }, measure, [ink, soft]) {
-  const at = left + width + 14;
-  for (let i = 0; i < height; i++) {
-    pen.fillStyle = rgb(field.colour(1 - (i + 0.5) / height));
-    pen.fillRect(at, top + i, 13, 1.5);
-  }
-  pen.textAlign = "left";
-  pen.fillStyle = soft;
-  for (const mark of field.marks) pen.fillText(String(mark), at + 18, top + (1 - field.height(mark)) * height + 4.5);
   const { name, unit } = measures.find((each) => each.name === measure);
-  pen.save();
-  pen.translate(at + 58, top + height / 2);
-  pen.rotate(-Math.PI / 2);
-  pen.textAlign = "center";
-  pen.fillStyle = ink;
-  pen.fillText(unit ? `${name} (${unit})` : name, 0, 0);
-  pen.restore();
+  const marks = field.marks.map((mark) => [field.height(mark), String(mark)]);
+  colourBar(pen, { x: left + width + 14, y: top, height, colour: field.colour, marks, title: unit ? `${name} (${unit})` : name, ink, soft });
 }
 
 function drawMap(canvas, { map, chart }, data, point, [ink, paper]) {
   const { pen, width, height } = fit(canvas);
   pen.drawImage(map, 0, 0, width, height);
   const font = getComputedStyle(canvas).fontFamily;
-  for (const { points, colour, labels } of data.tracks) {
+  for (const { points, colour, dash, labels } of data.tracks) {
     const places = points.map(([px, py]) => chart.at(px, py));
-    line(pen, places, colour);
+    line(pen, places, colour, dash);
     for (const [i, text] of Object.entries(labels)) tag(pen, ...places[i], text, colour, font);
   }
   for (const { name, place: at } of data.models) label(pen, ...chart.at(...at), name, font);
-  marker(pen, ...chart.at(...point));
+  spot(pen, ...chart.at(...point));
 }
 
 // The name of a point of a track, under it.
@@ -321,11 +303,11 @@ function drawSurface(canvas, { surface, eye }, data, field, point, [ink]) {
     const h = valueIn(field, px, py);
     return { h, at: eye.place(px, py, Number.isNaN(h) ? 0 : h), seen: !Number.isNaN(h) && !hidden(field, eye, px, py, h) };
   };
-  for (const { points, colour } of data.tracks) {
+  for (const { points, colour, dash } of data.tracks) {
     const lifted = fine(points).map(up);
     for (const { seen, points: run } of runs(lifted)) {
       pen.globalAlpha = seen ? 1 : 0.25;
-      line(pen, run, colour);
+      line(pen, run, colour, dash);
     }
   }
   for (const { name, place: at } of data.models) {
@@ -341,7 +323,7 @@ function drawSurface(canvas, { surface, eye }, data, field, point, [ink]) {
   pen.moveTo(...lifted.at);
   pen.lineTo(...eye.place(...point, 1.08)); // seen from anywhere, even where the point lies behind a hill
   pen.stroke();
-  marker(pen, ...lifted.at);
+  spot(pen, ...lifted.at);
   pen.globalAlpha = 1;
 }
 
@@ -366,8 +348,9 @@ function runs(lifted) {
   return found;
 }
 
-function line(pen, points, colour) {
-  for (const [width, tint] of [[5, "rgba(255, 255, 255, 0.75)"], [3, colour]]) {
+function line(pen, points, colour, dash) {
+  for (const [width, tint, pattern] of [[5, "rgba(255, 255, 255, 0.75)", "none"], [3, colour, dash]]) {
+    pen.setLineDash(pattern === "none" ? [] : pattern.split(" ").map(Number));
     pen.lineWidth = width;
     pen.strokeStyle = tint;
     pen.lineCap = pen.lineJoin = "round";
@@ -375,10 +358,11 @@ function line(pen, points, colour) {
     for (const at of points) pen.lineTo(...at);
     pen.stroke();
   }
+  pen.setLineDash([]);
 }
 
 function label(pen, px, py, name, font) {
-  disc(pen, px, py, 6, "#fff", "#222", 2);
+  spot(pen, px, py, { radius: 6, fill: "#fff", edge: "#222", width: 2 });
   pen.font = `bold 15px ${font}`;
   pen.textAlign = "center";
   pen.lineWidth = 4;
@@ -387,21 +371,6 @@ function label(pen, px, py, name, font) {
   pen.fillStyle = "#222";
   pen.strokeText(name, px, py - 12);
   pen.fillText(name, px, py - 12);
-}
-
-function marker(pen, px, py) {
-  disc(pen, px, py, 9, "rgba(213, 94, 0, 0.9)", "#fff", 3);
-  disc(pen, px, py, 10.5, "transparent", "#222", 1);
-}
-
-function disc(pen, px, py, radius, fill, edge, width) {
-  pen.beginPath();
-  pen.arc(px, py, radius, 0, 2 * Math.PI);
-  pen.fillStyle = fill;
-  pen.strokeStyle = edge;
-  pen.lineWidth = width;
-  pen.fill();
-  pen.stroke();
 }
 
 export default { initialize, render };

@@ -1,7 +1,11 @@
 // The soup triangle, and its sisters for more models: a polygon of mixtures in which a point is dragged, and a slider for
 // each model's share. While it moves, values come from the lattice of evaluated mixtures; at rest a kernel evaluates it.
 
-import { bytes, clamp, colourScale, drag, exactly, fit, floats, format, initialize, logTicks, node, rgb, SETTLE_AFTER, stage, tabs, tell, theme, ticks } from "./common.js";
+import {
+  arrows, buttons, bytes, clamp, colourScale, drag, exactly, fit, floats, format, initialize, logTicks, node, SETTLE_AFTER, stage,
+  tabs, tell, theme, ticks,
+} from "./common.js";
+import { colourBar, spot } from "./charts.js";
 import { coordinates, corners, inside, interpolator, isolines } from "./simplex_geometry.js";
 import { mixturePanel } from "./simplex_sliders.js";
 
@@ -15,7 +19,7 @@ function render({ model, el }) {
   let [measure, split] = [model.get("measure"), model.get("split")];
   let exact = null;
 
-  const scene = stage({ model, el, name: "lmc-mix", draw });
+  const scene = stage({ model, el, name: "lmc-mix", draw, rows: () => mixtureRows(data) });
   const reading = node("div", { class: "lmc-reading" });
   const note = node("span", { class: "lmc-note" });
   const measures = tabs("what is shown", data.measures.map(({ title }) => ({ name: title })), (i) => view(data.measures[i].name, split));
@@ -30,14 +34,9 @@ function render({ model, el }) {
   });
   const map = mixtureMap(data, (next) => move(next), values.settle);
   const panel = mixturePanel(data, (next) => move(next), values.settle);
-  const places = node("div", { class: "lmc-mix-places" });
-  for (const [text, to, title] of landmarks(data)) {
-    const button = node("button", { type: "button", title }, text);
-    button.addEventListener("click", () => (move(to(split)), values.settle()));
-    places.append(button);
-  }
-  scene.root.append(node("div", { class: "lmc-head" }, measures.node, splits.node, reading, note));
-  scene.root.append(node("div", { class: "lmc-mix-body" }, map.node, node("div", {}, panel.node, places)));
+  const places = landmarks(data).map(([text, title, to]) => [text, title, () => (move(to(split)), values.settle())]);
+  const body = node("div", { class: "lmc-mix-body" }, map.node, node("div", {}, panel.node, buttons(...places)));
+  scene.show(node("div", { class: "lmc-head" }, measures.node, splits.node, reading, note), body);
 
   function move(next) {
     shares = next.map((share) => Number(clamp(share, 0, 1).toFixed(6)));
@@ -101,21 +100,29 @@ function unpackMixtures(data) {
     return { ...each, place, colour: (value) => paint(each.high_is_good ? 1 - place(value) : place(value)) };
   });
   const at = interpolator(counts, data.names.length, data.resolution);
-  return { ...data, measures, series, at, splits: Object.keys(series), points: counts.length / data.names.length };
+  return { ...data, counts, measures, series, at, splits: Object.keys(series), points: counts.length / data.names.length };
 }
 
 function onLattice({ resolution }, shares) {
   return shares.every((share) => Math.abs(share * resolution - Math.round(share * resolution)) < 1e-4);
 }
 
-// Text of a button, the mixture it goes to, what it says when pointed at.
+// What was evaluated: a row for each split and mixture.
+function mixtureRows({ names, counts, resolution, points, series }) {
+  const shares = (row) => Object.fromEntries(names.map((name, i) => [`share of ${name}`, counts[row * names.length + i] / resolution]));
+  const values = (found, row) => Object.fromEntries(Object.entries(found).map(([measure, all]) => [measure, all[row]]));
+  return Object.entries(series).flatMap(([split, found]) =>
+    Array.from({ length: points }, (_, row) => ({ split, ...shares(row), ...values(found, row) })));
+}
+
+// Text of a button, what it says when pointed at, the mixture it goes to.
 function landmarks(data) {
   const count = data.names.length;
   const only = (i) => data.names.map((_, j) => (i === j ? 1 : 0));
   return [
-    ...data.names.map((name, i) => [name, () => only(i), `all ${name}`]),
-    ["◆ uniform soup", () => data.names.map(() => 1 / count), "equal shares"],
-    ["★ lowest loss", (split) => data.best[split], "the evaluated mixture of lowest loss on the data shown"],
+    ...data.names.map((name, i) => [name, `all ${name}`, () => only(i)]),
+    ["◆ uniform soup", "equal shares", () => data.names.map(() => 1 / count)],
+    ["★ lowest loss", "the evaluated mixture of lowest loss on the data shown", (split) => data.best[split]],
   ];
 }
 
@@ -133,20 +140,21 @@ function mixtureMap(data, move, release) {
   const centre = data.names.map(() => 1 / count);
   let polygon = [];
   let [cache, here] = [{ key: "" }, centre];
-  const spot = (shares) => [0, 1].map((axis) => shares.reduce((sum, share, i) => sum + share * polygon[i][axis], 0));
+  const placeOf = (shares) => [0, 1].map((axis) => shares.reduce((sum, share, i) => sum + share * polygon[i][axis], 0));
   const go = (x, y) => {
     const [, px, py] = inside(polygon, x, y);
     move([...coordinates(polygon, px, py)]);
   };
   drag(canvas, { move: (x, y) => go(x * canvas.clientWidth, y * canvas.clientHeight), release: () => release() });
+  arrows(canvas, (dx, dy, event) => {
+    const [x, y] = placeOf(here);
+    const step = (event.shiftKey ? 5 : 1) * Math.max(2, canvas.clientWidth / 60);
+    go(x + step * dx, y - step * dy);
+    release(SETTLE_AFTER);
+  });
   canvas.addEventListener("keydown", (event) => {
-    const [dx, dy] = { ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key] ?? [0, 0];
     const digit = Number(event.key);
-    if (dx || dy) {
-      const [x, y] = spot(here);
-      const step = (event.shiftKey ? 5 : 1) * Math.max(2, canvas.clientWidth / 60);
-      go(x + step * dx, y + step * dy);
-    } else if (event.key === "Home") move(centre);
+    if (event.key === "Home") move(centre);
     else if (digit >= 1 && digit <= count) move(data.names.map((_, i) => (i === digit - 1 ? 1 : 0)));
     else return;
     event.preventDefault();
@@ -175,13 +183,18 @@ function mixtureMap(data, move, release) {
     outline(pen, polygon);
     [pen.lineWidth, pen.strokeStyle, pen.lineJoin] = [2, ink, "round"];
     pen.stroke();
-    legend(pen, shown, { x: width - 62, y: box.top, height: box.height, ink, soft });
-    mark(pen, ...spot(centre), "◆", ink, paper);
-    polygon.forEach(([x, y], i) => corner(pen, x, y, i, { data, shown, split, middle: spot(centre), ink, paper, soft }));
-    mark(pen, ...spot(data.best[split]), "★", ink, paper);
-    const [x, y] = spot(shares);
+    const at = (share) => (shown.log ? shown.low * (shown.high / shown.low) ** share : shown.low + share * (shown.high - shown.low));
+    const named = shown.log ? logTicks(shown.low, shown.high) : ticks(shown.low, shown.high);
+    const marks = named.map((tick) => [shown.place(tick), String(Number(tick.toPrecision(3)))]);
+    const scale = { colour: (share) => shown.colour(at(share)), marks, title: shown.title };
+    pen.font = `13px ${getComputedStyle(canvas).fontFamily}`;
+    colourBar(pen, { x: width - 68, y: box.top, height: box.height, ink, soft, ...scale });
+    mark(pen, ...placeOf(centre), "◆", ink, paper);
+    polygon.forEach(([x, y], i) => corner(pen, x, y, i, { data, shown, split, middle: placeOf(centre), ink, paper, soft }));
+    mark(pen, ...placeOf(data.best[split]), "★", ink, paper);
+    const [x, y] = placeOf(shares);
     const off = count > 3 ? Math.max(...coordinates(polygon, x, y).map((share, i) => Math.abs(share - shares[i]))) : 0;
-    point(pen, x, y, off > 0.02);
+    spot(pen, x, y, { hollow: off > 0.02 });
     caption.textContent = off > 0.02 ? "the point lies off the surface drawn here: the sliders reach every mixture" : "";
     caption.hidden = count < 4;
   }
@@ -256,44 +269,6 @@ function mark(pen, x, y, sign, ink, paper) {
   [pen.strokeStyle, pen.lineWidth, pen.fillStyle] = [paper, 4, ink];
   pen.strokeText(sign, x, y + 1);
   pen.fillText(sign, x, y + 1);
-}
-
-function point(pen, x, y, hollow) {
-  pen.beginPath();
-  pen.arc(x, y, 9, 0, 2 * Math.PI);
-  pen.fillStyle = hollow ? "rgba(213, 94, 0, 0.25)" : "#d55e00";
-  pen.fill();
-  [pen.lineWidth, pen.strokeStyle] = [3, hollow ? "#d55e00" : "#fff"];
-  pen.stroke();
-  if (hollow) return;
-  pen.beginPath();
-  pen.arc(x, y, 11, 0, 2 * Math.PI);
-  [pen.lineWidth, pen.strokeStyle] = [1.5, "#222"];
-  pen.stroke();
-}
-
-// The colours and what they stand for.
-function legend(pen, shown, { x, y, height, ink, soft }) {
-  const steps = 60;
-  for (let i = 0; i < steps; i++) {
-    const t = (i + 0.5) / steps;
-    const value = shown.log ? shown.low * (shown.high / shown.low) ** t : shown.low + t * (shown.high - shown.low);
-    pen.fillStyle = rgb(shown.colour(value));
-    pen.fillRect(x, y + height * (1 - (i + 1) / steps), 13, height / steps + 0.6);
-  }
-  [pen.lineWidth, pen.strokeStyle, pen.fillStyle] = [1, soft, ink];
-  pen.strokeRect(x + 0.5, y + 0.5, 12, height - 1);
-  pen.font = `13px ${getComputedStyle(pen.canvas).fontFamily}`;
-  pen.textAlign = "left";
-  pen.textBaseline = "middle";
-  for (const tick of shown.log ? logTicks(shown.low, shown.high) : ticks(shown.low, shown.high)) {
-    const at = y + height * (1 - shown.place(tick));
-    pen.fillRect(x + 13, at - 0.5, 4, 1);
-    pen.fillText(String(Number(tick.toPrecision(3))), x + 20, at);
-  }
-  pen.textAlign = "right";
-  pen.textBaseline = "alphabetic";
-  pen.fillText(shown.title, x + 60, y - 12);
 }
 
 export default { initialize, render };
