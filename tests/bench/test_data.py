@@ -257,7 +257,7 @@ def test_checkpoints_load(stored, monkeypatch, tmp_path):
 def test_bad_checkpoints_are_named(stored, tmp_path):
     with pytest.raises(DataError, match="no stored checkpoint 'huge'; there are tiny"):
         lmc.data.checkpoint("huge", stored.parent)
-    with pytest.raises(DataError, match="clone it, or pass folder="):
+    with pytest.raises(DataError, match="come with the repository and with the installed package"):
         lmc.data.checkpoint("huge", tmp_path)
     path = stored / "seed4.safetensors"
     content = bytearray(path.read_bytes())
