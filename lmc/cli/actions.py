@@ -1,6 +1,7 @@
 """The commands, each a function of its arguments; options, methods, architectures and data, read from their text."""
 
 import ast
+import ctypes
 import importlib
 import inspect as introspect
 import json
@@ -12,26 +13,22 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-import lmc.align
-import lmc.data
 import lmc.merge
 import lmc.weights
 from lmc.errors import DataError, InputError
-from lmc.landscape.path import loss_path
-from lmc.network.batches import LABELS
-from lmc.network.inputs import first_of, input_batches
-from lmc.network.task import Task
-from lmc.symmetry.find import permutation_spec
-from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import StateDict, fitted
 from lmc.weights.checkpoint import RECIPE
 from lmc.weights.opening import open_checkpoint
+
+if TYPE_CHECKING:
+    from lmc.network.task import Task
+    from lmc.symmetry.spec import PermutationSpec
 
 SPLITS = ("train_", "test_")
 TASKS = ("classes", "segmentation", "regression", "binary", "language", "reconstruction", "own_loss")
@@ -93,7 +90,7 @@ def architecture(text: str) -> nn.Module:
     return made.eval()
 
 
-def data(text: str, task: Task | None = None) -> Any:
+def data(text: str, task: "Task | None" = None) -> Any:
     """Data by name, with the task that judges them if there is one.
 
     They are a data set of `lmc.data`, such as `digits` or `digits(flat=False)`; or what a function of the user's own makes,
@@ -108,8 +105,10 @@ def data(text: str, task: Task | None = None) -> Any:
     return found if task is None else task.on(found)
 
 
-def _sets(arrays: dict[str, Tensor], text: str, task: Task | None) -> Any:
+def _sets(arrays: dict[str, Tensor], text: str, task: "Task | None") -> Any:
     """Arrays as data: one set, or a training and a test set."""
+    from lmc.network.batches import LABELS
+
     parts = {split: {n.removeprefix(split): t for n, t in arrays.items() if n.startswith(split)} for split in SPLITS}
     if all(parts.values()) and sum(map(len, parts.values())) == len(arrays):
         train, test = (_sets(part, text, task) for part in parts.values())
@@ -127,13 +126,15 @@ def _sets(arrays: dict[str, Tensor], text: str, task: Task | None) -> Any:
     return arrays
 
 
-def task(text: str | None) -> Task | None:
+def task(text: str | None) -> "Task | None":
     """A task of `lmc.Task`, such as `regression` or `classes(ignore=255)`; or of the user's own, `package.module:name`: a
     task or a loss, or with arguments a function that makes one."""
     if text is None:
         return None
     if ":" not in text and text.partition("(")[0] not in TASKS:
         raise InputError(f"--task {text}: expected {', '.join(TASKS)}, or package.module:task for one of your own")
+    from lmc.network.task import Task
+
     found = imported(text, call="(" in text) if ":" in text else imported(f"lmc:Task.{text}", call=True)
     return found if isinstance(found, Task) else Task.of((), found)
 
@@ -205,6 +206,7 @@ def inspect(arguments: Namespace) -> None:
 
 
 def merge(arguments: Namespace) -> None:
+    _keep_memory()
     if arguments.explain:
         print(explain(arguments.explain))
         return
@@ -246,6 +248,14 @@ def merge(arguments: Namespace) -> None:
     print(merged)
 
 
+def _keep_memory() -> None:
+    """Have the C library keep the memory of chunks that come and go, where it would hand it back and ask for it again."""
+    library = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(library, "mallopt"):
+        for parameter, size in ((-3, 1 << 26), (-1, 1 << 29)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
+            library.mallopt(parameter, size)  # type: ignore[union-attr]
+
+
 def _folder(text: str) -> tuple[str, str]:
     name, equals, folder = text.rpartition("=")
     if not equals:
@@ -273,6 +283,8 @@ def extract(arguments: Namespace) -> None:
 
 
 def align(arguments: Namespace) -> None:
+    import lmc.align
+
     needs, settings = ALIGNERS[arguments.method], options(arguments.set)
     aligner = getattr(lmc.align, arguments.method)
     check_options(aligner, settings, GIVEN)
@@ -292,6 +304,9 @@ def align(arguments: Namespace) -> None:
 
 
 def connect(arguments: Namespace) -> None:
+    import lmc.align
+    from lmc.symmetry.spec import PermutationSpec
+
     model, loaded = architecture(arguments.model), data(arguments.data, task(arguments.task))
     a, b = (_cast(_load(path, model), model) for path in (arguments.a, arguments.b))
     spec = PermutationSpec.load(Path(arguments.spec)) if arguments.spec else None
@@ -307,6 +322,8 @@ def connect(arguments: Namespace) -> None:
 
 
 def barrier(arguments: Namespace) -> None:
+    from lmc.landscape.path import loss_path
+
     if arguments.alphas < 3 or arguments.alphas % 2 == 0:
         raise InputError(f"--alphas {arguments.alphas}: expected an odd number, so that the middle is among them")
     model, loaded = architecture(arguments.model), data(arguments.data, task(arguments.task))
@@ -361,7 +378,10 @@ def _cast(weights: StateDict, model: torch.nn.Module | None) -> StateDict:
     return StateDict(((n, t.to(own[n].dtype) if n in own else t) for n, t in weights.items()), like=weights)
 
 
-def _spec(arguments: Namespace, model: torch.nn.Module | None, loaded: Any) -> PermutationSpec:
+def _spec(arguments: Namespace, model: torch.nn.Module | None, loaded: Any) -> "PermutationSpec":
+    from lmc.symmetry.find import permutation_spec
+    from lmc.symmetry.spec import PermutationSpec
+
     if arguments.spec:
         return PermutationSpec.load(Path(arguments.spec))
     if model is None:
@@ -372,6 +392,8 @@ def _spec(arguments: Namespace, model: torch.nn.Module | None, loaded: Any) -> P
 
 
 def _example(sizes: str | None, model: nn.Module, loaded: Any) -> Any:
+    from lmc.network.inputs import first_of, input_batches
+
     if sizes is None:
         return first_of(next(input_batches(model, loaded, 2)), 2)
     try:

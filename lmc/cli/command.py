@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from lmc.cli import actions
 from lmc.core.files import __version__
@@ -103,9 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="lmc", description=ABOUT, formatter_class=argparse.RawDescriptionHelpFormatter)
     top.add_argument("--version", action="version", version=f"lmc {__version__}")
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
     _inspect(_command(commands, "inspect", INSPECT, actions.inspect))
-    _merge(_command(commands, "merge", MERGE + actions.catalogue(), actions.merge))
+    _merge(_command(commands, "merge", MERGE, actions.merge, actions.catalogue))
     _extract(_command(commands, "extract", EXTRACT, actions.extract))
     _align(_command(commands, "align", ALIGN, actions.align))
     _connect(_command(commands, "connect", CONNECT, actions.connect))
@@ -113,11 +113,21 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def _command(commands, name: str, text: str, run) -> argparse.ArgumentParser:
+class _Parser(argparse.ArgumentParser):
+    """A parser whose help ends with what `more` gives, which is asked for when the help is printed."""
+
+    more: Callable[[], str] | None = None
+
+    def format_help(self) -> str:
+        return super().format_help() + ("" if self.more is None else f"\n{self.more()}\n")
+
+
+def _command(commands, name: str, text: str, run, more: Callable[[], str] | None = None) -> argparse.ArgumentParser:
     about, _, examples = text.partition("\n\n")
     style = argparse.RawDescriptionHelpFormatter
     command = commands.add_parser(name, help=about, description=about, epilog=examples, formatter_class=style)
     command.set_defaults(run=run)
+    command.more = more
     command.add_argument("--quiet", action="store_true", help="no progress bars")
     return command
 

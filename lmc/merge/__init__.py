@@ -42,51 +42,55 @@ Results: `Extraction`, `Inspection`, `MergeComparison`, `Mixer`, `Plan`, `Soups`
 `TrajectoryAverages`, `WiseLine`, `Zipped`.
 """
 
-from lmc.merge.disk.extract import Extraction, extract
-from lmc.merge.disk.replay import replay
-from lmc.merge.disk.stacking import stack
-from lmc.merge.disk.write import Plan, plan, write
-from lmc.merge.engine.aligning import aligned
-from lmc.merge.engine.method import linear, on_task_vectors, on_tensors
-from lmc.merge.partial.growth import Zipped
-from lmc.merge.partial.pleas import pleas
-from lmc.merge.partial.zipit import zipit
-from lmc.merge.rules.averaging import (
-    average,
-    ema,
-    karcher_mean,
-    lawa,
-    metrics_weighted,
-    mix_experts,
-    model_stock,
-    multislerp,
-    nuslerp,
-    slerp,
-    swa,
-    variance_corrected,
-    weighted_sum,
-)
-from lmc.merge.rules.postprocess import consensus, lines, on_merged, tall_mask, tall_masks
-from lmc.merge.rules.selection import arcee_fusion, emr, magmax, nearswap, ram, sce
-from lmc.merge.rules.spectral import iso_c, iso_cts, knots, tsv_m, twin, wudi
-from lmc.merge.rules.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
-from lmc.merge.rules.ties import pcb, ties
-from lmc.merge.study.compare import MergeComparison, compare
-from lmc.merge.study.inspect import Inspection, inspect
-from lmc.merge.study.mixer import Mixer, mixer
-from lmc.merge.study.robust_line import WiseLine, wise_ft_line
-from lmc.merge.study.trajectory import TrajectoryAverages, trajectory_averages
-from lmc.merge.with_data.adamerging import adamerging
-from lmc.merge.with_data.ama import ama
-from lmc.merge.with_data.cat import cat_merging
-from lmc.merge.with_data.compare_soups import Soups, compare_soups
-from lmc.merge.with_data.fisher import fisher, fisher_information, fisher_weighted
-from lmc.merge.with_data.regmean import regmean, regmean_plus_plus
-from lmc.merge.with_data.search import evolve, lcsc
-from lmc.merge.with_data.soups import greedy_soup, learned_soup, uniform_soup, wise_ft
-from lmc.merge.with_training.sparse import magnitude_masks, sparse_soup
-from lmc.merge.with_training.star import Star, StarPaths, star_model
-from lmc.merge.with_training.trained_soups import balanced_batch, diwa, ratatouille
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lmc.merge.disk.extract import Extraction, extract
+    from lmc.merge.disk.replay import replay
+    from lmc.merge.disk.stacking import stack
+    from lmc.merge.disk.write import Plan, plan, write
+    from lmc.merge.engine.aligning import aligned
+    from lmc.merge.engine.method import linear, on_task_vectors, on_tensors
+    from lmc.merge.partial.growth import Zipped
+    from lmc.merge.partial.pleas import pleas
+    from lmc.merge.partial.zipit import zipit
+    from lmc.merge.rules.averaging import (
+        average,
+        ema,
+        karcher_mean,
+        lawa,
+        metrics_weighted,
+        mix_experts,
+        model_stock,
+        multislerp,
+        nuslerp,
+        slerp,
+        swa,
+        variance_corrected,
+        weighted_sum,
+    )
+    from lmc.merge.rules.postprocess import consensus, lines, on_merged, tall_mask, tall_masks
+    from lmc.merge.rules.selection import arcee_fusion, emr, magmax, nearswap, ram, sce
+    from lmc.merge.rules.spectral import iso_c, iso_cts, knots, tsv_m, twin, wudi
+    from lmc.merge.rules.task_vectors import breadcrumbs, dare, della, task_arithmetic, task_vector
+    from lmc.merge.rules.ties import pcb, ties
+    from lmc.merge.study.compare import MergeComparison, compare
+    from lmc.merge.study.inspect import Inspection, inspect
+    from lmc.merge.study.mixer import Mixer, mixer
+    from lmc.merge.study.robust_line import WiseLine, wise_ft_line
+    from lmc.merge.study.trajectory import TrajectoryAverages, trajectory_averages
+    from lmc.merge.with_data.adamerging import adamerging
+    from lmc.merge.with_data.ama import ama
+    from lmc.merge.with_data.cat import cat_merging
+    from lmc.merge.with_data.compare_soups import Soups, compare_soups
+    from lmc.merge.with_data.fisher import fisher, fisher_information, fisher_weighted
+    from lmc.merge.with_data.regmean import regmean, regmean_plus_plus
+    from lmc.merge.with_data.search import evolve, lcsc
+    from lmc.merge.with_data.soups import greedy_soup, learned_soup, uniform_soup, wise_ft
+    from lmc.merge.with_training.sparse import magnitude_masks, sparse_soup
+    from lmc.merge.with_training.star import Star, StarPaths, star_model
+    from lmc.merge.with_training.trained_soups import balanced_batch, diwa, ratatouille
 
 __all__ = [
     "Extraction",
@@ -175,6 +179,150 @@ __all__ = [
     "wudi",
     "zipit",
 ]
+
+# Where names are defined: a merge on disk wants few of these, and the others bring the other wings with them.
+_HOMES = {
+    name: home
+    for home, names in {
+        "lmc.merge.disk.extract": (
+            "Extraction",
+            "extract",
+        ),
+        "lmc.merge.disk.replay": ("replay",),
+        "lmc.merge.disk.stacking": ("stack",),
+        "lmc.merge.disk.write": (
+            "Plan",
+            "plan",
+            "write",
+        ),
+        "lmc.merge.engine.aligning": ("aligned",),
+        "lmc.merge.engine.method": (
+            "linear",
+            "on_task_vectors",
+            "on_tensors",
+        ),
+        "lmc.merge.partial.growth": ("Zipped",),
+        "lmc.merge.partial.pleas": ("pleas",),
+        "lmc.merge.partial.zipit": ("zipit",),
+        "lmc.merge.rules.averaging": (
+            "average",
+            "ema",
+            "karcher_mean",
+            "lawa",
+            "metrics_weighted",
+            "mix_experts",
+            "model_stock",
+            "multislerp",
+            "nuslerp",
+            "slerp",
+            "swa",
+            "variance_corrected",
+            "weighted_sum",
+        ),
+        "lmc.merge.rules.postprocess": (
+            "consensus",
+            "lines",
+            "on_merged",
+            "tall_mask",
+            "tall_masks",
+        ),
+        "lmc.merge.rules.selection": (
+            "arcee_fusion",
+            "emr",
+            "magmax",
+            "nearswap",
+            "ram",
+            "sce",
+        ),
+        "lmc.merge.rules.spectral": (
+            "iso_c",
+            "iso_cts",
+            "knots",
+            "tsv_m",
+            "twin",
+            "wudi",
+        ),
+        "lmc.merge.rules.task_vectors": (
+            "breadcrumbs",
+            "dare",
+            "della",
+            "task_arithmetic",
+            "task_vector",
+        ),
+        "lmc.merge.rules.ties": (
+            "pcb",
+            "ties",
+        ),
+        "lmc.merge.study.compare": (
+            "MergeComparison",
+            "compare",
+        ),
+        "lmc.merge.study.inspect": (
+            "Inspection",
+            "inspect",
+        ),
+        "lmc.merge.study.mixer": (
+            "Mixer",
+            "mixer",
+        ),
+        "lmc.merge.study.robust_line": (
+            "WiseLine",
+            "wise_ft_line",
+        ),
+        "lmc.merge.study.trajectory": (
+            "TrajectoryAverages",
+            "trajectory_averages",
+        ),
+        "lmc.merge.with_data.adamerging": ("adamerging",),
+        "lmc.merge.with_data.ama": ("ama",),
+        "lmc.merge.with_data.cat": ("cat_merging",),
+        "lmc.merge.with_data.compare_soups": (
+            "Soups",
+            "compare_soups",
+        ),
+        "lmc.merge.with_data.fisher": (
+            "fisher",
+            "fisher_information",
+            "fisher_weighted",
+        ),
+        "lmc.merge.with_data.regmean": (
+            "regmean",
+            "regmean_plus_plus",
+        ),
+        "lmc.merge.with_data.search": (
+            "evolve",
+            "lcsc",
+        ),
+        "lmc.merge.with_data.soups": (
+            "greedy_soup",
+            "learned_soup",
+            "uniform_soup",
+            "wise_ft",
+        ),
+        "lmc.merge.with_training.sparse": (
+            "magnitude_masks",
+            "sparse_soup",
+        ),
+        "lmc.merge.with_training.star": (
+            "Star",
+            "StarPaths",
+            "star_model",
+        ),
+        "lmc.merge.with_training.trained_soups": (
+            "balanced_batch",
+            "diwa",
+            "ratatouille",
+        ),
+    }.items()
+    for name in names
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lmc.merge' has no attribute {name!r}")
+    found = globals()[name] = getattr(import_module(_HOMES[name]), name)
+    return found
 
 
 def __dir__() -> list[str]:

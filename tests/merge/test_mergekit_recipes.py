@@ -238,6 +238,8 @@ GOOD: dict[str, Any] = {"models": [model("a", weight=1.0)], "merge_method": "tie
     [
         ({"merge_method": "tise"}, "did you mean 'ties'"),
         ({"merge_method": None}, "not supported"),
+        ({"merge_method": ...}, "merge_method: is missing"),
+        ({"merge_method": ..., "experts": []}, "mergekit-moe"),
         ({"slices": [{"sources": [piece("a", 0, 4)]}]}, "one of models: and slices:"),
         ({"models": None}, "found none"),
         ({"models": "a"}, "list of mappings"),
@@ -275,7 +277,8 @@ GOOD: dict[str, Any] = {"models": [model("a", weight=1.0)], "merge_method": "tie
 )
 def test_what_is_wrong_is_named(change: dict[str, Any], message: str, here: Path):
     with pytest.raises(InputError, match=message):
-        run({key: value for key, value in (GOOD | change).items() if value is not None or key == "merge_method"})
+        kept = {key: value for key, value in (GOOD | change).items() if value is not ...}
+        run({key: value for key, value in kept.items() if value is not None or key == "merge_method"})
     assert not list(here.glob("out*"))
 
 
@@ -289,7 +292,7 @@ def test_what_has_no_effect_is_said(here: Path):
     with pytest.warns(UserWarning, match=r"models\[0\]: 'layer_range' is no key there"):
         configuration(GOOD | {"models": [piece("a", 0, 2, weight=1.0)]})
     for text, message in (
-        ("a: 1\n---\nb: 2\n", "one YAML document"),
+        ("a: 1\n---\nb: 2\n", "give each a file of its own"),
         ("models:\n  - model: a\n    model: b\n", "'model' stands twice in one mapping, in lines 2 and 3"),
         ("a: [1", "one YAML document"),
         ("[]", "expected a mapping"),

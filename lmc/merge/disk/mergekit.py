@@ -13,6 +13,7 @@ from lmc.merge.disk.stacking import BEFORE, layer_count, layer_of, layer_prefix,
 from lmc.merge.disk.vocabulary import by_token
 from lmc.merge.disk.write import Plan, plan
 from lmc.merge.engine.tensors import weight_sets
+from lmc.merge.rules.averaging import average
 from lmc.weights.adapter import Adapter
 from lmc.weights.checkpoint import Checkpoint, read_json
 from lmc.weights.opening import open_checkpoint
@@ -94,9 +95,12 @@ def plan_configuration(
     else:
         names = weight_sets(views, base).names
     options = _options(config, how, order, views[0], names, models, prefixes)
-    if "seed" in how.function.method.signature.parameters:
+    function = how.function
+    if "seed" in function.method.signature.parameters:
         options["seed"] = seed
-    merged = plan(how.function, views, out, base=base, dtype=config.dtype, vocabulary=vocabulary, **options)
+    if config.method == "passthrough" and options == {"weights": [1.0]}:
+        function, options = average, {}  # of one model, which is copied as it is stored
+    merged = plan(function, views, out, base=base, dtype=config.dtype, vocabulary=vocabulary, **options)
     return replace(merged, texts=dict(merged.texts) | _texts(config, content, models))
 
 

@@ -31,6 +31,7 @@ TOP = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",
     "chat_template", "modules", "name",
 )  # fmt: skip
+OTHERS = {"experts": "mergekit-moe", "genome": "mergekit-evolve"}  # other programs, by a key that their files have
 GOOD = ("parameters", "sources", "base_model", "residual_weight")
 Setting = Any  # a number, a list of numbers over the depth, or a list of {filter, value}
 
@@ -87,6 +88,10 @@ def read_configuration(file: Path) -> dict[str, Any]:
         text = file.read_text(encoding="utf-8")
         _check_once(yaml.compose(text, yaml.SafeLoader), file)
         content = yaml.safe_load(text)
+    except yaml.composer.ComposerError as error:
+        raise DataError(
+            f"{file}: not one YAML document, as it has several merges; give each a file of its own"
+        ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise DataError(f"{file}: not one YAML document ({' '.join(str(error).split())})") from error
     if not isinstance(content, dict):
@@ -126,7 +131,12 @@ def configuration(content: Mapping[str, Any]) -> Configuration:
     for key in content:
         if key not in TOP:
             warn(f"recipe: {key!r} is no key of a configuration{nearest(key, TOP)}; it has no effect")
-    how = translation(content.get("merge_method"))
+    if "merge_method" not in content:
+        other = next((tool for key, tool in OTHERS.items() if key in content), "")
+        raise InputError(
+            "merge_method: is missing" + (f"; this is a configuration of {other}, not of a merge" if other else "")
+        )
+    how = translation(content["merge_method"])
     if content.get("modules"):
         content = _only_module(content)
     given = [key for key in ("models", "slices") if content.get(key)]

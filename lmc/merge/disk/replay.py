@@ -1,6 +1,7 @@
 """Merges from recipes: those kept beside merged checkpoints, bit for bit, and configurations of mergekit."""
 
 from collections.abc import Mapping
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,6 @@ from lmc.merge.disk.recipe import source
 from lmc.merge.disk.stacking import stack
 from lmc.merge.disk.write import write
 from lmc.merge.engine.method import MergeFunction
-from lmc.merge.rules import averaging, postprocess, selection, spectral, task_vectors, ties
-from lmc.merge.with_data import soups
 from lmc.weights.checkpoint import RECIPE, Checkpoint, read_json, sampled_checksum
 from lmc.weights.opening import open_checkpoint
 
@@ -81,14 +80,17 @@ def replay(
     return merged
 
 
-# Where the methods are defined that a recipe may name.
-CATALOGUE = (averaging, postprocess, selection, spectral, task_vectors, ties, soups)
+# Where the methods are defined that a recipe may name; soups bring the judging of models with them, if they are asked for.
+CATALOGUE = tuple(
+    f"lmc.merge.rules.{name}" for name in ("averaging", "postprocess", "selection", "spectral", "task_vectors", "ties")
+)
+CATALOGUE += ("lmc.merge.with_data.soups",)
 
 
 def find_method(recipe: Mapping[str, Any], given: MergeFunction | None = None) -> MergeFunction:
     """The method that a recipe names; its source must be what it was."""
     name = recipe["method"]
-    named = (getattr(module, str(name), None) for module in CATALOGUE)
+    named = (getattr(import_module(module), str(name), None) for module in CATALOGUE)
     method: Any = next(filter(None, named), None) if given is None else given
     if not hasattr(method, "method"):
         raise InputError(f"recipe: {name!r} is not a method of lmc.merge; pass your function as method=")

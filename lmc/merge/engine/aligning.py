@@ -14,16 +14,18 @@ A base is brought into that order as well, as the last of the list. Moves by per
 import functools
 import inspect
 from collections.abc import Callable, Sequence
-from typing import Any, ParamSpec, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar, Union
 
-from lmc.align.many import match_many
 from lmc.core.context import own_context
 from lmc.errors import InputError
-from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
 
-Moves: TypeAlias = Sequence[Permutation | ModelOrWeights]
-Align: TypeAlias = PermutationSpec | UnboundSpec | Callable[[list[Weights]], Moves]
+if TYPE_CHECKING:
+    from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
+
+# With names in quotes: a specification, and all that finds one, is imported when there is something to align.
+Moves: TypeAlias = Sequence[Union["Permutation", ModelOrWeights]]
+Align: TypeAlias = Union["PermutationSpec", "UnboundSpec", Callable[[list[Weights]], Moves]]
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -40,6 +42,9 @@ def aligned(
         InputError: `align` that is neither a spec nor a function, or that does not give one move for each model.
         MismatchError: models of different architectures.
     """
+    from lmc.align.many import match_many
+    from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
+
     names = [f"models[{i}]" for i in range(len(models))]
     given = agreeing(models, names) if base is None else agreeing([*models, base], [*names, "base"])
     if not given:

@@ -170,7 +170,12 @@ class Method:
     def _scaled(self, sets: WeightSets, options: dict[str, Any], read: Read, cut: Cut) -> Delta:
         scales = PerName({"scale": options.pop("scale", 1.0)}, {"scale": 1.0}, sets.names)
         call = self._prepare(sets, options, read, cut)
-        return lambda name, chunk=None: self._rule(call, name, chunk) * scales(name)["scale"]
+
+        def scaled(name: str, chunk: Chunk = None) -> Tensor:
+            found, scale = self._rule(call, name, chunk), scales(name)["scale"]
+            return found if scale == 1.0 else found * scale
+
+        return scaled
 
     def _prepare(self, sets: WeightSets, options: dict[str, Any], read: Read, cut: Cut) -> MethodCall:
         if self.needs_base and sets.base is None:

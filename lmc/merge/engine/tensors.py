@@ -112,11 +112,12 @@ class WeightSets:
         return self._finite(self._stack(name, chunk), name, chunk)
 
     def _stack(self, name: str, chunk: Chunk) -> Tensor:
-        first = self._read(self.states[0], name, chunk)
-        together = first.new_empty((len(self.states), *first.shape))
+        first = self._raw(self.states[0], name, chunk)
+        kind = self.widths.get(name, first.dtype)
+        together = torch.empty((len(self.states), *first.shape), dtype=kind, device=first.device)
         together[0] = first
         for i in range(1, len(self.states)):
-            together[i] = self._read(self.states[i], name, chunk)
+            together[i] = self._raw(self.states[i], name, chunk)
         return together
 
     def tensor(self, name: str, model: int, chunk: Chunk = None) -> Tensor:
@@ -160,15 +161,17 @@ class WeightSets:
         used = [(state, coefficient) for state, coefficient in terms if coefficient != 0.0]
         if not used:
             raise InputError(f"{name}: all coefficients are zero")
-        origin = total = torch.empty(0)
-        for i, (state, coefficient) in enumerate(used):
+        for state, coefficient in used:
             if state is None:
                 raise InputError(f"coefficients that do not sum to 1 leave {coefficient:g} to the base: pass base=")
-            tensor = self._read(state, name, chunk)
-            if i == 0:
-                origin, total = tensor, tensor.clone()
-            else:
-                total.add_(tensor - origin, alpha=coefficient)
+        first = used[0][0] or {}
+        if len(used) == 1:
+            alone = self._raw(first, name, chunk)  # as it is stored
+            return self._finite(alone if isinstance(first, Checkpoint) else alone.clone(), name, chunk)
+        origin = self._read(first, name, chunk)
+        total = torch.lerp(origin, self._read(used[1][0] or {}, name, chunk), used[1][1])
+        for state, coefficient in used[2:]:
+            total.add_(self._read(state or {}, name, chunk) - origin, alpha=coefficient)
         return self._finite(total, name, chunk)
 
     def _base(self, name: str, chunk: Chunk) -> Tensor:
@@ -177,23 +180,28 @@ class WeightSets:
         return self._read(self.base, name, chunk)
 
     def _read(self, state: Mapping[str, Tensor], name: str, chunk: Chunk) -> Tensor:
+        found = self._raw(state, name, chunk)
+        return found.to(self.widths.get(name, found.dtype))
+
+    def _raw(self, state: Mapping[str, Tensor], name: str, chunk: Chunk) -> Tensor:
+        """The tensor in the dtype in which it is stored; nothing may change it."""
         found = self._ahead.take(state, name, chunk)
         return self._load(state, name, chunk) if found is None else found
 
     def _load(self, state: Mapping[str, Tensor], name: str, chunk: Chunk) -> Tensor:
         if name in self.pairs:
             whole = torch.view_as_real(state[name].detach().resolve_conj())
-            tensor = whole if chunk is None else flat(whole, chunk)
-        elif isinstance(state, Checkpoint):
+            return whole if chunk is None else flat(whole, chunk)
+        if isinstance(state, Checkpoint):
             entry = state.entry(name)
-            tensor = entry.unrounded(chunk) if isinstance(entry, Changed) else entry.read(chunk)
-        else:
-            tensor = state[name].detach() if chunk is None else flat(state[name].detach(), chunk)
-        return tensor.to(self.widths.get(name, tensor.dtype))
+            return entry.unrounded(chunk) if isinstance(entry, Changed) else entry.read(chunk)
+        return state[name].detach() if chunk is None else flat(state[name].detach(), chunk)
 
     def _finite(self, tensor: Tensor, name: str, chunk: Chunk) -> Tensor:
         """`tensor`, which was made of the models' tensors; one question to the device checks that all were finite."""
-        if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+        total = values.sum(dtype=wide(values.dtype))
+        if not bool(torch.isfinite(total)) and not bool(torch.isfinite(values).all()):
             sources = [(f"models[{i}]", state) for i, state in enumerate(self.states)]
             for who, state in [*sources, *([] if self.base is None else [("base", self.base)])]:
                 self._check(who, state, name, chunk)
@@ -383,12 +391,12 @@ def infinite(state: Mapping[str, Tensor], name: str) -> bool:
     """
     if not isinstance(state, Checkpoint):
         return _holds_infinity([state[name].detach()])
-    shell, edge = outline(state)[name], 256
-    if name.rpartition(".")[2] in ("weight", "bias") and shell.numel() > 2 * edge:
-        ends = (slice(0, edge), slice(shell.numel() - edge, shell.numel()))
+    size, edge = state.entry(name).size, 256
+    if name.rpartition(".")[2] in ("weight", "bias") and size > 2 * edge:
+        ends = (slice(0, edge), slice(size - edge, size))
         if not any(_holds_infinity([state.read(name, end)]) for end in ends):
             return False
-    return _holds_infinity(state.read(name, chunk) for chunk in chunks(shell))
+    return _holds_infinity(state.read(name, chunk) for chunk in chunks(outline(state)[name]))
 
 
 def _holds_infinity(pieces: Iterable[Tensor]) -> bool:

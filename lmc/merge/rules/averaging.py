@@ -16,7 +16,7 @@ from lmc.merge.engine.call import coefficients
 from lmc.merge.engine.chunks import Cut
 from lmc.merge.engine.method import linear, on_tensors
 from lmc.merge.engine.tensors import weight_sets
-from lmc.merge.rules.task_vectors import weigh
+from lmc.merge.rules.task_vectors import weighed_sum
 from lmc.network.derived import gauged, settled
 from lmc.network.moments import Moments, precise
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, check_compatible
@@ -47,7 +47,7 @@ def weighted_sum(tensors: Tensor, *, weights: Sequence[float] | None = None) -> 
     What other tools call "linear" without normalisation and, of one model, "passthrough" with a factor: with weight 0 on
     the last projection of a residual branch the branch is skipped.
     """
-    return weigh(tensors, weights).sum(0)
+    return weighed_sum(tensors, weights)
 
 
 @linear
@@ -160,7 +160,7 @@ def slerp(
         return tensors[int(t)]
     u, v = tensors if base is None else tensors - base
     first, second = _on_the_arc(moments().gram, t, lerp_above)
-    move = first * u + second * v
+    move = torch.add(u * first, v, alpha=second)
     return move if base is None else base + move
 
 

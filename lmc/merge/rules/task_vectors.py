@@ -191,13 +191,32 @@ def combine(deltas: Tensor, how: Combine, weights: Sequence[float] | None = None
         raise InputError(f"combine_by must be 'sum', 'mean', 'ties' or 'ties-sum', got {how!r}")
     if how in ("ties", "ties-sum"):
         return elect(deltas, weights, normalize="weights" if how == "ties" else "none")
-    total = weigh(deltas, weights).sum(0)
+    total = weighed_sum(deltas, weights)
     if how == "sum":
         return total
     whole = sum(coefficients(weights, len(deltas)))
     if abs(whole) < 1e-12:
         raise InputError(f"weights: {weights} sum to 0, so that their mean is not defined")
     return total / whole
+
+
+def summed(tensors: Tensor) -> Tensor:
+    """The sum over the models, one after the other, which for few is faster than `sum(0)`."""
+    total = tensors[0] + tensors[1] if len(tensors) > 1 else tensors[0]
+    for tensor in tensors[2:]:
+        total = total.add_(tensor)
+    return total
+
+
+def weighed_sum(tensors: Tensor, weights: Sequence[float] | None) -> Tensor:
+    """The sum over the models of each times its weight, with fewer roundings and in less time than `weigh` and a sum."""
+    values = coefficients(weights, len(tensors))
+    if all(value == 1.0 for value in values):
+        return summed(tensors)
+    total = tensors[0] * values[0]
+    for tensor, value in zip(tensors[1:], values[1:], strict=True):
+        total = total.add_(tensor, alpha=value)
+    return total
 
 
 def weigh(deltas: Tensor, weights: Sequence[float] | None) -> Tensor:
@@ -227,17 +246,17 @@ def elect(
     if normalize not in ("weights", "count", "none"):
         raise InputError(f"normalize must be 'weights', 'count' or 'none', got {normalize!r}")
     weighted = weigh(deltas, weights)
-    sign = weighted.sum(0).sign_()
+    sign = summed(weighted).sign_() if len(deltas) > 1 else weighted[0].sign()
     if undecided:
         sign.add_(1.0 - sign.abs(), alpha=undecided)
     agreeing = (weighted * sign).relu_()  # magnitudes
-    total = agreeing.sum(0).mul_(sign)
+    total = summed(agreeing) * sign
     if normalize == "none":
         return total
     votes = agreeing.sign_()
     if normalize == "weights" and weights is not None:
         votes = votes * per_model(coefficients(weights, len(deltas)), deltas).abs()
-    divisor = votes.sum(0)
+    divisor = summed(votes)
     return total / divisor.where(divisor > 0, 1.0)
 
 
