@@ -16,11 +16,13 @@ learned coefficients come from validation images; no test image is used for anyt
 
 import argparse
 import copy
+import json
 import platform
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -206,30 +208,36 @@ METHODS: dict[str, Callable[[Bench], dict[str, Tensor]]] = {
 }
 
 
-def table(setting: str, seeds: int) -> str:
-    scores: dict[str, list[float]] = {name: [] for name in METHODS}
-    own, seconds = [], dict.fromkeys(METHODS, 0.0)
-    for seed in range(seeds):
-        bench = make(setting, seed)
-        pairs = zip(bench.models, bench.test, strict=True)
-        own.append(statistics.mean(bench.accuracy(m.state_dict(), [part]) for m, part in pairs))
-        for name, build in METHODS.items():
-            start = time.perf_counter()
-            weights = build(bench)
-            seconds[name] += time.perf_counter() - start
-            scores[name].append(bench.accuracy(weights, bench.test))
+def measure(setting: str, seed: int) -> dict[str, Any]:
+    """Accuracy and seconds of every method on one seed, and the mean accuracy of the models on their own tasks."""
+    bench = make(setting, seed)
+    pairs = zip(bench.models, bench.test, strict=True)
+    found: dict[str, Any] = {"setting": setting, "seed": seed, "scores": {}, "seconds": {}}
+    found["own"] = statistics.mean(bench.accuracy(m.state_dict(), [part]) for m, part in pairs)
+    for name, build in METHODS.items():
+        start = time.process_time()
+        weights = build(bench)
+        found["seconds"][name] = time.process_time() - start
+        found["scores"][name] = bench.accuracy(weights, bench.test)
+    return found
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """The methods of one setting over its seeds, best first."""
+    scores = {name: [one["scores"][name] for one in found] for name in METHODS}
     ranks: dict[str, list[int]] = {name: [] for name in METHODS}
-    for seed in range(seeds):
-        order = sorted(METHODS, key=lambda name: -scores[name][seed])
-        for place, name in enumerate(order, start=1):
+    for one in found:
+        for place, name in enumerate(sorted(METHODS, key=lambda name: -one["scores"][name]), start=1):
             ranks[name].append(place)
-    spread = (lambda values: statistics.stdev(values)) if seeds > 1 else (lambda values: 0.0)
-    rows = ["| method | accuracy, % | sd | rank, best to worst seed | seconds |", "|---|---|---|---|---|"]
+    rows = ["| method | accuracy, % | sd | rank, best to worst seed | process seconds |", "|---|---|---|---|---|"]
     for name in sorted(METHODS, key=lambda name: -statistics.mean(scores[name])):
-        mean, deviation = 100 * statistics.mean(scores[name]), 100 * spread(scores[name])
+        mean = 100 * statistics.mean(scores[name])
+        deviation = 100 * statistics.stdev(scores[name]) if len(found) > 1 else 0.0
+        seconds = statistics.mean(one["seconds"][name] for one in found)
         place = f"{min(ranks[name])} to {max(ranks[name])}"
-        rows.append(f"| {name} | {mean:.1f} | {deviation:.1f} | {place} | {seconds[name] / seeds:.2f} |")
-    title = f"### {setting}: each model on its own task {100 * statistics.mean(own):.1f} %, {seeds} seeds\n"
+        rows.append(f"| {name} | {mean:.1f} | {deviation:.1f} | {place} | {seconds:.2f} |")
+    own = 100 * statistics.mean(one["own"] for one in found)
+    title = f"### {found[0]['setting']}: each model on its own task {own:.1f} %, {len(found)} seeds\n"
     return "\n".join([title, *rows, ""])
 
 
@@ -237,11 +245,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--setting", choices=SETTINGS, action="append")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--keep", type=Path, help="a file of results, a line for each setting and seed; what it has is not run"
+    )
+    parser.add_argument("--once", action="store_true", help="run the next setting and seed alone")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"Python {platform.python_version()}, torch {torch.__version__}, 1 thread\n")
-    for setting in arguments.setting or SETTINGS:
-        print(table(setting, arguments.seeds))
+    kept = arguments.keep.read_text().splitlines() if arguments.keep and arguments.keep.exists() else []
+    found = {(one["setting"], one["seed"]): one for one in map(json.loads, kept)}
+    settings = arguments.setting or SETTINGS
+    wanted = [(setting, seed) for setting in settings for seed in range(arguments.seeds)]
+    for each in [each for each in wanted if each not in found][: 1 if arguments.once else None]:
+        found[each] = measure(*each)
+        if arguments.keep:
+            with open(arguments.keep, "a") as file:
+                file.write(json.dumps(found[each]) + "\n")
+    if all(each in found for each in wanted):
+        print(f"Python {platform.python_version()}, torch {torch.__version__}, 1 thread\n")
+        for setting in settings:
+            print(table([found[setting, seed] for seed in range(arguments.seeds)]))
 
 
 if __name__ == "__main__":

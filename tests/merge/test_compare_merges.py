@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from test_merges_of_digits import Bench
 
 import lmc
@@ -40,6 +41,25 @@ def test_all_methods_on_four_tasks(bench: Bench) -> None:
     frame = found.to_frame()
     assert list(frame.columns) == ["options", "validation", "test", *TASKS, "tried", "seconds"]
     assert len(found.plot().data) == 3
+
+
+def test_adapters_are_compared(bench: Bench, tmp_path) -> None:
+    """Folders of adapters, opened, beside a full model: as the models that they make of the base."""
+    base = bench.base.state_dict()
+    name = next(n for n, tensor in base.items() if n.endswith(".weight") and tensor.ndim == 2)
+    parts = {f"base_model.model.{name.removesuffix('weight')}lora_{k}.weight": torch.ones(s) / 100
+             for k, s in (("A", (2, base[name].shape[1])), ("B", (len(base[name]), 2)))}  # fmt: skip
+    save_file(parts, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2, "lora_alpha": 2}')
+    adapter = lmc.open_checkpoint(tmp_path)
+    data = named(bench.validation)
+    methods = ["average", "task_arithmetic"]
+    models = [adapter, bench.models[1]]
+    found = lmc.merge.compare(bench.base, models, data, base=bench.base, methods=methods, progress=False)
+    whole = [adapter.on(base).load(), bench.models[1]]
+    assert found.weights.keys() == base.keys() and not any(entry.note for entry in found.entries)
+    again = lmc.merge.compare(bench.base, whole, data, base=bench.base, methods=methods, progress=False)
+    assert [e.validation for e in found.entries] == [e.validation for e in again.entries]
 
 
 def test_options_are_chosen_by_validation_alone(bench: Bench) -> None:

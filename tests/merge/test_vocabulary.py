@@ -159,9 +159,75 @@ def test_a_recipe_of_mergekit_and_the_command_line(folders: dict[str, Path], tmp
     assert same(by_recipe.load(), lmc.open_checkpoint(tmp_path / "cli").load())
 
 
+def test_rows_of_single_tokens(folders: dict[str, Path], tmp_path: Path):
+    """Rows of tokens that a model lacks, or of all, from a model, another token or zeros."""
+    rows = {
+        "<y>": {"model": 0, "token": "<x>"}, "<z>": {"zero": True}, "<new>": {"model": "base", "token": 3},
+        "a": {"model": 1, "force": True},
+    }  # fmt: skip
+    vocabulary = {"source": "union", "tokens": rows}
+    merged = put(folders, tmp_path / "out", scale=0.5, vocabulary=vocabulary)
+    assert tokens(tmp_path / "out") | {"<new>": 8} == tokens(tmp_path / "out") and len(tokens(tmp_path / "out")) == 9
+    for name in ("embed.weight", "lm_head.weight", "lm_head.bias"):
+        found, base, a, b = merged[name], BASE[name], A[name], B[name]
+        close = torch.testing.assert_close
+        assert torch.equal(found[0], b[0])  # forced: all models have that row, the base too
+        close(found[1], base[1] + 0.5 * (a[1] - base[1]) + 0.5 * (b[1] - base[1]))
+        close(found[6], a[5] + 0.5 * (a[6] - a[5]))  # the base and b take a's row of <x>, a has its own
+        close(found[7], 0.5 * b[5])
+        assert torch.equal(found[8], base[3])
+    again = merge.replay(tmp_path / "out", tmp_path / "again", progress=False)
+    assert same(again.load(), merged.load())
+
+
+def test_padding_is_the_mean(folders: dict[str, Path], tmp_path: Path):
+    merged = merge.write(merge.average, [folders["a"], folders["b"]], tmp_path / "out", progress=False,
+                         vocabulary={"source": "union", "pad": 5})  # fmt: skip
+    assert merged["embed.weight"].shape == (10, 4) and merged["lm_head.bias"].shape == (10,)
+    torch.testing.assert_close(merged["embed.weight"][8:], merged["embed.weight"][:8].mean(0).expand(2, 4))
+    assert json.loads((tmp_path / "out/config.json").read_text())["vocab_size"] == 10
+    part = merge.plan(merge.average, [folders["a"]], tmp_path / "x", vocabulary={"source": "union", "pad": 5})
+    assert part.size > 0
+
+
+def test_the_tokenizer_of_any_folder(folders: dict[str, Path], tmp_path: Path):
+    (folders["b"] / "tokenizer_config.json").write_text("{}")
+    merged = put(folders, tmp_path / "out", vocabulary={"source": str(folders["b"])})
+    assert tokens(tmp_path / "out") == tokens(folders["b"]) and (tmp_path / "out/tokenizer_config.json").is_file()
+    assert merged["embed.weight"].shape == (6, 4) and torch.equal(merged["embed.weight"][5], B["embed.weight"][5])
+    content = {"models": [{"model": str(folders[n]), "parameters": {"weight": 1.0}} for n in "ab"], "merge_method": "ties",
+               "base_model": str(folders["base"]), "tokenizer": {"source": str(folders["b"]), "pad_to_multiple_of": 4}}  # fmt: skip
+    assert merge.replay(content, tmp_path / "x", progress=False)["embed.weight"].shape == (8, 4)
+
+
+def test_an_adapter_has_the_tokens_of_its_base(folders: dict[str, Path], tmp_path: Path):
+    (tmp_path / "lora").mkdir()
+    factors = {
+        "base_model.model.l.lora_A.weight": torch.ones(1, 4),
+        "base_model.model.l.lora_B.weight": torch.ones(4, 1),
+    }
+    save_file(factors, tmp_path / "lora/adapter_model.safetensors")
+    (tmp_path / "lora/adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 1, "lora_alpha": 1}))
+    models = [tmp_path / "lora", folders["a"]]
+    merged = merge.write(merge.task_arithmetic, models, tmp_path / "out", base=folders["base"], vocabulary="union",
+                         progress=False)  # fmt: skip
+    torch.testing.assert_close(merged["l.weight"], A["l.weight"] + 1)
+    assert torch.equal(merged["embed.weight"][5:], A["embed.weight"][5:])
+
+
 def test_bad_input(folders: dict[str, Path], tmp_path: Path):
     with pytest.raises(InputError, match="'union' or 'base'"):
         put(folders, tmp_path / "out", vocabulary="all")
+    for wrong, message in (
+        ({"sources": "union"}, "source, tokens and pad"),
+        ({"pad": 0}, "pad=0"),
+        ({"source": "nowhere"}, "folder with a tokenizer"),
+        ({"tokens": {"a": {"modle": 0}}}, "mapping of model, token, zero and force"),
+        ({"tokens": {"a": {"model": 7}}}, "place of a model, 0 to 1, or 'base'"),
+        ({"tokens": {"a": {"model": 1, "token": "<x>"}}}, "has no token '<x>'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            put(folders, tmp_path / "out", vocabulary=wrong)
     with pytest.raises(InputError, match="in memory"):
         merge.write(merge.average, [A, folders["b"]], tmp_path / "out", vocabulary="union", progress=False)
     (folders["b"] / "tokenizer.json").unlink()
