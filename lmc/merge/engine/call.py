@@ -243,6 +243,16 @@ class Parts:
         for chunk in chunks(self.call.sets.shells[self.name], self.call.cut):
             yield chunk, self.call.read(self.name, chunk)[0]
 
+    @property
+    def size(self) -> int:
+        """The number of values of each model."""
+        return self.call.sets.shells[self.name].numel()
+
+    def sample(self) -> Iterator[Tensor]:
+        """The values of short slices, spread evenly; nothing else is read."""
+        for _, chunk in blocks({self.name: self.size}, 512, max(64, sample_size(self.size) // 512)):
+            yield self.call.read(self.name, chunk)[0]
+
     def once(self, find: Callable[["Parts"], Any]) -> Any:
         """What `find` says of this tensor, found at its first chunk."""
         return self.call.latest(self.name, "parts", lambda: find(self))

@@ -27,7 +27,8 @@ def tsv_m(deltas: Tensor) -> Tensor:
     Of each of T task vectors the `min(out, in) // T` leading triples are kept; left and right vectors of all tasks are
     replaced by the nearest orthonormal ones (polar factors), the singular values kept. Where vectors of tasks coincide,
     the factor is a partial isometry, so that identical tasks give their truncated task vector. Tensors of fewer rows or
-    columns than tasks are averaged.
+    columns than tasks are averaged. FusionBench's function agrees to rounding where the vectors of tasks are independent; its
+    polar factors fill directions that are missing with arbitrary ones.
     """
 
     def merged(tasks: Tensor) -> Tensor:
@@ -47,7 +48,9 @@ def iso_c(deltas: Tensor) -> Tensor:
     """Iso-C (Marczak et al. 2025, 2502.04959): the sum of task vectors with all its singular values replaced by their mean.
 
     Directions that the sum does not have (singular values at the level of rounding) stay out, and out of the mean. The
-    authors tune the scale, from 1.0 to 1.5 for eight tasks.
+    authors tune the scale, from 1.0 to 1.5 for eight tasks. FusionBench's function agrees to rounding on sums of full rank;
+    of adapters it gives the arbitrary directions beside their sum as much weight as those in it, and counts their zeros in the
+    mean.
     """
 
     def merged(tasks: Tensor) -> Tensor:
@@ -64,7 +67,8 @@ def iso_cts(deltas: Tensor, *, common: float = 0.8) -> Tensor:
 
     Of the r = min(out, in) directions the share `common`, rounded so that the rest divides among the T tasks, are the
     leading ones of the sum; each task adds the leading ones of what is outside their left space. All are made
-    orthonormal (polar factors) and have the mean of their singular values.
+    orthonormal (polar factors) and have the mean of their singular values. FusionBench's function agrees to rounding where
+    the directions of all tasks are independent, and fills missing ones with arbitrary ones.
 
     Raises:
         InputError: `common` outside [0, 1].
@@ -154,7 +158,8 @@ def knots(
     With `[tau_1 ... tau_T] = U S [V_1^T ... V_T^T]` the parts `S V_t^T` of all tasks are aligned; their entries are trimmed
     and merged as by `ties` (or added, `combine_by="sum"`, which is task arithmetic), and `tau = U merged`. The share
     `density` is kept over the parts of the whole model, as in the paper, or of each matrix (`scope="tensor"`). Directions
-    below 1e-5 of the largest singular value are dropped. The paper's scale is 0.6. Where singular values are equal, the
+    below 1e-5 of the largest singular value are dropped (FusionBench drops those below 1e-4, whatever the largest is, and with
+    them task vectors that are small). The paper's scale is 0.6. Where singular values are equal, the
     coordinates, and so the result, are not unique.
     """
 

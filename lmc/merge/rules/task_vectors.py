@@ -10,6 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,27 +70,39 @@ def dare(
     Each entry of each task vector is kept with probability `density = 1 - p`, one for all or one per model. It works while task vectors are small
     (about 0.005). Each model's mask depends on `seed`, the tensor's name and its place in the list. To leave tensors
     whole, as the authors do with classifier heads: `density={"*": 0.1, "head": 1.0}`. `combine_by="ties"` is DARE-TIES
-    ("ties-sum" without its normalisation, mergekit's default). Where another tool rescales to the old L1 norm of each tensor, that is `rescale="l1"`, which holds whole tensors in
-    memory.
+    ("ties-sum" without its normalisation, mergekit's default). Where another tool rescales to the old L1 norm of each tensor,
+    that is `rescale="l1"`, which goes through each tensor twice.
     """
     shares = densities(density, len(deltas))
-    kept = deltas * (uniform(deltas) < per_model(shares, deltas))
     if rescale in ("l1", "l2"):
         order = 1 if rescale == "l1" else 2
-        factors = per_model(parts.once(lambda whole: _restoring(whole, uniform, shares, order)), kept)
-        return combine(kept * factors, combine_by, weights)
+        factors, masks = parts.once(lambda whole: _restoring(whole, uniform, shares, order))
+        kept = deltas * _unpacked(masks[uniform.chunk and uniform.chunk.start], deltas)
+        return combine(kept * per_model(factors, kept), combine_by, weights)
+    kept = deltas * (uniform(deltas) < per_model(shares, deltas))
     return combine(_rescale(kept, deltas, per_model(shares, deltas), rescale), combine_by, weights)
 
 
-def _restoring(parts: Parts, uniform: Uniform, shares: Sequence[float], order: int) -> Tensor:
-    """`(models,)`: the norm of each whole tensor over that of what is kept of it."""
+def _restoring(
+    parts: Parts, uniform: Uniform, shares: Sequence[float], order: int
+) -> tuple[Tensor, dict[int | None, np.ndarray]]:
+    """`(models,)`: the norm of each whole tensor over that of what is kept of it; and what is kept, a bit for each entry, by
+    the starts of chunks."""
     before, after = torch.zeros(2, len(shares), dtype=torch.float64)
+    masks: dict[int | None, np.ndarray] = {}
     for chunk, deltas in parts:
         keep = uniform.at(chunk)(deltas) < per_model(shares, deltas)
-        sizes = deltas.double().abs().pow(order).reshape(len(deltas), -1)
-        before += sizes.sum(1).cpu()
-        after += (sizes * keep.reshape(len(deltas), -1)).sum(1).cpu()
-    return (before / after).pow(1 / order).where(after.pow(1 / order) > 1e-7, 1.0)
+        masks[chunk and chunk.start] = np.packbits(keep.cpu().numpy())
+        sizes = deltas.reshape(len(deltas), -1)
+        for norms, values in ((before, sizes), (after, sizes * keep.reshape(sizes.shape))):
+            norms += torch.linalg.vector_norm(values, order, dim=1, dtype=torch.float64).pow(order).cpu()
+    return (before / after).pow(1 / order).where(after.pow(1 / order) > 1e-7, 1.0), masks
+
+
+def _unpacked(bits: np.ndarray, like: Tensor) -> Tensor:
+    """A mask of bits in the shape of a tensor."""
+    found = torch.from_numpy(np.unpackbits(bits, count=like.numel()))
+    return found.view(like.shape).to(like.device)
 
 
 @on_task_vectors(cut=_rows_or_whole)
