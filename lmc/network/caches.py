@@ -8,7 +8,8 @@ it belongs to the weights that were loaded at that time, and has to go when othe
 import copy
 import functools
 import types
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -16,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lmc.network.stores import LIBRARIES, Shared, stores, written_by
+from lmc.errors import InputError
+from lmc.network.stores import LIBRARIES, Shared, content, stores, written_by
 
 # (name of the module, attribute or "_buffers", keys further inside) of a dict or list that holds values.
 Address: TypeAlias = tuple[Any, ...]
 # Whether what stands at an address is to be deleted, or replaced by None.
 Removal: TypeAlias = dict[Address, bool]
-Container: TypeAlias = dict[Any, Any] | list[Any]
+Container: TypeAlias = dict[Any, Any] | list[Any] | deque[Any] | set[Any]
 
 _EVERY_MODULE = frozenset(vars(nn.Module()))
 _NO_OBJECTS = (
@@ -35,6 +37,9 @@ _NO_OBJECTS = (
     types.MethodType,
     types.ModuleType,
 )
+
+
+_ALL = "all"  # what is in a set, which has no places
 
 
 class Slots(dict[str, Any]):
@@ -114,8 +119,13 @@ class Hidden:
         """Everything as it was."""
         self.look()
         for container, old in self._changed:
-            if isinstance(container, list):
-                container[:] = old
+            if isinstance(container, list | deque):
+                container.clear()
+                container.extend(old)
+                continue
+            if isinstance(container, set):
+                container.clear()
+                container |= old  # type: ignore[operator]
                 continue
             kept = {key: container[key] for key in container if key in _EVERY_MODULE}
             container.clear()
@@ -130,7 +140,7 @@ def hidden_tensors(module: nn.Module) -> Iterator[Tensor]:
     """Every tensor that a module keeps beside its parameters and the buffers of its state dict."""
     state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
     for _, container in _containers(module, also_torch=True):
-        for value in container.values() if isinstance(container, dict) else container:
+        for _, value in _items(container):
             yield from (x for x in _tensors_of(value) if id(x) not in state)
 
 
@@ -276,11 +286,15 @@ def _numbers(value: Any) -> list[Any]:
 def empty(module: nn.Module, removal: Removal) -> None:
     """Take away what these places hold: delete it, or put None where attributes and buffers are to stay."""
     for address, container in list(_containers(module)):
-        for key in list(container) if isinstance(container, dict) else range(len(container)):
+        if isinstance(container, set):
+            if (*address, _ALL) in removal:
+                container.clear()
+            continue
+        for key in [key for key, _ in _items(container)][::-1]:
             deleted = removal.get((*address, key))
             if deleted is None:
                 continue
-            if isinstance(container, dict) and (deleted or not _is_namespace(address)):
+            if deleted or (isinstance(container, dict) and not _is_namespace(address)):
                 del container[key]
             else:
                 container[key] = None
@@ -298,7 +312,7 @@ def _float_places(module: nn.Module) -> Iterator[tuple[Address, Any]]:
     classes = {name: type(m) for name, m in module.named_modules()}
     for address, container in _containers(module):
         owner = classes[address[0]]
-        for key, value in container.items() if isinstance(container, dict) else enumerate(container):
+        for key, value in _items(container):
             tensors = _tensors_of(value)
             plain = not any(x.is_floating_point() or x.is_complex() for x in tensors)
             held = not any(id(x) in state for x in tensors)
@@ -320,6 +334,8 @@ def _set_places(module: nn.Module) -> Iterator[tuple[Address, type]]:
             for key, value in container.items():
                 if value is not None and key not in _EVERY_MODULE and key in stores(classes[address[0]]).attributes:
                     yield (*address, key), classes[address[0]]
+        elif isinstance(container, set) and container and address[1] in stores(classes[address[0]]).items:
+            yield (*address, _ALL), classes[address[0]]
 
 
 def _kept_tensors(module: nn.Module) -> list[Tensor]:
@@ -327,13 +343,13 @@ def _kept_tensors(module: nn.Module) -> list[Tensor]:
     state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
     found: dict[int, Tensor] = {}
     for _, container in _containers(module):
-        for value in container.values() if isinstance(container, dict) else container:
+        for _, value in _items(container):
             found |= {id(x): x for x in _tensors_of(value) if id(x) not in state}
     return list(found.values())
 
 
 def _containers(model: nn.Module, also_torch: bool = False) -> Iterator[tuple[Address, Container]]:
-    """Every dict and list in which modules keep values of their own, with where it is."""
+    """Every dict, list, deque and set in which modules keep values of their own, with where it is."""
     seen: dict[int, Any] = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) or (is_torch(module) and not also_torch):
@@ -347,10 +363,10 @@ def _inside(address: Address, container: Container, seen: dict[int, Any]) -> Ite
         return
     seen[id(container)] = container  # kept, so that nothing else gets its identity
     yield address, container
-    for key, value in list(container.items()) if isinstance(container, dict) else list(enumerate(container)):
+    for key, value in list(_items(container)):
         if len(address) == 1 and key in _EVERY_MODULE:
             continue
-        if isinstance(value, dict | list):
+        if isinstance(value, dict | list | deque | set):
             yield from _inside((*address, key), value, seen)
         elif hasattr(value, "__dict__") and not isinstance(value, _NO_OBJECTS):
             if type(value).__module__.split(".")[0] not in LIBRARIES:
@@ -358,6 +374,13 @@ def _inside(address: Address, container: Container, seen: dict[int, Any]) -> Ite
         elif _slots(value) and id(value) not in seen:
             seen[id(value)] = value
             yield from _inside((*address, key, "__dict__"), Slots(value), seen)
+
+
+def _items(container: Container) -> Iterable[tuple[Any, Any]]:
+    """Keys or positions, and values; those of a set have none, and only the set as a whole has a place."""
+    if isinstance(container, set):
+        return ()
+    return container.items() if isinstance(container, dict) else enumerate(container)
 
 
 def is_torch(module: nn.Module) -> bool:
@@ -389,8 +412,10 @@ def _tensors_of(value: Any) -> list[Tensor]:
 def _same(container: Container, old: Container) -> bool:
     if len(container) != len(old):
         return False
-    if isinstance(container, list):
+    if isinstance(container, list | deque):
         return all(x is y for x, y in zip(container, old, strict=True))
+    if isinstance(container, set):
+        return container == old
     missing = object()
     return all(old.get(key, missing) is value or key in _EVERY_MODULE for key, value in container.items())  # type: ignore
 
@@ -414,15 +439,70 @@ def fresh_copy(model: nn.Module, *, share: bool = False) -> nn.Module:
     if share and not writes_parameters(model):
         memo |= {id(p): _alias(p) for p in model.parameters() if type(p) is nn.Parameter}
     with torch.no_grad():  # a scripted module would otherwise be a computed copy, open to no change
-        copied = copy.deepcopy(model, memo)
+        copied = _deep_copy(model, memo)
     for module in copied.modules():
         _renew_caches(module, memo)
+    _rebind(copied, memo)
     copied.train()
     copied.train(model.training)
     for module, original in zip(copied.modules(), model.modules(), strict=True):
         if module.training != original.training:
             module.training = original.training
     return copied
+
+
+def _deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """A deep copy; values that cannot be copied, such as locks and open files, are shared."""
+    known = dict(memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except TypeError as error:
+        kept = [value for _, container in _containers(model) for _, value in _items(container)]
+        shared = [value for value in kept if not (isinstance(value, Tensor | nn.Module) or _copyable(value, known))]
+        if not shared:
+            raise InputError(f"model: {type(model).__name__} cannot be copied: {error}") from error
+        memo.clear()
+        memo.update(known | {id(value): value for value in shared})
+        return copy.deepcopy(model, memo)
+
+
+def _copyable(value: Any, memo: Mapping[int, Any]) -> bool:
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:  # noqa: BLE001 (objects raise what they like)
+        return False
+    return True
+
+
+def _rebind(model: nn.Module, memo: Mapping[int, Any]) -> None:
+    """Have the functions that a copy keeps in attributes and as hooks, which deepcopy shares, close over the copies of what
+    they close over: of modules and tensors."""
+    own = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    places: list[Any] = [hooks for m in own for hooks in (m._forward_hooks, m._forward_pre_hooks)]
+    places += [vars(module) for module in own if is_torch(module)]
+    places += [container for _, container in _containers(model) if isinstance(container, dict | list)]
+    for place in places:
+        for key, value in list(_items(place)):
+            if isinstance(value, types.FunctionType) and (bound := _rebound(value, memo)) is not None:
+                place[key] = bound
+
+
+def _rebound(function: types.FunctionType, memo: Mapping[int, Any]) -> types.FunctionType | None:
+    """A function over copies of what it closes over; None where nothing of that was copied."""
+    cells, changed = [], False
+    for cell in function.__closure__ or ():
+        value = content(cell)
+        other = memo.get(id(value)) if isinstance(value, Tensor | nn.Module) else None
+        changed |= other is not None
+        cells.append(cell if other is None else types.CellType(other))
+    if not changed:
+        return None
+    bound = types.FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
+    )
+    bound.__kwdefaults__ = function.__kwdefaults__
+    bound.__dict__.update(vars(function))
+    return bound
 
 
 def writes_parameters(model: nn.Module) -> bool:
@@ -454,7 +534,10 @@ def loads_by_itself(model: nn.Module) -> bool:
 
 
 def _alias(parameter: nn.Parameter) -> nn.Parameter:
-    alias = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
+    # With a count of changes of its own, which modules may compare with the one that they saw last: another, then.
+    alias = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+    if not parameter.is_inference() and parameter._version == 0:
+        torch.autograd.graph.increment_version(alias)
     vars(alias).update(vars(parameter))
     return alias
 

@@ -142,7 +142,7 @@ class Normed:
         if length.ndim == 0:
             return direction.norm()
         axes = [axis for axis in range(direction.ndim) if length.shape[axis] == 1]
-        return direction.norm(dim=axes, keepdim=True) if axes else direction.abs()
+        return torch.linalg.vector_norm(direction, dim=axes, keepdim=True) if axes else direction.abs()
 
 
 @dataclass(frozen=True)

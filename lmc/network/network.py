@@ -51,14 +51,22 @@ class _Verdict:
         caches: it keeps values beside its state dict that change.
         renews: its parameters must be other objects for each weight set, since something is kept under their identity.
         functional: it may be called with other weights than those that it holds.
+        writes: it changes its parameters in a forward pass, so that it must be given copies.
+        writes_inputs: it changes its inputs, so that it must be given copies.
     """
 
     caches: bool = True
     renews: bool = False
     functional: bool = True
+    writes: bool = True
+    writes_inputs: bool = True
+
+    @property
+    def plain(self) -> bool:
+        """Whether it derives nothing from its weights that would have to be dropped."""
+        return self.functional and not (self.caches or self.renews or self.writes)
 
 
-_PLAIN = _Verdict(caches=False)
 _SHADOWED = 64  # parameters that are looked at one by one
 # With the form that the module had: its caller may set flags, exchange layers, or add hooks.
 _VERDICTS: weakref.WeakKeyDictionary[nn.Module, tuple[_Verdict, Any]] = weakref.WeakKeyDictionary()
@@ -109,6 +117,7 @@ class Network:
         self._renamed = renamed_entries(model)
         self._switches = switches(model)
         self._scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
+        self._compiled = any(type(module).__name__ == "OptimizedModule" for module in model.modules())
         self._copies = writes_parameters(model)
         self._loads = bool(self._renamed) or loads_by_itself(model)
         self.module = fresh_copy(model, share=not self._loads).to(device)
@@ -129,6 +138,7 @@ class Network:
         # One name for each tensor: tied parameters have several, and functional_call wants one.
         self._own_names = [name for name, _ in self.module.named_parameters()]
         self._own_names += [name for name, _ in self.module.named_buffers() if name in self._slots]
+        self._ties = further_slots(self.module)
 
     def check(self, weights: Weights, what: str) -> None:
         """Raise `MismatchError` unless the names and shapes are the module's; dtype and device may be others."""
@@ -180,7 +190,8 @@ class Network:
     @property
     def by_reference(self) -> bool:
         """Whether the loaded weights may be changed in place: the module holds them, and derives nothing from them."""
-        return self._verdict == _PLAIN and not (self._switches or self._copies or self._loads)
+        plain = self._verdict is not None and self._verdict.plain
+        return plain and not (self._switches or self._copies or self._loads)
 
     def buffers(self) -> Weights:
         """The buffers as the last forward pass left them."""
@@ -192,10 +203,11 @@ class Network:
         return self.read(self.result(inputs))
 
     def _call(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        own = Tensor.detach if self._verdict is not None and not self._verdict.writes_inputs else _detached_copy
         if isinstance(inputs, Tensor):  # the usual call, made at every point of a landscape
-            return (inputs.to(self.device).detach(),), {}
+            return (own(inputs.to(self.device)),), {}
         args, kwargs = arguments(self.module, to_device(inputs, self.device))
-        return pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs))  # no gradients for the caller's inputs
+        return pytree.tree_map_only(Tensor, own, (args, kwargs))  # no gradients for the caller's inputs
 
     def result(self, inputs: Any) -> Any:
         """All that the module returns for inputs of any accepted form."""
@@ -226,7 +238,7 @@ class Network:
     @torch.no_grad()
     def many(self, stacked: Weights, inputs: Any) -> Tensor:
         """The outputs (K, N, ...) of K weight sets stacked along a new first axis."""
-        if not self._examine(inputs).functional or self._loads or self._scripted:
+        if not self._examine(inputs).functional or self._loads or self._scripted or self._compiled:
             return torch.stack([self._alone(stacked, k, inputs) for k in range(len(next(iter(stacked.values()))))])
         args, kwargs = self._call(inputs)
 
@@ -265,11 +277,12 @@ class Network:
         return self.read(self._with(own, args, kwargs))
 
     def _with(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        plain = self._verdict == _PLAIN
+        plain = self._verdict is not None and self._verdict.plain
         if not plain:
             self._forget()
+        call = _functional if plain else call_with
         with self._dtypes_named(args, kwargs, weights):
-            return self._run(functional_call if plain else call_with, (self.module, weights, args, kwargs), {})
+            return self._run(call, (self.module, weights, args, kwargs, self._ties), {})
 
     def stack(self, states: Sequence[Weights]) -> Weights:
         """K weight sets as one, each tensor with a new first axis."""
@@ -296,11 +309,13 @@ class Network:
             empty(self.module, stale)
             self._take_stock()
         self._stale, self._verdict = stale, verdict
+        self._copies |= verdict is not None and verdict.writes
 
     def _examine(self, inputs: Any) -> _Verdict:
         """The verdict on this module, which is found at the first inputs, and kept for other copies of it."""
         if self._verdict is None and all(is_plain(module) for module in self.module.modules()):
-            self._verdict = _PLAIN
+            inplace = any(getattr(module, "inplace", False) for module in self.module.modules())
+            self._verdict = _Verdict(caches=False, writes=False, writes_inputs=inplace)
         if self._verdict is not None:
             return self._verdict
         devices = [self.device] if self.device.type == "cuda" else []
@@ -321,7 +336,7 @@ class Network:
                 return verdict
         _VERDICTS[self._model] = verdict, form(self._model)
         self._adopt(stale, verdict)
-        if stale and self._loaded is not None:
+        if (stale or verdict.writes) and self._loaded is not None:
             self.load(self._loaded)
         return verdict
 
@@ -375,29 +390,53 @@ class Network:
                 "weight set, which takes longer"
             )
         trial._forget()
-        self._warn_of_shadows(stale, weights, inputs, expected)
         caches = trial._hidden.changing
+        writes, writes_inputs = trial._written(weights, inputs)
+        if not self._warn_of_shadows(stale, weights, inputs, expected):
+            with contextlib.suppress(Exception):  # of weights that nobody asked for
+                self._warn_of_weights_elsewhere(self._given_out(stale, between, inputs), expected)
         trial.load(between)
         functional = False
         with contextlib.suppress(Exception):  # what cannot be called so is not
             own = {name: self._taken(weights[name]).clone() for name in self._own_names}
             functional = _equal(_seeded(trial, inputs, own), expected)
             functional &= all(torch.equal(tensor, self._taken(weights[name])) for name, tensor in own.items())
-        return _Verdict(caches, renews, functional)
+        return _Verdict(caches, renews, functional, writes, writes_inputs)
 
-    def _warn_of_shadows(self, stale: Removal, weights: Weights, inputs: Any, expected: Any) -> None:
+    def _written(self, weights: Weights, inputs: Any) -> tuple[bool, bool]:
+        """Whether a forward pass changes the parameters, and whether it changes the inputs."""
+        self.load(weights)
+        args, kwargs = self._call(inputs)
+        places = (list(self.module.parameters()), _leaves((args, kwargs)))
+        before = [[(x, x._version, x.detach().clone()) for x in found] for found in places]
+        with contextlib.suppress(Exception):  # of a call that the caller will make, and hear of
+            self._run(self.module, args, kwargs)
+        changed = [any(x._version != v or not torch.equal(x, old) for x, v, old in found) for found in before]
+        return changed[0], changed[1]
+
+    def _warn_of_weights_elsewhere(self, other: Any, expected: Any) -> None:
+        """Warn of a module that gives the same, which is no constant, with other weights."""
+        varied = any(x.is_floating_point() and len(x.reshape(-1)[:1000].unique()) > 1 for x in _leaves(expected))
+        if varied and self._own_names and _equal(other, expected):
+            warn(
+                f"{self._name}: its outputs do not change with the weights that are loaded; it computes with tensors that "
+                "it keeps beside its state dict, such as views of its parameters, or with those of another module: all "
+                "weights are evaluated alike. Read the parameters in forward"
+            )
+
+    def _warn_of_shadows(self, stale: Removal, weights: Weights, inputs: Any, expected: Any) -> bool:
         """Warn of parameters in whose place the module uses copies that are not in its state dict (moving averages)."""
         trial = self._trial(stale, _Verdict(), weights)
         kept = [x for x in hidden_tensors(trial.module) if x.is_floating_point() and x.numel() > 1]
         alike = [n for n in self._own_names if n in weights and any(x.shape == weights[n].shape for x in kept)]
         if not alike or len(alike) > _SHADOWED:
-            return
+            return False
         with contextlib.suppress(Exception):  # of values that nobody asked for
             for tensor in kept:
                 tensor.detach().copy_(next(iter(_perturbed({"": tensor}).values())))
-            trial._verdict = _Verdict(caches=False)
+            trial._verdict = _Verdict(caches=False)  # keeps what was changed
             if _equal(_seeded(trial, inputs), expected):
-                return
+                return False
             other = _perturbed(weights)
             for name in alike:
                 changed = self._given_out(stale, {**weights, name: other[name]}, inputs)
@@ -407,7 +446,8 @@ class Network:
                         "beside its state dict, such as a moving average: all weights are evaluated with the module's own. "
                         "Make it a buffer, or copy it into the parameters"
                     )
-                    return
+                    return True
+        return False
 
     @property
     def _name(self) -> str:
@@ -421,6 +461,10 @@ def _seeded(network: Network, inputs: Any, weights: Weights | None = None) -> An
         torch.cuda.manual_seed(0)
     args, kwargs = network._call(inputs)
     return network._run(network.module, args, kwargs) if weights is None else network._with(weights, args, kwargs)
+
+
+def _detached_copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
 
 
 def _few(inputs: Any) -> Any:
@@ -444,10 +488,37 @@ def anew(module: nn.Module) -> Iterator[None]:
         hidden.restore()
 
 
-def call_with(module: nn.Module, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """What the module gives with these parameters and buffers in place of its own."""
+def further_slots(module: nn.Module) -> dict[str, str]:
+    """Names of parameters and buffers that modules hold under a further name -> the first; modules with several names once.
+
+    With them `functional_call` needs to tie nothing: of modules that have several names it would put back what it had put
+    there itself."""
+    first = {id(x): name for name, x in (*module.named_parameters(), *module.named_buffers())}
+    own = ((f"{path}.{name}" if path else name, x) for path, part in module.named_modules() for name, x in (
+        *part.named_parameters(recurse=False, remove_duplicate=False),
+        *part.named_buffers(recurse=False, remove_duplicate=False),
+    ))  # fmt: skip
+    return {name: first[id(x)] for name, x in own if first[id(x)] != name}
+
+
+def _functional(
+    module: nn.Module, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any], ties: Mapping[str, str]
+) -> Any:
+    given = weights | {name: weights[first] for name, first in ties.items() if first in weights}
+    return functional_call(module, given, args, kwargs, tie_weights=False)
+
+
+def call_with(
+    module: nn.Module,
+    weights: Weights,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    ties: Mapping[str, str] | None = None,
+) -> Any:
+    """What the module gives with these parameters and buffers in place of its own; `ties` as of `further_slots`."""
+    ties = further_slots(module) if ties is None else ties
     inner = {f"module.{name}": tensor for name, tensor in weights.items()}
-    return functional_call(_Anew(module), inner, args, kwargs)
+    return _functional(_Anew(module), inner, args, kwargs, {f"module.{n}": f"module.{f}" for n, f in ties.items()})
 
 
 class _Anew(nn.Module):
@@ -517,9 +588,11 @@ def _perturbed(weights: Weights) -> Weights:
     rng = torch.Generator().manual_seed(0)
 
     def other(tensor: Tensor) -> Any:
-        if not tensor.is_floating_point() or tensor.numel() == 0:
+        if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
             return tensor
         noise = torch.rand(tensor.shape, generator=rng, dtype=torch.float32).to(tensor.device)
+        if tensor.is_complex():
+            return (tensor.detach() * (1.0 + 0.2 * noise) + 0.01 * noise).to(tensor.dtype)
         wide = tensor.detach().float()
         least = 0.1 * wide.abs().mean().clamp_min(0.1)  # zeros are moved as well
         return torch.where(wide > 0, wide * (1.0 + 0.2 * noise), wide - least * noise).to(tensor.dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 LIBRARIES = ("torch", "numpy", "builtins", "functools", "collections", "enum", "re", "pathlib", "logging", "threading")
-_SETTERS = frozenset(("setdefault", "update", "append", "insert"))
+_SETTERS = frozenset(("setdefault", "update", "append", "appendleft", "extend", "insert", "add"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class Shared:
     def read(self) -> dict[Any, Any]:
         """What stands there, by key or position."""
         if self.name is not None:
-            return {self.name: self.holder.get(self.name) if isinstance(self.holder, dict) else _content(self.holder)}
+            return {self.name: self.holder.get(self.name) if isinstance(self.holder, dict) else content(self.holder)}
         return dict(self.holder) if isinstance(self.holder, dict) else dict(enumerate(self.holder))
 
     def write(self, items: dict[Any, Any]) -> None:
@@ -141,10 +141,11 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _is_set(cell: types.CellType) -> bool:
-    return _content(cell) is not None
+    return content(cell) is not None
 
 
-def _content(cell: types.CellType) -> Any:
+def content(cell: types.CellType) -> Any:
+    """What a cell of a closure holds; None where it holds nothing yet."""
     try:
         return cell.cell_contents
     except ValueError:  # not set yet

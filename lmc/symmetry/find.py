@@ -15,6 +15,7 @@ from lmc.symmetry.continuous.find import continuous_symmetries
 from lmc.symmetry.discovery.discover import discover
 from lmc.symmetry.spec import PermutationSpec
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, kept, tensors_in
+from lmc.weights import as_weights
 
 
 @own_context
@@ -58,6 +59,7 @@ def permutation_spec(
         CertificateError: a group that was found, given by name, does not keep the function, or the module cannot be computed
             in double precision.
         InputError: inputs or `outputs` that the module cannot take.
+        WeightsError: the module has extra state that is no tensor.
 
     Example:
         >>> import lmc, torch
@@ -133,9 +135,11 @@ def _beside(model: nn.Module, inputs: Inputs) -> Inputs:
 
 
 def _check(model: nn.Module, inputs: Inputs) -> None:
-    """Raise `InputError` for what is no module, and for inputs without examples: on them every function is the same."""
+    """Raise `InputError` for what is no module, and for inputs without examples: on them every function is the same; and
+    `WeightsError` for a module with extra state beside its tensors."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected an nn.Module, got {type(model).__name__}; weights alone have no operators")
+    as_weights(model)
     given = list(tensors_in(as_call(inputs)))
     if given and not any(tensor.numel() for tensor in given):
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in given)

@@ -75,6 +75,21 @@ def test_two_ways_to_write_one_network_have_a_flat_path(norm, convolution):
     assert abs(path.values["data"]["loss"] - own).max() < 1e-5
 
 
+@pytest.mark.parametrize("dim", [0, 1, 3, None])
+@pytest.mark.parametrize("old", [False, True])
+def test_lengths_along_any_axis_of_a_kernel(dim, old):
+    """A kernel of four axes has lengths over three of them."""
+    normed = nn.utils.weight_norm if old else p.weight_norm
+    a, b = (normed(nn.Conv2d(3, 6, 2), dim=dim) for _ in range(2))
+    average = lmc.merge.average([rewritten(a), b])
+    a_weight, b_weight = a(torch.zeros(1, 3, 2, 2)), b(torch.zeros(1, 3, 2, 2))  # so that hooks have computed them
+    assert a_weight.shape == b_weight.shape
+    expected = (a.weight.detach() + b.weight.detach()) / 2
+    a.load_state_dict(average)
+    a(torch.zeros(1, 3, 2, 2))
+    assert torch.allclose(a.weight, expected, atol=1e-6)
+
+
 @every
 def test_merges_do_not_depend_on_how_a_network_is_written(norm):
     a, b, x = network(norm, 0), network(norm, 1), _inputs(False)

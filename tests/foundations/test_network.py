@@ -1,8 +1,10 @@
 """Weights put through modules that keep something beside their state dict."""
 
 import functools
+import sys
 import threading
 import warnings
+from collections import deque
 
 import pytest
 import torch
@@ -240,7 +242,110 @@ class Renormed(nn.Module):
         return self.b(self.embedding(x.argmax(1)))
 
 
+class InAList(Base):
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.kept: list | deque = []
+
+    def scale(self):
+        if not self.kept:
+            self.kept.append(3 * self.table.detach().repeat(2))
+        return self.kept[0]
+
+
+class InADeque(InAList):
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.kept = deque(maxlen=1)
+
+
+class FlaggedInASet(Base):
+    """A set says for which lengths an attribute was made."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.made: set[int] = set()
+        self.kept: torch.Tensor | None = None
+
+    def scale(self):
+        if len(self.table) not in self.made:
+            self.made.add(len(self.table))
+            self.kept = 3 * self.table.detach().repeat(2)
+        return self.kept
+
+
+class ByCountOfChanges(Base):
+    """Made again where torch has counted a change of the parameter."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.kept = (None, None)
+
+    def scale(self):
+        if self.kept[0] != self.table._version:
+            self.kept = self.table._version, 3 * self.table.detach().repeat(2)
+        return self.kept[1]
+
+
+class Closed(Base):
+    """Functions over the module itself or its parts, where deepcopy leaves them bound to the original."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        table = self.table
+        self.steps = {"scale": lambda: 3 * table.repeat(2)}
+
+    def scale(self):
+        return self.steps["scale"]()
+
+
+class ClosedHooks(Base):
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.a.register_forward_hook(lambda _m, _x, out: out * (3 * self.table.repeat(2)))
+        self.b.register_forward_pre_hook(lambda _m, x, a=self.table.shape: (x[0] + self.a.bias[0],))
+
+    def scale(self):
+        return 1.0
+
+
+class Locked(Base):
+    """Holds what cannot be copied."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.lock, self.log = threading.Lock(), sys.stdout
+
+    def scale(self):
+        with self.lock:
+            return 3 * self.table.repeat(2)
+
+
+class Clipped(Base):
+    """Writes its parameter in every forward pass."""
+
+    def scale(self):
+        with torch.no_grad():
+            self.table.div_(self.table.norm().clamp_min(0.5))
+        return 3 * self.table.repeat(2)
+
+
+class WritesInputs(Base):
+    def scale(self):
+        return 3 * self.table.repeat(2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.sub_(0.5).mul_(0.5))
+
+
 CACHING = [
+    InAList,
+    InADeque,
+    FlaggedInASet,
+    ByCountOfChanges,
+    Closed,
+    ClosedHooks,
+    Locked,
     DroppedInTraining,
     MadeInEval,
     DictByDevice,
@@ -259,14 +364,14 @@ CACHING = [
     Flagged,
     LruFunction,
 ]
-every = pytest.mark.parametrize("kind", [*CACHING, MergedInEval, Renormed])
+every = pytest.mark.parametrize("kind", [*CACHING, MergedInEval, Renormed, Clipped, WritesInputs])
 
 
 def own_outputs(kind: type[nn.Module], weights: dict, x: torch.Tensor) -> torch.Tensor:
     """What a module made for these weights alone gives."""
     fresh = kind(9)
     fresh.load_state_dict({name: tensor.clone() for name, tensor in weights.items()})
-    return fresh.eval()(x).detach()
+    return fresh.eval()(x.clone()).detach()
 
 
 @pytest.fixture
@@ -282,8 +387,9 @@ def test_each_weight_set_is_computed_as_if_it_were_the_only_one(kind, before, da
     x, _ = data
     model, weights = kind(0), [kind(seed).state_dict() for seed in (1, 2, 3)]
     copies = [{name: tensor.clone() for name, tensor in state.items()} for state in weights]
+    given = x.clone()
     if before != "not called":
-        model.train(before == "called")(x)
+        model.train(before == "called")(x.clone())
     network = Network(model, CPU)
     for state in (*weights, weights[0]):
         network.load(state)
@@ -291,10 +397,14 @@ def test_each_weight_set_is_computed_as_if_it_were_the_only_one(kind, before, da
             assert torch.allclose(network(x), own_outputs(kind, state, x), atol=1e-6)
     for state, copied in zip(weights, copies, strict=True):
         assert all(torch.equal(state[name], copied[name]) for name in state)
+    assert torch.equal(x, given)
 
 
-# autograd and vmap cannot follow plain numbers
-@pytest.mark.parametrize("kind", [kind for kind in CACHING if kind not in (Number, NumbersByLength, Flagged)])
+# Autograd and vmap cannot follow plain numbers, nor reach a tensor in a closure; tensors that are given have counts of their own.
+NOT_FUNCTIONAL = (Number, NumbersByLength, Flagged, Closed, ByCountOfChanges)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in CACHING if kind not in NOT_FUNCTIONAL])
 @pytest.mark.parametrize("called", [False, True])
 @pytest.mark.filterwarnings("ignore:.*outside itself")
 def test_functional_calls_use_the_weights_that_are_given(kind, called, data):
@@ -331,6 +441,85 @@ def test_path_ends_and_specs_of_modules_that_cache(kind, called, data):
     moved = spec.random(0).apply(states[0])
     assert torch.allclose(own_outputs(kind, moved, x), own_outputs(kind, states[0], x), atol=1e-5)
     assert not torch.equal(moved["a.weight"], states[0]["a.weight"])
+
+
+@pytest.mark.parametrize("first", [nn.LeakyReLU(0.1, inplace=True), nn.ELU(inplace=True), nn.Flatten()])
+def test_layers_that_work_in_place_do_so_in_copies(first, data):
+    """The first layer of a network, or what comes after a view, would write into the data of the caller."""
+    x, y = data
+    states = [
+        nn.Sequential(first, nn.Hardtanh(-0.5, 0.5, inplace=True), nn.Linear(8, 4)).state_dict() for _ in range(2)
+    ]
+    model = nn.Sequential(first, nn.Hardtanh(-0.5, 0.5, inplace=True), nn.Linear(8, 4))
+    given, own = x.clone(), []
+    for state in states:
+        model.load_state_dict(state)
+        own.append(F.cross_entropy(model(x.clone()), y).item())
+    path = lmc.loss_path(model, *states, (x, y), alphas=3, progress=False)
+    assert torch.equal(x, given)
+    assert path.values["data"]["loss"][[0, -1]].tolist() == pytest.approx(own, abs=1e-6)
+    assert lmc.permutation_spec(model, x).certificate is not None and torch.equal(x, given)
+
+
+class Twice(nn.Module):
+    """One normalisation under two names, called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Linear(8, 4)
+        self.again, self.same = self.norm, nn.Linear(8, 8)
+        self.same.weight = self.a.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.again(self.same(self.norm(self.a(x)).relu()).relu()))
+
+
+def test_modules_with_several_names_are_put_back(data):
+    x, y = data
+    torch.manual_seed(0)
+    model, states = Twice(), [Twice().train() for _ in range(2)]
+    for other in states:
+        other(x)
+    weights = [other.eval().state_dict() for other in states]
+    network = Network(model, CPU)
+    expected = torch.stack([other(x).detach() for other in states])
+    for _ in range(2):
+        assert torch.allclose(network.many(network.stack(weights), x), expected, atol=1e-6)
+        assert torch.allclose(network.outputs(weights[1], x), expected[1], atol=1e-6)
+    network.load(weights[0])
+    assert torch.allclose(network(x), expected[0], atol=1e-6)
+    path = lmc.loss_path(model, *weights, (x, y), alphas=3, progress=False)  # estimates statistics at every point
+    assert path.recalibrated and bool(torch.tensor(path.values["data"]["loss"]).isfinite().all())
+
+
+class ViewsOfParameters(nn.Module):
+    """As flattened parameters are split once: a copy has views of its own, which no loading reaches."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.flat = nn.Parameter(torch.randn(36, generator=torch.Generator().manual_seed(seed)))
+        self.weight, self.bias = self.flat.detach()[:32].view(4, 8), self.flat.detach()[32:]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def test_a_module_whose_outputs_do_not_follow_its_weights_is_named(data):
+    with pytest.warns(UserWarning, match="ViewsOfParameters: its outputs do not change with the weights"):
+        lmc.loss_path(ViewsOfParameters(0), ViewsOfParameters(1), ViewsOfParameters(2), data, alphas=3, progress=False)
+
+
+def test_extra_state_is_refused_alike(data):
+    class Extra(Base):
+        def get_extra_state(self):
+            return {"calls": 1}
+
+        def set_extra_state(self, state):
+            pass
+
+    for call in (lambda m: lmc.permutation_spec(m, data[0]), lambda m: lmc.loss_path(m, m, m, data)):
+        with pytest.raises(lmc.WeightsError, match="_extra_state"):
+            call(Extra(0))
 
 
 def test_the_callers_module_is_left_as_it_was(data):
