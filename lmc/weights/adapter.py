@@ -79,6 +79,12 @@ class Adapter(Checkpoint):
         lines = [f"Adapter({str(self.path)!r}: {kind}, rank {self.config.get('r', '?')}, {readable(self.size)}{base})"]
         return "\n  ".join([*lines, *self.notes])
 
+    @property
+    def changes(self) -> frozenset[str]:
+        """The modules with factors, and the tensors that are stored whole, by their names in the model."""
+        factors, saved = self._parts()
+        return frozenset((*factors, *saved))
+
     def on(self, base: Mapping[str, Tensor]) -> Checkpoint:
         """The full model: the base with what the adapter changes. Nothing is read before it is asked for.
 

@@ -232,6 +232,20 @@ def test_what_is_no_task_vector_is_refused(
         merge.task_arithmetic([lmc.open_checkpoint(folder)], base=base)
 
 
+def test_adapters_on_different_modules(base: dict[str, Tensor], tmp_path: Path):
+    """Their union is changed, which the plan says; a module that one leaves has a task vector of zero from it."""
+    (one, a), (two, b) = adapter(tmp_path / "a", 1), adapter(tmp_path / "b", 2)
+    for folder, tensors, gone in ((one, a, "layers.1"), (two, b, "conv")):
+        kept = {name: tensor for name, tensor in tensors.items() if gone not in name}
+        save_file(kept, folder / "adapter_model.safetensors")
+    plan = merge.plan(merge.task_arithmetic, [one, two], tmp_path / "out", base=tmp_path / "base")
+    assert "the adapters change different modules: 6 are changed by one at least, 4 by all" in str(plan)
+    merged = plan.write(progress=False)
+    for module, own in (("net.conv", product(a, "net.conv", 2)), ("net.layers.1.q", product(b, "net.layers.1.q", 2))):
+        expected = base[f"{module}.weight"] + own.reshape(base[f"{module}.weight"].shape)
+        torch.testing.assert_close(merged[f"{module}.weight"], expected, atol=1e-6, rtol=0)
+
+
 def test_a_head_that_is_tied_without_being_stored(tmp_path: Path):
     """transformers stores a tied head under no name: an adapter that changes it, or the embedding, parts the two."""
     weights = {"embed_tokens.weight": torch.randn(6, 4), "l.weight": torch.randn(4, 4)}

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -60,6 +61,27 @@ def test_adapters_are_compared(bench: Bench, tmp_path) -> None:
     assert found.weights.keys() == base.keys() and not any(entry.note for entry in found.entries)
     again = lmc.merge.compare(bench.base, whole, data, base=bench.base, methods=methods, progress=False)
     assert [e.validation for e in found.entries] == [e.validation for e in again.entries]
+
+
+def test_a_budget_is_kept(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a clock that a merge moves on by a second: five methods, a budget of four, each with an equal share of what is left."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr("lmc.merge.study.compare.time", SimpleNamespace(perf_counter=lambda: clock.now))
+
+    def slow(models, *, base, scale):
+        clock.now += 1.0
+        return lmc.merge.task_arithmetic(models, base=base, scale=scale)
+
+    methods = {name: (slow, {"scale": (0.1, 0.2, 0.3, 0.4)}) for name in "abcde"}
+    found = lmc.merge.compare(bench.base, bench.models, named(bench.validation), base=bench.base, methods=methods,
+                              seconds=4.0, progress=False)  # fmt: skip
+    rows = {entry.method: entry for entry in found.entries}
+    assert [rows[name].tried for name in "abcde"] == [1, 1, 1, 1, 0] and clock.now == 4.0
+    assert "the budget of 4 s was spent" in rows["e"].note
+    clock.now = 0.0
+    found = lmc.merge.compare(bench.base, bench.models, named(bench.validation), base=bench.base, methods=methods,
+                              seconds=9.0, progress=False)  # fmt: skip
+    assert [e.tried for e in sorted(found.entries, key=lambda e: e.method) if e.method in methods] == [2, 2, 2, 2, 1]
 
 
 def test_options_are_chosen_by_validation_alone(bench: Bench) -> None:

@@ -272,6 +272,13 @@ def plan(
     on_disk = [one for one in (*sets.states, sets.base) if isinstance(one, Checkpoint)]
     notes = tuple(f"{one.path}: {note}" for one in on_disk for note in one.notes)
     adapters = [model for model in opened if isinstance(model, Adapter)]
+    changed = [adapter.changes for adapter in adapters]
+    if len(set(changed)) > 1:
+        every, common = frozenset.union(*changed), frozenset.intersection(*changed)
+        notes += (
+            f"the adapters change different modules: {len(every)} are changed by one at least, {len(common)} by all; where an "
+            "adapter changes nothing, its task vector is zero",
+        )
     read = tuple(dict.fromkeys(file for one in (*on_disk, *adapters) for file in one.files))
     texts |= _changed(beside, opened, dtype, texts)
     return Plan(
