@@ -76,6 +76,37 @@ def test_the_model_of_an_adapter(kind: str, tmp_path: Path):
     assert any(not torch.equal(full[name], model.state_dict()[name]) for name in full)
 
 
+class Words(nn.Module):
+    """Names by which PEFT stores embeddings beside their factors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(11, 8)
+        self.layers = nn.ModuleList(nn.ModuleDict({"q": nn.Linear(8, 8), "up": nn.Linear(8, 8)}) for _ in range(3))
+        self.lm_head = nn.Linear(8, 11, bias=False)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
+def test_stored_embeddings_and_patterns_by_regular_expressions(tmp_path: Path):
+    torch.manual_seed(0)
+    model = Words()
+    made = adapted(
+        model, tmp_path / "a", r=4, lora_alpha=6, target_modules=["embed_tokens", "lm_head", "q", "up"], use_rslora=True,
+        rank_pattern={r"^layers\.0\.q": 2, r"layers\.[12]\.up": 3}, alpha_pattern={r".*\.up": 5, "embed_tokens": 1},
+    )  # fmt: skip
+    made.save_pretrained(tmp_path / "a", save_embedding_layers=True)
+    opened = lmc.open_checkpoint(tmp_path / "a")
+    assert any("base_layer" in name for name in opened)
+    full = opened.on(model.state_dict()).load()
+    for name, tensor in made.merge_and_unload().state_dict().items():
+        torch.testing.assert_close(full[name], tensor, atol=2e-6, rtol=1e-5)
+
+
 def test_weights_stored_across(tmp_path: Path):
     from transformers.pytorch_utils import Conv1D
 

@@ -124,8 +124,9 @@ class Plan:
         """Do it, and return the opened result.
 
         Args:
-            workers: threads that make a tensor each, for as many processor cores; torch itself uses one thread then. The
-                result is the same, bit for bit; memory grows with them.
+            workers: threads that make a tensor each, for as many processor cores. The result is the same, bit for bit; memory
+                grows with them. In each, torch uses one thread, unless one worker is given whole tensors: shared among
+                cores, chunks take three times the processor time and longer.
             progress: show a bar.
 
         Raises:
@@ -146,7 +147,7 @@ class Plan:
         whole = frozenset(name for s in self.shards if s.file in files for name in s.tensors)
         chunks = self._stream(whole if self.begun is None else whole | self.begun.tensors, workers)
         with (
-            _threads(1 if workers > 1 else torch.get_num_threads()),
+            _threads(torch.get_num_threads() if workers == 1 and self.whole else 1),
             closing(chunks),
             tqdm(total=needed, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar,
         ):
