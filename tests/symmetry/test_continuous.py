@@ -346,10 +346,14 @@ STORED = {
     "digits-mlp64": {"*": RELU},
     "digits-cnn": {"*": RELU},
     "digits-vgg11": {"conv*": BN, "fc": RELU},
+    # Into a stream write four convolutions, each with batch normalisation, and all of it may be scaled at once.
+    "digits-resnet20": {"*stream": (5, True, "none"), "*conv1": BN},
+    # Layer normalisation over channels: its weights and biases against what reads them.
+    "digits-resnet20-layernorm": {"*stream": (1, False, "none"), "*conv1": (1, False, "none")},
     "digits-vit": TRANSFORMER,
     "toy-text-gpt": TRANSFORMER,
 }
-SLOW = ("digits-vgg11", "digits-vit")
+SLOW = ("digits-vgg11", "digits-vit", "digits-resnet20", "digits-resnet20-layernorm")
 
 
 @pytest.mark.parametrize(
