@@ -332,10 +332,12 @@ class _Search:
     # ---- what is measured
 
     def _points(self) -> int:
-        """The points on each path for which there is time."""
+        """The points on each path for which there is time; between the ends statistics are estimated anew."""
         started = self.clock.spent
         evaluate(self.model, self.a, self.data, loss=self.task, device=self.device)
-        one = self.clock.spent - started
+        end = self.clock.spent - started
+        self._path(self.a, self.b, self.data, 3)
+        one = max(end, self.clock.spent - started - 3 * end)
         return next((count for count in POINTS if count * one < PATHS * self.clock.seconds), POINTS[-1])
 
     def _path(self, a: Weights, b: Weights, data: Any, points: int | Sequence[float], repair: Repair = "auto") -> Path:
