@@ -47,7 +47,6 @@ napoleon_use_rtype = False
 napoleon_use_ivar = True
 add_module_names = False
 default_role = "literal"  # what stands in single backticks is code
-python_maximum_signature_line_length = 100
 suppress_warnings = ["mystnb.unknown_mime_type", "ref.python"]
 
 html_theme = "pydata_sphinx_theme"
@@ -60,6 +59,9 @@ html_theme_options = {
     "footer_end": [],
     "secondary_sidebar_items": ["page-toc"],
     "navigation_with_keys": False,
+    # As axe-core wants them: a button whose name is what it shows, a list without unnamed folds.
+    "navbar_persistent": ["search-button"],
+    "collapse_navigation": True,
     "pygments_light_style": "a11y-high-contrast-light",
     "pygments_dark_style": "a11y-high-contrast-dark",
 }

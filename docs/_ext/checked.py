@@ -34,7 +34,10 @@ def check(app, error):
     if error is not None or app.builder.format != "html":
         return
     site = Path(app.outdir)
-    pages = {path: Links(path.read_text(encoding="utf-8")) for path in sorted(site.rglob("*.html"))}
+    built = [
+        path for path in sorted(site.rglob("*.html")) if "_static" not in path.parts
+    ]  # templates of the theme lie there
+    pages = {path: Links(path.read_text(encoding="utf-8")) for path in built}
     count = 0
     for path, page in pages.items():
         for address, how in page.found:

@@ -9,6 +9,7 @@ from PIL import Image
 
 HERE = Path(__file__).parents[1]
 SIZE = (480, 360)
+DEMO = "00_quickstart"  # whose explorer the home page shows, alive
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -24,6 +25,17 @@ def _largest_picture(notebook: dict) -> bytes | None:
     return max(found, key=len, default=None)
 
 
+def _explorer(notebook: dict) -> str:
+    """The first explorer in a notebook, which needs no kernel."""
+    pages = (
+        "".join(o["data"].get("text/html", ""))
+        for cell in notebook["cells"]
+        for o in cell.get("outputs", [])
+        if "data" in o
+    )
+    return next(page for page in pages if "data-lmc" in page)
+
+
 def _thumbnail(png: bytes) -> bytes:
     picture = Image.open(io.BytesIO(png)).convert("RGB")
     picture.thumbnail(SIZE)
@@ -36,7 +48,10 @@ def make(app, config):
     cards, pages = [], []
     for path in sorted((HERE.parent / "notebooks").glob("*.ipynb")):
         notebook = json.loads(path.read_text(encoding="utf-8"))
-        _write(HERE / "notebooks" / path.name, path.read_bytes())
+        # In the repository the documentation lies beside the notebooks, on the site they lie in it.
+        _write(HERE / "notebooks" / path.name, path.read_bytes().replace(b"](../docs/", b"](../"))
+        if path.stem == DEMO:
+            _write(HERE / "_thumbnails" / "demo.html", _explorer(notebook).encode())
         pages.append(f"notebooks/{path.stem}")
         title = "".join(notebook["cells"][0]["source"]).splitlines()[0].lstrip("# ")
         if png := _largest_picture(notebook):

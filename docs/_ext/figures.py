@@ -33,17 +33,27 @@ def read(app, name, source):
     drawn = [output for output in outputs if MIME in output.get("data", {})]
     for output in drawn:
         output["data"] = {"text/html": _markup(output["data"][MIME])}
+    for output in outputs:
+        if "text/html" in output.get(
+            "data", {}
+        ):  # data frames have headers of nothing, which screen readers would read out
+            output["data"]["text/html"] = "".join(output["data"]["text/html"]).replace("<th></th>", "<td></td>")
     source[0] = json.dumps(notebook)
     app.env.metadata[name]["figures"] = bool(drawn)
 
 
 def scripts(app, page, template, context, doctree):
-    if app.env.metadata.get(page, {}).get("figures"):
-        for file in ("plotly.min.js", "figures.js"):
+    plotted = app.env.metadata.get(page, {}).get("figures")
+    files = {
+        "plotly.min.js": plotted,
+        "figures.js": plotted or page == "index",
+        "slides.js": page.startswith("notebooks/"),
+    }
+    for file, wanted in files.items():
+        if wanted:
             app.add_js_file(file, loading_method="defer")
+    if plotted:
         app.add_css_file("figures.css")
-    if page.startswith("notebooks/"):
-        app.add_js_file("slides.js", loading_method="defer")
 
 
 def finish(app, error):

@@ -18,7 +18,7 @@ def _inline(writer, node):
 
 
 def _block(writer, node):
-    writer.body.append(f'<div class="math">{_markup(node, block=True)}</div>')
+    writer.body.append(f'<div class="math" tabindex="0">{_markup(node, block=True)}</div>')
     raise nodes.SkipNode
 
 

@@ -19,3 +19,6 @@ const seen = new IntersectionObserver((entries) => {
 const boxes = [...document.querySelectorAll(".figure-box")];
 boxes.forEach((box) => seen.observe(box));
 window.addEventListener("beforeprint", () => boxes.forEach((box) => box.drawn || draw(box)));
+
+// Explorers draw again when the page's theme changes: they listen to the body.
+new MutationObserver(() => document.body.classList.toggle("themed")).observe(document.documentElement, { attributeFilter: ["data-theme"] });

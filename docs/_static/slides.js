@@ -3,7 +3,7 @@
 const asked = new URLSearchParams(location.search).has("slides");
 const article = document.querySelector("article.bd-article");
 
-if (asked) present();
+if (asked) addEventListener("load", present); // scripts of the theme look for what is taken apart
 else offer();
 
 function offer() {
@@ -28,6 +28,7 @@ function present() {
   article.replaceChildren(deck);
   let slide;
   let title = "";
+  const full = () => slide.scrollHeight > slide.clientHeight + 1;
   const begin = (heading) => {
     slide = document.createElement("section");
     slide.className = "slide shown"; // to be measured
@@ -43,10 +44,18 @@ function present() {
     const figure = part.matches(".cell") && part.querySelector(".figure-box, iframe, [data-lmc]");
     if (figure && slide.children.length > 1) begin(null);
     slide.append(part);
-    if (slide.scrollHeight > slide.clientHeight + 1 && slide.children.length > 2) {
+    if (full() && slide.children.length > 2) {
       begin(null);
       slide.append(part);
     }
+    const result = part.querySelector(":scope > .cell_output");
+    if (full() && part.matches(".cell") && result && part.querySelector(":scope > .cell_input")) {
+      begin(null); // the code on one, what it gives on the next
+      const rest = part.cloneNode(false);
+      rest.append(result);
+      slide.append(rest);
+    }
+    for (let size = 90; full() && size >= 55 && !slide.querySelector("[data-lmc]"); size -= 5) slide.style.fontSize = `${size / 100}em`;
   }
   const slides = [...deck.children];
   const counter = document.createElement("nav");

@@ -112,6 +112,9 @@ def server(tmp_path_factory) -> Iterator[Server]:
     notebooks = home / "site" / "notebooks"
     shutil.copytree(ROOT / "notebooks", notebooks, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     (home / "site" / "data").symlink_to(ROOT / "data", target_is_directory=True)
+    extension = home / "data" / "labextensions" / "lmc-lab"  # where an installed package has it, too
+    extension.parent.mkdir(parents=True)
+    extension.symlink_to(ROOT / "lmc" / "views" / "lab", target_is_directory=True)
     overrides = home / "config" / "labconfig" / "default_setting_overrides.json"
     overrides.parent.mkdir(parents=True)
     overrides.write_text(json.dumps(SETTINGS))

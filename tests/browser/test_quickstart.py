@@ -30,3 +30,43 @@ def test_it_runs_and_its_slider_answers_in_the_page_and_in_the_kernel(open_noteb
     while shown not in (heard := json.loads(notebook.ask(states))) and time.monotonic() < end:
         notebook.page.wait_for_timeout(100)
     assert shown in heard
+    follow_the_theme(notebook.page)
+
+
+LOOK = """() => {
+    const figure = [...document.querySelectorAll(".js-plotly-plot")].find((each) => each.querySelector(".xtitle"));
+    const look = (selector, name) => getComputedStyle(figure.querySelector(selector)).getPropertyValue(name);
+    const other = document.querySelector("[data-other] text");
+    return [look(".main-svg", "background-color"), look(".xtitle", "fill"), look(".xgrid", "stroke"), getComputedStyle(other).fill];
+}"""
+# A figure of somebody else, in plotly's own colours.
+OTHER = """() => document.querySelector(".jp-Notebook").insertAdjacentHTML("beforeend",
+    '<div class="js-plotly-plot" data-other><svg class="main-svg" style="background: rgb(255, 255, 255)"><text style="fill: rgb(42, 63, 95)">x</text></svg></div>')"""
+
+
+def follow_the_theme(page) -> None:
+    """Figures of this package have other colours on a dark Lab, and others' figures stay as they are."""
+    figure = page.locator(".js-plotly-plot .xtitle").first
+    figure.scroll_into_view_if_needed()
+    page.evaluate(OTHER)
+    light = page.evaluate(LOOK)
+    assert light == ["rgb(255, 255, 255)", "rgb(34, 34, 34)", "rgb(228, 228, 228)", "rgb(42, 63, 95)"]
+    themes = "window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab %s' })"
+    page.evaluate(themes % "Dark")
+    page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
+    assert page.evaluate(LOOK) == ["rgba(0, 0, 0, 0)", "rgb(232, 232, 232)", "rgb(65, 70, 78)", "rgb(42, 63, 95)"]
+    page.evaluate(themes % "Light")
+    page.wait_for_function("document.body.dataset.jpThemeLight === 'true'")
+    assert page.evaluate(LOOK) == light
+
+
+def test_a_fresh_clone_shows_pictures(open_notebook):
+    """Opened and neither trusted nor run: no script of the notebook runs, and nothing is missing."""
+    page = open_notebook("00_quickstart.ipynb").page
+    poster = page.locator(".jp-OutputArea-output img[alt*='on the way from A to B']")
+    poster.scroll_into_view_if_needed()
+    assert poster.evaluate("image => image.naturalWidth") == 600
+    assert page.get_by_text("Trust this notebook, or run it").is_visible() and not page.locator(".lmc-path").count()
+    page.wait_for_function(
+        "document.querySelectorAll('.jp-OutputArea-output img').length >= 3"
+    )  # it, and those of two figures

@@ -108,8 +108,8 @@ class _Labels:
     The size of the panel in pixels is not known before it is shown; labels are taken to be large on a small one.
     """
 
-    WIDTH, HEIGHT = 330.0, 300.0  # pixels of the panel
-    LETTER, LINE = 8.5, 22.0  # pixels of a letter across, of a line of text down
+    WIDTH, HEIGHT = 250.0, 230.0  # pixels of the panel, in the narrowest figure that is stored
+    LETTER, LINE = 7.4, 20.0  # pixels of a letter across, of a line of text down
 
     def __init__(self, paths: list[Path], panel: str) -> None:
         scale = 100.0 if panel == "accuracy" else 1.0
@@ -133,7 +133,7 @@ class _Labels:
         occupied = np.concatenate(self.taken)
         for step in range(2 * int(self.HEIGHT) // 4):
             down = py + (-1.0) ** step * 4.0 * ((step + 1) // 2)
-            for away in (8.0, -8.0, 48.0, -48.0, 88.0, -88.0):
+            for away in (sign * far for far in range(8, 129, 20) for sign in (1.0, -1.0)):
                 middle = np.array([px + away + np.sign(away) * half[0], down])
                 inside = (middle >= half).all() and (middle <= np.array([self.WIDTH, self.HEIGHT]) - half).all()
                 if inside and not (np.abs(occupied - middle) < half).all(1).any():

@@ -185,7 +185,7 @@ def panel_state(measure: str, paths: Mapping[str, Path]) -> dict[str, Any]:
         high = max([low + 1e-3, *known])
         split = next(iter(paths.values())).split
         title = measure_title("loss", next(iter(paths.values())).unit) + (
-            f" – {split} solid, train dotted" if len(series) > len(paths) else ""
+            f" – {split} thick, train dotted" if len(series) > len(paths) else ""
         )
     else:
         low, high, title = min([99.0, *known]), 100.0, "accuracy (%)"

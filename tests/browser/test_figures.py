@@ -1,0 +1,62 @@
+"""The stored figures of the notebooks, drawn: labels of barriers stand on no curve and on no other label."""
+
+import json
+from pathlib import Path
+
+import nbformat
+import plotly
+import pytest
+
+ROOT = Path(__file__).parents[2]
+LIBRARY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
+MIME = "application/vnd.plotly.v1+json"
+WIDTHS = (700, 1000)  # of a stored picture, of a figure in JupyterLab
+
+DRAW = """async ([figure, width]) => {
+    document.body.innerHTML = "<div id=at></div>";
+    await Plotly.newPlot("at", figure.data, { ...figure.layout, width, height: figure.layout.height ?? 450 });
+    const found = [];
+    const labels = [...document.querySelectorAll(".annotation-text")].filter((text) => /nats$|points$/.test(text.textContent));
+    const boxes = labels.map((label) => label.getBoundingClientRect());
+    boxes.forEach((box, i) => {
+        const inside = ({ x, y }) => x > box.left + 2 && x < box.right - 2 && y > box.top + 3 && y < box.bottom - 3;
+        for (const line of document.querySelectorAll("path.js-line")) {
+            if (!line.getTotalLength() || line.closest(".legend")) continue;
+            const matrix = line.getScreenCTM();
+            for (let at = 0; at < line.getTotalLength(); at += 2)
+                if (inside(line.getPointAtLength(at).matrixTransform(matrix))) {
+                    found.push(`${labels[i].textContent} on a curve`);
+                    break;
+                }
+        }
+        for (let k = 0; k < i; k++) {
+            const other = boxes[k];
+            if (box.left < other.right && other.left < box.right && box.top < other.bottom - 3 && other.top < box.bottom - 3)
+                found.push(`${labels[i].textContent} on ${labels[k].textContent}`);
+        }
+    });
+    return [labels.length, found];
+}"""
+
+
+def labelled(name: str) -> list[dict]:
+    """The figures of a notebook in which barriers have labels."""
+    cells = nbformat.read(ROOT / "notebooks" / name, as_version=4).cells
+    figures = [
+        output.data[MIME] for cell in cells for output in cell.get("outputs", []) if MIME in output.get("data", {})
+    ]
+    return [each for each in figures if " nats" in json.dumps(each["layout"].get("annotations", []))]
+
+
+@pytest.mark.parametrize(
+    "name", ["00_quickstart.ipynb", "02_git_re_basin.ipynb", "04_repair.ipynb", "07_transformers.ipynb"]
+)
+def test_labels_of_barriers_cover_nothing(window, tmp_path, name):
+    (tmp_path / "page.html").write_text(f'<script src="{LIBRARY.as_uri()}"></script>')
+    page = window.open((tmp_path / "page.html").as_uri())
+    figures = labelled(name)
+    assert figures
+    for figure in figures:
+        for width in WIDTHS:
+            labels, faults = page.evaluate(DRAW, [figure, width])
+            assert labels and faults == [], width
