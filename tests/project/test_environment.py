@@ -1,5 +1,6 @@
 """pyproject.toml, environment.yml and constraints.txt say the same."""
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -61,4 +62,5 @@ def test_one_version_everywhere():
     assert lmc.__version__ == version
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert citation["version"] == version
+    assert json.loads((ROOT / "lmc/views/lab/package.json").read_text(encoding="utf-8"))["version"] == version
     assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
