@@ -22,8 +22,8 @@ from torch import Tensor, nn
 import lmc.merge
 import lmc.weights
 from lmc.errors import DataError, InputError
-from lmc.weights import StateDict, fitted
-from lmc.weights.checkpoint import RECIPE
+from lmc.weights import StateDict, fitted, tied_names
+from lmc.weights.checkpoint import RECIPE, Checkpoint, readable
 from lmc.weights.opening import open_checkpoint
 
 if TYPE_CHECKING:
@@ -284,6 +284,7 @@ def extract(arguments: Namespace) -> None:
 
 def align(arguments: Namespace) -> None:
     import lmc.align
+    from lmc.network.derived import derived_names
 
     needs, settings = ALIGNERS[arguments.method], options(arguments.set)
     aligner = getattr(lmc.align, arguments.method)
@@ -292,13 +293,30 @@ def align(arguments: Namespace) -> None:
     loaded = data(arguments.data, task(arguments.task)) if arguments.data else None
     if "model" in needs and (model is None or loaded is None):
         raise InputError(f"--method {arguments.method} looks at what the networks do: give --model and --data")
+    out = Path(os.path.abspath(arguments.out))
+    if out.exists():
+        raise InputError(f"{out}: exists already; remove it or choose another name")
     spec = _spec(arguments, model, loaded)
-    a, b = (_load(path, model) for path in (arguments.a, arguments.b))
-    given: list[Any] = [model, _cast(a, model), _cast(b, model), loaded] if "model" in needs else [a, b]
+    a, b = (_open(path, model) for path in (arguments.a, arguments.b))
+    if "model" in needs:
+        a, b = (state.load() if isinstance(state, Checkpoint) else state for state in (a, b))
+        given: list[Any] = [model, _cast(a, model), _cast(b, model), loaded]
+    else:
+        given = [a, b]
+    kept = out.with_name(f".{out.name}.matching")
+    if all(isinstance(one, Checkpoint) and not derived_names(one.outline()) for one in given):
+        settings = {"journal": kept} | settings
     pi = aligner(spec, *given, progress=not arguments.quiet, **settings)
-    moved = lmc.merge.write(lmc.merge.average, [pi.apply(b)], arguments.out, progress=False)
     if arguments.save_permutation:
         pi.save(arguments.save_permutation)
+    moved = lmc.merge.write(lmc.merge.average, [pi.apply(b)], out, progress=False)
+    kept.unlink(missing_ok=True)
+    if "bytes_read" in pi.info:
+        passes = sum(len(run["passes"]) for run in pi.info["runs"])
+        print(
+            f"weight matching: {passes} passes, {readable(pi.info['bytes_read'])} read in {pi.info['seconds']:.1f} s, memory "
+            f"about {readable(pi.info['memory'])}"
+        )
     before, after = lmc.weights.distance(a, b), lmc.weights.distance(a, moved)
     print(f"distance of the weights {before:.4g} before, {after:.4g} after\n{moved}")
 
@@ -364,12 +382,26 @@ def catalogue() -> str:
     return "\n".join(lines)
 
 
-def _load(path: str, model: torch.nn.Module | None) -> StateDict:
-    """Stored weights, under the names of the architecture; what was unwrapped is printed."""
+def _open(path: str, model: torch.nn.Module | None) -> Checkpoint | StateDict:
+    """Stored weights, under the names of the architecture; what was unwrapped is printed. They are loaded where names differ
+    by more than ties."""
     opened = open_checkpoint(path)
     for note in opened.notes:
         print(f"{path}: {note}")
-    return opened.load() if model is None else fitted(model, opened.load(), path)
+    if model is None:
+        return opened
+    first = tied_names(model)
+    there = {first.get(name, name): name for name in opened}
+    names = {name: name if name in opened else there.get(first.get(name, name), "") for name in model.state_dict()}
+    if all(names.values()) and opened.keys() <= names.keys():
+        return opened if opened.keys() == names.keys() else opened.under(names)
+    return fitted(model, opened.load(), path)
+
+
+def _load(path: str, model: torch.nn.Module | None) -> StateDict:
+    """As `_open`, in memory."""
+    found = _open(path, model)
+    return found.load() if isinstance(found, Checkpoint) else found
 
 
 def _cast(weights: StateDict, model: torch.nn.Module | None) -> StateDict:

@@ -59,8 +59,11 @@ examples:
   lmc align a/ b/ --spec spec.json --out b-aligned/ --set restarts=4
   lmc align a/ b/ --model "mlp(64, [64], 10)" --data digits --method activation_matching --out b-aligned/
 
+Weight matching reads tensors as it needs them: neither model has to fit into memory, and --model may give a module on
+the meta device. An interrupted search goes on where it stopped when the same command is given again.
+
 --model imports and runs code that you name. In Python: lmc.permutation_spec(model, inputs),
-lmc.weight_matching(spec, a, b), pi.apply(b)"""
+lmc.weight_matching(spec, "a/", "b/"), pi.apply(lmc.open_checkpoint("b/"))"""
 
 CONNECT = """Move B onto A by whatever connects the two best, and say what that is.
 

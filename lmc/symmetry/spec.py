@@ -4,7 +4,7 @@ import fnmatch
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,15 @@ from lmc.errors import InputError, SpecError
 from lmc.symmetry import report
 from lmc.symmetry.groups.group import Group
 from lmc.symmetry.groups.kinds import ContinuousSymmetries
-from lmc.symmetry.groups.symmetries import Certificate, Symmetries, act, identity_indices, random_indices, sources
+from lmc.symmetry.groups.symmetries import (
+    Certificate,
+    Symmetries,
+    act,
+    act_on_disk,
+    identity_indices,
+    random_indices,
+    sources,
+)
 from lmc.symmetry.notation.grammar import parse
 from lmc.symmetry.notation.layout import (
     describe,
@@ -30,6 +38,7 @@ from lmc.symmetry.notation.layout import (
 from lmc.symmetry.proof.certify import certify_permutation, certify_spec
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector
 from lmc.weights import ModelOrWeights, StateDict, as_weights, tied_names
+from lmc.weights.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -255,6 +264,7 @@ class UnboundSpec:
         Raises:
             SpecError: the patterns do not fit the shapes of the weights.
         """
+        weights = weights.outline() if isinstance(weights, Checkpoint) else weights
         state = as_weights(weights)
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         if isinstance(weights, nn.Module):
@@ -333,13 +343,22 @@ class Permutation(Result, Mapping[str, Tensor]):
 
     __hash__ = None  # type: ignore[assignment]
 
+    @overload
+    def apply(self, model: Checkpoint) -> Checkpoint: ...
+    @overload
+    def apply(self, model: ModelOrWeights) -> StateDict: ...
     @own_context
-    def apply(self, model: ModelOrWeights) -> StateDict:
+    def apply(self, model: ModelOrWeights) -> StateDict | Checkpoint:
         """The weights of the same function with permuted units; tensors that do not move are copied.
+
+        Of an opened checkpoint nothing is read now: the result is one whose tensors are moved when they are read.
 
         Raises:
             SpecError: the spec does not fit the weights.
         """
+        if isinstance(model, Checkpoint):
+            self.spec.check(model)
+            return act_on_disk(self.spec, self.indices, model)
         weights = as_weights(model)
         self.spec.check(weights)
         return StateDict(act(self.spec, self.indices, weights), like=weights)

@@ -185,6 +185,29 @@ def corresponding(
     return found, frozenset(lacking)
 
 
+def fitting(
+    first: Mapping[str, Tensor], other: Mapping[str, Tensor], names: tuple[str, str]
+) -> tuple[Mapping[str, Tensor], frozenset[str]]:
+    """`other` under the names of `first`, and the optional buffers that it lacks; a file's prefix is stripped."""
+    if first.keys() == other.keys():
+        return other, frozenset()
+    if isinstance(other, Checkpoint):
+        longer, shorter = prefix_between(list(first), list(other)), prefix_between(list(other), list(first))
+        if longer:
+            other = other.under({n.removeprefix(longer): n for n in other}, f"prefix {longer!r} stripped")
+        elif shorter:
+            other = other.under({shorter + n: n for n in other}, f"prefix {shorter!r} added, which {names[0]} has")
+    known, lacking = corresponding(outline(first), outline(other), names)
+    if isinstance(other, Checkpoint):
+        return other.under(known), lacking
+    return {new: other[old] for new, old in known.items()}, lacking
+
+
+def outline(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The names with tensors of the right shape and dtype; nothing is read from a checkpoint on disk."""
+    return state.outline() if isinstance(state, Checkpoint) else state
+
+
 def optional(name: str, tensor: Tensor) -> bool:
     """True for a buffer that weights may lack: a counter, a table of positions, or a mask."""
     parent, _, last = name.rpartition(".")

@@ -6,15 +6,18 @@ argument. Sums are made in float32 at least, and in the widest dtype of the argu
 argument; a value outside its range raises `WeightsError`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from lmc.core.context import own_context
 from lmc.errors import InputError
-from lmc.weights.agreement import as_weights, check_compatible, shared
+from lmc.weights.agreement import as_weights, check_compatible, fitting, shared
+from lmc.weights.checkpoint import Checkpoint
 from lmc.weights.state import ModelOrWeights, StateDict, Weights, inexact, narrowed, wide
+
+_PART = 1 << 20  # values
 
 
 @own_context
@@ -61,10 +64,25 @@ def dot(a: ModelOrWeights, b: ModelOrWeights) -> float:
 
 @own_context
 def distance(a: ModelOrWeights, b: ModelOrWeights) -> float:
-    """Euclidean distance over all floating-point and complex tensors, in float64."""
-    a, b = _pair(a, b)
-    squares = (float((_real(x) - _real(b[name])).square().sum()) for name, x in a.items() if inexact(x))
-    return sum(squares) ** 0.5
+    """Euclidean distance over all floating-point and complex tensors, in float64; opened checkpoints are read in parts."""
+    on_disk = isinstance(a, Checkpoint) and isinstance(b, Checkpoint)
+    both = _parts(a, b) if on_disk else _together(*_pair(a, b))
+    return sum(float((_real(x) - _real(y)).square().sum()) for x, y in both if inexact(x)) ** 0.5
+
+
+def _together(a: Weights, b: Weights) -> Iterator[tuple[Tensor, Tensor]]:
+    return ((x, b[name]) for name, x in a.items())
+
+
+def _parts(a: Checkpoint, b: Checkpoint) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same parts of the tensors of two checkpoints, flattened."""
+    b, lacking = fitting(a, b, ("a", "b"))
+    shells = {name: shell for name, shell in a.outline().items() if name not in lacking}
+    check_compatible(shells, b.outline())
+    for name, shell in shells.items():
+        for start in range(0, shell.numel(), _PART):
+            part = slice(start, min(start + _PART, shell.numel()))
+            yield a.read(name, part), b.read(name, part)
 
 
 def _pair(a: ModelOrWeights, b: ModelOrWeights) -> tuple[StateDict, StateDict]:

@@ -215,7 +215,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return sum(size_of(entry.dtype, entry.shape) for entry in self.stored.values())
 
     def outline(self) -> StateDict:
-        """Tensors of the right names, shapes and dtypes that hold no values and take no memory.
+        """Tensors of the right names, shapes and dtypes that hold no values and take no memory; tied names share one.
 
         Raises:
             WeightsError: tensors of a quantised dtype of torch, which have no such form.
@@ -226,7 +226,9 @@ class Checkpoint(Mapping[str, Tensor]):
                     f"{name} ({str(entry.dtype).removeprefix('torch.')}) belongs to a quantised weight, which are no numbers to "
                     f"add and scale; {DEQUANTISE}"
                 )
-        return StateDict((name, torch.zeros((), dtype=(e := self.entry(name)).dtype).expand(e.shape)) for name in self)
+        found = StateDict((name, torch.zeros((), dtype=e.dtype).expand(e.shape)) for name, e in self.stored.items())
+        found.update({name: found[first] for name, first in self.ties.items()})
+        return found
 
     def load(self) -> StateDict:
         """All tensors in memory; tied names share one tensor."""

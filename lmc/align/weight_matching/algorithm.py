@@ -14,6 +14,7 @@ group is visited again only after one that shares a tensor with it has moved.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
+from typing import Any
 
 from torch import Tensor
 
@@ -51,22 +52,26 @@ class Descent:
         self.on_visit = on_visit
         self.dirty = set(range(len(blocks)))
         self.sweeps = self.visits = 0
-        self._gains = Gains(blocks, fixed)
-        self._sharing: dict[str, set[int]] = {}
+        self.sharing: dict[str, set[int]] = {}
         for i, block in enumerate(blocks):
             for name in block.tables:
-                self._sharing.setdefault(name, set()).add(i)
+                self.sharing.setdefault(name, set()).add(i)
+        self._gains = Gains(blocks, fixed)
 
     def run(self, max_sweeps: int, *orders: Sequence[int]) -> "Descent":
         """Sweep over the blocks until none is dirty, in the given orders by turns (default: as they come)."""
         for order in islice(cycle(orders or [range(len(self.blocks))]), max_sweeps):
             if not self.dirty:
                 break
-            for i in order:
-                if i in self.dirty:
-                    self.visit(i)
+            self.sweep(order)
             self.sweeps += 1
         return self
+
+    def sweep(self, order: Sequence[int]) -> None:
+        """Visit each block that is dirty when its turn comes."""
+        for i in order:
+            if i in self.dirty:
+                self.visit(i)
 
     def grow_outwards(self) -> "Descent":
         """A first pass that matches each block only against what is already matched."""
@@ -80,26 +85,36 @@ class Descent:
         if self.on_visit is not None:
             self.on_visit()
         block = self.blocks[i]
-        used = [k for k, p in enumerate(block.places) if p.tensor in self.fixed and (only is None or p.tensor in only)]
         if only is None or only.issuperset(block.tables):
             self.dirty.discard(i)
+        if step := self.step(i, only):
+            self.move(i, step, linear=not block.quadratic or only is not None)
+
+    def step(self, i: int, only: frozenset[str] | None) -> Step | None:
+        """The best step of block i, and of what is nested in it, judged by the tensors `only`; None: it stays."""
+        block = self.blocks[i]
+        used = [k for k, p in enumerate(block.places) if p.tensor in self.fixed and (only is None or p.tensor in only)]
         if block.inner:
             step, improvement, size = nested_assignment(block, used, self.fixed, self.state, self._solve_inside)
         else:
-            gain = self._gains.of(i, used, self.state)
-            index, improvement = self._gains.assign(i, gain)
-            step, size = {block.name: index}, float(gain.diagonal().abs().sum())
-        if improvement > _ROUNDING * size:
-            self._move(i, step, linear=not block.quadratic or only is not None)
+            index, improvement, size = self.assignment(i, used)
+            step = {block.name: index}
+        return step if improvement > _ROUNDING * size else None
+
+    def assignment(self, i: int, used: Sequence[int]) -> tuple[Tensor, float, float]:
+        """The best permutation of block i by its places `used`, its improvement, and the size of the terms involved."""
+        gain = self._gains.of(i, used, self.state)
+        index, improvement = self._gains.assign(i, gain)
+        return index, improvement, float(gain.diagonal().abs().sum())
 
     def _solve_inside(
         self, inner: Sequence[UnitBlock], fixed: Mapping[str, Tensor], state: Mapping[str, Tensor]
     ) -> tuple[Step, float]:
         """The same problem inside one pair of units: (moves, optimum)."""
         problem = Descent(self.spec, inner, fixed, state).run(_INNER_SWEEPS)
-        return problem.pi, inner_product(fixed, problem.state)
+        return problem.pi, problem.value()
 
-    def _move(self, i: int, step: Step, *, linear: bool) -> None:
+    def move(self, i: int, step: Step, *, linear: bool) -> None:
         """Make a step of block i, and let its neighbours know; a step by a linearised gain only if it really helps."""
         block = self.blocks[i]
         changed = block.move(step, self.state)
@@ -116,7 +131,7 @@ class Descent:
         self.pi = compose_moves(self.spec, step, self.pi)
 
     def _tell_neighbours(self, i: int, name: str, shift: Shift | None, after: Tensor) -> None:
-        neighbours = self._sharing[name] - {i}
+        neighbours = self.sharing[name] - {i}
         for j in neighbours:
             self._gains.update(j, name, shift, self.state[name], after)
         self.dirty |= neighbours
@@ -125,7 +140,20 @@ class Descent:
         """Whether a move of a group that meets itself in a tensor, whose gain is only a linearisation, really helps."""
         before = inner_product({name: self.fixed[name] for name in changed}, self.state)
         after = inner_product({name: self.fixed[name] for name in changed}, changed)
-        return after > before + _ROUNDING * abs(before)
+        return raised(before, after)
+
+    def value(self) -> float:
+        """`sum <A, B>`, B as moved so far, in float64."""
+        return inner_product(self.fixed, self.state)
+
+    def report(self) -> dict[str, Any]:
+        """How it went."""
+        return {"sweeps": self.sweeps, "visits": self.visits, "converged": not self.dirty}
+
+
+def raised(before: float, after: float) -> bool:
+    """Whether a sum has grown by more than its rounding."""
+    return after > before + _ROUNDING * abs(before)
 
 
 def outwards(blocks: Sequence[UnitBlock], fixed: Mapping[str, Tensor]) -> Iterator[tuple[int, frozenset[str] | None]]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lmc.align.weight_matching.blocks import Shift, UnitBlock, sub_tensor
+from lmc.weights.state import wide
 
 # Below this size an assignment is quicker than finding prices for it.
 _LARGE = 128
@@ -20,7 +21,7 @@ _SCALINGS = 8
 _FLOOR = -60.0
 # From this size on, an assignment takes longer than finding the prices that speed up the next one.
 _PRICED = 128
-_CHUNK = 1 << 18
+CHUNK = 1 << 18
 
 
 def assign(gain: Tensor, prices: Tensor | None = None) -> tuple[Tensor, float]:
@@ -134,22 +135,31 @@ class Gains:
             self._add(i, place.features(fixed), place.features(after - before))
 
     def _add(self, i: int, mine: Tensor, theirs: Tensor) -> None:
-        if i in self._gain:
-            self._gain[i].addmm_(mine, theirs.T)
-        else:
-            self._gain[i] = mine @ theirs.T
+        self._gain[i] = added(self._gain.get(i), mine, theirs)
+
+
+def added(gain: Tensor | None, mine: Tensor, theirs: Tensor) -> Tensor:
+    """`gain + mine @ theirs^T`, in place where there is a gain yet."""
+    return mine @ theirs.T if gain is None else gain.addmm_(mine, theirs.T)
+
+
+def comparable(tensor: Tensor) -> Tensor:
+    """A tensor as it is matched on: in float32 at least, complex numbers as pairs along a last axis."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    return tensor.to(wide(tensor.dtype))
 
 
 def inner_product(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     """`sum <a, b>` over the tensors of `a`, in float64."""
-    return sum(_dot(x.flatten(), b[name].flatten()) for name, x in a.items())
+    return sum(dot(x.flatten(), b[name].flatten()) for name, x in a.items())
 
 
-def _dot(x: Tensor, y: Tensor) -> float:
+def dot(x: Tensor, y: Tensor) -> float:
     """`<x, y>` in float64, widened chunk by chunk: chunks stay in the cache, whole layers would not."""
-    if len(x) <= _CHUNK:
+    if len(x) <= CHUNK:
         return float(torch.dot(x.double(), y.double()))
-    return sum(map(_dot, x.split(_CHUNK), y.split(_CHUNK)))
+    return sum(map(dot, x.split(CHUNK), y.split(CHUNK)))
 
 
 Step: TypeAlias = dict[str, Tensor]

@@ -1,15 +1,17 @@
 """Weight matching: the permutation that brings B's weights closest to A's (Ainsworth, Hayase, Srinivasa 2023)."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lmc.align.weight_matching.algorithm import Descent
-from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
-from lmc.align.weight_matching.gains import inner_product
+from lmc.align.weight_matching.blocks import build_blocks
+from lmc.align.weight_matching.gains import comparable
+from lmc.align.weight_matching.on_disk import OnDisk
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
@@ -17,17 +19,21 @@ from lmc.network.derived import derived_names, gauged
 from lmc.symmetry.groups.symmetries import act, identity_indices
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
+from lmc.weights.checkpoint import Checkpoint
+from lmc.weights.opening import open_checkpoint
+from lmc.weights.state import inexact
 
 
 @own_context
 def weight_matching(
     spec: PermutationSpec | UnboundSpec,
-    a: ModelOrWeights,
-    b: ModelOrWeights,
+    a: ModelOrWeights | str | Path,
+    b: ModelOrWeights | str | Path,
     *,
     seed: int = 0,
     restarts: int = 1,
     max_sweeps: int = 100,
+    journal: str | Path | None = None,
     progress: bool = True,
 ) -> Permutation:
     """Maximise `sum <A, pi(B)>` over the permutations pi of all groups by coordinate descent (Git Re-Basin, algorithm 1).
@@ -37,22 +43,30 @@ def weight_matching(
 
     Args:
         spec: the symmetries of the architecture.
-        a, b: modules or state dicts on one device; neither is changed.
+        a, b: modules or state dicts on one device; neither is changed. Where both are checkpoints on disk, opened or given
+            by their paths, tensors are read as they are needed, and none of the two is held: memory is that for some
+            copies of the largest tensor and of the largest group's matrix of gains. Weights under a weight or spectral
+            normalisation are loaded.
         seed: decides orders and starting points of the restarts from the third on.
         restarts: runs of which the best is kept. The first grows outwards from what is fixed (each group is first
             matched only against neighbours already matched), the second starts from the identity, the others from random
             permutations, visiting groups in a random order. Sweeps go there and back again.
         max_sweeps: bound on the passes over all groups in one run.
+        journal: for checkpoints on disk, a file to keep what was found: after an interrupt, which then is passed on, or a
+            crash, the same call goes on from there.
         progress: show a bar when it takes longer than two seconds.
 
     Returns:
-        The permutation, with `.objective` (the maximised sum, in float64) and how it was found in `.info`. An interrupt
-        ends the search with a warning and returns the best permutation of the restarts that had finished.
+        The permutation, with `.objective` (the maximised sum, in float64) and how it was found in `.info`; of checkpoints
+        on disk also the memory as planned and the bytes read, in bytes, and for each pass its visits, bytes and seconds.
+        An interrupt ends the search with a warning and returns the best permutation of the restarts that had finished.
 
     Raises:
         MismatchError: `a` and `b` differ in keys, shapes or device.
         SpecError: the spec does not fit the weights.
         WeightsError: NaN or infinity in the weights.
+        DataError: a checkpoint or a journal that cannot be read; the file is named.
+        InputError: the journal of another matching, or one for weights that are not on disk.
 
     Example:
         >>> import lmc
@@ -72,30 +86,31 @@ def weight_matching(
             "inputs), or from patterns with lmc.PermutationSpec.from_patterns({...})"
         )
     started = time.perf_counter()
-    a, b = agreeing([a, b], "ab")
-    spec = spec.bind(a)
-    fixed, moving = matched(spec, a), matched(spec, b)
-    naive = inner_product(fixed, moving)
+    a, b = (open_checkpoint(given) if isinstance(given, str | Path) else given for given in (a, b))
+    bar = tqdm(unit=" visits", disable=not progress)
+    problem = _problem(spec, a, b, journal, {"seed": seed, "restarts": restarts, "max_sweeps": max_sweeps})
+    spec, naive = problem.spec, problem.begin({}, bar.update).value()
     candidates: list[tuple[float, dict[str, Tensor]]] = [(naive, {})]
     runs: list[dict[str, Any]] = []
-    bar = tqdm(unit=" visits", disable=not progress)
     try:
-        blocks = build_blocks(spec, fixed)
         for restart in range(restarts):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + restart)
             bar.set_description(f"weight matching, run {restart + 1} of {restarts}", refresh=False)
             starts = ["random"] if restart > 1 else ["identity"] if restart else ["outwards", "identity"]
             for start in starts:
-                value, indices, run = _descend(spec, blocks, fixed, moving, start, generator, max_sweeps, bar)
+                value, indices, run = _descend(problem, start, generator, max_sweeps, bar)
                 runs.append(run)
                 candidates.append((value, indices))
                 bar.set_postfix(best=f"{max(candidates, key=_value)[0]:.6g}", refresh=False)
                 if value >= naive:
                     break
     except KeyboardInterrupt:
+        if journal is not None:
+            raise
         warn(f"weight matching interrupted: the best of {len(runs)} finished runs is returned")
     finally:
         bar.close()
+        problem.close()
     value, best = max(candidates, key=_value)
     info = {
         "method": "weight_matching",
@@ -104,8 +119,47 @@ def weight_matching(
         "objective_at_identity": naive,
         "runs": runs,
         "seconds": time.perf_counter() - started,
+        **problem.report(),
     }
     return Permutation(spec, identity_indices(spec) | best, value, info)
+
+
+class Held:
+    """Two weight sets in memory to be matched."""
+
+    def __init__(self, spec: PermutationSpec | UnboundSpec, a: ModelOrWeights, b: ModelOrWeights) -> None:
+        a, b = agreeing([a, b], "ab")
+        self.spec = spec.bind(a)
+        self.fixed, self.moving = matched(self.spec, a), matched(self.spec, b)
+        self.blocks = build_blocks(self.spec, self.fixed)
+
+    def begin(self, pi: Mapping[str, Tensor], on_visit: Callable[[], object]) -> Descent:
+        """A descent that starts where B is moved by `pi`."""
+        state = act(self.spec, pi, self.moving) if pi else self.moving
+        return Descent(self.spec, self.blocks, self.fixed, state, pi, on_visit)
+
+    def report(self) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        pass
+
+
+def _problem(
+    spec: PermutationSpec | UnboundSpec,
+    a: ModelOrWeights,
+    b: ModelOrWeights,
+    journal: str | Path | None,
+    options: Mapping[str, Any],
+) -> Held | OnDisk:
+    if isinstance(a, Checkpoint) and isinstance(b, Checkpoint) and not derived_names(a.outline()):
+        return OnDisk(spec.bind(a), a, b, None if journal is None else Path(journal), options)
+    if journal is not None:
+        raise InputError(
+            "journal: what is found is kept for checkpoints on disk only, whose weights are not normalised; give two paths, "
+            "or leave it out"
+        )
+    return Held(spec, a, b)
 
 
 def _value(candidate: tuple[float, Any]) -> float:
@@ -113,29 +167,20 @@ def _value(candidate: tuple[float, Any]) -> float:
 
 
 def _descend(
-    spec: PermutationSpec,
-    blocks: list[UnitBlock],
-    fixed: Weights,
-    moving: Weights,
-    start: str,
-    generator: torch.Generator,
-    max_sweeps: int,
-    bar: Any,
+    problem: Held | OnDisk, start: str, generator: torch.Generator, max_sweeps: int, bar: Any
 ) -> tuple[float, dict[str, Tensor], dict[str, Any]]:
     """One run of coordinate descent: (objective, index vectors of the groups that may have moved, how it went)."""
     pi: dict[str, Tensor] = {}
-    order = list(range(len(blocks)))
+    order = list(range(len(problem.blocks)))
     if start == "random":
-        pi = spec.random(int(torch.randint(2**31, (), generator=generator))).indices
-        order = torch.randperm(len(blocks), generator=generator).tolist()
-    state = act(spec, pi, moving) if pi else moving
-    descent = Descent(spec, blocks, fixed, state, pi, on_visit=bar.update)
+        pi = problem.spec.random(int(torch.randint(2**31, (), generator=generator))).indices
+        order = torch.randperm(len(order), generator=generator).tolist()
+    descent = problem.begin(pi, bar.update)
     if start == "outwards":
         descent.grow_outwards()
     descent.run(max_sweeps, order, order[::-1])
-    value = inner_product(fixed, descent.state)
-    run = {"start": start, "sweeps": descent.sweeps, "visits": descent.visits, "converged": not descent.dirty}
-    return value, descent.pi, run | {"objective": value}
+    value = descent.value()
+    return value, descent.pi, {"start": start, **descent.report(), "objective": value}
 
 
 def matched(spec: PermutationSpec, weights: Mapping[str, Tensor]) -> Weights:
@@ -149,11 +194,8 @@ def matched(spec: PermutationSpec, weights: Mapping[str, Tensor]) -> Weights:
     derived = derived_names(weights)
     weights = gauged(dict(weights)) if derived else weights
     for name in sorted(weights.keys() - spec.buffers - spec.aliases.keys() - derived):
-        tensor = weights[name]
-        if tensor.is_complex():
-            tensor = torch.view_as_real(tensor.resolve_conj())
-        if tensor.is_floating_point():
-            found[name] = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+        if inexact(weights[name]):
+            found[name] = comparable(weights[name])
     return found
 
 

@@ -14,6 +14,7 @@ from lmc.core.files import __version__, write_text
 from lmc.errors import InputError
 from lmc.merge.disk.stacking import Stack
 from lmc.merge.engine.method import MergeFunction
+from lmc.symmetry.groups.symmetries import order_of_units
 from lmc.weights import ModelOrWeights, as_weights
 from lmc.weights.adapter import Adapted
 from lmc.weights.checkpoint import RECIPE, Checkpoint, as_bytes, read_json
@@ -71,7 +72,8 @@ def source(method: MergeFunction) -> str:
 
 
 def _fingerprint(model: ModelOrWeights) -> MergeRecipe:
-    """Path, sizes and times of files, or the SHA-256 of what is in memory."""
+    """Path, sizes and times of files, and the SHA-256 of the order of units that are moved as they are read; or the SHA-256
+    of what is in memory."""
     if isinstance(model, Checkpoint) and not (isinstance(model, Adapted) and model.base is None):
         files = {file: file.stat() for file in model.files}
         named = {str(file.resolve()): [stat.st_size, stat.st_mtime_ns] for file, stat in files.items()}
@@ -79,9 +81,11 @@ def _fingerprint(model: ModelOrWeights) -> MergeRecipe:
             return {"stack": [[str(path), start, stop] for path, start, stop in model.slices], "files": named}
         if isinstance(model, Adapted):
             return {"adapter": str(model.path.resolve()), "on": str(Path(str(model.base)).resolve()), "files": named}
+        moved = order_of_units(model)
         return {
             "path": str(model.path.resolve()),
             "files": {file.name: [stat.st_size, stat.st_mtime_ns] for file, stat in files.items()},
+            **({"units moved": moved} if moved else {}),
         }
     digest = hashlib.sha256()
     for name, tensor in as_weights(model).items():

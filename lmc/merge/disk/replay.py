@@ -104,6 +104,10 @@ def _is_method(value: Any) -> bool:
 
 
 def _input(recorded: Mapping[str, Any], who: str) -> Checkpoint:
+    if "units moved" in recorded:
+        raise InputError(
+            f"recipe: {who} had its units moved on the way; align it again, pi.apply(lmc.open_checkpoint(path))"
+        )
     if "path" in recorded:
         checkpoint = open_checkpoint(recorded["path"])
         sizes = {file.name: file.stat().st_size for file in checkpoint.files}

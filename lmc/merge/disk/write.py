@@ -49,6 +49,7 @@ from lmc.merge.engine.chunks import DEPTH, VALUES, Made, grain
 from lmc.merge.engine.method import MergeFunction, Method
 from lmc.merge.engine.quantiles import SAMPLE
 from lmc.merge.engine.tensors import WeightSets, weight_sets
+from lmc.symmetry.groups.symmetries import moved_entries
 from lmc.weights import ModelOrWeights
 from lmc.weights.adapter import Adapter
 from lmc.weights.checkpoint import RECIPE, Checkpoint, checksum, read_json, readable, sampled_checksum
@@ -328,7 +329,9 @@ def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:
         survey = len(sets) * (4 * max(min(total, SAMPLE), sample_size(total)) + total // 50)
     waiting = QUEUE + (DEPTH + 1) * (len(sets) + 1)
     each = 12 if "moments" in how.parameters else 8
-    return ((each * len(sets) + 2) * at_once + waiting * min(at_once, VALUES) + survey) * widest
+    on_disk = (state for state in (*sets.states, sets.base) if isinstance(state, Checkpoint))
+    moved = sum(max((entry.held for entry in moved_entries(state).values()), default=0) for state in on_disk)
+    return ((each * len(sets) + 2) * at_once + waiting * min(at_once, VALUES) + survey) * widest + moved * sets.workers
 
 
 def _beside(sources: Sequence[ModelOrWeights | None]) -> tuple[Path, ...]:

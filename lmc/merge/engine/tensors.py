@@ -27,7 +27,7 @@ from lmc.merge.engine.chunks import Ahead, Chunk, Cut, chunks
 from lmc.network.derived import constants_in, derived_names, gauged, warn_of_lagging
 from lmc.weights import ModelOrWeights, as_weights, check_compatible, fitted, tied_names
 from lmc.weights.adapter import Adapter, Changed
-from lmc.weights.agreement import corresponding, prefix_between
+from lmc.weights.agreement import fitting, outline
 from lmc.weights.checkpoint import Checkpoint, Mapped, Stored, flat
 from lmc.weights.opening import open_checkpoint
 from lmc.weights.state import check_integers, dtype_name, inexact, memory, unmergeable, wide
@@ -358,29 +358,6 @@ def _under(module: nn.Module, state: Mapping[str, Tensor], who: str) -> Mapping[
         return fitted(module, state, who)
     own = module.state_dict()
     return state if own.keys() == state.keys() else fitted(module, state.load(), who)
-
-
-def fitting(
-    first: Mapping[str, Tensor], other: Mapping[str, Tensor], names: tuple[str, str]
-) -> tuple[Mapping[str, Tensor], frozenset[str]]:
-    """`other` under the names of `first`, and the optional buffers that it lacks; a file's prefix is stripped."""
-    if first.keys() == other.keys():
-        return other, frozenset()
-    if isinstance(other, Checkpoint):
-        longer, shorter = prefix_between(list(first), list(other)), prefix_between(list(other), list(first))
-        if longer:
-            other = other.under({n.removeprefix(longer): n for n in other}, f"prefix {longer!r} stripped")
-        elif shorter:
-            other = other.under({shorter + n: n for n in other}, f"prefix {shorter!r} added, which {names[0]} has")
-    known, lacking = corresponding(first, other, names)
-    if isinstance(other, Checkpoint):
-        return other.under(known), lacking
-    return {new: other[old] for new, old in known.items()}, lacking
-
-
-def outline(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The names with tensors of the right shape and dtype; nothing is read from a checkpoint on disk."""
-    return state.outline() if isinstance(state, Checkpoint) else state
 
 
 def infinite(state: Mapping[str, Tensor], name: str) -> bool:

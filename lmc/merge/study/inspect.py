@@ -17,11 +17,12 @@ from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.merge.disk.vocabulary import differing
-from lmc.merge.engine.tensors import STATISTICS, fitting, on_base, outline
+from lmc.merge.engine.tensors import STATISTICS, on_base
 from lmc.merge.study.survey import Difference, LayerReport, Survey, differences
 from lmc.network.derived import derived_names, gauged
 from lmc.weights import ModelOrWeights, as_weights, tied_names
 from lmc.weights.adapter import Adapter
+from lmc.weights.agreement import fitting, outline
 from lmc.weights.checkpoint import Checkpoint, readable
 from lmc.weights.opening import open_checkpoint
 from lmc.weights.state import inexact, unmergeable

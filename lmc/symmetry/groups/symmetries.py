@@ -1,11 +1,14 @@
 """The permutation symmetries of one architecture as data: the groups, their places in its tensors, and the proof; and the
 action of group elements on flat positions of a tensor, and on each other when groups are nested."""
 
+import hashlib
 import math
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +20,7 @@ from lmc.errors import SpecError
 from lmc.symmetry.groups.group import Group, Groups, Shape, Table, absence, check_groups, outermost_first
 from lmc.symmetry.groups.kinds import ContinuousSymmetries, Kind
 from lmc.weights import ModelOrWeights, Weights, as_weights
+from lmc.weights.checkpoint import Checkpoint, Stored, flat, size_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -146,7 +150,7 @@ class Symmetries:
 
     def check(self, weights: ModelOrWeights) -> None:
         """Raise `SpecError` naming the first tensor that the spec knows and the weights lack, or of another shape."""
-        weights = as_weights(weights)
+        weights = weights.outline() if isinstance(weights, Checkpoint) else as_weights(weights)
         for name in self.tables_by_tensor:
             if name not in weights:
                 why = absence(name, self.aliases, weights)
@@ -326,6 +330,110 @@ def gather_positions(tensor: Tensor, dims: Sequence[int], index: np.ndarray) -> 
     front = tensor.movedim(tuple(dims), tuple(range(len(dims))))
     moved = front.flatten(0, len(dims) - 1).index_select(0, where).reshape(front.shape)
     return moved.movedim(tuple(range(len(dims))), tuple(dims)).contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """A stored tensor that is read with its units moved.
+
+    Attributes:
+        stored: the tensor as it is stored.
+        tables: its (group, table) pairs, outermost group first.
+        indices: group -> (n,) unit of the stored tensor for each unit.
+        latest: the tensor that a thread moved last: its chunks are asked for one after the other.
+    """
+
+    stored: Stored
+    tables: TablesOfTensor
+    indices: Indices
+    latest: threading.local
+
+    @property
+    def file(self) -> Path:
+        return self.stored.file
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.stored.shape
+
+    @property
+    def size(self) -> int:
+        """The number of values."""
+        return self.stored.size
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether slices along the first axis move by themselves, so that none needs the whole tensor."""
+        return len(self.shape) > 1 and all(0 not in table.dims for _, table in self.tables)
+
+    @property
+    def held(self) -> int:
+        """Bytes that reading chunks holds besides them: the tensor as moved, and for a moment as stored."""
+        return 0 if self.by_rows else 2 * size_of(self.dtype, self.shape)
+
+    def read(self, chunk: slice | None = None) -> Tensor:
+        """The tensor, or this chunk of it flattened, in memory of its own."""
+        if chunk is None:
+            return permute_tensor(self.stored.read(), self.tables, self.indices)
+        if self.by_rows:
+            row = max(1, math.prod(self.shape[1:]))
+            first, stop = chunk.start // row, -(-chunk.stop // row)
+            return self.rows(first, stop).flatten()[chunk.start - first * row : chunk.stop - first * row]
+        if getattr(self.latest, "entry", None) is not self:
+            self.latest.tensor = None  # before the next one is read
+            self.latest.tensor = self.read()
+            self.latest.entry = self
+        return flat(self.latest.tensor, chunk).clone()
+
+    def rows(self, first: int, stop: int) -> Tensor:
+        """The slices from `first` to `stop` along the first axis, of a tensor that is moved `by_rows`."""
+        row = math.prod(self.shape[1:])
+        part = self.stored.read(slice(first * row, stop * row)).view(stop - first, *self.shape[1:])
+        return permute_tensor(part, self.tables, self.indices)
+
+
+def act_on_disk(spec: Symmetries, indices: Indices, weights: Checkpoint) -> Checkpoint:
+    """The weights with their units moved, each tensor when it is read; groups that are not named stay."""
+    latest = threading.local()
+    tables = {
+        name: [(group, table) for group, table in spec.tables_by_tensor.get(name, ()) if group in indices]
+        for name in weights
+    }
+    apart = {name for name, first in weights.ties.items() if tables[name] != tables[first]}
+    stored: dict[str, Stored] = {
+        name: Moved(weights.entry(name), tables[name], indices, latest) if tables[name] else weights.entry(name)
+        for name in (*weights.stored, *apart)
+    }
+    ties = {name: first for name, first in weights.ties.items() if name not in apart}
+    return Checkpoint(weights.path, stored, ties, weights.notes, weights.metadata)
+
+
+def moved_entries(weights: Checkpoint) -> dict[str, Moved]:
+    """The tensors of a checkpoint that are moved when they are read."""
+    found: dict[str, Moved] = {}
+    for name, entry in weights.stored.items():
+        inner: Any = entry  # a cast to another dtype may be around it
+        while not isinstance(inner, Moved) and hasattr(inner, "stored"):
+            inner = inner.stored
+        if isinstance(inner, Moved):
+            found[name] = inner
+    return found
+
+
+def order_of_units(weights: Checkpoint) -> str:
+    """The SHA-256 of the moves that tensors of a checkpoint make when they are read; empty where none does."""
+    moved = moved_entries(weights)
+    digest = hashlib.sha256()
+    for name, entry in moved.items():
+        for group, table in entry.tables:
+            digest.update(f"{name} {group} {table.dims} {table.rows.shape}".encode())
+            digest.update(table.rows.tobytes())
+            digest.update(entry.indices[group].numpy().tobytes())
+    return digest.hexdigest() if moved else ""
 
 
 def sources(spec: Symmetries, indices: Indices) -> dict[str, str]:
