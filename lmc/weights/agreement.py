@@ -3,6 +3,7 @@
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -185,6 +186,14 @@ def corresponding(
     return found, frozenset(lacking)
 
 
+@overload
+def fitting(
+    first: Mapping[str, Tensor], other: Checkpoint, names: tuple[str, str]
+) -> tuple[Checkpoint, frozenset[str]]: ...
+@overload
+def fitting(
+    first: Mapping[str, Tensor], other: Mapping[str, Tensor], names: tuple[str, str]
+) -> tuple[Mapping[str, Tensor], frozenset[str]]: ...
 def fitting(
     first: Mapping[str, Tensor], other: Mapping[str, Tensor], names: tuple[str, str]
 ) -> tuple[Mapping[str, Tensor], frozenset[str]]:

@@ -65,8 +65,7 @@ def dot(a: ModelOrWeights, b: ModelOrWeights) -> float:
 @own_context
 def distance(a: ModelOrWeights, b: ModelOrWeights) -> float:
     """Euclidean distance over all floating-point and complex tensors, in float64; opened checkpoints are read in parts."""
-    on_disk = isinstance(a, Checkpoint) and isinstance(b, Checkpoint)
-    both = _parts(a, b) if on_disk else _together(*_pair(a, b))
+    both = _parts(a, b) if isinstance(a, Checkpoint) and isinstance(b, Checkpoint) else _together(*_pair(a, b))
     return sum(float((_real(x) - _real(y)).square().sum()) for x, y in both if inexact(x)) ** 0.5
 
 

@@ -2,11 +2,18 @@
 
 import importlib
 import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import handwritten
 import pytest
 import small_models
 import torch
+from safetensors.torch import save_file
+from support import same
 from torch import Tensor
 
 import lmc
@@ -431,6 +438,180 @@ class TestInterrupt:
         with pytest.warns(UserWarning, match="0 finished runs"):
             pi = matching(spec, a, b)
         assert pi.is_identity() and pi.objective == pi.info["objective_at_identity"]
+
+
+ON_DISK = importlib.import_module("lmc.align.weight_matching.on_disk")
+
+
+def stored(folder: Path, weights: dict[str, Tensor], shards: int = 3) -> Path:
+    """The weights in a folder of several files with an index."""
+    folder.mkdir()
+    names = list(weights)
+    weight_map = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(names)}
+    for file in set(weight_map.values()):
+        save_file({n: weights[n].contiguous() for n in names if weight_map[n] == file}, folder / file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+class TestOnDisk:
+    def test_as_in_memory_bit_for_bit(self, problem, tmp_path):
+        spec, a = problem
+        b = unrelated(a, 5)
+        files = stored(tmp_path / "a", a), stored(tmp_path / "b", b, shards=2)
+        held, found = matching(spec, a, b, restarts=3), matching(spec, *files, restarts=3)
+        assert found == held and found.objective == held.objective
+        assert found.info["objective_at_identity"] == held.info["objective_at_identity"]
+        for mine, its in zip(held.info["runs"], found.info["runs"], strict=True):
+            assert sum(p["visits"] for p in its.pop("passes")) == its["visits"] and its == mine
+        opened = lmc.open_checkpoint(files[1])
+        assert same(found.apply(opened).load(), held.apply(b), ordered=False)
+        written = lmc.merge.write(lmc.merge.average, [found.apply(opened)], tmp_path / "out", progress=False)
+        assert same(written, found.apply(opened)) and matching(spec, files[0], written).is_identity()
+
+    def test_patterns_that_have_not_met_weights(self, tmp_path):
+        spec, a = case("mlp")
+        unbound = lmc.PermutationSpec.from_patterns(handwritten.mlp(3))
+        b = stored(tmp_path / "b", spec.random(3).apply(a))
+        assert matching(unbound, stored(tmp_path / "a", a), lmc.open_checkpoint(b)) == spec.random(3).inverse()
+
+    @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.bfloat16), (torch.float64, torch.float16)])
+    def test_other_precisions(self, dtypes, tmp_path):
+        spec, a = case("cnn with norms, flattened")
+        pair = [
+            {n: t.to(d) if t.is_floating_point() else t for n, t in weights.items()}
+            for weights, d in zip((a, related(spec.random(2).apply(a), 0.2)), dtypes, strict=True)
+        ]
+        held = matching(spec, *pair)
+        found = matching(spec, stored(tmp_path / "a", pair[0]), stored(tmp_path / "b", pair[1]))
+        assert found == held and found.objective == held.objective and not held.is_identity()
+
+    def test_in_parts(self, problem, tmp_path, monkeypatch):
+        spec, a = problem
+        b = related(spec.random(1).apply(a), 0.3)
+        files = stored(tmp_path / "a", a), stored(tmp_path / "b", b)
+        monkeypatch.setattr(ON_DISK, "PART", 5)
+        assert matching(spec, *files) == matching(spec, a, b)
+
+    def test_ties_and_chunks(self, tmp_path):
+        spec, a = case("mlp")
+        (tmp_path / "tied").mkdir()
+        weights = {"w": torch.randn(6, 4), "far": torch.randn(5, 6)}
+        save_file(weights, tmp_path / "tied" / "model.safetensors", metadata={"again": "w", "apart": "w"})
+        opened = lmc.open_checkpoint(tmp_path / "tied")
+        patterns = {"w": "h .", "again": "h .", "apart": ". .", "far": ". h"}
+        spec = lmc.PermutationSpec.from_patterns(patterns, opened)
+        moved, expected = spec.random(0).apply(opened), spec.random(0).apply(opened.load())
+        assert same(moved.load(), expected, ordered=False) and moved.ties == {"again": "w"}
+        for name, tensor in expected.items():
+            chunks = [moved.read(name, slice(i, min(i + 7, tensor.numel()))) for i in range(0, tensor.numel(), 7)]
+            assert torch.equal(torch.cat(chunks), tensor.flatten())
+
+    @pytest.mark.parametrize("name", ["mlp", "one group on both axes", "grouped queries"])
+    def test_goes_on_after_an_interrupt_at_every_visit(self, name, tmp_path, monkeypatch):
+        spec, a = case(name)
+        files = stored(tmp_path / "a", a), stored(tmp_path / "b", unrelated(a, 3))
+        whole, journal = matching(spec, *files, restarts=2), tmp_path / "kept" / "journal"
+        step, left = ON_DISK.DescentOnDisk._step, [0]
+
+        def interrupted(self, i, only):
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+            return step(self, i, only)
+
+        monkeypatch.setattr(ON_DISK.DescentOnDisk, "_step", interrupted)
+        visits = 0
+        while True:
+            try:
+                found = matching(spec, *files, restarts=2, journal=journal)
+                break
+            except KeyboardInterrupt:
+                visits, left[0] = visits + 1, 1
+                with open(journal, "ab") as file:  # killed while it wrote
+                    file.write(b'["torn')
+        assert found == whole and found.objective == whole.objective
+        assert visits == sum(run["visits"] for run in whole.info["runs"])
+        again = matching(spec, *files, restarts=2, journal=journal)
+        assert again == whole and again.info["bytes_read"] == 0 and again.info["found_in_journal"] > visits
+
+    def test_journals_of_others(self, tmp_path):
+        spec, a = case("mlp")
+        files, journal = (stored(tmp_path / "a", a), stored(tmp_path / "b", unrelated(a, 3))), tmp_path / "journal"
+        matching(spec, *files, journal=journal)
+        for other, options, differs in (
+            (spec, {"restarts": 2}, "restarts"),
+            (spec, {"seed": 1}, "seed"),
+            (spec.without("h1"), {}, "spec"),
+        ):
+            with pytest.raises(lmc.InputError, match=f"journal: the journal of another .* differs in {differs};"):
+                matching(other, *files, journal=journal, **options)
+        with pytest.raises(lmc.InputError, match="differs in a, b;"):
+            matching(spec, *reversed(files), journal=journal)
+        journal.write_text("notes\nof mine\n")
+        with pytest.raises(lmc.DataError, match="journal: not a journal"):
+            matching(spec, *files, journal=journal)
+        with pytest.raises(lmc.InputError, match="journal: what is found is kept for checkpoints on disk"):
+            matching(spec, a, a, journal=journal)
+
+    def test_bad_weights(self, tmp_path):
+        spec, a = case("mlp")
+        good = stored(tmp_path / "good", a)
+        bad = a | {"fc2.weight": torch.full_like(a["fc2.weight"], float("nan"))}
+        with pytest.raises(lmc.WeightsError, match=r"fc2.weight of b: .* NaN"):
+            matching(spec, good, stored(tmp_path / "nan", bad))
+        with pytest.raises(lmc.MismatchError, match=r"fc1.bias: shape"):
+            matching(spec, good, stored(tmp_path / "shape", a | {"fc1.bias": torch.zeros(3)}))
+        with pytest.raises(lmc.MismatchError, match=r"fc1.bias: in a .* missing in b"):
+            matching(spec, good, stored(tmp_path / "less", {n: t for n, t in a.items() if n != "fc1.bias"}))
+        with pytest.raises(lmc.SpecError, match="the spec moves conv1.weight"):
+            matching(case("resnet")[0], good, good)
+        with pytest.raises(lmc.DataError, match="nowhere: no such file or folder"):
+            matching(spec, good, tmp_path / "nowhere")
+
+    def test_normalised_weights_are_loaded(self, tmp_path):
+        model = torch.nn.Sequential(torch.nn.Linear(4, 6), torch.nn.ReLU(), torch.nn.Linear(6, 2))
+        torch.nn.utils.parametrizations.weight_norm(model[0])
+        a = {n: torch.randn(t.shape) for n, t in model.state_dict().items()}
+        spec = lmc.permutation_spec(model, torch.randn(2, 4), progress=False)
+        b = spec.random(0).apply(a)
+        files = stored(tmp_path / "a", a), stored(tmp_path / "b", dict(b))
+        assert matching(spec, *files) == matching(spec, a, b) == spec.random(0).inverse()
+
+    @pytest.mark.thorough
+    @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process as Linux tells it")
+    def test_memory_stays_within_the_plan(self, tmp_path):
+        depth, width = 64, 512
+        patterns = {f"{i}.weight": f"h{i + 1} h{i}" if i else "h1 ." for i in range(depth)}
+        generator = torch.Generator().manual_seed(0)
+        a = {name: torch.randn(width, width, generator=generator) for name in patterns}
+        spec = lmc.PermutationSpec.from_patterns(patterns, a)
+        stored(tmp_path / "a", a), stored(tmp_path / "b", dict(spec.random(0).apply(a)))
+        spec.save(tmp_path / "spec.json")
+        # Freed memory goes back to the system at once, so that the peak is that of what is in use.
+        environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+        printed = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        grown, planned, right = map(int, printed.split())
+        size = 4 * depth * width**2
+        assert 1e6 < grown < planned + 4e6 and planned < 0.6 * size and right  # of one model
+
+
+MEASURE = """
+import re, sys
+from pathlib import Path
+import lmc, scipy.optimize
+
+def memory(what):
+    return int(re.search(what + r":\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+folder = Path(sys.argv[1])
+spec = lmc.PermutationSpec.load(folder / "spec.json")
+Path("/proc/self/clear_refs").write_text("5")  # the peak is that from here on
+before = memory("VmRSS")
+pi = lmc.weight_matching(spec, folder / "a", folder / "b", progress=False)
+print(memory("VmHWM") - before, pi.info["memory"], int(pi == spec.random(0).inverse()))
+"""
 
 
 def unrelated(like: dict[str, Tensor], seed: int) -> dict[str, Tensor]:

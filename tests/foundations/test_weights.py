@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 import lmc
@@ -38,6 +39,20 @@ def test_mean_accumulates_beyond_half_precision():
     many = [{"w": torch.tensor([1.0 + i / 512], dtype=torch.float16)} for i in range(256)]
     exact = sum(float(m["w"]) for m in many) / 256
     assert float(W.mean(many)["w"]) == torch.tensor(exact, dtype=torch.float16).item()
+
+
+def test_distance_of_checkpoints_is_that_of_what_they_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr("lmc.weights.arithmetic._PART", 7)
+    a, b = ({"w": torch.randn(5, 6), "c": torch.randn(4, dtype=torch.complex64), "n": torch.tensor(3)} for _ in "ab")
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    for file, weights in zip(files, (a, b), strict=True):
+        save_file(weights, file)
+    opened = [lmc.open_checkpoint(file) for file in files]
+    assert lmc.weights.distance(*opened) == pytest.approx(lmc.weights.distance(a, b), rel=1e-12)
+    assert lmc.weights.distance(opened[0], opened[0]) == 0.0
+    save_file(a | {"w": torch.randn(3, 6)}, files[1])
+    with pytest.raises(lmc.MismatchError, match="w: shape"):
+        lmc.weights.distance(opened[0], lmc.open_checkpoint(files[1]))
 
 
 def test_dot_and_distance_agree():

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import lmc
 from lmc import merge
+from lmc.align.weight_matching import on_disk
 from lmc.cli import main
 
 REPOSITORY = Path(__file__).parents[2]
@@ -90,6 +91,63 @@ def test_a_dry_run_writes_nothing(folders: list[str], tmp_path: Path, capsys: py
     printed = capsys.readouterr().out
     assert "average() of 3 models" in printed and "memory" in printed
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "base"]
+
+
+def test_align_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Interrupted in the search and in the writing; the search of before is not made again."""
+    out, kept, journal = tmp_path / "aligned", tmp_path / "pi.json", tmp_path / ".aligned.matching"
+    model = lmc.models.mlp(*MODEL["arguments"])
+    spec = lmc.permutation_spec(model, torch.randn(2, 64), progress=False)
+    spec.save(tmp_path / "spec.json")
+    command = ["align", *SEEDS, "--spec", str(tmp_path / "spec.json"), "--out", str(out), "--quiet"]
+    command += ["--save-permutation", str(kept)]
+    step, visits = on_disk.DescentOnDisk._step, []
+
+    def interrupted(self, i, only):
+        visits.append(i)
+        if len(visits) == 3:
+            raise KeyboardInterrupt
+        return step(self, i, only)
+
+    monkeypatch.setattr(on_disk.DescentOnDisk, "_step", interrupted)
+    assert main(command) == 130 and journal.is_file() and not kept.is_file()
+    with monkeypatch.context() as patched:
+        patched.setattr(merge, "write", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main(command) == 130 and journal.is_file()
+    capsys.readouterr()
+    before = len(visits)
+    assert main(command) == 0 and not journal.exists() and len(visits) == before
+    pi = lmc.weight_matching(spec, *(lmc.open_checkpoint(seed).load() for seed in SEEDS), progress=False)
+    assert lmc.Permutation.load(kept) == pi and same(lmc.open_checkpoint(out), pi.apply(lmc.open_checkpoint(SEEDS[1])))
+    assert "passes" in capsys.readouterr().out
+    assert main(["merge", "--recipe", str(out), "--out", str(tmp_path / "again"), "--quiet"]) == 2
+    assert "had its units moved" in capsys.readouterr().err
+    assert main(command) == 2 and "exists already" in capsys.readouterr().err
+
+
+def test_align_by_an_architecture_without_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of a module on the meta device, of which the files hold a tied tensor under its first name only."""
+    (tmp_path / "tied_architecture.py").write_text(
+        "import torch\n"
+        "from torch.nn import Linear, ReLU, Sequential\n"
+        "def net():\n"
+        "    with torch.device('meta'):\n"
+        "        first, again = Linear(4, 4, bias=False), Linear(4, 4, bias=False)\n"
+        "        again.weight = first.weight\n"
+        "        return Sequential(Linear(3, 7), ReLU(), Linear(7, 4), ReLU(), first, ReLU(), again)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    shapes = {"0.weight": (7, 3), "0.bias": (7,), "2.weight": (4, 7), "2.bias": (4,), "4.weight": (4, 4)}
+    weights = {name: torch.randn(shape) for name, shape in shapes.items()}
+    order = torch.tensor([3, 0, 6, 1, 5, 2, 4])
+    moved = {"0.weight": weights["0.weight"][order], "0.bias": weights["0.bias"][order]}
+    save_file(weights, "a.safetensors")
+    save_file(weights | moved | {"2.weight": weights["2.weight"][:, order].contiguous()}, "b.safetensors")
+    command = ["align", "a.safetensors", "b.safetensors", "--model", "tied_architecture:net", "--example", "2,3"]
+    assert main([*command, "--out", "out", "--quiet"]) == 0
+    result = lmc.open_checkpoint("out")
+    assert result.ties == {"6.weight": "4.weight"}
+    assert same(result.load(), weights | {"6.weight": weights["4.weight"]}, ordered=False)
 
 
 def test_inspect(folders: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

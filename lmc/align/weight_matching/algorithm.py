@@ -75,9 +75,13 @@ class Descent:
 
     def grow_outwards(self) -> "Descent":
         """A first pass that matches each block only against what is already matched."""
-        for i, settled in outwards(self.blocks, self.fixed):
+        for i, settled in outwards(self.blocks, self.sizes()):
             self.visit(i, settled)
         return self
+
+    def sizes(self) -> dict[str, int]:
+        """The numbers in each tensor."""
+        return {name: self.fixed[name].numel() for name in self.sharing}
 
     def visit(self, i: int, only: frozenset[str] | None = None) -> None:
         """Move block i to its best place given all others, judged by the tensors `only` (default: all)."""
@@ -156,7 +160,7 @@ def raised(before: float, after: float) -> bool:
     return after > before + _ROUNDING * abs(before)
 
 
-def outwards(blocks: Sequence[UnitBlock], fixed: Mapping[str, Tensor]) -> Iterator[tuple[int, frozenset[str] | None]]:
+def outwards(blocks: Sequence[UnitBlock], sizes: Mapping[str, int]) -> Iterator[tuple[int, frozenset[str] | None]]:
     """A first pass, from what is fixed outwards: the blocks, the best-informed first, each with the tensors that no
     unmatched block shares with it.
 
@@ -167,7 +171,6 @@ def outwards(blocks: Sequence[UnitBlock], fixed: Mapping[str, Tensor]) -> Iterat
     for block in blocks:
         for name in block.tables:
             waiting[name] = waiting.get(name, 0) + 1
-    sizes = {name: fixed[name].numel() for name in waiting}
     todo = dict.fromkeys(range(len(blocks)))
 
     def settled_share(i: int) -> float:

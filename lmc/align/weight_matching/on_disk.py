@@ -25,7 +25,7 @@ from lmc.align.weight_matching.algorithm import Descent, raised
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.gains import CHUNK, Step, added, assign, comparable, dot, opening_prices
 from lmc.errors import DataError, InputError
-from lmc.symmetry.groups.symmetries import Moved, act_on_disk, compose_moves
+from lmc.symmetry.groups.symmetries import act_on_disk, compose_moves
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import check_compatible, check_finite
 from lmc.weights.agreement import fitting
@@ -42,23 +42,19 @@ class Stream(Mapping[str, Tensor]):
 
     Attributes:
         checkpoint: where they are, with its units moved.
-        shells: the names, and tensors of their shapes without values.
+        shells: tensors without values, in the shape and dtype in which these are compared.
         read: bytes that were read so far.
     """
 
-    def __init__(self, spec: PermutationSpec, checkpoint: Checkpoint, names: Sequence[str]) -> None:
-        self.spec, self.origin, self.checkpoint, self.read = spec, checkpoint, checkpoint, 0
-        shells = checkpoint.outline()
-        self.shells = {name: _shell(shells[name]) for name in names}
+    def __init__(self, spec: PermutationSpec, checkpoint: Checkpoint, shells: Mapping[str, Tensor]) -> None:
+        self.spec, self.origin, self.checkpoint, self.shells, self.read = spec, checkpoint, checkpoint, shells, 0
 
     def move(self, pi: Mapping[str, Tensor]) -> None:
         """Let the units be those of the checkpoint, moved by `pi`."""
         self.checkpoint = act_on_disk(self.spec, pi, self.origin)
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor = self.checkpoint.read(name)
-        self.read += tensor.nbytes
-        return comparable(tensor)
+        return self._seen(name, self.checkpoint.read(name))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shells)
@@ -73,12 +69,11 @@ class Stream(Mapping[str, Tensor]):
         if rows is None:
             yield self[name]
             return
+        row = math.prod(entry.shape[1:])
         for first in range(0, entry.shape[0], rows):
             stop = min(first + rows, entry.shape[0])
-            row = math.prod(entry.shape[1:])
-            part = entry.rows(first, stop) if isinstance(entry, Moved) else entry.read(slice(first * row, stop * row))
-            self.read += part.nbytes
-            yield comparable(part.view(stop - first, *entry.shape[1:]))
+            part = entry.read(slice(first * row, stop * row)).view(stop - first, *entry.shape[1:])
+            yield self._seen(name, part)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The tensor flattened, in the chunks of which `dot` sums one by one."""
@@ -87,14 +82,21 @@ class Stream(Mapping[str, Tensor]):
             yield from self[name].flatten().split(CHUNK)
             return
         for start in range(0, entry.size, CHUNK):
-            chunk = entry.read(slice(start, min(start + CHUNK, entry.size)))
-            self.read += chunk.nbytes
-            yield comparable(chunk)
+            yield self._seen(name, entry.read(slice(start, min(start + CHUNK, entry.size))))
+
+    def _seen(self, name: str, tensor: Tensor) -> Tensor:
+        self.read += tensor.nbytes
+        return comparable(tensor).to(self.shells[name].dtype)
 
 
-def _shell(shell: Tensor) -> Tensor:
-    shape = (*shell.shape, 2) if shell.is_complex() else shell.shape
-    return torch.zeros((), dtype=wide(shell.dtype.to_real())).expand(shape)
+def _shells(spec: PermutationSpec, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For each tensor that is matched on, in the order of their names, one without values in the widest dtype of both."""
+    found = {}
+    for name in sorted(a.keys() - spec.buffers - spec.aliases.keys()):
+        if inexact(a[name]):
+            shape = (*a[name].shape, 2) if a[name].is_complex() else a[name].shape
+            found[name] = torch.zeros((), dtype=wide(a[name].dtype, b[name].dtype).to_real()).expand(shape)
+    return found
 
 
 def _rows_at_once(spec: PermutationSpec, name: str, shape: tuple[int, ...]) -> int | None:
@@ -138,6 +140,9 @@ class DescentOnDisk(Descent):
     def grow_outwards(self) -> "DescentOnDisk":
         self._pass("outwards", super().grow_outwards)
         return self
+
+    def sizes(self) -> dict[str, int]:
+        return {name: shell.numel() for name, shell in self.fixed.shells.items()}
 
     def sweep(self, order: Sequence[int]) -> None:
         self._pass("sweep", lambda: super(DescentOnDisk, self).sweep(order))
@@ -300,9 +305,9 @@ class OnDisk:
         check_integers(
             [shells, others], "ab", lambda name, i: torch.equal(a[name], b[name]), lambda name, i: (a, b)[i][name]
         )
-        names = sorted(n for n in shells.keys() - spec.buffers - spec.aliases.keys() if inexact(shells[n]))
         self.spec = spec
-        self.a, self.b = (Stream(spec, one, names) for one in (a, b))
+        compared = _shells(spec, shells, others)
+        self.a, self.b = (Stream(spec, one, compared) for one in (a, b))
         self.blocks = build_blocks(spec, self.a.shells)
         self.memory = planned_memory(spec, self.blocks, self.a, self.b)
         self.journal = Journal(journal, {} if journal is None else {**_problem(spec, a, b), **options})
@@ -359,4 +364,4 @@ def planned_memory(spec: PermutationSpec, blocks: Sequence[UnitBlock], a: Stream
             most = max(most, reading + sum(widened.values()) + _GAIN * (block.size * within) ** 2)
         else:
             most = max(most, reading + max(widened.values()) + _GAIN * block.size**2)
-    return most + 8 * CHUNK * 8
+    return most + 4 * CHUNK * 8

@@ -382,18 +382,14 @@ class Moved:
         if self.by_rows:
             row = max(1, math.prod(self.shape[1:]))
             first, stop = chunk.start // row, -(-chunk.stop // row)
-            return self.rows(first, stop).flatten()[chunk.start - first * row : chunk.stop - first * row]
+            rows = self.stored.read(slice(first * row, stop * row)).view(stop - first, *self.shape[1:])
+            moved = permute_tensor(rows, self.tables, self.indices)
+            return moved.view(-1)[chunk.start - first * row : chunk.stop - first * row]
         if getattr(self.latest, "entry", None) is not self:
             self.latest.tensor = None  # before the next one is read
             self.latest.tensor = self.read()
             self.latest.entry = self
         return flat(self.latest.tensor, chunk).clone()
-
-    def rows(self, first: int, stop: int) -> Tensor:
-        """The slices from `first` to `stop` along the first axis, of a tensor that is moved `by_rows`."""
-        row = math.prod(self.shape[1:])
-        part = self.stored.read(slice(first * row, stop * row)).view(stop - first, *self.shape[1:])
-        return permute_tensor(part, self.tables, self.indices)
 
 
 def act_on_disk(spec: Symmetries, indices: Indices, weights: Checkpoint) -> Checkpoint:
