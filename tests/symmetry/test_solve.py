@@ -1,11 +1,17 @@
 """The ledger, the joining of coordinates and the solver, on facts written by hand and on random facts."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
 
+from lmc.symmetry.discovery.provenance import differ
 from lmc.symmetry.discovery.solve import Solution, rank_within, solve
 from lmc.symmetry.rules.tags import along, block, join, make
 from lmc.symmetry.rules.units import Ids, Units
+from lmc.symmetry.tracing.capture import capture
 
 
 def solved(units: Units, *parameters: Ids) -> Solution:
@@ -178,3 +184,38 @@ def test_block_of_overlapping_windows_leaves_nothing_free() -> None:
     blocks = block(units, windows, (1,))
     assert units.distinct(blocks.ravel()) == 2
     assert all(f.roots.size == 2 for f in solved(units, u).fibres)  # the middle two, or the mirror image
+
+
+class Values(nn.Module):
+    def __init__(self, of: Callable[["Values", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.p, self.q, self.of = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4)), of
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of(self, x)
+
+
+@pytest.mark.parametrize(
+    ("of", "expected"),
+    [
+        (lambda m, x: m.p * 2.0, [True, True]),
+        (lambda m, x: m.p.t(), [True, True]),
+        (lambda m, x: m.p.permute(1, 0).tanh(), [True, True]),
+        (lambda m, x: m.p.view(6, 1, 4), [False, False, True]),  # only the last dim of a view is followed
+        (lambda m, x: m.p.t().transpose(0, 1), [True, True]),
+        (lambda m, x: m.p.sum(1), [True]),
+        (lambda m, x: m.p.mean(0, keepdim=True), [False, True]),
+        (lambda m, x: m.p + m.q, [True, True]),
+        (lambda m, x: x - m.q, [False, True]),
+        (lambda m, x: m.p * m.q, [False, False]),
+        (lambda m, x: x @ m.p.t(), [False, True]),
+        (lambda m, x: m.p.relu(), [False, False]),
+        (lambda m, x: m.p.round(), [False, False]),
+        (lambda m, x: x.tanh(), [False, False]),
+    ],
+)
+def test_values_are_known_to_differ_where_parameters_keep_them_apart(of, expected):
+    graph = capture(Values(of), torch.randn(3, 4))
+    (result,) = graph.outputs
+    found = [differ(graph, result, dim) for dim in range(result.meta["val"].dim())]
+    assert found == expected
