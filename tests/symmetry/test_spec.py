@@ -289,3 +289,10 @@ def test_tied_tensors_move_under_both_names_and_count_once():
     found = lmc.weight_matching(spec, model, moved)
     assert found.objective == pytest.approx(float(model["embed"].weight.detach().square().sum()))
     assert PermutationSpec.from_dict(spec.to_dict()).aliases == {"out.weight": "embed.weight"}
+
+
+def test_a_permutation_says_how_many_units_move():
+    spec = PermutationSpec.from_patterns({"0.weight": "h .", "0.bias": "h"}, nn.Sequential(nn.Linear(3, 6)))
+    turned = lmc.Permutation(spec, {"h": torch.tensor([1, 0, 2, 3, 4, 5])}, objective=1.5, info={"method": "hand"})
+    assert repr(turned) == "Permutation(1 groups, 2 of 6 units move, objective 1.5, by hand)"
+    assert repr(spec.identity()) == "Permutation(1 groups, 0 of 6 units move)"
