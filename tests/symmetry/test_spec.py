@@ -20,6 +20,7 @@ from torch import nn
 import lmc
 from lmc import models
 from lmc.symmetry.groups.group import Group, Table
+from lmc.symmetry.groups.symmetries import act, compose_moves
 from lmc.symmetry.spec import PermutationSpec
 
 TOKENS, IMAGES = (2, 6, 5), (3, 2, 4, 4)
@@ -296,3 +297,29 @@ def test_a_permutation_says_how_many_units_move():
     turned = lmc.Permutation(spec, {"h": torch.tensor([1, 0, 2, 3, 4, 5])}, objective=1.5, info={"method": "hand"})
     assert repr(turned) == "Permutation(1 groups, 2 of 6 units move, objective 1.5, by hand)"
     assert repr(spec.identity()) == "Permutation(1 groups, 0 of 6 units move)"
+
+
+def test_moves_compose_as_the_permutations_that_they_stand_for():
+    """Outer and nested groups, where a step names some of them and what came before others."""
+    torch.manual_seed(0)
+    model = Attention()
+    spec = PermutationSpec.from_patterns(ATTENTION, model, head=4)
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    identity = dict(spec.identity())
+    for seed in range(4):
+        one, two = dict(spec.random(seed)), dict(spec.random(seed + 10))
+        first, step = ({n: p[n] for k, n in enumerate(p) if (k + seed) % 3 != by} for p, by in ((one, 0), (two, 1)))
+        found = compose_moves(spec, step, first)
+        expected = act(spec, identity | step, act(spec, identity | first, weights))
+        got = act(spec, identity | found, weights)
+        assert all(torch.equal(got[name], expected[name]) for name in weights)
+    assert compose_moves(spec, {}, {}) == {}
+
+
+def test_a_spec_read_back_is_the_same_in_every_part():
+    model = nn.Sequential(nn.Linear(3, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2))
+    spec = lmc.permutation_spec(model, torch.randn(4, 3))
+    again = PermutationSpec.from_dict(json.loads(json.dumps(spec.to_dict())))
+    assert again.buffers == spec.buffers == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert (again.shapes, again.frozen, again.aliases) == (spec.shapes, spec.frozen, spec.aliases)
+    assert again.coverage == spec.coverage and not again.differences(spec)
