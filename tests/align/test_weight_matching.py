@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import handwritten
@@ -19,8 +20,9 @@ from torch import Tensor
 import lmc
 from lmc import models
 from lmc.align.weight_matching import algorithm as descent_module
+from lmc.align.weight_matching import gains
 from lmc.align.weight_matching.blocks import build_blocks
-from lmc.align.weight_matching.gains import assign, prices_of
+from lmc.align.weight_matching.gains import assign, prices_of, separate_pairs
 
 # By name: the package has a function that is called like this module.
 MODULE = importlib.import_module("lmc.align.weight_matching.matching")
@@ -629,3 +631,22 @@ def related(a: dict[str, Tensor], amount: float) -> dict[str, Tensor]:
     """A network near `a`, so that every run finds the same optimum."""
     other = unrelated(a, 50)
     return {name: t + amount * other[name] if t.is_floating_point() else t for name, t in a.items()}
+
+
+def test_gains_of_pairs_are_summed_in_double_precision():
+    """Terms that cancel leave what single precision loses."""
+    torch.manual_seed(0)
+    model = small_models.Attention()
+    spec = lmc.PermutationSpec.from_patterns(handwritten.ATTENTION, model, head=4)
+    weights = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    (block,) = [block for block in build_blocks(spec, weights) if block.inner]
+    place = block.places[0]
+    slices = place.slices(weights[place.tensor])
+    mine = {"a": 1e4 * slices, "b": 1e4 * slices, "c": slices}
+    theirs = {"a": slices, "b": -slices, "c": slices}
+    gain, _ = separate_pairs(replace(block, inner=()), mine, theirs)
+    flat = slices.flatten(1)
+    assert torch.allclose(gain, (flat @ flat.T).double(), atol=1e-9)
+    exact = 1.0 + 1e-12
+    by_pairs, _ = gains._pairs(block, mine, theirs, lambda *_: ({}, exact))
+    assert bool((by_pairs == exact).all())

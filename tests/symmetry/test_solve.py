@@ -204,6 +204,7 @@ class Values(nn.Module):
         (lambda m, x: m.p.view(6, 1, 4), [False, False, True]),  # only the last dim of a view is followed
         (lambda m, x: m.p.t().transpose(0, 1), [True, True]),
         (lambda m, x: m.p.sum(1), [True]),
+        (lambda m, x: torch.linalg.vector_norm(m.p, dim=1), [True]),
         (lambda m, x: m.p.mean(0, keepdim=True), [False, True]),
         (lambda m, x: m.p + m.q, [True, True]),
         (lambda m, x: x - m.q, [False, True]),
