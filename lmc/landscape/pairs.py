@@ -197,7 +197,7 @@ def _measure(
 
     def measure(pair: Pair) -> tuple[str, str, float, float, float, float]:
         i, j = pair
-        a, b = models[i], models[j]
+        a, b = as_weights(models[i]), as_weights(models[j])  # checkpoints are read once for all that follows
         if align is not None:
             moved = align(a, b)
             b = moved.apply(b) if hasattr(moved, "apply") else as_weights(moved)

@@ -267,6 +267,8 @@ def test_bad_arguments_say_what_is_wrong():
         evaluate(mlp(), None, batch(), batch_size=0)
     with pytest.raises(InputError, match="device"):
         evaluate(mlp(), None, batch(), device="no such device")
+    with pytest.raises(InputError, match="device='cuda:99' cannot be used here"):
+        evaluate(mlp(), None, batch(), device="cuda:99")
     with pytest.raises(InputError, match="meta device holds no values"):
         evaluate(mlp(), None, batch(), device="meta")
     with pytest.raises(InputError, match="expected an nn.Module.* got OrderedDict"):
