@@ -16,7 +16,7 @@ from lmc.merge.engine.call import Parts, Pass, varies
 from lmc.merge.engine.chunks import Latest
 from lmc.merge.engine.method import on_task_vectors
 from lmc.merge.engine.quantiles import kth_smallest
-from lmc.merge.rules.task_vectors import per_model, summed
+from lmc.merge.rules.task_vectors import as_numbers, per_model, summed
 
 
 @on_task_vectors(elementwise=True)
@@ -137,12 +137,11 @@ def sce(deltas: Tensor, *, parts: Parts, select: float = 1.0, dense: bool = Fals
     if not 0.0 <= select <= 1.0:
         raise InputError(f"select, the share of positions, must be in [0, 1], got {select}")
     limit, share = parts.once(lambda whole: _calculated(whole, select, least, len(deltas)))
-    chosen = deltas if select == 1.0 else deltas * (variance(deltas) >= limit)
+    chosen = deltas if select == 1.0 else deltas * as_numbers(variance(deltas) >= limit)
     acting = deltas if dense else chosen
-    sign = torch.where(summed(acting) >= 0, 1.0, -1.0).to(acting)
-    votes = (acting * sign > 0) * per_model(share, acting)
-    total = summed(votes)
-    return summed(votes * acting) / total.where(total > 0, 1.0)
+    sign = (summed(acting) >= 0).to(acting).mul_(2.0).sub_(1.0)
+    votes = as_numbers(acting * sign > 0) * per_model(share, acting)
+    return summed(votes * acting) / summed(votes).clamp_min(torch.finfo(votes.dtype).tiny)  # where none agrees, 0
 
 
 def variance(tensors: Tensor) -> Tensor:
@@ -171,7 +170,7 @@ def _calculated(parts: Parts, select: float, least: float, models: int) -> tuple
         limit = math.inf if found is None else float(found[0])
     energy = torch.zeros(models, dtype=torch.float64)
     for _, deltas in parts:
-        chosen = deltas if select == 1.0 else deltas * (variance(deltas) >= limit)
+        chosen = deltas if select == 1.0 else deltas * as_numbers(variance(deltas) >= limit)
         rows = chosen.reshape(models, -1)
         energy += torch.linalg.vector_norm(rows, dim=1, dtype=torch.float64).square().cpu() / size
     total = float(energy.sum())

@@ -79,7 +79,7 @@ def dare(
         factors, masks = parts.once(lambda whole: _restoring(whole, uniform, shares, order))
         kept = deltas * _unpacked(masks[uniform.chunk and uniform.chunk.start], deltas)
         return combine(kept * per_model(factors, kept), combine_by, weights)
-    kept = deltas * (uniform(deltas) < per_model(shares, deltas))
+    kept = deltas * as_numbers(uniform(deltas) < per_model(shares, deltas))
     return combine(_rescale(kept, deltas, per_model(shares, deltas), rescale), combine_by, weights)
 
 
@@ -94,9 +94,14 @@ def _restoring(
         keep = uniform.at(chunk)(deltas) < per_model(shares, deltas)
         masks[chunk and chunk.start] = np.packbits(keep.cpu().numpy())
         sizes = deltas.reshape(len(deltas), -1)
-        for norms, values in ((before, sizes), (after, sizes * keep.reshape(sizes.shape))):
+        for norms, values in ((before, sizes), (after, sizes * as_numbers(keep).reshape(sizes.shape))):
             norms += torch.linalg.vector_norm(values, order, dim=1, dtype=torch.float64).pow(order).cpu()
     return (before / after).pow(1 / order).where(after.pow(1 / order) > 1e-7, 1.0), masks
+
+
+def as_numbers(mask: Tensor) -> Tensor:
+    """A mask as 0 and 1: products with these take half the time of products with booleans, and `where` many times as long."""
+    return mask.view(torch.uint8)
 
 
 def _unpacked(bits: np.ndarray, like: Tensor) -> Tensor:
@@ -269,8 +274,8 @@ def elect(
     votes = agreeing.sign_()
     if normalize == "weights" and weights is not None:
         votes = votes * per_model(coefficients(weights, len(deltas)), deltas).abs()
-    divisor = summed(votes)
-    return total / divisor.where(divisor > 0, 1.0)
+    divisor = summed(votes).clamp_min(torch.finfo(votes.dtype).tiny)  # where none agrees the total is 0
+    return total / divisor
 
 
 def _rescale(kept: Tensor, deltas: Tensor, chance: float | Tensor, how: Rescale) -> Tensor:
