@@ -56,6 +56,7 @@ function present() {
       slide.append(rest);
     }
     for (let size = 90; full() && size >= 55 && !slide.querySelector("[data-lmc]"); size -= 5) slide.style.fontSize = `${size / 100}em`;
+    if (full()) slide.tabIndex = 0; // one long piece of code, or an explorer: it scrolls, by keys too
   }
   const slides = [...deck.children];
   const counter = document.createElement("nav");
