@@ -139,7 +139,8 @@ def connected(a: Ids, b: Ids, n: int) -> Ids:
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    pairs = coo_array((np.ones(a.size, np.int8), (a, b)), shape=(n, n))
+    ends = a.astype(np.int32), b.astype(np.int32)  # all that csgraph takes; older scipy would keep the 64 bits
+    pairs = coo_array((np.ones(a.size, np.int8), ends), shape=(n, n))
     return connected_components(pairs, directed=False)[1].astype(np.int64)
 
 
