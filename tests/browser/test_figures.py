@@ -48,7 +48,9 @@ def labelled(name: str) -> list[dict]:
     return [each for each in figures if " nats" in json.dumps(each["layout"].get("annotations", []))]
 
 
-@pytest.mark.parametrize("name", ["00_quickstart.ipynb", "02_git_re_basin.ipynb", "04_repair.ipynb"])
+@pytest.mark.parametrize(
+    "name", ["00_quickstart.ipynb", "02_git_re_basin.ipynb", "04_repair.ipynb", "07_transformers.ipynb"]
+)
 def test_labels_of_barriers_cover_nothing(window, tmp_path, name):
     (tmp_path / "page.html").write_text(f'<script src="{LIBRARY.as_uri()}"></script>')
     page = window.open((tmp_path / "page.html").as_uri())
