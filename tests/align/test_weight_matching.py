@@ -471,6 +471,15 @@ class TestOnDisk:
         written = lmc.merge.write(lmc.merge.average, [found.apply(opened)], tmp_path / "out", progress=False)
         assert same(written, found.apply(opened)) and matching(spec, files[0], written).is_identity()
 
+    def test_each_tensor_is_read_once_for_each_visit(self, tmp_path):
+        spec, a = case("mlp")
+        found = matching(spec, stored(tmp_path / "a", a), stored(tmp_path / "b", spec.random(0).apply(a)))
+        (run,) = found.info["runs"]
+        visited = [found.info["bytes_read"], *(-p["bytes_read"] for p in run["passes"])]
+        sizes = {name: 2 * tensor.nbytes for name, tensor in a.items()}
+        assert sum(visited) == 2 * sum(sizes.values())  # the objective, before and after
+        assert run["passes"][0]["visits"] == 3 and run["passes"][0]["bytes_read"] <= 2 * sum(sizes.values())
+
     def test_patterns_that_have_not_met_weights(self, tmp_path):
         spec, a = case("mlp")
         unbound = lmc.PermutationSpec.from_patterns(handwritten.mlp(3))

@@ -56,6 +56,9 @@ class Stream(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self._seen(name, self.checkpoint.read(name))
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.shells  # a mapping would read the tensor for this
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.shells)
 
