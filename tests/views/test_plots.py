@@ -8,6 +8,7 @@ from lmc.errors import InputError
 from lmc.landscape.path import Path
 from lmc.landscape.planes.plane_result import Plane
 from lmc.merge.study.inspect import inspect
+from lmc.training.intrinsic import IntrinsicDimension
 from lmc.views.plots.style import BLUE, ORANGE, colours
 
 
@@ -127,3 +128,11 @@ def test_names_of_many_layers_are_thinned_and_shortened():
     axis = next(axis for axis in figure.select_xaxes() if axis.ticktext)
     assert len(axis.ticktext) <= 10 and all(len(name) <= 16 for name in axis.ticktext)
     assert set(axis.tickvals) <= set(layers)
+
+
+def test_an_intrinsic_dimension_is_noted_where_it_is():
+    accuracies = np.array([[0.2], [0.7], [0.95]])
+    figure = IntrinsicDimension((10, 50, 200), accuracies, 0.9, 0.9, "dense", 1000).plot()
+    place = {note.text: note.x for note in figure.layout.annotations}["200"]
+    line = figure.layout.shapes[1].x0
+    assert line == 200 and 10**place == pytest.approx(200)  # a line by its value, a note by its logarithm

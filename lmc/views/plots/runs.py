@@ -15,7 +15,7 @@ from lmc.views.plots.style import BLACK, BLUE, GREY, ORANGE, SCALE, colours, das
 @view(Telescope, "plot")
 def plot_telescope(telescope: Telescope) -> go.Figure:
     """Draw the error of the first-order account after each step, and beside it how much of the change each layer makes."""
-    titles = ["off by, on average", "change made by each layer, to first order"]
+    titles = ["off by, on average", "moved by each layer, to first order"]
     fig = styled(make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.12), height=400)
     steps = np.arange(1, len(telescope.errors))
     for name, errors, colour, dash in (
@@ -77,9 +77,12 @@ def plot_intrinsic(found: IntrinsicDimension) -> go.Figure:
     fig.add_hline(
         y=found.share * found.baseline,
         line={"color": GREY, "dash": "dash"},
-        annotation={"text": f"{found.share:.0%} of the baseline", "xanchor": "right", "yanchor": "bottom"},
+        annotation={"text": f"{found.share:.0%} of the baseline", "x": 0.01, "xanchor": "left", "yanchor": "bottom"},
     )
     if found.value is not None:
-        fig.add_vline(x=found.value, line={"color": ORANGE, "dash": "dot"}, annotation_text=f"{found.value}")
+        fig.add_vline(x=found.value, line={"color": ORANGE, "dash": "dot"})
+        # on an axis of logarithms a note, other than a line, is placed by the logarithm
+        place = {"x": np.log10(found.value), "y": 1.0, "yref": "y domain", "xanchor": "left", "yanchor": "top"}
+        fig.add_annotation(text=f"{found.value}", showarrow=False, **place)
     fig.update_xaxes(type="log", tickvals=found.dimensions, title_text="dimension of the subspace")
     return fig.update_yaxes(title_text="test accuracy")
