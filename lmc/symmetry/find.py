@@ -5,15 +5,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lmc.core.context import own_context, warn
-from lmc.errors import CertificateError, InputError
+from lmc.errors import CertificateError, InputError, TraceError
 from lmc.network.batches import to_device
 from lmc.network.inputs import plain
 from lmc.network.network import renamed_entries
 from lmc.symmetry.continuous.find import continuous_symmetries
 from lmc.symmetry.discovery.discover import discover
 from lmc.symmetry.spec import PermutationSpec
+from lmc.symmetry.tracing.failures import LAZY
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, kept, tensors_in
 from lmc.weights import as_weights
 
@@ -135,10 +137,12 @@ def _beside(model: nn.Module, inputs: Inputs) -> Inputs:
 
 
 def _check(model: nn.Module, inputs: Inputs) -> None:
-    """Raise `InputError` for what is no module, and for inputs without examples: on them every function is the same; and
-    `WeightsError` for a module with extra state beside its tensors."""
+    """Raise `InputError` for what is no module, and for inputs without examples: on them every function is the same;
+    `TraceError` for a module without weights as yet, and `WeightsError` for one with extra state beside its tensors."""
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected an nn.Module, got {type(model).__name__}; weights alone have no operators")
+    if any(is_lazy(parameter) for parameter in model.parameters()):
+        raise TraceError(f"cannot trace {type(model).__name__}. {LAZY}")
     as_weights(model)
     given = list(tensors_in(as_call(inputs)))
     if given and not any(tensor.numel() for tensor in given):

@@ -7,6 +7,7 @@ from typing import overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from lmc.core.context import warn
 from lmc.errors import InputError, MismatchError, WeightsError
@@ -38,7 +39,7 @@ def as_weights(model: ModelOrWeights) -> StateDict:
     """The state dict of a module, or a shallow copy of a mapping, detached from autograd.
 
     Raises:
-        WeightsError: neither a module nor a mapping of names to tensors; extra state beside the tensors.
+        WeightsError: neither a module nor a mapping of names to tensors; extra state beside the tensors; lazy layers.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     if not isinstance(state, Mapping):
@@ -51,6 +52,8 @@ def as_weights(model: ModelOrWeights) -> StateDict:
                 f"{name}: expected a tensor, got {type(tensor).__name__}; "
                 "extra state outside parameters and buffers is not supported"
             )
+        if is_lazy(tensor):
+            raise WeightsError(f"{name}: a lazy layer, which has no weights yet: call the model once on inputs first")
     return StateDict({name: tensor.detach() for name, tensor in state.items()}, like=state)
 
 

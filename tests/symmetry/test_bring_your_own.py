@@ -180,6 +180,8 @@ def test_scripted_module_is_read_or_refused() -> None:
 def test_uninitialised_module() -> None:
     with pytest.raises(lmc.LmcError):
         lmc.permutation_spec(nn.Sequential(nn.LazyLinear(10), nn.ReLU(), nn.Linear(10, 3)), torch.randn(4, 5))
+    with pytest.raises(lmc.WeightsError, match="0.weight: a lazy layer.*call the model once"):
+        lmc.merge.average([nn.Sequential(nn.LazyLinear(10)) for _ in range(2)])
 
 
 def test_one_layer_used_for_everything() -> None:

@@ -29,7 +29,6 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parameter import UninitializedParameter
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -37,7 +36,7 @@ from lmc.core.context import callers_dtype, default_dtype
 from lmc.errors import InputError, TraceError
 from lmc.network.network import anew, call_with, uncalled
 from lmc.symmetry.rules import is_deterministic, is_pointwise, rule_of
-from lmc.symmetry.tracing.failures import BY_HAND, LAZY, Stopped, call_of, explained, quiet, stopping
+from lmc.symmetry.tracing.failures import BY_HAND, Stopped, explained, quiet, stopping
 from lmc.symmetry.tracing.graph import PREFIX, Graph, Leaf, aliases_of, module_path, movable, source_line
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, select
 
@@ -359,8 +358,6 @@ def capture(model: nn.Module, inputs: Inputs, outputs: OutputSelector = None) ->
         InputError: if `outputs` makes no sense.
     """
     args, kwargs = on_device_of(model, *as_call(inputs))
-    if any(isinstance(p, UninitializedParameter) for p in model.parameters()):
-        raise TraceError(f"cannot trace {call_of(model, args, kwargs)}. {LAZY}")
     with default_dtype(callers_dtype()):
         try:
             return export(uncalled(model, kwargs or args), args, kwargs, outputs)
