@@ -54,9 +54,9 @@ def plot_layerwise(found: LayerwiseBarriers) -> go.Figure:
 def plot_multiplicity(found: Multiplicity) -> go.Figure:
     """Draw the churn between every two models, and beside it how many examples have how high a capacity."""
     titles = ["decisions that differ (%)", "examples by capacity"]
-    fig = styled(make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.18), height=400)
+    fig = styled(make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.27), height=400)
     heat = go.Heatmap(z=100 * found.churn, x=found.names, y=found.names, colorscale=SCALE, zmin=0.0, hoverongaps=False)
-    heat.update(hovertemplate="%{y}, %{x}: %{z:.1f} %<extra></extra>", colorbar={"x": 0.44, "thickness": 12})
+    heat.update(hovertemplate="%{y}, %{x}: %{z:.1f} %<extra></extra>", colorbar={"x": 0.37, "thickness": 12})
     fig.add_trace(heat, row=1, col=1)
     bars = go.Histogram(x=found.capacity, nbinsx=30, marker_color=BLUE, showlegend=False)
     fig.add_trace(bars.update(hovertemplate="%{x}: %{y} examples<extra></extra>"), row=1, col=2)
