@@ -41,6 +41,7 @@ from lmc.weights import ModelOrWeights, Weights, agreeing
 
 ENOUGH = 1e-3  # a barrier below which nothing is refined any more,
 SHARE = 0.02  # or this share of the barrier as they are: what is learned below that is the examples, not the networks
+STEPS, STEPS_OF_MATRICES = 1500, 4000  # of learning
 BATCH = 128  # examples in a step of learning
 POSITIONS = 1024  # targets in a step of learning, where examples have many
 POINTS = (25, 11, 5)  # on the paths: the most that take no more than this share of the time
@@ -73,7 +74,7 @@ def connect(
     *,
     spec: PermutationSpec | UnboundSpec | None = None,
     budget: float | None = 120.0,
-    steps: int = 1500,
+    steps: int | None = None,
     loss: Loss | Task | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -97,7 +98,7 @@ def connect(
         spec: the symmetries of the architecture (default: found on the first two examples).
         budget: seconds that it may take; None: as long as the methods need. Where it is too short for all, the cheaper
             methods are what was tried; weight matching always is.
-        steps: of learning, at most.
+        steps: of learning, at most (default: 1500, and 4000 where rotations or mixings are learned).
         loss: of outputs and targets, or an `lmc.Task` (default: cross-entropy).
         seed: decides which examples are held out, and all that is random in the methods.
         device: where to run (default: where the weights are).
@@ -125,7 +126,7 @@ def connect(
         Connection by weight matching: test barrier 1.444 before, 0.000 nats after
     """
     clock = Budget(budget)
-    if steps < 1:
+    if steps is not None and steps < 1:
         raise InputError(f"{steps=}: expected at least 1")
     a, b = agreeing([a, b], "ab", model=model)
     chosen = pick_device(device, a)
@@ -153,7 +154,7 @@ class _Search:
         b: Weights,
         data: Any,
         spec: PermutationSpec | UnboundSpec | None,
-        steps: int,
+        steps: int | None,
         loss: Loss | Task | None,
         seed: int,
         device: torch.device,
@@ -316,8 +317,9 @@ class _Search:
         task = TaskLoss(self.model, start.a, self.learn, self.made, self._batch_size(), self.device)
         budget = Budget(None if math.isinf(self.left) else max(self.left, 1e-3))
         judge = partial(self.judge, start.a)
+        steps = self.steps or (STEPS if not element.parameters["rotation"] else STEPS_OF_MATRICES)
         found = learn(
-            task, start.a, element, judge, steps=self.steps, budget=budget, generator=generator, progress=self.progress
+            task, start.a, element, judge, steps=steps, budget=budget, generator=generator, progress=self.progress
         )
         self.interrupted = found.interrupted
         note = f"{found.steps} steps" + (", interrupted" if found.interrupted else "")
