@@ -306,7 +306,7 @@ def is_understood(node: Node) -> bool:
 
 
 @cache
-def decompositions() -> Mapping[Any, Any]:
+def decompositions() -> dict[Any, Any]:
     """Decompose only what has no rule: fewer, larger operators are faster to interpret and easier to explain."""
     table = torch.export.default_decompositions()
     return {op: table[op] for op in list(table.keys()) if rule_of(op) is None}

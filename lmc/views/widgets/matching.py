@@ -47,7 +47,7 @@ class MatchingExplorer(Explorer):
         steps = self.matching.groups[self.group].similarity
         cell = np.ones((max(1, 200 // steps.shape[1]),) * 2)
         what = f"how alike units of A (rows) and B (columns) are in {self.group}, as trained and aligned"
-        return maps(what, [np.kron(np.asarray(steps[i], np.float64), cell) for i in (0, -1)])
+        return maps(what, [np.asarray(np.kron(steps[i], cell), np.float64) for i in (0, -1)])
 
     def __repr__(self) -> str:
         return f"MatchingExplorer({', '.join(self.matching.groups)}; {len(self.matching.shares)} steps)"

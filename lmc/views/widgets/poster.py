@@ -84,9 +84,10 @@ def png(canvas: Values) -> bytes:
     else:
         raise ValueError(f"{len(colours)} colours, more than a palette holds")
     palette = np.round((colours[:, None] >> (bits * np.arange(4)) & steps) * (255 / steps)).astype(np.uint8)
-    rows = index.reshape(canvas.shape[:2]).astype(np.uint8)
+    height, width = canvas.shape[:2]
+    rows = index.reshape(height, width).astype(np.uint8)
     filtered = np.insert(rows, 0, 0, axis=1)  # each row begins with its filter: none
-    header = struct.pack(">IIBBBBB", rows.shape[1], rows.shape[0], 8, 3, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 8, 3, 0, 0, 0)
     chunks = {b"IHDR": header, b"PLTE": palette[:, :3].tobytes(), b"tRNS": palette[:, 3].tobytes()}
     chunks |= {b"IDAT": zlib.compress(filtered.tobytes(), 9), b"IEND": b""}
     return b"\x89PNG\r\n\x1a\n" + b"".join(
