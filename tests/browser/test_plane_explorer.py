@@ -78,7 +78,7 @@ def test_keys_and_tabs_in_jupyterlab(lab):
     first.get_by_role("radio", name="accuracy").click()
     until(lab, "v.measure", lambda measure: measure == "accuracy")
     second.get_by_role("radio", name="accuracy", checked=True).wait_for()
-    lab.page.locator(".lmc-plane").first.get_by_role("button", name="C").click()
+    lab.page.locator(".lmc-plane").first.get_by_role("button", name="C", exact=True).click()
     until(lab, "tuple(v.point) == plane.places['C']", bool)
     assert until(lab, "w.comm is not None", bool)
     lab.ask("setattr(v, 'point', [1.0, 1.0])")
