@@ -39,8 +39,8 @@ LOOK = """() => {
     const other = document.querySelector("[data-other] text");
     return [look(".main-svg", "background-color"), look(".xtitle", "fill"), look(".xgrid", "stroke"), getComputedStyle(other).fill];
 }"""
-# A figure of somebody else, in plotly's own colours.
-OTHER = """() => document.querySelector(".jp-Notebook").insertAdjacentHTML("beforeend",
+# A figure of somebody else, in plotly's own colours; outside the notebook, whose nodes JupyterLab exchanges.
+OTHER = """() => document.body.insertAdjacentHTML("beforeend",
     '<div class="js-plotly-plot" data-other><svg class="main-svg" style="background: rgb(255, 255, 255)"><text style="fill: rgb(42, 63, 95)">x</text></svg></div>')"""
 
 
@@ -54,9 +54,11 @@ def follow_the_theme(page) -> None:
     themes = "window.jupyterapp.commands.execute('apputils:change-theme', { theme: 'JupyterLab %s' })"
     page.evaluate(themes % "Dark")
     page.wait_for_function("document.body.dataset.jpThemeLight === 'false'")
+    page.wait_for_timeout(1000)  # JupyterLab stumbles over its own style sheets where one change meets the next
     assert page.evaluate(LOOK) == ["rgba(0, 0, 0, 0)", "rgb(232, 232, 232)", "rgb(65, 70, 78)", "rgb(42, 63, 95)"]
     page.evaluate(themes % "Light")
     page.wait_for_function("document.body.dataset.jpThemeLight === 'true'")
+    page.wait_for_timeout(1000)
     assert page.evaluate(LOOK) == light
 
 
