@@ -113,7 +113,9 @@ def page(window, results, tmp_path, request):
     return opened
 
 
-@pytest.mark.parametrize("page", ROWS, indirect=True)
+@pytest.mark.parametrize(
+    "page", [pytest.param(name, marks=[] if name == "path" else pytest.mark.thorough) for name in ROWS], indirect=True
+)
 def test_it_fits_can_be_read_and_can_be_kept(page, request):
     for scheme, width in [("light", width) for width in WIDTHS] + [("dark", WIDTHS[0]), ("dark", WIDTHS[-1])]:
         page.emulate_media(color_scheme=scheme)
