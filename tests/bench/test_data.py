@@ -5,17 +5,20 @@ import hashlib
 import io
 import json
 import pickle
+import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from safetensors.torch import save_file
 
 import lmc
-from lmc.data import files, images
+from lmc.data import cifar, files, images
 from lmc.errors import DataError, InputError
 
 
@@ -165,34 +168,111 @@ def archive(path: Path, members: dict[str, bytes]) -> str:
     return f"md5:{hashlib.md5(path.read_bytes()).hexdigest()}"
 
 
-def told(source: files.Source, checksum: str) -> files.Source:
-    return files.Source(source.name, source.folders, source.url, checksum)
-
-
-def test_cifar10_reads_both_versions_alike(tmp_path, monkeypatch):
+@pytest.fixture
+def batches():
+    """Six batches of twenty rows, the class before the pixels, classes going round."""
     random = np.random.RandomState(0)
-    batches = {name: random.randint(0, 256, (4, 3073)).astype(np.uint8) for name in images.BATCHES}
+    made = {name: random.randint(0, 256, (20, 3073)).astype(np.uint8) for name in cifar.BATCHES}
+    for rows in made.values():
+        rows[:, 0] = np.arange(20) % 10
+    return made
+
+
+def pickled(rows: np.ndarray) -> bytes:
+    return pickle.dumps({b"data": rows[:, 1:], b"labels": rows[:, 0].tolist()}, 2)
+
+
+def members(version: cifar.Version, batches: dict[str, np.ndarray]) -> dict[str, bytes]:
+    write = np.ndarray.tobytes if version is cifar.BINARY else pickled
+    return {version.member.format(name): write(rows) for name, rows in batches.items()}
+
+
+def unpack(place: Path, version: cifar.Version, batches: dict[str, np.ndarray]) -> Path:
+    place.mkdir(parents=True)
+    for name, content in members(version, batches).items():
+        (place / name).write_bytes(content)
+    return place
+
+
+def draw(place: Path, batches: dict[str, np.ndarray], name: str = "{label}/{i:05d}.png") -> Path:
+    """The images as files, numbered over each split."""
+    for split, rows in (
+        ("train", np.concatenate([batches[name] for name in cifar.BATCHES[:5]])),
+        ("test", batches["test_batch"]),
+    ):
+        for i, row in enumerate(rows):
+            path = place / split / name.format(label=cifar.CLASSES[row[0]], i=i)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(row[1:].reshape(3, 32, 32).transpose(1, 2, 0)).save(path)
+    return place
+
+
+def assert_all_there(data: lmc.data.Dataset, batches: dict[str, np.ndarray]) -> None:
+    assert data.train[0].shape == (100, 3, 32, 32) and data.test[0].shape == (20, 3, 32, 32)
+    rows = np.concatenate(list(batches.values()))
+    for (inputs, targets), part in ((data.train, rows[:100]), (data.test, rows[100:])):
+        assert (inputs * 255).round().numpy().astype(np.uint8).tobytes() == part[:, 1:].tobytes()
+        assert targets.tolist() == part[:, 0].tolist() and targets.dtype == torch.int64
+
+
+@pytest.mark.parametrize("version, number", [("BINARY", 0), ("PYTHON", 0), ("PYTHON", 1)])
+def test_cifar10_reads_the_archives(tmp_path, monkeypatch, batches, version, number):
+    known = getattr(cifar, version)
+    source = known.archives[number]
+    content = {f"{known.folder}/{name}": content for name, content in members(known, batches).items()}
+    told = replace(source, checksum=archive(tmp_path / source.name, content))
+    monkeypatch.setattr(cifar, version, replace(known, archives=(told,)))
+    data = lmc.data.cifar10(tmp_path, download=False)
+    assert_all_there(data, batches)
+    assert data.provenance == "the original archive"
+    pixel = batches["data_batch_2"][1, 1 + 2 * 1024 + 5 * 32 + 7]  # blue, row 5, column 7 of training image 21
+    assert round(float(data.train[0][21, 2, 5, 7]) * 255) == pixel
+    assert lmc.data.cifar10(tmp_path, download=False, flat=True).train[0].shape == (100, 3072)
+
+
+@pytest.mark.parametrize("version", [cifar.BINARY, cifar.PYTHON], ids=["binary", "python"])
+@pytest.mark.parametrize("where", ["CIFAR10/{}", "cifar10/{}", "{}", "the folder itself"])
+def test_cifar10_reads_what_comes_out_of_an_archive(tmp_path, monkeypatch, batches, version, where):
+    place = unpack(tmp_path / where.format(version.folder), version, batches)
+    monkeypatch.setenv(files.VARIABLE, str(place if where == "the folder itself" else tmp_path))
+    data = lmc.data.cifar10(download=False)
+    assert_all_there(data, batches)
+    assert f"unpacked {version.name} version" in data.provenance and "no checksum" in data.provenance
+
+
+@pytest.mark.parametrize("where", ["", "cifar10", "CIFAR10", "cifar10/cifar10", "cifar"])
+@pytest.mark.parametrize(
+    "name", ["{label}/{i:05d}.png", "{label}/{i}_{label}.png", "{i}_{label}.png", "{label}/{i}.png"]
+)
+def test_cifar10_reads_image_files_in_the_order_of_their_numbers(tmp_path, batches, where, name):
+    draw(tmp_path / where, batches, name)
+    (tmp_path / where / "labels.txt").write_text("\n".join(cifar.CLASSES))
+    (tmp_path / where / "train" / ".DS_Store").write_bytes(b"")
+    data = lmc.data.cifar10(tmp_path, download=False)
+    assert_all_there(data, batches)
+    assert data.provenance == "PNG files" and data.classes[0] == "airplane"
+
+
+def test_cifar10_reads_the_same_of_every_layout(tmp_path, batches):
+    """Of images that are smooth, JPEG keeps nearly all; the data set says that it is not all."""
     for rows in batches.values():
-        rows[:, 0] %= 10
-    binary, python = tmp_path / "bin", tmp_path / "py"
-    binary.mkdir(), python.mkdir()
-    checksum = archive(
-        binary / images.BINARY.name, {f"cifar-10-batches-bin/{k}.bin": v.tobytes() for k, v in batches.items()}
-    )
-    monkeypatch.setattr(images, "BINARY", told(images.BINARY, checksum))
-    pickles = {k: {b"data": v[:, 1:], b"labels": v[:, 0].tolist()} for k, v in batches.items()}
-    checksum = archive(
-        python / images.PYTHON.name, {f"cifar-10-batches-py/{k}": pickle.dumps(v, 2) for k, v in pickles.items()}
-    )
-    monkeypatch.setattr(images, "PYTHON", told(images.PYTHON, checksum))
-    first, second = (lmc.data.cifar10(folder, download=False) for folder in (binary, python))
-    for data in (first, second):
-        assert data.train[0].shape == (20, 3, 32, 32) and data.test[0].shape == (4, 3, 32, 32)
-        pixel = batches["data_batch_2"][1, 1 + 2 * 1024 + 5 * 32 + 7]  # blue, row 5, column 7 of training image 5
-        assert round(float(data.train[0][5, 2, 5, 7]) * 255) == pixel
-        assert data.test[1].tolist() == batches["test_batch"][:, 0].tolist()
-    assert torch.equal(first.train[0], second.train[0])
-    assert lmc.data.cifar10(binary, download=False, flat=True).train[0].shape == (20, 3072)
+        rows[:, 1:] = np.repeat(rows[:, 1:4], 1024, axis=1)
+    draw(tmp_path / "png", batches), draw(tmp_path / "jpeg", batches, "{label}/{i:05d}.JPG")
+    unpack(tmp_path / "py", cifar.PYTHON, batches)
+    exact, lossy, python = (lmc.data.cifar10(tmp_path / name, download=False) for name in ("png", "jpeg", "py"))
+    assert torch.equal(exact.train[0], python.train[0]) and torch.equal(exact.test[0], python.test[0])
+    apart = (exact.train[0] - lossy.train[0]).abs()
+    assert 0.0 < float(apart.max()) < 0.02 and torch.equal(exact.train[1], lossy.train[1])
+    assert "not hold the original pixels" in lossy.provenance
+
+
+def test_a_layout_at_hand_comes_before_the_cache(tmp_path, batches):
+    unpack(tmp_path / "cache" / "lmc" / cifar.BINARY.folder, cifar.BINARY, batches)
+    assert "binary" in lmc.data.cifar10(download=False).provenance
+    draw(tmp_path / "own", batches)
+    assert lmc.data.cifar10(tmp_path / "own", download=False).provenance == "PNG files"
+    with pytest.raises(DataError, match="root='.*nowhere' is not a folder"):
+        lmc.data.cifar10(tmp_path / "nowhere", download=False)
 
 
 class Evil:
@@ -200,12 +280,16 @@ class Evil:
         return (print, ("ran",))
 
 
-def test_cifar10_refuses_pickles_that_do_more(capsys, tmp_path, monkeypatch):
+def test_cifar10_refuses_pickles_that_do_more(capsys, tmp_path, monkeypatch, batches):
     with pytest.raises(DataError, match="print"):
-        images.parse_pickle(pickle.dumps(Evil(), 2))
+        cifar.parse_pickle(pickle.dumps(Evil(), 2))
+    place = unpack(tmp_path / "own" / cifar.PYTHON.folder, cifar.PYTHON, batches)
+    (place / "data_batch_3").write_bytes(pickle.dumps({b"data": Evil(), b"labels": [1]}, 2))
+    with pytest.raises(DataError, match="data_batch_3: .*asks for .*print"):
+        lmc.data.cifar10(tmp_path / "own", download=False)
     # and an archive with the wrong checksum is not opened at all
-    archive(tmp_path / images.PYTHON.name, {"cifar-10-batches-py/data_batch_1": pickle.dumps(Evil(), 2)})
-    monkeypatch.setattr(images, "parse_pickle", lambda content: pytest.fail("parsed"))
+    archive(tmp_path / cifar.PYTHON.archives[0].name, {"cifar-10-batches-py/data_batch_1": pickle.dumps(Evil(), 2)})
+    monkeypatch.setattr(cifar.pickle, "Unpickler", None)
     with pytest.raises(DataError, match="expected md5"):
         lmc.data.cifar10(tmp_path, download=False)
     assert capsys.readouterr().out == ""
@@ -214,7 +298,85 @@ def test_cifar10_refuses_pickles_that_do_more(capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize("content", [b"", bytes(3072)])
 def test_cifar10_batches_of_the_wrong_size(content):
     with pytest.raises(DataError, match="multiple of 3073"):
-        images.parse_binary(content)
+        cifar.parse_binary(content)
+
+
+FLAWS = {
+    "a batch is missing": "is incomplete: data_batch_4.bin missing",
+    "an empty folder": "is incomplete: .*test_batch missing",
+    "a cut batch": r"data_batch_2.bin: .*multiple of 3073",
+    "labels of 100 classes": "test_batch: .*labels from 0 to 9",
+    "grey pixels": r"test_batch: .*expected bytes \(n, 3072\).*\(20, 1024\)",
+    "another dictionary": "data_batch_1: .*not a pickle with b'data' and b'labels': KeyError",
+    "no pickle": "data_batch_1: .*not a pickle",
+    "no test folder": "is incomplete: there is no folder test",
+    "a class is missing": "test is incomplete: .*of horse",
+    "other classes": "'wolf' is no class of CIFAR-10 .*_<class>.png",
+    "the competition on Kaggle": "'1' is no class of CIFAR-10 .*Kaggle",
+    "large images": "00003.png: .*expected 32 x 32 pixels, found 64 x 48",
+    "a broken image": "00013.png: not an image",
+}
+
+
+@pytest.mark.parametrize("flaw", FLAWS)
+def test_cifar10_layouts_that_are_incomplete_or_foreign(tmp_path, batches, flaw):
+    binary, python, drawn = (tmp_path / name for name in ("bin", "py", "png"))
+    unpack(binary / cifar.BINARY.folder, cifar.BINARY, batches)
+    unpack(python / cifar.PYTHON.folder, cifar.PYTHON, batches)
+    draw(drawn, batches)
+
+    def put(name: str, content: object) -> Path:
+        (python / cifar.PYTHON.folder / name).write_bytes(
+            content if isinstance(content, bytes) else pickle.dumps(content)
+        )
+        return python
+
+    if flaw == "a batch is missing":
+        (binary / cifar.BINARY.folder / "data_batch_4.bin").unlink()
+        root = binary
+    elif flaw == "an empty folder":
+        root = tmp_path / "empty"
+        (root / cifar.PYTHON.folder).mkdir(parents=True)
+    elif flaw == "a cut batch":
+        path = binary / cifar.BINARY.folder / "data_batch_2.bin"
+        path.write_bytes(path.read_bytes()[:-100])
+        root = binary
+    elif flaw == "labels of 100 classes":
+        rows = batches["test_batch"]
+        root = put("test_batch", {b"data": rows[:, 1:], b"labels": list(range(20))})
+    elif flaw == "grey pixels":
+        rows = batches["test_batch"]
+        root = put("test_batch", {b"data": rows[:, 1:1025], b"labels": rows[:, 0].tolist()})
+    elif flaw == "another dictionary":
+        root = put("data_batch_1", {b"data": batches["data_batch_1"][:, 1:], b"fine_labels": [1] * 20})
+    elif flaw == "no pickle":
+        root = put("data_batch_1", b"an error page")
+    else:
+        root = drawn
+        horses = list((drawn / "test" / "horse").iterdir())
+        if flaw == "no test folder":
+            (drawn / "test").rename(drawn / "validation")
+        elif flaw == "a class is missing":
+            for path in horses:
+                path.unlink()
+        elif flaw == "other classes":
+            (drawn / "test" / "horse").rename(drawn / "test" / "wolf")
+        elif flaw == "the competition on Kaggle":
+            (drawn / "test" / "1.png").write_bytes(horses[0].read_bytes())
+        elif flaw == "large images":
+            Image.new("RGB", (64, 48)).save(drawn / "train" / "cat" / "00003.png")
+        else:
+            path = drawn / "train" / "cat" / "00013.png"
+            path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(DataError, match=FLAWS[flaw]):
+        lmc.data.cifar10(root, download=False)
+
+
+def test_image_files_without_pillow(tmp_path, monkeypatch, batches):
+    draw(tmp_path, batches)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(lmc.MissingPackageError, match=r"pip install Pillow, .*'lmc-lab\[images\]'"):
+        lmc.data.cifar10(tmp_path, download=False)
 
 
 @pytest.fixture

@@ -51,3 +51,5 @@ def test_require_gives_the_module_or_says_how_to_get_it():
     with pytest.raises(ImportError, match=r"nowhere_at_all.*pip install 'lmc-lab\[search\]'") as error:
         require("nowhere_at_all", "search")
     assert isinstance(error.value, lmc.LmcError)
+    with pytest.raises(ImportError, match="needs the package Pillow.*pip install Pillow, or"):
+        require("PIL.nowhere_at_all", "images")
