@@ -40,7 +40,7 @@ def mean(models: Sequence[ModelOrWeights], weights: Sequence[float] | None = Non
     coefficients = [1.0 / len(states)] * len(states) if weights is None else [float(w) for w in weights]
     if len(coefficients) != len(states):
         raise InputError(f"{len(coefficients)} weights for {len(states)} models")
-    if abs(sum(coefficients) - 1.0) > 1e-6:
+    if not abs(sum(coefficients) - 1.0) <= 1e-6:
         raise InputError(f"weights sum to {sum(coefficients):g}, not to 1")
     for i, state in enumerate(states[1:], start=1):
         states[i] = shared(states[0], state, names := ("models[0]", f"models[{i}]"))

@@ -247,3 +247,33 @@ def test_swa_beats_the_last_iterate_of_noisy_descent_on_a_quadratic() -> None:
     loss = lambda state: float((curvature * state["w"] ** 2).sum() / 2)  # noqa: E731
     last = sum(map(loss, trajectory[-20:])) / 20
     assert loss(merge.swa(trajectory[50:])) < 0.2 * last
+
+
+def test_tensors_of_zeros_and_weights_of_zero_have_no_direction() -> None:
+    a, b, c = random_states(3)
+    still = {name: torch.zeros_like(tensor) for name, tensor in a.items()}
+    for method in (merge.karcher_mean, merge.multislerp):
+        assert close(method([still, a], weights=[1, 0]), still)
+        assert close(method([still, a, b], weights=[1, 0, 0]), still)
+        assert close(method([a, still, b], weights=[1, 0, 0]), a)
+    with pytest.raises(InputError, match="sum to 0"):
+        merge.karcher_mean([still, a, b], weights=[1, 1, -1])
+    # a task vector of zero has cosine 0 with all others, and that alone is the mean cosine of two
+    assert close(merge.model_stock([a, b], base=a, signed=True), a)
+    assert not close(merge.model_stock([a, b, c], base=a, signed=True), a)
+
+
+def test_statistics_of_weights_that_sum_to_zero_stay_within_the_models() -> None:
+    a, b = ({"n.running_mean": torch.tensor([1.0 + 2 * i]), "w": torch.ones(1)} for i in range(2))
+    for method, options, expected in (
+        (merge.weighted_sum, {"weights": [1, -1]}, 2.0),
+        (merge.weighted_sum, {"weights": [0, 0]}, 2.0),
+        (merge.nuslerp, {"weights": [3, -3]}, 2.0),
+        (merge.weighted_sum, {"weights": [2, 0]}, 1.0),
+    ):
+        assert float(method([a, b], **options)["n.running_mean"]) == expected
+
+
+def test_no_experts_cannot_be_mixed() -> None:
+    with pytest.raises(InputError, match="empty"):
+        merge.mix_experts([], beta=0.1)

@@ -353,3 +353,18 @@ def test_seeds_are_whole_numbers():
         merge.dare(models, base={"w": torch.zeros(2)}, seed="a")
     with pytest.raises(InputError, match="seed=0.5: expected a whole number"):
         merge.dare(models, base={"w": torch.zeros(2)}, seed=0.5)
+
+
+def test_options_that_there_are_not_are_named(tmp_path) -> None:
+    a, base = ({"w": torch.full((3, 2), value)} for value in (1.0, 2.0))
+    calls = (
+        lambda: merge.ties([a], base=base, densty=0.3),
+        lambda: merge.consensus([a], base=base, method=merge.ties, densty=0.3),
+        lambda: merge.plan(merge.ties, [a], tmp_path / "out", base=base, densty=0.3),
+        lambda: merge.extract([a], tmp_path / "out", base=base, densty=0.3),
+    )
+    for call in calls:
+        with pytest.raises(InputError, match="densty"):
+            call()
+    with pytest.raises(InputError, match="base"):
+        merge.plan(merge.ties, [a], tmp_path / "out")

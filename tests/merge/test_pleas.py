@@ -239,3 +239,23 @@ def test_with_heads_of_their_own_unmerged_networks_answer_as_before(name: str):
         answer = found.answering(network)
         with torch.no_grad():
             assert float((answer(inputs) - outputs(model, weights, inputs)).abs().max()) < 1e-9
+
+
+def test_layers_over_sequences_are_fitted():
+    torch.manual_seed(0)
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = torch.nn.Conv1d(2, 5, 3, padding=1), torch.nn.Conv1d(5, 6, 3, padding=1)
+            self.head = torch.nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.second(self.first(x).relu()).relu().mean(-1))
+
+    a, b, inputs = Net(), Net(), torch.randn(60, 2, 7)
+    found = pleas(a, [a, b], inputs, ratio=0.4, ridge=0.0, progress=False)
+    errors = found.info["least_squares"]
+    assert set(errors) == {"first.weight", "second.weight", "head.weight"}
+    assert all(fit.after <= fit.before for fit in errors.values())
+    assert errors["second.weight"].after < 0.9 * errors["second.weight"].before

@@ -91,6 +91,8 @@ def test_adamerging_with_a_head_per_task(tasks) -> None:
     model, base, models, data = tasks
     heads = [{k: v for k, v in m.state_dict().items() if k.startswith("2.")} for m in models]
     one = merge.adamerging(model, models, data, base=base, heads=heads, steps=1, lr=0.1)
+    with pytest.raises(InputError, match="heads"):
+        merge.adamerging(model, models, data, base=base, heads=heads[:1], steps=1)
     assert one.report.coefficients["2.weight"] == pytest.approx((0.3, 0.3))  # their head does not depend on it
     assert one.report.coefficients["0.weight"] != pytest.approx((0.3, 0.3))
     with pytest.raises(InputError, match="per"):
@@ -234,3 +236,12 @@ def test_without_cma_the_message_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "cma", None)
     with pytest.raises(InputError, match=r"pip install 'lmc-lab\[search\]'"):
         merge.lcsc(nn.Linear(1, 1), [nn.Linear(1, 1)], lambda w: 1.0)
+
+
+def test_no_more_merges_are_tried_than_allowed() -> None:
+    model, models = nn.Linear(2, 1), [nn.Linear(2, 1) for _ in range(2)]
+    for evaluations in (1, 5, 20):
+        found = merge.evolve(
+            model, models, lambda w: 1.0, method=merge.average, space={"weights": (0.1, 1.0)}, evaluations=evaluations
+        )
+        assert len(found.report.trials) == evaluations

@@ -103,6 +103,8 @@ def test_accepting_ties_follows_the_paper_and_strict_the_code() -> None:
     assert merge.greedy_soup(model, models, lambda w: 1.0).report.taken == (0, 1, 2)
     assert merge.greedy_soup(model, models, lambda w: 1.0, strict=True).report.taken == (0,)
     assert merge.greedy_soup(model, models, lambda w: 1.0, min_gain=0.1).report.taken == (0,)
+    with pytest.raises(InputError, match="min_gain"):
+        merge.greedy_soup(model, models, lambda w: 1.0, min_gain=-0.1)
 
 
 def test_one_or_equal_ingredients_give_that_model(kitchen, digits: dict[str, Data]) -> None:

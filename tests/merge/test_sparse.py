@@ -98,3 +98,9 @@ def test_mixing_experts() -> None:
     assert torch.equal(merge.mix_experts(experts[:1], beta=0.5)[0]["w"], experts[0]["w"])
     with pytest.raises(InputError, match="beta"):
         merge.mix_experts(experts, beta=1.5)
+
+
+def test_shares_out_of_range_are_refused() -> None:
+    for sparsity in (-0.1, 1.0, 1.5):
+        with pytest.raises(InputError, match="sparsity"):
+            merge.sparse_soup(net(), retrain=retrain, sparsity=sparsity)

@@ -151,10 +151,7 @@ def extract(
         raise InputError(f"{folder}: exists already; remove it or choose another name")
     opened = [open_checkpoint(model) if isinstance(model, str | Path) else model for model in models]
     reference = open_checkpoint(base) if isinstance(base, str | Path) else base
-    arguments = how.signature.bind(opened, base=reference, **options).arguments
-    arguments = {k: v for k, v in arguments.items() if k not in ("models", "base", "options")} | arguments.get(
-        "options", {}
-    )
+    arguments = how.options_of(reference, options)
     sets = weight_sets(opened, reference)
     made = _Making(sets, rank, kind or torch.float32, _across(reference))
     delta = how.deltas(sets, **arguments)

@@ -250,10 +250,7 @@ def plan(
     _must_not_exist(out)
     opened = [open_checkpoint(model) if isinstance(model, str | Path) else model for model in models]
     reference = open_checkpoint(base) if isinstance(base, str | Path) else base
-    arguments = how.signature.bind(opened, **({} if base is None else {"base": reference}), **options).arguments
-    arguments = {k: v for k, v in arguments.items() if k not in ("models", "base", "options")} | (
-        arguments.get("options", {})  # further options, of postprocessing methods
-    )
+    arguments = how.options_of(reference, options)
     recipe = make_recipe(method, arguments, opened, reference, limit, dtype)
     joined, texts = opened, {}
     if vocabulary is not None:

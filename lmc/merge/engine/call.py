@@ -72,6 +72,15 @@ def convex(coefficients: tuple[list[float], float]) -> tuple[list[float], float]
     return [size / sum(sizes) for size in sizes[:-1]], sizes[-1] / sum(sizes)
 
 
+def proportions(values: Sequence[float]) -> list[float]:
+    """Shares in proportion to numbers; to their sizes where they sum to 0, and equal ones where all are 0."""
+    total = sum(values)
+    if abs(total) < 1e-12:
+        values = [abs(value) for value in values]
+        total = sum(values)
+    return [value / total for value in values] if total else [1.0 / len(values)] * len(values)
+
+
 class PerName:
     """The options of one call, resolved for each tensor name.
 

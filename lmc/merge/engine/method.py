@@ -53,6 +53,7 @@ from lmc.merge.engine.call import (
     check_numbers_of,
     coefficients,
     convex,
+    proportions,
 )
 from lmc.merge.engine.chunks import Chunk, Cut, Made
 from lmc.merge.engine.tensors import WeightSets, weight_sets
@@ -126,6 +127,20 @@ class Method:
         models = inspect.Parameter("models", inspect.Parameter.POSITIONAL_OR_KEYWORD)
         return inspect.Signature([models, base, *own, *extra])
 
+    def options_of(self, base: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of a call, with those that a postprocessing method hands on.
+
+        Raises:
+            InputError: an option that there is not, or one or a base that is missing.
+        """
+        name = self.rule.__name__
+        try:
+            found = self.signature.bind([], **({} if base is None else {"base": base}), **options).arguments
+        except TypeError as error:
+            raise InputError(f"{name}: {error}; call it as {name}{self.signature}") from None
+        further = found.pop("options", {})
+        return {key: value for key, value in found.items() if key not in ("models", "base")} | further
+
     def cuts(self, options: Mapping[str, Any]) -> Cut:
         """The chunks of large tensors that are worked on at a time."""
         if self.kind == "linear":
@@ -185,6 +200,9 @@ class Method:
         defaults = {
             p.name: p.default for p in self.parameters.values() if p.default is not empty and p.name not in GIVEN
         }
+        if unknown := next((name for name in options if name not in self.parameters or name in GIVEN), None):
+            own = ", ".join(name for name in self.parameters if name not in GIVEN)
+            raise InputError(f"{self.rule.__name__} has no option {unknown!r}; it has {own or 'none'}")
         options = defaults | options
         found = self.survey(Pass(sets, read, cut), **options) if self.survey else None
         from_base = "base" in self.parameters and sets.base is not None
@@ -198,7 +216,7 @@ class Method:
         """Shares of the models in a statistic: the rule's own if it has them, in proportion to `weights`, or equal."""
         options = call.options(name)
         values = self.shares(**options) if self.shares else coefficients(options.get("weights"), len(call.sets))
-        return convex(([value / sum(values) for value in values], 0.0))
+        return convex((proportions(values), 0.0))
 
     def _shares(self, sets: WeightSets, options: dict[str, Any]) -> Callable[[str], tuple[list[float], float]]:
         """Statistics follow the sum `base + scale * sum_t w_t tau_t`, but never leave the range of the inputs."""

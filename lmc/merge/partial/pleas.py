@@ -24,7 +24,7 @@ from lmc.merge.partial.zipit import likeness
 from lmc.network.batches import to_device
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
 from lmc.network.derived import settled
-from lmc.network.layers import as_matrix, as_weight, matrices, rows
+from lmc.network.layers import as_matrix, as_weight, channel_axis, matrices, rows
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights
 
@@ -92,7 +92,7 @@ class _Layer:
         self.module, self.units, self.name = module, units, name
         self.shape = weights[name].shape
         self.biased = getattr(module, "bias", None) is not None
-        self.channel = 1 if isinstance(module, nn.Conv2d) else -1
+        self.channel = channel_axis(module)
         sides = {axis.reads: axis for axis in pair.growth.axes.get(name, ())}
         lengths = pair.a[name].shape
         transposed = type(module).__name__ == "Conv1D"

@@ -190,14 +190,20 @@ def karcher_mean(
     The flattened tensors are normalised; `m <- exp_m(sum_i w_i log_m(v_i))` from their normalised mean until the step
     is shorter than `tolerance`; the result has the weighted mean of their norms. Two models of equal norm give
     `slerp(t=w_2)`. Tensors that are all zero have no direction and count only in the norm.
+
+    Raises:
+        InputError: weights that sum to 0, also those of the tensors that are not zero.
     """
     share = torch.tensor(average.method.rule(len(tensors), weights=weights), dtype=torch.float64)
     gram = moments().gram
     norms = gram.diagonal().sqrt()
-    alive = norms > 0
+    alive = (norms > 0) & (share != 0)
     if not bool(alive.any()):
         return torch.zeros_like(tensors[0])
-    pull = share[alive] / share[alive].sum()
+    whole = share[alive].sum()
+    if abs(float(whole)) < 1e-12:
+        raise InputError("karcher_mean: the weights of the tensors that are not zero sum to 0")
+    pull = share[alive] / whole
     mean = _on_the_sphere(gram[alive][:, alive] / torch.outer(norms[alive], norms[alive]), pull, iterations, tolerance)
     factors = torch.zeros_like(share)
     factors[alive] = mean / norms[alive] * (share @ norms)
@@ -267,7 +273,7 @@ def model_stock(
         gram = moments().gram[None]
     norms = gram.diagonal(dim1=1, dim2=2).sqrt()
     cosines = gram / (norms[:, :, None] * norms[:, None, :]).clamp_min(1e-60)
-    cosine = (cosines.sum((1, 2)) - count) / (count * (count - 1))
+    cosine = (cosines.sum((1, 2)) - cosines.diagonal(dim1=1, dim2=2).sum(1)) / (count * (count - 1))
     pole = 1 + (count - 1) * cosine
     t = (count * cosine / pole).where(pole.abs() >= 1e-6, 0.0)
     if not signed:
@@ -314,7 +320,7 @@ def mix_experts(models: Sequence[ModelOrWeights], *, beta: float) -> list[StateD
     if not 0.0 <= beta <= 1.0:
         raise InputError(f"beta must be in [0, 1], got {beta}")
     count = len(models)
-    if count == 1:
+    if count < 2:
         return [average(models)]
     shares = [[1.0 - beta if i == j else beta / (count - 1) for j in range(count)] for i in range(count)]
     return [average(models, weights=row) for row in shares]
@@ -379,7 +385,7 @@ def multislerp(
     pull = (share / norms).where(norms > 0, 0.0)
     length = float((pull @ gram @ pull).clamp_min(0.0).sqrt())
     if length < 1e-8:
-        if len(tensors) > 2 and bool((norms > 0).any()):
+        if len(tensors) > 2 and bool((pull != 0).any()):
             raise InputError("multislerp: the directions of the models cancel out; use average or karcher_mean")
         pull, length, norms = share, 1.0, torch.ones_like(norms)
     factors = (pull / length * float(share @ norms)).to(tensors)

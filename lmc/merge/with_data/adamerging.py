@@ -100,6 +100,8 @@ def adamerging(
     """
     if per not in ("tensor", "task"):
         raise InputError(f"per must be 'tensor' or 'task', got {per!r}")
+    if heads is not None and len(heads) != len(models):
+        raise InputError(f"heads: {len(heads)} for {len(models)} models; give the tensors of one for each")
     sets = weight_sets(models, base, module=model)
     network = Network(model, pick_device(device, fitted(model, as_weights(base), "base")))
     deltas = _deltas(sets, density)

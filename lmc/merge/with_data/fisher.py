@@ -118,8 +118,8 @@ def fisher_weighted(
 def _divide(sets: WeightSets, name: str, moved: Weights, total: Weights, factors: list[float]) -> Tensor:
     if name not in total:
         return sets.combine(name, *_shares(factors))
-    step = (moved[name] / total[name]).where(total[name] > 0, sets.stack(name).mean(0) - sets.tensor(name, 0))
-    return sets.tensor(name, 0) + step
+    plain = sets.combine(name, *_shares(factors)).to(total[name])  # where no model's predictions depend on an entry
+    return torch.where(total[name] > 0, sets.tensor(name, 0) + moved[name] / total[name], plain)
 
 
 def _shares(factors: list[float]) -> tuple[list[float], float]:

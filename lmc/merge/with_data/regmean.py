@@ -89,8 +89,8 @@ def regmean(
         job.network.load(as_weights(job.sets.states[t]))
         for name, gram in job.grams(t, list(job.layers)).items():
             pull = gram @ (job.matrix(name, t) - job.mean(name))
-            left[name] = left[name] + gram if t else gram
-            right[name] = right[name] + pull if t else pull
+            left[name] = left[name] + gram if name in left else gram
+            right[name] = right[name] + pull if name in right else pull
     return job.result({name: _fit(job.mean(name), left[name], right[name]) for name in left})
 
 
@@ -112,7 +112,7 @@ def regmean_plus_plus(
 
     Layers are merged in the order in which they run; the Gram matrices of a layer are taken from the network whose
     earlier layers are merged already, run on each task's data. One partial forward pass per layer and task. A network
-    with BatchNorm runs on averaged statistics here, which spoils the inputs: recalibrated LayerNorm networks suit it.
+    with BatchNorm runs on averaged statistics here, which spoils the inputs: networks with LayerNorm suit it.
     Arguments and result as for `regmean`.
     """
     job = layer_inputs(model, models, inputs, shrink, samples, batch_size, device)

@@ -153,7 +153,8 @@ def lcsc(
 
     Coefficients sum to 1 (the last is what the others leave) and may be negative or large, as in the paper. Its
     evolutionary operators are not published; this is CMA-ES with step `sigma`. Every single checkpoint and the uniform
-    mean are tried first, and the search starts at the best of them, so that the result is never worse. Arguments and
+    mean are tried first, however few `evaluations` are, and the search starts at the best of them, so that the result is
+    never worse. Arguments and
     result as for `evolve`; the report's option is `weights`.
     """
     count = len(models)
@@ -205,15 +206,15 @@ def _search(
     """All trials: the starting points, then CMA-ES from the best of them until `evaluations` are spent."""
     cma = _cma()
     trials = []
-    for start in starts:
-        trials.append(attempt(start))
-        bar.update()
-    origin = starts[max(range(len(starts)), key=lambda i: gain(trials[i].score))]
-    # CMA-ES wants two dimensions at least; an unused one does no harm. Its random numbers are numpy's global ones.
-    padded = [*origin, 0.5] if len(origin) == 1 else origin
     state = np.random.get_state()
     restart = 0
     try:
+        for start in starts:
+            trials.append(attempt(start))
+            bar.update()
+        origin = starts[max(range(len(starts)), key=lambda i: gain(trials[i].score))]
+        # CMA-ES wants two dimensions at least; an unused one does no harm. Its random numbers are numpy's global ones.
+        padded = [*origin, 0.5] if len(origin) == 1 else origin
         # A strategy that has settled, on a plateau for example, is followed by a larger one.
         while origin and len(trials) < evaluations:
             population = (4 + int(3 * math.log(len(padded)))) * 2**restart
@@ -226,8 +227,10 @@ def _search(
             strategy = cma.CMAEvolutionStrategy(padded, sigma, options)
             while len(trials) < evaluations and not strategy.stop():
                 genomes = strategy.ask()
-                found = [attempt(list(genome[: len(origin)])) for genome in genomes]
-                strategy.tell(genomes, _losses([gain(trial.score) for trial in found]))
+                chosen = genomes[: evaluations - len(trials)]  # of the last population what is left to spend
+                found = [attempt(list(genome[: len(origin)])) for genome in chosen]
+                if len(found) == len(genomes):
+                    strategy.tell(genomes, _losses([gain(trial.score) for trial in found]))
                 trials += found
                 bar.update(len(found))
             restart += 1

@@ -134,8 +134,11 @@ def greedy_soup(
         The soup, a state dict whose `.report` is the table of ingredients.
 
     Raises:
+        InputError: a negative `min_gain`.
         WeightsError: no model is finite.
     """
+    if not min_gain >= 0.0:
+        raise InputError(f"min_gain={min_gain}; expected a number of at least 0")
     states = [as_weights(state) for state in weight_sets(models, module=model, pairs=True).states]
     judge = Judge(model, validation, metric, loss=loss, inputs=inputs, device=device, models=states)
     faults = [finite(state) for state in states]
@@ -163,7 +166,7 @@ def greedy_soup(
         reason = f"{word} the {judge.measure} of the soup from {best:.4f} to {found:.4f}"
         rows.append(Ingredient(i, alone[i], found, accept, reason))
         if accept:
-            best, soup, taken = max(best, found, key=judge.gain), candidate, [*taken, i]
+            best, soup, taken = found, candidate, [*taken, i]
         bar.update()
     bar.close()
     rows += [Ingredient(i, alone[i], math.nan, False, fault) for i, fault in enumerate(faults) if fault]

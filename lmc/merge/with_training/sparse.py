@@ -93,6 +93,8 @@ def sparse_soup(
     Raises:
         InputError: arguments out of range, or retrained weights that are not zero where the mask is.
     """
+    if not 0.0 <= sparsity < 1.0:
+        raise InputError(f"sparsity must be in [0, 1), got {sparsity}")
     if phases < 1 or copies < 1:
         raise InputError(f"phases and copies must be at least 1, got {phases} and {copies}")
     soup, masks = as_weights(weights), {}
