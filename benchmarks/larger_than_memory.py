@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import save_file
 
 import lmc
-from lmc.symmetry.groups.symmetries import act
+from lmc.symmetry.groups.action import act
 
 PEAK = """
 import re, sys

@@ -74,7 +74,8 @@ if TYPE_CHECKING:
     from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
     from lmc.landscape.path import Path, loss_path
     from lmc.landscape.planes.plane import Plane, loss_plane, random_plane, trajectory_plane
-    from lmc.landscape.simplex import Simplex, Triangle, loss_simplex, loss_triangle
+    from lmc.landscape.simplices.simplex import loss_simplex, loss_triangle
+    from lmc.landscape.simplices.simplex_result import Simplex, Triangle
     from lmc.network.batchnorm import recalibrate_batchnorm
     from lmc.network.repair import repair
     from lmc.network.task import Task
@@ -178,10 +179,10 @@ _HOMES = {
     "loss_plane": "lmc.landscape.planes.plane",
     "random_plane": "lmc.landscape.planes.plane",
     "trajectory_plane": "lmc.landscape.planes.plane",
-    "Simplex": "lmc.landscape.simplex",
-    "Triangle": "lmc.landscape.simplex",
-    "loss_simplex": "lmc.landscape.simplex",
-    "loss_triangle": "lmc.landscape.simplex",
+    "Simplex": "lmc.landscape.simplices.simplex_result",
+    "Triangle": "lmc.landscape.simplices.simplex_result",
+    "loss_simplex": "lmc.landscape.simplices.simplex",
+    "loss_triangle": "lmc.landscape.simplices.simplex",
     "recalibrate_batchnorm": "lmc.network.batchnorm",
     "repair": "lmc.network.repair",
     "Task": "lmc.network.task",

@@ -28,7 +28,8 @@ from lmc.landscape.pairs import PairwiseBarriers, pairwise_barriers
 from lmc.landscape.path import Barrier, Path, barrier, loss_path
 from lmc.landscape.planes.plane import Plane, loss_plane, random_plane, trajectory_plane
 from lmc.landscape.similarity import Similarity, linear_cka, similarity
-from lmc.landscape.simplex import Mixture, Simplex, Triangle, loss_simplex, loss_triangle
+from lmc.landscape.simplices.simplex import loss_simplex, loss_triangle
+from lmc.landscape.simplices.simplex_result import Mixture, Simplex, Triangle
 from lmc.landscape.telescoping import Telescope, gradient_change, telescope
 from lmc.landscape.variance import VarianceRatios, variance_ratios
 

@@ -23,7 +23,7 @@ from lmc.landscape.evaluation.measured import Values
 from lmc.landscape.path import Path, mixture_path, points_of
 from lmc.landscape.planes.plane import loss_plane
 from lmc.landscape.planes.plane_result import Plane
-from lmc.network.caches import fresh_copy
+from lmc.network.copies import fresh_copy
 from lmc.network.derived import following, gauged, settled
 from lmc.network.network import Network
 from lmc.network.task import Loss, Outputs, Task

@@ -1,15 +1,14 @@
-"""Values that modules keep beside their state dict, which of them they derive from their weights, and copies without them.
+"""Values that modules keep beside their state dict, and which of them they derive from their weights.
 
 A module may hold tensors in attributes, in buffers outside the state dict, in dicts by device or length, or behind an
 lru_cache. Constants among them stay. What a forward pass changes, or makes again where it was removed, is a cache:
 it belongs to the weights that were loaded at that time, and has to go when others come.
 """
 
-import copy
 import functools
 import types
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -17,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lmc.errors import InputError
-from lmc.network.stores import LIBRARIES, Shared, content, stores, written_by
+from lmc.network.stores import LIBRARIES, Shared, stores, written_by
 
 # (name of the module, attribute or "_buffers", keys further inside) of a dict or list that holds values.
 Address: TypeAlias = tuple[Any, ...]
@@ -100,7 +98,7 @@ class Hidden:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._before = [(container, container.copy()) for _, container in _containers(module)]
+        self._before = [(container, container.copy()) for _, container in containers(module)]
         self._tensors = [(x, x._version, x.detach().clone()) for x in _kept_tensors(module)]
         self._functions = list(_lru_caches(module))
         self._changed: list[tuple[Container, Container]] = []
@@ -139,8 +137,8 @@ class Hidden:
 def hidden_tensors(module: nn.Module) -> Iterator[Tensor]:
     """Every tensor that a module keeps beside its parameters and the buffers of its state dict."""
     state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
-    for _, container in _containers(module, also_torch=True):
-        for _, value in _items(container):
+    for _, container in containers(module, also_torch=True):
+        for _, value in items_of(container):
             yield from (x for x in _tensors_of(value) if id(x) not in state)
 
 
@@ -285,12 +283,12 @@ def _numbers(value: Any) -> list[Any]:
 
 def empty(module: nn.Module, removal: Removal) -> None:
     """Take away what these places hold: delete it, or put None where attributes and buffers are to stay."""
-    for address, container in list(_containers(module)):
+    for address, container in list(containers(module)):
         if isinstance(container, set):
             if (*address, _ALL) in removal:
                 container.clear()
             continue
-        for key in [key for key, _ in _items(container)][::-1]:
+        for key in [key for key, _ in items_of(container)][::-1]:
             deleted = removal.get((*address, key))
             if deleted is None:
                 continue
@@ -310,9 +308,9 @@ def _float_places(module: nn.Module) -> Iterator[tuple[Address, Any]]:
     passes may have set, and what kind of place it is."""
     state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
     classes = {name: type(m) for name, m in module.named_modules()}
-    for address, container in _containers(module):
+    for address, container in containers(module):
         owner = classes[address[0]]
-        for key, value in _items(container):
+        for key, value in items_of(container):
             tensors = _tensors_of(value)
             plain = not any(x.is_floating_point() or x.is_complex() for x in tensors)
             held = not any(id(x) in state for x in tensors)
@@ -329,7 +327,7 @@ def _float_places(module: nn.Module) -> Iterator[tuple[Address, Any]]:
 def _set_places(module: nn.Module) -> Iterator[tuple[Address, type]]:
     """The address of every attribute and buffer that a forward pass may set and that holds something, and the class."""
     classes = {name: type(m) for name, m in module.named_modules()}
-    for address, container in _containers(module):
+    for address, container in containers(module):
         if _is_namespace(address) and isinstance(container, dict):
             for key, value in container.items():
                 if value is not None and key not in _EVERY_MODULE and key in stores(classes[address[0]]).attributes:
@@ -342,13 +340,13 @@ def _kept_tensors(module: nn.Module) -> list[Tensor]:
     """Tensors of modules that are not torch's own, each once."""
     state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
     found: dict[int, Tensor] = {}
-    for _, container in _containers(module):
-        for _, value in _items(container):
+    for _, container in containers(module):
+        for _, value in items_of(container):
             found |= {id(x): x for x in _tensors_of(value) if id(x) not in state}
     return list(found.values())
 
 
-def _containers(model: nn.Module, also_torch: bool = False) -> Iterator[tuple[Address, Container]]:
+def containers(model: nn.Module, also_torch: bool = False) -> Iterator[tuple[Address, Container]]:
     """Every dict, list, deque and set in which modules keep values of their own, with where it is."""
     seen: dict[int, Any] = {}
     for name, module in model.named_modules():
@@ -363,7 +361,7 @@ def _inside(address: Address, container: Container, seen: dict[int, Any]) -> Ite
         return
     seen[id(container)] = container  # kept, so that nothing else gets its identity
     yield address, container
-    for key, value in list(_items(container)):
+    for key, value in list(items_of(container)):
         if len(address) == 1 and key in _EVERY_MODULE:
             continue
         if isinstance(value, dict | list | deque | set):
@@ -376,7 +374,7 @@ def _inside(address: Address, container: Container, seen: dict[int, Any]) -> Ite
             yield from _inside((*address, key, "__dict__"), Slots(value), seen)
 
 
-def _items(container: Container) -> Iterable[tuple[Any, Any]]:
+def items_of(container: Container) -> Iterable[tuple[Any, Any]]:
     """Keys or positions, and values; those of a set have none, and only the set as a whole has a place."""
     if isinstance(container, set):
         return ()
@@ -418,137 +416,3 @@ def _same(container: Container, old: Container) -> bool:
         return container == old
     missing = object()
     return all(old.get(key, missing) is value or key in _EVERY_MODULE for key, value in container.items())  # type: ignore
-
-
-def fresh_copy(model: nn.Module, *, share: bool = False) -> nn.Module:
-    """A deep copy, in the modes of the original, whose modules hold nothing that they can drop by themselves.
-
-    Values under `functools.cached_property` and `functools.lru_cache` do not come along, and the copy goes through
-    `train(True)` and back, in which modules drop what they derived from their weights for evaluation. Modules that keep
-    computed tensors as attributes (weight norm), which torch refuses to copy, are copied as well.
-
-    Args:
-        model: any module; not touched.
-        share: let the parameters of the copy use the memory of the original's, for a copy that is only looked at or given
-            other weights. Without effect where a module changes its parameters by itself, see `writes_parameters`.
-    """
-    # What deepcopy finds under the id of a tensor it takes as its copy.
-    memo: dict[int, Any] = {
-        id(x): x.detach().clone() for x in hidden_tensors(model) if x.grad_fn is not None or x.is_inference()
-    }
-    if share and not writes_parameters(model):
-        memo |= {id(p): _alias(p) for p in model.parameters() if type(p) is nn.Parameter}
-    with torch.no_grad():  # a scripted module would otherwise be a computed copy, open to no change
-        copied = _deep_copy(model, memo)
-    for module in copied.modules():
-        _renew_caches(module, memo)
-    _rebind(copied, memo)
-    copied.train()
-    copied.train(model.training)
-    for module, original in zip(copied.modules(), model.modules(), strict=True):
-        if module.training != original.training:
-            module.training = original.training
-    return copied
-
-
-def _deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A deep copy; values that cannot be copied, such as locks and open files, are shared."""
-    known = dict(memo)
-    try:
-        return copy.deepcopy(model, memo)
-    except TypeError as error:
-        kept = [value for _, container in _containers(model) for _, value in _items(container)]
-        shared = [value for value in kept if not (isinstance(value, Tensor | nn.Module) or _copyable(value, known))]
-        if not shared:
-            raise InputError(f"model: {type(model).__name__} cannot be copied: {error}") from error
-        memo.clear()
-        memo.update(known | {id(value): value for value in shared})
-        return copy.deepcopy(model, memo)
-
-
-def _copyable(value: Any, memo: Mapping[int, Any]) -> bool:
-    try:
-        copy.deepcopy(value, dict(memo))
-    except Exception:  # noqa: BLE001 (objects raise what they like)
-        return False
-    return True
-
-
-def _rebind(model: nn.Module, memo: Mapping[int, Any]) -> None:
-    """Have the functions that a copy keeps in attributes and as hooks, which deepcopy shares, close over the copies of what
-    they close over: of modules and tensors."""
-    own = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
-    places: list[Any] = [hooks for m in own for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-    places += [vars(module) for module in own if is_torch(module)]
-    places += [container for _, container in _containers(model) if isinstance(container, dict | list)]
-    for place in places:
-        for key, value in list(_items(place)):
-            if isinstance(value, types.FunctionType) and (bound := _rebound(value, memo)) is not None:
-                place[key] = bound
-
-
-def _rebound(function: types.FunctionType, memo: Mapping[int, Any]) -> types.FunctionType | None:
-    """A function over copies of what it closes over; None where nothing of that was copied."""
-    cells, changed = [], False
-    for cell in function.__closure__ or ():
-        value = content(cell)
-        other = memo.get(id(value)) if isinstance(value, Tensor | nn.Module) else None
-        changed |= other is not None
-        cells.append(cell if other is None else types.CellType(other))
-    if not changed:
-        return None
-    bound = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, tuple(cells)
-    )
-    bound.__kwdefaults__ = function.__kwdefaults__
-    bound.__dict__.update(vars(function))
-    return bound
-
-
-def writes_parameters(model: nn.Module) -> bool:
-    """Whether a module may change its parameters in place: on a change of mode (adapters that are merged in evaluation
-    mode), or in a forward pass (embeddings with a largest norm)."""
-    return switches(model) or any(getattr(module, "max_norm", None) is not None for module in model.modules())
-
-
-def switches(model: nn.Module) -> bool:
-    """Whether a module does something of its own in `train` or `eval`."""
-    known = (torch.jit.ScriptModule, torch.jit.RecursiveScriptModule)
-    return any(
-        not isinstance(module, known)
-        and (type(module).train is not nn.Module.train or type(module).eval is not nn.Module.eval)
-        for module in model.modules()
-    )
-
-
-def loads_by_itself(model: nn.Module) -> bool:
-    """Whether a module does something of its own when a state dict is loaded, such as deriving values from it."""
-    return any(
-        module._load_state_dict_pre_hooks
-        or module._load_state_dict_post_hooks
-        or type(module).load_state_dict is not nn.Module.load_state_dict
-        or type(module)._load_from_state_dict is not nn.Module._load_from_state_dict
-        for module in model.modules()
-        if not (isinstance(module, torch.jit.ScriptModule) or is_torch(module))
-    )
-
-
-def _alias(parameter: nn.Parameter) -> nn.Parameter:
-    # With a count of changes of its own, which modules may compare with the one that they saw last: another, then.
-    alias = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
-    if not parameter.is_inference() and parameter._version == 0:
-        torch.autograd.graph.increment_version(alias)
-    vars(alias).update(vars(parameter))
-    return alias
-
-
-def _renew_caches(module: nn.Module, memo: dict[int, Any]) -> None:
-    """Drop cached properties; give functions under an lru_cache, which deepcopy leaves bound to the original, another."""
-    if isinstance(module, torch.jit.ScriptModule):
-        return
-    for name, value in list(vars(module).items()):
-        if isinstance(getattr(type(module), name, None), functools.cached_property):
-            del vars(module)[name]
-        elif isinstance(value, functools._lru_cache_wrapper):
-            function = copy.deepcopy(value.__wrapped__, memo)
-            vars(module)[name] = functools.lru_cache(**value.cache_parameters())(function)

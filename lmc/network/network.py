@@ -24,20 +24,8 @@ from torch.utils import _pytree as pytree
 from lmc.core.context import callers_dtype, default_dtype, warn
 from lmc.errors import DataError, InputError, LmcError, WeightsError
 from lmc.network.batches import tensors, to_device
-from lmc.network.caches import (
-    Hidden,
-    Removal,
-    derives_outside,
-    empty,
-    form,
-    fresh_copy,
-    hidden_tensors,
-    is_plain,
-    loads_by_itself,
-    removable,
-    switches,
-    writes_parameters,
-)
+from lmc.network.caches import Hidden, Removal, derives_outside, empty, form, hidden_tensors, is_plain, removable
+from lmc.network.copies import fresh_copy, loads_by_itself, switches, writes_parameters
 from lmc.network.inputs import arguments, first_of
 from lmc.network.task import tensor_of
 from lmc.weights import Weights, as_weights, check_compatible

@@ -12,7 +12,8 @@ from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import CertificateError, SpecError
 from lmc.symmetry.continuous.places import Move, Occurrence, moved, occurrences, random_matrix
-from lmc.symmetry.groups.symmetries import Certificate, act, sources
+from lmc.symmetry.groups.action import act, sources
+from lmc.symmetry.groups.symmetries import Certificate
 from lmc.symmetry.proof.certify import evidence_of, relative_error
 from lmc.symmetry.proof.probe import Probe
 from lmc.symmetry.spec import Permutation, PermutationSpec

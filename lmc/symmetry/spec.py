@@ -15,17 +15,10 @@ from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError, SpecError
 from lmc.symmetry import report
+from lmc.symmetry.groups.action import act, act_on_disk, identity_indices, random_indices, sources
 from lmc.symmetry.groups.group import Group
 from lmc.symmetry.groups.kinds import ContinuousSymmetries
-from lmc.symmetry.groups.symmetries import (
-    Certificate,
-    Symmetries,
-    act,
-    act_on_disk,
-    identity_indices,
-    random_indices,
-    sources,
-)
+from lmc.symmetry.groups.symmetries import Certificate, Symmetries
 from lmc.symmetry.notation.grammar import parse
 from lmc.symmetry.notation.layout import (
     describe,

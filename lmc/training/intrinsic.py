@@ -16,7 +16,7 @@ from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.network.batches import as_splits
-from lmc.network.caches import fresh_copy
+from lmc.network.copies import fresh_copy
 from lmc.network.network import Network, pick_device
 from lmc.training.run import check_model, device_of, given, initialised, training_tensors
 from lmc.weights import ModelOrWeights, Weights

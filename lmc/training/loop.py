@@ -21,7 +21,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
-from lmc.network.caches import fresh_copy
+from lmc.network.copies import fresh_copy
 from lmc.network.network import pick_device
 from lmc.training.run import (
     History,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from lmc.core.extras import require
 from lmc.errors import DataError, InputError
 from lmc.network.batches import as_splits
-from lmc.network.caches import fresh_copy
+from lmc.network.copies import fresh_copy
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights, tied_names
 
 if TYPE_CHECKING:

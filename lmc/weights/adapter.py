@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lmc.core.context import warn
 from lmc.errors import DataError, MismatchError, WeightsError
-from lmc.weights.checkpoint import Checkpoint, Mapped, Stored, read_json, readable
+from lmc.weights.checkpoint import Checkpoint, Mapped, Remade, Stored, read_json, readable
 from lmc.weights.state import FACTORS, narrowed, tied_names, wide
 
 CONFIG = "adapter_config.json"
@@ -284,17 +284,16 @@ class Scaled:
 
 
 @dataclass(frozen=True)
-class Changed:
+class Changed(Remade):
     """A tensor of the base as an adapter changes it: like one that is stored, and its difference from the base, unrounded.
 
     Attributes:
-        base: the tensor of the base.
+        stored: the tensor of the base.
         name: for errors.
         change: what is added, `LowRank` or `Scaled`; None where nothing is.
         start: the tensor that is stored whole in the adapter, which takes the place of the base's; None where none is.
     """
 
-    base: Stored
     name: str
     change: Any = None
     start: Stored | None = None
@@ -302,27 +301,13 @@ class Changed:
     @property
     def origin(self) -> Stored:
         """The tensor that the change is added to."""
-        return self.base if self.start is None else self.start
-
-    @property
-    def file(self) -> Path:
-        return self.base.file
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.base.dtype
+        return self.stored if self.start is None else self.start
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.origin.shape
 
-    @property
-    def size(self) -> int:
-        """The number of values."""
-        return self.origin.size
-
     def read(self, chunk: slice | None = None) -> Tensor:
-        """The tensor, or this chunk of it flattened, in memory of its own."""
         return narrowed(self.unrounded(chunk), self.dtype, self.name)
 
     def unrounded(self, chunk: slice | None = None) -> Tensor:
@@ -335,7 +320,7 @@ class Changed:
         if self.start is None:
             return self.change.part(self.shape, chunk)
         whole = self.unrounded(chunk)
-        return whole - self.base.read(chunk).to(whole.dtype)
+        return whole - self.stored.read(chunk).to(whole.dtype)
 
 
 @dataclass(frozen=True)
@@ -357,7 +342,7 @@ class Directed(Changed):
 
     def delta(self, chunk: slice | None = None) -> Tensor:
         whole = self.unrounded(chunk)
-        return whole - self.base.read(chunk).to(whole.dtype)
+        return whole - self.stored.read(chunk).to(whole.dtype)
 
     def _rows(self, first: int, last: int) -> Tensor:
         change = self.change.rows(first, last)

@@ -103,17 +103,19 @@ class Mapped:
         return self.tensor.detach().clone() if chunk is None else flat(self.tensor.detach(), chunk).clone()
 
 
-@dataclass(frozen=True)
-class Cast:
-    """A stored tensor that is read in another dtype; `name` is for errors."""
+@dataclass(frozen=True, eq=False)
+class Remade:
+    """A tensor that is made from a stored one as it is read: of its file, dtype and shape, unless a subclass says otherwise."""
 
     stored: Stored
-    dtype: torch.dtype
-    name: str
 
     @property
     def file(self) -> Path:
         return self.stored.file
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -122,11 +124,26 @@ class Cast:
     @property
     def size(self) -> int:
         """The number of values."""
-        return self.stored.size
+        return torch.Size(self.shape).numel()
 
     def read(self, chunk: slice | None = None) -> Tensor:
         """The tensor, or this chunk of it flattened, in memory of its own."""
-        return narrowed(self.stored.read(chunk), self.dtype, self.name)
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Cast(Remade):
+    """A stored tensor that is read in the dtype `into`; `name` is for errors."""
+
+    into: torch.dtype
+    name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.into
+
+    def read(self, chunk: slice | None = None) -> Tensor:
+        return narrowed(self.stored.read(chunk), self.into, self.name)
 
 
 def size_of(dtype: torch.dtype, shape: tuple[int, ...]) -> int:

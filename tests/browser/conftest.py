@@ -23,7 +23,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PROGRAMS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic", "--disable-sync",
-         "--disable-background-networking", "--disable-component-update", "--no-first-run"]  # fmt: skip
+         "--disable-background-networking", "--disable-component-update", "--no-first-run",
+         "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"]  # fmt: skip
+HERE = ("http://127.0.0.1:", "ws://127.0.0.1:", "file:", "data:", "blob:")
 SETTINGS = {
     "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False},
     # Cells outside the window stay in the page, so that a test finds their outputs.
@@ -54,9 +56,18 @@ def chromium(tmp_path_factory):
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def profile(chromium) -> Iterator[Any]:
+    """What all windows share: pages find in its cache what those before them have loaded and compiled."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 1400})
+    context.set_default_timeout(60_000)
+    yield context
+    context.close()
+
+
 @dataclass
 class Window:
-    """A browser window that reaches this machine only, and remembers what went wrong in its pages."""
+    """Pages of a browser that reaches this machine only; it remembers what went wrong in them."""
 
     context: Any
     outside: list[str] = field(default_factory=list)
@@ -68,30 +79,25 @@ class Window:
         page.goto(address)
         return page
 
-    def gate(self, route) -> None:
-        """Let a request pass, or stop it and keep its address."""
-        url = route.request.url
-        if url.startswith(("http://127.0.0.1:", "file:", "data:", "blob:")):
-            route.continue_()
-        else:
-            self.outside.append(url)
-            route.abort()
+    def note(self, request) -> None:
+        """Keep the address of a request to another machine."""
+        if not request.url.startswith(HERE):
+            self.outside.append(request.url)
 
 
 @pytest.fixture
-def window(chromium, tmp_path) -> Iterator[Window]:
-    """A fresh window; the test fails if one of its pages asks for another machine or has an error of its own.
+def window(profile, tmp_path) -> Iterator[Window]:
+    """A window of its own; the test fails if one of its pages asks for another machine or has an error of its own.
 
     What its pages looked like at the end is left in the test's `tmp_path`.
     """
-    context = chromium.new_context(viewport={"width": 1280, "height": 1400})
-    context.set_default_timeout(60_000)
-    opened = Window(context)
-    context.route("**/*", opened.gate)
+    opened = Window(profile)
+    profile.on("request", opened.note)
     yield opened
-    for i, page in enumerate(context.pages):
+    profile.remove_listener("request", opened.note)
+    for i, page in enumerate(list(profile.pages)):
         page.screenshot(path=tmp_path / f"page{i}.png")
-    context.close()
+        page.close()
     assert not opened.outside, f"a page asked for {opened.outside}"
     assert not opened.errors, f"errors in a page: {opened.errors}"
 

@@ -7,7 +7,7 @@ import nbformat
 import pytest
 import torch
 
-from lmc.landscape.simplex import loss_simplex, loss_triangle
+from lmc.landscape.simplices.simplex import loss_simplex, loss_triangle
 from lmc.models import mlp
 
 SOURCE = """

@@ -21,7 +21,7 @@ from lmc.landscape.evaluation.evaluator import Evaluator, evaluate
 from lmc.landscape.path import loss_path
 from lmc.landscape.planes.plane import loss_plane, random_plane, trajectory_plane
 from lmc.landscape.similarity import similarity
-from lmc.landscape.simplex import loss_simplex, loss_triangle
+from lmc.landscape.simplices.simplex import loss_simplex, loss_triangle
 from lmc.landscape.variance import variance_ratios
 from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.network.task import Task

@@ -19,8 +19,8 @@ from torch import nn
 
 import lmc
 from lmc import models
+from lmc.symmetry.groups.action import act, compose_moves
 from lmc.symmetry.groups.group import Group, Table
-from lmc.symmetry.groups.symmetries import act, compose_moves
 from lmc.symmetry.spec import PermutationSpec
 
 TOKENS, IMAGES = (2, 6, 5), (3, 2, 4, 4)

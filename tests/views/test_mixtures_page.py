@@ -13,7 +13,8 @@ import traitlets
 from support import embedded
 
 from lmc.landscape.evaluation.evaluator import evaluate
-from lmc.landscape.simplex import Simplex, loss_simplex, loss_triangle
+from lmc.landscape.simplices.simplex import loss_simplex, loss_triangle
+from lmc.landscape.simplices.simplex_result import Simplex
 from lmc.models import mlp
 from lmc.views.widgets.explorer import FOLDER
 from lmc.views.widgets.simplex import state

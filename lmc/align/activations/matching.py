@@ -22,8 +22,8 @@ from lmc.core.context import own_context, warn
 from lmc.errors import InputError
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
+from lmc.symmetry.groups.action import act, permute_tensor
 from lmc.symmetry.groups.group import Group, Table
-from lmc.symmetry.groups.symmetries import act, permute_tensor
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lmc.align.weight_matching.blocks import Shift, UnitBlock
 from lmc.align.weight_matching.gains import Gains, Step, inner_product, nested_assignment
-from lmc.symmetry.groups.symmetries import compose_moves
+from lmc.symmetry.groups.action import compose_moves
 from lmc.symmetry.spec import PermutationSpec
 
 _INNER_SWEEPS = 10

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lmc.symmetry.groups.action import permute_tensor
 from lmc.symmetry.groups.group import Group, Table
-from lmc.symmetry.groups.symmetries import permute_tensor
 from lmc.symmetry.spec import PermutationSpec
 
 Step = Mapping[str, Tensor]

@@ -16,7 +16,7 @@ from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.network.derived import derived_names, gauged
-from lmc.symmetry.groups.symmetries import act, identity_indices
+from lmc.symmetry.groups.action import act, identity_indices
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
 from lmc.weights.checkpoint import Checkpoint

@@ -25,7 +25,7 @@ from lmc.align.weight_matching.algorithm import Descent, raised
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.gains import CHUNK, Step, added, assign, comparable, dot, opening_prices
 from lmc.errors import DataError, InputError
-from lmc.symmetry.groups.symmetries import act_on_disk, compose_moves
+from lmc.symmetry.groups.action import act_on_disk, compose_moves
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import check_compatible, check_finite
 from lmc.weights.agreement import fitting

@@ -27,7 +27,7 @@ from lmc.landscape.evaluation.scores import Score
 from lmc.landscape.planes.span import PlaneSpan
 from lmc.network.batches import tensors
 from lmc.network.batchnorm import Recalibrator
-from lmc.network.caches import fresh_copy
+from lmc.network.copies import fresh_copy
 from lmc.network.network import Network
 from lmc.weights import Weights
 

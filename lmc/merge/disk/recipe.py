@@ -14,7 +14,7 @@ from lmc.core.files import __version__, write_text
 from lmc.errors import InputError
 from lmc.merge.disk.stacking import Stack
 from lmc.merge.engine.method import MergeFunction
-from lmc.symmetry.groups.symmetries import order_of_units
+from lmc.symmetry.groups.action import order_of_units
 from lmc.weights import ModelOrWeights, as_weights
 from lmc.weights.adapter import Adapted
 from lmc.weights.checkpoint import RECIPE, Checkpoint, as_bytes, read_json

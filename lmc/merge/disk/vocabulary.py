@@ -32,7 +32,7 @@ from torch import Tensor
 from lmc.errors import DataError, InputError
 from lmc.merge.engine.chunks import VALUES
 from lmc.weights.agreement import VOCABULARY
-from lmc.weights.checkpoint import Checkpoint, Stored, read_json
+from lmc.weights.checkpoint import Checkpoint, Remade, Stored, read_json
 from lmc.weights.state import narrowed, wide
 
 FILE = "tokenizer.json"
@@ -47,12 +47,12 @@ SHOWN = 3  # tokens in a text
 
 
 @dataclass(frozen=True, eq=False)
-class Rows:
+class Rows(Remade):
     """A tensor whose rows are those of a stored one in another order; rows that it lacks are those of others.
 
     Attributes:
-        own: the stored tensor.
-        index: `(rows,)`: the row of `own` for each, -1 where it has none.
+        stored: the tensor in that other order.
+        index: `(rows,)`: the row of `stored` for each, -1 where it has none.
         base: the same of the base, whose rows stand in first; None without a base.
         others: the same of all models; the mean of the rows of those that have the token stands in where the base lacks it.
         name: for errors.
@@ -60,7 +60,6 @@ class Rows:
         padded: the first of the rows at the end that are the mean of those before; None without any.
     """
 
-    own: Stored
     index: Tensor
     base: tuple[Stored, Tensor] | None
     others: tuple[tuple[Stored, Tensor], ...]
@@ -69,25 +68,11 @@ class Rows:
     padded: int | None = None
 
     @property
-    def file(self) -> Path:
-        return self.own.file
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.own.dtype
-
-    @property
     def shape(self) -> tuple[int, ...]:
-        return (len(self.index), *self.own.shape[1:])
-
-    @property
-    def size(self) -> int:
-        """The number of values."""
-        return torch.Size(self.shape).numel()
+        return (len(self.index), *self.stored.shape[1:])
 
     def read(self, chunk: slice | None = None) -> Tensor:
-        """The tensor, or this chunk of it flattened, in memory of its own."""
-        width = max(1, self.own.size // max(1, self.own.shape[0]))
+        width = max(1, self.stored.size // max(1, self.stored.shape[0]))
         first, last = (0, len(self.index)) if chunk is None else (chunk.start // width, -(-chunk.stop // width))
         found = self._rows(slice(first, last), width)
         if chunk is None:
@@ -95,7 +80,7 @@ class Rows:
         return found.view(-1)[chunk.start - first * width : chunk.stop - first * width].clone()
 
     def _rows(self, part: slice, width: int) -> Tensor:
-        own = _gather(self.own, self.index[part], width)
+        own = _gather(self.stored, self.index[part], width)
         for place in (self.index[part] < 0).nonzero().flatten().tolist():
             row = part.start + place
             if self.padded is not None and row >= self.padded:
@@ -119,7 +104,7 @@ class Rows:
     @cached_property
     def _mean(self) -> Tensor:
         """Of the rows before the padded ones."""
-        width, count = max(1, self.own.size // max(1, self.own.shape[0])), self.padded or 0
+        width, count = max(1, self.stored.size // max(1, self.stored.shape[0])), self.padded or 0
         step = max(1, VALUES // width)
         total = torch.zeros(width, dtype=torch.float64)
         for start in range(0, count, step):

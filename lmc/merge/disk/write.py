@@ -49,7 +49,7 @@ from lmc.merge.engine.chunks import DEPTH, VALUES, Made, grain
 from lmc.merge.engine.method import MergeFunction, Method
 from lmc.merge.engine.quantiles import SAMPLE
 from lmc.merge.engine.tensors import WeightSets, weight_sets
-from lmc.symmetry.groups.symmetries import moved_entries
+from lmc.symmetry.groups.action import moved_entries
 from lmc.weights import ModelOrWeights
 from lmc.weights.adapter import Adapter
 from lmc.weights.checkpoint import RECIPE, Checkpoint, checksum, read_json, readable, sampled_checksum

@@ -144,7 +144,7 @@ class WeightSets:
         if not isinstance(state, Checkpoint) or id(state) not in self._adapted or name in self.pairs:
             return None
         entry = state.entry(name)
-        origin = entry.base if isinstance(entry, Changed) else entry
+        origin = entry.stored if isinstance(entry, Changed) else entry
         if not _is_at(origin, self.base, name):
             return None
         return entry.delta(chunk) if isinstance(entry, Changed) else 0.0

@@ -21,7 +21,7 @@ from lmc.core.results import Result
 from lmc.errors import InputError, LmcError
 from lmc.merge.partial.units import Axes, Axis, Member, MergedUnits, Stretch, zipped_weights
 from lmc.network.batches import to_device
-from lmc.network.caches import fresh_copy
+from lmc.network.copies import fresh_copy
 from lmc.network.derived import settled
 from lmc.network.inputs import Call
 from lmc.network.network import Network

@@ -19,7 +19,7 @@ from lmc.landscape.curve import Schedule, Settling, finite_loss, forked, with_pa
 from lmc.landscape.evaluation.evaluation import Objective, some_inputs
 from lmc.landscape.path import Path, Values, loss_path
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
-from lmc.network.caches import fresh_copy
+from lmc.network.copies import fresh_copy
 from lmc.network.derived import gauged, settled
 from lmc.network.task import Loss, Outputs, Task
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from lmc.core.progress import tqdm
 from lmc.errors import LmcError
 from lmc.symmetry.continuous.places import Move, Occurrence, moved, occurrences
-from lmc.symmetry.groups.symmetries import Symmetries, act, random_indices
+from lmc.symmetry.groups.action import act, random_indices
+from lmc.symmetry.groups.symmetries import Symmetries
 from lmc.symmetry.proof.certify import relative_error
 from lmc.symmetry.proof.probe import Probe, draw, flat
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector

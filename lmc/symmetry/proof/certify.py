@@ -15,17 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lmc.errors import CertificateError, InputError
-from lmc.symmetry.groups.symmetries import (
-    VISIBLE,
-    Certificate,
-    Evidence,
-    Indices,
-    Symmetries,
-    act,
-    identity_indices,
-    permute_tensor,
-    random_indices,
-)
+from lmc.symmetry.groups.action import Indices, act, identity_indices, permute_tensor, random_indices
+from lmc.symmetry.groups.symmetries import VISIBLE, Certificate, Evidence, Symmetries
 from lmc.symmetry.proof.probe import Probe, draw, varied
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, tensors_in
 from lmc.weights import ModelOrWeights, Weights, as_weights

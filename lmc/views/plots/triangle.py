@@ -8,7 +8,7 @@ from plotly.subplots import make_subplots
 
 from lmc.core.results import view
 from lmc.errors import InputError
-from lmc.landscape.simplex import Mixture, Simplex, Triangle
+from lmc.landscape.simplices.simplex_result import Mixture, Simplex, Triangle
 from lmc.views.legend import measure_title
 from lmc.views.plots.plane import LEVELS, round_ticks
 from lmc.views.plots.style import BLACK, BLUE, ORANGE, SCALE, styled

@@ -9,7 +9,7 @@ import numpy as np
 import traitlets
 
 from lmc.core.results import view
-from lmc.landscape.simplex import Simplex
+from lmc.landscape.simplices.simplex_result import Simplex
 from lmc.views.legend import CYCLE, GREY, SCALE, measure_title
 from lmc.views.widgets.explorer import Explorer, encode, module, style
 from lmc.views.widgets.poster import Poster, curves, maps

@@ -1,0 +1,1 @@
+"""Mixtures of several networks on a lattice of shares: triangles and simplices."""
