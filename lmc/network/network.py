@@ -3,16 +3,13 @@
 Modules may derive values from their weights and keep them beside their state dict: attention biases gathered once for
 evaluation, tables made in the first forward pass, results under an lru_cache. With other weights these are wrong, and no
 error would say so. Here they are dropped with every weight set, also those that the caller's module holds because it was
-called before, and each module is checked once on its first real inputs: with other weights loaded in between, it must
-give what a fresh copy gives.
+called before, and each module is examined once on its first real inputs (`lmc/network/examination.py`).
 """
 
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,43 +18,18 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from lmc.core.context import callers_dtype, default_dtype, warn
+from lmc.core.context import callers_dtype, default_dtype
 from lmc.errors import DataError, InputError, LmcError, WeightsError
 from lmc.network.batches import tensors, to_device
-from lmc.network.caches import Hidden, Removal, derives_outside, empty, form, hidden_tensors, is_plain, removable
+from lmc.network.caches import Hidden, Removal, empty, form, is_plain
 from lmc.network.copies import fresh_copy, loads_by_itself, switches, writes_parameters
-from lmc.network.inputs import arguments, first_of
+from lmc.network.examination import Examination, Verdict, few_of, leaves
+from lmc.network.inputs import arguments
 from lmc.network.task import tensor_of
 from lmc.weights import Weights, as_weights, check_compatible
 
-
-@dataclass(frozen=True)
-class _Verdict:
-    """How weights may be put through a module.
-
-    Attributes:
-        caches: it keeps values beside its state dict that change.
-        renews: its parameters must be other objects for each weight set, since something is kept under their identity.
-        functional: it may be called with other weights than those that it holds.
-        writes: it changes its parameters in a forward pass, so that it must be given copies.
-        writes_inputs: it changes its inputs, so that it must be given copies.
-    """
-
-    caches: bool = True
-    renews: bool = False
-    functional: bool = True
-    writes: bool = True
-    writes_inputs: bool = True
-
-    @property
-    def plain(self) -> bool:
-        """Whether it derives nothing from its weights that would have to be dropped."""
-        return self.functional and not (self.caches or self.renews or self.writes)
-
-
-_SHADOWED = 64  # parameters that are looked at one by one
 # With the form that the module had: its caller may set flags, exchange layers, or add hooks.
-_VERDICTS: weakref.WeakKeyDictionary[nn.Module, tuple[_Verdict, Any]] = weakref.WeakKeyDictionary()
+_VERDICTS: weakref.WeakKeyDictionary[nn.Module, tuple[Verdict, Any]] = weakref.WeakKeyDictionary()
 
 
 def whole(result: Any) -> Any:
@@ -114,18 +86,18 @@ class Network:
         self.module.eval()
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
-        self._verdict: _Verdict | None = None  # until the first inputs come
+        self.verdict: Verdict | None = None  # until the first inputs come
         self._stale: Removal = {}
         self._loaded: Weights | None = None
         self._take_stock()
 
     def _take_stock(self) -> None:
-        self._hidden = Hidden(self.module)
+        self.hidden = Hidden(self.module)
         self._slots = self.module.state_dict(keep_vars=True)
         self._shapes = {name: tensor.shape for name, tensor in self._slots.items()}
         # One name for each tensor: tied parameters have several, and functional_call wants one.
-        self._own_names = [name for name, _ in self.module.named_parameters()]
-        self._own_names += [name for name, _ in self.module.named_buffers() if name in self._slots]
+        self.own_names = [name for name, _ in self.module.named_parameters()]
+        self.own_names += [name for name, _ in self.module.named_buffers() if name in self._slots]
         self._ties = further_slots(self.module)
 
     def check(self, weights: Weights, what: str) -> None:
@@ -136,8 +108,8 @@ class Network:
     def load(self, weights: Weights) -> None:
         """Take on `weights`, and drop what the module derived from those before."""
         self._loaded = weights
-        self._forget()
-        if self._verdict is not None and self._verdict.renews:
+        self.forget()
+        if self.verdict is not None and self.verdict.renews:
             self._renew_parameters()
         if not self._switches:
             self._fill(weights)
@@ -154,18 +126,18 @@ class Network:
             self.module.load_state_dict(state)
             return
         for name, slot in self._slots.items():
-            tensor = self._taken(weights[name])
+            tensor = self.taken(weights[name])
             slot.data = tensor if isinstance(slot, nn.Parameter) and not self._copies else tensor.clone()
 
-    def _taken(self, tensor: Tensor) -> Tensor:
+    def taken(self, tensor: Tensor) -> Tensor:
         """A tensor of the weights on this network's device, and in its dtype."""
         tensor = tensor.to(self.device)
         return tensor if self._dtype is None else _cast(tensor, self._dtype)
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
         """Drop what forward passes have left beside the state dict."""
-        if self._verdict is None or self._verdict.caches:
-            self._hidden.restore()
+        if self.verdict is None or self.verdict.caches:
+            self.hidden.restore()
 
     def _renew_parameters(self) -> None:
         new: dict[int, nn.Parameter] = {}
@@ -178,7 +150,7 @@ class Network:
     @property
     def by_reference(self) -> bool:
         """Whether the loaded weights may be changed in place: the module holds them, and derives nothing from them."""
-        plain = self._verdict is not None and self._verdict.plain
+        plain = self.verdict is not None and self.verdict.plain
         return plain and not (self._switches or self._copies or self._loads)
 
     def buffers(self) -> Weights:
@@ -191,7 +163,7 @@ class Network:
         return self.read(self.result(inputs))
 
     def _call(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        own = Tensor.detach if self._verdict is not None and not self._verdict.writes_inputs else _detached_copy
+        own = Tensor.detach if self.verdict is not None and not self.verdict.writes_inputs else _detached_copy
         if isinstance(inputs, Tensor):  # the usual call, made at every point of a landscape
             return (own(inputs.to(self.device)),), {}
         args, kwargs = arguments(self.module, to_device(inputs, self.device))
@@ -261,26 +233,26 @@ class Network:
                 "changes mode, or is scripted"
             )
         args, kwargs = self._call(inputs)
-        own = {name: weights[name] for name in self._own_names if name in weights}
+        own = {name: weights[name] for name in self.own_names if name in weights}
         return self.read(self._with(own, args, kwargs))
 
     def _with(self, weights: Weights, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        plain = self._verdict is not None and self._verdict.plain
+        plain = self.verdict is not None and self.verdict.plain
         if not plain:
-            self._forget()
+            self.forget()
         call = _functional if plain else call_with
         with self._dtypes_named(args, kwargs, weights):
             return self._run(call, (self.module, weights, args, kwargs, self._ties), {})
 
     def stack(self, states: Sequence[Weights]) -> Weights:
         """K weight sets as one, each tensor with a new first axis."""
-        names = self._slots if self._renamed else self._own_names
+        names = self._slots if self._renamed else self.own_names
         return {name: torch.stack([state[name].to(self.device) for state in states]) for name in names}
 
     def twin(self) -> "Network":
         """Another network of the same module, without weights, for another thread."""
         twin = Network(self._model, self.device, self.read, self._dtype)
-        twin._adopt(self._stale, self._verdict)
+        twin._adopt(self._stale, self.verdict)
         return twin
 
     def check_inputs(self, weights: Weights, inputs: Any, split: str) -> None:
@@ -291,36 +263,35 @@ class Network:
                 known = ", ".join(sorted(map(str, dtypes)))
                 raise DataError(f"{split}: inputs are {leaf.dtype}, the weights {known}; convert with .to(dtype)")
 
-    def _adopt(self, stale: Removal, verdict: _Verdict | None) -> None:
+    def _adopt(self, stale: Removal, verdict: Verdict | None) -> None:
         """Empty what the caller's module holds of earlier calls, and go by a verdict that is known."""
         if stale:
             empty(self.module, stale)
             self._take_stock()
-        self._stale, self._verdict = stale, verdict
+        self._stale, self.verdict = stale, verdict
         self._copies |= verdict is not None and verdict.writes
 
-    def _examine(self, inputs: Any) -> _Verdict:
+    def _examine(self, inputs: Any) -> Verdict:
         """The verdict on this module, which is found at the first inputs, and kept for other copies of it."""
-        if self._verdict is None and all(is_plain(module) for module in self.module.modules()):
+        if self.verdict is None and all(is_plain(module) for module in self.module.modules()):
             inplace = any(getattr(module, "inplace", False) for module in self.module.modules())
-            self._verdict = _Verdict(caches=False, writes=False, writes_inputs=inplace)
-        if self._verdict is not None:
-            return self._verdict
+            self.verdict = Verdict(caches=False, writes=False, writes_inputs=inplace)
+        if self.verdict is not None:
+            return self.verdict
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            self._verdict = _Verdict()  # what holds where the module fails on these inputs, which the caller will hear
-            few, weights = _few(inputs), as_weights(self._model) if self._loaded is None else self._loaded
+            self.verdict = Verdict()  # what holds where the module fails on these inputs, which the caller will hear
+            few, weights = few_of(inputs), as_weights(self._model) if self._loaded is None else self._loaded
             try:
-                stale = removable(self.module, lambda removal: self._called(removal, weights, few))
+                examination = Examination(self._name, self.module, self._trial, weights, few)
+                stale = examination.stale()
                 known, seen = _VERDICTS.get(self._model, (None, None))
-                verdict = (
-                    known if known is not None and seen == form(self._model) else self._judged(stale, weights, few)
-                )
+                verdict = known if known is not None and seen == form(self._model) else examination.verdict(stale)
             except LmcError:
-                self._verdict = None
+                self.verdict = None
                 raise
             except Exception:  # noqa: BLE001 (the caller's own call of the module will raise it)
-                verdict, self._verdict = self._verdict, None
+                verdict, self.verdict = self.verdict, None
                 return verdict
         _VERDICTS[self._model] = verdict, form(self._model)
         self._adopt(stale, verdict)
@@ -330,137 +301,47 @@ class Network:
 
     def alike(self, model: nn.Module) -> "Network":
         """A module of the same code in other sizes, for which the verdict on this one holds."""
-        if self._verdict is not None:
-            _VERDICTS[model] = self._verdict, form(model)
+        if self.verdict is not None:
+            _VERDICTS[model] = self.verdict, form(model)
         return Network(model, self.device, self.read, self._dtype)
 
     def forget_calls(self, inputs: Any) -> None:
         """Empty what the module makes again by itself, of earlier calls by others, which `inputs` show."""
-        if self._verdict is None:
+        if self.verdict is None:
             self._examine(inputs)
 
-    def _trial(self, stale: Removal, verdict: _Verdict, weights: Weights) -> "Network":
+    def _trial(self, stale: Removal, verdict: Verdict, weights: Weights) -> "Network":
         trial = Network(self._model, self.device, self.read, self._dtype)
         trial._adopt(stale, verdict)
         trial.load(weights)
         return trial
 
-    def _called(self, removal: Removal, weights: Weights, inputs: Any) -> nn.Module:
-        trial = self._trial(removal, _Verdict(), weights)
-        trial.result(inputs)
-        return trial.module
+    def repeated(self, inputs: Any, weights: Weights | None = None) -> Any:
+        """What the module gives, called with other weights where they are given, as one that draws numbers repeats it."""
+        torch.default_generator.manual_seed(0)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(0)
+        args, kwargs = self._call(inputs)
+        return self._run(self.module, args, kwargs) if weights is None else self._with(weights, args, kwargs)
 
-    def _given_out(self, removal: Removal, weights: Weights, inputs: Any) -> Any:
-        return _seeded(self._trial(removal, _Verdict(), weights), inputs)
-
-    def _judged(self, stale: Removal, weights: Weights, inputs: Any) -> _Verdict:
-        """What a fresh copy gives for `weights` is what a copy must give that had other weights before."""
-        between = _perturbed(weights)
-        runs = [partial(self._given_out, stale, given, inputs) for given in (weights, between)]
-        outside = derives_outside(self.module, runs, _equal)
-        expected = _seeded(self._trial(stale, _Verdict(), weights), inputs)
-        for renews in (False, True):
-            trial = self._trial(stale, _Verdict(renews=renews), between)
-            with contextlib.suppress(Exception):  # of weights that nobody asked for
-                _seeded(trial, inputs)
-            trial.load(weights)
-            if _equal(_seeded(trial, inputs), expected) and not outside:
-                break
-        else:
-            raise InputError(
-                f"{self._name}: what it computes from one set of weights is used again with the next, and cannot be dropped, "
-                "since it is shared by all modules of its kind (a dict of a class or a file, a cached function); keep such "
-                "values in attributes of the module, or drop them in its train method"
-            )
-        if renews:
-            warn(
-                f"{self._name} keeps values derived from its weights outside itself: its parameters are replaced for each "
-                "weight set, which takes longer"
-            )
-        trial._forget()
-        caches = trial._hidden.changing
-        writes, writes_inputs = trial._written(weights, inputs)
-        if not self._warn_of_shadows(stale, weights, inputs, expected):
-            with contextlib.suppress(Exception):  # of weights that nobody asked for
-                self._warn_of_weights_elsewhere(self._given_out(stale, between, inputs), expected)
-        trial.load(between)
-        functional = False
-        with contextlib.suppress(Exception):  # what cannot be called so is not
-            own = {name: self._taken(weights[name]).clone() for name in self._own_names}
-            functional = _equal(_seeded(trial, inputs, own), expected)
-            functional &= all(torch.equal(tensor, self._taken(weights[name])) for name, tensor in own.items())
-        return _Verdict(caches, renews, functional, writes, writes_inputs)
-
-    def _written(self, weights: Weights, inputs: Any) -> tuple[bool, bool]:
+    def written(self, weights: Weights, inputs: Any) -> tuple[bool, bool]:
         """Whether a forward pass changes the parameters, and whether it changes the inputs."""
         self.load(weights)
         args, kwargs = self._call(inputs)
-        places = (list(self.module.parameters()), _leaves((args, kwargs)))
+        places = (list(self.module.parameters()), leaves((args, kwargs)))
         before = [[(x, x._version, x.detach().clone()) for x in found] for found in places]
         with contextlib.suppress(Exception):  # of a call that the caller will make, and hear of
             self._run(self.module, args, kwargs)
         changed = [any(x._version != v or not torch.equal(x, old) for x, v, old in found) for found in before]
         return changed[0], changed[1]
 
-    def _warn_of_weights_elsewhere(self, other: Any, expected: Any) -> None:
-        """Warn of a module that gives the same, which is no constant, with other weights."""
-        varied = any(x.is_floating_point() and len(x.reshape(-1)[:1000].unique()) > 1 for x in _leaves(expected))
-        if varied and self._own_names and _equal(other, expected):
-            warn(
-                f"{self._name}: its outputs do not change with the weights that are loaded; it computes with tensors that "
-                "it keeps beside its state dict, such as views of its parameters, or with those of another module: all "
-                "weights are evaluated alike. Read the parameters in forward"
-            )
-
-    def _warn_of_shadows(self, stale: Removal, weights: Weights, inputs: Any, expected: Any) -> bool:
-        """Warn of parameters in whose place the module uses copies that are not in its state dict (moving averages)."""
-        trial = self._trial(stale, _Verdict(), weights)
-        kept = [x for x in hidden_tensors(trial.module) if x.is_floating_point() and x.numel() > 1]
-        alike = [n for n in self._own_names if n in weights and any(x.shape == weights[n].shape for x in kept)]
-        if not alike or len(alike) > _SHADOWED:
-            return False
-        with contextlib.suppress(Exception):  # of values that nobody asked for
-            for tensor in kept:
-                tensor.detach().copy_(next(iter(_perturbed({"": tensor}).values())))
-            trial._verdict = _Verdict(caches=False)  # keeps what was changed
-            if _equal(_seeded(trial, inputs), expected):
-                return False
-            other = _perturbed(weights)
-            for name in alike:
-                changed = self._given_out(stale, {**weights, name: other[name]}, inputs)
-                if _equal(changed, expected):
-                    warn(
-                        f"{self._name}: its outputs do not depend on {name}; it uses a tensor of that shape which it keeps "
-                        "beside its state dict, such as a moving average: all weights are evaluated with the module's own. "
-                        "Make it a buffer, or copy it into the parameters"
-                    )
-                    return True
-        return False
-
     @property
     def _name(self) -> str:
         return type(self._model).__name__
 
 
-def _seeded(network: Network, inputs: Any, weights: Weights | None = None) -> Any:
-    """What a network gives, called with other weights where they are given, as a module that draws numbers repeats it."""
-    torch.default_generator.manual_seed(0)
-    if network.device.type == "cuda":
-        torch.cuda.manual_seed(0)
-    args, kwargs = network._call(inputs)
-    return network._run(network.module, args, kwargs) if weights is None else network._with(weights, args, kwargs)
-
-
 def _detached_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
-
-
-def _few(inputs: Any) -> Any:
-    """The first two examples, where it is clear what an example is."""
-    try:
-        return first_of(inputs, 2)
-    except DataError:
-        return inputs
 
 
 @contextlib.contextmanager
@@ -569,44 +450,6 @@ def renamed_entries(model: nn.Module) -> list[str]:
     """The names in a state dict under which the module holds no parameter or buffer, because hooks have changed them."""
     own = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)])
     return [name for name in model.state_dict(keep_vars=True) if name not in own]
-
-
-def _perturbed(weights: Weights) -> Weights:
-    """Other weights that the module can make something of: about a tenth larger or smaller; what is positive stays so."""
-    rng = torch.Generator().manual_seed(0)
-
-    def other(tensor: Tensor) -> Any:
-        if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
-            return tensor
-        noise = torch.rand(tensor.shape, generator=rng, dtype=torch.float32).to(tensor.device)
-        if tensor.is_complex():
-            return (tensor.detach() * (1.0 + 0.2 * noise) + 0.01 * noise).to(tensor.dtype)
-        wide = tensor.detach().float()
-        least = 0.1 * wide.abs().mean().clamp_min(0.1)  # zeros are moved as well
-        return torch.where(wide > 0, wide * (1.0 + 0.2 * noise), wide - least * noise).to(tensor.dtype)
-
-    return {name: other(tensor) for name, tensor in weights.items()}
-
-
-def _equal(found: Any, expected: Any) -> bool:
-    """Whether the floating-point tensors of two results agree, up to what another order of sums may change."""
-    for x, y in zip(_leaves(found), _leaves(expected), strict=True):
-        if x.shape != y.shape:
-            return False
-        if x.is_floating_point() and x.numel():
-            rounding = torch.finfo(y.dtype).eps ** 0.5
-            x, y = x.double(), y.double()
-            scale = float(y[y.isfinite()].abs().amax()) if bool(y.isfinite().any()) else 0.0
-            if not torch.allclose(x, y, rounding, rounding * scale, equal_nan=True):
-                return False
-    return True
-
-
-def _leaves(result: Any) -> list[Tensor]:
-    found = []
-    for leaf in pytree.tree_leaves(result):
-        found += [leaf] if isinstance(leaf, Tensor) else pytree.tree_leaves(getattr(leaf, "__dict__", None))
-    return [leaf for leaf in found if isinstance(leaf, Tensor)]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,0 +1,216 @@
+"""The examination of a module on its first inputs: what it keeps, and how weights may be put through it.
+
+With other weights loaded in between, a copy must give what a fresh copy gives; what it derives from its weights and keeps is
+found and dropped, and a module that keeps it where it cannot be dropped is refused.
+"""
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lmc.core.context import warn
+from lmc.errors import DataError, InputError
+from lmc.network.caches import Hidden, Removal, derives_outside, hidden_tensors, removable
+from lmc.network.inputs import first_of
+from lmc.weights import Weights
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How weights may be put through a module.
+
+    Attributes:
+        caches: it keeps values beside its state dict that change.
+        renews: its parameters must be other objects for each weight set, since something is kept under their identity.
+        functional: it may be called with other weights than those that it holds.
+        writes: it changes its parameters in a forward pass, so that it must be given copies.
+        writes_inputs: it changes its inputs, so that it must be given copies.
+    """
+
+    caches: bool = True
+    renews: bool = False
+    functional: bool = True
+    writes: bool = True
+    writes_inputs: bool = True
+
+    @property
+    def plain(self) -> bool:
+        """Whether it derives nothing from its weights that would have to be dropped."""
+        return self.functional and not (self.caches or self.renews or self.writes)
+
+
+class Trial(Protocol):
+    """A fresh copy of a module to try weights on; see `lmc.network.network.Network`."""
+
+    module: nn.Module
+    verdict: Verdict | None
+    hidden: Hidden
+    own_names: list[str]
+
+    def load(self, weights: Weights) -> None: ...
+    def forget(self) -> None: ...
+    def taken(self, tensor: Tensor) -> Tensor: ...
+    def repeated(self, inputs: Any, weights: Weights | None = None) -> Any: ...
+    def written(self, weights: Weights, inputs: Any) -> tuple[bool, bool]: ...
+
+
+_SHADOWED = 64  # parameters that are looked at one by one
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What one module is asked.
+
+    Attributes:
+        name: of its class, for warnings and errors.
+        module: a copy.
+        trial: makes another, emptied at these places, that goes by this verdict and holds these weights.
+        weights: to try it with, and others near them.
+        inputs: few examples.
+    """
+
+    name: str
+    module: nn.Module
+    trial: Callable[[Removal, Verdict, Weights], Trial]
+    weights: Weights
+    inputs: Any
+
+    def stale(self) -> Removal:
+        """Where the module holds what it makes again by itself, of earlier calls."""
+        return removable(self.module, self._called)
+
+    def _called(self, removal: Removal) -> nn.Module:
+        trial = self.trial(removal, Verdict(), self.weights)
+        trial.repeated(self.inputs)
+        return trial.module
+
+    def _given_out(self, removal: Removal, weights: Weights) -> Any:
+        return self.trial(removal, Verdict(), weights).repeated(self.inputs)
+
+    def verdict(self, stale: Removal) -> Verdict:
+        """What a fresh copy gives for `weights` is what a copy must give that had other weights before."""
+        between = _perturbed(self.weights)
+        runs = [partial(self._given_out, stale, given) for given in (self.weights, between)]
+        outside = derives_outside(self.module, runs, _equal)
+        expected = self._given_out(stale, self.weights)
+        for renews in (False, True):
+            trial = self.trial(stale, Verdict(renews=renews), between)
+            with contextlib.suppress(Exception):  # of weights that nobody asked for
+                trial.repeated(self.inputs)
+            trial.load(self.weights)
+            if _equal(trial.repeated(self.inputs), expected) and not outside:
+                break
+        else:
+            raise InputError(
+                f"{self.name}: what it computes from one set of weights is used again with the next, and cannot be dropped, "
+                "since it is shared by all modules of its kind (a dict of a class or a file, a cached function); keep such "
+                "values in attributes of the module, or drop them in its train method"
+            )
+        if renews:
+            warn(
+                f"{self.name} keeps values derived from its weights outside itself: its parameters are replaced for each "
+                "weight set, which takes longer"
+            )
+        trial.forget()
+        caches = trial.hidden.changing
+        writes, writes_inputs = trial.written(self.weights, self.inputs)
+        if not self._warn_of_shadows(stale, expected):
+            with contextlib.suppress(Exception):  # of weights that nobody asked for
+                self._warn_of_weights_elsewhere(trial, self._given_out(stale, between), expected)
+        trial.load(between)
+        functional = False
+        with contextlib.suppress(Exception):  # what cannot be called so is not
+            own = {name: trial.taken(self.weights[name]).clone() for name in trial.own_names}
+            functional = _equal(trial.repeated(self.inputs, own), expected)
+            functional &= all(torch.equal(tensor, trial.taken(self.weights[name])) for name, tensor in own.items())
+        return Verdict(caches, renews, functional, writes, writes_inputs)
+
+    def _warn_of_weights_elsewhere(self, trial: Trial, other: Any, expected: Any) -> None:
+        """Warn of a module that gives the same, which is no constant, with other weights."""
+        varied = any(x.is_floating_point() and len(x.reshape(-1)[:1000].unique()) > 1 for x in leaves(expected))
+        if varied and trial.own_names and _equal(other, expected):
+            warn(
+                f"{self.name}: its outputs do not change with the weights that are loaded; it computes with tensors that "
+                "it keeps beside its state dict, such as views of its parameters, or with those of another module: all "
+                "weights are evaluated alike. Read the parameters in forward"
+            )
+
+    def _warn_of_shadows(self, stale: Removal, expected: Any) -> bool:
+        """Warn of parameters in whose place the module uses copies that are not in its state dict (moving averages)."""
+        trial = self.trial(stale, Verdict(), self.weights)
+        kept = [x for x in hidden_tensors(trial.module) if x.is_floating_point() and x.numel() > 1]
+        alike = [
+            n for n in trial.own_names if n in self.weights and any(x.shape == self.weights[n].shape for x in kept)
+        ]
+        if not alike or len(alike) > _SHADOWED:
+            return False
+        with contextlib.suppress(Exception):  # of values that nobody asked for
+            for tensor in kept:
+                tensor.detach().copy_(next(iter(_perturbed({"": tensor}).values())))
+            trial.verdict = Verdict(caches=False)  # keeps what was changed
+            if _equal(trial.repeated(self.inputs), expected):
+                return False
+            other = _perturbed(self.weights)
+            for name in alike:
+                changed = self._given_out(stale, {**self.weights, name: other[name]})
+                if _equal(changed, expected):
+                    warn(
+                        f"{self.name}: its outputs do not depend on {name}; it uses a tensor of that shape which it keeps "
+                        "beside its state dict, such as a moving average: all weights are evaluated with the module's own. "
+                        "Make it a buffer, or copy it into the parameters"
+                    )
+                    return True
+        return False
+
+
+def few_of(inputs: Any) -> Any:
+    """The first two examples, where it is clear what an example is."""
+    try:
+        return first_of(inputs, 2)
+    except DataError:
+        return inputs
+
+
+def _perturbed(weights: Weights) -> Weights:
+    """Other weights that the module can make something of: about a tenth larger or smaller; what is positive stays so."""
+    rng = torch.Generator().manual_seed(0)
+
+    def other(tensor: Tensor) -> Any:
+        if not (tensor.is_floating_point() or tensor.is_complex()) or tensor.numel() == 0:
+            return tensor
+        noise = torch.rand(tensor.shape, generator=rng, dtype=torch.float32).to(tensor.device)
+        if tensor.is_complex():
+            return (tensor.detach() * (1.0 + 0.2 * noise) + 0.01 * noise).to(tensor.dtype)
+        wide = tensor.detach().float()
+        least = 0.1 * wide.abs().mean().clamp_min(0.1)  # zeros are moved as well
+        return torch.where(wide > 0, wide * (1.0 + 0.2 * noise), wide - least * noise).to(tensor.dtype)
+
+    return {name: other(tensor) for name, tensor in weights.items()}
+
+
+def _equal(found: Any, expected: Any) -> bool:
+    """Whether the floating-point tensors of two results agree, up to what another order of sums may change."""
+    for x, y in zip(leaves(found), leaves(expected), strict=True):
+        if x.shape != y.shape:
+            return False
+        if x.is_floating_point() and x.numel():
+            rounding = torch.finfo(y.dtype).eps ** 0.5
+            x, y = x.double(), y.double()
+            scale = float(y[y.isfinite()].abs().amax()) if bool(y.isfinite().any()) else 0.0
+            if not torch.allclose(x, y, rounding, rounding * scale, equal_nan=True):
+                return False
+    return True
+
+
+def leaves(result: Any) -> list[Tensor]:
+    """The tensors in a result, in attributes of its objects as well."""
+    found = []
+    for leaf in pytree.tree_leaves(result):
+        found += [leaf] if isinstance(leaf, Tensor) else pytree.tree_leaves(getattr(leaf, "__dict__", None))
+    return [leaf for leaf in found if isinstance(leaf, Tensor)]
