@@ -17,7 +17,6 @@ import torch  # noqa: E402
 import lmc  # noqa: E402
 
 WIDTHS = [512, 512, 512]
-BUDGET = 8
 TITLE = "Two networks, one basin"
 TEXT = [
     "Networks A and B have the same architecture and were trained on the same handwritten digits, from different random "
@@ -58,6 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("reports/demo.html"), help="the page (default %(default)s)")
     parser.add_argument("--seeds", type=int, nargs=2, default=(0, 1), metavar=("A", "B"), help="default 0 1")
+    parser.add_argument("--budget", type=float, default=8, metavar="SECONDS", help="to move B in (default 8)")
     args = parser.parse_args()
 
     print(f"{TITLE}: 64-{'-'.join(map(str, WIDTHS))}-10 on 8x8 digits, seeds {args.seeds[0]} and {args.seeds[1]}\n")
@@ -77,9 +77,9 @@ def main() -> None:
         f"10^{spec.log10_order:.0f} orders of the units; outputs equal to {certificate.bound:.0e}",
     )
 
-    found = lmc.connect(model, a, b, data, spec=spec, budget=BUDGET, progress=False)
+    found = lmc.connect(model, a, b, data, spec=spec, budget=args.budget, progress=False)
     table.add(
-        f"move B onto A, {BUDGET} s at most",
+        f"move B onto A, {args.budget:g} s at most",
         f"distance {lmc.weights.distance(a, b):.1f}, then {lmc.weights.distance(found.a, found.weights):.1f}",
     )
     print(f"    by {found.method}")

@@ -1,7 +1,7 @@
 """What every way to align must obey, whatever it optimises: identities, planted truths, edges and bad input."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 from functools import cache
 
 import pytest
@@ -47,8 +47,20 @@ BY_WEIGHTS = ("weight", "sinkhorn l2", "merge_many", "cycle_consistent")
 BY_DATA = tuple(name for name in METHODS if name not in BY_WEIGHTS)
 EXACT = tuple(name for name in METHODS if name != "sinkhorn midpoint")  # which looks for a low loss, not for the plant
 FAMILIES = ("mlp", "cnn-bn", "vit")
+LEARNED = ("straight-through", "sinkhorn l2", "sinkhorn midpoint")  # which take longest: by default on one family
 every_method = pytest.mark.parametrize("method", METHODS)
 every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def on_every_family(methods: Iterable[str], of_learned: Collection[str] = ("mlp",)) -> pytest.MarkDecorator:
+    """Pairs of a method and a family; those that learn run on the others in the thorough form."""
+    left = [(method, family) for method in LEARNED for family in FAMILIES if family not in of_learned]
+    pairs = [
+        pytest.param(method, family, marks=[pytest.mark.thorough] if (method, family) in left else [])
+        for method in methods
+        for family in FAMILIES
+    ]
+    return pytest.mark.parametrize(("method", "family"), pairs)
 
 
 @cache
@@ -117,24 +129,21 @@ def outputs(case: Case, weights: Weights) -> Tensor:
 # ---- planted truths
 
 
-@every_family
-@pytest.mark.parametrize("method", EXACT)
+@on_every_family(EXACT, of_learned=("mlp", "vit"))
 def test_a_planted_permutation_is_found_under_noise(method: str, family: str):
     _, _, pi, found = planted(method, family)
     assert same_moves(found, pi.inverse())
     assert not same_moves(found, pi)  # the wrong direction is another permutation
 
 
-@every_family
-@pytest.mark.parametrize("method", EXACT)
+@on_every_family(EXACT)
 def test_equal_networks_stay_where_they_are(method: str, family: str):
     case = case_of(family)
     a = case.model.state_dict()
     assert same_moves(run(method, case, a, a), case.spec.identity())
 
 
-@every_family
-@pytest.mark.parametrize("method", EXACT)
+@on_every_family(EXACT)
 def test_permuting_either_network_changes_nothing_in_the_result(method: str, family: str):
     case = case_of(family)
     a, b, _, found = planted(method, family)
@@ -145,8 +154,7 @@ def test_permuting_either_network_changes_nothing_in_the_result(method: str, fam
     assert same(run(method, case, p.apply(a), b).apply(b), p.apply(moved))
 
 
-@every_family
-@pytest.mark.parametrize("method", EXACT)
+@on_every_family(EXACT)
 def test_exchanging_the_networks_inverts_the_answer(method: str, family: str):
     a, b, _, found = planted(method, family)
     assert same_moves(run(method, case_of(family), b, a), found.inverse())
@@ -155,8 +163,7 @@ def test_exchanging_the_networks_inverts_the_answer(method: str, family: str):
 # ---- identities of any answer
 
 
-@every_family
-@every_method
+@on_every_family(METHODS)
 def test_the_function_is_kept_and_nothing_of_the_callers_changes(method: str, family: str):
     case = case_of(family)
     a, b, _ = unrelated(method, family)
@@ -168,8 +175,7 @@ def test_the_function_is_kept_and_nothing_of_the_callers_changes(method: str, fa
     assert torch.equal(random, torch.get_rng_state()) and not case.model.training
 
 
-@every_family
-@every_method
+@on_every_family(METHODS)
 def test_the_order_of_the_tensors_does_not_matter_and_runs_repeat(method: str, family: str):
     a, b, found = unrelated(method, family)
     again = run(method, case_of(family), dict(reversed(a.items())), dict(reversed(b.items())))
@@ -187,8 +193,7 @@ def test_scaling_both_networks_scales_the_objective_by_the_square(method: str, f
         assert larger.objective == pytest.approx(16 * found.objective)
 
 
-@every_family
-@pytest.mark.parametrize("method", BY_WEIGHTS)
+@on_every_family(BY_WEIGHTS)
 def test_the_answer_is_no_further_away_than_the_start(method: str, family: str):
     case = case_of(family)
     a, b, found = unrelated(method, family)
@@ -226,8 +231,7 @@ def test_half_precision_is_matched_as_if_it_were_single(method: str):
 # ---- edges
 
 
-@every_family
-@every_method
+@on_every_family(METHODS)
 def test_dead_units_break_nothing(method: str, family: str):
     case = case_of(family)
     a = case.model.state_dict()
@@ -275,8 +279,7 @@ def test_either_order_of_twins_will_do(method: str):
     assert same(run(method, case, a, b).apply(b), a)
 
 
-@every_family
-@pytest.mark.parametrize("method", BY_DATA)
+@on_every_family(BY_DATA)
 def test_inputs_that_are_all_alike_break_nothing(method: str, family: str):
     case = case_of(family)
     still = Case(case.model, case.spec, torch.ones_like(case.inputs), case.targets)
@@ -377,7 +380,11 @@ LONGER: dict[str, Align] = METHODS | {
     ),
 }
 PAIRS = [
-    pytest.param(method, name, marks=[pytest.mark.thorough] if name == "digits-vgg11" else [])
+    pytest.param(
+        method,
+        name,
+        marks=[pytest.mark.thorough] if name == "digits-vgg11" or (method in LEARNED and name == "digits-cnn") else [],
+    )
     for method in BY_DATA
     for name in ("digits-mlp128", "digits-cnn", "digits-vgg11")
     if (method, name) != ("sinkhorn midpoint", "digits-vgg11")

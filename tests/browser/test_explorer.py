@@ -42,12 +42,18 @@ def test_the_saved_page_shows_the_path_that_is_chosen(window, explorer):
     page.wait_for_function("before => document.querySelector('.lmc-reading').textContent !== before", arg=aligned)
 
 
-def test_two_widgets_of_a_path_stay_in_step_and_the_kernel_gives_exact_values(server, open_notebook):
+def test_two_widgets_of_a_path_stay_in_step_and_what_is_saved_is_alive_when_it_is_opened_again(server, open_notebook):
     make = "path, naive = lmc.loss_path(model, a, b, data, alphas=9), lmc.loss_path(model, a, c, data, alphas=9)"
     cells = NETWORKS + make, "w = path.explore(naive=naive)\nw", "v = path.explore()\nv"
     lab = open_notebook(write(server, "path.ipynb", *cells))
     lab.run_all()
     assert lab.errors == []
+    stay_in_step(lab)
+    are_alive_again(lab)
+
+
+def stay_in_step(lab) -> None:
+    """What is dragged in one widget moves the kernel and the other, and the kernel gives exact values."""
     first, second = (lab.page.locator(".lmc-path").nth(i) for i in (0, 1))
     drag(lab.page, first.get_by_role("slider"), (0.5, 0.5), (0.3, 0.5))
     told = first.get_by_role("slider").evaluate("slider => slider.valueAsNumber")  # the slider itself was dragged
@@ -64,24 +70,23 @@ def test_two_widgets_of_a_path_stay_in_step_and_the_kernel_gives_exact_values(se
     first.locator(".lmc-reading").filter(has_text="α = 0.375").wait_for()
 
 
-def test_what_is_saved_is_alive_when_it_is_opened_again(server, window, open_notebook):
-    """With no setting touched: without a kernel the explorer interpolates, with one it asks for exact values."""
-    cells = NETWORKS + "path = lmc.loss_path(model, a, b, data, alphas=9)", "w = path.explore()\nw"
-    lab = open_notebook(write(server, "kept.ipynb", *cells))
-    lab.run_all()
-    drag(lab.page, lab.page.locator(".lmc-path").get_by_role("slider"), (0.5, 0.5), (0.3, 0.5))
-    lab.page.locator(".lmc-note[data-state=exact]").wait_for()
-    lab.page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
-    lab.page.wait_for_function("!window.jupyterapp.shell.currentWidget.content.model.dirty")
-    lab.page.reload()
-    lab.page.wait_for_function(KERNEL_IDLE)
-    lab.page.wait_for_function("globalThis.lmcModels?.size")  # the kernel of before is still there
-    drag(lab.page, lab.page.locator(".lmc-path").get_by_role("slider"), (0.5, 0.5), (0.7, 0.5))
-    lab.page.locator(".lmc-note[data-state=exact]").wait_for()
-    lab.page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
-    again = open_notebook("kept.ipynb").page
-    drag(again, again.locator(".lmc-path").get_by_role("slider"), (0.5, 0.5), (0.3, 0.5))
-    again.locator(".lmc-reading").filter(has_text=re.compile(r"α = 0\.(2|3)")).wait_for()
-    again.locator(".lmc-note[data-state=static]").wait_for()
-    assert "model not found" not in again.locator(".jp-Notebook").inner_text()
-    assert not again.evaluate("window.jupyterapp.shell.currentWidget.content.model.dirty")
+def are_alive_again(lab) -> None:
+    """Saved and loaded again with no setting touched: with the kernel an explorer asks for exact values, without one it
+    interpolates."""
+    page = lab.page
+    explorer = page.locator(".lmc-path").first
+    page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    page.wait_for_function("!window.jupyterapp.shell.currentWidget.content.model.dirty")
+    page.reload()
+    page.wait_for_function(KERNEL_IDLE)
+    page.wait_for_function("globalThis.lmcModels?.size")  # the kernel of before is still there
+    drag(page, explorer.get_by_role("slider"), (0.5, 0.5), (0.7, 0.5))
+    explorer.locator(".lmc-note[data-state=exact]").wait_for()
+    page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    page.reload()
+    page.wait_for_function(KERNEL_IDLE)
+    drag(page, explorer.get_by_role("slider"), (0.5, 0.5), (0.3, 0.5))
+    explorer.locator(".lmc-reading").filter(has_text=re.compile(r"α = 0\.(2|3)")).wait_for()
+    explorer.locator(".lmc-note[data-state=static]").wait_for()
+    assert "model not found" not in page.locator(".jp-Notebook").inner_text()
+    assert not page.evaluate("window.jupyterapp.shell.currentWidget.content.model.dirty")

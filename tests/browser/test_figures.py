@@ -21,9 +21,9 @@ DRAW = """async ([figure, width]) => {
     boxes.forEach((box, i) => {
         const inside = ({ x, y }) => x > box.left + 2 && x < box.right - 2 && y > box.top + 3 && y < box.bottom - 3;
         for (const line of document.querySelectorAll("path.js-line")) {
-            if (!line.getTotalLength() || line.closest(".legend")) continue;
-            const matrix = line.getScreenCTM();
-            for (let at = 0; at < line.getTotalLength(); at += 2)
+            if (line.closest(".legend")) continue;
+            const [matrix, length] = [line.getScreenCTM(), line.getTotalLength()];
+            for (let at = 0; at < length; at += 4)
                 if (inside(line.getPointAtLength(at).matrixTransform(matrix))) {
                     found.push(`${labels[i].textContent} on a curve`);
                     break;

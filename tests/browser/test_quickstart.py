@@ -4,8 +4,9 @@ import json
 import time
 
 
-def test_it_runs_and_its_slider_answers_in_the_page_and_in_the_kernel(open_notebook):
+def test_it_shows_pictures_runs_and_its_slider_answers_in_the_page_and_in_the_kernel(open_notebook):
     notebook = open_notebook("00_quickstart.ipynb")
+    show_pictures(notebook.page)
     notebook.run_all()
     assert notebook.errors == []
 
@@ -31,6 +32,16 @@ def test_it_runs_and_its_slider_answers_in_the_page_and_in_the_kernel(open_noteb
         notebook.page.wait_for_timeout(100)
     assert shown in heard
     follow_the_theme(notebook.page)
+
+
+def show_pictures(page) -> None:
+    """A fresh clone, neither trusted nor run: no script of the notebook runs, and nothing is missing."""
+    poster = page.locator(".jp-OutputArea-output img[alt*='on the way from A to B']")
+    poster.scroll_into_view_if_needed()
+    assert poster.evaluate("image => image.naturalWidth") == 600
+    assert page.get_by_text("Trust this notebook, or run it").is_visible() and not page.locator(".lmc-path").count()
+    # It, and those of two figures.
+    page.wait_for_function("document.querySelectorAll('.jp-OutputArea-output img').length >= 3")
 
 
 LOOK = """() => {
@@ -60,15 +71,3 @@ def follow_the_theme(page) -> None:
     page.wait_for_function("document.body.dataset.jpThemeLight === 'true'")
     page.wait_for_timeout(1000)
     assert page.evaluate(LOOK) == light
-
-
-def test_a_fresh_clone_shows_pictures(open_notebook):
-    """Opened and neither trusted nor run: no script of the notebook runs, and nothing is missing."""
-    page = open_notebook("00_quickstart.ipynb").page
-    poster = page.locator(".jp-OutputArea-output img[alt*='on the way from A to B']")
-    poster.scroll_into_view_if_needed()
-    assert poster.evaluate("image => image.naturalWidth") == 600
-    assert page.get_by_text("Trust this notebook, or run it").is_visible() and not page.locator(".lmc-path").count()
-    page.wait_for_function(
-        "document.querySelectorAll('.jp-OutputArea-output img').length >= 3"
-    )  # it, and those of two figures

@@ -1,7 +1,7 @@
 import torch
 from torch import nn
 
-from lmc.network.caches import fresh_copy
+from lmc.network.copies import fresh_copy
 
 
 def test_a_copy_computes_the_same_and_shares_nothing():
