@@ -3,16 +3,16 @@ into a page, and further points evaluated live."""
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from lmc.errors import WeightsError
+from lmc.errors import InputError, WeightsError
 from lmc.landscape.evaluation.evaluation import Evaluation
 from lmc.landscape.evaluation.scores import Score
 from lmc.network.batches import Split
@@ -143,6 +143,38 @@ class Measured:
     def accuracies(self) -> dict[str, Values]:
         """split -> fraction classified correctly at each point; empty where targets are no classes."""
         return {split: measures["accuracy"] for split, measures in self.values.items() if "accuracy" in measures}
+
+
+class Surveyed(Protocol):
+    """A result whose points are evaluated one after the other; see `Plane` and `Simplex`."""
+
+    @property
+    def values(self) -> dict[str, dict[str, Values]]: ...
+    @property
+    def own(self) -> Mapping[str, Mapping[str, Sequence[float]]]: ...
+    @property
+    def done(self) -> npt.NDArray[np.bool_]: ...
+    @property
+    def recalibrated(self) -> bool: ...
+
+
+def take_over(fresh: Surveyed, earlier: Surveyed, known: npt.NDArray[np.bool_], same_points: bool, what: str) -> None:
+    """Copy the points that an earlier result of the same arguments knows.
+
+    Raises:
+        InputError: it is of other models, data, measures or points.
+    """
+    same = same_points and fresh.values.keys() == earlier.values.keys() and fresh.recalibrated == earlier.recalibrated
+    for split, measures in fresh.own.items():
+        others = earlier.own.get(split, {})
+        same = same and measures.keys() == others.keys()
+        same = same and all(np.allclose(measures[m], others[m], rtol=1e-4, equal_nan=True) for m in measures)
+    if not same:
+        raise InputError(f"resume: {what} of other models, data, measures or points; pass it with the same arguments")
+    fresh.done[:] = known
+    for split, measures in fresh.values.items():
+        for measure, values in measures.items():
+            values[:] = np.where(known, earlier.values[split][measure], math.nan)
 
 
 class Live:

@@ -20,7 +20,7 @@ from lmc.core.context import warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError, WorkerError
 from lmc.landscape.evaluation.evaluation import Evaluation
-from lmc.landscape.evaluation.measured import Live, Values
+from lmc.landscape.evaluation.measured import Live, Values, take_over
 from lmc.landscape.evaluation.scores import Score
 from lmc.landscape.planes.plane_result import Plane
 from lmc.landscape.planes.span import Frame, coarse_to_fine
@@ -192,7 +192,8 @@ def survey(
     own = list(evaluation.evaluator(evaluation.states[-len(layout.places) :]))
     plane = _blank(evaluation, layout, own)
     if resume is not None:
-        _take_over(plane, resume)
+        points = all(np.array_equal(p, q) for p, q in ((plane.x, resume.x), (plane.y, resume.y)))
+        take_over(plane, resume, resume.evaluated, points, "a plane")
     if evaluation.prepare is None:  # the models are their own points
         for (x, y), score in zip(layout.places.values(), own, strict=True):
             _note(plane, int(np.flatnonzero(layout.y == y)[0]), int(np.flatnonzero(layout.x == x)[0]), score)
@@ -255,23 +256,3 @@ def _note(plane: Plane, row: int, column: int, score: Mapping[str, Score]) -> No
     for split, measures in plane.values.items():
         for measure, grid in measures.items():
             grid[row, column] = score[split].values[measure]
-
-
-def _take_over(plane: Plane, earlier: Plane) -> None:
-    """Copy the points that an earlier plane evaluated.
-
-    Raises:
-        InputError: it is a plane of other models, data, measures or points.
-    """
-    same = plane.values.keys() == earlier.values.keys() and plane.recalibrated == earlier.recalibrated
-    same = same and all(np.array_equal(p, q) for p, q in ((plane.x, earlier.x), (plane.y, earlier.y)))
-    for split, measures in plane.own.items():
-        others = earlier.own.get(split, {})
-        same = same and measures.keys() == others.keys()
-        same = same and all(np.allclose(measures[m], others[m], rtol=1e-4, equal_nan=True) for m in measures)
-    if not same:
-        raise InputError("resume: a plane of other models, data, measures or points; pass it with the same arguments")
-    plane.done[:] = earlier.evaluated
-    for split, measures in plane.values.items():
-        for measure, grid in measures.items():
-            grid[:] = np.where(earlier.evaluated, earlier.values[split][measure], math.nan)

@@ -12,7 +12,7 @@ from lmc.core.context import own_context
 from lmc.core.workers import spread
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluation import Evaluation
-from lmc.landscape.evaluation.measured import Live
+from lmc.landscape.evaluation.measured import Live, take_over
 from lmc.landscape.evaluation.scores import Score
 from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights, Weights
@@ -167,7 +167,8 @@ def _survey(
     """Evaluate the mixtures on a lattice, from coarse to fine."""
     simplex = _blank(evaluation, names, lattice(len(names), _resolution(len(names), resolution)))
     if resume is not None:
-        _take_over(simplex, resume)
+        points = np.array_equal(simplex.counts, resume.counts)
+        take_over(simplex, resume, resume.done, points, "mixtures")
     order = [i for i in coarse_to_fine(simplex.counts) if not simplex.done[i]]
     shares: list[list[float]] = simplex.shares.tolist()
     if executor is None:
@@ -254,23 +255,3 @@ def _mixture(evaluation: Evaluation, *shares: float) -> Weights:
     if len(shares) != count or not all(map(math.isfinite, shares)) or abs(sum(shares) - 1.0) > 1e-6:
         raise InputError(f"shares={list(shares)}: expected {count} finite numbers that sum to 1")
     return evaluation.mixed(shares)
-
-
-def _take_over(fresh: Simplex, earlier: Simplex) -> None:
-    """Copy the points that earlier mixtures know.
-
-    Raises:
-        InputError: they are of other models, data, measures or points.
-    """
-    same = fresh.values.keys() == earlier.values.keys() and fresh.recalibrated == earlier.recalibrated
-    same = same and np.array_equal(fresh.counts, earlier.counts)
-    for split, measures in fresh.own.items():
-        others = earlier.own.get(split, {})
-        same = same and measures.keys() == others.keys()
-        same = same and all(np.allclose(measures[m], others[m], rtol=1e-4, equal_nan=True) for m in measures)
-    if not same:
-        raise InputError("resume: mixtures of other models, data, measures or points; pass it with the same arguments")
-    fresh.done[:] = earlier.done
-    for split, measures in fresh.values.items():
-        for measure, values in measures.items():
-            values[:] = earlier.values[split][measure]
