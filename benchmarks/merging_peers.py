@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--mergekit", help="the command mergekit-yaml of another environment")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--layers", type=int, default=12, help="12 make 0.44 billion values (default)")
-    parser.add_argument("--workers", type=int, default=1, help="threads of both (default 1)")
+    parser.add_argument("--workers", type=int, default=1, help="processes of lmc, threads of mergekit (default 1)")
     parser.add_argument("--only", action="append")
     arguments = parser.parse_args()
     folder = arguments.folder / f"{arguments.dtype}-{arguments.layers}"

@@ -11,6 +11,7 @@ import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 
 import lmc.merge
 import lmc.weights
+from lmc.core.workers import Processes
 from lmc.errors import DataError, InputError
 from lmc.weights import StateDict, fitted, tied_names
 from lmc.weights.checkpoint import RECIPE, Checkpoint, readable
@@ -220,8 +222,9 @@ def merge(arguments: Namespace) -> None:
             )
         own = method(arguments.method) if arguments.method else None
         folders = dict(map(_folder, arguments.folder))
-        how: dict[str, Any] = {"workers": arguments.workers, "progress": show}
-        merged = lmc.merge.replay(arguments.recipe, arguments.out, method=own, folders=folders, **how)
+        with _processes(arguments.workers) as executor:
+            how: dict[str, Any] = {"executor": executor, "progress": show}
+            merged = lmc.merge.replay(arguments.recipe, arguments.out, method=own, folders=folders, **how)
     else:
         if not arguments.method or not arguments.models:
             raise InputError("give a method and at least one model: lmc merge average a/ b/ --out merged/")
@@ -242,10 +245,18 @@ def merge(arguments: Namespace) -> None:
         print(plan, flush=True)
         if arguments.dry_run:
             return
-        merged = plan.write(workers=arguments.workers, progress=show)
+        with _processes(arguments.workers) as executor:
+            merged = plan.write(executor=executor, progress=show)
     if arguments.save_recipe:
         shutil.copyfile(merged.path / RECIPE, arguments.save_recipe)
     print(merged)
+
+
+def _processes(count: int) -> AbstractContextManager[Processes | None]:
+    """So many processes; one is this one."""
+    if count < 1:
+        raise InputError(f"--workers {count}: expected at least 1")
+    return nullcontext() if count == 1 else Processes(count)
 
 
 def _keep_memory() -> None:

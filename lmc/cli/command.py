@@ -153,9 +153,7 @@ def _merge(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dtype", help="of the result, such as bfloat16 (default: as in the first model)")
     command.add_argument("--vocabulary", choices=("union", "base"), help="merge by token where tokenizers differ")
     command.add_argument("--shard-size", default="5GB", help="bytes per file at most (default 5GB)")
-    command.add_argument(
-        "--workers", type=int, default=1, help="threads that make tensors, for as many processor cores"
-    )
+    command.add_argument("--workers", type=int, default=1, help="processes that make tensors (default 1)")
     command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     command.add_argument("--recipe", metavar="FILE", help="do the merge of a merge.json, or of a mergekit config.yml")
     command.add_argument("--folder", action="append", default=[], metavar="NAME=DIR", help="where a recipe's model is")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,10 +72,15 @@ class Extent:
         if tensor.numel() == 0:
             return tensor
         target = as_bytes(tensor)
-        with open(self.file, "rb") as file:
-            file.seek(self.start + first * self.dtype.itemsize)
-            if file.readinto(target) != target.nbytes:
-                raise DataError(f"{self.file}: cut short since it was opened")
+        begin = self.start + first * self.dtype.itemsize
+        with open(self.file, "rb", buffering=0) as file:
+            if chunk is not None and hasattr(os, "posix_fadvise"):  # the system fetches the next chunk meanwhile
+                os.posix_fadvise(file.fileno(), begin + target.nbytes, target.nbytes, os.POSIX_FADV_WILLNEED)
+            file.seek(begin)
+            while count := file.readinto(target):  # at most 2 GB at a time
+                target = target[count:]
+        if target:
+            raise DataError(f"{self.file}: cut short since it was opened")
         return tensor
 
 

@@ -4,11 +4,13 @@ import functools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
-import threading
 from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import support
@@ -17,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lmc.merge as merge
-from lmc.errors import DataError, InputError, MismatchError, WeightsError
+from lmc.core.workers import Processes
+from lmc.errors import DataError, InputError, MismatchError, WeightsError, WorkerError
 from lmc.merge.disk import shards
 from lmc.merge.disk import write as to_disk
 from lmc.merge.disk.shards import parse_size
@@ -420,7 +423,7 @@ def test_a_killed_process_leaves_what_can_be_gone_on_from(size: int, tmp_path: P
     options = METHODS["ties"] | {"base": paths[0], "shard_size": size}
     plan = merge.plan(merge.ties, paths[1:], tmp_path / "out", **options)
     if size > 150:  # one file, of which four tensors were whole
-        assert plan.begun is not None and len(plan.begun.tensors) == 4 and "4 tensors of" in str(plan)
+        assert len(plan.begun["model.safetensors"].tensors) == 4 and "4 tensors of" in str(plan)
     assert contents(run("ties", paths, tmp_path / "out", shard_size=size).path) == whole
     assert not list(tmp_path.glob(".*"))
 
@@ -441,20 +444,67 @@ def stopped(paths: list[Path], out: Path, at: str, **options) -> tuple[MergeFunc
     return mean, asked
 
 
-@pytest.mark.parametrize("workers", [1, 2])
 def test_one_file_goes_on_behind_its_last_whole_tensor(
-    workers: int, tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shards, "APART", 1)
-    mean, asked = stopped(paths, tmp_path / "out", "block.2.weight", workers=workers)
-    begun = merge.plan(mean, paths[1:], tmp_path / "out").begun
-    assert begun is not None and "block.1.weight" in begun.tensors and "block.2.weight" not in begun.tensors
+    mean, asked = stopped(paths, tmp_path / "out", "block.2.weight")
+    begun = merge.plan(mean, paths[1:], tmp_path / "out").begun["model.safetensors"]
+    assert "block.1.weight" in begun.tensors and "block.2.weight" not in begun.tensors
     before = len(asked)
-    result = merge.write(mean, paths[1:], tmp_path / "out", workers=workers, progress=False)
+    result = merge.write(mean, paths[1:], tmp_path / "out", progress=False)
     assert not begun.tensors & set(asked[before:]) and "block.2.weight" in asked[before:]
     quiet = merge.write(mean, paths[1:], tmp_path / "quiet", progress=False)
     assert contents(result.path) == contents(quiet.path)
     result.verify()
+
+
+@pytest.mark.parametrize("size", [150, 10_000])
+def test_workers_go_on_and_are_gone_on_from(
+    size: int, tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three times interrupted, with workers and without: no tensor that was noted is made again."""
+    monkeypatch.setattr(shards, "APART", 1)
+    monkeypatch.setattr(shards, "PART", 1)
+    whole = contents(run("ties", paths, tmp_path / "whole", shard_size=size).path)
+    options = METHODS["ties"] | {"base": paths[0], "shard_size": size}
+    follow, fill, write = shards._Growing.follow, to_disk.fill, shards._Growing.write
+    left, made = 0, list[str]()
+
+    def counted(original: Any) -> Any:
+        def call(self: Any, *args: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Stop
+            original(self, *args)
+
+        return call
+
+    def noted(path: Path, shard: shards.Shard, ties: Any, chunks: Any) -> None:
+        found = list(chunks)
+        made.extend(name for name, _, _ in found)
+        fill(path, shard, ties, found)
+
+    monkeypatch.setattr(shards._Growing, "follow", counted(follow))
+    monkeypatch.setattr(to_disk, "fill", noted)
+    kept = set[str]()
+    with ThreadPoolExecutor(1) as pool:
+        for left, executor in ((2, pool), (3, None), (1, pool), (100, pool)):  # noqa: B007 (`counted` counts it down)
+            plan = merge.plan(merge.ties, paths[1:], tmp_path / "out", **options)
+            done = {name for shard in plan.shards if shard.file in plan.done for name in shard.tensors}
+            now = done | {name for start in plan.begun.values() for name in start.tensors}
+            assert kept <= now and (executor is not pool or left == 2 or len(now) >= 2)
+            kept, made[:] = now, []
+            if left == 100:
+                assert contents(plan.write(executor=executor, progress=False).path) == whole
+                assert not kept & set(made) and made
+                break
+            if executor is None:
+                monkeypatch.setattr(shards._Growing, "write", counted(write))
+            with pytest.raises(Stop):
+                plan.write(executor=executor, progress=False)
+            monkeypatch.setattr(shards._Growing, "write", write)
 
 
 @pytest.mark.parametrize("damage", ["content", "note", "header", "cut", "no note"])
@@ -465,8 +515,7 @@ def test_what_is_left_of_a_file_is_checked(
     mean, _ = stopped(paths, tmp_path / "out", "block.2.weight")
     partial = tmp_path / ".out.unfinished"
     file, notes = partial / "model.safetensors", partial / ".model.safetensors.progress"
-    begun = merge.plan(mean, paths[1:], tmp_path / "out").begun
-    assert begun is not None
+    begun = merge.plan(mean, paths[1:], tmp_path / "out").begun[file.name]
     data = bytearray(file.read_bytes())
     if damage == "content":
         data[begun.size - 1] ^= 1
@@ -479,7 +528,7 @@ def test_what_is_left_of_a_file_is_checked(
     else:
         notes.unlink()
     file.write_bytes(data)
-    left = merge.plan(mean, paths[1:], tmp_path / "out").begun
+    left = merge.plan(mean, paths[1:], tmp_path / "out").begun.get(file.name)
     assert (left is not None and left.size < begun.size) if damage == "note" else left is None
     result = merge.write(mean, paths[1:], tmp_path / "out", progress=False)
     assert same(result, mean([state(1), state(2)]))
@@ -489,22 +538,85 @@ def test_what_is_left_of_a_file_is_checked(
 @pytest.mark.parametrize("name", METHODS)
 def test_workers_give_the_same(name: str, tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "VALUES", 7)
-    monkeypatch.setattr(parts, "AHEAD", 1)
-    before = torch.get_num_threads(), threading.active_count()
+    monkeypatch.setattr(shards, "PART", 60)
+    before = torch.get_num_threads()
     expected = contents(run(name, paths, tmp_path / "one").path)
-    assert contents(run(name, paths, tmp_path / "three", workers=3).path) == expected
-    assert (torch.get_num_threads(), threading.active_count()) == before
+    with ThreadPoolExecutor(3) as pool:
+        assert contents(run(name, paths, tmp_path / "three", executor=pool).path) == expected
+    assert torch.get_num_threads() == before
 
 
-def test_workers_that_fail(tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "VALUES", 7)
-    monkeypatch.setattr(parts, "AHEAD", 1)
-    before = threading.active_count()
-    stopped(paths, tmp_path / "out", "block.0.weight", workers=3)
-    assert threading.active_count() == before
-    for wrong in (0, True, 1.5, "2"):
-        with pytest.raises(InputError, match="workers"):
-            run("average", paths, tmp_path / "x", workers=wrong)
+@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64, torch.int8)])
+def test_parts_of_a_file_lie_side_by_side(
+    dtypes: tuple[torch.dtype, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors of several widths, empty ones too, are not stored in the order of the model."""
+    monkeypatch.setattr(shards, "PART", 50)
+    weights = {f"w{i}": torch.full((i % 5,), i).to(dtypes[i % len(dtypes)]) for i in range(23)}
+    one = merge.write(merge.average, [weights], tmp_path / "one", progress=False)
+    with ThreadPoolExecutor(2) as pool:
+        two = merge.write(merge.average, [weights], tmp_path / "two", progress=False, executor=pool)
+    assert contents(one.path) == contents(two.path) and same(two, weights)
+    two.verify()
+
+
+def deadly(tensors: Tensor, *, name: str, log: str) -> Tensor:
+    """The mean; each process that comes to one of the tensors with a file of its name in the folder `log` dies with it."""
+    if (note := Path(log) / name).exists():
+        if note.read_text() == "once":
+            note.unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return tensors.mean(0)
+
+
+lethal = merge.on_tensors(deadly)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("size", [150, 10_000])
+def test_processes_that_die(size: int, tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that dies once costs nothing; one that always does ends the merge, and the same call goes on from there."""
+    monkeypatch.setattr(shards, "APART", 1)
+    monkeypatch.setattr(shards, "PART", 1)
+    log = tmp_path / "log"
+    log.mkdir()
+    options: dict[str, Any] = {"log": str(log), "shard_size": size, "progress": False}
+    whole = contents(merge.write(lethal, paths[1:], tmp_path / "whole", **options).path)
+    (log / "block.0.weight").write_text("once")
+    (log / "embed.weight").write_text("always")
+    with Processes(1) as pool, pytest.raises(WorkerError, match="the process that ran this died: by SIGKILL"):
+        merge.write(lethal, paths[1:], tmp_path / "out", executor=pool, **options)
+    assert not (log / "block.0.weight").exists() and not (tmp_path / "out").exists()
+    plan = merge.plan(lethal, paths[1:], tmp_path / "out", log=str(log), shard_size=size)
+    kept = {name for left in plan.begun.values() for name in left.tensors}
+    assert "block.0.weight" in kept | {n for shard in plan.shards if shard.file in plan.done for n in shard.tensors}
+    (log / "embed.weight").unlink()
+    assert contents(plan.write(progress=False).path) == whole
+
+
+def test_executors_that_cannot_be_used(tmp_path: Path, paths: list[Path]) -> None:
+    with pytest.raises(
+        InputError, match=r"executor: expected a concurrent\.futures\.Executor or a dask Client, got int"
+    ):
+        run("average", paths, tmp_path / "x", executor=2)
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    with pytest.raises(InputError, match="executor: it takes no more work"):
+        run("average", paths, tmp_path / "x", executor=pool)
+    spoilt = torch.full((5, 5), torch.nan)
+    with ThreadPoolExecutor(2) as threads, pytest.raises(WeightsError, match=r"block\.1\.weight of models\[1\]"):
+        merge.write(merge.average, [state(1), state(2) | {"block.1.weight": spoilt}], tmp_path / "y", executor=threads)
+    with ThreadPoolExecutor(2) as threads:  # models in memory are sent
+        merged = merge.write(merge.average, [state(1), state(2)], tmp_path / "z", executor=threads, progress=False)
+    assert same(merged, merge.average([state(1), state(2)]))
+
+
+def test_a_disk_that_workers_do_not_share_is_noticed(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(to_disk, "fill", lambda *_: None)
+    with ThreadPoolExecutor(1) as pool, pytest.raises(DataError, match="or on a disk that is not seen here"):
+        run("average", paths, tmp_path / "out", executor=pool)
 
 
 KILLED = """

@@ -25,7 +25,7 @@ def replay(
     method: MergeFunction | None = None,
     folders: Mapping[str, str | Path] | None = None,
     seed: int = 0,
-    workers: int = 1,
+    executor: Any = None,
     progress: bool = True,
 ) -> Checkpoint:
     """Do the merge of a recipe, into a new folder: repeat one of `write`, or carry out a configuration of mergekit.
@@ -40,7 +40,7 @@ def replay(
         method: the function, where it is not one of `lmc.merge`.
         folders: for a configuration of mergekit, names of models -> where they are: nothing is downloaded.
         seed: for a configuration of mergekit, of random masks.
-        workers: threads, as for `Plan.write`.
+        executor: as for `Plan.write`.
 
     Raises:
         InputError: models that were not on disk, or are not here; a method that is not known, or has been changed since;
@@ -57,7 +57,7 @@ def replay(
         planned = plan_configuration(recipe, out, folders=folders or {}, near=near, seed=seed)
         if progress:
             print(planned, flush=True)
-        return planned.write(workers=workers, progress=progress)
+        return planned.write(executor=executor, progress=progress)
     missing = [key for key in ("method", "rule", "options", "models", "base", "shard_size") if key not in recipe]
     if missing:
         raise DataError(f"recipe: not one of lmc.merge.write: it lacks {', '.join(missing)}")
@@ -69,7 +69,7 @@ def replay(
         if Path(file).is_file() and sampled_checksum(Path(file)) != digest:
             raise DataError(f"{file}: is not what was merged: its SHA-256 differs from the one in the recipe")
     how: dict[str, Any] = {key: recipe.get(key) for key in ("dtype", "shard_size", "vocabulary")} | options
-    merged = write(chosen, models, out, base=base, workers=workers, progress=progress, **how)
+    merged = write(chosen, models, out, base=base, executor=executor, progress=progress, **how)
     made = read_json(merged.path / RECIPE)["files"]
     for file, digest in recipe.get("files", {}).items():
         if made.get(file) != digest:

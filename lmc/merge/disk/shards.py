@@ -5,20 +5,23 @@ import json
 import os
 import re
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import torch
+from torch import Tensor
 
-from lmc.errors import InputError
-from lmc.merge.engine.chunks import VALUES, Made
+from lmc.errors import DataError, InputError
+from lmc.merge.engine.chunks import VALUES, Chunk, Made
 from lmc.weights.checkpoint import DTYPES, Checkpoint, as_bytes, checksum, size_of
 
 QUEUE = 4  # chunks that wait to be written
 APART = 1 << 23  # bytes at least between two notes of how far a file has come
+PART = 1 << 28  # bytes of a file, or one tensor, that a worker makes at a time
 NOTE = re.compile(r"^(\d+) ([0-9a-f]{64})\n", re.MULTILINE)
 LABELS = {dtype: label for label, dtype in DTYPES.items()}
 NAME = re.compile(
@@ -56,6 +59,18 @@ class Shard:
         text += b" " * (-len(text) % 8)
         start = 8 + len(text)
         return len(text).to_bytes(8, "little") + text, {name: start + place for name, place in places.items()}
+
+    def parts(self, ties: Mapping[str, str], done: Container[str]) -> list[tuple[tuple[str, ...], int]]:
+        """What one worker makes at a time: names of tensors that lie side by side, and where in the file they end."""
+        _, places = self.header(ties)
+        found: list[tuple[tuple[str, ...], int]] = []
+        filled = PART
+        for name in sorted((name for name in self.tensors if name not in done), key=places.__getitem__):
+            size = size_of(*self.tensors[name])
+            before, filled = ((), 0) if filled + size > PART else (found.pop()[0], filled)
+            found.append(((*before, name), places[name] + size))
+            filled += size
+        return found
 
     def _places(self, order: Iterable[str]) -> dict[str, int]:
         """Where each tensor begins behind the header, one after the other."""
@@ -160,7 +175,7 @@ def write_shard(
     path: Path,
     shard: Shard,
     ties: Mapping[str, str],
-    chunks: Iterator[Made],
+    chunks: Iterable[Made],
     written: Callable[[int], object],
     start: Begun | None = None,
 ) -> str:
@@ -175,33 +190,93 @@ def write_shard(
         The SHA-256 of the file.
     """
     header, places = shard.header(ties)
-    how, notes = ("wb", "w") if start is None else ("r+b", "a")
-    with (
-        open(path, how) as opened,
-        open(_notes(path), notes) as progress,
-        ThreadPoolExecutor(1, thread_name_prefix="write") as pool,
-    ):
-        file = _Growing(opened, progress)
-        if start is None:
-            pending = deque([pool.submit(file.write, 0, header)])
-        else:
-            pending = deque([pool.submit(file.go_on, start)])
-        left = len(shard.tensors) - (0 if start is None else len(start.tensors))
-        while left:
-            name, chunk, tensor = next(chunks)
-            begin, stop = (0, tensor.numel()) if chunk is None else (chunk.start, chunk.stop)
-            values = as_bytes(tensor.cpu().contiguous()) if tensor.numel() else b""
-            last = stop == torch.Size(shard.tensors[name][1]).numel()
-            pending.append(pool.submit(file.write, places[name] + begin * tensor.element_size(), values, last))
+    pending: deque[Future[None]] = deque()
+    with ExitStack() as stack:
+        file = _opened(stack, path, header, start)
+        pool = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
+        for name, chunk, tensor in chunks:
+            begin, values = _bytes(chunk, tensor)
+            last = begin + len(values) == size_of(*shard.tensors[name])
+            pending.append(pool.submit(file.write, places[name] + begin, values, last))
             written(len(values))
-            left -= last
             while len(pending) > (QUEUE if tensor.numel() <= VALUES else 0):
                 pending.popleft().result()
         for write in pending:
             write.result()
-        opened.flush()
-        os.fsync(opened.fileno())
-    return checksum(path) if file.digest is None else file.digest.hexdigest()
+        return file.finish(path)
+
+
+def fill(path: Path, shard: Shard, ties: Mapping[str, str], chunks: Iterable[Made]) -> None:
+    """In a worker: write each chunk of each tensor to its place in a file that is there."""
+    _, places = shard.header(ties)
+    with open(path, "r+b") as file:
+        for name, chunk, tensor in chunks:
+            begin, values = _bytes(chunk, tensor)
+            file.seek(places[name] + begin)
+            file.write(values)
+
+
+def write_apart(
+    folder: Path,
+    shards: Sequence[Shard],
+    ties: Mapping[str, str],
+    work: Callable[[Sequence[tuple[Shard, tuple[str, ...]]]], Iterator[tuple[int, Any]]],
+    written: Callable[[int], object],
+    started: Mapping[str, Begun],
+) -> Iterator[tuple[str, str]]:
+    """Have others write the parts of the files, `fill(...)` of a shard and names, and say each file that is complete.
+
+    What is written is read again for its SHA-256, part after part of a file, while others are made; notes of how far each
+    has come are those of `write_shard`.
+
+    Args:
+        work: does the tasks, and gives their numbers as they are done.
+        started: of files what an interrupted run has left of them.
+
+    Yields:
+        The name and the SHA-256 of a file that is on the disk.
+    """
+    with ExitStack() as stack:
+        tasks: list[tuple[Shard, tuple[str, ...]]] = []
+        ends: dict[int, int] = {}
+        ahead: dict[str, deque[int]] = {}  # of each file the tasks of which it waits for, in their order
+        files: dict[str, _Growing] = {}
+        for shard in shards:
+            start = started.get(shard.file)
+            files[shard.file] = _opened(stack, folder / shard.file, shard.header(ties)[0], start)
+            waiting = ahead.setdefault(shard.file, deque())
+            for names, end in shard.parts(ties, () if start is None else start.tensors):
+                waiting.append(len(tasks))
+                ends[len(tasks)] = end
+                tasks.append((shard, names))
+        done: set[int] = set()
+        for i, _ in work(tasks):
+            done.add(i)
+            shard, names = tasks[i]
+            written(sum(size_of(*shard.tensors[name]) for name in names))
+            waiting = ahead[shard.file]
+            while waiting and waiting[0] in done:
+                files[shard.file].follow(ends[waiting.popleft()])
+            if not waiting:
+                yield shard.file, files[shard.file].finish(folder / shard.file)
+
+
+def _bytes(chunk: Chunk, tensor: Tensor) -> tuple[int, bytes | memoryview]:
+    """From which byte of its tensor on a chunk is stored, and the values."""
+    values = as_bytes(tensor.cpu().contiguous()) if tensor.numel() else b""
+    return 0 if chunk is None else chunk.start * tensor.element_size(), values
+
+
+def _opened(stack: ExitStack, path: Path, header: bytes, start: Begun | None) -> "_Growing":
+    """A file that grows from its header, or from what an interrupted run has left of it, on."""
+    how, notes = ("w+b", "w") if start is None else ("r+b", "a")
+    file = _Growing(stack.enter_context(open(path, how)), stack.enter_context(open(_notes(path), notes)))
+    if start is None:
+        file.write(0, header)
+        file.file.flush()
+    else:
+        file.go_on(start)
+    return file
 
 
 class _Growing:
@@ -217,6 +292,24 @@ class _Growing:
         self.file.truncate(start.size)
         self.file.seek(start.size)
 
+    def follow(self, stop: int) -> None:
+        """Take up what another has written, as far as byte `stop`, where a tensor ends."""
+        while self.end < stop:
+            part = os.pread(self.file.fileno(), min(stop - self.end, APART), self.end)
+            if not part:
+                raise DataError(
+                    f"{self.file.name}: a worker has not written all of it, or on a disk that is not seen here"
+                )
+            self.digest.update(part)
+            self.end += len(part)
+        self._note()
+
+    def finish(self, path: Path) -> str:
+        """The SHA-256 of the file, when all of it is on the disk."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return checksum(path) if self.digest is None else self.digest.hexdigest()
+
     def write(self, place: int, values: bytes | memoryview, last: bool = False) -> None:
         """Write to a place; `last`: with this, a tensor is whole."""
         if place != self.end:  # tensors of several widths are not stored in the order of the model
@@ -225,7 +318,11 @@ class _Growing:
         if self.digest is not None:
             self.digest.update(values)
         self.end = place + self.file.write(values)
-        if last and self.digest is not None and self.end - self.noted >= APART:
+        if last:
+            self._note()
+
+    def _note(self) -> None:
+        if self.digest is not None and self.end - self.noted >= APART:
             self.file.flush()
             self.notes.write(f"{self.end} {self.digest.hexdigest()}\n")
             self.notes.flush()

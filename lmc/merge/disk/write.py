@@ -2,23 +2,23 @@
 
 The methods of `lmc.merge` work on chunks of large tensors and need some 100 MB whatever the models' size; DARE and DELLA
 that restore norms (`rescale="l1"`), and rules of your own that do not say that they may be given chunks, hold whole
-tensors of all models. Threads read what comes next and write what is done meanwhile.
+tensors of all models. A thread writes what is done while the next chunk is made.
 
     plan = lmc.merge.plan(lmc.merge.ties, ["math/", "code/"], "merged/", base="base/", density=0.3)
     print(plan)                     # sizes, files, memory, what is done already
     merged = plan.write()           # or all at once: lmc.merge.write(lmc.merge.ties, [...], "merged/", ...)
 
 The files grow in a hidden folder beside the output, which takes its name when all of them are complete. After an
-interrupt the same call goes on behind the last tensors that are whole in the first unfinished file; the result is the
-same, bit for bit.
+interrupt the same call goes on behind the last tensors that are whole in each unfinished file; the result is the same,
+bit for bit. With an executor, workers make parts of the files, a quarter of a gigabyte each, and write them to their places.
 """
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -28,6 +28,7 @@ from torch import nn
 from lmc.core.context import own_context
 from lmc.core.files import write_text
 from lmc.core.progress import tqdm
+from lmc.core.workers import crew
 from lmc.errors import InputError
 from lmc.merge.disk.recipe import MergeRecipe, make_recipe, record, recorded
 from lmc.merge.disk.shards import (
@@ -36,16 +37,18 @@ from lmc.merge.disk.shards import (
     Naming,
     Shard,
     begun,
+    fill,
     layout,
     naming,
     parse_dtype,
     parse_size,
+    write_apart,
     write_shard,
 )
 from lmc.merge.disk.stacking import Stack
 from lmc.merge.disk.vocabulary import by_token
 from lmc.merge.engine.call import sample_size
-from lmc.merge.engine.chunks import DEPTH, VALUES, Made, grain
+from lmc.merge.engine.chunks import VALUES, Make, grain
 from lmc.merge.engine.method import MergeFunction, Method
 from lmc.merge.engine.quantiles import SAMPLE
 from lmc.merge.engine.tensors import WeightSets, weight_sets
@@ -71,7 +74,7 @@ class Plan:
         shards: the files, in order.
         naming: what they and their index are called: as those of the first model.
         done: the files that an interrupted run has finished, with their SHA-256.
-        begun: what it has left of the file that it was at.
+        begun: what it has left of the files that it was at, by their names.
         ties: further names of stored tensors, which are not stored again.
         memory: bytes of memory at most, about, besides what the program holds already.
         whole: whether tensors are held whole, so that the largest decides about memory; else in chunks.
@@ -87,7 +90,7 @@ class Plan:
     shards: tuple[Shard, ...]
     naming: Naming
     done: Mapping[str, str]
-    begun: Begun | None
+    begun: Mapping[str, Begun]
     ties: Mapping[str, str]
     memory: int
     whole: bool
@@ -96,7 +99,7 @@ class Plan:
     texts: Mapping[str, str]
     notes: tuple[str, ...]
     inputs: tuple[Path, ...]
-    _stream: Callable[[frozenset[str], int], Generator[Made, None, None]] = field(repr=False)
+    _merge: Mapping[str, Any] = field(repr=False)  # the method, the models and the options, as `_maker` takes them
 
     @property
     def size(self) -> int:
@@ -117,44 +120,43 @@ class Plan:
             lines.append(f"  copied from {self.beside[0].parent}: {', '.join(file.name for file in self.beside)}")
         lines += [f"  {note}" for note in self.notes]
         lines += [f"  {len(self.done)} files are complete already"] if self.done else []
-        if self.begun is not None:
-            lines.append(f"  {len(self.begun.tensors)} tensors of {self.begun.file} are complete already")
+        lines += [f"  {len(left.tensors)} tensors of {file} are complete already" for file, left in self.begun.items()]
         return "\n".join(lines)
 
-    def write(self, *, workers: int = 1, progress: bool = True) -> Checkpoint:
+    def write(self, *, executor: Any = None, progress: bool = True) -> Checkpoint:
         """Do it, and return the opened result.
 
         Args:
-            workers: threads that make a tensor each, for as many processor cores. The result is the same, bit for bit; memory
-                grows with them. In each, torch uses one thread, unless one worker is given whole tensors: shared among
-                cores, chunks take three times the processor time and longer.
+            executor: a `concurrent.futures.Executor` or a dask `Client`, whose workers make the files, a part of 0.27 GB or a
+                tensor at a time, on a disk that they and the caller see (default: here, one tensor after the other). What
+                is kept of an interrupted run is the same, and so is the result, bit for bit: torch uses one thread in
+                each worker, as it does here but for methods that hold whole tensors. Each worker needs the memory of the
+                plan, and finds for itself what a method finds of whole models first. Opened checkpoints travel by path,
+                those in `.pt` files and models in memory with their values, once.
             progress: show a bar.
 
         Raises:
-            InputError: no whole number of workers, too little space on the disk (nothing is written), or `out` exists by now.
+            InputError: no executor, or one that takes no more work; too little space on the disk (nothing is written); `out`
+                exists by now.
             WeightsError: a tensor with values that are not finite; it, its model and its file are named.
+            WorkerError: an executor that has lost its workers. What was finished is kept: the same call goes on.
         """
-        if isinstance(workers, bool) or not isinstance(workers, int) or workers < 1:
-            raise InputError(f"workers={workers!r}: expected a whole number of threads, at least 1")
         todo = [shard for shard in self.shards if shard.file not in self.done]
         needed = sum(shard.size for shard in todo) + sum(file.stat().st_size for file in self.beside)
-        needed -= 0 if self.begun is None else self.begun.size
+        needed -= sum(left.size for left in self.begun.values())
         free = shutil.disk_usage(next(folder for folder in self.out.parents if folder.exists())).free
         if needed > free:
             raise InputError(f"{self.out}: needs {readable(needed)}, its disk has {readable(free)} free; make room")
         partial, files = _partial(self.out), dict(self.done)
         partial.mkdir(parents=True, exist_ok=True)
         record(partial, self.recipe, files)
-        whole = frozenset(name for s in self.shards if s.file in files for name in s.tensors)
-        chunks = self._stream(whole if self.begun is None else whole | self.begun.tensors, workers)
         with (
-            _threads(torch.get_num_threads() if workers == 1 and self.whole else 1),
-            closing(chunks),
+            _threads(torch.get_num_threads() if executor is None and self.whole else 1),
             tqdm(total=needed, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar,
         ):
-            for shard in todo:
-                start = self.begun if self.begun is not None and self.begun.file == shard.file else None
-                files[shard.file] = write_shard(partial / shard.file, shard, self.ties, chunks, bar.update, start)
+            for file, digest in self._files(partial, todo, executor, bar.update):
+                files[file] = digest
+                files = {s.file: files[s.file] for s in self.shards if s.file in files}  # in whatever order they came
                 record(partial, self.recipe, files)
         record(partial, self.recipe, files, {str(file.resolve()): sampled_checksum(file) for file in self.inputs})
         for file in self.beside:
@@ -172,6 +174,37 @@ class Plan:
         os.rename(partial, self.out)
         return open_checkpoint(self.out)
 
+    def _files(
+        self, folder: Path, todo: Sequence[Shard], executor: Any, written: Callable[[int], object]
+    ) -> Iterator[tuple[str, str]]:
+        """Name and SHA-256 of each file that is missing, as it is complete."""
+        if executor is not None:
+            shared = {"folder": folder, "ties": self.ties, **self._merge}
+            with crew(executor, _elsewhere, shared) as work:
+                yield from write_apart(folder, todo, self.ties, work, written, self.begun)
+            return
+        make = _maker(**self._merge)
+        for shard in todo:
+            start = self.begun.get(shard.file)
+            names = [name for name in shard.tensors if start is None or name not in start.tensors]
+            yield shard.file, write_shard(folder / shard.file, shard, self.ties, make(names), written, start)
+
+
+def _maker(method: MergeFunction, sets: WeightSets, options: Mapping[str, Any]) -> Make:
+    return method.method.maker(sets, **options)
+
+
+def _elsewhere(folder: Path, ties: Mapping[str, str], **merge: Any) -> Callable[[tuple[Shard, tuple[str, ...]]], None]:
+    """What a worker does: make some tensors of a file, and write them to their places."""
+    make = own_context(_maker)(**merge)
+
+    @own_context
+    def part(task: tuple[Shard, tuple[str, ...]]) -> None:
+        shard, names = task
+        fill(folder / shard.file, shard, ties, make(names))
+
+    return part
+
 
 @own_context
 def write(
@@ -184,7 +217,7 @@ def write(
     dtype: torch.dtype | str | None = None,
     shard_size: int | str = "5GB",
     vocabulary: str | Mapping[str, Any] | None = None,
-    workers: int = 1,
+    executor: Any = None,
     progress: bool = True,
     **options: Any,
 ) -> Checkpoint:
@@ -198,7 +231,7 @@ def write(
     planned = plan(method, models, out, base=base, dtype=dtype, shard_size=shard_size, vocabulary=vocabulary, **options)
     if progress:
         print(planned, flush=True)
-    return planned.write(workers=workers, progress=progress)
+    return planned.write(executor=executor, progress=progress)
 
 
 @own_context
@@ -260,12 +293,9 @@ def plan(
     names = naming(opened[0])
     shards = layout({name: form for name, form in sets.form.items() if name not in sets.ties}, limit, names)
 
-    def stream(done: frozenset[str], workers: int) -> Generator[Made, None, None]:
-        return how.chunks(replace(sets, skip=done | frozenset(sets.ties), workers=workers), **arguments)
-
     done = _finished(out, recipe, shards)
-    rest = next((shard for shard in shards if shard.file not in done), None)
-    left = None if rest is None else begun(_partial(out), rest, sets.ties)
+    rest = [shard for shard in shards if shard.file not in done]
+    left = {shard.file: found for shard in rest if (found := begun(_partial(out), shard, sets.ties)) is not None}
     memory, beside = _memory(how, sets, arguments), _beside([reference, *opened])
     whole = how.cuts(arguments) == "whole"
     on_disk = [one for one in (*sets.states, sets.base) if isinstance(one, Checkpoint)]
@@ -295,7 +325,7 @@ def plan(
         texts,
         notes,
         read,
-        stream,
+        {"method": method, "sets": sets, "options": arguments},
     )
 
 
@@ -314,7 +344,7 @@ def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:
     """Working copies of a chunk or of the largest tensor, and what a survey of the whole models collects.
 
     The rule that needs most (DELLA, which ranks) has eight copies per model, and moments are taken of two more in float64; chunks
-    that were read ahead or wait to be written are added. Where tensors are small, the C library's allocator may keep more than is in use.
+    that were read or wait to be written are added. Where tensors are small, the C library's allocator may keep more than is in use.
     """
     cut = how.cuts(options)
     sizes = {name: sets.shells[name].numel() for name in sets.names}
@@ -324,11 +354,11 @@ def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:
     if how.survey is not None:  # a sample, sorted, and the values near thresholds
         total = sum(sizes[name] for name in sets.weights)
         survey = len(sets) * (4 * max(min(total, SAMPLE), sample_size(total)) + total // 50)
-    waiting = QUEUE + (DEPTH + 1) * (len(sets) + 1)
+    waiting = QUEUE + len(sets) + 1
     each = 12 if "moments" in how.parameters else 8
     on_disk = (state for state in (*sets.states, sets.base) if isinstance(state, Checkpoint))
     moved = sum(max((entry.held for entry in moved_entries(state).values()), default=0) for state in on_disk)
-    return ((each * len(sets) + 2) * at_once + waiting * min(at_once, VALUES) + survey) * widest + moved * sets.workers
+    return ((each * len(sets) + 2) * at_once + waiting * min(at_once, VALUES) + survey) * widest + moved
 
 
 def _beside(sources: Sequence[ModelOrWeights | None]) -> tuple[Path, ...]:

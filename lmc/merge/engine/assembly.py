@@ -1,7 +1,7 @@
 """The result of a merge: its tensors one after the other, weights that remember how they were found, and mixtures whose
 coefficients are learned."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lmc.errors import InputError
-from lmc.merge.engine.chunks import Chunk, Cut, Made, side_by_side
+from lmc.merge.engine.chunks import Chunk, Cut, Made, Make
 from lmc.merge.engine.tensors import WeightSets
 from lmc.network.derived import following, settled
 from lmc.weights import StateDict, Weights
@@ -48,20 +48,20 @@ def assemble(
         merged: the merged tensor for the name of a weight; any dtype, cast here.
         shares: for the name of a statistic the share of each model and of the base in its average; they sum to 1.
     """
-    return joined(sets, assemble_chunks(sets, lambda name, chunk: merged(name), shares, "whole"))
+    return joined(sets, assembler(sets, lambda name, chunk: merged(name), shares, "whole"))
 
 
-def assemble_chunks(
+def assembler(
     sets: WeightSets,
     merged: Callable[[str, Chunk], Tensor],
     shares: Callable[[str], tuple[Sequence[float], float]],
     cut: Cut,
-) -> Generator[Made, None, None]:
-    """As `assemble`, large tensors in chunks that `cut` allows; aliases are left out."""
+) -> Make:
+    """What makes the tensors of names that are no aliases, as `assemble` does, large ones in chunks that `cut` allows."""
     weights = frozenset(sets.weights)
     first = sets.shells
 
-    def made(names: Sequence[str]) -> Iterator[Made]:
+    def made(names: Iterable[str]) -> Iterator[Made]:
         for name, chunk in sets.walk(names, cut):
             original = first[name]
             if name in weights:
@@ -83,18 +83,17 @@ def assemble_chunks(
                 chunk = None if chunk is None else slice(chunk.start // 2, chunk.stop // 2)
             yield name, chunk, narrowed(tensor, dtype, name) if inexact(tensor) else tensor
 
-    names = [name for name in first if name not in sets.skip and name not in sets.ties]
-    yield from side_by_side(names, made, sets.workers)
+    return made
 
 
-def joined(sets: WeightSets, found: Iterable[Made]) -> Iterator[tuple[str, Tensor]]:
-    """Whole tensors from `assemble_chunks`, and the aliases, in the order of the first model."""
+def joined(sets: WeightSets, made: Make) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors from their chunks, and the aliases, in the order of the first model."""
     if sets.derived:
-        yield from settled(dict(joined(replace(sets, derived=False), found)), dict(sets.states[0])).items()
+        yield from settled(dict(joined(replace(sets, derived=False), made)), dict(sets.states[0])).items()
         return
     first = sets.shells
-    names = iter([name for name in first if name not in sets.skip])
-    again = {sets.ties[name] for name in first if name in sets.ties and name not in sets.skip}
+    names = iter(first)
+    again = {sets.ties[name] for name in first if name in sets.ties}
     done: dict[str, Tensor] = {}
 
     def ties_before(stop: str | None) -> Iterator[tuple[str, Tensor]]:
@@ -104,7 +103,7 @@ def joined(sets: WeightSets, found: Iterable[Made]) -> Iterator[tuple[str, Tenso
             yield name, done[sets.ties[name]]
 
     whole = torch.empty(0)
-    for name, chunk, tensor in found:
+    for name, chunk, tensor in made(name for name in first if name not in sets.ties):
         if chunk is not None:
             if chunk.start == 0:
                 whole = torch.empty(sets.form[name][1], dtype=tensor.dtype, device=tensor.device)

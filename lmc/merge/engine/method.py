@@ -31,7 +31,7 @@ of the first axis, `(models, filters, rest)`. With chunks, memory does not depen
 """
 
 import inspect
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, Literal, Protocol
@@ -42,7 +42,7 @@ from torch import Tensor
 from lmc.core.context import own_context
 from lmc.errors import InputError
 from lmc.merge.engine.aligning import PARAMETER, aligned
-from lmc.merge.engine.assembly import assemble_chunks, joined
+from lmc.merge.engine.assembly import assembler, joined
 from lmc.merge.engine.call import (
     GIVEN,
     MethodCall,
@@ -55,7 +55,7 @@ from lmc.merge.engine.call import (
     convex,
     proportions,
 )
-from lmc.merge.engine.chunks import Chunk, Cut, Made
+from lmc.merge.engine.chunks import Chunk, Cut, Make
 from lmc.merge.engine.tensors import WeightSets, weight_sets
 from lmc.weights import ModelOrWeights, StateDict
 
@@ -149,10 +149,10 @@ class Method:
 
     def stream(self, sets: WeightSets, **options: Any) -> Iterator[tuple[str, Tensor]]:
         """The merged weights, `(name, tensor)` one at a time in the order of the first model."""
-        return joined(sets, self.chunks(sets, **options))
+        return joined(sets, self.maker(sets, **options))
 
-    def chunks(self, sets: WeightSets, **options: Any) -> Generator[Made, None, None]:
-        """The same in chunks of tensors, `(name, chunk, values)`, without aliases."""
+    def maker(self, sets: WeightSets, **options: Any) -> Make:
+        """What makes the tensors of names that are no aliases, in chunks, `(name, chunk, values)`; surveys come first, here."""
         check_numbers_of(options, {name: p.default for name, p in self.signature.parameters.items()})
         cut = self.cuts(options)
         if self.kind == "task vectors":
@@ -167,14 +167,14 @@ class Method:
             def combined(name: str, chunk: Chunk) -> Tensor:
                 return sets.combine(name, *chosen(name), chunk=chunk)
 
-            return assemble_chunks(sets, combined, lambda name: convex(chosen(name)), cut)
+            return assembler(sets, combined, lambda name: convex(chosen(name)), cut)
         call = self._prepare(sets, options, lambda name, chunk: (sets.stack(name, chunk),), cut)
 
         def merged(name: str, chunk: Chunk) -> Tensor:  # an average of one model is that model, bit for bit
             lone = len(sets) == 1 and not self.alone
             return sets.combine(name, [1.0], chunk=chunk) if lone else self._rule(call, name, chunk)
 
-        return assemble_chunks(sets, merged, lambda name: self._average(call, name), cut)
+        return assembler(sets, merged, lambda name: self._average(call, name), cut)
 
     def deltas(self, sets: WeightSets, **options: Any) -> Delta:
         """For methods on task vectors: the merged task vector of a name, `scale` included, in float32 or wider."""
@@ -234,7 +234,7 @@ class Method:
 
 def _add_deltas(
     sets: WeightSets, delta: Delta, shares: Callable[[str], tuple[Sequence[float], float]], cut: Cut
-) -> Generator[Made, None, None]:
+) -> Make:
     """`base + delta` for every weight; where the delta is that of a lone model, that model's own bits."""
 
     def merged(name: str, chunk: Chunk) -> Tensor:
@@ -244,7 +244,7 @@ def _add_deltas(
             result = torch.where(move == sets.deltas(name, chunk)[0], sets.stack(name, chunk)[0], result)
         return result
 
-    return assemble_chunks(sets, merged, shares, cut)
+    return assembler(sets, merged, shares, cut)
 
 
 def linear(rule: Rule) -> MergeFunction:

@@ -14,16 +14,17 @@ their size.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lmc.core.context import warn
 from lmc.errors import InputError, WeightsError
-from lmc.merge.engine.chunks import Ahead, Chunk, Cut, chunks
+from lmc.merge.engine.chunks import Chunk, Cut, chunks
 from lmc.network.derived import constants_in, derived_names, gauged, warn_of_lagging
 from lmc.weights import ModelOrWeights, as_weights, check_compatible, fitted, tied_names
 from lmc.weights.adapter import Adapter, Changed
@@ -49,8 +50,6 @@ class WeightSets:
         widths: for each of these names the dtype that it is computed in.
         pairs: names of complex tensors, which are computed as pairs of real numbers, `(*shape, 2)`.
         cast: the dtype of floating-point tensors in the result; None: as in the first model.
-        skip: names that the result is to leave out.
-        workers: how many tensors of the result are made at a time, each by a thread.
         derived: the states are gauged: the result has tensors that are computed from others, see `lmc.network.derived`.
 
     Wherever a `chunk` is given, only that chunk of the flattened tensor is read, and `(*shape)` is its length.
@@ -65,13 +64,13 @@ class WeightSets:
     widths: Mapping[str, torch.dtype]
     pairs: frozenset[str] = frozenset()
     cast: torch.dtype | None = None
-    skip: frozenset[str] = frozenset()
     derived: bool = False
-    workers: int = 1
-    _ahead: Ahead = field(default_factory=Ahead, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.states)
+
+    def __reduce__(self) -> Any:  # without what was found of it here: identities are others in another process
+        return WeightSets, tuple(getattr(self, field.name) for field in fields(self))
 
     @cached_property
     def _adapted(self) -> frozenset[int]:
@@ -99,13 +98,8 @@ class WeightSets:
         return (*self.weights, *sorted(self.statistics))
 
     def walk(self, names: Iterable[str], cut: Cut) -> Iterator[tuple[str, Chunk]]:
-        """Every name with each chunk of its tensor (None is the whole), in order.
-
-        What comes next is read from disk meanwhile, where it is small.
-        """
-        steps = ((name, chunk) for name in names for chunk in chunks(self.shells[name], cut))
-        lazy = [s for s in (*self.states, self.base) if isinstance(s, Checkpoint) and id(s) not in self._adapted]
-        return self._ahead.walk(steps, self.shells, lazy, self._load)
+        """Every name with each chunk of its tensor (None is the whole), in order."""
+        return ((name, chunk) for name in names for chunk in chunks(self.shells[name], cut))
 
     def stack(self, name: str, chunk: Chunk = None) -> Tensor:
         """`(models, *shape)`: the tensor `name` of every model, in float32 or wider."""
@@ -185,10 +179,6 @@ class WeightSets:
 
     def _raw(self, state: Mapping[str, Tensor], name: str, chunk: Chunk) -> Tensor:
         """The tensor in the dtype in which it is stored; nothing may change it."""
-        found = self._ahead.take(state, name, chunk)
-        return self._load(state, name, chunk) if found is None else found
-
-    def _load(self, state: Mapping[str, Tensor], name: str, chunk: Chunk) -> Tensor:
         if name in self.pairs:
             whole = torch.view_as_real(state[name].detach().resolve_conj())
             return whole if chunk is None else flat(whole, chunk)
