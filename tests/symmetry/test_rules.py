@@ -143,6 +143,35 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], list[int]]]
     "addbmm": (lambda a, b, c: torch.addbmm(c, a, b), [(3, 4, 6), (3, 6, 5), (4, 5)], [3, 4, 5, *[6] * 3]),
     "smallest and largest": (lambda a: torch.aminmax(a, dim=1).max, [A], [4, 6]),
     "index_add": (lambda a, b: a.index_add(0, INDEX, b), [A, A], [6]),
+    "a lone number as index": (lambda a: a.index_select(1, torch.tensor(2)), [I1], [4, 5, 3]),
+    "a row found by a number": (lambda a, b: b[a.sum(1).argmax().item()], [A, (4, 3)], [6]),
+    # two results of one operator are two tensors
+    "variance and mean": (lambda a: torch.cat(torch.var_mean(a, 0)), [A], [4, 6]),
+    "least and most": (lambda a: torch.cat(torch.aminmax(a, dim=1)), [A], [4, 6]),
+    "fraction and exponent": (lambda a: torch.cat([x.double() for x in torch.frexp(a)]), [A], [4, 6]),
+    "pixels and half of them": (
+        lambda a: torch.cat([a, F.avg_pool2d(a, 1, divisor_override=2)], 1), [(2, 3, 2, 4)], [2, 3, 2, 4]
+    ),
+    # pixels and channels that are told apart by one coordinate
+    "patches of a vector": (lambda a: F.unfold(a.cumsum(1).view(2, 3, 4, 4), 2), [(2, 48)], [2]),
+    # nothing at all
+    "no part": (lambda a: a + torch.cat([a[:0], a[:0]]).sum(), [A], [4, 6]),
+    "an empty part": (lambda a, b: torch.cat([a @ b, a[:0] @ b]), [A, B], [4, 6, 5]),
+    # heads that are broadcast
+    "one query head": (
+        F.scaled_dot_product_attention, [(2, 1, 4, 5), (2, 3, 6, 5), (2, 3, 6, 7)], [2, 3, 4, 5, 6, 7]
+    ),
+    "one value head": (
+        F.scaled_dot_product_attention, [(2, 3, 4, 5), (2, 3, 6, 5), (2, 1, 6, 7)], [2, 3, 4, 5, 6, 7]
+    ),
+    # choices among values that may be equal, and numbers of units that are no longer told apart
+    "argmax of whole numbers": (lambda a, b: b[(4 * a).long().argmax(1)], [A, B], [4, 5]),
+    "argmax of steps": (lambda a, b: b[torch.div(a, 0.25, rounding_mode="floor").argmax(1)], [A, B], [4, 5]),
+    "argmax of rows times a vector": (
+        lambda a, v, b: b.index_select(0, torch.matmul(a.floor(), v).argmax(0, keepdim=True)),
+        [(8, 2), (2,), (8, 3)], [2, 3],
+    ),
+    "whether not the first": (lambda a, b: b[a.argmax(1).bool().long()], [A, B], [4, 5]),
 }  # fmt: skip
 
 PIXELS = {2: 2, 8: 0}

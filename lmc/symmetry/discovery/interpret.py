@@ -15,7 +15,7 @@ from lmc.symmetry.discovery.provenance import Piece, chooses_without_ties, piece
 from lmc.symmetry.rules import core, interpret, is_deterministic
 from lmc.symmetry.rules.chosen import settle
 from lmc.symmetry.rules.indexing import run_of
-from lmc.symmetry.rules.registry import Op, Parts, is_operand, operands_in
+from lmc.symmetry.rules.registry import Op, Parts, fixed, is_operand, operands_in
 from lmc.symmetry.rules.tags import Tag, along, make, shrink
 from lmc.symmetry.rules.units import Ids, Units
 from lmc.symmetry.tracing.failures import BY_HAND, first_line
@@ -27,8 +27,8 @@ FILLS = ("aten.zeros", "aten.ones", "aten.full", "aten.scalar_tensor", "aten.emp
 
 @dataclass(frozen=True)
 class Facts:
-    """The facts after interpreting a graph: the ledger, the tag of every parameter and persistent buffer, the units
-    of each of their axes, and for each node by its number what to call it in explanations."""
+    """The facts after interpreting a graph: the ledger, the tag of every parameter and persistent buffer, and the units
+    of each of their axes."""
 
     units: Units
     tags: dict[str, Tag]
@@ -225,16 +225,27 @@ def call(units: Units, node: Node, known: dict[Node, Any], differ: bool) -> Any:
         return args[0][args[1]] if isinstance(args[0], (tuple, Parts)) else args[0]
     values = [v for v in pytree.tree_leaves(node.meta.get("val")) if isinstance(v, Tensor)]
     shapes = tuple(tuple(int(n) for n in v.shape) for v in values)
-    if not shapes:
-        return Tag(())
     inputs = operands_in((args, kwargs))
+    if not shapes:
+        for tag in inputs if torch.Tag.data_dependent_output in getattr(node.target, "tags", ()) else ():
+            core.freeze(units, settle(units, tag), "value that is read as a number")
+        return Tag(())
     if (
         all(isinstance(t, Tag) and t.constant for t in inputs)
         and is_deterministic(node.target)
         and not takes_shape_only(node)
     ):
         return evaluated(units, node, args, kwargs, shapes)
-    return interpret(Op(units, node.target, shapes, differ, masks_in(node)), args, kwargs)
+    result = interpret(Op(units, node.target, shapes, differ, masks_in(node)), args, kwargs)
+    if isinstance(result, Tag) and result.points is not None and not told_apart(result.points.size, values[0].dtype):
+        return fixed(units, result)
+    return result
+
+
+def told_apart(count: int, dtype: torch.dtype) -> bool:
+    """Whether numbers 0 ... count - 1 are still themselves in a dtype, as they are not where they become true or false."""
+    numbers = torch.arange(count)
+    return bool((numbers.to(dtype).to(numbers.dtype) == numbers).all())
 
 
 def masks_in(node: Node) -> frozenset[int]:

@@ -65,26 +65,21 @@ def differ(graph: Graph, node: Any, dim: int) -> bool:
     leaf = graph.leaves.get(node.name)
     if leaf is not None:
         return leaf.kind in ("parameter", "buffer")
-    if name in INJECTIVE:
-        return differ(graph, args[0], dim)
+    if name in INJECTIVE:  # but for casts to integers, which round
+        return not is_whole(node.meta["val"]) and differ(graph, args[0], dim)
     if name in MOVES or name in SUMS:
         before = dim_before(node, dim)
         return before is not None and differ(graph, args[0], before)
     if name in ("add", "sub", "mul", "div"):
-        scalar = not isinstance(args[1], Node)
-        return (
-            any(differ_in_broadcast(graph, a, node, dim) for a in args[:2])
-            if name in ("add", "sub") or scalar
-            else False
-        )
+        scaled = not isinstance(args[1], Node) and args[1] != 0 and node.kwargs.get("rounding_mode") is None
+        return (name in ("add", "sub") or scaled) and any(differ_in_broadcast(graph, a, node, dim) for a in args[:2])
     if name in ("linear", "mm", "matmul", "bmm", "addmm"):
         a, b = args[1:3] if name == "addmm" else args[:2]
         if name == "linear":
             return dim == last and differ(graph, b, 0)
-        sides = ((b, last, -1), (a, last - 1, -2))
-        return any(
-            isinstance(p, Node) and dim == at and differ(graph, p, p.meta["val"].dim() + of) for p, at, of in sides
-        )
+        dims = [p.meta["val"].dim() for p in (a, b)]  # a vector is summed along its only axis
+        sides = ((b, last, dims[1] - 1, dims[1]), (a, last - (dims[1] > 1), dims[0] - 2, dims[0]))
+        return any(ndim > 1 and dim == at and differ(graph, p, own) for p, at, own, ndim in sides)
     if name in ("_cdist_forward", "_euclidean_dist") and 0.0 not in args:  # p = 0 counts entries that differ
         own, at = (args[1], last) if dim == last else (args[0], last - 1)
         return isinstance(own, Node) and dim == at and differ(graph, own, own.meta["val"].dim() - 2)
@@ -94,6 +89,11 @@ def differ(graph: Graph, node: Any, dim: int) -> bool:
         plain = "." not in args[0] and dim < len(out)
         return plain and any(out[dim] in term and differ(graph, p, term.index(out[dim])) for term, p in labels)
     return False
+
+
+def is_whole(value: Tensor) -> bool:
+    """Whether a tensor holds integers or truth values."""
+    return not (value.is_floating_point() or value.is_complex())
 
 
 def differ_in_broadcast(graph: Graph, operand: Any, result: Node, dim: int) -> bool:

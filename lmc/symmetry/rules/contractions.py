@@ -187,9 +187,10 @@ def convolve(
 
 @rule(*named("im2col"))
 def columns(op: Op, x: Tag, *args: Any) -> Tag:
-    """(n, c, h, w) -> (n, c k, l): k pixels of each of l windows. Where only channels (and the batch) move, pixel and
-    window are numbered; else each coordinate goes through the operator."""
-    if any(c.shape[-2:] != (1, 1) and not op.units.is_frozen(c.ravel()) for c in x.coords):
+    """(n, c, h, w) -> (n, c k, l): k pixels of each of l windows. Where pixels are told apart by themselves, and do not
+    move, pixel and window are numbered; else each coordinate goes through the operator."""
+    plain = tuple(range(len(x.shape) - 2))
+    if any(c.shape[-2:] != (1, 1) and (c.shape[:-2] != (1,) * len(plain) or not op.units.is_frozen(c)) for c in x.coords):
         inside = Tag(x.shape, (*x.coords, np.broadcast_to(op.units.frozen("inside the image", 1), x.shape)))
         return run(op, inside, *args)
     channels = [c for c in x.coords if c.shape[-2:] == (1, 1)]
@@ -217,7 +218,8 @@ def sample(op: Op, x: Tag, grid: Tag, *_: Any) -> Tag:
 
 @rule(*named("scaled_dot_product_attention _scaled_dot_product_attention_math"))
 def attention(op: Op, q: Tag, k: Tag, v: Tag, mask: Tag | None = None, *args: Any, **kwargs: Any) -> Any:
-    """q (..., h, m, d), k (..., h, n, d), v (..., h, n, e) -> (..., h, m, e). Grouped queries repeat each key head."""
+    """q (..., h, m, d), k (..., h, n, d), v (..., h, n, e) -> (..., h, m, e), and the weights (..., h, m, n) where they are
+    asked for. Grouped queries repeat each key head."""
     units = op.units
     if (args and args[0]) or kwargs.get("dropout_p"):  # a random mask
         return unknown(op, [t for t in (q, k, v, mask) if t is not None])
@@ -226,7 +228,7 @@ def attention(op: Op, q: Tag, k: Tag, v: Tag, mask: Tag | None = None, *args: An
             reshape(t, (1,) * (max(map(len, (q.shape, k.shape, v.shape))) - len(t.shape)) + t.shape) for t in (q, k, v)
         )
     causal = (len(args) > 1 and args[1]) or kwargs.get("is_causal", False)
-    if q.shape[-3:-2] != k.shape[-3:-2]:
+    if len(q.shape) > 2:
         k, v = (repeat_heads(t, q.shape[-3]) for t in (k, v))
     lead = BATCH[: len(q.shape) - 2]
     scores = core.contract(units, [(q, [*lead, "m", "d"]), (k, [*lead, "n", "d"])], [*lead, "m", "n"])
@@ -234,13 +236,14 @@ def attention(op: Op, q: Tag, k: Tag, v: Tag, mask: Tag | None = None, *args: An
     if causal:
         operands.append(core.still(units, scores.shape[-2:], "causal mask"))
     weights = normalise(op, core.pointwise(units, scores.shape, operands), (len(scores.shape) - 1,))
-    return core.contract(units, [(weights, [*lead, "m", "n"]), (v, [*lead, "n", "e"])], [*lead, "m", "e"])
+    result = core.contract(units, [(weights, [*lead, "m", "n"]), (v, [*lead, "n", "e"])], [*lead, "m", "e"])
+    return result if len(op.shapes) == 1 else (result, weights)
 
 
 def repeat_heads(x: Tag, heads: int) -> Tag:
-    """Each key head serves `heads / key heads` consecutive query heads."""
+    """Each key head serves `heads / key heads` consecutive query heads; one head serves all of the others."""
     *lead, h, n, d = x.shape
-    if h == 1:
-        return Tag((*lead, heads, n, d), x.coords)
+    if h in (1, heads) or heads == 1:
+        return x
     wide = Tag((*lead, h, heads // h, n, d), tuple(c.reshape((*c.shape[:-2], 1, *c.shape[-2:])) for c in x.coords))
     return reshape(wide, (*lead, heads, n, d))

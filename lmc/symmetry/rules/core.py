@@ -81,7 +81,7 @@ def contract(units: Units, operands: Sequence[tuple[Tag, Sequence[str]]], out: S
     sizes: dict[str, int] = {}
     for tag, labels in operands:
         for label, n in zip(labels, tag.shape, strict=True):
-            sizes[label] = max(n, sizes.get(label, 1))
+            sizes[label] = n if n != 1 else sizes.get(label, 1)  # 0 is a size, too
     order = [*out, *(label for label in sizes if label not in out)]
     shape = tuple(sizes[label] for label in order)
     joined = make(units, shape, [c for tag, labels in operands for c in lift(tag, labels, order)])

@@ -5,6 +5,7 @@ themselves name units (`Tag.points`).
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -28,6 +29,8 @@ def embedding(op: Op, weight: Tag, index: Tag, *_: Any, **__: Any) -> Operand:
 @rule(*named("index_select"), choices=True, axes=True)
 def index_select(op: Op, x: Tag, dim: int, index: Tag) -> Operand:
     x = fixed(op.units, x)
+    if not index.shape:  # a single number keeps the dim, with size 1
+        index = replace(index, shape=(1,), value=None if index.value is None else index.value.reshape(1))
     return take(op, x, dim % len(x.shape), index)
 
 

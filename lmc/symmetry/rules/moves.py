@@ -15,7 +15,7 @@ import torch
 
 from lmc.symmetry.rules import core
 from lmc.symmetry.rules.chosen import Chosen, Operand, pointwise, settle
-from lmc.symmetry.rules.registry import Op, Parts, fixed, named, rule, unknown
+from lmc.symmetry.rules.registry import Op, Parts, fixed, named, rule, tags_in, unknown
 from lmc.symmetry.rules.tags import Shape, Tag, along, make, shrink, spread
 from lmc.symmetry.rules.units import Ids, Units
 
@@ -152,15 +152,16 @@ def narrow(op: Op, x: Tag, dim: int, start: int | Tag, length: int) -> Any:
     """A stretch given by start and length; the start may be a tensor, known or not."""
     first = start.value if isinstance(start, Tag) else start
     if first is None:
-        return unknown(op, [x])
+        return unknown(op, tags_in((x, start)))
     d = dim % len(x.shape)
     return window(op.units, x, op.shape, d, int(first) + (x.shape[d] if int(first) < 0 else 0))
 
 
 @rule(*named("select select_copy"), choices=True, experts=True)
 @also_for_experts(0)
-def select(op: Op, x: Tag, dim: int, index: int) -> Tag:
-    return select_at(op.units, x, dim, index)
+def select(op: Op, x: Tag, dim: int, index: int | Tag) -> Any:
+    """One index along a dim; it may have been read off a tensor, whose value is not known."""
+    return unknown(op, tags_in((x, index))) if isinstance(index, Tag) else select_at(op.units, x, dim, index)
 
 
 def select_at(units: Units, x: Tag, dim: int, index: int) -> Tag:
@@ -267,6 +268,8 @@ def as_strided(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Tag:
 @rule(*named("cat concat concatenate"))
 def cat(op: Op, tensors: Sequence[Tag], dim: int = 0) -> Tag:
     parts = [t for t in tensors if prod(t.shape)]
+    if not parts:
+        return Tag(op.shape)
     return concatenate(op.units, parts, dim % len(op.shape), op.shape)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lmc.symmetry.rules import core
-from lmc.symmetry.rules.moves import reshape
+from lmc.symmetry.rules.moves import picked, reshape
 from lmc.symmetry.rules.registry import Op, all_pointwise, named, rule, unknown
 from lmc.symmetry.rules.tags import Tag
 
@@ -43,8 +43,6 @@ def constant_like(op: Op, *_: Any, **__: Any) -> Tag:
 @rule(*named("glu"))
 def glu(op: Op, x: Tag, dim: int = -1) -> Tag:
     """The first half times the sigmoid of the second half."""
-    from lmc.symmetry.rules.moves import picked
-
     d = dim % len(x.shape)
     half = x.shape[d] // 2
     halves = [
@@ -136,8 +134,8 @@ def pool(op: Op, x: Tag, *args: Any, **_: Any) -> Any:
     if len(op.shapes) == 1:  # the position of a maximum is counted over all dims
         plain = windows_of_one(op, x, args, spatial)
         dims = tuple(d for d, alone in zip(dims, plain, strict=True) if not alone)
-    if not dims:
-        return x
+    if not dims:  # of another size where a divisor is given: not the same tensor
+        return core.pointwise(op.units, op.shape, [x])
     result = core.ordered(op.units, x, dims, "pixel position", op.shape)
     return result if len(op.shapes) == 1 else (result,) * len(op.shapes)
 

@@ -105,7 +105,15 @@ def interpret(op: Op, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Result:
         args, kwargs = pytree.tree_map(partial(settled, op.units), (args, kwargs), is_leaf=is_operand)
     if found in AXES and is_operand(args[0]) and not args[0].shape:
         return unknown(op, tags_in((args, kwargs)))
-    return found(op, *args, **kwargs) if found is not None else unknown(op, tags_in((args, kwargs)))
+    return apart(found(op, *args, **kwargs)) if found is not None else unknown(op, tags_in((args, kwargs)))
+
+
+def apart(result: Result) -> Result:
+    """Results with the same knowledge are different tensors still, and so different objects: parts of a concatenation that
+    are one object are taken for one tensor."""
+    if not isinstance(result, tuple):
+        return result
+    return tuple(replace(x) if any(x is y for y in result[:k]) else x for k, x in enumerate(result))
 
 
 def rule_of(target: Any) -> Rule | None:
@@ -122,9 +130,10 @@ def settled(units: Units, value: Any) -> Any:
     return settle(units, value) if isinstance(value, Chosen) else value
 
 
-def all_pointwise(op: Op, *args: Any, **kwargs: Any) -> Operand:
+def all_pointwise(op: Op, *args: Any, **kwargs: Any) -> Result:
     """The rule of operators that torch marks as pointwise."""
-    return pointwise(op.units, op.shape, operands_in((args, kwargs)))
+    result = pointwise(op.units, op.shape, operands_in((args, kwargs)))
+    return result if len(op.shapes) == 1 else (result,) * len(op.shapes)
 
 
 EXPERTS.add(all_pointwise)
