@@ -189,8 +189,8 @@ def convolve(
 def columns(op: Op, x: Tag, *args: Any) -> Tag:
     """(n, c, h, w) -> (n, c k, l): k pixels of each of l windows. Where pixels are told apart by themselves, and do not
     move, pixel and window are numbered; else each coordinate goes through the operator."""
-    plain = tuple(range(len(x.shape) - 2))
-    if any(c.shape[-2:] != (1, 1) and (c.shape[:-2] != (1,) * len(plain) or not op.units.is_frozen(c)) for c in x.coords):
+    mixed = [c for c in x.coords if c.shape[-2:] != (1, 1) and (max(c.shape[:-2]) > 1 or not op.units.is_frozen(c))]
+    if mixed:
         inside = Tag(x.shape, (*x.coords, np.broadcast_to(op.units.frozen("inside the image", 1), x.shape)))
         return run(op, inside, *args)
     channels = [c for c in x.coords if c.shape[-2:] == (1, 1)]
