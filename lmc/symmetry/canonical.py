@@ -54,7 +54,7 @@ def canonical(
     Raises:
         InputError: a spec without continuous symmetries, and no inputs to find them.
         SpecError: the spec does not fit the weights, or the function would change.
-        WeightsError: weights that are not finite.
+        WeightsError: weights that are not finite, or a value that leaves the range of its dtype.
 
     Example:
         >>> import lmc, torch

@@ -19,6 +19,7 @@ from lmc.symmetry.proof.probe import Probe
 from lmc.symmetry.spec import Permutation, PermutationSpec
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights
+from lmc.weights.state import narrowed
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -105,6 +106,7 @@ class Element(Result):
 
         Raises:
             SpecError: the spec does not fit the weights.
+            WeightsError: a value leaves the range of its dtype; the tensor is named.
         """
         weights = as_weights(model)
         self.spec.check(weights)
@@ -114,7 +116,8 @@ class Element(Result):
         wide = {name: weights[name].to(wide_dtype(weights[name].dtype)) for name in self._touched}
         wide |= {alias: wide[first] for alias, first in self.spec.aliases.items() if first in wide and alias in weights}
         mixed = moved(self.spec, wide, [move for name in self.factors for move in self._moves(name)])
-        return act(self.spec, self.indices, {n: mixed[n].to(t.dtype) if n in mixed else t for n, t in weights.items()})
+        back = {n: narrowed(mixed[n], t.dtype, n) if n in mixed else t for n, t in weights.items()}
+        return act(self.spec, self.indices, back)
 
     @property
     def _touched(self) -> set[str]:

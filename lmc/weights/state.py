@@ -163,12 +163,13 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     Raises:
         WeightsError: a finite value leaves the range of `dtype`, such as 65504 of float16; the tensor is named.
     """
-    if dtype.itemsize < tensor.dtype.itemsize and dtype.is_floating_point and tensor.numel():
+    if inexact(tensor) and tensor.numel() and torch.finfo(dtype).max < torch.finfo(tensor.dtype).max:
         if dtype.itemsize == 2:  # a finite sum has finite terms
             found = tensor.to(dtype)
             if bool(torch.isfinite(found.sum(dtype=torch.float32))):
                 return found
         values, most = tensor.to(wide(tensor.dtype)), torch.finfo(dtype).max
+        values = torch.view_as_real(values) if values.is_complex() else values
         low, high = values.aminmax()  # one pass; NaN where there is one
         # Asked of the values, not of the result: casts to float8 may stop at its largest number.
         within = bool((low >= -most) & (high <= most))

@@ -5,6 +5,7 @@ from torch import nn
 
 import lmc
 from lmc import weights as W
+from lmc.weights.state import narrowed
 
 
 def pair():
@@ -39,6 +40,20 @@ def test_mean_accumulates_beyond_half_precision():
     many = [{"w": torch.tensor([1.0 + i / 512], dtype=torch.float16)} for i in range(256)]
     exact = sum(float(m["w"]) for m in many) / 256
     assert float(W.mean(many)["w"]) == torch.tensor(exact, dtype=torch.float16).item()
+
+
+NARROW = [
+    (torch.tensor([1e5], dtype=torch.bfloat16), torch.float16),
+    (torch.tensor([5e4]).to(torch.float8_e5m2), torch.float8_e4m3fn),
+    (torch.tensor([1e300j], dtype=torch.complex128), torch.complex64),
+]
+
+
+@pytest.mark.parametrize("tensor,dtype", NARROW)
+def test_a_dtype_of_the_same_size_may_have_a_smaller_range(tensor, dtype):
+    with pytest.raises(lmc.WeightsError, match="w: .* leaves the range of"):
+        narrowed(tensor, dtype, "w")
+    assert not narrowed(torch.zeros_like(tensor), dtype, "w").to(torch.complex64).any()
 
 
 def test_distance_of_checkpoints_is_that_of_what_they_hold(tmp_path, monkeypatch):

@@ -79,6 +79,13 @@ def test_what_it_does_keeps_dtypes_and_is_read_back(world, tmp_path):
     assert "mixed" in repr(element) and set(element.to_frame()["done"]) <= {"", "scaled", "mixed"}
 
 
+def test_a_value_that_leaves_the_range_of_its_dtype_is_named(world):
+    model, _, spec = world
+    half = {n: t.half() if t.is_floating_point() else t for n, t in model.state_dict().items()}
+    with pytest.raises(lmc.WeightsError, match=r"a\.weight: .* range of float16"):
+        lmc.Element(spec, spec.identity().indices, {"a": {"a.weight": torch.full((5,), 1e7)}}).apply(half)
+
+
 def test_factors_must_fit(world):
     _, _, spec = world
     identity = spec.identity().indices
