@@ -95,6 +95,7 @@ class Recalibrator:
         weights = weights if self.mixed is None else settled(weights, self.mixed)
         if self.norms:
             self.network.load(weights)
+            self.network.forget_calls(self.batches[0])  # may load them anew, in evaluation mode: before modes are set
             self._estimate()
             statistics = self.network.buffers()
         found = {name: statistics.get(name, tensor).clone().to(tensor.device) for name, tensor in weights.items()}

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lmc.errors import DataError, InputError, MismatchError
@@ -75,6 +75,32 @@ def test_old_statistics_leave_no_trace():
     again = recalibrate_batchnorm(model, spoiled, inputs)
     for name, tensor in clean.items():
         assert torch.equal(again[name], tensor), name
+
+
+class CalledBefore(nn.Module):
+    """Has a `train` of its own, and keeps what it derived from its weights when it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm, self.kept = nn.Linear(6, 5), nn.BatchNorm1d(5), None
+
+    def train(self, mode: bool = True) -> "CalledBefore":
+        return super().train(mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is None:
+            self.kept = self.layer.weight.detach().sum(1)
+        return self.norm(self.layer(x) + self.kept)
+
+
+def test_a_module_that_was_called_before_is_calibrated_as_well():
+    model, inputs = CalledBefore().eval(), torch.randn(32, 6)
+    new = recalibrate_batchnorm(model, None, inputs)
+    with torch.no_grad():
+        model(inputs)
+    called = recalibrate_batchnorm(model, None, inputs)
+    assert all(torch.equal(new[name], called[name]) for name in new)
+    assert float(new["norm.running_mean"].abs().max()) > 0.1
 
 
 def test_dropout_stays_off_and_the_estimate_repeats():
