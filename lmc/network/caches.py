@@ -403,8 +403,18 @@ def _tensors_of(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, np.ndarray) and value.dtype.kind in "fc":
-        return [torch.from_numpy(value)]
+        return [_of_array(value)]
     return [x for leaf in pytree.tree_leaves(value) for x in _tensors_of(leaf)] if isinstance(value, tuple) else []
+
+
+def _of_array(array: np.ndarray) -> Tensor:
+    """A tensor in the memory of an array; a copy where torch has no such tensor (read-only, reversed, of other bytes)."""
+    try:
+        if array.flags.writeable:
+            return torch.from_numpy(array)
+    except (TypeError, ValueError):
+        pass
+    return torch.from_numpy(array.astype(np.complex128 if array.dtype.kind == "c" else np.float64))
 
 
 def _same(container: Container, old: Container) -> bool:

@@ -10,6 +10,7 @@ import functools
 import inspect
 import threading
 import types
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -102,10 +103,16 @@ class Stores:
                 self._follow(value, kind)
 
 
-@functools.lru_cache(maxsize=1024)
+_KNOWN: weakref.WeakKeyDictionary[type[nn.Module], Stores] = (
+    weakref.WeakKeyDictionary()
+)  # classes of notebooks come and go
+
+
 def stores(kind: type[nn.Module]) -> Stores:
     """What the forward pass of a class of modules may write."""
-    return Stores(kind)
+    if (known := _KNOWN.get(kind)) is None:
+        known = _KNOWN[kind] = Stores(kind)
+    return known
 
 
 def written_by(functions: Iterable[Any], kind: type[nn.Module]) -> list[Shared]:

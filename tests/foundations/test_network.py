@@ -6,6 +6,7 @@ import threading
 import warnings
 from collections import deque
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -757,6 +758,34 @@ def test_shared_constants_are_no_caches(data):
     path = lmc.loss_path(ConstantsInAFile(0), *states, (x, y), alphas=3, progress=False)
     own = [F.cross_entropy(own_outputs(ConstantsInAFile, state, x), y).item() for state in states]
     assert abs(path.values["data"]["loss"][[0, -1]] - own).max() < 1e-6
+
+
+READ_ONLY = np.linspace(0.5, 1.5, 6)
+READ_ONLY.flags.writeable = False
+ARRAYS = {
+    "reversed": np.linspace(1.5, 0.5, 6)[::-1],
+    "read-only": READ_ONLY,
+    "other bytes": np.linspace(0.5, 1.5, 6).astype(">f8"),
+    "long": np.linspace(0.5, 1.5, 6).astype(np.longdouble),
+}
+
+
+@pytest.mark.parametrize("array", ARRAYS.values(), ids=ARRAYS)
+def test_arrays_that_are_no_tensors_of_torch_may_be_kept(array, data):
+    class Scaled(Base):
+        def __init__(self, seed):
+            super().__init__(seed)
+            self.factors = array
+
+        def scale(self):
+            return torch.from_numpy(self.factors.astype(np.float64)).float() * super().scale()
+
+    state = Scaled(1).state_dict()
+    network = Network(Scaled(0), CPU)
+    network.load(state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.allclose(network(data[0]), own_outputs(Scaled, state, data[0]))
 
 
 def test_parameters_are_replaced_with_one_warning(data):
