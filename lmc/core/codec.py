@@ -86,12 +86,14 @@ def encode(value: Any, hint: Any, tensors: Tensors) -> Any:
     if isinstance(value, np.generic):
         return encode(value.item(), hint, tensors)
     if isinstance(value, Tensor):
-        if value.dtype == torch.int64 and value.numel() <= MOST_LISTED:
+        if value.dtype == torch.int64 and 0 < value.numel() <= MOST_LISTED:  # an empty list would lose its shape
             return value.tolist()
         key = str(len(tensors))
         tensors[key] = value
         return {"tensor": key}
     if isinstance(value, np.ndarray):
+        if value.dtype.hasobject:  # whose bytes are addresses
+            return encode(value.tolist(), Any, tensors)
         return _array(value, _dtype(_member(hint, np.ndarray)))
     if isinstance(value, nn.Module):  # as its weights, which whoever reads it puts into the architecture
         return encode(value.state_dict(), dict[str, Tensor], tensors)

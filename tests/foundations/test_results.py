@@ -245,6 +245,15 @@ def test_types_come_back_as_they_were(tmp_path):
     assert same(made, dataclasses.replace(found, info={**found.info, "method": len}))
 
 
+def test_arrays_of_objects_become_lists_and_empty_indices_keep_their_shape(tmp_path):
+    made = everything(
+        weights={"none": torch.zeros(0, 3, dtype=torch.int64)}, info={"names": np.array(["a", None], dtype=object)}
+    )
+    made.save(tmp_path / "file")
+    found = Everything.load(tmp_path / "file")
+    assert found.info["names"] == ["a", None] and found.weights["none"].shape == (0, 3)
+
+
 @pytest.mark.parametrize("size", [9_000, 11_000])
 def test_long_arrays_and_index_vectors_come_back_exactly(size, tmp_path):
     rng = np.random.default_rng(0)
