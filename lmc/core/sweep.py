@@ -180,12 +180,17 @@ def _run(
 ) -> Iterator[tuple[Path, bytes]]:
     """The missing cells as they are finished, as the bytes of their files."""
     if executor is None and missing:
-        executor = Processes(min(len(os.sched_getaffinity(0)), len(missing)))
+        executor = Processes(min(_processors(), len(missing)))
         stack.callback(executor.shutdown)
     order = list(missing)
     tasks = [(files[file], missing[file]) for file in order]
     for i, content in spread(executor, _caller, {_name(function): function}, tasks, lost=_dead):
         yield order[i], content
+
+
+def _processors() -> int:
+    """The number of processors that this process may use; of all, where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _caller(**functions: Callable[..., Any]) -> Callable[[Any], bytes]:

@@ -16,6 +16,7 @@ import torch
 
 import lmc
 from lmc.core import workers
+from lmc.core.sweep import _processors
 from lmc.errors import DataError, InputError, WorkerError
 
 QUIET = {"progress": False}
@@ -68,6 +69,12 @@ def greedy(log: str, seed: int) -> float:
 
 def ran(log: str) -> list[int]:
     return [int(line) for line in Path(log).read_text().split()] if Path(log).exists() else []
+
+
+def test_systems_that_do_not_say_which_processors_may_be_used_count_all(monkeypatch):
+    assert 1 <= _processors() <= os.cpu_count()
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    assert _processors() == os.cpu_count()
 
 
 def test_every_combination_comes_back_in_the_order_of_the_grid(threads):
