@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, signature
 from typing import Any, TypeAlias
@@ -250,10 +251,11 @@ def chosen(result: Any, outputs: Outputs) -> Any:
     if callable(outputs):
         return outputs(result)
     if isinstance(outputs, int):
-        return tuple(result.values())[outputs] if isinstance(result, Mapping) else result[outputs]
-    if isinstance(result, Mapping) and outputs in result:
+        with suppress(IndexError, TypeError, KeyError):
+            return (tuple(result.values()) if isinstance(result, Mapping) else result)[outputs]
+    elif isinstance(result, Mapping) and outputs in result:
         return result[outputs]
-    if isinstance(outputs, str) and hasattr(result, outputs):
+    elif isinstance(outputs, str) and hasattr(result, outputs):
         return getattr(result, outputs)
     raise InputError(f"outputs={outputs!r}: the module's result ({_describe(result)}) has no such entry")
 

@@ -2,7 +2,7 @@
 
 import fnmatch
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
@@ -171,14 +171,14 @@ class PermutationSpec(Symmetries, Result):
         lost = {parent for name in dropped for parent, _ in self.groups[name].within}
         families = {group.family: self.groups[name].family for name, group in kept.items() if name not in lost}
         continuous = self.continuous and self.continuous.of(families)
-        return PermutationSpec(kept, self.shapes, self.buffers, reasons, self.aliases, continuous=continuous)
+        return replace(self, groups=kept, frozen=reasons, certificate=None, continuous=continuous)
 
     def __or__(self, edits: Mapping[str, str]) -> "PermutationSpec":
         """The spec with the patterns of some tensors replaced (wildcards as in `from_patterns`)."""
         changed = expand_wildcards(edits, self.shapes)
         frozen = {place: reason for place, reason in self.frozen.items() if place[0] not in changed}
         groups = edited(self.groups, self.shapes, changed)
-        return PermutationSpec(groups, self.shapes, self.buffers, frozen, self.aliases)
+        return replace(self, groups=groups, frozen=frozen, certificate=None, continuous=None)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PermutationSpec):

@@ -1,5 +1,6 @@
 """Certificates can fail: on weights that hide nothing, with the power of each verdict beside the error."""
 
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lmc
-from lmc.symmetry.proof.certify import MANY
+from lmc.symmetry.proof.certify import MANY, relative_error
 from lmc.symmetry.proof.probe import Probe, draw, varied
 from lmc.symmetry.tracing.outputs import kept
 
@@ -248,6 +249,11 @@ def test_the_outputs_that_are_kept_are_named_and_chosen():
     assert spec.outputs == ("logits", "pred_boxes") and "keeps logits, pred_boxes" in repr(spec)
     assert "boxes.weight" in spec.groups["body"].tables
     assert lmc.PermutationSpec.from_dict(spec.to_dict()).outputs == spec.outputs
+    less = spec.without("body*")
+    assert less.outputs == (less | {"body.bias": "."}).outputs == spec.outputs and less.certificate is None
+    for outputs in ("logit", 7, -4):
+        with pytest.raises(lmc.InputError, match=f"outputs={outputs!r}.* has no such entry"):
+            lmc.permutation_spec(model, x, outputs=outputs)
     only = lmc.permutation_spec(model, x, outputs="hidden_states")
     assert only.outputs == ("hidden_states",) and not only.groups
     assert spec.certificate is not None and spec.certificate.outputs == spec.outputs
@@ -430,6 +436,13 @@ def test_noise_that_a_module_refuses_is_not_tried():
     model = Picky(torch.tanh)
     spec = lmc.PermutationSpec.from_patterns({"a.weight": "h .", "a.bias": "h", "b.weight": ". h"}, model)
     assert spec.certify(model, torch.ones(4, 6)).max_error < 1e-12
+
+
+def test_the_sign_of_infinity_is_seen():
+    x = torch.tensor([1.0, math.inf, math.nan, -math.inf])
+    assert relative_error([x], [x.clone()]) == 0.0
+    assert relative_error([x], [torch.tensor([1.0, -math.inf, math.nan, -math.inf])]) == math.inf
+    assert relative_error([x], [torch.tensor([1.0, math.inf, math.inf, -math.inf])]) == math.inf
 
 
 FAINT = {

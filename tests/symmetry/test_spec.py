@@ -203,6 +203,23 @@ def test_wildcards_name_many_tensors_and_pass_their_text_on():
     assert spec == PermutationSpec.from_patterns(mlp(2), model)
 
 
+def test_wildcards_may_stand_in_quotes():
+    shapes = {"0.weight": torch.zeros(4, 3), "0.bias": torch.zeros(4), "2.weight": torch.zeros(2, 4)}
+    patterns = {"0.weight": "'0' .", "*.bias": "'*'", "2.weight": ". '0'"}
+    assert list(PermutationSpec.from_patterns(patterns, shapes).groups) == ["0"]
+
+
+def test_a_group_of_one_unit_holds_others_and_is_none_itself():
+    shapes = {"a": torch.zeros(6, 2), "b": torch.zeros(2, 6), "c": torch.zeros(3, 6)}
+    patterns = {"a": "(kv head d) .", "b": ". (kv head d)", "c": ". (kv head d)"}
+    spec = PermutationSpec.from_patterns(patterns, shapes, kv=2, head=1)
+    assert list(spec.groups) == ["kv", "d[0]", "d[1]"] and spec.groups["d[1]"].within == (("kv", 1),)
+    assert spec == PermutationSpec.from_patterns({n: p.replace("head ", "") for n, p in patterns.items()}, shapes, kv=2)
+    assert PermutationSpec.from_dict(spec.to_dict()) == spec
+    alone = PermutationSpec.from_patterns({"a": "(head d) .", "b": ". (head d)"}, shapes, head=1)
+    assert list(alone.groups) == ["d"] and alone.random(1).inverse().inverse() == alone.random(1)
+
+
 def test_a_pattern_can_be_edited():
     model = models.mlp(9, [8, 7], 4)
     spec = PermutationSpec.from_patterns(mlp(2), model)

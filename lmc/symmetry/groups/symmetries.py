@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -130,7 +130,13 @@ class Symmetries:
     continuous: ContinuousSymmetries | None = None
 
     def __post_init__(self) -> None:
-        groups = Groups({group.name: group for group in outermost_first(self.groups) if group.size > 1})
+        ordered = outermost_first(self.groups)
+        alone = {group.name for group in ordered if group.size == 1}  # a unit of one is everywhere, and never moves
+        groups = Groups(
+            (g.name, replace(g, within=tuple(place for place in g.within if place[0] not in alone)))
+            for g in ordered
+            if g.size > 1
+        )
         check_groups(groups, self.shapes)
         object.__setattr__(self, "groups", groups)
 

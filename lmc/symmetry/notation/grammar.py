@@ -76,7 +76,7 @@ def parse(pattern: str, tensor: str = "pattern") -> tuple[Axis, ...]:
 def _factor(tokens: list, pattern: str, tensor: str) -> tuple[Factor, list]:
     (kind, text), rest = tokens[0], tokens[1:]
     if kind == "name":
-        *path, name = (_unquoted(part) for part in re.findall(_PART, text))
+        *path, name = (unquoted(part) for part in re.findall(_PART, text))
         return Name(name, tuple(path) if path or text.startswith("/") else None), rest
     if kind == "int":
         return Fixed(int(text)), rest
@@ -101,7 +101,8 @@ def _factor(tokens: list, pattern: str, tensor: str) -> tuple[Factor, list]:
             factors.append(factor)
 
 
-def _unquoted(part: str) -> str:
+def unquoted(part: str) -> str:
+    """The name that a word of a pattern stands for."""
     return part[1:-1].replace("''", "'") if part.startswith("'") else part
 
 

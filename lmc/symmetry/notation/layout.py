@@ -24,6 +24,7 @@ from lmc.symmetry.notation.grammar import (
     parse,
     renamed,
     solve_sizes,
+    unquoted,
     word,
     write,
 )
@@ -47,10 +48,12 @@ def groups_from_axes(
         for tensor, axes in patterns.items()
     }
     groups: dict[str, Group] = {}
+    movable = {name: tuple(p for p in around if sizes[p] > 1) for name, around in inside.items()}
     for family in _outermost_first(inside):
         around = inside[family]
-        # `around` holds all ancestors; a group lives within its nearest ones, which have their own parents.
-        parents = [p for p in around if not any(p in inside[q] for q in around)]
+        # `around` holds all ancestors; a group lives within its nearest ones, which have their own parents. One of a single
+        # unit, which never moves, is no place to live in.
+        parents = [p for p in movable[family] if not any(p in movable[q] for q in movable[family])]
         for index in itertools.product(*(range(sizes[p]) for p in around)):
             place = dict(zip(around, index, strict=True))
             tables = {
@@ -58,8 +61,8 @@ def groups_from_axes(
                 for tensor, axes in units.items()
                 if (found := _tables(family, place, axes, shapes[tensor], sizes[family], tensor))
             }
-            within = tuple((_name(p, inside[p], place), place[p]) for p in parents)
-            name = _name(family, around, place)
+            within = tuple((_name(p, movable[p], place), place[p]) for p in parents)
+            name = _name(family, movable[family], place)
             groups[name] = Group(name, sizes[family], tables, family, within)
     return groups
 
@@ -357,11 +360,11 @@ def _filled(pattern: str, parts: Sequence[str], glob: str) -> str:
 
     def fill(match: re.Match[str]) -> str:
         try:
-            return word(re.sub(r"\*", lambda _: next(left), match.group()))
+            return word(re.sub(r"\*", lambda _: next(left), unquoted(match.group())))
         except StopIteration:
             raise SpecError(f"{glob!r}: the pattern {pattern!r} has more wildcards than the name") from None
 
-    return re.sub(r"[^\s()+/*]*\*[^\s()+/]*", fill, pattern)
+    return re.sub(r"'(?:[^']|'')*'|[^\s()+/*']*\*[^\s()+/']*", fill, pattern)
 
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor, nn
 
 from lmc.errors import InputError
+from lmc.network.task import chosen
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 OutputSelector: TypeAlias = None | str | int | Callable[[Any], Any]
@@ -44,24 +45,13 @@ def kept(output: Any, outputs: OutputSelector = None) -> dict[str, Tensor]:
     Raises:
         InputError: the result has no such entry, or no tensor in it.
     """
-    if outputs is None:
-        chosen = answers(output)
-    elif callable(outputs):
-        chosen = outputs(output)
-    elif isinstance(outputs, int):
-        chosen = tuple(output.values())[outputs] if isinstance(output, Mapping) else output[outputs]
-    elif isinstance(output, Mapping) and outputs in output:
-        chosen = output[outputs]
-    elif hasattr(output, outputs):
-        chosen = getattr(output, outputs)
-    else:
-        raise InputError(f"outputs={outputs!r}: the module's result ({type(output).__name__}) has no such entry")
-    found = dict(named_tensors(chosen, str(outputs) if isinstance(outputs, str | int) else ""))
+    part = answers(output) if outputs is None else chosen(output, outputs)
+    found = dict(named_tensors(part, str(outputs) if isinstance(outputs, str | int) else ""))
     if outputs is None:
         found = {name: t for name, t in found.items() if t.is_floating_point() or t.is_complex()} or found
     if not found:
         raise InputError(
-            f"the selected output ({type(chosen).__name__}) holds no tensor; pass outputs= a function of the module's "
+            f"the selected output ({type(part).__name__}) holds no tensor; pass outputs= a function of the module's "
             "result that returns the tensors meant"
         )
     return found
