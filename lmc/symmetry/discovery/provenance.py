@@ -71,15 +71,17 @@ def differ(graph: Graph, node: Any, dim: int) -> bool:
         before = dim_before(node, dim)
         return before is not None and differ(graph, args[0], before)
     if name in ("add", "sub", "mul", "div"):
-        scaled = not isinstance(args[1], Node) and args[1] != 0 and node.kwargs.get("rounding_mode") is None
+        scaled = not isinstance(args[1], Node) and bool(args[1] != 0) and node.kwargs.get("rounding_mode") is None
         return (name in ("add", "sub") or scaled) and any(differ_in_broadcast(graph, a, node, dim) for a in args[:2])
     if name in ("linear", "mm", "matmul", "bmm", "addmm"):
         a, b = args[1:3] if name == "addmm" else args[:2]
         if name == "linear":
             return dim == last and differ(graph, b, 0)
-        dims = [p.meta["val"].dim() for p in (a, b)]  # a vector is summed along its only axis
-        sides = ((b, last, dims[1] - 1, dims[1]), (a, last - (dims[1] > 1), dims[0] - 2, dims[0]))
-        return any(ndim > 1 and dim == at and differ(graph, p, own) for p, at, own, ndim in sides)
+        if not (isinstance(a, Node) and isinstance(b, Node)):
+            return False
+        m, n = a.meta["val"].dim(), b.meta["val"].dim()  # a vector is summed along its only axis
+        column = n > 1 and dim == last and differ(graph, b, n - 1)
+        return column or (m > 1 and dim == last - (n > 1) and differ(graph, a, m - 2))
     if name in ("_cdist_forward", "_euclidean_dist") and 0.0 not in args:  # p = 0 counts entries that differ
         own, at = (args[1], last) if dim == last else (args[0], last - 1)
         return isinstance(own, Node) and dim == at and differ(graph, own, own.meta["val"].dim() - 2)
