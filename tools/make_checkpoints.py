@@ -17,7 +17,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -205,7 +205,8 @@ def make(job: Job, only: int | None = None) -> None:
     folder = DATA / job.name
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    for seed, recipe, states in trained(job, model, data, only):
+    recipe, runs = trained(job, model, data, only)
+    for seed, states in runs:
         for epoch, weights in states.items():
             name = f"seed{seed}-epoch{epoch:02d}.safetensors" if job.keep else f"seed{seed}.safetensors"
             stored = {key: halved(tensor) for key, tensor in weights.items()}
@@ -231,18 +232,18 @@ def make(job: Job, only: int | None = None) -> None:
     write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
-def trained(job: Job, model: nn.Module, data: Any, only: int | None) -> Iterator[tuple[int, dict, dict[int, dict]]]:
-    """(seed, recipe, weights by epoch) of each seed."""
+def trained(job: Job, model: nn.Module, data: Any, only: int | None) -> tuple[dict, Iterable[tuple[int, dict]]]:
+    """The recipe in full; and seed by seed, weights by epoch."""
     seeds = job.seeds if only is None else (only,)
     if job.crops:
         epochs = sum(count for count, _ in job.crops)
         recipe = job.recipe | {"epochs": epochs, "crops": job.crops, "augmentation": "random crops, mirror images"}
-        for seed in seeds:
-            yield seed, recipe, {epochs: train_on_crops(*data.train, job, seed)}
-        return
+        return recipe, ((seed, {epochs: train_on_crops(*data.train, job, seed)}) for seed in seeds)
     result = lmc.training.train(model, data, seeds=seeds, keep=job.keep, **job.recipe)
-    for i, seed in enumerate(seeds):
-        yield seed, asdict(result.recipe), result.trajectory[i] if job.keep else {result.recipe.epochs: result[i]}
+    last = result.recipe.epochs
+    return asdict(result.recipe), (
+        (s, result.trajectory[i] if job.keep else {last: result[i]}) for i, s in enumerate(seeds)
+    )
 
 
 def halved(tensor: torch.Tensor) -> torch.Tensor:
