@@ -29,7 +29,7 @@ class CheckpointSet(Sequence[StateDict]):
     """Stored weight sets of one architecture, float32, on the CPU; `a, b = checkpoint(...)` unpacks a pair.
 
     `seeds[i]` and `epochs[i]` say which network `weights[i]` is, and when. `manifest` holds the rest: recipe, data,
-    versions, losses, checksums, and the command that makes the files again.
+    versions, losses, checksums, and the command that makes the files again. `folder` is where all this lies.
     """
 
     name: str
@@ -37,6 +37,7 @@ class CheckpointSet(Sequence[StateDict]):
     seeds: tuple[int, ...]
     epochs: tuple[int, ...]
     manifest: dict[str, Any]
+    folder: Path
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -93,7 +94,7 @@ def checkpoint(name: str, folder: str | Path | None = None) -> CheckpointSet:
         order = sorted(stored, key=natural)  # the file has another one each time it is written
         weights.append(StateDict({n: stored[n].float() if stored[n].is_floating_point() else stored[n] for n in order}))
     seeds, epochs = (tuple(entry[field] for entry in entries) for field in ("seed", "epoch"))
-    return CheckpointSet(name, tuple(weights), seeds, epochs, manifest)
+    return CheckpointSet(name, tuple(weights), seeds, epochs, manifest, place)
 
 
 def _find(name: str, folder: str | Path | None) -> Path:
