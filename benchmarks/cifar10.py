@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("pairs", nargs="*", default=PAIRS, metavar="PAIR", help=", ".join(PAIRS))
     parser.add_argument("--methods", nargs="*", default=list(lmc.align.METHODS), metavar="METHOD")
     parser.add_argument("--train", type=int, default=2000, help="training images")
-    parser.add_argument("--test", type=int, default=2000, help="test images")
+    parser.add_argument("--test", type=int, default=1000, help="test images")
     parser.add_argument("--alphas", type=int, default=11, help="points on each way")
     parser.add_argument("--budget", type=float, default=900.0, help="seconds for connect; 0 leaves it out")
     parser.add_argument("--store", action="store_true", help="write the paths beside the networks")

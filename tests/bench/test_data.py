@@ -468,13 +468,13 @@ def test_networks_of_real_images_are_what_they_say(name):
     except DataError:
         pytest.skip("needs CIFAR-10, in the folder that LMC_DATA names")
     pair = lmc.data.checkpoint(name)
-    inputs, targets = (part[:1000] for part in images.test)
+    inputs, targets = (part[:1000] for part in images.test)  # on which they were scored
     for weights, entry in zip(pair, pair.manifest["files"], strict=True):
         model = pair.model()
         model.load_state_dict(weights)
         with torch.no_grad():
             accuracy = float((model(inputs).argmax(1) == targets).float().mean())
-        assert abs(accuracy - entry["test"]["accuracy"]) < 0.04  # of a tenth of the images
+        assert abs(accuracy - entry["test"]["accuracy"]) < 0.003
 
 
 def test_stored_networks_stay_small():
