@@ -55,6 +55,10 @@ def array(m: Layers, x: Tensor, n: Tensor) -> Tensor:
     return m.c(m.a(x)[: int(n.numpy().max())].relu())
 
 
+def through_numpy(m: Layers, x: Tensor) -> Tensor:
+    return m.c(m.a(torch.from_numpy(x.numpy())).relu())
+
+
 def rows(m: Layers, x: Tensor) -> Tensor:
     h = m.a(x)
     return m.c(h[x[:, 0] > -100].relu())
@@ -130,6 +134,7 @@ CASES: dict[Callable[..., Tensor], tuple[tuple[Any, ...], list[int], str]] = {
     branch_on_one_unit: ((X,), [7], "a number that is read"),
     lengths: ((X, N), [8, 8], "a number that is read"),
     array: ((X, N), [8], "a number that is read"),
+    through_numpy: ((X,), [8], "a number that is read"),
     rows: ((X,), [8], "how many are true in a mask"),
     units_by_mask: ((X,), [], "how many are true in a mask"),
     masked_rows: ((X,), [8], "the size of nonzero"),

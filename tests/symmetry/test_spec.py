@@ -230,6 +230,15 @@ def test_a_pattern_can_be_edited():
     assert any("h1" in line for line in spec.differences(frozen))
 
 
+def test_exchanges_are_found_in_larger_and_in_other_tables():
+    model = models.mlp(9, [2000], 4)
+    spec = PermutationSpec.from_patterns(mlp(1), model)
+    pairs = PermutationSpec.from_patterns({n: p.replace("h1", "(1000 pair)") for n, p in mlp(1).items()}, model, pair=2)
+    halves = PermutationSpec.from_patterns({n: p.replace("h1", "(half .)") for n, p in mlp(1).items()}, model, half=2)
+    assert all(x.contains(x) for x in (spec, pairs, halves))
+    assert not halves.contains(spec) and not pairs.contains(spec) and not pairs.contains(halves)
+
+
 def test_groups_can_be_left_out():
     spec = PermutationSpec.from_patterns(ATTENTION, Attention(), head=4)
     assert set(spec.without("d").families) == {"head", "qk", "v"}

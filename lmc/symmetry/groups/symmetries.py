@@ -1,10 +1,11 @@
 """The permutation symmetries of one architecture as data: the groups, their places in its tensors, and the proof."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -239,8 +240,22 @@ class Symmetries:
         Exchanges of two neighbouring units generate the groups of `other`. One is a symmetry of this spec if the positions
         that it moves are moved together by one exchange of one of its groups.
         """
-        exchanges = {key for group in self.groups.values() for key in _exchanges(group, all_pairs=True)}
-        return all(key in exchanges for group in other.groups.values() for key in _exchanges(group, all_pairs=False))
+        owners: dict[tuple[str, tuple[int, ...], int], list[tuple[Group, int]]] = {}
+        for group in self.groups.values():
+            for tensor, tables in group.tables.items():
+                for table in tables:
+                    for unit, row in enumerate(table.rows.tolist()):
+                        for position in row:
+                            owners.setdefault((tensor, table.dims, position), []).append((group, unit))
+
+        def holds(group: Group, i: int) -> bool:
+            (tensor, (table, *_)), *_ = group.tables.items()
+            ends = (owners.get((tensor, table.dims, int(table.rows[unit, 0])), ()) for unit in (i, i + 1))
+            wanted = _exchange(group, i, i + 1)
+            pairs = itertools.product(*ends)
+            return any(_exchange(own, a, b) == wanted for (own, a), (also, b) in pairs if own is also and a != b)
+
+        return all(holds(group, i) for group in other.groups.values() if group.tables for i in range(group.size - 1))
 
 
 def _signatures(spec: Symmetries) -> dict[frozenset, str]:
@@ -257,14 +272,11 @@ def _unit_places(group: Group) -> list[frozenset]:
     return [frozenset(place) for place in places]
 
 
-def _exchanges(group: Group, all_pairs: bool):
-    for i in range(group.size):
-        for j in range(i + 1, group.size if all_pairs else min(i + 2, group.size)):
-            yield frozenset(
-                (tensor, table.dims, _swapped(table, i, j))
-                for tensor, tables in group.tables.items()
-                for table in tables
-            )
+def _exchange(group: Group, i: int, j: int) -> frozenset[Any]:
+    """What is moved where two units change places."""
+    return frozenset(
+        (tensor, table.dims, _swapped(table, i, j)) for tensor, tables in group.tables.items() for table in tables
+    )
 
 
 def _swapped(table: Table, i: int, j: int) -> frozenset[tuple[int, int]]:

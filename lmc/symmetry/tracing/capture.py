@@ -183,7 +183,7 @@ class Lists(TorchFunctionMode):
         if func not in (Tensor.tolist, Tensor.numpy):
             return func(*args, **(kwargs or {}))
         values = np.array([number.item() for number in args[0].reshape(-1).unbind()]).reshape(args[0].shape)
-        return values.tolist() if func is Tensor.tolist else values
+        return values.tolist() if func is Tensor.tolist else values.astype(str(args[0].dtype).removeprefix("torch."))
 
 
 @contextmanager
