@@ -227,7 +227,7 @@ class Task:
         """By how much the mean loss of a batch counts among others: its targets that count, or its examples."""
         return self.counted(targets) if _are_classes(targets) else len(targets)
 
-    def check(self, network: Any, split: Split, outputs: Any, targets: Tensor) -> None:
+    def check(self, split: Split, outputs: Any, targets: Tensor) -> None:
         """Raise `DataError` for targets of a split that are no classes of the outputs, where the task is to classify.
 
         Args:

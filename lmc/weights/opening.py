@@ -62,7 +62,7 @@ def open_checkpoint(
     Raises:
         DataError: a file that is missing, cut short, malformed, or holds more than tensors; an index that does not fit
             its shards. The file is named.
-        InputError: a `prefix` that no name has.
+        InputError: a `prefix` that no name has; a `key` for a safetensors file, which has no entries.
 
     Example:
         >>> import lmc, tempfile
@@ -99,6 +99,10 @@ def _open_file(file: Path, key: str | None) -> Checkpoint:
     if start[:4] == b"GGUF":
         raise DataError(f"{file}: GGUF holds quantised codes under other names; merge the model it was made from")
     if file.suffix == ".safetensors" or start[8:] == b"{":
+        if key is not None:
+            raise InputError(
+                f"{file}: key={key!r}: a safetensors file holds tensors alone, and no entries of that name"
+            )
         return Checkpoint(file, *_read_header(file))
     if file.suffix in PICKLES or start[:2] in (b"PK", b"\x80\x02"):
         return read_pickle(file, key)

@@ -45,6 +45,9 @@ def test_several_entries_are_asked_about(tmp_path: Path):
     assert same(lmc.open_checkpoint(tmp_path / "a.pth.tar", key="state_dict_ema"), state(1))
     with pytest.raises(DataError, match="no entry 'ema'; it has 'state_dict', 'state_dict_ema'"):
         lmc.open_checkpoint(tmp_path / "a.pth.tar", key="ema")
+    save_file(state(0), tmp_path / "a.safetensors")
+    with pytest.raises(lmc.InputError, match="key='ema': a safetensors file"):
+        lmc.open_checkpoint(tmp_path / "a.safetensors", key="ema")
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."])

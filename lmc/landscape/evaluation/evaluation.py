@@ -252,7 +252,7 @@ class Objective:
         inputs, targets = head(next(self.split.iterate(8)), 8)
         self.network.check_inputs(weights, inputs, self.split.name)
         call, targets = self._call((inputs, targets))
-        self.task.check(self.network, self.split, self.network(call), targets)
+        self.task.check(self.split, self.network(call), targets)
 
     def __call__(self, weights: Weights, batch: Batch) -> Tensor:
         """The mean loss of one batch; a tensor that is not among `weights` keeps what the network has."""

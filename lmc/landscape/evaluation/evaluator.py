@@ -267,7 +267,7 @@ class Evaluator:
         Raises:
             DataError: targets that are no classes of the outputs, where nothing says what else they are.
         """
-        self.task.check(self.network, split, outputs, targets)
+        self.task.check(split, outputs, targets)
         own = bool(measures_of(self.task))
         logits = self.task.logits(outputs, targets)
         classes = logits is not None and "accuracy" not in self.task.metrics and (not own or logits.shape[-1] > 1)

@@ -200,7 +200,7 @@ def read_off(graph: Graph, progress: bool = False) -> Discovery:
         for table in tables
         for axis in table.dims
     }
-    frozen = reasons(graph, facts, solution, moved)
+    frozen = reasons(graph, facts, moved)
     second = {name: first for name, first in graph.aliases.items() if name != first}
     return Discovery(groups, shapes, graph.buffers, second, frozen, assumptions(graph))
 
@@ -313,7 +313,7 @@ def finished(draft: Draft, used: dict[str, int], copies: dict[str, list[str]]) -
     return Group(draft.name, draft.fibre.roots.size, tables, draft.family, within)
 
 
-def reasons(graph: Graph, facts: Facts, solution: Solution, moved: set[tuple[str, int]]) -> dict[tuple[str, int], str]:
+def reasons(graph: Graph, facts: Facts, moved: set[tuple[str, int]]) -> dict[tuple[str, int], str]:
     """A short reason for every axis of size > 1 of a tensor of the state dict on which nothing moves."""
     nearest = nearest_fixed(facts.units)
     live = reached(facts.units)

@@ -131,7 +131,7 @@ def join_cluster(units: Units, shape: Shape, coords: list[Ids]) -> list[Ids]:
     if not any(private):
         digits = [digits_of(coords, d, shape[d]) for d in range(len(shape))]
         if any(len(sizes) > 1 for sizes in digits):
-            return join_digits(units, shape, coords, digits)
+            return join_digits(units, coords, digits)
         return join_shared(units, shape, coords)
     summaries = [block(units, c, dims) for c, dims in zip(coords, private, strict=True) if dims]
     plain = [c for c, dims in zip(coords, private, strict=True) if not dims]
@@ -141,7 +141,7 @@ def join_cluster(units: Units, shape: Shape, coords: list[Ids]) -> list[Ids]:
     return own + [c for c in rest if not any(c is s for s in summaries)]
 
 
-def join_digits(units: Units, shape: Shape, coords: list[Ids], digits: list[list[int]]) -> list[Ids]:
+def join_digits(units: Units, coords: list[Ids], digits: list[list[int]]) -> list[Ids]:
     """Join with dims split into digits: the axes of a weight whose rows were flattened are dims of their own again."""
     fine = tuple(n for sizes in digits for n in sizes)
     split = [c.reshape([n if c.shape[d] > 1 else 1 for d, sizes in enumerate(digits) for n in sizes]) for c in coords]
