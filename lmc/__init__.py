@@ -71,7 +71,7 @@ if TYPE_CHECKING:
         WeightsError,
         WorkerError,
     )
-    from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
+    from lmc.landscape.curves.curve import Curve, bezier_curve, polygonal_chain
     from lmc.landscape.path import Path, loss_path
     from lmc.landscape.planes.plane import Plane, loss_plane, random_plane, trajectory_plane
     from lmc.landscape.simplices.simplex import loss_simplex, loss_triangle
@@ -170,9 +170,9 @@ _HOMES = {
     "WorkerError": "lmc.errors",
     "Sweep": "lmc.core.sweep",
     "sweep": "lmc.core.sweep",
-    "Curve": "lmc.landscape.curve",
-    "bezier_curve": "lmc.landscape.curve",
-    "polygonal_chain": "lmc.landscape.curve",
+    "Curve": "lmc.landscape.curves.curve",
+    "bezier_curve": "lmc.landscape.curves.curve",
+    "polygonal_chain": "lmc.landscape.curves.curve",
     "Path": "lmc.landscape.path",
     "loss_path": "lmc.landscape.path",
     "Plane": "lmc.landscape.planes.plane",

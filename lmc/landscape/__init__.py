@@ -6,6 +6,8 @@
     pairwise_barriers           between every two of many networks: PairwiseBarriers
     layerwise_barriers          with some layers moving while all others stay: LayerwiseBarriers (Adilova et al. 2024)
     bezier_curve, polygonal_chain   a trained way around a barrier: a Curve (Garipov et al. 2018)
+    low_loss_path               a way found by moving layer by layer: a LowLossPath (Tian et al. 2026)
+    geodesic_path               the way on which predictions change least: a Geodesic (Tan et al. 2023)
     loss_plane                  the plane through three networks: a Plane
     random_plane                around one network, in directions scaled like its filters (Li et al. 2018)
     trajectory_plane            along a training run, by principal components
@@ -20,7 +22,9 @@ What a picture of losses does not show:
 """
 
 from lmc.landscape.curvature import Curvature, curvature
-from lmc.landscape.curve import Curve, bezier_curve, polygonal_chain
+from lmc.landscape.curves.curve import Curve, bezier_curve, polygonal_chain
+from lmc.landscape.curves.geodesic import Geodesic, geodesic_path
+from lmc.landscape.curves.low_loss import LowLossPath, low_loss_path
 from lmc.landscape.evaluation.evaluator import Evaluator, Score, evaluate
 from lmc.landscape.layerwise import LayerwiseBarriers, layerwise_barriers
 from lmc.landscape.multiplicity import Multiplicity, multiplicity
@@ -38,7 +42,9 @@ __all__ = [
     "Curvature",
     "Curve",
     "Evaluator",
+    "Geodesic",
     "LayerwiseBarriers",
+    "LowLossPath",
     "Mixture",
     "Multiplicity",
     "PairwiseBarriers",
@@ -54,6 +60,7 @@ __all__ = [
     "bezier_curve",
     "curvature",
     "evaluate",
+    "geodesic_path",
     "gradient_change",
     "layerwise_barriers",
     "linear_cka",
@@ -61,6 +68,7 @@ __all__ = [
     "loss_plane",
     "loss_simplex",
     "loss_triangle",
+    "low_loss_path",
     "multiplicity",
     "pairwise_barriers",
     "polygonal_chain",

@@ -126,7 +126,7 @@ def layerwise_barriers(
         progress=progress,
     )
     every = [name for name, tensor in evaluation.states[0].items() if inexact(tensor)]
-    parts = tensors_by_module(model, every) if layers is None else _checked(layers, evaluation.states[0])
+    parts = tensors_by_module(model, every) if layers is None else checked_layers(layers, evaluation.states[0])
     grid = points_of(alphas)
     split = evaluation.evaluator.splits[-1].name
     ends = np.array([score[split].loss for score in evaluation.evaluator(map(evaluation.ready, evaluation.states))])
@@ -151,7 +151,7 @@ def layerwise_barriers(
     )
 
 
-def _checked(layers: Mapping[str, Sequence[str]], weights: Weights) -> dict[str, list[str]]:
+def checked_layers(layers: Mapping[str, Sequence[str]], weights: Weights) -> dict[str, list[str]]:
     unknown = [name for names in layers.values() for name in names if name not in weights]
     if unknown or not layers:
         raise InputError(

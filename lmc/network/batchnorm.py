@@ -75,7 +75,7 @@ class Recalibrator:
         if batch_size < 2:
             raise InputError(f"batch_size={batch_size}; a variance needs at least 2 examples")
         self.network, self.mixed = network, mixed
-        self.norms = [] if inputs is None else _norms(network.module)
+        self.norms = [] if inputs is None else norms(network.module)
         calls = [] if inputs is None else equal_batches(inputs, batch_size)
         self.batches = [to_device(batch, network.device) for batch in calls]
         for batch in self.batches:
@@ -86,7 +86,7 @@ class Recalibrator:
     def on(self, network: Network) -> "Recalibrator":
         """The same batches for another copy of the network, for another thread."""
         twin = copy.copy(self)
-        twin.network, twin.norms = network, _norms(network.module) if self.norms else []
+        twin.network, twin.norms = network, norms(network.module) if self.norms else []
         return twin
 
     def __call__(self, weights: Weights) -> StateDict:
@@ -135,10 +135,10 @@ class Recalibrator:
 
 def has_batchnorm(model: nn.Module) -> bool:
     """Whether the model keeps running statistics that averaging its weights would spoil."""
-    return bool(_norms(model))
+    return bool(norms(model))
 
 
-def _norms(model: nn.Module) -> list[_BatchNorm | _InstanceNorm]:
+def norms(model: nn.Module) -> list[_BatchNorm | _InstanceNorm]:
     """The batch and instance normalisation layers that keep running statistics."""
     found = (module for module in model.modules() if isinstance(module, _BatchNorm | _InstanceNorm))
     return [module for module in found if module.track_running_stats and module.running_mean is not None]

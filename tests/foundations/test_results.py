@@ -55,6 +55,8 @@ MAKE: dict[str, Any] = {
     "Triangle": lambda: lmc.loss_triangle(MODEL, MODELS, DATA, resolution=3, **QUIET),
     "Simplex": lambda: lmc.loss_simplex(MODEL, [*MODELS, network(3)], DATA, resolution=2, **QUIET),
     "Curve": lambda: lmc.bezier_curve(MODEL, A, B, DATA, epochs=2, **QUIET),
+    "LowLossPath": lambda: landscape.low_loss_path(MODEL, A, B, DATA, ticks=2, rounds=(1, 3), **QUIET),
+    "Geodesic": lambda: landscape.geodesic_path(MODEL, A, B, DATA, points=3, epochs=2, **QUIET),
     "Curvature": lambda: landscape.curvature(MODEL, A, DATA, top=2, probes=2, **QUIET),
     "Similarity": lambda: landscape.similarity(MODEL, A, B, DATA),
     "LayerwiseBarriers": lambda: landscape.layerwise_barriers(MODEL, A, B, DATA, alphas=3, **QUIET),
@@ -97,7 +99,7 @@ MAKE: dict[str, Any] = {
 }
 EXPLORED = {"Connection", "Path", "Plane", "Triangle", "Simplex", "Matching", "Epochs", "Mixer"}
 NOT_DRAWN = {"Certificate", "ContinuousSymmetries", "Mixer", "RotatableGroups", "SameFunction"}
-LEFT_BEHIND = {"Curve": {"model": MODEL}, "Star": {"model": MODEL}, "Zipped": {"model": MODEL}}
+LEFT_BEHIND = {name: {"model": MODEL} for name in ("Curve", "Geodesic", "LowLossPath", "Star", "Zipped")}
 
 
 @pytest.fixture(scope="module", params=MAKE)

@@ -10,7 +10,7 @@ from support import classifier, same, splits, trained
 from torch import nn
 
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
-from lmc.landscape.curve import bezier_curve, polygonal_chain
+from lmc.landscape.curves.curve import bezier_curve, polygonal_chain
 from lmc.landscape.evaluation.evaluator import evaluate
 from lmc.landscape.path import Path, loss_path
 from lmc.weights import distance, lerp

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from lmc.errors import WeightsError
-from lmc.landscape.curve import bezier_curve
+from lmc.landscape.curves.curve import bezier_curve
 from lmc.landscape.evaluation.evaluator import evaluate
 from lmc.landscape.path import loss_path
 from lmc.landscape.planes.plane import loss_plane

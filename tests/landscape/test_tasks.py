@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from lmc.errors import DataError, InputError
 from lmc.landscape.curvature import curvature
-from lmc.landscape.curve import bezier_curve
+from lmc.landscape.curves.curve import bezier_curve
 from lmc.landscape.evaluation.evaluator import Evaluator, evaluate
 from lmc.landscape.path import loss_path
 from lmc.landscape.planes.plane import loss_plane, random_plane, trajectory_plane

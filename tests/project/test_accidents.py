@@ -131,6 +131,8 @@ CALLS: dict[str, Callable[[World], Any]] = {
     # landscape
     "curvature": lambda w: landscape.curvature(w.model, w.a, w.data, top=1, probes=2, steps=3, **w.cut, **Q),
     "evaluate": lambda w: landscape.evaluate(w.model, w.a, w.data, **w.cut),
+    "geodesic_path": lambda w: landscape.geodesic_path(w.model, w.a, w.b, w.data, points=3, epochs=2, **Q),
+    "low_loss_path": lambda w: landscape.low_loss_path(w.model, w.a, w.b, w.data, ticks=2, rounds=(1, 3), **Q),
     "linear_cka": lambda w: landscape.linear_cka(w.x, w.x[:, :3]),
     "pairwise_barriers": lambda w: landscape.pairwise_barriers(
         w.model, [w.a, w.b, w.c], w.data, alphas=3, **w.cut, **Q
@@ -262,8 +264,8 @@ NAMES = sorted([*CALLS, *LIFTED])
 
 # Weights are trained or moved by batches: another size is another result, and not here.
 BY_BATCHES = {
-    "bezier_curve", "polygonal_chain", "sinkhorn_matching", "straight_through_matching", "rotation_matching", "adamerging",
-    "ama", "learned_soup", "star_model", "train", "intrinsic_dimension",
+    "bezier_curve", "polygonal_chain", "low_loss_path", "geodesic_path", "sinkhorn_matching", "straight_through_matching", "rotation_matching",
+    "adamerging", "ama", "learned_soup", "star_model", "train", "intrinsic_dimension",
 }  # fmt: skip
 
 

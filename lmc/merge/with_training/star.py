@@ -15,7 +15,7 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.landscape.curve import Schedule, Settling, finite_loss, forked, with_parameters
+from lmc.landscape.curves.training import Schedule, Settling, finite_loss, forked, with_parameters
 from lmc.landscape.evaluation.evaluation import Objective, some_inputs
 from lmc.landscape.path import Path, Values, loss_path
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
@@ -247,7 +247,7 @@ def _train(
                     (loss + 0.5 * schedule.weight_decay * penalty).backward()
                     optimiser.step()
                     seen.append(loss.detach())
-                losses.append(finite_loss(torch.stack(seen).mean().item(), epoch, schedule))
+                losses.append(finite_loss(torch.stack(seen).mean().item(), f"epoch {epoch}", schedule.lr))
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 bar.update()
         except KeyboardInterrupt:

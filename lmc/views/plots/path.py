@@ -6,11 +6,13 @@ from plotly.subplots import make_subplots
 
 from lmc.align.connecting.result import Connection
 from lmc.core.results import view
-from lmc.landscape.curve import Curve
+from lmc.landscape.curves.curve import Curve
+from lmc.landscape.curves.geodesic import Geodesic
+from lmc.landscape.curves.low_loss import LowLossPath
 from lmc.landscape.path import Path
 from lmc.merge.with_training.star import Star, StarPaths
 from lmc.views.legend import labelled_paths, measure_title
-from lmc.views.plots.style import BLACK, BLUE, COLOURS, GREEN, ORANGE, colours, dashes, figure, styled
+from lmc.views.plots.style import BLACK, BLUE, COLOURS, GREEN, GREY, ORANGE, colours, dashes, figure, styled
 from lmc.weights.arithmetic import distance
 
 _KINDS = {
@@ -184,6 +186,44 @@ def plot_curve(curve: Curve) -> go.Figure:
     return fig.update_layout(hovermode="closest", margin={"t": 40})
 
 
+@view(LowLossPath, "plot")
+def plot_low_loss(found: LowLossPath) -> go.Figure:
+    """Draw the training loss of every point, and between them, over how far it is from b, coloured by the layer that joined
+    last; the dashed line is the loss sought."""
+    fig = figure()
+    left = np.array([1.0, *found.remaining, 0.0])
+    middle = go.Scatter(x=0.5 * (left[:-1] + left[1:]), y=found.between, mode="markers", name="between two points")
+    middle.update(marker={"color": GREY, "size": 6, "symbol": "x-thin-open"}, hovertemplate="%{y:.3f}")
+    names = list(dict.fromkeys(found.stages))
+    tints = colours(names)
+    for name in names:
+        at = np.array(found.stages) == name
+        line = go.Scatter(x=found.remaining[at], y=found.losses[at], mode="lines+markers", name=f"{name} joined")
+        fig.add_trace(line.update(line={"color": tints[name]}, marker={"size": 5}, hovertemplate="%{y:.3f}"))
+    fig.add_trace(middle)
+    fig.add_hline(y=found.threshold, line={"color": GREY, "dash": "dash"})
+    fig.update_xaxes(title_text="distance to b (share of that of a)", autorange="reversed")
+    return fig.update_yaxes(title_text="training loss", rangemode="tozero")
+
+
+@view(Geodesic, "plot")
+def plot_geodesic(found: Geodesic) -> go.Figure:
+    """Draw by how much predictions change from each network to the next, on the straight line and now, and the energy over
+    the epochs."""
+    fig = styled(make_subplots(1, 2, horizontal_spacing=0.14), height=400)
+    steps = np.arange(1, len(found.straight) + 1)
+    for name, values, line in (
+        ("straight line", found.straight, {"color": COLOURS["naive"], "dash": "dot", "width": 3}),
+        ("geodesic", found.divergences, {"color": COLOURS["curve"], "width": 3}),
+    ):
+        trace = go.Scatter(x=steps, y=np.sqrt(8.0 * values), mode="lines+markers", name=name, line=line)
+        fig.add_trace(trace.update(hovertemplate="%{y:.3g}"), row=1, col=1)
+    fig.update_xaxes(title_text="step from a to b", tickformat="d", nticks=8, col=1)
+    fig.update_yaxes(title_text="change of predictions, √(8 JSD)", rangemode="tozero", col=1)
+    _training(fig, found.losses, 2, "energy")
+    return fig.update_layout(margin={"t": 40})
+
+
 @view(Star, "plot")
 def plot_star(star: Star) -> go.Figure:
     """Draw the training loss over the epochs, the mean over random points of the lines; `paths` evaluates the lines."""
@@ -226,9 +266,9 @@ def _corners(curve: Curve) -> np.ndarray:
     return np.stack([along, up if up.sum() >= 0.0 else -up], axis=1)
 
 
-def _training(fig: go.Figure, losses: np.ndarray, column: int) -> None:
+def _training(fig: go.Figure, losses: np.ndarray, column: int, what: str = "training loss") -> None:
     epochs = list(range(1, len(losses) + 1))
     line = go.Scatter(x=epochs, y=losses, mode="lines+markers", line={"color": BLUE, "width": 3}, showlegend=False)
     fig.add_trace(line.update(hovertemplate="epoch %{x}: %{y:.4g} nats<extra></extra>"), row=1, col=column)
     fig.update_xaxes(title_text="epoch", rangemode="tozero", tickformat="d", nticks=8, col=column)
-    fig.update_yaxes(title_text="training loss (nats)", rangemode="tozero", col=column)
+    fig.update_yaxes(title_text=f"{what} (nats)", rangemode="tozero", col=column)

@@ -1,9 +1,8 @@
 """Curves of low loss between two networks (Garipov et al. 2018, arXiv:1802.10026)."""
 
-import contextlib
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -18,44 +17,20 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
+from lmc.landscape.curves.training import Schedule, Settling, finite_loss, forked, with_parameters
 from lmc.landscape.evaluation.evaluation import Evaluation, Objective
 from lmc.landscape.evaluation.measured import Values
 from lmc.landscape.path import Path, mixture_path, points_of
 from lmc.landscape.planes.plane import loss_plane
 from lmc.landscape.planes.plane_result import Plane
 from lmc.network.copies import fresh_copy
-from lmc.network.derived import following, gauged, settled
+from lmc.network.derived import gauged, settled
 from lmc.network.network import Network
 from lmc.network.task import Loss, Outputs, Task
-from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, distance, lerp, mean, tied_names
+from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing, distance, lerp, mean
 
 if TYPE_CHECKING:
     import pandas as pd
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """The schedule by which bends are trained; arguments of `bezier_curve`."""
-
-    epochs: int
-    lr: float
-    weight_decay: float
-    batch_size: int
-    seed: int
-    progress: bool
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 0), ("batch_size", 1)):
-            if not (isinstance(getattr(self, name), int) and getattr(self, name) >= least):
-                raise InputError(f"{name}={getattr(self, name)!r}; expected a whole number, at least {least}")
-        if not (math.isfinite(self.lr) and self.lr > 0.0):
-            raise InputError(f"lr={self.lr}; expected a positive number")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0.0):
-            raise InputError(f"weight_decay={self.weight_decay}; expected a number, at least 0")
-
-    def rate(self, epoch: int) -> float:
-        """The learning rate in an epoch: constant for half of them, then linearly down to 1 % at 90 %."""
-        return self.lr * float(np.interp(epoch / self.epochs, [0.5, 0.9], [1.0, 0.01]))
 
 
 @dataclass(frozen=True)
@@ -65,29 +40,6 @@ class Bends:
     bends: tuple[Weights, ...]
     losses: Values
     interrupted: bool
-
-
-class Settling:
-    """Brings derived tensors of mixtures of gauged weights in line (`lmc.network.derived`); else it changes nothing.
-
-    Args:
-        like: one of the gauged weights.
-    """
-
-    def __init__(self, like: Weights) -> None:
-        self._like = like
-        self._derived = {name: like[name] for name in following(like)}
-
-    def trained(self, module: nn.Module) -> list[str]:
-        """The names of the parameters that are trained: those that follow from others are not."""
-        return [n for n, p in module.named_parameters() if p.is_floating_point() and n not in self._derived]
-
-    def __call__(self, weights: Weights) -> Weights:
-        if not self._derived:
-            return weights
-        device = next(iter(weights.values())).device
-        rest = {name: tensor.to(device) for name, tensor in self._derived.items() if name not in weights}
-        return settled(weights | rest, self._like)
 
 
 def train_bends(
@@ -127,7 +79,7 @@ def train_bends(
                     (loss + 0.5 * schedule.weight_decay * _sum(w.square().sum() for w in weights.values())).backward()
                     optimiser.step()
                     seen.append(loss.detach())
-                losses.append(finite_loss(torch.stack(seen).mean().item(), epoch, schedule))
+                losses.append(finite_loss(torch.stack(seen).mean().item(), f"epoch {epoch}", schedule.lr))
                 bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
                 bar.update()
         except KeyboardInterrupt:
@@ -139,32 +91,8 @@ def train_bends(
     return Bends(tuple(bends), np.array(losses), interrupted)
 
 
-@contextlib.contextmanager
-def forked(device: torch.device, seed: int) -> Iterator[None]:
-    """The global random state, which dropout draws from, starts at `seed` inside and is as it was afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
-
-
 def _sum(terms: Iterable[Tensor]) -> Tensor:
     return sum(terms, start=torch.zeros(()))
-
-
-def finite_loss(loss: float, epoch: int, schedule: Schedule) -> float:
-    """The loss, or `InputError` if it is no number."""
-    if not math.isfinite(loss):
-        raise InputError(f"the loss became {loss} in epoch {epoch}; try a lower rate than lr={schedule.lr}")
-    return loss
-
-
-def with_parameters(old: Weights, new: Weights, module: nn.Module) -> Weights:
-    """`old` with its parameters replaced, aliases of tied ones included, on the device that it was on."""
-    state = {name: (new[name].detach() if name in new else old[name]).to(old[name].device) for name in old}
-    return state | {alias: state[name] for alias, name in tied_names(module).items()}
 
 
 Kind: TypeAlias = Literal["bezier", "chain"]
@@ -303,7 +231,7 @@ class Curve(Result):
 
     def __str__(self) -> str:
         kind, bends = {"bezier": "Bezier curve", "chain": "Polygonal chain"}[self.kind], len(self.controls) - 2
-        points = [self.at(t) for t in np.linspace(0.0, 1.0, 33)]
+        points = self.controls if self.kind == "chain" else [self.at(t) for t in np.linspace(0.0, 1.0, 33)]
         length = sum(distance(p, q) for p, q in zip(points[:-1], points[1:], strict=True))
         straight = distance(points[0], points[-1])
         trained = f"trained for {len(self.losses)} epochs" + (", interrupted" if self.interrupted else "")
