@@ -141,6 +141,22 @@ def copies(d: Draft) -> str:
     return d.emit(f"c{n} = {chosen}", mixed)
 
 
+def results(d: Draft) -> str:
+    """Two results of one operator side by side, and parts that hold nothing."""
+    a = d.pick(2, 3)
+    k = d.axis(a)
+    pair = d.random.choice(
+        [
+            f"torch.var_mean({a}, {k}, correction=0, keepdim=True)",
+            f"torch.aminmax({a}, dim={k}, keepdim=True)",
+            f"torch.sort({a}, {k})[:1] * 2",
+        ]
+    )
+    return one_of(
+        d, f"torch.cat({pair}, {d.axis(a)})", f"torch.stack({pair}, -1).tanh()", f"torch.cat([{a}, {a}.exp()[:0]])"
+    )
+
+
 RARE = (
     stretch,
     stretch,
@@ -154,4 +170,5 @@ RARE = (
     complex_numbers,
     copies,
     copies,
+    results,
 )
