@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor
 
 from lmc.core.context import own_context, warn
@@ -251,6 +252,8 @@ def _plain(value: Any, name: str) -> Any:
         return value
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, np.generic):
+        return _plain(value.item(), name)
     if isinstance(value, list | tuple):
         return [_plain(part, name) for part in value]
     if callable(value) and hasattr(value, "__qualname__"):

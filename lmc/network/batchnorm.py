@@ -105,13 +105,13 @@ class Recalibrator:
         """One pass over the batches, the normalisation layers averaging what they see."""
         seen = dict.fromkeys(self.norms, 0)
 
-        def weigh(module: Any, args: tuple[Any, ...]) -> None:
+        def weigh(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             # After this batch of b examples: m <- m + b / (seen + b) * (batch statistic - m).
-            count = len(args[0])
+            count = len(args[0] if args else kwargs["input"])
             seen[module] += count
             module.momentum = count / seen[module]
 
-        hooks = [norm.register_forward_pre_hook(weigh) for norm in self.norms]
+        hooks = [norm.register_forward_pre_hook(weigh, with_kwargs=True) for norm in self.norms]
         momenta = [norm.momentum for norm in self.norms]
         try:
             for norm in self.norms:

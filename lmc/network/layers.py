@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils import _pytree as pytree
 
 from lmc.network.derived import written
 from lmc.network.inputs import Call
@@ -184,6 +185,7 @@ class _Called:
     name: str
     module: Any
     arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
     output: Tensor
 
 
@@ -204,12 +206,12 @@ def _calls(network: Network, probe: Call) -> list[_Called]:
         scales = isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and weight.ndim == bias.ndim == 1
         if _is_weighted(module) or scales:
 
-            def note(module, arguments, output, name=name):
+            def note(module, arguments, keywords, output, name=name):
                 # What follows may work in place.
-                copies = tuple(x.clone() if isinstance(x, Tensor) else x for x in arguments)
-                calls.append(_Called(name, module, copies, output))
+                args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, (arguments, keywords))
+                calls.append(_Called(name, module, args, kwargs, output))
 
-            hooks.append(module.register_forward_hook(note))
+            hooks.append(module.register_forward_hook(note, with_kwargs=True))
     try:
         with torch.no_grad():
             network.result(probe)
@@ -235,7 +237,8 @@ def _scaled_axis(call: _Called) -> int | None:
     one, step = torch.ones_like(weight), torch.arange(1.0, count + 1).to(bias) / count
 
     def run(weight: Tensor, bias: Tensor) -> Tensor:
-        return torch.func.functional_call(call.module, {"weight": weight, "bias": bias}, call.arguments)
+        given = {"weight": weight, "bias": bias}
+        return torch.func.functional_call(call.module, given, call.arguments, call.keywords)
 
     plain, scaled = run(one, 0.0 * step), run(step, step.flip(0))
     for axis in range(-ndim, 0):

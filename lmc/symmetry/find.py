@@ -49,7 +49,7 @@ def permutation_spec(
         also: a second, larger input to certify on as well.
         tolerance: allowed difference of outputs, relative to their largest value.
         continuous: look for scales, signs, rotations and invertible mixings as well (`lmc.continuous_symmetries`), and keep
-            them as the spec's `continuous`.
+            them as the spec's `continuous`; not on the meta device.
         progress: show bars when it takes longer than two seconds.
 
     Returns:

@@ -90,7 +90,7 @@ class CalledBefore(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kept is None:
             self.kept = self.layer.weight.detach().sum(1)
-        return self.norm(self.layer(x) + self.kept)
+        return self.norm(input=self.layer(x) + self.kept)
 
 
 def test_a_module_that_was_called_before_is_calibrated_as_well():

@@ -186,6 +186,20 @@ def test_layers_that_are_shared_or_called_twice_are_left_out():
     assert Renormalizer(Network(model, torch.device("cpu")), [state, state], torch.randn(9, 4)).layers == ["first"]
 
 
+def test_layers_may_be_called_by_keyword():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.plain, self.norm, self.last = nn.Linear(4, 4, bias=False), nn.LayerNorm(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.last(self.norm(input=self.plain(input=x)))
+
+    model = Keywords()
+    states = [model.state_dict(), Keywords().state_dict()]
+    assert Renormalizer(Network(model, torch.device("cpu")), states, torch.randn(9, 4)).layers == ["norm"]
+
+
 def test_without_biases_the_normalisation_behind_is_repaired():
     case = CASES["resnet-ln"]()
     a, b = case.other(1), case.other(2)

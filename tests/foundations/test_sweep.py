@@ -11,6 +11,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPool
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -75,6 +76,12 @@ def test_systems_that_do_not_say_which_processors_may_be_used_count_all(monkeypa
     assert 1 <= _processors() <= os.cpu_count()
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     assert _processors() == os.cpu_count()
+
+
+def test_numbers_of_numpy_are_numbers(threads):
+    grid = {"seed": np.arange(2), "rate": [np.float32(0.5)], "flag": [np.True_]}
+    found = lmc.sweep(lambda seed, rate, flag: seed + rate * flag, grid, executor=threads, **QUIET)
+    assert [cell.parameters["seed"] for cell in found.cells] == [0, 1] and found.cells[1].values == {"value": 1.5}
 
 
 def test_every_combination_comes_back_in_the_order_of_the_grid(threads):

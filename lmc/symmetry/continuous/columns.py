@@ -191,7 +191,7 @@ class Lab:
         """How far the outputs are from a straight line between weights close together: where they are rounded."""
         generator = torch.Generator().manual_seed(self.seed)
         steps = {n: STEP * torch.randn(t.shape, generator=generator).to(t) for n, t in weights.items() if _is_number(t)}
-        ends = [self._outputs({n: t + sign * steps.get(n, 0) * t for n, t in weights.items()}) for sign in (1, -1)]
+        ends = [self._outputs(weights | {n: weights[n] * (1 + sign * s) for n, s in steps.items()}) for sign in (1, -1)]
         middle = self._outputs(weights)
         first, second, between = (flat(outputs, middle) for outputs in (*ends, middle))
         return float((first + second - 2 * between).abs().max())
