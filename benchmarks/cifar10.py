@@ -22,6 +22,14 @@ import lmc
 
 PAIRS = ("cifar10-resnet20", "cifar10-resnet20-layernorm")
 FOLDER = Path(__file__).parents[1] / "data"
+KEPT = (
+    "naive",
+    "weight matching",
+    "activation matching",
+    "activation matching, repaired",
+    "OT, activations",
+    "connect",
+)
 # With batch norm behind every layer, re-estimated statistics are repaired ones.
 REPAIRS = {"cifar10-resnet20": {"": "auto"}, "cifar10-resnet20-layernorm": {"": None, ", repaired": "repair"}}
 
@@ -33,7 +41,7 @@ def row(*cells: object) -> None:
 
 
 def stored(path: lmc.landscape.Path, name: str, title: str, store: bool) -> None:
-    if store:
+    if store and title in KEPT:
         file = FOLDER / name / "paths" / f"{title.replace(', ', '-').replace(' ', '-').lower()}.json"
         file.parent.mkdir(exist_ok=True)
         path.save(file)
