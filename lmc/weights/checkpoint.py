@@ -261,7 +261,7 @@ class Checkpoint(Mapping[str, Tensor]):
         return found
 
     def under(self, names: Mapping[str, str], *notes: str) -> "Checkpoint":
-        """The same tensors under other names, `{new: present}`; names that are not there are left out."""
+        """The same tensors under other names, `{new: present}`; tensors that are not named are left out."""
         stored: dict[str, Stored] = {}
         ties: dict[str, str] = {}
         first: dict[str, str] = {}

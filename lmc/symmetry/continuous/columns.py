@@ -19,6 +19,7 @@ from lmc.symmetry.proof.certify import relative_error
 from lmc.symmetry.proof.probe import Probe, draw, flat
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector
 from lmc.weights import Weights
+from lmc.weights.state import inexact
 
 UNITS = 10  # of a group that are looked at in each draw
 FEWEST = 4  # sums of the outputs in each draw
@@ -89,7 +90,7 @@ class Lab:
     def places(self, group: str) -> list[Occurrence]:
         if group not in self._places:
             found = occurrences(self.spec, self.spec.groups[group])
-            self._places[group] = [place for place in found if _is_number(self.weights[place.tensor])]
+            self._places[group] = [place for place in found if inexact(self.weights[place.tensor])]
         return self._places[group]
 
     @property
@@ -110,9 +111,7 @@ class Lab:
 
     def _drawn(self, number: int) -> Weights:
         return {
-            name: tensor.to(torch.complex128 if tensor.is_complex() else torch.float64)
-            if _is_number(tensor)
-            else tensor
+            name: tensor.to(torch.complex128 if tensor.is_complex() else torch.float64) if inexact(tensor) else tensor
             for name, tensor in draw(self.model, 1 + number, self.seed).items()
         }
 
@@ -190,7 +189,7 @@ class Lab:
     def _rounding(self, weights: Weights) -> float:
         """How far the outputs are from a straight line between weights close together: where they are rounded."""
         generator = torch.Generator().manual_seed(self.seed)
-        steps = {n: STEP * torch.randn(t.shape, generator=generator).to(t) for n, t in weights.items() if _is_number(t)}
+        steps = {n: STEP * torch.randn(t.shape, generator=generator).to(t) for n, t in weights.items() if inexact(t)}
         ends = [self._outputs(weights | {n: weights[n] * (1 + sign * s) for n, s in steps.items()}) for sign in (1, -1)]
         middle = self._outputs(weights)
         first, second, between = (flat(outputs, middle) for outputs in (*ends, middle))
@@ -234,7 +233,3 @@ def _unit(size: int, i: int, j: int) -> Tensor:
     matrix = torch.zeros(size, size, dtype=torch.float64)
     matrix[i, j] = 1.0
     return matrix
-
-
-def _is_number(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()

@@ -19,7 +19,8 @@ from lmc.symmetry.rules.registry import Op, Parts, fixed, is_operand, operands_i
 from lmc.symmetry.rules.tags import Tag, along, make, shrink
 from lmc.symmetry.rules.units import Ids, Units
 from lmc.symmetry.tracing.failures import BY_HAND, first_line
-from lmc.symmetry.tracing.graph import Graph, Leaf, module_path, movable, source_line
+from lmc.symmetry.tracing.graph import Graph, Leaf, module_path, source_line
+from lmc.weights.state import inexact
 
 LARGEST_CONSTANT = 1 << 24
 FILLS = ("aten.zeros", "aten.ones", "aten.full", "aten.scalar_tensor", "aten.empty")  # one number everywhere
@@ -90,7 +91,7 @@ def parameter_tags(units: Units, graph: Graph) -> tuple[dict[str, Tag], dict[tup
     axes: dict[tuple[str, int], Ids] = {}
     for name, tensor in graph.tensors.items():
         shape = tuple(tensor.shape)
-        if graph.aliases.get(name) == name and movable(tensor):
+        if graph.aliases.get(name) == name and inexact(tensor):
             coords = parameter_coords(units, shape, grouped.get(name, 0), shape in rows)
             axes.update({(name, d): c for d, c in coords.items()})
             tags[name] = make(units, shape, list(coords.values()))
@@ -205,7 +206,7 @@ def slice_classes(value: Tensor, dim: int) -> np.ndarray:
     """Number the indices along `dim` so that equal slices get equal numbers (the first index of each)."""
     rows = value.movedim(dim, 0).reshape(value.shape[dim], -1)
     first: dict[bytes, int] = {}
-    if rows.is_floating_point() or rows.is_complex():
+    if inexact(rows):
         rows = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows
         data = rows.double().numpy()
     else:
@@ -275,7 +276,7 @@ def evaluated(units: Units, node: Node, args: Any, kwargs: Any, shapes: tuple[tu
     ]
     tags = tuple(
         replace(part, constant=True, points=None, value=value)
-        if value is None or value.is_floating_point() or value.is_complex()
+        if value is None or inexact(value)
         else constant_tag(units, value, reason)
         for part, value in zip(parts, values, strict=True)
     )

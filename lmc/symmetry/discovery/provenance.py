@@ -26,6 +26,7 @@ from lmc.symmetry.rules.moves import reshape, window
 from lmc.symmetry.rules.tags import Tag
 from lmc.symmetry.rules.units import Units
 from lmc.symmetry.tracing.graph import Graph
+from lmc.weights.state import inexact
 
 INJECTIVE = set(
     "softmax _softmax log_softmax _log_softmax sigmoid tanh exp neg log clone contiguous _to_copy to detach alias "
@@ -66,7 +67,7 @@ def differ(graph: Graph, node: Any, dim: int) -> bool:
     if leaf is not None:
         return leaf.kind in ("parameter", "buffer")
     if name in INJECTIVE:  # but for casts to integers, which round
-        return not is_whole(node.meta["val"]) and differ(graph, args[0], dim)
+        return inexact(node.meta["val"]) and differ(graph, args[0], dim)
     if name in MOVES or name in SUMS:
         before = dim_before(node, dim)
         return before is not None and differ(graph, args[0], before)
@@ -91,11 +92,6 @@ def differ(graph: Graph, node: Any, dim: int) -> bool:
         plain = "." not in args[0] and dim < len(out)
         return plain and any(out[dim] in term and differ(graph, p, term.index(out[dim])) for term, p in labels)
     return False
-
-
-def is_whole(value: Tensor) -> bool:
-    """Whether a tensor holds integers or truth values."""
-    return not (value.is_floating_point() or value.is_complex())
 
 
 def differ_in_broadcast(graph: Graph, operand: Any, result: Node, dim: int) -> bool:

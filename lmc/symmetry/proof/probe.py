@@ -25,6 +25,7 @@ from lmc.network.network import Network
 from lmc.symmetry.tracing.failures import not_computed, quiet
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, kept, tensors_in
 from lmc.weights import Weights
+from lmc.weights.state import inexact
 
 BLOCK = 1_000_003  # prime, so that no two rows of a larger tensor get the same piece of the repeated block
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
@@ -48,7 +49,7 @@ def draw(module: nn.Module, number: int, seed: int) -> Weights:
     for name, tensor in module.state_dict(keep_vars=True).items():
         if id(tensor) not in drawn:
             value = tensor.detach().cpu()
-            if value.is_floating_point() or value.is_complex():
+            if inexact(value):
                 value = value.to(torch.complex64 if value.is_complex() else torch.float32)
                 if id(tensor) in kinds:
                     value = _parameter(value, *kinds[id(tensor)], number, generator)
@@ -118,13 +119,12 @@ def varied(inputs: Inputs, seed: int) -> Inputs | None:
     """Inputs that are of one value throughout, such as zeros, with noise: weights that they are multiplied by are seen. None
     where any tensor has several values already."""
     given = [tensor for tensor in tensors_in(as_call(inputs)) if tensor.numel() > 1 and not tensor.is_meta]
-    inexact = any(x.is_floating_point() or x.is_complex() for x in given)
-    if not inexact or any(bool((x != x.reshape(-1)[0]).any()) for x in given):
+    if not any(map(inexact, given)) or any(bool((x != x.reshape(-1)[0]).any()) for x in given):
         return None
     generator = torch.Generator().manual_seed(seed)
 
     def noisy(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+        if not isinstance(value, Tensor) or not inexact(value):
             return value
         return value + _noise(value, generator).to(value)
 
@@ -195,7 +195,7 @@ class Probe:
         parameters = {
             name: slot
             for name, slot in self.network.module.state_dict(keep_vars=True).items()
-            if isinstance(slot, nn.Parameter) and (slot.is_floating_point() or slot.is_complex())
+            if isinstance(slot, nn.Parameter) and inexact(slot)
         }
         try:
             for parameter in parameters.values():

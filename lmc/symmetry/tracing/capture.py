@@ -37,8 +37,9 @@ from lmc.errors import InputError, TraceError
 from lmc.network.network import anew, call_with, uncalled
 from lmc.symmetry.rules import is_deterministic, is_pointwise, rule_of
 from lmc.symmetry.tracing.failures import BY_HAND, Stopped, explained, quiet, stopping
-from lmc.symmetry.tracing.graph import PREFIX, Graph, Leaf, aliases_of, module_path, movable, source_line
+from lmc.symmetry.tracing.graph import PREFIX, Graph, Leaf, aliases_of, module_path, source_line
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, select
+from lmc.weights.state import inexact
 
 FURTHER_RUNS = 12  # at most, each with its own weights
 
@@ -131,7 +132,7 @@ def recorded(
             leaves[node.name] = Leaf(
                 "input", ".".join(str(getattr(k, "idx", getattr(k, "key", k))) for k in paths[source][0][1:])
             )
-        elif source in tensors and movable(tensors[source]):
+        elif source in tensors and inexact(tensors[source]):
             kind = "parameter" if isinstance(tensors[source], nn.Parameter) else "buffer"
             leaves[node.name] = Leaf(kind, source)
         else:
@@ -321,7 +322,7 @@ def graph_of(model: nn.Module, program: Any, names: Mapping[str, str]) -> Graph:
     for spec in signature.input_specs:
         kind, target = spec.kind.name, str(spec.target or "").removeprefix(PREFIX)
         target = names.get(target, target)
-        if kind in ("PARAMETER", "BUFFER") and target in tensors and movable(tensors[target]):
+        if kind in ("PARAMETER", "BUFFER") and target in tensors and inexact(tensors[target]):
             leaves[spec.arg.name] = Leaf("parameter" if kind == "PARAMETER" else "buffer", target)
         elif kind == "USER_INPUT":
             leaves[spec.arg.name] = Leaf("input", input_name(spec.arg.name))

@@ -49,11 +49,6 @@ class Graph:
     unreached: tuple[str, ...] = ()
 
 
-def movable(tensor: Tensor) -> bool:
-    """Weights and statistics move; counters, masks and indices do not."""
-    return tensor.is_floating_point() or tensor.is_complex()
-
-
 def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """For each name, the first name under which the same memory is known (tied weights)."""
     return {name: name for name in tensors} | tied_names(tensors)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lmc.errors import InputError
 from lmc.network.task import chosen
+from lmc.weights.state import inexact
 
 Inputs: TypeAlias = Tensor | tuple[Any, ...] | list[Any] | Mapping[str, Any]
 OutputSelector: TypeAlias = None | str | int | Callable[[Any], Any]
@@ -48,7 +49,7 @@ def kept(output: Any, outputs: OutputSelector = None) -> dict[str, Tensor]:
     part = answers(output) if outputs is None else chosen(output, outputs)
     found = dict(named_tensors(part, str(outputs) if isinstance(outputs, str | int) else ""))
     if outputs is None:
-        found = {name: t for name, t in found.items() if t.is_floating_point() or t.is_complex()} or found
+        found = {name: t for name, t in found.items() if inexact(t)} or found
     if not found:
         raise InputError(
             f"the selected output ({type(part).__name__}) holds no tensor; pass outputs= a function of the module's "
