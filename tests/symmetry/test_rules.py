@@ -171,6 +171,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]], list[int]]]
         lambda a, v, b: b.index_select(0, torch.matmul(a.floor(), v).argmax(0, keepdim=True)),
         [(8, 2), (2,), (8, 3)], [2, 3],
     ),
+    "whether the second": (lambda a: a * (a.argmax(1) == torch.tensor(True))[:, None], [(4, 2)], [4]),
     "whether not the first": (lambda a, b: b[a.argmax(1).bool().long()], [A, B], [4, 5]),
 }  # fmt: skip
 

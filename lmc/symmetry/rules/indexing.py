@@ -150,7 +150,7 @@ def equal(op: Op, a: Any, b: Any) -> Tag:
     numbers = other.value if isinstance(other, Tag) else torch.tensor(other)
     if not isinstance(choice, Tag) or choice.points is None or numbers is None or numbers.is_floating_point():
         return core.pointwise(op.units, op.shape, [fixed(op.units, t) for t in (a, b) if isinstance(t, Tag)])
-    asked = numbers.numpy()
+    asked = numbers.to(torch.int64).numpy()  # true is 1
     if asked.size and (asked.min() < 0 or asked.max() >= choice.points.size):
         return core.pointwise(op.units, op.shape, [fixed(op.units, choice)])
     units = core.widen(choice.points[asked], len(op.shape))
