@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations as p
 
 import lmc
+from lmc.merge.engine import chunks
 from lmc.network.derived import derived_in, derived_names, gauged, settled
 
 
@@ -314,11 +315,20 @@ def orthogonal(shape: tuple[int, int], mapping: str, seed: int) -> nn.Module:
 
 
 @every
-def test_merges_on_disk_name_what_they_average_tensor_by_tensor(norm, tmp_path):
-    for seed in (0, 1):
-        torch.save(network(norm, seed).state_dict(), tmp_path / f"{seed}.pt")
-    with pytest.warns(UserWarning, match="0.*: a spectral or weight normalisation"):
-        lmc.merge.write(lmc.merge.average, [tmp_path / "0.pt", tmp_path / "1.pt"], tmp_path / "out", progress=False)
+@pytest.mark.parametrize("method", ["average", "ties"])
+def test_merges_on_disk_are_those_in_memory(norm, method, tmp_path, monkeypatch):
+    monkeypatch.setattr(chunks, "VALUES", 16)  # every weight in several chunks
+    states = [rewritten(network(norm, 0)), network(norm, 1).state_dict(), network(norm, 2).state_dict()]
+    for seed, state in enumerate(states):
+        torch.save(state, tmp_path / f"{seed}.pt")
+    files = [tmp_path / f"{seed}.pt" for seed in range(3)]
+    options = {"base": files[2]} if method == "ties" else {}
+    merge = getattr(lmc.merge, method)
+    expected = merge(states[:2], **({"base": states[2]} if options else {}))
+    planned = lmc.merge.plan(merge, files[:2], tmp_path / "out", **options)
+    found = planned.write(progress=False).load()
+    assert found.keys() == expected.keys()
+    assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in found)
 
 
 @every

@@ -49,6 +49,7 @@ from lmc.merge.disk.stacking import Stack
 from lmc.merge.disk.vocabulary import by_token
 from lmc.merge.engine.call import sample_size
 from lmc.merge.engine.chunks import VALUES, Make, grain
+from lmc.merge.engine.in_use import InUse, settling
 from lmc.merge.engine.method import MergeFunction, Method
 from lmc.merge.engine.quantiles import SAMPLE
 from lmc.merge.engine.tensors import WeightSets, weight_sets
@@ -191,7 +192,8 @@ class Plan:
 
 
 def _maker(method: MergeFunction, sets: WeightSets, options: Mapping[str, Any]) -> Make:
-    return method.method.maker(sets, **options)
+    make = method.method.maker(sets, **options)
+    return settling(make, sets.states[0]) if sets.derived else make
 
 
 def _elsewhere(folder: Path, ties: Mapping[str, str], **merge: Any) -> Callable[[tuple[Shard, tuple[str, ...]]], None]:
@@ -357,7 +359,10 @@ def _memory(how: Method, sets: WeightSets, options: Mapping[str, Any]) -> int:
     waiting = QUEUE + len(sets) + 1
     each = 12 if "moments" in how.parameters else 8
     on_disk = (state for state in (*sets.states, sets.base) if isinstance(state, Checkpoint))
-    moved = sum(max((entry.held for entry in moved_entries(state).values()), default=0) for state in on_disk)
+    moved = 0
+    for state in on_disk:
+        remade = [*moved_entries(state).values(), *(e for e in state.stored.values() if isinstance(e, InUse))]
+        moved += max((entry.held for entry in remade), default=0)
     return ((each * len(sets) + 2) * at_once + waiting * min(at_once, VALUES) + survey) * widest + moved
 
 

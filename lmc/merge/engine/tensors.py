@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lmc.core.context import warn
 from lmc.errors import InputError, WeightsError
 from lmc.merge.engine.chunks import Chunk, Cut, chunks
+from lmc.merge.engine.in_use import in_use
 from lmc.network.derived import constants_in, derived_names, gauged, warn_of_lagging
 from lmc.weights import ModelOrWeights, as_weights, check_compatible, fitted, tied_names
 from lmc.weights.adapter import Adapter, Changed
@@ -331,15 +331,9 @@ def _gauged(
     known = None if on_disk else module
     derived = derived_names(outline(states[0]), known) if len(states) > 1 else frozenset[str]()
     warn_of_lagging([outline(s) for s in states], buffers, lambda name, i: equal(states[0], states[i], name), derived)
-    if derived and on_disk:
-        name = next(iter(sorted(derived)))
-        warn(
-            f"{name}: a spectral or weight normalisation or a pruned weight, whose tensors are averaged one by one on disk, "
-            "which is another network than the average of the weights in use; merge in memory: load the models, or pass "
-            "modules"
-        )
-        return states, frozenset()
-    return ([gauged(dict(state), known) for state in states] if derived else states), derived
+    if not derived:
+        return states, derived
+    return [in_use(s) if isinstance(s, Checkpoint) else gauged(dict(s), known) for s in states], derived
 
 
 def _under(module: nn.Module, state: Mapping[str, Tensor], who: str) -> Mapping[str, Tensor]:
