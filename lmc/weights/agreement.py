@@ -2,7 +2,8 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import overload
 
 import torch
@@ -33,17 +34,28 @@ OPTIONAL = re.compile(
 BUFFER = re.compile(r"(^|\.)(running_mean|running_var|num_batches_tracked)$")
 VOCABULARY = re.compile(r"(embed|wte|vocab|lm_head|tok)", re.IGNORECASE)
 HEAD = re.compile(r"(^|\.)(head|heads|classifier|score|lm_head|fc|cls|predictor|decoder)(\.|$)", re.IGNORECASE)
+# The matrix from the last layer to the tokens, which files leave out where it is that of the embedding.
+UNEMBEDDING = re.compile(
+    r"(^|\.)(lm_head|head|embed_out|unembed|output|generator|to_logits|decoder|output_projection)\.weight$",
+    re.IGNORECASE,
+)
+TWINS = 8  # matrices that one side lacks: with more these are other architectures, of which no values are compared
+EMBEDDING = re.compile(r"(embed|wte|tok|vocab|shared)", re.IGNORECASE)
 
 
 def as_weights(model: ModelOrWeights) -> StateDict:
     """The state dict of a module, or a shallow copy of a mapping, detached from autograd.
 
     Raises:
-        WeightsError: neither a module nor a mapping of names to tensors; extra state beside the tensors; lazy layers.
+        WeightsError: neither a module nor a mapping of names to tensors; extra state beside the tensors; lazy layers;
+            tensors inside `torch.vmap`.
     """
     state = model.state_dict() if isinstance(model, nn.Module) else model
     if not isinstance(state, Mapping):
-        raise WeightsError(f"expected an nn.Module or a mapping of names to tensors, got {type(model).__name__}")
+        opened = "; lmc.open_checkpoint(path) opens a file or a folder" if isinstance(model, str | Path) else ""
+        raise WeightsError(
+            f"expected an nn.Module or a mapping of names to tensors, got {type(model).__name__}{opened}"
+        )
     if isinstance(state, Checkpoint):
         state = state.load()  # aliases share their tensor
     for name, tensor in state.items():
@@ -51,6 +63,11 @@ def as_weights(model: ModelOrWeights) -> StateDict:
             raise WeightsError(
                 f"{name}: expected a tensor, got {type(tensor).__name__}; "
                 "extra state outside parameters and buffers is not supported"
+            )
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            raise WeightsError(
+                f"{name}: a tensor inside torch.vmap or another transform of torch.func, whose values cannot be looked at: call "
+                "this outside, once for each weight set"
             )
         if is_lazy(tensor):
             raise WeightsError(f"{name}: a lazy layer, which has no weights yet: call the model once on inputs first")
@@ -75,6 +92,8 @@ def agreeing(
         WeightsError: NaN, infinity, codes of quantised weights, or tensors without values.
     """
     called = [f"models[{i}]" for i in range(len(models))] if names is None else list(names)
+    if model is not None:
+        models = [_named_as(model, given) for given in models]
     states: list[Weights] = [as_weights(given) for given in models]
     if not states:
         return states
@@ -96,8 +115,9 @@ def agreeing(
 def fitted(model: nn.Module, weights: Mapping[str, Tensor], name: str = "weights") -> StateDict:
     """`weights` under the names of a module's state dict.
 
-    A name that the module ties to a tensor that is there is completed with it; optional buffers (`OPTIONAL`) are
-    completed from the module, or left out.
+    A name that the module ties to a tensor that is there is completed with it; so is, with a warning, an output matrix that
+    the module could tie to an embedding and does not. Optional buffers (`OPTIONAL`) are completed from the module, or
+    left out.
 
     Raises:
         MismatchError: further names are missing, or not known; the first is named, with what may be the reason.
@@ -127,6 +147,9 @@ def fitted(model: nn.Module, weights: Mapping[str, Tensor], name: str = "weights
             found[n] = held[origin]
         elif optional(n, tensor):
             found[n] = tensor.detach().to(where, copy=True)
+        elif origin := embedding_for(n, tensor, weights, tieable(model)):
+            _warn_of_tie(n, origin, name)
+            found[n] = weights[origin]
     extra = {n: t for n, t in weights.items() if n not in own and not optional(n, t)}
     if len(found) < len(own) or extra:
         raise MismatchError(_different_names(own, {**weights, **found}, ("model", name)))
@@ -140,11 +163,40 @@ def _same_values(x: Tensor, y: Tensor) -> bool:
     return same_memory or bool(((x == y) | (x.isnan() & y.isnan())).all())
 
 
+def tieable(model: nn.Module) -> dict[str, str]:
+    """The names that a module may tie to others, as those of transformers say."""
+    found: dict[str, str] = {}
+    for path, module in model.named_modules():
+        declared = getattr(module, "_tied_weights_keys", None)
+        if isinstance(declared, Mapping):
+            before = f"{path}." if path else ""
+            found |= {before + str(name): before + str(origin) for name, origin in declared.items()}
+    return found
+
+
+def embedding_for(
+    name: str, tensor: Tensor, weights: Mapping[str, Tensor], known: Mapping[str, str] | None = None
+) -> str:
+    """The embedding that a file without the output matrix `name` has in its place: the one that is `known`, or the only one of
+    this shape; empty where there is none."""
+    if (origin := (known or {}).get(name, "")) in weights and weights[origin].shape == tensor.shape:
+        return origin
+    if tensor.ndim != 2 or not UNEMBEDDING.search(name):
+        return ""
+    fitting = [n for n, other in weights.items() if EMBEDDING.search(n) and other.shape == tensor.shape]
+    return fitting[0] if len(fitting) == 1 else ""
+
+
+def _warn_of_tie(name: str, origin: str, who: str) -> None:
+    warn(f"{name}: not in {who}, whose output matrix is taken to be tied to {origin}, as files leave out such names")
+
+
 def shared(first: Mapping[str, Tensor], other: Mapping[str, Tensor], names: tuple[str, str]) -> StateDict:
     """`other` under the names of `first`; optional buffers that it lacks are taken from there."""
     if first.keys() == other.keys():
         return StateDict(other)
-    known, lacking = corresponding(first, other, names)
+    states = first, other
+    known, lacking = corresponding(first, other, names, lambda k, n, m: _same_values(states[k][n], states[k][m]))
     found = {
         name: other[known[name]] if name in known else first[name] for name in first if name in known or name in lacking
     }
@@ -153,14 +205,33 @@ def shared(first: Mapping[str, Tensor], other: Mapping[str, Tensor], names: tupl
 
 
 def corresponding(
-    first: Mapping[str, Tensor], other: Mapping[str, Tensor], names: tuple[str, str]
+    first: Mapping[str, Tensor],
+    other: Mapping[str, Tensor],
+    names: tuple[str, str],
+    same: Callable[[int, str, str], bool],
 ) -> tuple[dict[str, str], frozenset[str]]:
     """The names of `first` -> those of `other`, and the optional buffers of `first` that `other` lacks.
 
-    A name that is tied in one to a name that both have stands for the same tensor in the other. Optional buffers that
+    A name that is tied in one to a name that both have, or is a matrix with the same values, stands for the same tensor in
+    the other. So does, with a warning, an output matrix for the embedding of an `other` without one. Optional buffers that
     `first` lacks are left out. A warning names the buffers that one side lacks. Names that correspond to nothing stay.
+
+    Args:
+        first, other: the weight sets, or outlines of them.
+        same: whether two tensors of `first` (0) or `other` (1) hold the same values.
     """
     _check_prefix(first, other, names)
+    both = [name for name in first if name in other and first[name].ndim > 1]
+    alone = [t for x, y in ((first, other), (other, first)) for n, t in x.items() if n not in y and t.ndim > 1]
+
+    def twin(k: int, name: str) -> str:
+        """A matrix that both have, and whose values are those of one that only this one has."""
+        own, tensor = (first, other)[k], (first, other)[k][name]
+        if len(alone) > TWINS or tensor.ndim < 2 or tensor.numel() < 2 or tensor.is_meta:
+            return ""
+        alike = [n for n in both if own[n].shape == tensor.shape and own[n].dtype == tensor.dtype]
+        return next((n for n in alike if same(k, name, n)), "")
+
     ties, further_ties = tied_names(first), tied_names(other)
     there = {ties.get(name, name): name for name in reversed(list(first)) if name in other}
     found: dict[str, str] = {}
@@ -172,6 +243,11 @@ def corresponding(
             found[name] = there[root]
         elif optional(name, tensor):
             lacking.append(name)
+        elif origin := twin(0, name):
+            found[name] = origin
+        elif origin := embedding_for(name, tensor, other):
+            _warn_of_tie(name, origin, names[1])
+            found[name] = origin
     here = {further_ties.get(name, name) for name in other if name in first}
     further = []
     for name, tensor in other.items():
@@ -179,7 +255,7 @@ def corresponding(
             continue
         if optional(name, tensor):
             further.append(name)
-        else:
+        elif not twin(1, name):
             found[name] = name
     for missing, (has, lacks) in ((lacking, names), (further, names[::-1])):
         if missing:
@@ -209,10 +285,27 @@ def fitting(
             other = other.under({n.removeprefix(longer): n for n in other}, f"prefix {longer!r} stripped")
         elif shorter:
             other = other.under({shorter + n: n for n in other}, f"prefix {shorter!r} added, which {names[0]} has")
-    known, lacking = corresponding(outline(first), outline(other), names)
+    states = first, other
+    known, lacking = corresponding(
+        outline(first), outline(other), names, lambda k, n, m: _same_values(states[k][n], states[k][m])
+    )
     if isinstance(other, Checkpoint):
         return other.under(known), lacking
     return {new: other[old] for new, old in known.items()}, lacking
+
+
+def with_prefix_of(names: Sequence[str], opened: Checkpoint, who: str) -> Checkpoint:
+    """A file with the prefix that these names have, or without one that they lack."""
+    longer, shorter = prefix_between(names, list(opened)), prefix_between(list(opened), names)
+    if longer:
+        return opened.under({n.removeprefix(longer): n for n in opened}, f"prefix {longer!r} stripped")
+    if shorter:
+        return opened.under({shorter + n: n for n in opened}, f"prefix {shorter!r} added, which {who} has")
+    return opened
+
+
+def _named_as(model: nn.Module, given: ModelOrWeights) -> ModelOrWeights:
+    return with_prefix_of(list(model.state_dict()), given, "model") if isinstance(given, Checkpoint) else given
 
 
 def outline(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -313,6 +406,11 @@ def _different_names(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tu
                 return (
                     f"{missing}: a buffer of batch normalisation; load both into modules of one architecture, "
                     "load_state_dict(..., strict=False), and pass the modules"
+                )
+            if origin := embedding_for(name, tensor, y):
+                return (
+                    f"{missing}, where it seems to be tied to {origin}: both in one need a network that does not tie them; put "
+                    f"{here} first"
                 )
             if HEAD.search(name):
                 return f"{missing}: the heads differ; give both the same head, or leave it out of both"

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -47,7 +48,7 @@ def open_checkpoint(
     and shards, as stored in others.
 
     Args:
-        path: a safetensors file; a file of `torch.save` that holds a state dict, at the top or in an entry such as
+        path: a safetensors file; an archive of `numpy.savez`; a file of `torch.save` that holds a state dict, at the top or in an entry such as
             "state_dict" or "model" (code in a pickle is never run); or a folder with one of them, or with shards and
             their index. Files of optimisers and schedulers beside them are passed over. The folder of an adapter (LoRA, as
             PEFT writes it) gives an `Adapter`.
@@ -105,10 +106,37 @@ def _open_file(file: Path, key: str | None) -> Checkpoint:
             )
         return Checkpoint(file, *_read_header(file))
     if file.suffix in PICKLES or start[:2] in (b"PK", b"\x80\x02"):
-        return read_pickle(file, key)
+        return _read_arrays(file) if _is_of_tensors(file) else read_pickle(file, key)
     raise DataError(
         f"{file}: expected a .safetensors file, a file of torch.save ({', '.join(PICKLES)}), or a folder of them"
     )
+
+
+def _is_of_tensors(file: Path) -> bool:
+    """Whether an archive is one of numpy's; `DataError` for one of code."""
+    if not zipfile.is_zipfile(file):
+        return False
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+    if any("/code/" in name for name in names) and any(name.endswith("constants.pkl") for name in names):
+        raise DataError(
+            f"{file}: a TorchScript archive, which holds code; save torch.jit.load({file.name!r}).state_dict()"
+        )
+    if any("/models/" in name or name.startswith("models/") for name in names):
+        raise DataError(
+            f"{file}: an exported program, which holds code; save torch.export.load({file.name!r}).state_dict"
+        )
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def _read_arrays(file: Path) -> Checkpoint:
+    """The arrays of an archive that `numpy.savez` wrote."""
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            found = {name: torch.from_numpy(archive[name]) for name in archive.files}
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{file}: an archive of numpy with more than numbers in it ({error})") from error
+    return Checkpoint(file, {name: Mapped(file, tensor) for name, tensor in found.items()}, {})
 
 
 def _read_header(file: Path) -> tuple[dict[str, Stored], dict[str, str]]:
@@ -298,11 +326,15 @@ def _entry(file: Path, content: Any, key: str) -> tuple[Mapping[Any, Any], list[
 
 
 def _weights_in(file: Path, content: Any) -> tuple[Mapping[Any, Any], list[str]]:
-    """The mapping with tensors in it: the content itself, or the only entry that is one."""
+    """The mapping with tensors in it: the content itself, or the only entry that is one; single numbers beside it (the loss
+    of an epoch) are no weights."""
     found, path = _mapping(file, content), []
-    while not any(isinstance(value, Tensor) for value in found.values()):
+    while True:
         inside = {name: value for name, value in found.items() if isinstance(value, Mapping) and _has_tensors(value)}
         named = [name for name in HOLDERS if name in inside] or list(inside)
+        here = [value for value in found.values() if isinstance(value, Tensor)]
+        if here and not (named and all(tensor.ndim == 0 for tensor in here)):
+            break
         if len(named) > 1:
             known = ", ".join(repr(name) for name in named)
             raise DataError(f"{file}: several entries hold weights, {known}: say which with key=")

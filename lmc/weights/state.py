@@ -133,8 +133,9 @@ CODES = re.compile(
 )
 # Of a LoRA, DoRA, LoHa, LoKr, VeRA, IA3 or prompt adapter.
 FACTORS = re.compile(
-    r"(^|\.)(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|lora_(down|up)|lora\.(down|up)|hada_w[12]_[ab]|"
-    r"lokr_w[12](_[ab])?|vera_lambda_[bd]|ia3_l|dora_scale|prompt_embeddings)(\.|$)"
+    r"(^|\.)(lora_[ABE]|lora_embedding_[AB]|lora_magnitude_vector|lora_(down|up)|(\w+_)?lora\.(down|up)|hada_w[12]_[ab]|"
+    r"lokr_w[12](_[ab])?|vera_lambda_[bd]|ia3_l|dora_scale|prompt_embeddings|(oft|boft)_[RrSs]|fourierft_spectrum|hra_u)"
+    r"(\.|$)"
 )
 QUANTISED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)

@@ -225,3 +225,52 @@ def test_a_model_that_ties_what_weights_keep_apart_is_refused():
     own = [nn.functional.cross_entropy(module(ids), data[1]).item() for module in (tied, apart)]
     assert path.values["data"]["loss"][[0, -1]] == pytest.approx(own, abs=1e-5)
     assert fitted(tied, {name: tensor.clone() for name, tensor in tied.state_dict().items()}).keys()
+
+
+class Untied(nn.Module):
+    def __init__(self, seed: int, tie: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.body, self.lm_head = nn.Embedding(10, 6), nn.Linear(6, 6), nn.Linear(6, 10, bias=False)
+        if tie:
+            self.lm_head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.lm_head(torch.relu(self.body(self.embed(ids))))
+
+
+def test_an_output_matrix_that_one_file_leaves_out_and_another_has_apart():
+    ids = torch.arange(20) % 10
+    short, apart, data = Untied(0, True).state_dict(), Untied(1), (ids, (ids + 1) % 10)
+    del short["lm_head.weight"]
+    own = [nn.functional.cross_entropy(m(ids), data[1]).item() for m in (Untied(0, True), apart)]
+    with pytest.warns(UserWarning, match="lm_head.weight: not in a, .*tied to embed.weight"):
+        path = lmc.loss_path(apart, short, apart, data, alphas=3, progress=False)
+    assert path.values["data"]["loss"][[0, -1]] == pytest.approx(own, abs=1e-5)
+    with pytest.warns(UserWarning, match="not in models.1., .*tied to embed.weight"):
+        mean = lmc.merge.average([apart, short])
+    assert torch.allclose(mean["lm_head.weight"], (apart.lm_head.weight + short["embed.weight"]).detach() / 2)
+    with pytest.raises(MismatchError, match="tied to embed.weight.*put models.1. first"):
+        lmc.merge.average([short, apart])
+
+
+def test_a_matrix_stored_twice_is_the_one_that_another_file_stores_once(tmp_path):
+    short, twice = Untied(0, True).state_dict(), {n: t.clone() for n, t in Untied(1, True).state_dict().items()}
+    del short["lm_head.weight"]
+    for name, state in (("short", short), ("twice", twice)):
+        torch.save(state, tmp_path / f"{name}.pt")
+    expected = (short["embed.weight"] + twice["embed.weight"]) / 2
+    files = [tmp_path / "short.pt", tmp_path / "twice.pt"]
+    for models in ([short, twice], files):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            first, second = lmc.merge.average(models), lmc.merge.average(models[::-1])
+        assert "lm_head.weight" not in first
+        for found in (first["embed.weight"], second["embed.weight"], second["lm_head.weight"]):
+            assert torch.allclose(found, expected)
+
+
+def test_tensors_inside_transforms_are_refused():
+    states = {name: torch.stack([tensor, tensor]) for name, tensor in Untied(0).state_dict().items()}
+    with pytest.raises(WeightsError, match="embed.weight: a tensor inside torch.vmap"):
+        torch.vmap(lambda state: lmc.merge.average([state, state]))(states)

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -173,3 +174,40 @@ def test_axes_of_length_zero(tmp_path: Path):
     merged = lmc.merge.write(lmc.merge.average, [tmp_path / "a.safetensors"] * 2, tmp_path / "out", progress=False)
     assert merged["registers"].shape == (1, 0, 4)
     assert lmc.weights.distance(empty, empty) == 0.0 and lmc.weights.mean([empty])["registers"].shape == (1, 0, 4)
+
+
+def test_single_numbers_beside_an_entry_are_no_weights(tmp_path: Path):
+    """As torch's tutorial saves checkpoints, with the loss of the epoch."""
+    torch.save({"epoch": 3, "model_state_dict": state(), "loss": torch.tensor(0.5)}, tmp_path / "a.pt")
+    assert same(lmc.open_checkpoint(tmp_path / "a.pt"), state())
+
+
+def test_archives_of_numpy_are_opened_and_those_of_code_are_named(tmp_path: Path):
+    np.savez(tmp_path / "a.npz", **{name: tensor.numpy() for name, tensor in state().items()})
+    assert same(lmc.open_checkpoint(tmp_path / "a.npz"), state())
+    np.savez(tmp_path / "b.npz", a=np.array([object()]))
+    with pytest.raises(DataError, match="more than numbers"):
+        lmc.open_checkpoint(tmp_path / "b.npz")
+    torch.jit.trace(nn.Linear(2, 2), torch.ones(1, 2)).save(str(tmp_path / "c.pt"))
+    with pytest.raises(DataError, match=r"a TorchScript archive.*torch.jit.load\('c.pt'\).state_dict"):
+        lmc.open_checkpoint(tmp_path / "c.pt")
+    torch.export.save(torch.export.export(nn.Linear(2, 2), (torch.ones(1, 2),)), tmp_path / "d.pt2")
+    with pytest.raises(DataError, match="an exported program"):
+        lmc.open_checkpoint(tmp_path / "d.pt2")
+
+
+def test_the_prefix_of_a_file_is_stripped_for_a_module(tmp_path: Path):
+    models, x = [nn.Sequential(nn.Linear(4, 3)) for _ in range(2)], torch.randn(6, 4)
+    for i, model in enumerate(models):
+        torch.save({f"model.{name}": tensor for name, tensor in model.state_dict().items()}, tmp_path / f"{i}.pt")
+    opened = [lmc.open_checkpoint(tmp_path / f"{i}.pt") for i in range(2)]
+    data = (x, torch.arange(6) % 3)
+    found, expected = (lmc.loss_path(models[0], *pair, data, alphas=3, progress=False) for pair in (opened, models))
+    assert (found.values["data"]["loss"] == expected.values["data"]["loss"]).all()
+    assert lmc.merge.greedy_soup(models[0], opened, data, progress=False).keys() == models[0].state_dict().keys()
+
+
+@pytest.mark.parametrize("name", ["unet.processor.to_q_lora.down.weight", "l.oft_R.weight", "l.lora_E"])
+def test_further_names_of_adapters(name: str):
+    with pytest.raises(WeightsError, match="factor of an adapter"):
+        lmc.merge.average([{name: torch.ones(2, 2)}, {name: torch.zeros(2, 2)}])
