@@ -1,7 +1,7 @@
 """The public doors: inside, torch is in one known state, whatever the caller's is, and warnings point at the caller.
 
-Autocast, `no_grad`, `inference_mode`, a default dtype or a default device that surround a call are meant for the caller's
-own computations. Inside they would change results (a Gram matrix in bfloat16) or end in errors of torch.
+Autocast, `no_grad`, `inference_mode`, `parametrize.cached`, a default dtype or a default device that surround a call are
+meant for the caller's own computations. Inside they would change results (a Gram matrix in bfloat16) or end in errors.
 """
 
 import copy
@@ -18,6 +18,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 
 from lmc.errors import InputError
 
@@ -64,10 +65,18 @@ def _enter(stack: ExitStack) -> None:
             stack.enter_context(torch.autocast(device, enabled=False))
     if torch.get_default_device().type != "cpu":
         stack.enter_context(torch.device("cpu"))
+    if parametrize._cache_enabled:  # what other weights gave would be used again
+        kept = parametrize._cache_enabled, parametrize._cache
+        stack.callback(_set_parametrize, *kept)
+        _set_parametrize(0, {})
     if (dtype := torch.get_default_dtype()) != torch.float32:
         _DTYPES.append(dtype)
         stack.callback(_DTYPES.pop)
         stack.enter_context(default_dtype(torch.float32))
+
+
+def _set_parametrize(enabled: int, cache: dict[Any, Any]) -> None:
+    parametrize._cache_enabled, parametrize._cache = enabled, cache
 
 
 def callers_dtype() -> torch.dtype:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
@@ -150,7 +151,21 @@ def masked(data: Any) -> dict[str, Any]:
     return {name: [(data, targets.masked_fill(~mask, IGNORED))] for name, mask in found.items()}
 
 
+def from_numpy(data: Any) -> Any:
+    """Data with tensors in place of numpy's arrays, alone or in tuples, lists and mappings."""
+    if isinstance(data, np.ndarray) and data.dtype.kind in "biufc":
+        return torch.from_numpy(data if data.flags.writeable else data.copy())
+    if isinstance(data, Mapping):
+        found = {key: from_numpy(value) for key, value in data.items()}
+        return found if any(found[key] is not value for key, value in data.items()) else data
+    if type(data) in (tuple, list) and any(isinstance(part, np.ndarray | tuple | list | Mapping) for part in data):
+        parts = [from_numpy(part) for part in data]
+        return type(data)(parts) if any(x is not y for x, y in zip(parts, data, strict=True)) else data
+    return data
+
+
 def _split(data: Any, name: str, targets_of: TargetsOf | None) -> Split:
+    data = from_numpy(data)
     if isinstance(data, TensorDataset):
         data = data.tensors
     elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
@@ -219,6 +234,7 @@ def _batch(batch: Any, name: str, targets_of: TargetsOf | None) -> Batch:
 
 def _pair(batch: Any, name: str, targets_of: TargetsOf | None) -> Batch:
     """Inputs and targets of a batch of any accepted form."""
+    batch = from_numpy(batch)
     label = _label_of(batch)
     if isinstance(batch, Mapping):
         inputs, targets = (
@@ -249,7 +265,10 @@ def _pair(batch: Any, name: str, targets_of: TargetsOf | None) -> Batch:
             f"tensor, got {_describe(inputs)} and {_describe(targets)}"
         )
     if targets.ndim == 0 or len(targets) == 0:
-        raise DataError(f"{name}: empty targets of shape {tuple(targets.shape)}; axis 0 counts the examples")
+        single = (
+            ", this is a single one: put them together, DataLoader(data, batch_size=...)" if targets.ndim == 0 else ""
+        )
+        raise DataError(f"{name}: empty targets of shape {tuple(targets.shape)}; axis 0 counts the examples{single}")
     return inputs, targets
 
 

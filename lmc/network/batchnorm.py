@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 from lmc.core.context import own_context
-from lmc.errors import DataError, InputError, LmcError
+from lmc.errors import DataError, InputError
 from lmc.network.batches import check_numbers, take, tensors, to_device
 from lmc.network.derived import settled
 from lmc.network.inputs import input_batches, length
@@ -119,11 +119,9 @@ class Recalibrator:
                 norm.train()
             for batch in self.batches:
                 self.network(batch)
-        except (LmcError, torch.cuda.OutOfMemoryError):
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        except DataError as error:
             raise DataError(
-                f"inputs: batch statistics cannot be estimated, the model fails on these inputs: {error}. "
+                f"inputs: batch statistics cannot be estimated, {error}. "
                 "Pass inputs alone, without targets, at least two examples in each batch"
             ) from error
         finally:

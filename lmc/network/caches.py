@@ -98,7 +98,8 @@ class Hidden:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._before = [(container, container.copy()) for _, container in containers(module)]
+        self._places = list(containers(module))
+        self._before = [(container, container.copy()) for _, container in self._places]
         self._tensors = [(x, x._version, x.detach().clone()) for x in _kept_tensors(module)]
         self._functions = list(_lru_caches(module))
         self._changed: list[tuple[Container, Container]] = []
@@ -112,6 +113,21 @@ class Hidden:
         known = {id(tensor) for tensor, _ in self._written}
         self._written += [(x, old) for x, version, old in self._tensors if x._version != version and id(x) not in known]
         self.changing = bool(self._changed or self._written or self._functions)
+
+    def names(self) -> list[str]:
+        """What forward passes have changed, as attributes of the modules that hold it."""
+        self.look()
+        before = {id(container): old for container, old in self._changed}
+        written = {id(tensor) for tensor, _ in self._written}
+        found: list[str] = []
+        for (module, *inside), container in self._places:
+            old = dict(items_of(before.get(id(container), container)))
+            for key, value in items_of(container):
+                same = old.get(key, self) is value or (not inside and key in _EVERY_MODULE)
+                if not same or any(id(x) in written for x in _tensors_of(value)):
+                    own = inside[0] if inside and inside[0] != "_buffers" else key
+                    found.append(f"{module}.{own}" if module else str(own))
+        return list(dict.fromkeys(found))
 
     def restore(self) -> None:
         """Everything as it was."""

@@ -19,7 +19,8 @@ def fresh_copy(model: nn.Module, *, share: bool = False) -> nn.Module:
 
     Values under `functools.cached_property` and `functools.lru_cache` do not come along, and the copy goes through
     `train(True)` and back, in which modules drop what they derived from their weights for evaluation. Modules that keep
-    computed tensors as attributes (weight norm), which torch refuses to copy, are copied as well.
+    computed tensors as attributes (weight norm), which torch refuses to copy, are copied as well. What `torch.compile` has
+    wrapped runs as it was written: compiling again for each copy takes longer, and hooks would be compiled with it.
 
     Args:
         model: any module; not touched.
@@ -37,6 +38,9 @@ def fresh_copy(model: nn.Module, *, share: bool = False) -> nn.Module:
     for module in copied.modules():
         _renew_caches(module, memo)
     _rebind(copied, memo)
+    for module in copied.modules():
+        if type(module).__name__ == "OptimizedModule":
+            module.forward = module._orig_mod.__call__
     copied.train()
     copied.train(model.training)
     for module, original in zip(copied.modules(), model.modules(), strict=True):

@@ -98,7 +98,7 @@ class Examination:
         between = _perturbed(self.weights)
         runs = [partial(self._given_out, stale, given) for given in (self.weights, between)]
         outside = derives_outside(self.module, runs, _equal)
-        expected = self._given_out(stale, self.weights)
+        expected = self._repeated(stale)
         for renews in (False, True):
             trial = self.trial(stale, Verdict(renews=renews), between)
             with contextlib.suppress(Exception):  # of weights that nobody asked for
@@ -130,6 +130,25 @@ class Examination:
             functional = _equal(trial.repeated(self.inputs, own), expected)
             functional &= all(torch.equal(tensor, trial.taken(self.weights[name])) for name, tensor in own.items())
         return Verdict(caches, renews, functional, writes, writes_inputs)
+
+    def _repeated(self, stale: Removal) -> Any:
+        """What a fresh copy gives; `InputError` where it gives something else when it is called again."""
+        trial, again = self.trial(stale, Verdict(), self.weights), None
+        expected = trial.repeated(self.inputs)
+        with contextlib.suppress(Exception):  # of a second call that nobody asked for
+            again = _equal(trial.repeated(self.inputs), expected)
+        if again is not False:
+            return expected
+        state = trial.module.state_dict(keep_vars=True)
+        changed = [
+            n for n, x in state.items() if n in self.weights and not torch.equal(x, trial.taken(self.weights[n]))
+        ]
+        named = ", ".join((changed + trial.hidden.names())[:3])
+        raise InputError(
+            f"{self.name}: called twice with the same inputs in evaluation mode, it gives other outputs the second time"
+            f"{f' ({named} changed)' if named else ''}: they depend on how often it was called before, and no weights can be "
+            "judged by them; let it count, draw or remember in training mode only"
+        )
 
     def _warn_of_weights_elsewhere(self, trial: Trial, other: Any, expected: Any) -> None:
         """Warn of a module that gives the same, which is no constant, with other weights."""

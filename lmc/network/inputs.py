@@ -8,9 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
+from lmc.core.context import warn
 from lmc.errors import DataError
-from lmc.network.batches import DATASET_BATCH, LABELS, TaskData, check_numbers, fields, take, tensors
+from lmc.network.batches import DATASET_BATCH, LABELS, TaskData, check_numbers, fields, from_numpy, take, tensors
 
+# Modules that pass all that they are given on to the one inside.
+WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "AveragedModel")
 Call = Any  # a tensor, a tuple of positional tensors, a mapping of keyword tensors, or a data object
 
 
@@ -26,7 +29,7 @@ def input_batches(model: nn.Module, inputs: Any, batch_size: int) -> Iterator[Ca
     Raises:
         DataError: no examples at all, NaN, or something that is none of the above.
     """
-    inputs = _training_inputs(inputs)
+    inputs = from_numpy(_training_inputs(inputs))
     needed = required_arguments(model)
     seen = 0
     whole = bool(tensors(inputs)) and not isinstance(inputs, list) and not _is_loader(inputs)
@@ -63,6 +66,8 @@ def required_arguments(model: nn.Module) -> int:
     """The number of positional arguments that the module's forward cannot do without."""
     if isinstance(model, torch.jit.ScriptModule):  # has a schema and no signature; its first argument is the module
         return sum(not argument.has_default_value() for argument in model.forward.schema.arguments[1:])
+    while type(model).__name__ in WRAPPERS:
+        model = next(model.children())
     parameters = inspect.signature(model.forward).parameters.values()
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     return sum(p.kind in positional and p.default is p.empty for p in parameters)
@@ -84,6 +89,7 @@ def _is_loader(inputs: Any) -> bool:
 
 
 def _without_targets(model: nn.Module, batch: Any, needed: int) -> Call:
+    batch = from_numpy(batch)
     if isinstance(batch, tuple | list):
         batch = tuple(batch)
         if len(batch) == max(needed, 1) + 1:
@@ -117,13 +123,14 @@ def length(call: Call) -> int | None:
 def arguments(module: nn.Module, call: Call) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """(args, kwargs) with which `module` is called.
 
-    The entries of a data object go to the arguments of these names where it has all that forward asks for, as in
-    `forward(x, edge_index, batch)`; else the object is the only argument.
+    The entries of a mapping go to the arguments of these names; those that forward does not know, such as the names of
+    files, are left out. Where forward asks for one argument of another name, that is the mapping. So it is with the entries
+    of a data object, as in `forward(x, edge_index, batch)`.
     """
     if isinstance(call, Tensor):
         return (call,), {}
     if isinstance(call, Mapping):
-        return (), dict(call)
+        return _named(module, call)
     if isinstance(call, tuple | list):
         return tuple(call), {}
     known = {name: value for name, value in fields(call).items() if value is not None}
@@ -132,6 +139,20 @@ def arguments(module: nn.Module, call: Call) -> tuple[tuple[Any, ...], dict[str,
     if required and all(name in known for name in required):
         return (), {name: known[name] for name in asked if name in known}
     return (call,), {}
+
+
+def _named(module: nn.Module, call: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(module, torch.jit.ScriptModule):
+        return (), dict(call)
+    asked = inspect.signature(module.forward).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in asked.values()) or all(name in asked for name in call):
+        return (), dict(call)
+    required = [name for name, p in asked.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(required) == 1 and required[0] not in call:
+        return (dict(call),), {}
+    if (left := [name for name in call if name not in asked]) and any(isinstance(call[n], Tensor) for n in left):
+        warn(f"{type(module).__name__}.forward takes no {', '.join(map(str, left))}; left out")
+    return (), {name: value for name, value in call.items() if name in asked}
 
 
 def plain(module: nn.Module, call: Call) -> Any:

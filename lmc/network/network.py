@@ -77,7 +77,6 @@ class Network:
         self._renamed = renamed_entries(model)
         self._switches = switches(model)
         self._scripted = any(isinstance(module, torch.jit.ScriptModule) for module in model.modules())
-        self._compiled = any(type(module).__name__ == "OptimizedModule" for module in model.modules())
         self._copies = writes_parameters(model)
         self._loads = bool(self._renamed) or loads_by_itself(model)
         self.module = fresh_copy(model, share=not self._loads).to(device)
@@ -170,11 +169,22 @@ class Network:
         return pytree.tree_map_only(Tensor, own, (args, kwargs))  # no gradients for the caller's inputs
 
     def result(self, inputs: Any) -> Any:
-        """All that the module returns for inputs of any accepted form."""
+        """All that the module returns for inputs of any accepted form.
+
+        Raises:
+            DataError: the module fails on these inputs.
+        """
         self._examine(inputs)
         args, kwargs = self._call(inputs)
-        with self._dtypes_named(args, kwargs):
-            return self._run(self.module, args, kwargs)
+        try:
+            with self._dtypes_named(args, kwargs):
+                return self._run(self.module, args, kwargs)
+        except (LmcError, torch.cuda.OutOfMemoryError):
+            raise
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in given)
+            raise DataError(f"the model ({type(self._model).__name__}) fails on inputs {shapes}: {error}") from error
 
     @contextlib.contextmanager
     def _dtypes_named(
@@ -198,7 +208,7 @@ class Network:
     @torch.no_grad()
     def many(self, stacked: Weights, inputs: Any) -> Tensor:
         """The outputs (K, N, ...) of K weight sets stacked along a new first axis."""
-        if not self._examine(inputs).functional or self._loads or self._scripted or self._compiled:
+        if not self._examine(inputs).functional or self._loads or self._scripted:
             return torch.stack([self._alone(stacked, k, inputs) for k in range(len(next(iter(stacked.values()))))])
         args, kwargs = self._call(inputs)
 
@@ -256,11 +266,17 @@ class Network:
         return twin
 
     def check_inputs(self, weights: Weights, inputs: Any, split: str) -> None:
-        """Raise `DataError` when floating-point inputs have a dtype that none of the weights has."""
+        """Raise `DataError` when floating-point inputs have a dtype that none of the weights has; `WeightsError` for float8
+        weights."""
         dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
         for leaf in tensors(inputs):
             if dtypes and leaf.is_floating_point() and leaf.dtype not in dtypes:
                 known = ", ".join(sorted(map(str, dtypes)))
+                if all(dtype.itemsize == 1 for dtype in dtypes):
+                    raise WeightsError(
+                        f"weights: {known}, in which nothing is computed; convert them, for example "
+                        "{name: tensor.float() for name, tensor in weights.items()}"
+                    )
                 raise DataError(f"{split}: inputs are {leaf.dtype}, the weights {known}; convert with .to(dtype)")
 
     def _adopt(self, stale: Removal, verdict: Verdict | None) -> None:

@@ -189,7 +189,7 @@ class Task:
         if found is None and self.loss is None:
             raise InputError(
                 f"the model returned {_describe(result)}; expected a tensor or an object with .logits: say which outputs "
-                "count with outputs=, a function of the result, a key or a position"
+                "count, with outputs= or lmc.Task(outputs=...).on(data), a function of the result, a key or a position"
             )
         return result if found is None else found
 

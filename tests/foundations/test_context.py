@@ -146,3 +146,16 @@ def test_checkpoints_among_the_arguments_are_not_read():
 
     given = Lazy()
     assert own_context(lambda models: models[0])([given]) is given
+
+
+def test_parametrized_weights_are_computed_anew():
+    torch.manual_seed(0)
+    a, b = (nn.utils.parametrizations.weight_norm(nn.Linear(4, 3)) for _ in range(2))
+    x, y = torch.randn(9, 4), torch.arange(9) % 3
+    expected = lmc.loss_path(a, a, b, (x, y), alphas=3, progress=False).values["data"]["loss"]
+    with nn.utils.parametrize.cached():
+        a(x)
+        found = lmc.loss_path(a, a, b, (x, y), alphas=3, progress=False).values["data"]["loss"]
+        kept = dict(nn.utils.parametrize._cache)
+    assert found == pytest.approx(expected) and kept
+    assert not nn.utils.parametrize._cache

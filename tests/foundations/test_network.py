@@ -943,3 +943,69 @@ def test_a_module_that_was_changed_is_looked_at_again(data):
         models[0].wanted = wanted
         path = lmc.loss_path(models[0], *models[1:], (x, y), alphas=3, progress=False)
         assert path.values["data"]["loss"][[0, 2]] == pytest.approx(own, abs=1e-6)
+
+
+class Counting(Base):
+    """Its outputs grow with every call."""
+
+    def __init__(self, seed: int, kind: str = "number") -> None:
+        super().__init__(seed)
+        self.kind, self.calls = kind, [0] if kind == "list" else 0
+        if kind.startswith("buffer"):
+            del self.calls
+            self.register_buffer("calls", torch.zeros((), dtype=torch.long), persistent=kind == "buffer")
+
+    def forward(self, x):
+        if self.kind == "list":
+            self.calls[0] += 1
+        else:
+            self.calls += 1
+        return super().forward(x) * (self.calls[0] if self.kind == "list" else self.calls)
+
+
+@pytest.mark.parametrize("kind", ["number", "list", "buffer", "buffer outside the state dict"])
+def test_modules_whose_outputs_depend_on_the_calls_before_are_refused(kind, data):
+    a, b = Counting(0, kind), Counting(1, kind)
+    b.eval()(data[0])
+    with pytest.raises(lmc.InputError, match="other outputs the second time.*calls changed"):
+        lmc.loss_path(a, a, b, data, alphas=3, progress=False)
+
+
+def test_counts_that_do_not_matter_are_no_calls(data):
+    class Counted(Base):
+        count = 0
+
+        def forward(self, x):
+            self.count += 1
+            return super().forward(x)
+
+    a, b = Counted(0), Counted(1)
+    path = lmc.loss_path(a, a, b, data, alphas=3, progress=False)
+    expected = [F.cross_entropy(own_outputs(Counted, m.state_dict(), data[0]), data[1]).item() for m in (a, b)]
+    assert path.values["data"]["loss"][[0, -1]] == pytest.approx(expected, abs=1e-5)
+
+
+def test_compiled_modules_run_as_they_were_written(data):
+    x, compiled = data[0], []
+
+    def backend(graph, _example):
+        compiled.append(graph)
+        return graph.forward
+
+    plain = [Base(seed) for seed in (0, 1)]
+    a, b = (torch.compile(module, backend=backend) for module in plain)
+    a(x), a.eval()(x)
+    before = len(compiled)
+    path = lmc.loss_path(a, a, b, data, alphas=3, progress=False)
+    expected = [F.cross_entropy(own_outputs(Base, m.state_dict(), x), data[1]).item() for m in plain]
+    assert path.values["data"]["loss"][[0, -1]] == pytest.approx(expected, abs=1e-5)
+    spec = lmc.permutation_spec(a, x[:2], progress=False)
+    lmc.activation_matching(spec, a, a, b, x, progress=False)  # hooks are not compiled along
+    assert len(compiled) == before
+
+
+def test_a_module_that_fails_on_inputs_is_named(data):
+    a, b = Base(0), Base(1)
+    spec = lmc.permutation_spec(a, data[0][:2], progress=False)
+    with pytest.raises(lmc.DataError, match=r"the model \(Base\) fails on inputs \(1, 5\) torch.float32"):
+        lmc.activation_matching(spec, a, a, b, data[0][:, :5], progress=False)

@@ -560,3 +560,48 @@ def test_plots_name_the_unit_of_the_loss():
         assert path.plot().layout.yaxis.title.text == label
         for figure in (path.plot(), plane.plot(), triangle.plot()):
             assert "nats" not in figure.to_json() and label in figure.to_json()
+
+
+class ByName(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        self.layer = linear(seed=seed)
+
+    def forward(self, image):
+        return self.layer(image)
+
+
+class WholeBatch(ByName):
+    def forward(self, batch):
+        return self.layer(batch["image"])
+
+
+def test_entries_of_a_mapping_that_the_module_does_not_take():
+    own = F.cross_entropy(linear()(X), Y).item()
+    named = [{"image": X[k : k + 8], "label": Y[k : k + 8], "file": ["a"] * 8} for k in (0, 8, 16)]
+    assert evaluate(ByName(), None, named)["data"].loss == pytest.approx(own, abs=1e-6)
+    counted = [{**batch, "index": torch.arange(8)} for batch in named]
+    with pytest.warns(UserWarning, match="ByName.forward takes no file, index"):
+        assert evaluate(ByName(), None, counted)["data"].loss == pytest.approx(own, abs=1e-6)
+    assert evaluate(WholeBatch(), None, [({"image": X}, Y)])["data"].loss == pytest.approx(own, abs=1e-6)
+    assert evaluate(WholeBatch(), None, named)["data"].loss == pytest.approx(own, abs=1e-6)
+
+
+def test_arrays_of_numpy_are_tensors():
+    own = F.cross_entropy(linear()(X), Y).item()
+    for data in ((X.numpy(), Y.numpy()), [(X[:9].numpy(), Y[:9].numpy()), (X[9:].numpy(), Y[9:].numpy())]):
+        assert evaluate(linear(), None, data)["data"].loss == pytest.approx(own, abs=1e-6)
+    model = nn.BatchNorm1d(6)
+    found = recalibrate_batchnorm(model, None, X.numpy())
+    assert torch.equal(found["running_mean"], recalibrate_batchnorm(model, None, X)["running_mean"])
+
+
+def test_compiled_modules_of_several_inputs_have_targets_left_out():
+    class Two(ByName):
+        def forward(self, image, other):
+            return self.layer(image + other)
+
+    pair = [torch.compile(Two(seed), backend="eager") for seed in (0, 1)]
+    loader = DataLoader(TensorDataset(X, X, Y), batch_size=8)
+    found = variance_ratios(pair[0], pair[0], pair, loader, progress=False)
+    assert found.merged

@@ -489,3 +489,39 @@ def test_unlabelled_batches_serve_methods_that_need_no_labels() -> None:
     for given in (loader, [x[:5], x[5:]], iter([x[:5], x[5:]])):
         found = merge.regmean(models[0], models, [given, x], progress=False)
         assert all(torch.allclose(found[name], whole[name], atol=1e-6) for name in whole)
+
+
+class Pair(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.b, self.c, self.aside = nn.Linear(3, 5), nn.Linear(4, 5), nn.Linear(5, 2), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        h = torch.tanh(self.a(x) + self.b(z))
+        return self.c(h), self.aside(h)
+
+
+def test_inputs_without_targets_are_told_from_pairs() -> None:
+    """Two tensors are inputs where the module takes two, a list of equally shaped ones is a list of batches."""
+    models, task = [Pair(0), Pair(1)], lmc.Task(outputs=0)
+    x, z = torch.randn(12, 3, generator=torch.Generator().manual_seed(0)), torch.arange(48.0).view(12, 4) / 48
+    whole = merge.fisher(models[0], models, [task.on({"x": x, "z": z})] * 2, progress=False)
+    for data in ((x, z), [(x[:5], z[:5]), (x[5:], z[5:])], [[x[:6], z[:6]], [x[6:], z[6:]]]):
+        assert close(merge.fisher(models[0], models, [task.on(data)] * 2, progress=False), whole, 1e-6)
+    plain = [nn.Linear(3, 2), nn.Linear(3, 2)]
+    whole = merge.fisher(plain[0], plain, [x, x], progress=False)
+    for size in (4, 6):
+        assert close(merge.fisher(plain[0], plain, [list(x.split(size))] * 2, progress=False), whole, 1e-6)
+    with pytest.raises(InputError, match="a single pair"):
+        merge.fisher(plain[0], plain, (x, torch.zeros(12, dtype=torch.long)), progress=False)
+
+
+def test_adamerging_takes_the_outputs_that_its_data_name() -> None:
+    models, base = [Pair(0), Pair(1)], Pair(2)
+    data = {"x": torch.randn(12, 3), "z": torch.randn(12, 4)}
+    with pytest.raises(InputError, match=r"lmc.Task\(outputs=...\).on\(data\)"):
+        merge.adamerging(models[0], models, [data, data], base=base, steps=1, progress=False)
+    judged = lmc.Task(outputs=0).on(data)
+    found = merge.adamerging(models[0], models, [judged, judged], base=base, steps=1, progress=False)
+    assert found.report.predicted and len(found.report.predicted[0]) == 2

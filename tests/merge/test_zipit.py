@@ -432,3 +432,30 @@ def test_a_spec_is_found_where_none_is_given():
 
 def test_tab_completion_shows_public_names_only():
     assert dir(lmc.merge) == sorted(lmc.merge.__all__) and all(hasattr(lmc.merge, name) for name in dir(lmc.merge))
+
+
+class TwoAnswers(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.a, self.b, self.c = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        h = F.relu(self.a(x))
+        return self.b(h), {"aside": self.c(h)}
+
+
+@pytest.mark.parametrize("method", ["zipit", "pleas"])
+def test_all_outputs_of_a_module_count(method: str):
+    a, b, x = TwoAnswers(0), TwoAnswers(1), torch.randn(64, 5)
+    options = {"ratio": 1.0} if method == "zipit" else {"budget": 2.0}
+    merged = getattr(lmc.merge, method)(a, [a, b], x, progress=False, **options)
+    found, expected = merged.module(x), [m(x) for m in (a, b)]
+    assert torch.allclose(found[0], (expected[0][0] + expected[1][0]) / 2, atol=1e-5)
+    assert torch.allclose(found[1]["aside"], (expected[0][1]["aside"] + expected[1][1]["aside"]) / 2, atol=1e-5)
+
+
+def test_a_network_without_groups_is_averaged():
+    models = [nn.Linear(5, 3), nn.Linear(5, 3)]
+    merged = lmc.merge.zipit(models[0], models, torch.randn(8, 5), progress=False)
+    assert torch.allclose(merged.weights["weight"], (models[0].weight + models[1].weight).detach() / 2)

@@ -19,7 +19,7 @@ from lmc.errors import DataError, SpecError, WeightsError
 from lmc.network.inputs import first_of, input_batches, plain
 from lmc.network.network import Network, pick_device
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
-from lmc.symmetry.tracing.outputs import select
+from lmc.symmetry.tracing.outputs import in_one_row
 from lmc.weights import ModelOrWeights, StateDict, Weights, agreeing
 
 TOLERANCE = 1e-9
@@ -71,10 +71,6 @@ def fold_norms(
     return StateDict(((name, tensor.to(weights[name].dtype)) for name, tensor in folded.items()), like=weights)
 
 
-def _in_one_row(result: Any) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in select(result)])
-
-
 class Probe:
     """An architecture in float64, examples to run it on, and the outputs of some weights as a reference.
 
@@ -85,7 +81,7 @@ class Probe:
     def __init__(self, model: nn.Module, weights: Weights, inputs: Any, generator: torch.Generator) -> None:
         if name := next((name for name, tensor in weights.items() if tensor.is_complex()), None):
             raise WeightsError(f"{name}: complex weights cannot be rotated; match them with weight_matching")
-        self.network = Network(model, pick_device(None, weights), _in_one_row, torch.float64)
+        self.network = Network(model, pick_device(None, weights), in_one_row, torch.float64)
         call = plain(model, first_of(next(input_batches(model, inputs, EXAMPLES)), EXAMPLES))
         self._calls = [_double(call)]
         self._reference = self(weights)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.core.context import own_context
-from lmc.errors import DataError, InputError, LmcError
+from lmc.errors import DataError, InputError
 from lmc.landscape.evaluation.scores import Judging, Score, Tally, measures_of, weighing
 from lmc.network.batches import HELD_BYTES, Split, as_splits, check_numbers, cuttable, head, take, tensors, to_device
 from lmc.network.network import Network, activation_bytes, pick_device
@@ -312,12 +312,8 @@ class Evaluator:
         """Bytes of the activations of a first few inputs; `DataError` where the module fails on them."""
         try:
             return activation_bytes(self.network, inputs)
-        except (LmcError, torch.cuda.OutOfMemoryError):
-            raise
-        except (RuntimeError, ValueError, TypeError, IndexError) as error:
-            shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in tensors(inputs))
-            name = type(self.network.module).__name__
-            raise DataError(f"{split}: the model ({name}) fails on inputs {shapes}: {error}") from error
+        except DataError as error:
+            raise DataError(f"{split}: {error}") from error
 
     def _score(self, group: list[Weights]) -> list[dict[str, Score]]:
         """Scores of the weight sets of one group, together if there are several."""

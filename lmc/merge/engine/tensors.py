@@ -28,7 +28,7 @@ from lmc.merge.engine.in_use import in_use
 from lmc.network.derived import constants_in, derived_names, gauged, warn_of_lagging
 from lmc.weights import ModelOrWeights, as_weights, check_compatible, fitted, tied_names
 from lmc.weights.adapter import Adapter, Changed
-from lmc.weights.agreement import fitting, outline
+from lmc.weights.agreement import fitting, outline, with_prefix_of
 from lmc.weights.checkpoint import Checkpoint, Mapped, Stored, flat
 from lmc.weights.opening import open_checkpoint
 from lmc.weights.state import check_integers, dtype_name, inexact, memory, unmergeable, wide
@@ -341,6 +341,7 @@ def _under(module: nn.Module, state: Mapping[str, Tensor], who: str) -> Mapping[
     if not isinstance(state, Checkpoint):
         return fitted(module, state, who)
     own = module.state_dict()
+    state = with_prefix_of(list(own), state, "model")
     return state if own.keys() == state.keys() else fitted(module, state.load(), who)
 
 

@@ -27,6 +27,7 @@ from lmc.network.inputs import Call
 from lmc.network.network import Network
 from lmc.symmetry.groups.group import Group, Table
 from lmc.symmetry.spec import PermutationSpec
+from lmc.symmetry.tracing.outputs import in_one_row
 from lmc.weights import StateDict, Weights, as_weights
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def growth(spec: PermutationSpec, module: nn.Module, weights: Weights, example: 
     wide = fresh_copy(module).double().eval().to(device)
     state = settled({name: x.double() if x.is_floating_point() else x for name, x in weights.items()}, weights)
     example = _double(to_device(example, device))
-    network = Network(wide, device)
+    network = Network(wide, device, in_one_row)
     network.load(state)
     reference = network(example)
     sides = _sides(spec, module)

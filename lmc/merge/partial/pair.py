@@ -208,7 +208,7 @@ def per_group(ratio: float | Mapping[str, float], grown: Growth) -> dict[str, fl
     for pattern, value in given.items():
         check_share(f"ratio of {pattern!r}" if isinstance(ratio, Mapping) else "ratio", value)
         matches = fnmatch.filter([*grown.sizes, *grown.kept], pattern)
-        if not matches:
+        if not matches and isinstance(ratio, Mapping):
             raise InputError(
                 f"ratio: no group is called {pattern!r}; there are {', '.join([*grown.sizes, *grown.kept])}"
             )

@@ -26,6 +26,7 @@ from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
 from lmc.network.derived import settled
 from lmc.network.layers import as_matrix, as_weight, channel_axis, matrices, rows
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
+from lmc.symmetry.tracing.outputs import in_one_row
 from lmc.weights import ModelOrWeights, Weights
 
 
@@ -280,7 +281,7 @@ def _worth(pair: Pair, alike: Mapping[str, Tensor], progress: bool) -> dict[str,
         both = []
         for weights in (pair.a, pair.b):
             pair.network.load(weights)
-            both.append(pair.network(call).double())
+            both.append(in_one_row(pair.network(call)).double())
         goal.append(0.5 * (both[0] + both[1]))
 
     def distance(separate: str | None) -> float:
@@ -290,8 +291,8 @@ def _worth(pair: Pair, alike: Mapping[str, Tensor], progress: bool) -> dict[str,
         if has_batchnorm(module):
             module.load_state_dict(recalibrate_batchnorm(module, weights, few))
         network = pair.network.alike(module)
-        squares = [(network(call).double() - y).square() for call, y in zip(few, goal, strict=True)]
-        return float(torch.cat([square.flatten() for square in squares]).mean())
+        squares = [(in_one_row(network(call)).double() - y).square() for call, y in zip(few, goal, strict=True)]
+        return float(torch.cat(squares).mean())
 
     merged = distance(None)
     names = tqdm(alike, desc="groups", disable=not progress)

@@ -20,6 +20,7 @@ from lmc.merge.rules.ties import thresholds, trim
 from lmc.merge.with_data.judge import each, gather, pieces
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.network import Network, pick_device
+from lmc.network.task import Task
 from lmc.weights import ModelOrWeights, Weights, as_weights, fitted
 from lmc.weights.state import wide
 
@@ -103,7 +104,8 @@ def adamerging(
     if heads is not None and len(heads) != len(models):
         raise InputError(f"heads: {len(heads)} for {len(models)} models; give the tensors of one for each")
     sets = weight_sets(models, base, module=model)
-    network = Network(model, pick_device(device, fitted(model, as_weights(base), "base")))
+    parts = each(inputs, len(sets), "inputs")
+    network = Network(model, pick_device(device, fitted(model, as_weights(base), "base")), Task.of(parts[0]).read)
     deltas = _deltas(sets, density)
     groups = {name: name if per == "tensor" else "*" for name in sets.weights}
     equal = ([1.0 / len(sets)] * len(sets), 0.0)
@@ -111,8 +113,7 @@ def adamerging(
     scales = {g: torch.full((len(sets),), initial, device=network.device, requires_grad=True) for g in groups.values()}
     network.load(mixture.whole(scales))
     optimizer = torch.optim.Adam(list(scales.values()), lr=lr)
-    parts = each(inputs, len(sets), "inputs")
-    streams = [_Examples(part, f"inputs[{t}]", batch_size, seed + t) for t, part in enumerate(parts)]
+    streams = [_Examples(part, f"inputs[{t}]", batch_size, seed + t, model) for t, part in enumerate(parts)]
 
     def weights(task: int) -> Weights:
         head = {} if heads is None else {name: tensor.to(network.device) for name, tensor in heads[task].items()}
@@ -146,8 +147,10 @@ def _deltas(sets: WeightSets, density: float) -> Weights:
     return {name: trim(sets.deltas(name), limits) for name in sets.weights}
 
 
-def _entropy(outputs: Tensor) -> Tensor:
+def _entropy(outputs: Any) -> Tensor:
     """The mean over examples (and positions) of the entropy of softmax outputs `(..., C)`, in nats."""
+    if not isinstance(outputs, Tensor):
+        raise DataError("entropies are those of one tensor of outputs: say which with lmc.Task(outputs=...).on(inputs)")
     if outputs.shape[-1] < 2:
         raise DataError(
             f"outputs {tuple(outputs.shape)} have one class, whose entropy is 0 for any weights: AdaMerging needs class "
@@ -166,8 +169,8 @@ def _predicted(network: Network, weights: Weights, stream: "_Examples") -> tuple
 class _Examples:
     """Draws batches of inputs without end, each example once per round, in an order fixed by the seed."""
 
-    def __init__(self, data: Any, what: str, batch_size: int, seed: int) -> None:
-        self.inputs, targets = gather(data, what)
+    def __init__(self, data: Any, what: str, batch_size: int, seed: int, model: nn.Module) -> None:
+        self.inputs, targets = gather(data, what, model)
         self.cuttable = pieces(self.inputs, targets)  # a graph is one example
         self.count = len(tensors(self.inputs)[0])
         self.batch_size = min(batch_size, self.count)

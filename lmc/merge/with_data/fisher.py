@@ -192,7 +192,7 @@ def fisher_information(
     gradients = _EachGradient(score, chunk)
     found = {name: torch.zeros_like(tensor, dtype=wide(tensor.dtype)) for name, tensor in trained.items()}
     count = 0
-    for inputs, targets in batches(data, "data", limit=samples, size=chunk):
+    for inputs, targets in batches(data, "data", limit=samples, size=chunk, model=model):
         inputs = to_device(inputs, network.device)
         outputs = network(inputs)
         if not isinstance(outputs, Tensor):

@@ -1,17 +1,29 @@
 """What methods with data share: the examples they look at, with targets or without, and the measure of weights on validation data."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from lmc.errors import DataError, InputError, WeightsError
 from lmc.landscape.evaluation.evaluator import Evaluator
-from lmc.network.batches import LABELS, TaskData, as_splits, check_numbers, cuttable, masked, take, tensors
+from lmc.network.batches import (
+    DATASET_BATCH,
+    LABELS,
+    TaskData,
+    as_splits,
+    check_numbers,
+    cuttable,
+    masked,
+    take,
+    tensors,
+)
 from lmc.network.batchnorm import Recalibrator, calls_in
+from lmc.network.inputs import required_arguments
 from lmc.network.network import Network, pick_device, whole
 from lmc.network.task import Loss, Task
 from lmc.weights import Weights, check_finite
@@ -36,7 +48,9 @@ def chosen(data: Any) -> Any:
     return data
 
 
-def batches(data: Any, what: str, *, limit: int | None, size: int) -> Iterator[tuple[Any, Tensor | None]]:
+def batches(
+    data: Any, what: str, *, limit: int | None, size: int, model: nn.Module | None = None
+) -> Iterator[tuple[Any, Tensor | None]]:
     """Batches `(inputs, targets or None)` of at most `size` examples.
 
     Args:
@@ -44,8 +58,9 @@ def batches(data: Any, what: str, *, limit: int | None, size: int) -> Iterator[t
             mapping of tensors, or an iterable of these. A batch that is one call (a graph) comes as it is.
         what: how messages call the data.
         limit: use this many examples, spread evenly over data given whole, the first ones of an iterable.
+        model: what the inputs are for: tensors that are as many as its forward asks for are inputs without targets.
     """
-    data = chosen(data)
+    data = _alone(chosen(data), 1 if model is None else required_arguments(model))
     if isinstance(data, Tensor) or (isinstance(data, Mapping) and not data.keys() & set(LABELS)):
         leaves = tensors(data)
         if not leaves or any(leaf.ndim == 0 or len(leaf) != len(leaves[0]) or len(leaf) == 0 for leaf in leaves):
@@ -78,6 +93,33 @@ def batches(data: Any, what: str, *, limit: int | None, size: int) -> Iterator[t
         left = None if left is None else left - count
 
 
+def _alone(data: Any, needed: int) -> Any:
+    """Data whose inputs without targets are told from a pair `(inputs, targets)`: each as a tuple of its own.
+
+    Args:
+        needed: the tensors that one call of the module takes.
+    """
+    if isinstance(data, TaskData):
+        return data.task.on(_alone(data.data, needed))
+    if isinstance(data, TensorDataset):
+        data = data.tensors
+    elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        data = DataLoader(data, batch_size=DATASET_BATCH)
+    if not isinstance(data, Iterable) or isinstance(data, Tensor | Mapping | str) or hasattr(data, "to_dict"):
+        return data
+    if needed > 1:
+        one = _is_call(data, needed)
+        return [(tuple(data),)] if one else [(tuple(part),) if _is_call(part, needed) else part for part in data]
+    numbers = isinstance(data, list) and all(
+        isinstance(x, Tensor) and x.is_floating_point() and x.ndim > 1 for x in data
+    )
+    return [(part,) for part in data] if numbers and len({(x.shape[1:], x.dtype) for x in data}) == 1 else data
+
+
+def _is_call(part: Any, needed: int) -> bool:
+    return isinstance(part, tuple | list) and len(part) == needed and all(isinstance(x, Tensor) for x in part)
+
+
 def _targets_or_none(inputs: Any, targets: Tensor | None) -> Tensor:
     """The targets, or an empty tensor in their place for inputs alone."""
     return torch.empty(len(tensors(inputs)[0]), 0) if targets is None else targets
@@ -88,9 +130,9 @@ def pieces(inputs: Any, targets: Tensor | None) -> bool:
     return cuttable(inputs, tensors(inputs)[0] if targets is None else targets)
 
 
-def gather(data: Any, what: str) -> tuple[Any, Tensor | None]:
+def gather(data: Any, what: str, model: nn.Module | None = None) -> tuple[Any, Tensor | None]:
     """All examples of `data` as one `(inputs, targets or None)`."""
-    parts = list(batches(data, what, limit=None, size=1 << 40))
+    parts = list(batches(data, what, limit=None, size=1 << 40, model=model))
     if len(parts) == 1:
         return parts[0]
     columns = [inputs for inputs, _ in parts]
@@ -109,8 +151,11 @@ def gather(data: Any, what: str) -> tuple[Any, Tensor | None]:
 
 def each(data: Any, count: int, what: str) -> list[Any]:
     """`data` as a list with one entry per model."""
-    if isinstance(data, (Tensor, Mapping)) or not hasattr(data, "__len__") or len(data) != count:
-        raise InputError(f"{what}: expected a list with one data set for each of the {count} models")
+    pair = isinstance(data, tuple) and len(data) == 2 and all(isinstance(part, Tensor) for part in data)
+    labelled = pair and len(data[0]) == len(data[1]) and data[1].ndim < data[0].ndim
+    if labelled or isinstance(data, (Tensor, Mapping)) or not hasattr(data, "__len__") or len(data) != count:
+        found = "a single pair (inputs, targets)" if labelled else type(data).__name__
+        raise InputError(f"{what}: expected a list with one data set for each of the {count} models, got {found}")
     return list(data)
 
 

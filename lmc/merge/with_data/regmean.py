@@ -150,7 +150,8 @@ class LayerInputs:
         return first + sum(self.matrix(name, t) - first for t in range(len(self.sets))) / len(self.sets)
 
     def batches(self, task: int) -> Iterator[Any]:
-        for batch, _ in batches(self.inputs[task], f"inputs[{task}]", limit=self.samples, size=self.batch_size):
+        of, model = f"inputs[{task}]", self.network.module
+        for batch, _ in batches(self.inputs[task], of, limit=self.samples, size=self.batch_size, model=model):
             yield to_device(batch, self.network.device)
 
     def grams(self, task: int, names: Sequence[str], stop_after: int | None = None) -> dict[str, Tensor]:

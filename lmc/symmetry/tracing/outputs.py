@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from lmc.errors import InputError
@@ -33,6 +34,11 @@ def as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def select(output: Any, outputs: OutputSelector = None) -> list[Tensor]:
     """The tensors of a module's result that must stay the same; see `kept`."""
     return list(kept(output, outputs).values())
+
+
+def in_one_row(output: Any) -> Tensor:
+    """All numbers of a module's result that must stay the same."""
+    return torch.cat([tensor.flatten() for tensor in select(output)])
 
 
 def kept(output: Any, outputs: OutputSelector = None) -> dict[str, Tensor]:
