@@ -40,7 +40,8 @@ def fresh_copy(model: nn.Module, *, share: bool = False) -> nn.Module:
     _rebind(copied, memo)
     for module in copied.modules():
         if type(module).__name__ == "OptimizedModule":
-            module.forward = module._orig_mod.__call__
+            inner: Any = module._orig_mod
+            module.forward = inner.__call__
     copied.train()
     copied.train(model.training)
     for module, original in zip(copied.modules(), model.modules(), strict=True):

@@ -64,7 +64,7 @@ def as_weights(model: ModelOrWeights) -> StateDict:
                 f"{name}: expected a tensor, got {type(tensor).__name__}; "
                 "extra state outside parameters and buffers is not supported"
             )
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # type: ignore[attr-defined]
             raise WeightsError(
                 f"{name}: a tensor inside torch.vmap or another transform of torch.func, whose values cannot be looked at: call "
                 "this outside, once for each weight set"
