@@ -176,6 +176,31 @@ def test_the_budget_is_kept(step, budget, monkeypatch, capsys):
     assert learned.note.endswith("steps") and 0 < int(learned.note.split()[0]) < 1500
 
 
+def test_weight_matching_ends_its_sweeps_with_the_budget(monkeypatch):
+    model, a, b, data = digits("digits-mlp32")
+    spec = lmc.permutation_spec(model, data["test"][0][:2], progress=False)
+    whole = lmc.weight_matching(spec, a, b, progress=False)
+    assert lmc.weight_matching(spec, a, b, budget=1e6, progress=False) == whole and whole.info["runs"][0]["sweeps"] > 1
+    monkeypatch.setattr(budgets, "clock", Clock(1.0))
+    short = lmc.weight_matching(spec, a, b, budget=1.5, restarts=3, progress=False)
+    (run,) = short.info["runs"]
+    assert run["sweeps"] == 1 and not run["converged"]
+    assert short.info["objective_at_identity"] < short.objective <= whole.objective
+
+
+def test_a_path_that_the_budget_leaves_few_points_is_measured_once(monkeypatch):
+    model, a, b, data = digits("digits-mlp32")
+    measured = []
+    monkeypatch.setattr(
+        connecting,
+        "loss_path",
+        lambda *args, **options: measured.append(options["alphas"]) or lmc.loss_path(*args, **options),
+    )
+    monkeypatch.setattr(budgets, "clock", Clock(1.0))
+    found = lmc.connect(model, a, b, data, budget=0.5, progress=False)
+    assert measured == [5, 5] and len(found.naive.alphas) == 5
+
+
 def test_a_budget_too_small_for_all_does_the_cheapest_and_says_so(monkeypatch):
     model, a, b, data = digits("digits-mlp32")
     monkeypatch.setattr(budgets, "clock", Clock(1.0))

@@ -26,7 +26,6 @@ from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import CertificateError, InputError, LmcError, SpecError
 from lmc.landscape.evaluation.evaluation import Repair
-from lmc.landscape.evaluation.evaluator import evaluate
 from lmc.landscape.path import Path, loss_path
 from lmc.network.batches import as_splits, to_device
 from lmc.network.batchnorm import has_batchnorm
@@ -97,7 +96,8 @@ def connect(
         data: labelled, as for `lmc.loss_path`.
         spec: the symmetries of the architecture (default: found on the first two examples).
         budget: seconds that it may take; None: as long as the methods need. Where it is too short for all, the cheaper
-            methods are what was tried; weight matching always is.
+            methods are what was tried; weight matching always is, its first pass at least. Steps are not interrupted in
+            their middle: finding the symmetries, collecting activations, learning a step.
         steps: of learning, at most (default: 1500, and 4000 where rotations or mixings are learned).
         loss: of outputs and targets, or an `lmc.Task` (default: cross-entropy).
         seed: decides which examples are held out, and all that is random in the methods.
@@ -205,9 +205,8 @@ class _Search:
     def run(self) -> None:
         self.attempt("as they are", lambda: Candidate("as they are", self.a, self.b, self.spec.identity()))
         self.attempt("weight matching", self._weight_matching)
-        self.points = self._points()
         started = self.clock.spent
-        self.naive = self._path(self.a, self.b, self.data, self.points)
+        self.naive = self._naive()
         self.reserve = RESERVE * (self.clock.spent - started)
         if self.progress:
             self._tell()
@@ -248,7 +247,8 @@ class _Search:
         self.tried.append(Attempt(candidate.method, candidate.barrier, seconds, candidate.note))
 
     def _weight_matching(self) -> Candidate:
-        pi = weight_matching(self.spec, self.a, self.b, seed=self.seed, progress=False)
+        budget = None if math.isinf(self.left) else max(self.left, 1e-3)
+        pi = weight_matching(self.spec, self.a, self.b, seed=self.seed, budget=budget, progress=False)
         return Candidate("weight matching", self.a, pi.apply(self.b), pi)
 
     def _activation_matching(self) -> Candidate:
@@ -333,14 +333,16 @@ class _Search:
 
     # ---- what is measured
 
-    def _points(self) -> int:
-        """The points on each path for which there is time; between the ends statistics are estimated anew."""
-        started = self.clock.spent
-        evaluate(self.model, self.a, self.data, loss=self.task, device=self.device)
-        end = self.clock.spent - started
-        self._path(self.a, self.b, self.data, 3)
-        one = max(end, self.clock.spent - started - 3 * end)
-        return next((count for count in POINTS if count * one < PATHS * self.clock.seconds), POINTS[-1])
+    def _naive(self) -> Path:
+        """The path to B as it is, of the points for which there is time; where that is short, the one that shows it."""
+        self.points = POINTS[0]
+        if math.isinf(self.clock.seconds):
+            return self._path(self.a, self.b, self.data, self.points)
+        started, fewest = self.clock.spent, POINTS[-1]
+        path = self._path(self.a, self.b, self.data, fewest)
+        one = (self.clock.spent - started) / fewest
+        self.points = next((count for count in POINTS if count * one < PATHS * self.clock.seconds), fewest)
+        return path if self.points == fewest else self._path(self.a, self.b, self.data, self.points)
 
     def _path(self, a: Weights, b: Weights, data: Any, points: int | Sequence[float], repair: Repair = "auto") -> Path:
         return loss_path(

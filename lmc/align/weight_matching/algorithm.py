@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lmc.align.weight_matching.blocks import Shift, UnitBlock
 from lmc.align.weight_matching.gains import Gains, Step, inner_product, nested_assignment
+from lmc.core.budget import Budget
 from lmc.symmetry.groups.action import compose_moves
 from lmc.symmetry.spec import PermutationSpec
 
@@ -58,10 +59,10 @@ class Descent:
                 self.sharing.setdefault(name, set()).add(i)
         self._gains = Gains(blocks, fixed)
 
-    def run(self, max_sweeps: int, *orders: Sequence[int]) -> "Descent":
-        """Sweep over the blocks until none is dirty, in the given orders by turns (default: as they come)."""
+    def run(self, max_sweeps: int, *orders: Sequence[int], clock: Budget | None = None) -> "Descent":
+        """Sweep over the blocks until none is dirty or time is up, in the given orders by turns (default: as they come)."""
         for order in islice(cycle(orders or [range(len(self.blocks))]), max_sweeps):
-            if not self.dirty:
+            if not self.dirty or (clock is not None and clock.over):
                 break
             self.sweep(order)
             self.sweeps += 1

@@ -12,6 +12,7 @@ from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.blocks import build_blocks
 from lmc.align.weight_matching.gains import comparable
 from lmc.align.weight_matching.on_disk import OnDisk
+from lmc.core.budget import Budget
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
@@ -33,6 +34,7 @@ def weight_matching(
     seed: int = 0,
     restarts: int = 1,
     max_sweeps: int = 100,
+    budget: float | None = None,
     journal: str | Path | None = None,
     progress: bool = True,
 ) -> Permutation:
@@ -52,6 +54,8 @@ def weight_matching(
             matched only against neighbours already matched), the second starts from the identity, the others from random
             permutations, visiting groups in a random order. Sweeps go there and back again.
         max_sweeps: bound on the passes over all groups in one run.
+        budget: seconds after which no further sweep and no further run begins (default: any); the first run is at least
+            the pass that grows outwards.
         journal: for checkpoints on disk, a file to keep what was found: after an interrupt, which then is passed on, or a
             crash, the same call goes on from there.
         progress: show a bar when it takes longer than two seconds.
@@ -85,7 +89,7 @@ def weight_matching(
             f"spec: expected a PermutationSpec, got {type(spec).__name__}; make one with lmc.permutation_spec(model, "
             "inputs), or from patterns with lmc.PermutationSpec.from_patterns({...})"
         )
-    started = time.perf_counter()
+    started, clock = time.perf_counter(), Budget(budget)
     a, b = (open_checkpoint(given) if isinstance(given, str | Path) else given for given in (a, b))
     bar = tqdm(unit=" visits", disable=not progress)
     problem = _problem(spec, a, b, journal, {"seed": seed, "restarts": restarts, "max_sweeps": max_sweeps})
@@ -94,11 +98,13 @@ def weight_matching(
     runs: list[dict[str, Any]] = []
     try:
         for restart in range(restarts):
+            if runs and clock.over:
+                break
             generator = torch.Generator().manual_seed(seed * 1_000_003 + restart)
             bar.set_description(f"weight matching, run {restart + 1} of {restarts}", refresh=False)
             starts = ["random"] if restart > 1 else ["identity"] if restart else ["outwards", "identity"]
             for start in starts:
-                value, indices, run = _descend(problem, start, generator, max_sweeps, bar)
+                value, indices, run = _descend(problem, start, generator, max_sweeps, clock, bar)
                 runs.append(run)
                 candidates.append((value, indices))
                 bar.set_postfix(best=f"{max(candidates, key=_value)[0]:.6g}", refresh=False)
@@ -167,7 +173,7 @@ def _value(candidate: tuple[float, Any]) -> float:
 
 
 def _descend(
-    problem: Held | OnDisk, start: str, generator: torch.Generator, max_sweeps: int, bar: Any
+    problem: Held | OnDisk, start: str, generator: torch.Generator, max_sweeps: int, clock: Budget, bar: Any
 ) -> tuple[float, dict[str, Tensor], dict[str, Any]]:
     """One run of coordinate descent: (objective, index vectors of the groups that may have moved, how it went)."""
     pi: dict[str, Tensor] = {}
@@ -178,7 +184,7 @@ def _descend(
     descent = problem.begin(pi, bar.update)
     if start == "outwards":
         descent.grow_outwards()
-    descent.run(max_sweeps, order, order[::-1])
+    descent.run(max_sweeps, order, order[::-1], clock=clock)
     value = descent.value()
     return value, descent.pi, {"start": start, **descent.report(), "objective": value}
 
