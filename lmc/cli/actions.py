@@ -2,6 +2,7 @@
 
 import ast
 import ctypes
+import gc
 import importlib
 import inspect as introspect
 import json
@@ -260,7 +261,9 @@ def _processes(count: int) -> AbstractContextManager[Processes | None]:
 
 
 def _keep_memory() -> None:
-    """Have the C library keep the memory of chunks that come and go, where it would hand it back and ask for it again."""
+    """Have the C library keep the memory of chunks that come and go, where it would hand it back and ask for it again; and
+    what was imported be no matter of garbage collections."""
+    gc.freeze()
     library = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(library, "mallopt"):
         for parameter, size in ((-3, 1 << 26), (-1, 1 << 29)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD

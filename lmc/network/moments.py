@@ -29,11 +29,20 @@ class ChannelMoments:
 
     def update(self, values: Tensor) -> None:
         """Take in values (K, n, samples)."""
-        new, center = values.shape[2], values.mean(2)
+        center = values.mean(2)
         values = values - center[:, :, None]
-        self.mean, shift, weight = joined(self.samples, self.mean, new, center)
-        self.square = self.square + torch.einsum("kns,lns->kln", values, values) + weight * shift[:, None] * shift[None]
-        self.samples += new
+        alone = len(values) == 1  # then in a fifth of the time
+        square = values.square_().sum(2)[None] if alone else torch.einsum("kns,lns->kln", values, values)
+        self._join(values.shape[2], center, square)
+
+    def join(self, other: "ChannelMoments") -> None:
+        """Take in what others are the moments of."""
+        self._join(other.samples, other.mean, other.square)
+
+    def _join(self, samples: int, mean: Tensor, square: Tensor) -> None:
+        self.mean, shift, weight = joined(self.samples, self.mean, samples, mean)
+        self.square = self.square + square + weight * shift[:, None] * shift[None]
+        self.samples += samples
 
     @property
     def covariance(self) -> Tensor:

@@ -124,7 +124,7 @@ class Renormalizer:
         if 1.0 in shares:
             return average
         if self.method == "closed_form":
-            scales = [moments.closed_form(shares) for moments in self._endpoints]
+            scales = [moments.closed_form(shares) for (moments,) in self._endpoints]
         else:
             scales = self._measure_average(average, shares)
         for layer, (scale, before, after) in zip(self._layers, scales, strict=True):
@@ -133,9 +133,10 @@ class Renormalizer:
             average = Recalibrator(self.network, self.batches)(average)
         return average
 
-    def _measure_endpoints(self, progress: bool) -> "list[LayerMoments]":
-        """The statistics of every layer in every network, and between networks."""
-        moments = [LayerMoments() for _ in self._layers]
+    def _measure_endpoints(self, progress: bool) -> "list[list[LayerMoments]]":
+        """The statistics of every layer, in every network, or, for the closed form, of all and between them."""
+        together = self.method == "closed_form"
+        moments = [[LayerMoments() for _ in (self.models[:1] if together else self.models)] for _ in self._layers]
         places = [(layer.module, layer.channel) for layer in self._layers]
         for call in tqdm(self.batches, desc="repair", unit=" batches", disable=not progress):
             seen: list[list[Tensor]] = [[] for _ in self._layers]
@@ -143,25 +144,29 @@ class Renormalizer:
             def note(at: int, values: Tensor, seen=seen) -> None:
                 seen[at].append(values)
 
-            for state in self.models:
+            for k, state in enumerate(self.models):
                 self.network.load(state)
                 run_seen(self.network, call, places, note)
-            for found, values in zip(moments, seen, strict=True):
-                found.update(torch.stack(values))
+                if not together:
+                    for found, values in zip(moments, seen, strict=True):
+                        found[k].update(values.pop()[None])
+            if together:
+                for (found,), values in zip(moments, seen, strict=True):
+                    found.update(torch.stack(values))
         return moments
 
     def _measure_average(self, average: Weights, shares: Sequence[float]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """One pass over the average in which each layer passes on what it will give once repaired."""
         moments = [LayerMoments() for _ in self._layers]
         places = [(layer.module, layer.channel) for layer in self._layers]
-        targets = [found.target(shares) for found in self._endpoints]
+        targets = [target(found, shares) for found in self._endpoints]
 
         def correct(at: int, values: Tensor) -> Tensor:
-            moments[at].update(values[None])
             batch = LayerMoments()
             batch.update(values[None])
+            moments[at].join(batch)
             scale, before, after = batch.towards(*targets[at])
-            return (values - before[:, None]) * scale[:, None] + after[:, None]
+            return values.sub_(before[:, None]).mul_(scale[:, None]).add_(after[:, None])
 
         norms = [module for module in self.network.module.modules() if isinstance(module, _BatchNorm)]
         self.network.load(average)
@@ -189,11 +194,6 @@ class Renormalizer:
 class LayerMoments(ChannelMoments):
     """Moments of the channels of one layer in the networks, and what brings an average of them to theirs."""
 
-    def target(self, shares: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """Mean (n,) and standard deviation (n,) of the repaired layer (section 4 of the paper)."""
-        weights = torch.tensor(shares, dtype=torch.float64, device=self.mean.device)
-        return weights @ self.mean, weights @ self.deviation
-
     def towards(self, center: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(scale, before, after) with which the one network measured here gets a mean and a deviation, dead channels not."""
         return _scale(self.mean[0], self.deviation[0], center, deviation)
@@ -202,8 +202,15 @@ class LayerMoments(ChannelMoments):
         """(scale, before, after) for the average of the networks, its statistics taken from theirs."""
         weights = torch.tensor(shares, dtype=torch.float64, device=self.mean.device)
         variance = torch.einsum("k,l,kln->n", weights, weights, self.covariance)
-        center, deviation = self.target(shares)
+        center, deviation = target([self], shares)
         return _scale(center, variance.clamp_min(0.0).sqrt(), center, deviation)
+
+
+def target(networks: Sequence[LayerMoments], shares: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """Mean (n,) and standard deviation (n,) of the repaired layer (section 4 of the paper), from those of the networks."""
+    means, deviations = (torch.cat(found) for found in zip(*((m.mean, m.deviation) for m in networks), strict=True))
+    weights = torch.tensor(shares, dtype=torch.float64, device=means.device)
+    return weights @ means, weights @ deviations
 
 
 def _scale(center: Tensor, deviation: Tensor, wanted: Tensor, spread: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -108,7 +108,7 @@ def test_the_variance_of_an_average_follows_from_those_of_its_parts():
     merged = statistics(case, lmc.weights.lerp(a, b, alpha))["fc1"]
     np.testing.assert_allclose(merged[1] ** 2, expected, rtol=1e-5)
     renormalizer = Renormalizer(Network(case.model, torch.device("cpu")), [a, b], case.inputs, "closed_form")
-    scale, _, _ = renormalizer._endpoints[0].closed_form((1 - alpha, alpha))
+    scale, _, _ = renormalizer._endpoints[0][0].closed_form((1 - alpha, alpha))
     np.testing.assert_allclose(scale, (0.7 * one[1] + 0.3 * other[1]) / np.sqrt(expected), rtol=1e-5)
 
 

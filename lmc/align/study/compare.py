@@ -213,6 +213,7 @@ def _measure(
     last, inputs = splits[-1], some_inputs(splits[0])
     judged = {last.name: next(iter(last.batches)) if last.whole else last.batches}
     task = replace(task.fitted(model, splits[0]), targets=None)  # the splits hold the targets that were made
+    known: list[tuple[Weights, tuple[Path, Path]]] = []  # methods often find the same
 
     def path_to(moved: Weights, repair: Repair) -> Path:
         return loss_path(
@@ -229,7 +230,11 @@ def _measure(
             return ("", ""), error
         seconds = perf_counter() - started
         moved = result.apply(b) if isinstance(result, Permutation) else as_weights(result)
-        path, repaired = path_to(moved, "auto"), path_to(moved, "repair")
+        same = (paths for weights, paths in known if all(torch.equal(moved[n], weights[n]) for n in moved))
+        if (paths := next(same, None)) is None:
+            paths = path_to(moved, "auto"), path_to(moved, "repair")
+            known.append((moved, paths))
+        path, repaired = paths
         split = path.split
         middle = int(np.argmin(np.abs(path.alphas - 0.5)))
         one, two = matched(spec, a), matched(spec, moved)  # statistics are no weights

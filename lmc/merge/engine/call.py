@@ -236,6 +236,9 @@ class Uniform:
             for begin in range(start // BLOCK * BLOCK, stop, BLOCK):
                 own = generator(self.seed, f"{model}/{begin}/{self.name}")
                 low, high = max(begin, start), min(begin + BLOCK, stop)
+                if high - low == BLOCK:
+                    torch.rand(BLOCK, generator=own, out=row[low - start : high - start])
+                    continue
                 values = torch.rand(BLOCK, generator=own, dtype=torch.float32)
                 row[low - start : high - start] = values[low - begin : high - begin]
         return drawn.reshape(like.shape).to(like)

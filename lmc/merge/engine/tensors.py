@@ -13,8 +13,9 @@ A method that treats every entry, or every row, alike is given large tensors in 
 their size.
 """
 
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -65,12 +66,13 @@ class WeightSets:
     pairs: frozenset[str] = frozenset()
     cast: torch.dtype | None = None
     derived: bool = False
+    _latest: "_Latest" = field(default_factory=lambda: _Latest(), init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.states)
 
     def __reduce__(self) -> Any:  # without what was found of it here: identities are others in another process
-        return WeightSets, tuple(getattr(self, field.name) for field in fields(self))
+        return WeightSets, tuple(getattr(self, each.name) for each in fields(self) if each.init)
 
     @cached_property
     def _adapted(self) -> frozenset[int]:
@@ -171,7 +173,12 @@ class WeightSets:
     def _base(self, name: str, chunk: Chunk) -> Tensor:
         if self.base is None:
             raise InputError("this method needs the weights that the models were fine-tuned from: pass base=")
-        return self._read(self.base, name, chunk)
+        if not isinstance(self.base, Checkpoint):
+            return self._read(self.base, name, chunk)
+        where, latest = (name, chunk and chunk.start, chunk and chunk.stop), self._latest
+        if latest.where != where:  # task vectors are taken from it, and then added to it
+            latest.where, latest.base = where, self._read(self.base, name, chunk)
+        return latest.base
 
     def _read(self, state: Mapping[str, Tensor], name: str, chunk: Chunk) -> Tensor:
         found = self._raw(state, name, chunk)
@@ -208,6 +215,13 @@ class WeightSets:
         place = f" ({state.entry(name).file})" if isinstance(state, Checkpoint) else ""
         bad = f"{int((~finite).sum())} of {tensor.numel()} values" + (" read" if chunk else "")
         raise WeightsError(f"{name} of {who}{place}: {bad} are NaN or infinite, first at {where}; leave this model out")
+
+
+class _Latest(threading.local):
+    """What a thread has read of a base on disk last."""
+
+    where: tuple[str, int | None, int | None] | None = None
+    base: Tensor
 
 
 def weight_sets(

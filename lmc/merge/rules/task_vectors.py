@@ -27,6 +27,8 @@ Normalize = Literal["weights", "count", "none"]
 Together = Literal["filter", "row", "tensor"]
 Rescale = Literal["keep", "l1", "l2", "none"]
 
+STRETCH = 512  # numbers that are added up in their own dtype before float64
+
 
 @own_context
 def task_vector(weights: ModelOrWeights, *, base: ModelOrWeights) -> StateDict:
@@ -93,10 +95,17 @@ def _restoring(
     for chunk, deltas in parts:
         keep = uniform.at(chunk)(deltas) < per_model(shares, deltas)
         masks[chunk and chunk.start] = np.packbits(keep.cpu().numpy())
-        sizes = deltas.reshape(len(deltas), -1)
+        sizes = deltas.abs().reshape(len(deltas), -1)
         for norms, values in ((before, sizes), (after, sizes * as_numbers(keep).reshape(sizes.shape))):
-            norms += torch.linalg.vector_norm(values, order, dim=1, dtype=torch.float64).pow(order).cpu()
+            norms += _sums(values) if order == 1 else values.double().square().sum(1).cpu()
     return (before / after).pow(1 / order).where(after.pow(1 / order) > 1e-7, 1.0), masks
+
+
+def _sums(values: Tensor) -> Tensor:
+    """`(models,)`: the sums of `(models, entries)` in float64, those of short stretches first, in their own dtype."""
+    whole = values.shape[1] // STRETCH * STRETCH
+    short = torch.cat([values[:, :whole].reshape(len(values), -1, STRETCH).sum(-1), values[:, whole:]], 1)
+    return short.sum(1, dtype=torch.float64).cpu()
 
 
 def as_numbers(mask: Tensor) -> Tensor:
