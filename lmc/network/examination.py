@@ -122,7 +122,7 @@ class Examination:
         writes, writes_inputs = trial.written(self.weights, self.inputs)
         if not self._warn_of_shadows(stale, expected):
             with contextlib.suppress(Exception):  # of weights that nobody asked for
-                self._warn_of_weights_elsewhere(trial, self._given_out(stale, between), expected)
+                self._warn_of_weights_elsewhere(stale, expected)
         trial.load(between)
         functional = False
         with contextlib.suppress(Exception):  # what cannot be called so is not
@@ -150,10 +150,13 @@ class Examination:
             "judged by them; let it count, draw or remember in training mode only"
         )
 
-    def _warn_of_weights_elsewhere(self, trial: Trial, other: Any, expected: Any) -> None:
-        """Warn of a module that gives the same, which is no constant, with other weights."""
+    def _warn_of_weights_elsewhere(self, stale: Removal, expected: Any) -> None:
+        """Warn of a module that gives the same, which is no constant, with other weights: near ones, and far ones, since
+        outputs of few values may be the same near by."""
         varied = any(x.is_floating_point() and len(x.reshape(-1)[:1000].unique()) > 1 for x in leaves(expected))
-        if varied and trial.own_names and _equal(other, expected):
+        near, own = _perturbed(self.weights), [n for n, _ in self.module.named_parameters() if n in self.weights]
+        far = near | {name: -self.weights[name] for name in own}
+        if varied and own and all(_equal(self._given_out(stale, other), expected) for other in (near, far)):
             warn(
                 f"{self.name}: its outputs do not change with the weights that are loaded; it computes with tensors that "
                 "it keeps beside its state dict, such as views of its parameters, or with those of another module: all "
@@ -214,10 +217,11 @@ def _perturbed(weights: Weights) -> Weights:
 
 
 def _equal(found: Any, expected: Any) -> bool:
-    """Whether the floating-point tensors of two results agree, up to what another order of sums may change."""
+    """Whether the real and complex tensors of two results agree, up to what another order of sums may change."""
     for x, y in zip(leaves(found), leaves(expected), strict=True):
         if x.shape != y.shape:
             return False
+        x, y = (torch.view_as_real(z) if z.is_complex() else z for z in (x, y))
         if x.is_floating_point() and x.numel():
             rounding = torch.finfo(y.dtype).eps ** 0.5
             x, y = x.double(), y.double()

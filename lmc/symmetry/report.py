@@ -51,7 +51,8 @@ def ordered_families(spec: Symmetries) -> list[str]:
 
 
 def family_rows(spec: Symmetries, patterns: Mapping[str, str]) -> list[tuple[str, str, str, str, str]]:
-    """(family, units, inside, tensors with their patterns, what is admitted beyond permutations), families that differ only by a layer number in one row."""
+    """(family, units, inside, tensors with their patterns, what is admitted beyond permutations), families that differ only
+    by a layer number in one row."""
     merged: dict[tuple[str, int, int, tuple[str, ...], tuple[str, ...], str], list[str]] = {}
     for family in ordered_families(spec):
         names = spec.families[family]

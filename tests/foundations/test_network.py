@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import lmc
-from lmc.network.network import Network
+from lmc.network.examination import _equal
+from lmc.network.network import Network, whole
 
 CPU = torch.device("cpu")
 
@@ -508,6 +509,46 @@ class ViewsOfParameters(nn.Module):
 def test_a_module_whose_outputs_do_not_follow_its_weights_is_named(data):
     with pytest.warns(UserWarning, match="ViewsOfParameters: its outputs do not change with the weights"):
         lmc.loss_path(ViewsOfParameters(0), ViewsOfParameters(1), ViewsOfParameters(2), data, alphas=3, progress=False)
+
+
+def test_outputs_of_few_values_follow_their_weights(data):
+    class Decided(Base):
+        def __init__(self, seed):
+            super().__init__(seed)
+            self.b.bias = nn.Parameter(torch.tensor([0.0, 9.0, 0.0, 0.0]))  # weights near by decide alike
+
+        def forward(self, x):
+            return F.one_hot(super().forward(x).argmax(-1), 4).float()
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        lmc.loss_path(Decided(0), Decided(1), Decided(2), data, alphas=3, progress=False)
+    assert not [warning for warning in told if "do not change" in str(warning.message)]
+
+
+class Turned(nn.Module):
+    """Complex outputs, by a factor that is made once from the weights."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer, self.factor = nn.Linear(4, 3), None
+
+    def forward(self, x):
+        if self.factor is None:
+            self.factor = torch.exp(1j * self.layer.bias.detach())
+        return self.layer(x) * self.factor
+
+
+def test_complex_outputs_are_compared_as_well(data):
+    first, second = Turned(1), Turned(2)
+    x = torch.randn(5, 4)
+    network = Network(Turned(0), CPU, read=whole)
+    for model in (first, second, first):
+        network.load(model.state_dict())
+        assert torch.allclose(network(x), model(x).detach())
+    outputs = [model(x).detach() for model in (first, second)]
+    assert not _equal(*outputs) and _equal(outputs[0], outputs[0])
 
 
 def test_extra_state_is_refused_alike(data):

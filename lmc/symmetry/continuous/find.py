@@ -53,7 +53,6 @@ def continuous_symmetries(
         draws: number of random points of weight space, at least; more are drawn of small modules, and where the outputs
             are few.
         tolerance: allowed change of the outputs under finite elements, relative to their largest value.
-
         progress: show a bar when it takes longer than two seconds.
 
     Raises:

@@ -148,8 +148,8 @@ def ranked(units: Units, tag: Tag, dim: int, out: Shape) -> Tag:
 
 
 def choice(units: Units, tag: Tag, dim: int, out: Shape, no_ties: bool) -> Tag:
-    """Positions along `dim` at which something is found (argmax, top-k): the values name the units of `dim`, if those are named by a
-    coordinate of their own and no two values are equal (ties go by position); otherwise they are frozen."""
+    """Positions along `dim` at which something is found (argmax, top-k): the values name the units of `dim`, if those are
+    named by a coordinate of their own and no two values are equal (ties go by position); otherwise they are frozen."""
     names = [c for c in tag.coords if c.shape[dim] > 1]
     own = (
         no_ties

@@ -116,10 +116,10 @@ def clusters(coords: list[Ids]) -> list[list[Ids]]:
 def join_cluster(units: Units, shape: Shape, coords: list[Ids]) -> list[Ids]:
     """Relate coordinates that share dims.
 
-    A coordinate that is a function of another one, or of the frozen ones together, is dropped, the function recorded. Dims on which only one coordinate
-    varies are summarised by blocks: given the blocks on the shared dims, the rest is a product. What is left varies on
-    shared dims only; where these are several dims in one, they are taken apart, else it is either a full product or made
-    into pairs.
+    A coordinate that is a function of another one, or of the frozen ones together, is dropped, the function recorded. Dims
+    on which only one coordinate varies are summarised by blocks: given the blocks on the shared dims, the rest is a product.
+    What is left varies on shared dims only; where these are several dims in one, they are taken apart, else it is either a
+    full product or made into pairs.
     """
     coords = drop_determined(units, shape, drop_fixed(units, shape, coords))
     parts = clusters(coords)
