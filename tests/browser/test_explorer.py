@@ -90,3 +90,25 @@ def are_alive_again(lab) -> None:
     explorer.locator(".lmc-note[data-state=static]").wait_for()
     assert "model not found" not in page.locator(".jp-Notebook").inner_text()
     assert not page.evaluate("window.jupyterapp.shell.currentWidget.content.model.dirty")
+
+
+def test_the_examples_that_change_their_mind_follow_the_slider(window, tmp_path):
+    """At A nothing differs from A; on the way to B some examples do, each with A's class, another one, and its picture."""
+    import lmc
+
+    stored, digits = lmc.data.checkpoint("digits-mlp32"), lmc.data.digits()
+    path = lmc.loss_path(stored.model(), *stored, digits.test, alphas=9, progress=False)
+    page = window.open(path.save_html(tmp_path / "path.html", examples="unlike A").as_uri())
+    caption, labels = page.locator("figcaption").nth(1), page.locator(".lmc-tile:visible span")
+    table = path.predictions.predicted
+    for key, point in (("Home", 0), ("End", -1)):
+        page.get_by_role("slider").press(key)
+        changed = table[point] != table[0]
+        caption.filter(has_text=f"{changed.sum()} of 397 decided otherwise than by A").wait_for()
+        right = table[point] == path.predictions.targets
+        said = [
+            f"{was}→{now}{' ✓' if good else ''}"
+            for was, now, good in zip(table[0][changed], table[point][changed], right[changed], strict=True)
+        ]
+        assert labels.all_inner_texts() == said[:24]
+        assert bool(said) == (key == "End")

@@ -60,3 +60,32 @@ def test_labels_of_barriers_cover_nothing(window, tmp_path):
             for width in WIDTHS:
                 labels, faults = page.evaluate(DRAW, [figure, width])
                 assert labels and faults == [], (name, width)
+
+
+@pytest.mark.thorough
+def test_the_slider_of_decisions_is_dragged(open_notebook, tmp_path):
+    """In JupyterLab, as stored: the digits keep their places while what is said above them changes with the slider."""
+    notebook = open_notebook("14_which_model_do_you_trust.ipynb")
+    cells = "window.jupyterapp.shell.currentWidget.content.model.cells"
+    notebook.page.evaluate(f"for (const cell of {cells}) cell.trusted = true")  # else figures are their stored pictures
+    cell = notebook.page.locator(".jp-CodeCell", has_text="sliders=[{")
+    cell.locator(".jp-OutputArea").scroll_into_view_if_needed()
+    figure = cell.locator(".js-plotly-plot")
+    grip, labels = figure.locator(".slider-grip-rect"), figure.locator(".annotation-text")
+    begin = labels.all_inner_texts()
+    figure.screenshot(path=tmp_path / "begin.png")
+    track = figure.locator(".slider-rail-touch-rect").bounding_box()
+    for share, said in ((0.5, "α = 0.5"), (1.0, "α = 1.0")):
+        box = grip.bounding_box()
+        notebook.page.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+        notebook.page.mouse.down()
+        notebook.page.mouse.move(track["x"] + share * (track["width"] - 2), box["y"] + box["height"] / 2, steps=8)
+        notebook.page.mouse.up()
+        figure.locator(".slider-label", has_text=said).wait_for()
+        figure.screenshot(path=tmp_path / f"at {share}.png")
+    end = labels.all_inner_texts()
+    assert len(begin) == len(end) == 12 and begin != end
+    assert [text.split(", is ")[1] for text in begin] == [text.split(", is ")[1] for text in end]
+    bold = labels.evaluate_all("all => all.map((text) => text.innerHTML.includes('bold'))")
+    changed = [one.split(",")[0] != other.split(",")[0] for one, other in zip(begin, end, strict=True)]
+    assert bold == changed

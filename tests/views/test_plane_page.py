@@ -8,8 +8,10 @@ import subprocess
 
 import numpy as np
 import pytest
+import torch
 import traitlets
 
+import lmc
 from lmc.errors import InputError
 from lmc.landscape.planes.plane_result import Plane
 from lmc.views.widgets.explorer import FOLDER
@@ -61,6 +63,23 @@ def test_the_widget_follows_leads_and_stays_in_step(plane):
         first.split = "validation"
     with pytest.raises(InputError, match="without networks at hand"):
         first.answer(["test", 1.0, 2.0])
+
+
+def test_the_kernel_compares_with_one_of_the_models():
+    torch.manual_seed(0)
+    model = lmc.models.mlp(16, [8], 3)
+    models = [lmc.models.mlp(16, [8], 3) for _ in range(3)]
+    data = torch.randn(40, 16), torch.randint(3, (40,))
+    plane = lmc.loss_plane(model, models, data, resolution=5, progress=False)
+    widget = plane.explore(examples="unlike B")
+    assert widget.data["unlike"] == {"name": "B"}
+    far = widget.answer(["data", *plane.places["C"]])
+    said = [m(data[0]).argmax(-1) for m in models]
+    changed = (said[1] != said[2]).nonzero().flatten().tolist()
+    assert far["differing"] == len(changed) > 0 and far["shown"]["index"] == changed[:24]
+    assert widget.answer(["data", *plane.places["B"]])["differing"] == 0
+    with pytest.raises(InputError, match="examples='unlike D'; expected one of 'wrong', 'unlike A', "):
+        plane.explore(examples="unlike D")
 
 
 def test_the_page_stands_alone(plane, tmp_path):

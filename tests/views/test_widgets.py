@@ -192,6 +192,35 @@ def test_the_kernel_answers_for_places_in_between():
     json.dumps(sent, allow_nan=False)
 
 
+@pytest.mark.parametrize("name, alpha", [("A", 0.0), ("B", 1.0)])
+def test_which_examples_change_their_mind_on_the_way(name, alpha):
+    path = random_path(1)
+    widget, sent = path.explore(label="p", examples=f"unlike {name}"), []
+    assert widget.data["unlike"] == {"name": name, "alpha": alpha}
+    widget.send = sent.append
+    for at in (0.3, alpha):
+        widget._asked(widget, {"place": ["p", at], "ticket": "1"}, [])
+    table = path.predictions.predicted
+    there = table[-1] if alpha else table[0]
+    here = np.empty_like(there)
+    full = path.exact.predictions(0.3)
+    here[np.searchsorted(path.predictions.index, full.index)] = full.predicted[0]
+    changed = path.predictions.index[here != there]  # all 60 examples are small enough to be kept
+    shown = sent[0]["shown"]
+    assert len(here) == 60 and 0 < sent[0]["differing"] == len(changed)
+    assert shown["index"] == changed[:24].tolist() == sent[0]["images"]["index"]
+    predicted = decoded(shown["predicted"], np.uint8).reshape(2, -1)
+    np.testing.assert_array_equal(predicted[0], there[here != there][:24])
+    np.testing.assert_array_equal(predicted[1], here[here != there][:24])
+    assert sent[1]["differing"] == 0 and sent[1]["shown"]["index"] == []  # nothing differs from itself
+    json.dumps(sent, allow_nan=False)
+
+
+def test_examples_that_an_explorer_does_not_know(naive):
+    with pytest.raises(InputError, match="examples='unlike C'; expected one of 'wrong', 'unlike A', 'unlike B'"):
+        naive.explore(examples="unlike C")
+
+
 def test_why_the_kernel_has_no_answer_is_said(tmp_path):
     random_path(1).save(tmp_path / "path.json")
     widget, sent = Path.load(tmp_path / "path.json").explore(label="p"), []
@@ -229,13 +258,15 @@ def test_an_output_is_small_enough_for_a_notebook(naive):
 def test_the_arithmetic_of_the_modules():
     script = """
     import { colourScale, format, logTicks, nearest, stepped, ticks, valueAt } from "./common.js";
-    import { wrongExamples } from "./pictures.js";
+    import { differing } from "./pictures.js";
     const grid = [0, 0.25, 0.5, 1];
     console.log(JSON.stringify([
       nearest(grid, 0.3), nearest(grid, 2), valueAt(grid, [0, 1, 3, 4], 0.375), valueAt(grid, [0, null, 2, 4], 0.25),
       valueAt(grid, [0, 1, 3, 4], 1), valueAt(grid, [null, null, null, null], 0.5),
-      wrongExamples({ index: [5, 7, 9], targets: [0, 1, 2], predicted: [9, 9, 9, 0, 2, 255] }, 1,
+      differing({ index: [5, 7, 9], targets: [0, 1, 2], predicted: [9, 9, 9, 0, 2, 255] }, 1,
         { place: new Map([[5, 0], [7, 1], [9, 2]]) }),
+      differing({ index: [5, 7, 9], targets: [0, 1, 2], predicted: [1, 2, 2, 0, 2, 255] }, 1,
+        { place: new Map([[5, 0], [7, 1], [9, 2]]) }, 0),
       stepped(grid, 0.3, 1), stepped(grid, 0.25, -1), stepped(grid, 0.3, 9), stepped(grid, 1, 1),
       ticks(0, 1.9), ticks(-0.3, 0.4, 4), logTicks(0.04, 3), logTicks(2.1, 2.4), logTicks(1e-4, 100),
       format(null), format(0.1234), format(1e-5), format(12.34), format(1234.5),
@@ -243,7 +274,8 @@ def test_the_arithmetic_of_the_modules():
     ]));
     """
     assert json.loads(run_module(script)) == [
-        *(1, 3, 2, 1, 4, None, [{"example": 7, "target": 1, "guess": 2}], 0.5, 0, 1, 1),
+        *(1, 3, 2, 1, 4, None, [{"example": 7, "wanted": 1, "guess": 2, "target": 1}]),
+        *([{"example": 5, "wanted": 1, "guess": 0, "target": 0}], 0.5, 0, 1, 1),
         *([0, 0.5, 1, 1.5], [-0.2, 0, 0.2, 0.4], [0.05, 0.1, 0.2, 0.5, 1, 2], [2.1, 2.2, 2.3, 2.4]),
         *([0.0001, 0.001, 0.01, 0.1, 1, 10, 100], "–", "0.123", "1.0e-5", "12.3", "1235", [128, 0, 0], None),
     ]

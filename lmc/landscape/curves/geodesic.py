@@ -138,7 +138,10 @@ def geodesic_path(
         >>> found.length < 0.8 * found.straight_length
         True
     """
-    whole("points", points, 3), whole("epochs", epochs, 0), whole("batch_size", batch_size, 1), positive("lr", lr)
+    whole("points", points, 3)
+    whole("epochs", epochs, 0)
+    whole("batch_size", batch_size, 1)
+    positive("lr", lr)
     a, b = agreeing([a, b], "ab", model=model)
     objective = Objective(model, a, data, outputs=outputs, device=device, name="a")
     a, b = ({name: tensor.clone() for name, tensor in gauged(end, model).items()} for end in (a, b))

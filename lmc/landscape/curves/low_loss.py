@@ -151,7 +151,10 @@ def low_loss_path(
         >>> found.path(data.test).barrier < lmc.loss_path(model, a, b, data.test).barrier / 2
         True
     """
-    whole("ticks", ticks, 1), whole("batch_size", batch_size, 1), positive("lr", lr), positive("step", step)
+    whole("ticks", ticks, 1)
+    whole("batch_size", batch_size, 1)
+    positive("lr", lr)
+    positive("step", step)
     if len(rounds) != 2 or not 1 <= rounds[0] <= rounds[1]:
         raise InputError(f"rounds={rounds}; expected the fewest and the most batches, at least 1")
     if not (epsilon is None or epsilon >= 0.0) or not shortest >= 0.0:

@@ -43,8 +43,12 @@ class Predictions:
     images: npt.NDArray[np.uint8] | None
 
 
-def collect(split: Split, predicted: Sequence[Tensor | None]) -> Predictions | None:
-    """From the predictions (N,) at each point (None: not evaluated); None where there is nothing to show."""
+def collect(split: Split, predicted: Sequence[Tensor | None], *, unlike_first: bool = False) -> Predictions | None:
+    """From the predictions (N,) at each point (None: not evaluated); None where there is nothing to show.
+
+    Args:
+        unlike_first: keep the examples on which a point differs from the first one, not those that are wrong.
+    """
     known = [row for row in predicted if row is not None]
     if not known or not split.held:
         return None
@@ -61,7 +65,9 @@ def collect(split: Split, predicted: Sequence[Tensor | None]) -> Predictions | N
             pairs = np.bincount(targets * classes + table[point], minlength=classes * classes)
             confusion[point] = pairs.reshape(classes, classes)
     inputs = _inputs(split)
-    index = np.sort(_choose(targets, table, 1 if inputs is None else math.prod(inputs.shape[1:])))
+    index = np.sort(
+        _choose(table[0] if unlike_first else targets, table, 1 if inputs is None else math.prod(inputs.shape[1:]))
+    )
     images = None if inputs is None else as_images(inputs, index)
     return Predictions(split.name, confusion, index, targets[index], table[:, index], images)
 
@@ -107,8 +113,8 @@ def _inputs(split: Split) -> Tensor | None:
 
 
 def _choose(targets: npt.NDArray[np.int64], table: npt.NDArray[np.int64], size: int) -> npt.NDArray[np.int64]:
-    """Examples to show, `size` bytes each: first those that few networks get wrong, which are the ones to look at
-    near the ends, then those that many get wrong, last the ones that none does."""
+    """Examples to show, `size` bytes each: first those that few networks decide otherwise than `targets`, which are the ones
+    to look at near the ends, then those that many do, last the ones that none does."""
     wrong = ((table != targets) & (table >= 0)).sum(0)
     rank = np.where(wrong > 0, wrong, np.iinfo(np.int64).max)
     return np.argsort(rank, kind="stable")[: max(IMAGE_BYTES // size, 16)]
@@ -192,7 +198,8 @@ class Live:
         self._again, self._weights_at = evaluation.again, weights_at
         self._evaluation: Evaluation | None = None
         self._seen = [(tensor, tensor._version) for state in evaluation.given for tensor in state.values()]
-        self._last: tuple[tuple[float, ...], dict[str, Score], Predictions | None] | None = None
+        self._last: tuple[tuple[float, ...], dict[str, Score]] | None = None
+        self._decided: dict[tuple[float, ...], Tensor | None] = {}  # at the places that others are compared with
 
     def __call__(self, *place: float) -> dict[str, Score]:
         """The scores of every split.
@@ -203,25 +210,33 @@ class Live:
         """
         return self._at(place)[0]
 
-    def predictions(self, *place: float) -> Predictions | None:
-        """The classes that the network there predicts on the last split; None where there are none to show."""
-        return self._at(place)[1]
+    def predictions(self, *place: float, unlike: Sequence[float] | None = None) -> Predictions | None:
+        """The classes that the network there predicts on the last split; None where there are none to show.
 
-    def _at(self, place: tuple[float, ...]) -> tuple[dict[str, Score], Predictions | None]:
+        Args:
+            unlike: another place, which then is the first of two points; kept are examples that the two decide differently.
+        """
+        scores, split = self._at(place)
+        found: Tensor | None = scores[split.name].predictions
+        if unlike is None:
+            return collect(split, [found])
+        other = tuple(unlike)
+        if other not in self._decided:
+            self._decided[other] = self._at(other)[0][split.name].predictions
+        return collect(split, [self._decided[other], found], unlike_first=True)
+
+    def _at(self, place: tuple[float, ...]) -> tuple[dict[str, Score], Split]:
         if any(tensor._version != version for tensor, version in self._seen):
             raise WeightsError("the weights have been changed since this was evaluated; evaluate it again")
+        if self._evaluation is None:
+            with warnings.catch_warnings():  # what there is to warn of was said when the result was made
+                warnings.simplefilter("ignore")
+                self._evaluation = self._again()
+                self._evaluation.evaluator.predictions = True
+        evaluator = self._evaluation.evaluator
         if self._last is None or self._last[0] != place:
-            if self._evaluation is None:
-                with warnings.catch_warnings():  # what there is to warn of was said when the result was made
-                    warnings.simplefilter("ignore")
-                    self._evaluation = self._again()
-                    self._evaluation.evaluator.predictions = True
-            evaluator = self._evaluation.evaluator
-            scores = next(evaluator([self._weights_at(self._evaluation, *place)]))
-            shown = evaluator.splits[-1]
-            predicted: list[Tensor | None] = [scores[shown.name].predictions]
-            self._last = place, scores, collect(shown, predicted)
-        return self._last[1:]
+            self._last = place, next(evaluator([self._weights_at(self._evaluation, *place)]))
+        return self._last[1], evaluator.splits[-1]
 
     def __reduce__(self) -> Any:
         return type(None), ()

@@ -12,7 +12,7 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary, WeakSet
@@ -154,8 +154,25 @@ def _table(rows: Sequence[Mapping[str, str]]) -> str:
 TILES = 24  # pictures that an explorer shows at once
 
 
-def answer(exact: Live | None, place: Sequence[float], split: str) -> dict[str, Any]:
+def unlike(examples: str, names: Iterable[str]) -> str | None:
+    """The network with whose decisions an explorer compares: "unlike A" gives "A", "wrong" gives None.
+
+    Raises:
+        InputError: anything else.
+    """
+    known = {"wrong": None, **{f"unlike {name}": name for name in names}}
+    if examples not in known:
+        raise InputError(f"examples={examples!r}; expected one of {', '.join(map(repr, known))}")
+    return known[examples]
+
+
+def answer(
+    exact: Live | None, place: Sequence[float], split: str, other: Sequence[float] | None = None
+) -> dict[str, Any]:
     """What the kernel says of a place: the values of a split (accuracy in percent), and what is predicted on the last.
+
+    Args:
+        other: a place with which predictions are compared; they are the first of two points then.
 
     Raises:
         InputError: a result that was read from a file. WeightsError, DataError: see `Live`.
@@ -164,15 +181,16 @@ def answer(exact: Live | None, place: Sequence[float], split: str) -> dict[str, 
         raise InputError("made without networks at hand")
     values = exact(*place)[split].values
     known = {m: (100.0 if m == "accuracy" else 1.0) * v if math.isfinite(v) else None for m, v in values.items()}
-    shown = exact.predictions(*place)
+    shown = exact.predictions(*place, unlike=other)
     if shown is None:
         return {"values": known, "shown": None, "images": None}
-    wrong = np.flatnonzero(shown.predicted[0] != shown.targets)[:TILES]
+    differing = np.flatnonzero(shown.predicted[-1] != (shown.targets if other is None else shown.predicted[0]))
+    wrong = differing[:TILES]
     images = None if shown.images is None else shown.images[wrong]
     few = Predictions(
         shown.split, shown.confusion, shown.index[wrong], shown.targets[wrong], shown.predicted[:, wrong], images
     )
-    return {"values": known, "shown": shown_state(few), "images": images_state([few])}
+    return {"values": known, "shown": shown_state(few), "images": images_state([few]), "differing": len(differing)}
 
 
 def shown_state(shown: Predictions) -> dict[str, Any]:

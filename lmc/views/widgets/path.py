@@ -14,8 +14,10 @@ from lmc.core.results import view
 from lmc.errors import InputError
 from lmc.landscape.path import Path
 from lmc.views.legend import PATTERNS, colours, dashes, labelled_paths, measure_title
-from lmc.views.widgets.explorer import Explorer, answer, images_state, module, shown_state, style
+from lmc.views.widgets.explorer import Explorer, answer, images_state, module, shown_state, style, unlike
 from lmc.views.widgets.poster import Poster, curves
+
+ENDS = {"A": 0.0, "B": 1.0}
 
 
 class PathExplorer(Explorer):
@@ -35,9 +37,10 @@ class PathExplorer(Explorer):
     alpha = traitlets.Float(0.5).tag(sync=True)
     active = traitlets.Unicode().tag(sync=True)
 
-    def __init__(self, paths: Mapping[str, Path]) -> None:
+    def __init__(self, paths: Mapping[str, Path], examples: str = "wrong") -> None:
         self.paths = dict(paths)
-        super().__init__(list(paths.values()), state(paths))
+        self._other = unlike(examples, ENDS)
+        super().__init__(list(paths.values()), state(paths, examples))
 
     @traitlets.validate("active")
     def _known(self, proposal: Any) -> str:
@@ -48,7 +51,8 @@ class PathExplorer(Explorer):
     def answer(self, place: Any) -> dict[str, Any]:
         name, alpha = place
         path = self.paths[name]
-        return answer(path.exact, [float(alpha)], path.split)
+        other = None if self._other is None else [ENDS[self._other]]
+        return answer(path.exact, [float(alpha)], path.split, other)
 
     def poster(self) -> Poster:
         tints = colours(list(self.paths))
@@ -61,17 +65,19 @@ class PathExplorer(Explorer):
 
 
 @view(Path, "explore")
-def explore(path: Path, label: str | None = None, **others: Path) -> PathExplorer:
+def explore(path: Path, label: str | None = None, *, examples: str = "wrong", **others: Path) -> PathExplorer:
     """Open a widget with a slider along the path: the network at this point, its confusions and its mistakes.
 
     Args:
         label: what the path is called (default: "aligned" beside a path called "naive", else "path").
+        examples: which inputs are shown: "wrong" ones, or those whose class changed, "unlike A" or "unlike B": watch which
+            examples change their mind while you drag.
         others: further paths, by name: `aligned.explore(naive=naive)`.
 
     Raises:
-        InputError: paths over different points or different examples.
+        InputError: paths over different points or different examples, or other `examples`.
     """
-    return PathExplorer(labelled_paths(path, label, others))
+    return PathExplorer(labelled_paths(path, label, others), examples)
 
 
 @view(Path, "save_html")
@@ -83,15 +89,16 @@ def save_html(
     title: str | None = None,
     text: Sequence[str] = (),
     rows: Sequence[Mapping[str, str]] = (),
+    examples: str = "wrong",
     **others: Path,
 ) -> FilePath:
     """Write the explorer as one page that needs neither a kernel nor a network, and return where it is.
 
     Args:
-        label, others: as for `explore`.
+        label, examples, others: as for `explore`.
         title, text, rows: heading, paragraphs, and a table (column -> cell) above the explorer.
     """
-    return PathExplorer.write(file, state(labelled_paths(path, label, others)), title, text, rows)
+    return PathExplorer.write(file, state(labelled_paths(path, label, others), examples), title, text, rows)
 
 
 @view(Connection, "explore")
@@ -117,12 +124,13 @@ def save_html_connection(
     return save_html(connection.path, file, "connected", title=title, text=text, rows=rows, naive=connection.naive)
 
 
-def state(paths: Mapping[str, Path]) -> dict[str, Any]:
+def state(paths: Mapping[str, Path], examples: str = "wrong") -> dict[str, Any]:
     """The state of the explorer: all that it draws, where it stands, and which path it shows (the last).
 
     Raises:
-        InputError: paths over different points or different examples.
+        InputError: paths over different points or different examples, or other `examples`.
     """
+    other = unlike(examples, ENDS)
     first = next(iter(paths.values()))
     for name, path in paths.items():
         if (path.alphas[0], path.alphas[-1]) != (first.alphas[0], first.alphas[-1]):
@@ -137,6 +145,8 @@ def state(paths: Mapping[str, Path]) -> dict[str, Any]:
         "panels": [panel_state(measure, paths) for measure in measures],
         "images": images_state([path.predictions for path in paths.values() if path.predictions is not None]),
     }
+    if other is not None:
+        data["unlike"] = {"name": other, "alpha": ENDS[other]}
     return {"data": data, "alpha": 0.5, "active": list(paths)[-1]}
 
 

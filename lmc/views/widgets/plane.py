@@ -11,7 +11,7 @@ import traitlets
 from lmc.core.results import view
 from lmc.landscape.planes.plane_result import Plane
 from lmc.views.legend import PATTERNS, SCALE, dashes, named_points, track_colours, tracked
-from lmc.views.widgets.explorer import Explorer, answer, encode, module, style
+from lmc.views.widgets.explorer import Explorer, answer, encode, module, style, unlike
 from lmc.views.widgets.poster import Poster, between, maps
 
 
@@ -33,9 +33,10 @@ class PlaneExplorer(Explorer):
     split = traitlets.Unicode().tag(sync=True)
     measure = traitlets.Unicode().tag(sync=True)
 
-    def __init__(self, plane: Plane, tracks: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, plane: Plane, tracks: Mapping[str, Any] | None = None, examples: str = "wrong") -> None:
         self.plane = plane
-        super().__init__([plane], state(plane, tracks))
+        self._other = unlike(examples, plane.places)
+        super().__init__([plane], state(plane, tracks, examples))
 
     @traitlets.validate("split", "measure")
     def _known(self, proposal: Any) -> str:
@@ -47,7 +48,8 @@ class PlaneExplorer(Explorer):
 
     def answer(self, place: Any) -> dict[str, Any]:
         split, x, y = place
-        return answer(self.plane.exact, [float(x), float(y)], split)
+        other = None if self._other is None else list(self.plane.places[self._other])
+        return answer(self.plane.exact, [float(x), float(y)], split, other)
 
     def poster(self) -> Poster:
         x, y = self.plane.x, self.plane.y
@@ -64,16 +66,19 @@ class PlaneExplorer(Explorer):
 
 
 @view(Plane, "explore")
-def explore(plane: Plane, tracks: Mapping[str, Any] | None = None) -> PlaneExplorer:
+def explore(plane: Plane, tracks: Mapping[str, Any] | None = None, *, examples: str = "wrong") -> PlaneExplorer:
     """Open a widget with a point to be dragged over the plane, as a map and as a surface.
 
     Args:
         tracks: further curves, name -> points (K, 2) in the plane or weights, as `{"run": checkpoints}`.
+        examples: which inputs are shown where a kernel evaluates the network: "wrong" ones, or those whose class changed
+            against one of the models, as "unlike A".
 
     Raises:
-        InputError: tracks that are no curves in the plane, or weights where the plane was read from a file.
+        InputError: tracks that are no curves in the plane, or weights where the plane was read from a file; other
+            `examples`.
     """
-    return PlaneExplorer(plane, tracks)
+    return PlaneExplorer(plane, tracks, examples)
 
 
 @view(Plane, "save_html")
@@ -95,7 +100,7 @@ def save_html(
     return PlaneExplorer.write(file, state(plane, tracks), title, text, rows)
 
 
-def state(plane: Plane, tracks: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def state(plane: Plane, tracks: Mapping[str, Any] | None = None, examples: str = "wrong") -> dict[str, Any]:
     """The state of the explorer: all that it draws, and a point in the middle of the models.
 
     Raises:
@@ -127,6 +132,9 @@ def state(plane: Plane, tracks: Mapping[str, Any] | None = None) -> dict[str, An
         "interpolated": np.flatnonzero(plane.interpolated).tolist() if plane.interpolated.any() else [],
         "gaps": plane.gaps,
     }
+    other = unlike(examples, plane.places)
+    if other is not None:
+        data["unlike"] = {"name": other}
     centre = np.mean(list(plane.places.values()), axis=0)
     return {"data": data, "point": centre.tolist(), "split": plane.split, "measure": measures[0]}
 

@@ -31,7 +31,7 @@ function render({ model, el }) {
   const step = (count) => stepped(paths[active].alphas, alpha, count);
   const handle = slider({ low, high, label: "position on the path", ends: ["A", "B"], step, pick, release: values.settle });
   const charts = data.panels.map((panel) => pathChart({ panel, paths, low, high, pick, release: values.settle }));
-  const shown = paths.some((path) => path.shown) ? predictions() : null;
+  const shown = paths.some((path) => path.shown) ? predictions(data.unlike?.name) : null;
 
   const left = node("div", { class: "lmc-left" }, ...charts.map((chart) => chart.node), handle.node);
   const body = node("div", { class: "lmc-body" }, left, ...(shown ? [shown.node] : []));
@@ -52,8 +52,9 @@ function render({ model, el }) {
     names.update(active);
     handle.update(alpha, lines.join(", "));
     for (const chart of charts) chart.update(alpha, active, exact?.values);
-    if (exact?.shown) shown?.update(exact.shown, 0, exact.images, `α = ${alpha.toFixed(3)}`);
-    else shown?.update(path.shown, point, images, `α = ${path.alphas[point].toFixed(3)}`);
+    // Where decisions are compared, the kernel sends those of the other network first.
+    if (exact?.shown) shown?.update(exact.shown, data.unlike ? 1 : 0, exact.images, `α = ${alpha.toFixed(3)}`, 0, exact.differing);
+    else shown?.update(path.shown, point, images, `α = ${path.alphas[point].toFixed(3)}`, path.alphas.indexOf(data.unlike?.alpha));
     scene.speak(`${path.name}: ${lines.join(", ")}`);
   }
 

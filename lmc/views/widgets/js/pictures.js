@@ -25,30 +25,32 @@ export function wrongCount({ confusion, classes }, point) {
   return wrong;
 }
 
-export function wrongExamples({ index, targets, predicted }, point, images) {
+// The examples decided otherwise than they should be or, given another point, than they are there.
+export function differing({ index, targets, predicted }, point, images, other = null) {
   const found = [];
-  const start = point * index.length;
-  for (let i = 0; i < index.length && found.length < TILES; i++) {
-    const guess = predicted[start + i];
-    if (guess === targets[i] || guess === 255 || !images.place.has(index[i])) continue;
-    found.push({ example: index[i], target: targets[i], guess });
+  for (let i = 0; i < index.length; i++) {
+    const guess = predicted[point * index.length + i];
+    const wanted = other === null ? targets[i] : predicted[other * index.length + i];
+    if (guess === wanted || guess === 255 || wanted === 255 || !images.place.has(index[i])) continue;
+    found.push({ example: index[i], wanted, guess, target: targets[i] });
   }
   return found;
 }
 
-// The confusion matrix and, where inputs are pictures, the wrong ones; `update(shown, point, images, where)`, null: hidden.
-export function predictions() {
+// The confusion matrix and, where inputs are pictures, the wrong ones or, with the name of another network, those decided
+// otherwise than by it; `update(shown, point, images, where, other, total)`, shown null: hidden. `other`: its point in `shown`.
+export function predictions(name) {
   const matrix = confusionFigure();
-  const tiles = galleryFigure();
+  const tiles = galleryFigure(name);
   const whole = node("div", { class: "lmc-right" }, matrix.node, tiles.node);
   return {
     node: whole,
-    update(shown, point, images, where) {
+    update(shown, point, images, where, other, total) {
       whole.hidden = !shown;
       if (!shown) return;
       matrix.update(shown, point, where);
       tiles.node.hidden = !images;
-      if (images) tiles.update(shown, point, images);
+      if (images) tiles.update(shown, point, images, name ? other : null, total);
     },
   };
 }
@@ -113,7 +115,7 @@ function blended(pen, over, under, share) {
   return top.map((value, i) => share * value + (1 - share) * low[i]);
 }
 
-function galleryFigure() {
+function galleryFigure(name) {
   const caption = node("figcaption", {});
   const grid = node("div", { class: "lmc-tiles" });
   const slots = Array.from({ length: TILES }, () => {
@@ -126,16 +128,20 @@ function galleryFigure() {
   let known = null; // whose pictures the slots hold
   return {
     node: node("figure", { class: "lmc-figure" }, caption, grid),
-    update(shown, point, images) {
-      const wrong = wrongExamples(shown, point, images);
-      const total = wrongCount(shown, point);
+    update(shown, point, images, other, counted) {
+      const all = differing(shown, point, images, other);
+      const wrong = all.slice(0, TILES);
+      const total = name ? (counted ?? all.length) : wrongCount(shown, point);
       const part = wrong.length < total ? ` (${wrong.length} shown)` : "";
-      caption.textContent = `${total} of ${shown.count} wrong${part}: true → predicted`;
+      const whole = name && counted === undefined ? shown.index.length : shown.count;
+      caption.textContent = name
+        ? `${total} of ${whole} decided otherwise than by ${name}${part}: ${name} → here, ✓ right`
+        : `${total} of ${shown.count} wrong${part}: true → predicted`;
       slots.forEach((slot, i) => {
         slot.tile.hidden = i >= wrong.length;
         if (i >= wrong.length) return;
-        const { example, target, guess } = wrong[i];
-        slot.label.textContent = `${target} → ${guess}`;
+        const { example, wanted, guess, target } = wrong[i];
+        slot.label.textContent = name ? `${wanted}→${guess}${guess === target ? " ✓" : ""}` : `${wanted} → ${guess}`;
         if (known === images && slot.example === example) return;
         slot.example = example;
         [slot.canvas.width, slot.canvas.height] = [images.width, images.height];

@@ -32,7 +32,7 @@ function render({ model, el }) {
   places.prepend("go to ");
   const map = node("canvas", { class: "lmc-map", tabindex: 0, role: "application", "aria-roledescription": "map" });
   const surface = node("canvas", { class: "lmc-surface", tabindex: 0, role: "img", "aria-label": "surface; arrow keys turn it" });
-  const shown = predictions();
+  const shown = predictions(data.unlike?.name);
   const values = exactly({
     ask: scene.ask,
     note,
@@ -41,7 +41,8 @@ function render({ model, el }) {
       exact = answer;
       if (answer) {
         const where = `(${point.map((value) => format(value, 2)).join(", ")})`;
-        shown.update(answer.shown && unpackShown(answer.shown), 0, unpackImages(answer.images), where);
+        const [unpacked, point] = [answer.shown && unpackShown(answer.shown), data.unlike ? 1 : 0];
+        shown.update(unpacked, point, unpackImages(answer.images), where, 0, answer.differing);
       }
       scene.redraw();
     },
