@@ -5,6 +5,7 @@ from pathlib import Path
 
 import nbformat
 import plotly
+import pytest
 
 ROOT = Path(__file__).parents[2]
 LIBRARY = Path(plotly.__file__).parent / "package_data" / "plotly.min.js"
