@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 SPLITS = ("train_", "test_")
 TASKS = ("classes", "segmentation", "regression", "binary", "language", "reconstruction", "own_loss")
 NOT_OPTIONS = ("models", "base", "align", "options")
+SHARD_SIZE = "5GB"
 
 
 def value(text: str) -> Any:
@@ -75,14 +77,25 @@ def method(name: str) -> Any:
     return methods()[name]
 
 
-def check_options(function: Callable[..., Any], given: dict[str, Any], skip: tuple[str, ...] = NOT_OPTIONS) -> None:
-    """Raise `InputError` for an option that the function does not have."""
+def check_options(
+    function: Callable[..., Any],
+    given: dict[str, Any],
+    skip: tuple[str, ...] = NOT_OPTIONS,
+    taken: tuple[str, ...] = (),
+) -> None:
+    """Raise `InputError` for an option that the function does not have, or that is no number where one is expected; and for
+    one of `taken`, which the command itself gives."""
     parameters = introspect.signature(function).parameters
-    known = [name for name in parameters if name not in skip]
+    known = [name for name in parameters if name not in (*skip, *taken)]
     open_ended = any(p.kind is introspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    for name in given:
-        if name not in known and not open_ended:
+    for name, value in given.items():
+        if name in taken or (name not in known and not open_ended):
             raise InputError(f"{getattr(function, '__name__', function)} has no option {name!r}; it has {known}")
+        default = parameters[name].default if name in parameters else None
+        if isinstance(default, int) and not isinstance(default, bool) and isinstance(value, str | float | bool | None):
+            raise InputError(f"--set {name}: expected a whole number, as {default} is, got {value!r}")
+        if isinstance(default, float) and isinstance(value, str | bool | None):
+            raise InputError(f"--set {name}: expected a number, as {default:g} is, got {value!r}")
 
 
 def architecture(text: str) -> nn.Module:
@@ -174,7 +187,7 @@ def _arrays(path: Path) -> dict[str, Tensor]:
     try:
         with np.load(path, allow_pickle=False) as content:
             return {name: torch.from_numpy(content[name]) for name in content.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, BadZipFile) as error:
         raise DataError(f"{path}: not an .npz file of plain arrays ({error})") from error
 
 
@@ -188,6 +201,7 @@ GIVEN = ("spec", "model", "a", "b", "data", "inputs", "progress")
 
 
 def inspect(arguments: Namespace) -> None:
+    _check_task(arguments)
     model = architecture(arguments.model) if arguments.model else None
     loaded = data(arguments.data, task(arguments.task)) if arguments.data else None
     found = lmc.merge.inspect(
@@ -217,7 +231,15 @@ def merge(arguments: Namespace) -> None:
         raise InputError("say where the result goes: --out FOLDER")
     show = not arguments.quiet
     if arguments.recipe:
-        if arguments.models or arguments.base or arguments.set or arguments.dry_run or arguments.dtype:
+        others = (
+            arguments.models,
+            arguments.base,
+            arguments.set,
+            arguments.dry_run,
+            arguments.dtype,
+            arguments.vocabulary,
+        )
+        if any(others) or arguments.shard_size != SHARD_SIZE:
             raise InputError(
                 "a recipe holds everything: --recipe goes with --out, --folder, and METHOD where it is a function of your own"
             )
@@ -229,8 +251,10 @@ def merge(arguments: Namespace) -> None:
     else:
         if not arguments.method or not arguments.models:
             raise InputError("give a method and at least one model: lmc merge average a/ b/ --out merged/")
+        if arguments.folder:
+            raise InputError("--folder says where the models of a recipe are: give it with --recipe")
         chosen, settings = method(arguments.method), options(arguments.set)
-        check_options(chosen, settings)
+        check_options(chosen, settings, taken=("base", "align", "dtype", "shard_size", "vocabulary"))
         if arguments.base is None and chosen.method.needs_base:
             raise InputError(f"{arguments.method} needs the model that the others were fine-tuned from: --base FOLDER")
         plan = lmc.merge.plan(
@@ -279,7 +303,7 @@ def _folder(text: str) -> tuple[str, str]:
 
 def extract(arguments: Namespace) -> None:
     chosen, settings = method(arguments.method), options(arguments.set)
-    check_options(chosen, settings)
+    check_options(chosen, settings, taken=("base", "align", "dtype", "rank", "method", "progress"))
     found = lmc.merge.extract(
         arguments.models,
         arguments.out,
@@ -300,6 +324,7 @@ def align(arguments: Namespace) -> None:
     import lmc.align
     from lmc.network.derived import derived_names
 
+    _check_task(arguments)
     needs, settings = ALIGNERS[arguments.method], options(arguments.set)
     aligner = getattr(lmc.align, arguments.method)
     check_options(aligner, settings, GIVEN)
@@ -307,9 +332,7 @@ def align(arguments: Namespace) -> None:
     loaded = data(arguments.data, task(arguments.task)) if arguments.data else None
     if "model" in needs and (model is None or loaded is None):
         raise InputError(f"--method {arguments.method} looks at what the networks do: give --model and --data")
-    out = Path(os.path.abspath(arguments.out))
-    if out.exists():
-        raise InputError(f"{out}: exists already; remove it or choose another name")
+    out = _new(arguments.out)
     spec = _spec(arguments, model, loaded)
     a, b = (_open(path, model) for path in (arguments.a, arguments.b))
     if "model" in needs:
@@ -339,6 +362,9 @@ def connect(arguments: Namespace) -> None:
     import lmc.align
     from lmc.symmetry.spec import PermutationSpec
 
+    for out in filter(None, (arguments.out, arguments.out_a)):
+        _new(out)
+    _check_page(arguments.html)
     model, loaded = architecture(arguments.model), data(arguments.data, task(arguments.task))
     a, b = (_cast(_load(path, model), model) for path in (arguments.a, arguments.b))
     spec = PermutationSpec.load(Path(arguments.spec)) if arguments.spec else None
@@ -358,6 +384,7 @@ def barrier(arguments: Namespace) -> None:
 
     if arguments.alphas < 3 or arguments.alphas % 2 == 0:
         raise InputError(f"--alphas {arguments.alphas}: expected an odd number, so that the middle is among them")
+    _check_page(arguments.html)
     model, loaded = architecture(arguments.model), data(arguments.data, task(arguments.task))
     a, b = (_cast(_load(path, model), model) for path in (arguments.a, arguments.b))
     path = loss_path(model, a, b, loaded, alphas=arguments.alphas, progress=not arguments.quiet)
@@ -375,6 +402,25 @@ def barrier(arguments: Namespace) -> None:
             print(line)
     if arguments.html:
         path.save_html(arguments.html)
+
+
+def _new(out: str) -> Path:
+    """The path of a folder to make; `InputError` where something is there already, before anything is computed."""
+    path = Path(os.path.abspath(out))
+    if path.exists() or path.is_symlink():
+        raise InputError(f"{path}: exists already; remove it or choose another name")
+    return path
+
+
+def _check_page(file: str | None) -> None:
+    """Raise `InputError` where a page could not be written, before anything is computed."""
+    if file is not None and not Path(os.path.abspath(file)).parent.is_dir():
+        raise InputError(f"--html {file}: there is no folder {Path(os.path.abspath(file)).parent}")
+
+
+def _check_task(arguments: Namespace) -> None:
+    if arguments.task and not arguments.data:
+        raise InputError("--task says how data are judged: give --data as well")
 
 
 def explain(name: str) -> str:
@@ -444,6 +490,8 @@ def _example(sizes: str | None, model: nn.Module, loaded: Any) -> Any:
         return first_of(next(input_batches(model, loaded, 2)), 2)
     try:
         shape = [int(size) for size in sizes.split(",")]
+        if min(shape) < 1:
+            raise ValueError("no size")
     except ValueError as error:
         raise InputError(f"--example {sizes}: expected sizes such as 2,3,32,32") from error
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -99,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (LmcError, OSError) as error:
         return _failed(error, 1)
     except KeyboardInterrupt:
-        return _failed("interrupted; the same command goes on where this one stopped", 130)
+        goes_on = arguments.run is actions.merge
+        goes_on |= arguments.run is actions.align and arguments.method == "weight_matching"
+        return _failed("interrupted" + "; the same command goes on where this one stopped" * goes_on, 130)
     return 0
 
 
@@ -152,7 +154,9 @@ def _merge(command: argparse.ArgumentParser) -> None:
     command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the method")
     command.add_argument("--dtype", help="of the result, such as bfloat16 (default: as in the first model)")
     command.add_argument("--vocabulary", choices=("union", "base"), help="merge by token where tokenizers differ")
-    command.add_argument("--shard-size", default="5GB", help="bytes per file at most (default 5GB)")
+    command.add_argument(
+        "--shard-size", default=actions.SHARD_SIZE, help="bytes per file at most (default %(default)s)"
+    )
     command.add_argument("--workers", type=int, default=1, help="processes that make tensors (default 1)")
     command.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     command.add_argument("--recipe", metavar="FILE", help="do the merge of a merge.json, or of a mergekit config.yml")

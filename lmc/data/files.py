@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterable
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 from lmc.core.progress import tqdm
@@ -97,7 +98,7 @@ def _download(source: Source, path: Path, progress: bool, roots: list[Path]) -> 
                     bar.update(len(chunk))
         verify(partial, source.checksum)
         os.replace(partial, path)
-    except OSError as error:  # urllib's errors are OSErrors too
+    except (OSError, HTTPException) as error:  # urllib's own errors are OSErrors
         raise DataError(f"could not download {source.url}: {error}. {_advice(source, roots)}") from error
     finally:
         partial.unlink(missing_ok=True)

@@ -3,6 +3,7 @@ Fashion-MNIST (Xiao, Rasul, Vollgraf 2017) from their original files."""
 
 import gzip
 import math
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -169,7 +170,7 @@ def read_idx(path: Path) -> np.ndarray:
     """
     try:
         content = gzip.decompress(path.read_bytes())
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: not a complete gzip file: {error}") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
         raise DataError(f"{path}: expected an idx file of unsigned bytes (00 00 08), found {content[:4].hex(' ')}")

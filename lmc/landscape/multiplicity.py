@@ -120,10 +120,8 @@ def multiplicity(
         DataError: data that are unusable or no classification.
     """
     called = [str(i) for i in range(len(models))] if names is None else list(names)
-    if len(models) < 2 or len(called) != len(models):
-        raise InputError(
-            f"{len(models)} models and {len(called)} names; expected at least two models, each with a name"
-        )
+    if len(models) < 2 or len(called) != len(models) or len(set(called)) != len(called):
+        raise InputError(f"{len(models)} models, names {called}; expected at least two models, each with its own name")
     states = agreeing(models, called, model=model)
     if not 0 <= reference < len(states):
         raise InputError(f"reference={reference}; expected the number of a model, 0 to {len(states) - 1}")

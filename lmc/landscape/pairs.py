@@ -206,7 +206,7 @@ def _measure(
         )
         path = mixture_path(evaluation, lambda alpha: (1.0 - alpha, alpha), alphas)
         start, end = path.losses[path.split][np.isin(path.alphas, (0.0, 1.0))]
-        known = not (math.isnan(start) or math.isnan(end))
+        known = math.isfinite(start) and math.isfinite(end)
         rises = (path.barrier, path.error_barrier) if known else (math.nan, math.nan)
         return path.split, path.unit, *rises, float(start), float(end)
 

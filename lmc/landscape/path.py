@@ -59,7 +59,7 @@ def barrier(
     evaluated) are passed over; so is whatever lies outside [0, 1].
 
     Raises:
-        InputError: lengths that differ, an unknown baseline, or ends that are missing or NaN.
+        InputError: lengths that differ, an unknown baseline, or ends that are missing or not finite.
     """
     grid, heights = np.asarray(alphas, dtype=np.float64), np.asarray(values, dtype=np.float64)
     if grid.shape != heights.shape or grid.ndim != 1:
@@ -67,8 +67,8 @@ def barrier(
     if baseline not in get_args(Baseline):
         raise InputError(f"baseline={baseline!r}; expected one of {', '.join(get_args(Baseline))}")
     ends = heights[np.isin(grid, (0.0, 1.0))]
-    if np.isnan(ends).any():
-        raise InputError(f"no barrier between ends of {ends.tolist()}: the values at alpha = 0 and 1 must be numbers")
+    if not np.isfinite(ends).all():
+        raise InputError(f"no barrier between ends of {ends.tolist()}: the values at alpha = 0 and 1 must be finite")
     inside = (grid >= 0.0) & (grid <= 1.0) & ~np.isnan(heights)
     grid, heights = grid[inside], heights[inside]
     if not {0.0, 1.0} <= set(grid.tolist()):
@@ -130,7 +130,7 @@ class Path(Measured, Result):
         the deepest fall below the baseline.
 
         Raises:
-            InputError: a split or a measure that there is not, or an end that is not a number.
+            InputError: a split or a measure that there is not, or an end that is not finite.
         """
         split = self.split if split is None else split
         if split not in self.values:
@@ -176,8 +176,8 @@ class Path(Measured, Result):
         lines = [f"Path of {points}{how}"]
         for split in self.values:
             ends = self.losses[split][np.isin(self.alphas, (0.0, 1.0))]
-            if np.isnan(ends).any():
-                lines.append(f"  {split}: loss {ends[0]:.3f} to {ends[1]:.3f}, no barrier: an end is not a number")
+            if not np.isfinite(ends).all():
+                lines.append(f"  {split}: loss {ends[0]:.3f} to {ends[1]:.3f}, no barrier: an end is not finite")
                 continue
             loss = self.barrier_of("loss", split)
             text = f"  {split}: loss {loss.start:.3f} to {loss.end:.3f}, barrier {loss.value:.3f} at alpha {loss.alpha:.3g}"

@@ -129,7 +129,13 @@ def similarity(
 
 @own_context
 def linear_cka(x: Tensor, y: Tensor) -> float:
-    """`|Y'X|^2 / (|X'X| |Y'Y|)` of features (N, p) and (N, q) of the same N examples, centred; NaN for constant ones."""
+    """`|Y'X|^2 / (|X'X| |Y'Y|)` of features (N, p) and (N, q) of the same N examples, centred; NaN for constant ones.
+
+    Raises:
+        InputError: features of other shapes.
+    """
+    if x.ndim < 2 or y.ndim < 2 or len(x) != len(y):
+        raise InputError(f"features {tuple(x.shape)} and {tuple(y.shape)}: expected (N, ...) of the same N examples")
     value = _alignment(_gram(x), _gram(y))
     return float("nan") if value is None else value
 

@@ -416,6 +416,8 @@ def _next_tokens(inputs: Any, targets: Tensor | None) -> Tensor:
         ids = inputs.get("input_ids", ids)
         if isinstance(mask := inputs.get("attention_mask"), Tensor) and mask.shape == ids.shape:
             ids = ids.masked_fill(mask == 0, IGNORED)
+    if ids.ndim < 2:
+        raise DataError(f"a language task needs tokens (N, T), got {tuple(ids.shape)}")
     return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lmc.core.context import own_context
+from lmc.core.context import own_context, warn
 from lmc.errors import InputError
 from lmc.training.loop import train
 from lmc.training.run import Trained
@@ -59,7 +59,9 @@ def branches(
         at: the epochs to branch off from, 0 (the initialisation) to `epochs - 1`.
         seeds: of the children's orders, at least two, none of them the trunk's.
         seed: of the trunk: its initialisation and order.
-        options: further arguments of `train`.
+        options: further arguments of `train`; `init` is what the trunk starts from.
+
+    An interrupt returns the branches of the epochs that are done, with a warning, once there is one.
 
     Raises:
         InputError: epochs outside the run, fewer than two seeds, or those of the trunk; and what `train` raises.
@@ -70,12 +72,20 @@ def branches(
         raise InputError(f"at={wanted}: expected epochs from 0 to {epochs - 1}")
     if len(orders) < 2 or seed in orders:
         raise InputError(f"seeds={orders}: expected at least two, other than the trunk's {seed}")
+    if taken := sorted({"keep", "start"} & options.keys()):
+        raise InputError(f"{taken[0]}: branches decides it, by at=")
+    init = options.pop("init", None)
     common: dict[str, Any] = {"epochs": epochs, "device": device, "progress": progress, **options}
-    trunk = train(model, data, seeds=[seed], keep=wanted, **common)
+    trunk = train(model, data, seeds=[seed], keep=wanted, init=init, **common)
     if trunk.interrupted:
         raise KeyboardInterrupt
-    children = {
-        epoch: train(model, data, seeds=orders, init=trunk.trajectory[0][epoch], start=epoch, **common)
-        for epoch in wanted
-    }
+    children: dict[int, Trained] = {}
+    for epoch in wanted:
+        found = train(model, data, seeds=orders, init=trunk.trajectory[0][epoch], start=epoch, **common)
+        if found.interrupted:
+            if not children:
+                raise KeyboardInterrupt
+            warn(f"interrupted: branches of {len(children)} of {len(wanted)} epochs were trained")
+            break
+        children[epoch] = found
     return Branches(trunk, children)

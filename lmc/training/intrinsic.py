@@ -103,9 +103,7 @@ def _sparse(shapes: Mapping[str, torch.Size], dimension: int, generator: torch.G
         n = math.prod(shape)
         chance = 1.0 / math.sqrt(n) if n else 0.0
         count = int(torch.binomial(torch.tensor(float(n * dimension)), torch.tensor(chance), generator=generator))
-        places = (
-            torch.randint(n * dimension, (count,), generator=generator).unique() if count else torch.empty(0).long()
-        )
+        places = _distinct(n * dimension, count, generator)
         signs = 2 * torch.randint(2, (len(places),), generator=generator) - 1
         rows.append(first + places // dimension)
         columns.append(places % dimension)
@@ -115,6 +113,17 @@ def _sparse(shapes: Mapping[str, torch.Size], dimension: int, generator: torch.G
     norms = torch.zeros(dimension, dtype=torch.float64).index_add_(0, to, entries.square()).sqrt()
     entries = entries / norms.clamp_min(torch.finfo(torch.float64).tiny)[to]
     return torch.sparse_coo_tensor(torch.stack([at, to]), entries, (first, dimension), check_invariants=True).coalesce()
+
+
+def _distinct(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """So many different numbers below `size`, ascending, each set of them as likely as any other."""
+    if 2 * count > size:
+        return torch.randperm(size, generator=generator)[:count].sort().values
+    found = torch.empty(0, dtype=torch.int64)
+    while len(found) < count:  # some are drawn twice
+        more = torch.randint(size, (count - len(found),), generator=generator)
+        found = torch.cat([found, more]).unique()
+    return found
 
 
 def _fastfood(

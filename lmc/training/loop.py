@@ -200,7 +200,7 @@ def train(
             if not runs:
                 raise
             interrupted = True
-    return _collect(runs, model, data, recipe, time.perf_counter() - began, interrupted)
+    return _collect(runs, model, data, recipe, time.perf_counter() - began, interrupted, start)
 
 
 @dataclass
@@ -275,7 +275,7 @@ def _finish(
 
 
 def _collect(
-    runs: list[_Run], model: nn.Module, data: object, recipe: Recipe, seconds: float, interrupted: bool
+    runs: list[_Run], model: nn.Module, data: object, recipe: Recipe, seconds: float, interrupted: bool, start: int
 ) -> Trained:
     seeds, weights, history, trajectory, steps = [], [], [], [], []
     for run in runs:
@@ -290,11 +290,11 @@ def _collect(
             if losses and not math.isfinite(losses[-1]):
                 warn(f"seed {seed} diverged: its loss is {losses[-1]}; try a smaller lr")
     if interrupted:
-        done = max(len(run.history) for run in runs)
+        done = start + max(len(run.history) for run in runs)
         warn(f"training interrupted after {done} of {recipe.epochs} epochs")
     name = str(getattr(data, "name", "data"))
     groups = (tuple(seeds), tuple(weights), tuple(history), tuple(trajectory))
-    return Trained(type(model).__name__, name, *groups, recipe, seconds, interrupted, tuple(steps))
+    return Trained(type(model).__name__, name, *groups, recipe, seconds, interrupted, tuple(steps), start)
 
 
 def _optimizer(recipe: Recipe, parameters: Stack) -> torch.optim.Optimizer:

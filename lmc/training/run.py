@@ -54,7 +54,7 @@ class Trained(Sequence[Weights]):
     `trajectory[i]` maps an epoch (0: before the first step) to the weights of seed `seeds[i]` after it, for the
     epochs asked for by `keep`; `steps[i]` holds the weights before the first step and after each, where they were recorded.
     When `interrupted`, the weights are those of the last step, seeds that had not
-    begun are missing, and histories hold the finished epochs.
+    begun are missing, and histories hold the finished epochs. `start` is the number of epochs that had gone before.
     """
 
     model: str
@@ -67,6 +67,7 @@ class Trained(Sequence[Weights]):
     seconds: float
     interrupted: bool = False
     steps: tuple[Sequence[Weights], ...] = ()
+    start: int = 0
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -81,7 +82,7 @@ class Trained(Sequence[Weights]):
         rows = [
             (seed, epoch, loss, accuracy)
             for seed, history in zip(self.seeds, self.history, strict=True)
-            for epoch, (loss, accuracy) in enumerate(zip(history.loss, history.accuracy, strict=True), start=1)
+            for epoch, (loss, accuracy) in enumerate(zip(history.loss, history.accuracy, strict=True), self.start + 1)
         ]
         return pandas.DataFrame(rows, columns=["seed", "epoch", "loss", "accuracy"])
 
@@ -148,9 +149,10 @@ def device_of(model: nn.Module) -> torch.device:
 def training_tensors(data: object, device: torch.device) -> tuple[Tensor, Tensor]:
     """All inputs and targets of the (training) split on `device`; `DataError` for what cannot be trained on."""
     split = as_splits(data)[0]
-    inputs, targets = (parts[0] if split.whole else torch.cat(parts) for parts in zip(*split.batches, strict=True))
-    if not isinstance(inputs, Tensor):
-        raise DataError(f"{split.name}: inputs are a {type(inputs).__name__}; training takes a single tensor")
+    parts, goals = zip(*split.batches, strict=True)
+    if other := next((type(part).__name__ for part in parts if not isinstance(part, Tensor)), None):
+        raise DataError(f"{split.name}: inputs are a {other}; training takes a single tensor")
+    inputs, targets = (pieces[0] if split.whole else torch.cat(pieces) for pieces in (parts, goals))
     if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
         raise DataError(f"{split.name}: targets are {targets.dtype}; expected class numbers of an integer type")
     if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):

@@ -129,3 +129,16 @@ def test_bad_input():
         straight_through_matching(case.spec, case.model, a, b, iter([]))
     with pytest.raises(MismatchError):
         straight_through_matching(case.spec, case.model, a, mlp(12, [16, 9], 5), data)
+
+
+def test_a_last_batch_of_one_example_has_no_batch_statistics():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+    x, y = torch.randn(17, 4), torch.arange(17) % 3
+    spec = lmc.permutation_spec(model, x[:2])
+    b = spec.random(1).apply(model)
+    cut = [(x[:8], y[:8]), (x[8:16], y[8:16]), (x[16:], y[16:])]
+    found = straight_through_matching(spec, model, model, b, cut, epochs=1, progress=False)
+    assert found == straight_through_matching(spec, model, model, b, cut[:2], epochs=1, progress=False)
+    with pytest.raises(DataError, match="two examples"):
+        straight_through_matching(spec, model, model, b, cut[2:], epochs=1, progress=False)

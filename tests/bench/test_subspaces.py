@@ -1,13 +1,15 @@
 """Branches of a run, random projections, and the intrinsic dimension."""
 
+import dataclasses
 import math
+import sys
 
 import pytest
 import torch
 from support import blobs, same
 
 import lmc
-from lmc.training.intrinsic import hadamard
+from lmc.training.intrinsic import _sparse, hadamard
 
 DATA = {"train": blobs(96, 0), "test": blobs(60, 1)}
 MODEL = lmc.models.mlp(8, [10], 4)
@@ -21,6 +23,27 @@ def test_children_share_the_trunk_up_to_their_epoch_and_part_afterwards():
     assert not same(*early) and not same(*late)
     assert lmc.weights.distance(*late) < lmc.weights.distance(*early)
     assert len(found.children[3].history[0].loss) == 1  # the schedule goes on, it does not begin again
+
+
+def test_a_trunk_may_start_from_given_weights_and_epochs_count_from_its_beginning():
+    init = lmc.training.train(MODEL, DATA, seeds=[7], epochs=1, progress=False)[0]
+    found = lmc.training.branches(MODEL, DATA, at=[0, 2], epochs=3, init=init, batch_size=16, progress=False)
+    assert same(found.trunk.trajectory[0][0], init)
+    assert found.trunk.to_frame().epoch.tolist() == [1, 2, 3]
+    assert found.children[2].to_frame().epoch.tolist() == [3, 3]
+
+
+def test_an_interrupt_keeps_the_branches_that_are_done(monkeypatch):
+    made = []
+
+    def train(*args, **options):
+        made.append(lmc.training.train(*args, **options))
+        return dataclasses.replace(made[-1], interrupted=len(made) == 3)
+
+    monkeypatch.setattr(sys.modules["lmc.training.branches"], "train", train)
+    with pytest.warns(UserWarning, match="1 of 2 epochs"):
+        found = lmc.training.branches(MODEL, DATA, at=[0, 1], epochs=2, batch_size=16, progress=False)
+    assert list(found.children) == [0] and len(made) == 3
 
 
 def test_a_run_that_goes_on_keeps_the_schedule():
@@ -47,7 +70,10 @@ def test_a_run_that_goes_on_keeps_the_schedule():
     assert 0 < lmc.weights.distance(start, last[0]) < 0.5 * lmc.weights.distance(start, begun[0])
 
 
-@pytest.mark.parametrize("options", [{"at": [9]}, {"at": []}, {"at": [0], "seeds": [0, 1]}, {"at": [0], "seeds": [1]}])
+@pytest.mark.parametrize(
+    "options",
+    [{"at": [9]}, {"at": []}, {"at": [0], "seeds": [0, 1]}, {"at": [0], "seeds": [1]}, {"at": [0], "keep": 1}],
+)
 def test_bad_branches_are_refused(options):
     with pytest.raises(lmc.InputError):
         lmc.training.branches(MODEL, DATA, epochs=4, progress=False, **options)
@@ -79,6 +105,13 @@ def test_columns_have_norm_one_over_the_whole_network():
     assert sum(norms) / len(norms) == pytest.approx(1.0, abs=0.01) and max(norms) < 1.2
     square = lmc.training.projection({"w": (256,)}, 4, dtype=torch.float64)  # nothing cut off: exactly one
     assert float(square.forward(torch.eye(4, dtype=torch.float64)[1]).norm()) == pytest.approx(1.0, abs=1e-12)
+
+
+def test_sparse_projections_have_the_density_that_they_say():
+    for size in (1, 2, 10, 100):
+        matrix = _sparse({"w": torch.Size((size,)), "rest": torch.Size((4000,))}, 500, torch.Generator().manual_seed(0))
+        found, expected = float((matrix.to_dense()[:size] != 0).double().mean()), size**-0.5
+        assert abs(found - expected) <= 5 * math.sqrt(expected * (1 - expected) / (500 * size))
 
 
 def test_the_hadamard_transform_against_its_matrix():

@@ -239,6 +239,7 @@ X, Y = DATA["images"]
         (dict(data=(torch.full_like(X, math.nan), Y)), DataError, "NaN"),
         (dict(data=iter([])), DataError, "no batches"),
         (dict(data=3), DataError, "expected a pair"),
+        (dict(data=[((X, X), Y), ((X, X), Y)]), DataError, "inputs are a tuple"),
         (dict(data=(X[..., :7], Y)), InputError, r"fails on inputs \(96, 1, 8, 7\)"),
         (dict(data=(X, Y + 1)), InputError, "targets go from 1 to 4, the model has 4 classes"),
         (dict(data=(X, Y[:, None].expand(-1, 3))), InputError, "expected logits"),

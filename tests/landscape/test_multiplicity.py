@@ -92,7 +92,7 @@ def test_saved_and_read_back(models, tmp_path):
 
 
 def test_bad_input_is_refused(models):
-    for options in ({"reference": 7}, {"tolerance": -1.0}, {"names": ["a"]}):
+    for options in ({"reference": 7}, {"tolerance": -1.0}, {"names": ["a"]}, {"names": ["a"] * len(models)}):
         with pytest.raises(lmc.InputError):
             lmc.landscape.multiplicity(models[0], models, DATA, **options)
     with pytest.raises(lmc.InputError, match="two models"):

@@ -94,6 +94,7 @@ def test_barrier_passes_over_gaps_and_what_lies_outside():
         ([0, 1], [1, 2, 3], "linear"),
         ([0, 0.5], [1, 2], "linear"),
         ([0, 1], [1, math.nan], "linear"),
+        ([0, 0.5, 1], [1, 2, math.inf], "linear"),
         ([0, 1], [1, 2], "x"),
     ],
 )

@@ -101,6 +101,8 @@ def test_data_in_batches_are_compared_as_the_whole(size):
 
 def test_bad_input():
     data = examples(20)
+    with pytest.raises(InputError, match="same N examples"):
+        linear_cka(features(5, 3, 0), features(6, 3, 0))
     with pytest.raises(InputError, match="examples=1"):
         similarity(network(0), network(1), network(2), data, examples=1)
     with pytest.raises(MismatchError):

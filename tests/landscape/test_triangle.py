@@ -216,6 +216,9 @@ def test_shares_that_are_no_mixture_are_refused(triangle):
             triangle.interpolate(shares)
     with pytest.raises(InputError, match="at least 0"):
         triangle.interpolate([1.5, -0.5, 0.0])
+    for options in ({"split": "other"}, {"measure": "other"}):
+        with pytest.raises(InputError, match="other"):
+            triangle.interpolate([0.5, 0.5, 0.0], **options)
 
 
 def test_nothing_of_the_callers_is_touched():

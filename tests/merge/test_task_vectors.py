@@ -367,7 +367,7 @@ def test_corrections_go_on_top_of_methods_on_task_vectors_only() -> None:
         merge.lines([A], base=BASE, method=merge.average)
     with pytest.raises(InputError, match="expected a method on task vectors"):
         merge.consensus([A], base=BASE, method="ties")
-    with pytest.raises(TypeError, match="density"):
+    with pytest.raises(InputError, match="density"):
         merge.consensus([A], base=BASE, density=0.2)  # task arithmetic has none
 
 

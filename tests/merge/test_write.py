@@ -220,7 +220,7 @@ def test_bad_input_is_named(tmp_path: Path, paths: list[Path], monkeypatch: pyte
         merge.write(merge.average, paths[0], tmp_path / "out")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="desnity"):
         merge.write(merge.ties, paths[1:], tmp_path / "out", base=paths[0], desnity=0.1)
-    with pytest.raises(TypeError, match="base"):
+    with pytest.raises(InputError, match="base"):
         merge.write(merge.ties, paths[1:], tmp_path / "out")
     with pytest.raises(InputError, match="shard_size: .* got '5 apples'"):
         run("average", paths, tmp_path / "out", shard_size="5 apples")

@@ -209,6 +209,11 @@ def test_data_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         arguments = ["barrier", *SEEDS, "--model", FACTORY, "--data", str(tmp_path / file), "--alphas", "3"]
         assert main(arguments) == 0
         assert {line.split()[0] for line in capsys.readouterr().out.splitlines()} == splits
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
+    np.savez(tmp_path / "texts.npz", inputs=np.array(["a"]), targets=np.array([1]))
+    for name in ("torn", "texts"):
+        status, error = failing(capsys, "barrier", *SEEDS, "--model", FACTORY, "--data", str(tmp_path / f"{name}.npz"))
+        assert status == 1 and "not an .npz file of plain arrays" in error
     np.savez(tmp_path / "wrong.npz", pictures=inputs.numpy())
     wrong = ["barrier", *SEEDS, "--model", FACTORY, "--data", str(tmp_path / "wrong.npz")]
     status, error = failing(capsys, *wrong)
@@ -222,6 +227,18 @@ def test_data_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["merge", "ties", "A", "--base", "BASE", "--out", "OUT", "--set", "desnity=1"], 2, "no option 'desnity'"),
         (["merge", "ties", "A", "--base", "BASE", "--out", "OUT", "--set", "density"], 2, "KEY=VALUE"),
         (["merge", "ties", "A", "--base", "BASE", "--out", "OUT", "--set", "density=2"], 2, "density"),
+        (["merge", "ties", "A", "--base", "BASE", "--out", "OUT", "--set", "density=null"], 2, "expected a number"),
+        (["merge", "lines", "A", "--base", "BASE", "--out", "OUT", "--set", "dtype=bfloat16"], 2, "no option 'dtype'"),
+        (["merge", "lines", "A", "--base", "BASE", "--out", "OUT", "--set", "blocks=3"], 2, "list of at least two"),
+        (["merge", "tall_mask", "A", "--base", "BASE", "--out", "OUT", "--set", "task=0.5"], 2, "place of a model"),
+        (["merge", "average", "A", "--out", "OUT", "--folder", "a=b"], 2, "--recipe"),
+        (["merge", "--recipe", "A/config.json", "--out", "OUT", "--vocabulary", "union"], 2, "holds everything"),
+        (
+            ["extract", "A", "--base", "BASE", "--out", "OUT", "--method", "lines", "--set", "method=ties"],
+            2,
+            "'method'",
+        ),
+        (["inspect", "A", "B", "--task", "regression"], 2, "--data"),
         (["merge", "fisher", "A", "B", "--out", "OUT"], 2, "call it in Python"),
         (["merge", "avrage", "A", "B", "--out", "OUT"], 2, "choose from arcee_fusion, average"),
         (["merge", "average", "A", "B"], 2, "--out FOLDER"),
@@ -232,6 +249,10 @@ def test_data_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         (["align", "A", "B", "--out", "OUT"], 2, "--model"),
         (["align", "A", "B", "--out", "OUT", "--model", "mlp(5, [6], 6)"], 2, "--data"),
         (["align", "A", "B", "--out", "OUT", "--model", "mlp(__import__('os'))"], 2, "expected module:name"),
+        (["align", "A", "B", "--out", "OUT", "--spec", "x", "--set", "restarts=two"], 2, "whole number"),
+        (["align", "A", "B", "--out", "OUT", "--model", "mlp(5, [6], 6)", "--example", "2,-5"], 2, "expected sizes"),
+        (["connect", "A", "B", "--model", "mlp(5, [6], 6)", "--data", "digits", "--out", "BASE"], 2, "exists already"),
+        (["barrier", "A", "B", "--model", "mlp(5, [6], 6)", "--data", "digits", "--html", "OUT/x"], 2, "no folder"),
         (["barrier", "A", "B", "--model", "mlp(64, [3], 10)", "--data", "digits", "--alphas", "4"], 2, "odd"),
         (["barrier", "A", "B", "--model", "mlp(64, [3], 10)", "--data", "digits"], 1, "different architectures"),
     ],
@@ -241,8 +262,8 @@ def test_what_goes_wrong_is_one_line(
 ) -> None:
     places = {"BASE": folders[0], "A": folders[1], "B": folders[2], "OUT": str(tmp_path / "out"), "NOWHERE": "nowhere"}
     places["A/config.json"] = folders[1] + "/config.json"
-    found, error = failing(capsys, *[places.get(word, word) for word in argv])
-    assert found == status
+    found, error = failing(capsys, *[places.get(word, word).replace("OUT/", f"{tmp_path}/out/") for word in argv])
+    assert found == status and not list(tmp_path.glob(".out*"))
 
     assert re.search(message, error)
     assert not (tmp_path / "out").exists()

@@ -12,11 +12,13 @@ import torch
 import traitlets
 from support import embedded
 
+import lmc
 from lmc.landscape.evaluation.evaluator import evaluate
 from lmc.landscape.simplices.simplex import loss_simplex, loss_triangle
 from lmc.landscape.simplices.simplex_result import Simplex
 from lmc.models import mlp
 from lmc.views.widgets.explorer import FOLDER
+from lmc.views.widgets.plane import state as plane_state
 from lmc.views.widgets.simplex import state
 from lmc.weights import mean
 
@@ -39,7 +41,7 @@ def test_the_state_holds_what_the_mixtures_hold(triangle):
     triangle.losses["data"][2] = np.nan
     content = state(triangle)
     data = content["data"]
-    np.testing.assert_array_equal(decoded(data["counts"], np.uint8).reshape(-1, 3), triangle.counts)
+    np.testing.assert_array_equal(decoded(data["counts"], "<u2").reshape(-1, 3), triangle.counts)
     np.testing.assert_allclose(decoded(data["series"]["data"]["loss"], "<f4"), triangle.losses["data"], rtol=1e-6)
     np.testing.assert_allclose(
         decoded(data["series"]["data"]["accuracy"], "<f4"), 100 * triangle.accuracies["data"], rtol=1e-6
@@ -148,3 +150,18 @@ def test_the_browser_interpolates_as_python_does():
     np.testing.assert_allclose(told["far"], [260, 120], atol=1e-9)  # the right edge of a square of side 200
     assert told["near"] == [0, 170, 130]
     np.testing.assert_allclose(told["set"], [[0.2, 0.4, 0.4], [0.4, 0.3, 0.3]])
+
+
+def test_fine_lattices_and_measures_that_are_better_when_higher_are_drawn_rightly():
+    overlap = {"overlap": lambda outputs, targets: outputs.softmax(-1).gather(1, targets[:, None])[:, 0]}
+    task = lmc.Task(metrics=overlap, higher=("accuracy", "overlap"))
+    line = loss_simplex(MODEL, STATES[:2], task.on(DATA), progress=False)  # finer than a byte counts
+    data = state(line)["data"]
+    np.testing.assert_array_equal(decoded(data["counts"], "<u2").reshape(-1, 2), line.counts)
+    assert line.counts.max() > 255
+    good = {measure["name"]: measure["high_is_good"] for measure in data["measures"]}
+    assert good == {"loss": False, "accuracy": True, "overlap": True}
+    plane = lmc.loss_plane(MODEL, STATES[:3], task.on(DATA), resolution=5, progress=False)
+    assert {m["name"]: m["reversed"] for m in plane_state(plane)["data"]["measures"]} == good
+    assert plane.plot(measures=["loss", "overlap"]).data[0].reversescale is False
+    assert [trace.reversescale for trace in plane.plot(measures=["overlap"]).data if trace.type == "contour"] == [True]

@@ -136,3 +136,15 @@ def test_an_intrinsic_dimension_is_noted_where_it_is():
     place = {note.text: note.x for note in figure.layout.annotations}["200"]
     line = figure.layout.shapes[1].x0
     assert line == 200 and 10**place == pytest.approx(200)  # a line by its value, a note by its logarithm
+
+
+def test_a_path_without_a_barrier_is_drawn_all_the_same():
+    path = made_path(1.0)
+    for split in path.values.values():
+        split["loss"] = np.where(path.alphas == 1.0, np.nan, split["loss"])
+    figure = path.plot(naive=made_path(0.5))
+    assert "aligned" in {trace.name for trace in figure.data}
+    empty = made_path(1.0)
+    for split in empty.values.values():
+        split["loss"] = np.full_like(split["loss"], np.inf)
+    assert empty.plot().data

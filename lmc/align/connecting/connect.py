@@ -47,7 +47,8 @@ POINTS = (25, 11, 5)  # on the paths: the most that take no more than this share
 PATHS = 0.1
 LATE = "no time left"
 EXACT = 1e-9  # tolerance of a permutation, which rounds nothing
-ROUNDINGS = 1e3  # of the stored weights, that any other element may cost
+ROUNDINGS = 1e3  # of the stored weights, that any other element may cost,
+COARSEST = 0.05  # but no more than this share of the outputs, however coarse the dtype is
 RESERVE = 1.5  # times what the first path took is kept for the last, and for the certificate
 PERMUTING = 0.5  # share of the time left for straight-through matching, where scales are learned behind it
 
@@ -329,7 +330,7 @@ class _Search:
     def _batch_size(self) -> int:
         """Examples in a step of learning: fewer where each has many targets."""
         targets = (self.learn if isinstance(self.learn, tuple) else self.learn[0])[1]
-        return max(8, min(BATCH, BATCH * POSITIONS // (BATCH * max(1, targets[0].numel()))))
+        return max(8, min(BATCH, POSITIONS // max(1, targets[0].numel())))
 
     # ---- what is measured
 
@@ -378,6 +379,7 @@ class _Search:
             budget=None if math.isinf(self.clock.seconds) else self.clock.seconds,
             seconds=self.clock.spent,
             interrupted=interrupted,
+            unit=self.judge.unit,
         )
 
     def _certified(self) -> tuple[SameFunction, Candidate]:
@@ -386,7 +388,7 @@ class _Search:
         power = probe.error(self.a)
         for candidate in sorted(self.candidates, key=_barrier):
             rounding = max(torch.finfo(x.dtype).eps for x in self.b.values() if x.is_floating_point())
-            tolerance = EXACT if candidate.permutation is not None else ROUNDINGS * rounding
+            tolerance = EXACT if candidate.permutation is not None else min(ROUNDINGS * rounding, COARSEST)
             error = probe.error(candidate.weights)
             if error <= tolerance:
                 return SameFunction(error, tolerance, power), candidate

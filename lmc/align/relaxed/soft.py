@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lmc.errors import DataError
 from lmc.landscape.evaluation.evaluation import Objective
 from lmc.network.batches import Batch
 from lmc.network.derived import derived_in, settled
@@ -139,12 +140,21 @@ class TaskLoss(Objective):
 
     @torch.no_grad()
     def mean(self, weights: Weights) -> float:
-        """The loss over all the data, batches weighted by the targets that count."""
+        """The loss over all the data, batches weighted by the targets that count; without those too short for batch statistics.
+
+        Raises:
+            DataError: no batch is left.
+        """
         total = seen = 0.0
         for batch in self.split.iterate(self.batch_size):
-            count = self.task.weight(batch[1])
-            total += float(self(weights, batch)) * count
-            seen += count
+            if len(batch[1]) >= self._least:
+                count = self.task.weight(batch[1])
+                total += float(self(weights, batch)) * count
+                seen += count
+        if not seen:
+            raise DataError(
+                f"{self.split.name}: no batch has a target that counts and, for batch normalisation, two examples"
+            )
         return total / seen
 
     def epochs(self, generator: torch.Generator) -> Iterator[Batch]:

@@ -127,14 +127,19 @@ class Simplex(Measured, Result):
         `exact` evaluates instead.
 
         Raises:
-            InputError: not one share of at least 0 for each model, or shares that do not sum to 1.
+            InputError: not one share of at least 0 for each model, shares that do not sum to 1, or a split or a measure that
+                there is not.
         """
+        split = self.split if split is None else split
+        if measure not in self.values.get(split, {}):
+            known = "; ".join(f"{name}: {', '.join(measures)}" for name, measures in self.values.items())
+            raise InputError(f"{split=}, {measure=}; these mixtures have {known}")
         given = np.asarray(shares, dtype=np.float64)
         rows = np.atleast_2d(given)
         fits = given.ndim in (1, 2) and rows.shape[1] == len(self.names)
         if not fits or not (rows >= -1e-9).all() or not (np.abs(rows.sum(1) - 1.0) < 1e-6).all():
             raise InputError(f"shares: expected {len(self.names)} numbers, at least 0, that sum to 1, got {shares}")
-        found = interpolate(self.counts, self.values[self.split if split is None else split][measure], rows)
+        found = interpolate(self.counts, self.values[split][measure], rows)
         return found if given.ndim == 2 else float(found[0])
 
     def to_frame(self) -> "pd.DataFrame":

@@ -29,7 +29,7 @@ from lmc.core.context import own_context
 from lmc.core.files import write_text
 from lmc.core.progress import tqdm
 from lmc.core.workers import crew
-from lmc.errors import InputError
+from lmc.errors import InputError, LmcError
 from lmc.merge.disk.recipe import MergeRecipe, make_recipe, record, recorded
 from lmc.merge.disk.shards import (
     QUEUE,
@@ -151,14 +151,26 @@ class Plan:
         partial, files = _partial(self.out), dict(self.done)
         partial.mkdir(parents=True, exist_ok=True)
         record(partial, self.recipe, files)
-        with (
-            _threads(torch.get_num_threads() if executor is None and self.whole else 1),
-            tqdm(total=needed, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar,
-        ):
-            for file, digest in self._files(partial, todo, executor, bar.update):
-                files[file] = digest
-                files = {s.file: files[s.file] for s in self.shards if s.file in files}  # in whatever order they came
-                record(partial, self.recipe, files)
+        made = bool(self.done or self.begun)
+
+        def written(size: int) -> None:
+            nonlocal made
+            made = True
+            bar.update(size)
+
+        try:
+            with (
+                _threads(torch.get_num_threads() if executor is None and self.whole else 1),
+                tqdm(total=needed, unit="B", unit_scale=True, desc="merging", disable=not progress) as bar,
+            ):
+                for file, digest in self._files(partial, todo, executor, written):
+                    files[file] = digest
+                    files = {s.file: files[s.file] for s in self.shards if s.file in files}  # in whatever order they came
+                    record(partial, self.recipe, files)
+        except LmcError:
+            if not made:  # nothing to go on from: an option that was refused must not stand in the way of a better one
+                shutil.rmtree(partial, ignore_errors=True)
+            raise
         record(partial, self.recipe, files, {str(file.resolve()): sampled_checksum(file) for file in self.inputs})
         for file in self.beside:
             if file.name not in self.texts:

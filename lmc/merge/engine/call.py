@@ -48,7 +48,7 @@ def check_numbers_of(options: Mapping[str, Any], defaults: Mapping[str, Any]) ->
         for leaf in _leaves(value):
             if isinstance(leaf, float) and not math.isfinite(leaf):
                 raise InputError(f"{key}={leaf}: expected a finite number")
-            if wanted and isinstance(leaf, str):
+            if wanted and (leaf is None or isinstance(leaf, str)):
                 raise InputError(f"{key}={leaf!r}: expected a number, as {defaults[key]!r} is")
 
 

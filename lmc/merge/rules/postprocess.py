@@ -24,7 +24,7 @@ from lmc.merge.engine.call import Pass, coefficients, matches
 from lmc.merge.engine.chunks import Cut
 from lmc.merge.engine.method import Delta, MergeFunction, Method, Rule, Survey, lift
 from lmc.merge.engine.tensors import WeightSets, weight_sets
-from lmc.merge.rules.task_vectors import per_model, task_arithmetic
+from lmc.merge.rules.task_vectors import check_task, per_model, task_arithmetic
 from lmc.weights import ModelOrWeights
 from lmc.weights.state import numbered_depths
 
@@ -123,8 +123,7 @@ def tall_mask(merged: Tensor, deltas: Tensor, *, task: int, threshold: float = 0
 
     With the merged vector and one bit per entry and task, all tasks can be kept.
     """
-    if not 0 <= task < len(deltas):
-        raise InputError(f"task must be the place of a model, 0 to {len(deltas) - 1}, got {task}")
+    check_task(task, len(deltas))
     return merged * _tall_masks(merged, deltas, threshold)[task]
 
 
@@ -163,8 +162,8 @@ def _depths(names: Sequence[str], blocks: Sequence[str] | None) -> dict[str, flo
             return numbered_depths(names)
         except InputError as error:
             raise InputError(f"{error}: pass blocks=[pattern, ...], shallow to deep") from error
-    if len(blocks) < 2:
-        raise InputError("blocks: give at least two patterns, shallow to deep")
+    if isinstance(blocks, str) or not isinstance(blocks, Sequence) or len(blocks) < 2:
+        raise InputError(f"blocks={blocks!r}: give a list of at least two patterns, shallow to deep")
     found: dict[str, float] = {}
     for i, pattern in enumerate(blocks):
         inside = [name for name in names if matches(name, pattern)]

@@ -16,7 +16,7 @@ from lmc.merge.engine.call import Parts, Pass, varies
 from lmc.merge.engine.chunks import Latest
 from lmc.merge.engine.method import on_task_vectors
 from lmc.merge.engine.quantiles import kth_smallest
-from lmc.merge.rules.task_vectors import as_numbers, per_model, summed
+from lmc.merge.rules.task_vectors import as_numbers, check_task, per_model, summed
 
 
 @on_task_vectors(elementwise=True)
@@ -226,8 +226,7 @@ def emr(deltas: Tensor, *, survey: Tensor, task: int) -> Tensor:
     Raises:
         InputError: a task that there is not.
     """
-    if not 0 <= task < len(deltas):
-        raise InputError(f"task must be the place of a model, 0 to {len(deltas) - 1}, got {task}")
+    check_task(task, len(deltas))
     united, masks = _united(deltas)
     return float(survey[task]) * united * masks[task]
 

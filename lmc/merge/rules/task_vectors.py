@@ -308,6 +308,12 @@ def _ranks(values: Tensor) -> Tensor:
     return torch.empty_like(values).scatter_(-1, order, places)
 
 
+def check_task(task: int, count: int) -> None:
+    """Raise `InputError` unless `task` is the place of one of `count` models."""
+    if isinstance(task, bool) or not isinstance(task, int) or not 0 <= task < count:
+        raise InputError(f"task must be the place of a model, 0 to {count - 1}, got {task!r}")
+
+
 def densities(density: float | Sequence[float], count: int) -> list[float]:
     """The share of entries kept of each model, checked."""
     found = each(density, count, "density")

@@ -6,10 +6,11 @@ from plotly.subplots import make_subplots
 
 from lmc.align.connecting.result import Connection
 from lmc.core.results import view
+from lmc.errors import InputError
 from lmc.landscape.curves.curve import Curve
 from lmc.landscape.curves.geodesic import Geodesic
 from lmc.landscape.curves.low_loss import LowLossPath
-from lmc.landscape.path import Path
+from lmc.landscape.path import Barrier, Path
 from lmc.merge.with_training.star import Star, StarPaths
 from lmc.views.legend import labelled_paths, measure_title
 from lmc.views.plots.style import BLACK, BLUE, COLOURS, GREEN, GREY, ORANGE, colours, dashes, figure, styled
@@ -61,7 +62,16 @@ def plot_connection(connection: Connection) -> go.Figure:
     return plot(connection.path, "connected", naive=connection.naive)
 
 
+def _found(path: Path, panel: str) -> Barrier | None:
+    """The barrier of a panel; None where an end is not finite."""
+    try:
+        return path.barrier_of("loss" if panel == "loss" else "error")
+    except InputError:
+        return None
+
+
 def _curves(fig: go.Figure, name: str, path: Path, panel: str, line: dict[str, str], column: int) -> None:
+    found = _found(path, panel) if panel == "loss" else None
     for split, measures in path.values.items():
         heights = measures[panel] * (100.0 if panel == "accuracy" else 1.0)
         known = ~np.isnan(heights)
@@ -70,7 +80,7 @@ def _curves(fig: go.Figure, name: str, path: Path, panel: str, line: dict[str, s
             x=path.alphas[known],
             y=heights[known],
             mode="lines+markers" if main else "lines",
-            name=f"{name}: barrier {path.barrier:.3f} {path.unit}".rstrip() if panel == "loss" else name,
+            name=name if found is None else f"{name}: barrier {found.value:.3f} {path.unit}".rstrip(),
             legendgroup=name,
             showlegend=main and column == 1,
             line={**line, "width": 3} if main else {**line, **_thin(path, split)},
@@ -82,7 +92,9 @@ def _curves(fig: go.Figure, name: str, path: Path, panel: str, line: dict[str, s
 
 def _barrier(fig: go.Figure, path: Path, panel: str, colour: str, column: int, labels: "_Labels") -> None:
     """An arrow from the baseline up to the loss (down to the accuracy) where the barrier is attained, and its height."""
-    found = path.barrier_of("loss" if panel == "loss" else "error")
+    found = _found(path, panel)
+    if found is None:
+        return
     base = (1.0 - found.alpha) * found.start + found.alpha * found.end
     ends = (base, base + found.value)
     if panel == "accuracy":
@@ -117,13 +129,14 @@ class _Labels:
         scale = 100.0 if panel == "accuracy" else 1.0
         curves = [(path.alphas, scale * measures[panel]) for path in paths for measures in path.values.values()]
         known = np.concatenate([heights[np.isfinite(heights)] for _, heights in curves])
+        known = known if len(known) else np.zeros(1)
         self.low = min(0.0, float(known.min())) if panel == "loss" else float(known.min())
         self.span = float(known.max()) - self.low or 1.0
         self.left = min(float(alphas[0]) for alphas, _ in curves)
         self.across = max(float(alphas[-1]) for alphas, _ in curves) - self.left
         points = np.linspace(self.left, self.left + self.across, 400)
-        drawn = [np.interp(points, alphas[np.isfinite(h)], h[np.isfinite(h)]) for alphas, h in curves]
-        self.taken = [self._pixels(np.tile(points, len(drawn)), np.concatenate(drawn))]
+        drawn = [np.interp(points, a[np.isfinite(h)], h[np.isfinite(h)]) for a, h in curves if np.isfinite(h).any()]
+        self.taken = [self._pixels(points, heights) for heights in drawn]
 
     def _pixels(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.stack([(x - self.left) / self.across * self.WIDTH, (y - self.low) / self.span * self.HEIGHT], axis=1)
@@ -132,7 +145,7 @@ class _Labels:
         """The middle of a free place beside (x, y), as near to it as may be; None if there is none."""
         ((px, py),) = self._pixels(np.array([x]), np.array([y]))
         half = np.array([0.5 * self.LETTER * letters, 0.5 * self.LINE])
-        occupied = np.concatenate(self.taken)
+        occupied = np.concatenate(self.taken) if self.taken else np.empty((0, 2))
         for step in range(2 * int(self.HEIGHT) // 4):
             down = py + (-1.0) ** step * 4.0 * ((step + 1) // 2)
             for away in (sign * far for far in range(8, 129, 20) for sign in (1.0, -1.0)):

@@ -87,7 +87,7 @@ def _contours(plane: Plane, split: str, panel: str, right: float) -> go.Contour:
         customdata=heights,
         text=np.where(plane.done & plane.interpolated, " (interpolated)", ""),
         colorscale=SCALE,
-        reversescale=panel == "accuracy",
+        reversescale=panel in plane.higher,
         contours={"start": low, "end": high, "size": max(high - low, 1e-9) / LEVELS},
         line={"width": 0.5, "color": "rgba(255, 255, 255, 0.6)"},
         connectgaps=False,

@@ -193,10 +193,10 @@ def panel_state(measure: str, paths: Mapping[str, Path]) -> dict[str, Any]:
     if measure == "loss":
         low = min([0.0, *known])
         high = max([low + 1e-3, *known])
-        split = next(iter(paths.values())).split
-        title = measure_title("loss", next(iter(paths.values())).unit) + (
-            f" – {split} thick, train dotted" if len(series) > len(paths) else ""
-        )
+        first = next(iter(paths.values()))
+        others = [split for split in first.values if split != first.split]
+        title = measure_title("loss", first.unit)
+        title += f" – {first.split} thick, {', '.join(others)} dotted" if others else ""
     else:
         low, high, title = min([99.0, *known]), 100.0, "accuracy (%)"
     return {"measure": measure, "title": title, **axis_state(low, high)}

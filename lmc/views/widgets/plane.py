@@ -114,7 +114,7 @@ def state(plane: Plane, tracks: Mapping[str, Any] | None = None, examples: str =
         "y": plane.y.tolist(),
         "axes": list(plane.axes),
         "splits": [plane.split, *(split for split in plane.values if split != plane.split)],
-        "measures": [{"name": name, "unit": _unit(plane, name), "reversed": name == "accuracy"} for name in measures],
+        "measures": [{"name": name, "unit": _unit(plane, name), "reversed": name in plane.higher} for name in measures],
         "values": {s: {m: encode(_shown(m, grid)) for m, grid in ms.items()} for s, ms in plane.values.items()},
         "models": [{"name": name, "place": list(place)} for name, place in plane.places.items()],
         "tracks": [

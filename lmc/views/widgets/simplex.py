@@ -115,7 +115,7 @@ def state(mixtures: Simplex) -> dict[str, Any]:
         "colours": [CYCLE[i] if i < len(CYCLE) else GREY for i in range(count)],
         "scale": [list(stop) for stop in SCALE],
         "resolution": mixtures.resolution,
-        "counts": encode(mixtures.counts.astype(np.uint8)),
+        "counts": encode(mixtures.counts.astype("<u2")),
         "measures": [_measure(name, mixtures) for name in measures],
         "series": {
             split: {name: encode((_unit(name) * found[name]).astype("<f4")) for name in measures}
@@ -157,7 +157,7 @@ def _measure(name: str, mixtures: Simplex) -> dict[str, Any]:
         "unit": " %" if accuracy else "",
         "digits": 1 if accuracy else 3,
         "log": name == "loss" and low > 0.0,
-        "high_is_good": accuracy,
+        "high_is_good": name in mixtures.higher,
         "low": low,
         "high": high if high > low else low + 1e-3,
     }

@@ -88,7 +88,7 @@ function render({ model, el }) {
 }
 
 function unpackMixtures(data) {
-  const counts = bytes(data.counts);
+  const counts = new Uint16Array(bytes(data.counts).buffer);
   const series = {};
   for (const [split, found] of Object.entries(data.series)) {
     series[split] = Object.fromEntries(Object.entries(found).map(([name, text]) => [name, floats(text)]));
