@@ -165,7 +165,9 @@ class Plan:
             ):
                 for file, digest in self._files(partial, todo, executor, written):
                     files[file] = digest
-                    files = {s.file: files[s.file] for s in self.shards if s.file in files}  # in whatever order they came
+                    files = {
+                        s.file: files[s.file] for s in self.shards if s.file in files
+                    }  # in whatever order they came
                     record(partial, self.recipe, files)
         except LmcError:
             if not made:  # nothing to go on from: an option that was refused must not stand in the way of a better one
