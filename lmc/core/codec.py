@@ -29,6 +29,8 @@ UNSAVED = {"saved": False}
 MOST_LISTED = 10_000  # entries of an array or index vector that is written as a list of numbers
 
 KINDS: dict[str, type] = {}  # by name, what may stand where no hint names a type
+# The keys of mappings that stand for something else there.
+MARKS = ({"kind", "content"}, {"tensor"}, {"float"}, {"dtype", "shape", "values"}, {"pairs"})
 
 Tensors = dict[str, Tensor]
 FAULTS = (ValueError, KeyError, TypeError, IndexError, AttributeError, SafetensorError, LmcError)
@@ -100,13 +102,15 @@ def encode(value: Any, hint: Any, tensors: Tensors) -> Any:
     if hint is Any and type(value) in KINDS.values():
         return {"kind": type(value).__name__, "content": encode(value, type(value), tensors)}
     if hasattr(value, "to_dict"):
-        return encode(value.to_dict(), Any, tensors)
+        return value.to_dict() if type(value) in KINDS.values() else encode(value.to_dict(), Any, tensors)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         hints = typing.get_type_hints(type(value))
         fields = saved_fields(type(value))
         return {field.name: encode(getattr(value, field.name), hints[field.name], tensors) for field in fields}
     if isinstance(value, Mapping):
         _, of = _mapping(_member(hint, Mapping))
+        if hint is Any and (any(value.keys() == keys for keys in MARKS) or not all(isinstance(k, str) for k in value)):
+            return {"pairs": [[encode(key, Any, tensors), encode(item, Any, tensors)] for key, item in value.items()]}
         if all(isinstance(key, str | int) for key in value):
             return {str(key): encode(item, of, tensors) for key, item in value.items()}
         return [[encode(key, Any, tensors), encode(item, of, tensors)] for key, item in value.items()]
@@ -186,6 +190,8 @@ def _guess(plain: Any, tensors: Tensors) -> Any:
         return [_guess(item, tensors) for item in plain]
     if not isinstance(plain, dict):
         return plain
+    if plain.keys() == {"pairs"}:
+        return {_frozen(_guess(key, tensors)): _guess(item, tensors) for key, item in plain["pairs"]}
     if plain.keys() == {"kind", "content"}:
         return build(KINDS[plain["kind"]], plain["content"], tensors, {})
     if plain.keys() == {"tensor"}:

@@ -247,6 +247,24 @@ def test_types_come_back_as_they_were(tmp_path):
     assert same(made, dataclasses.replace(found, info={**found.info, "method": len}))
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        {1: 2, "1": 3},
+        {(1, "a"): [0.5]},
+        {"float": 1.5},
+        {"tensor": "x"},
+        {"kind": "a", "content": "b"},
+        {"pairs": {None: 1}},
+    ],
+)
+def test_mappings_come_back_whatever_their_keys(value, tmp_path):
+    made = everything(info={"value": value, "deeper": [{"value": value}]})
+    made.save(tmp_path / "file")
+    found = Everything.load(tmp_path / "file").info
+    assert found["value"] == found["deeper"][0]["value"] == value
+
+
 def test_arrays_of_objects_become_lists_and_empty_indices_keep_their_shape(tmp_path):
     made = everything(
         weights={"none": torch.zeros(0, 3, dtype=torch.int64)}, info={"names": np.array(["a", None], dtype=object)}
