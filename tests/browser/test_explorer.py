@@ -1,5 +1,6 @@
 """The path explorer as a page of its own, without a kernel."""
 
+import os
 import re
 
 import pytest
@@ -71,17 +72,18 @@ def stay_in_step(lab) -> None:
 
 
 def are_alive_again(lab) -> None:
-    """Saved and loaded again with no setting touched: with the kernel an explorer asks for exact values, without one it
-    interpolates."""
+    """Saved and loaded again with no setting touched: without a kernel an explorer interpolates, and with one, which the
+    thorough form looks at, it asks for exact values."""
     page = lab.page
     explorer = page.locator(".lmc-path").first
     page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
     page.wait_for_function("!window.jupyterapp.shell.currentWidget.content.model.dirty")
-    page.reload()
-    page.wait_for_function(KERNEL_IDLE)
-    page.wait_for_function("globalThis.lmcModels?.size")  # the kernel of before is still there
-    drag(page, explorer.get_by_role("slider"), (0.5, 0.5), (0.7, 0.5))
-    explorer.locator(".lmc-note[data-state=exact]").wait_for()
+    if os.environ.get("LMC_THOROUGH"):
+        page.reload()
+        page.wait_for_function(KERNEL_IDLE)
+        page.wait_for_function("globalThis.lmcModels?.size")  # the kernel of before is still there
+        drag(page, explorer.get_by_role("slider"), (0.5, 0.5), (0.7, 0.5))
+        explorer.locator(".lmc-note[data-state=exact]").wait_for()
     page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
     page.reload()
     page.wait_for_function(KERNEL_IDLE)
