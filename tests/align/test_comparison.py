@@ -110,3 +110,16 @@ def test_no_method_is_begun_after_the_budget(monkeypatch):
         spec, nn.Linear(3, 2, bias=False), a, b, world, methods=["naive", "weight matching"], budget=1.5, progress=False
     )
     assert list(found) == ["naive"] and found.skipped == {"weight matching": "no time left of 1.5 s"}
+
+
+def test_a_long_comparison_says_beforehand_how_long_at_least(monkeypatch, capsys):
+    trained = digits()
+    a, b = trained.weights[:2]
+    arguments = (trained.spec, trained.model, a, b, trained.data.test)
+    compare(*arguments, methods=["naive", "weight matching"], alphas=3)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr("lmc.align.study.compare.LONG", 0.0)
+    compare(*arguments, methods=["naive", "weight matching"], alphas=3)
+    assert "at least" in (said := capsys.readouterr().err) and "1 methods more" in said
+    compare(*arguments, methods=["naive", "weight matching"], alphas=3, progress=False)
+    assert capsys.readouterr().err == ""

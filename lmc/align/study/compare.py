@@ -1,6 +1,7 @@
 """Every way to align one pair of networks, side by side."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -23,7 +24,7 @@ from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.core.workers import spread
 from lmc.errors import InputError, SpecError
-from lmc.landscape.evaluation.evaluation import Repair, some_inputs
+from lmc.landscape.evaluation.evaluation import LONG, Repair, some_inputs
 from lmc.landscape.path import Path, loss_path
 from lmc.network.batches import as_splits
 from lmc.network.network import pick_device
@@ -156,7 +157,7 @@ def compare(
         device: where to run (default: where the weights are).
         executor: a `concurrent.futures.Executor` or a dask `Client` whose workers take the methods (default: one after the
             other, here).
-        progress: show a bar when it takes longer than two seconds.
+        progress: show a bar when it takes longer than two seconds, and of a long comparison beforehand how long at least.
 
     Raises:
         InputError: a name that is not in `METHODS`. What the methods raise; but a method that refuses the architecture
@@ -176,10 +177,13 @@ def compare(
     found: dict[int, Alignment] = {}
     skipped: dict[int, str] = {}
     split, unit = "data", "nats"
+    started = perf_counter()
     with tqdm(total=len(names), desc="compare", unit=" methods", disable=not progress) as bar:
         for i, (judged, result) in spread(executor, _measure, shared, names):
             bar.update()
             if isinstance(result, Alignment):
+                if i == 0 and progress and executor is None:
+                    _tell(perf_counter() - started - result.seconds, names[1:])
                 found[i], (split, unit) = result, judged
             elif isinstance(result, str):
                 skipped[i] = result
@@ -189,6 +193,16 @@ def compare(
                 skipped[i] = str(result)  # not asked for by name: the others are still worth having
     reasons = {names[i]: skipped[i] for i in sorted(skipped)}
     return AlignmentComparison({names[i]: found[i] for i in sorted(found)}, split, reasons, unit)
+
+
+def _tell(way: float, left: Sequence[str]) -> None:
+    """Write how long a long comparison takes at least: the ways of each method take as many seconds as those of the first."""
+    if way * len(left) > LONG:
+        tqdm.write(
+            f"compare: at least {way * len(left):.0f} s for the ways of {len(left)} methods more ({way:.1f} s each), beside "
+            "what each takes to find its move; budget= ends it early",
+            file=sys.stderr,
+        )
 
 
 def _measure(
