@@ -1,7 +1,14 @@
-"""The quickstart as a reader meets it: run in JupyterLab from top to bottom, and its slider dragged."""
+"""JupyterLab as a reader meets it: the quickstart run from top to bottom and its slider dragged, and explorers in step, saved and
+opened again. One file, so that all of it is served by one JupyterLab."""
 
 import json
+import os
+import re
 import time
+
+from acts import NETWORKS, drag, until, write
+
+from conftest import KERNEL_IDLE
 
 
 def test_it_shows_pictures_runs_and_its_slider_answers_in_the_page_and_in_the_kernel(open_notebook):
@@ -71,3 +78,54 @@ def follow_the_theme(page) -> None:
     page.wait_for_function("document.body.dataset.jpThemeLight === 'true'")
     page.wait_for_timeout(1000)
     assert page.evaluate(LOOK) == light
+
+
+def test_two_widgets_of_a_path_stay_in_step_and_what_is_saved_is_alive_when_it_is_opened_again(server, open_notebook):
+    make = "path, naive = lmc.loss_path(model, a, b, data, alphas=9), lmc.loss_path(model, a, c, data, alphas=9)"
+    cells = NETWORKS + make, "w = path.explore(naive=naive)\nw", "v = path.explore()\nv"
+    lab = open_notebook(write(server, "path.ipynb", *cells))
+    lab.run_all()
+    assert lab.errors == []
+    stay_in_step(lab)
+    are_alive_again(lab)
+
+
+def stay_in_step(lab) -> None:
+    """What is dragged in one widget moves the kernel and the other, and the kernel gives exact values."""
+    first, second = (lab.page.locator(".lmc-path").nth(i) for i in (0, 1))
+    drag(lab.page, first.get_by_role("slider"), (0.5, 0.5), (0.3, 0.5))
+    told = first.get_by_role("slider").evaluate("slider => slider.valueAsNumber")  # the slider itself was dragged
+    assert 0.25 < told < 0.35
+    until(lab, "(w.alpha, v.alpha)", lambda both: both == (told, told))
+    for each in (first, second):
+        each.locator(".lmc-note[data-state=exact]").wait_for()
+        each.locator(".lmc-reading").filter(has_text=f"α = {told:.3f}").wait_for()
+    exact = until(lab, "path.exact(w.alpha)['data'].loss", lambda loss: loss > 0)
+    first.get_by_role("radio", name="aligned").click()
+    first.locator(".lmc-reading").filter(has_text=f"loss {exact:.3f}").wait_for()
+    second.get_by_role("slider").press("ArrowRight")
+    until(lab, "(w.alpha, v.alpha)", lambda both: both == (0.375, 0.375))
+    first.locator(".lmc-reading").filter(has_text="α = 0.375").wait_for()
+
+
+def are_alive_again(lab) -> None:
+    """Saved and loaded again with no setting touched: without a kernel an explorer interpolates, and with one, which the
+    thorough form looks at, it asks for exact values."""
+    page = lab.page
+    explorer = page.locator(".lmc-path").first
+    page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
+    page.wait_for_function("!window.jupyterapp.shell.currentWidget.content.model.dirty")
+    if os.environ.get("LMC_THOROUGH"):
+        page.reload()
+        page.wait_for_function(KERNEL_IDLE)
+        page.wait_for_function("globalThis.lmcModels?.size")  # the kernel of before is still there
+        drag(page, explorer.get_by_role("slider"), (0.5, 0.5), (0.7, 0.5))
+        explorer.locator(".lmc-note[data-state=exact]").wait_for()
+    page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
+    page.reload()
+    page.wait_for_function(KERNEL_IDLE)
+    drag(page, explorer.get_by_role("slider"), (0.5, 0.5), (0.3, 0.5))
+    explorer.locator(".lmc-reading").filter(has_text=re.compile(r"α = 0\.(2|3)")).wait_for()
+    explorer.locator(".lmc-note[data-state=static]").wait_for()
+    assert "model not found" not in page.locator(".jp-Notebook").inner_text()
+    assert not page.evaluate("window.jupyterapp.shell.currentWidget.content.model.dirty")
