@@ -174,6 +174,7 @@ def gradient_change(
     network, call = _double(model, before, inputs, outputs, device)
     ends = [_prepared(model, given, network) for given in (before, after)]
     layers = _layers(model, ends[0])
+    _outputs(network, ends[0], call)  # a module is examined on its first inputs, which no derivative may go through
     names = [name for found in layers.values() for name in found]
     generator = torch.Generator().manual_seed(seed)
     totals = dict.fromkeys(layers, 0.0)

@@ -69,6 +69,13 @@ def test_training_records_what_the_telescope_takes():
     assert "telescope" in repr(found).lower() and len(found.to_frame()) == 8
 
 
+def test_gradients_of_a_module_of_ones_own_class():
+    """Its first call is not inside the derivative, where a module cannot be examined."""
+    a, b = lmc.models.mlp(8, [6], 4), lmc.models.mlp(8, [6], 4)
+    found = lmc.landscape.gradient_change(a, a, b, torch.randn(5, 8))
+    assert list(found) == ["fc1", "head"] and min(found.values()) > 0
+
+
 def test_gradients_of_a_linear_network_never_change_and_those_of_others_settle():
     model = nn.Linear(8, 4)
     ends = run(model, 3)
