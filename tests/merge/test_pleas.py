@@ -14,7 +14,8 @@ from lmc.merge.partial.pleas import pleas, spend
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
 
-WIDENABLE = ("mlp", "cnn", "vgg-bn", pytest.param("resnet-bn", marks=pytest.mark.thorough))
+DEEP = pytest.param("vgg-bn", marks=pytest.mark.thorough)  # by default it is seen where a permuted copy is merged
+WIDENABLE = ("mlp", "cnn", DEEP, pytest.param("resnet-bn", marks=pytest.mark.thorough))
 
 
 def merged(case: Case, a: Weights, b: Weights, data: Tensor | None, **options):
@@ -75,7 +76,7 @@ def test_a_permuted_copy_gives_the_same_function_at_every_budget(name: str, budg
         assert float((found.module(inputs) - outputs(model, a, inputs)).abs().max()) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "vgg-bn"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", DEEP])
 def test_the_budget_is_used_and_kept(name: str):
     case = CASES[name]()
     a, b = case.other(3), case.other(4)
@@ -121,7 +122,7 @@ def test_units_that_match_least_stay_separate():
         assert len(found.units["h2"]) == 10
 
 
-@pytest.mark.parametrize("name", ["mlp", "cnn", "vgg-bn"])
+@pytest.mark.parametrize("name", ["mlp", "cnn", DEEP])
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
 def test_least_squares_never_makes_a_layer_worse(name: str, ratio: float):
     case = CASES[name]()

@@ -90,8 +90,17 @@ def contents(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.iterdir()}
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", METHODS)
+# Of the narrow dtype by default one of each kind: an average, one with thresholds over all, one with random numbers, and one
+# that looks at whole tensors.
+NARROW = ("average", "ties", "dare", "slerp")
+IN_BOTH = [
+    pytest.param(name, dtype, marks=[pytest.mark.thorough] if dtype == torch.bfloat16 and name not in NARROW else [])
+    for name in METHODS
+    for dtype in (torch.float32, torch.bfloat16)
+]
+
+
+@pytest.mark.parametrize(("name", "dtype"), IN_BOTH)
 def test_on_disk_as_in_memory(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     states = [state(seed, dtype) for seed in range(3)]
     paths = [folder(tmp_path / f"{seed}", weights) for seed, weights in enumerate(states)]
@@ -413,7 +422,7 @@ def test_a_recipe_that_no_longer_holds_is_refused(tmp_path: Path, paths: list[Pa
         merge.write(merge.average, paths[1:], tmp_path / "d", align=lambda w: w)
 
 
-@pytest.mark.parametrize("size", [150, 10_000])
+@pytest.mark.parametrize("size", [pytest.param(150, marks=pytest.mark.thorough), 10_000])
 def test_a_killed_process_leaves_what_can_be_gone_on_from(size: int, tmp_path: Path, paths: list[Path]) -> None:
     """A process that is killed in the middle of a write: the same call finishes, with the result of a quiet run."""
     whole = contents(run("ties", paths, tmp_path / "whole", shard_size=size).path)
@@ -573,7 +582,7 @@ lethal = merge.on_tensors(deadly)
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("size", [150, 10_000])
+@pytest.mark.parametrize("size", [150, pytest.param(10_000, marks=pytest.mark.thorough)])
 def test_processes_that_die(size: int, tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """One that dies once costs nothing; one that always does ends the merge, and the same call goes on from there."""
     monkeypatch.setattr(shards, "APART", 1)

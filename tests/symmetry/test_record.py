@@ -150,7 +150,12 @@ CASES: dict[Callable[..., Tensor], tuple[tuple[Any, ...], list[int], str]] = {
 }
 
 
-@pytest.mark.parametrize("function", CASES, ids=lambda f: f.__name__)
+# By default one of each kind: the others stop and are recorded at the same operators, on other ways there.
+OTHERS = (branch_on_units, array, through_numpy, graph, attention_over_edges, circular, noise_of_rows)
+RECORDED = [pytest.param(f, id=f.__name__, marks=[pytest.mark.thorough] if f in OTHERS else []) for f in CASES]
+
+
+@pytest.mark.parametrize("function", RECORDED)
 def test_recorded(function: Callable[..., Tensor]) -> None:
     inputs, sizes, assumed = CASES[function]
     model = Layers(function, table=function is words)
