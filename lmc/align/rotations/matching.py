@@ -139,10 +139,10 @@ def rotation_matching(
         before = ascent.value
         ascent.sweep()
         sweeps += 1
-    matrices, losses = ascent.matrices, []
+    matrices, losses, taken = ascent.matrices, [], 0
     if steps and rotated:  # else there is nothing to learn
         task = TaskLoss(model, a, data, loss, batch_size, next(iter(a.values())).device)
-        matrices, losses = learn_rotations(
+        matrices, losses, taken = learn_rotations(
             spec, task, a, b, matrices, rotated, steps=steps, lr=lr, seed=seed, progress=progress
         )
     mixed = SoftMoves(spec, theirs, next(iter(a.values())).device)(matrices, theirs)
@@ -152,7 +152,7 @@ def rotation_matching(
     info = {
         "method": "rotation_matching",
         "sweeps": sweeps,
-        "steps": steps if rotated else 0,
+        "steps": taken,
         "losses": losses,
         "seed": seed,
     }
@@ -173,12 +173,13 @@ def learn_rotations(
     lr: float,
     seed: int,
     progress: bool,
-) -> tuple[Matrices, list[float]]:
+) -> tuple[Matrices, list[float], int]:
     """Rotations under which points half way between A and B have a small loss; permutations stay what they are.
 
     Each rotation is `expm(K) start` with a skew-symmetric K, 0 at first. In each step the loss of a batch at a random point
     near the middle is made smaller by Adam, its rate falling to 0 along a cosine. What is returned is the best by the loss
-    of the midpoint on all the data, measured every 25 steps, the start being the first, and all that was measured.
+    of the midpoint on all the data, measured every 25 steps, the start being the first, all that was measured, and how many
+    steps were made.
     """
     generator = torch.Generator().manual_seed(seed)
     names = {tensor for group in rotated for tensor in spec.groups[group].tables if tensor in b}
@@ -193,7 +194,7 @@ def learn_rotations(
         return start | {name: torch.matrix_exp(skew(x, rotated[name])) @ start[name] for name, x in free.items()}
 
     optimizer = torch.optim.Adam(list(free.values()), lr=lr)
-    best, values = start, [task.mean(lerp(a, moved(start), 0.5))]
+    best, values, taken = start, [task.mean(lerp(a, moved(start), 0.5))], 0
     batches = task.epochs(generator)
     try:
         for step in tqdm(range(1, steps + 1), desc="rotations", disable=not progress):
@@ -205,6 +206,7 @@ def learn_rotations(
             optimizer.zero_grad()
             task(a | between, next(batches)).backward()
             optimizer.step()
+            taken = step
             if step % _MEASURE_EVERY == 0 or step == steps:
                 with torch.no_grad():
                     found = current()
@@ -212,7 +214,7 @@ def learn_rotations(
                 best = found if values[-1] < min(values[:-1]) else best
     except KeyboardInterrupt:
         warn(f"interrupted: the best of {len(values)} matchings is returned")
-    return best, values
+    return best, values, taken
 
 
 def skew(x: Tensor, ones: bool) -> Tensor:
