@@ -279,6 +279,7 @@ def weight_sets(
         outlines, called, lambda name, i: equal(everyone[0], everyone[i], name), lambda name, i: everyone[i][name]
     )
     constants = constants_in(outlines[0])
+    finite = _certainly_finite(first)
     weights, statistics, widths, paired = [], set(), {}, set()
     for name, tensor in outlines[0].items():
         if tensor.is_complex() and not pairs:
@@ -287,7 +288,7 @@ def weight_sets(
             raise WeightsError(f"{name}: on the meta device, which holds no values; load the weights first")
         if not inexact(tensor) or name in ties or name in constant or tensor.numel() == 0:
             continue
-        if infinite(first, name) and all(equal(first, other, name) for other in everyone[1:]):
+        if name not in finite and infinite(first, name) and all(equal(first, other, name) for other in everyone[1:]):
             continue  # an attention mask with infinities, the same everywhere
         widths[name] = wide(*(seen[name].dtype for seen in outlines)).to_real()
         if tensor.is_complex():
@@ -373,6 +374,17 @@ def infinite(state: Mapping[str, Tensor], name: str) -> bool:
         if not any(_holds_infinity([state.read(name, end)]) for end in ends):
             return False
     return _holds_infinity(state.read(name, chunk) for chunk in chunks(outline(state)[name]))
+
+
+def _certainly_finite(state: Mapping[str, Tensor]) -> frozenset[str]:
+    """Of weights in memory the tensors whose sums are finite; each device is asked once for all of them."""
+    asked: dict[torch.device, dict[str, Tensor]] = {}
+    for name, tensor in state.items() if isinstance(state, dict) else ():
+        if inexact(tensor) and not tensor.is_meta and tensor.numel():
+            values = tensor.detach().float() if tensor.dtype.itemsize == 1 else tensor.detach()
+            asked.setdefault(tensor.device, {})[name] = torch.isfinite(values.sum(dtype=wide(values.dtype)))
+    answers = (zip(flags, torch.stack(list(flags.values())).tolist(), strict=True) for flags in asked.values())
+    return frozenset(name for each in answers for name, answer in each if answer)
 
 
 def _holds_infinity(pieces: Iterable[Tensor]) -> bool:
