@@ -45,6 +45,7 @@ BATCH = 128  # examples in a step of learning
 POSITIONS = 1024  # targets in a step of learning, where examples have many
 POINTS = (25, 11, 5)  # on the paths: the most that take no more than this share of the time
 PATHS = 0.1
+REPAIRED = "statistics repaired"
 LATE = "no time left"
 EXACT = 1e-9  # tolerance of a permutation, which rounds nothing
 ROUNDINGS = 1e3  # of the stored weights, that any other element may cost,
@@ -63,6 +64,11 @@ class Candidate:
     permutation: Permutation | None = None
     barrier: float = math.nan
     note: str = ""
+    repaired: bool = False  # judged with the statistics between the ends repaired
+
+    @property
+    def title(self) -> str:
+        return f"{self.method}, {REPAIRED}" if self.repaired else self.method
 
 
 @own_context
@@ -85,8 +91,8 @@ def connect(
     The symmetries are found, weight matching and activation matching tried, and where the units of a stream or inside
     heads may be mixed, rotations with folded norms. The best is refined by the loss of the line: permutations by
     straight-through matching and the scales that hidden units admit, or all of rotations, invertible mixings, scales and
-    permutations at once (Theus et al. 2025, arXiv:2506.22712, learned matching). Where repaired statistics lower the
-    barrier further (Jordan et al. 2023, arXiv:2211.08403), `path` has them.
+    permutations at once (Theus et al. 2025, arXiv:2506.22712, learned matching). Each permutation, and what is refined, is
+    tried with repaired statistics too (Jordan et al. 2023, arXiv:2211.08403); where that is best, `path` has them.
 
     What is best is decided on a fifth of the training data that nothing is learned from; test data are measured on and
     otherwise not touched. Where the budget is not what ends it, the same seed gives the same result.
@@ -188,13 +194,18 @@ class _Search:
 
     @property
     def best(self) -> Candidate:
-        return min(self.candidates, key=lambda candidate: candidate.barrier)
+        return min(self.candidates, key=_barrier)
+
+    @property
+    def plain(self) -> list[Candidate]:
+        """Those whose statistics are as they come."""
+        return [candidate for candidate in self.candidates if not candidate.repaired]
 
     @property
     def enough(self) -> bool:
-        """Whether the best is so low that refining it would fit the examples it is judged by."""
+        """Whether the best, its statistics as they come, is so low that refining it would fit the examples it is judged by."""
         naive = self.candidates[0].barrier
-        return self.best.barrier < max(ENOUGH, SHARE * naive if math.isfinite(naive) else 0.0)
+        return min(map(_barrier, self.plain)) < max(ENOUGH, SHARE * naive if math.isfinite(naive) else 0.0)
 
     @property
     def left(self) -> float:
@@ -212,6 +223,8 @@ class _Search:
         if self.progress:
             self._tell()
         self.attempt("activation matching", self._activation_matching)
+        for candidate in self.candidates[1:]:
+            self.attempt(REPAIRED, partial(self._repaired, candidate))
         if self._may_rotate():
             self.attempt("norms folded", self._folded)
         if self.rotated:
@@ -220,7 +233,10 @@ class _Search:
             self.attempt("learning", lambda: self._learned(min(self.turned, key=_barrier), permute=True))
         else:
             self.attempt("straight-through", self._straight_through)
-            self.attempt("learning", lambda: self._learned(self.best, permute=False))
+            self.attempt("learning", lambda: self._learned(min(self.plain, key=_barrier), permute=False))
+        refined = min(self.plain, key=_barrier)
+        if not any(candidate.weights is refined.weights for candidate in self.candidates if candidate.repaired):
+            self.attempt(REPAIRED, partial(self._repaired, refined))
 
     def attempt(self, method: str, make: Callable[[], Candidate | None]) -> None:
         """A candidate, judged, unless there is no time for it or the method refuses the architecture."""
@@ -256,6 +272,14 @@ class _Search:
         pi = activation_matching(self.spec, self.model, self.a, self.b, self.inputs, device=self.device, progress=False)
         return Candidate("activation matching", self.a, pi.apply(self.b), pi)
 
+    def _repaired(self, candidate: Candidate) -> Candidate | None:
+        """The same move, with every layer between the ends given the statistics that it has in the ends; None with batch
+        normalisation, whose statistics are estimated anew in any case, and where there is nothing to lower."""
+        if has_batchnorm(self.model) or candidate.barrier < ENOUGH:
+            return None
+        path = self._path(candidate.a, candidate.weights, self.held, ALPHAS, "repair")
+        return replace(candidate, barrier=path.barrier, note=REPAIRED, repaired=True)
+
     def _may_rotate(self) -> bool:
         """Whether there are heads, or normalisations between which a stream might rotate."""
         norms = (name for name, module in self.model.named_modules() if isinstance(module, NORMS))
@@ -281,7 +305,7 @@ class _Search:
         return self.turned[-1]
 
     def _best_permuted(self) -> Candidate:
-        return min((c for c in self.candidates if c.permutation is not None), key=_barrier)
+        return min((c for c in self.plain if c.permutation is not None), key=_barrier)
 
     def _rotations(self, by: str) -> Candidate:
         """B rotated onto A, both with folded norms."""
@@ -347,7 +371,7 @@ class _Search:
 
     def _path(self, a: Weights, b: Weights, data: Any, points: int | Sequence[float], repair: Repair = "auto") -> Path:
         return loss_path(
-            self.model, a, b, data, alphas=points, repair=repair, inputs=self.inputs if data is self.held else None,
+            self.model, a, b, data, alphas=points, repair=repair, inputs=self.judge.inputs if data is self.held else None,
             loss=self.made if data is self.held else self.task, device=self.device, progress=False,
         )  # fmt: skip
 
@@ -361,9 +385,8 @@ class _Search:
 
     def result(self, interrupted: bool) -> Connection:
         certificate, best = self._certified()
-        repaired = not interrupted and self.left > self.reserve and self._repair_helps(best)
         naive = self.naive or self._path(self.a, self.b, self.data, self.points)
-        path = self._path(best.a, best.weights, self.data, self.points, "repair" if repaired else "auto")
+        path = self._path(best.a, best.weights, self.data, self.points, "repair" if best.repaired else "auto")
         return Connection(
             a=best.a,
             weights=best.weights,
@@ -373,7 +396,7 @@ class _Search:
             reason=self._reason(best),
             certificate=certificate,
             tried=tuple(self.tried),
-            repaired=repaired,
+            repaired=best.repaired,
             permutation=best.permutation,
             held_out=self.count,
             budget=None if math.isinf(self.clock.seconds) else self.clock.seconds,
@@ -400,22 +423,6 @@ class _Search:
             "deterministic in eval mode"
         )
 
-    def _repair_helps(self, best: Candidate) -> bool:
-        """Whether repaired statistics lower the barrier on the held-out examples; with batch normalisation they are
-        re-estimated anyway."""
-        if has_batchnorm(self.model) or best.barrier < ENOUGH:
-            return False
-        started = self.clock.spent
-        try:
-            repaired = self._path(best.a, best.weights, self.held, ALPHAS, "repair").barrier
-        except LmcError as error:
-            self.tried.append(
-                Attempt("statistics repaired", math.nan, self.clock.spent - started, f"not here: {error}")
-            )
-            return False
-        self.tried.append(Attempt("statistics repaired", repaired, self.clock.spent - started))
-        return repaired < best.barrier
-
     def _reason(self, best: Candidate) -> str:
         others = [candidate for candidate in self.candidates if candidate is not best]
         text = f"its barrier of {best.barrier:.3f} {self.judge.unit} on the held-out examples is the lowest".replace(
@@ -423,7 +430,7 @@ class _Search:
         )
         if others:
             second = min(others, key=_barrier)
-            text += f"; next is {second.method} with {second.barrier:.3f}"
+            text += f"; next is {second.title} with {second.barrier:.3f}"
         late = [each.method for each in self.tried if each.note == LATE]
         return text + (f". There was no time for {', '.join(late)}: the budget was too small" if late else "")
 

@@ -68,14 +68,18 @@ class Judge:
         held: the examples to judge by.
         inputs: from which batch statistics are estimated.
         task: how outputs are judged.
+
+    Attributes:
+        inputs: those of them that are used.
+        unit: of the loss.
     """
 
     def __init__(
         self, model: nn.Module, a: Weights, b: Weights, held: Any, inputs: Any, task: Task, device: torch.device
     ) -> None:
-        inputs = inputs[:FEW] if isinstance(inputs, list) else first_of(inputs, STATISTICS)
+        self.inputs = inputs[:FEW] if isinstance(inputs, list) else first_of(inputs, STATISTICS)
         self._evaluation = Evaluation(
-            model, (a, b), held, names="ab", inputs=inputs, loss=task, device=device, progress=False
+            model, (a, b), held, names="ab", inputs=self.inputs, loss=task, device=device, progress=False
         )
         self.unit = self._evaluation.evaluator.task.unit
         self._ends = [self._loss(self._evaluation.ready(state)) for state in self._evaluation.states]
