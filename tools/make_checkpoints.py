@@ -294,7 +294,9 @@ def table() -> None:
         model = stored.model()
         spec = lmc.permutation_spec(model, data["train"][0][:2])
         moved = lmc.weight_matching(spec, a, b, seed=0, restarts=3).apply(b)
-        naive, aligned = (lmc.loss_path(model, a, end, data["test"], inputs=data["train"][0]).barrier for end in (b, moved))
+        naive, aligned = (
+            lmc.loss_path(model, a, end, data["test"], inputs=data["train"][0]).barrier for end in (b, moved)
+        )
         accuracies = ", ".join(f"{accuracy:.3f}" for accuracy in tests)
         row = [f"`{job.name}`", stored.manifest["description"], f"{size:.2f}", accuracies]
         print("|", " | ".join([*row, f"{naive:.2f}", f"{aligned:.3f}"]), "|", flush=True)
