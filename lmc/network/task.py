@@ -137,8 +137,12 @@ class Task:
         """The task that keyword arguments and data describe: `loss`, if it is a task, before that of `task.on(data)`."""
         task = loss if isinstance(loss, Task) else data.task if isinstance(data, TaskData) else cls()
         if loss is not None and not isinstance(loss, Task):
-            if not callable(loss):
-                raise InputError(f"loss={loss!r}; expected a function of outputs and targets, or an lmc.Task")
+            if not callable(loss) or isinstance(loss, type):
+                made = f": make one, {loss.__name__}()" if isinstance(loss, type) else ""
+                raise InputError(f"loss={loss!r}; expected a function of outputs and targets, or an lmc.Task{made}")
+        if not isinstance(metrics, Mapping | None):
+            raise InputError(f"metrics: expected a mapping of names to functions, got {type(metrics).__name__}")
+        if loss is not None and not isinstance(loss, Task):
             task = replace(task, loss=loss, labels=None, unit=_unit(loss), derived={})
             task = replace(task, ignore=_ignored_by(loss, task.ignore))
         if metrics:

@@ -100,8 +100,12 @@ def tracked(plane: Plane, tracks: Mapping[str, Any] | None) -> Plane:
     """The plane with further tracks: points (K, 2) in the plane, or weights as for `Plane.with_tracks`.
 
     Raises:
-        InputError: points that are no curve in the plane, or weights where the plane was read from a file.
+        InputError: points that are no curve in the plane, weights where the plane was read from a file, or no mapping.
     """
+    if not isinstance(tracks, Mapping | None):
+        raise InputError(
+            f'tracks: expected a mapping of names to tracks, such as {{"run": weights}}, got {type(tracks).__name__}'
+        )
     for name, track in (tracks or {}).items():
         points = None if isinstance(track, Mapping) else _points(track)
         if points is None:

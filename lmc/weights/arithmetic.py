@@ -27,6 +27,8 @@ def lerp(a: ModelOrWeights, b: ModelOrWeights, alpha: float) -> StateDict:
     Of weights under a weight or spectral normalisation it mixes the tensors that are stored; `lmc.merge.average` and
     `lmc.loss_path` mix the weights that are used.
     """
+    if not hasattr(type(alpha), "__float__"):
+        raise InputError(f"alpha={alpha!r}: expected a number")
     a, b = _pair(a, b)
     return StateDict({name: _combine(name, [x, b[name]], [1.0 - alpha, alpha]) for name, x in a.items()}, like=a)
 

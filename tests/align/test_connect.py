@@ -263,3 +263,11 @@ def test_a_part_is_held_out():
     assert len(learn) == 8 and len(held) == 2 and count == 10
     learn, held, count = held_out([(inputs, targets), (inputs[:3], targets[:3])], Task(), seed=0)
     assert [len(x[1]) for x in learn] == [40, 3] and [len(x[1]) for x in held] == [10, 3]
+
+
+def test_the_unit_is_that_of_the_loss():
+    x = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    models = [nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1)) for _ in range(2)]
+    data = lmc.Task.regression().on((x, x[:, :1]))
+    found = lmc.connect(models[0], *models, data, budget=1, progress=False)
+    assert found.unit == "squared error" and "nats" not in str(found)

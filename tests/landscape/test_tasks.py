@@ -605,3 +605,20 @@ def test_compiled_modules_of_several_inputs_have_targets_left_out():
     loader = DataLoader(TensorDataset(X, X, Y), batch_size=8)
     found = variance_ratios(pair[0], pair[0], pair, loader, progress=False)
     assert found.merged
+
+
+def test_a_class_of_losses_is_no_loss():
+    with pytest.raises(InputError, match=r"make one, CrossEntropyLoss\(\)"):
+        evaluate(linear(), None, (X, Y), loss=nn.CrossEntropyLoss)
+    with pytest.raises(InputError, match="metrics: expected a mapping of names to functions, got list"):
+        evaluate(linear(), None, (X, Y), metrics=[F.cross_entropy])
+
+
+def test_trained_curves_and_stars_know_the_unit_of_their_loss():
+    from lmc.merge import star_model
+
+    models, data = [linear(seed=k) for k in range(2)], Task.regression().on((X, X[:, :4]))
+    curve = bezier_curve(models[0], *models, data, epochs=1, progress=False)
+    star = star_model(models[0], models, data, epochs=1, progress=False)
+    for found in (curve, star):
+        assert found.unit == "squared error" and "nats" not in str(found.plot().to_dict())

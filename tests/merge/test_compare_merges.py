@@ -190,3 +190,25 @@ def test_bad_input(bench: Bench) -> None:
             lmc.merge.compare(bench.base, bench.models, validation, progress=False, **arguments)
     with pytest.raises(lmc.InputError, match="a sequence"):
         lmc.merge.compare(bench.base, bench.base, validation, progress=False)
+
+
+class OwnLoss(torch.nn.Module):
+    """It computes its loss when it is given targets, and takes them by name."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = torch.nn.Linear(4, 1)
+
+    def forward(self, x, labels=None):
+        found = self.layer(x)[:, 0]
+        loss = None if labels is None else (found - labels).square().mean()
+        return {"logits": found, "loss": loss}
+
+
+def test_half_of_a_mapping_keeps_the_name_of_its_targets() -> None:
+    models, x = [OwnLoss(0), OwnLoss(1)], torch.randn(12, 4)
+    whole = {"x": x, "labels": x.sum(1)}
+    for data in (whole, [{name: tensor[k : k + 4] for name, tensor in whole.items()} for k in (0, 4, 8)]):
+        found = lmc.merge.compare(models[0], models, data, methods=["average"], progress=False)
+        assert found.unit == "" and all(math.isfinite(entry.validation) for entry in found.entries)

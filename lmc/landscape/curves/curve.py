@@ -109,6 +109,7 @@ class Curve(Result):
         losses: (E,) mean training loss in each epoch, over random points of the curve.
         interrupted: training ended early.
         model: a private copy of the architecture.
+        unit: of the loss.
     """
 
     version = 2
@@ -118,6 +119,7 @@ class Curve(Result):
     losses: Values
     interrupted: bool
     model: nn.Module = field(repr=False, metadata=UNSAVED)
+    unit: str = field(default="nats", kw_only=True)
 
     def shares(self, t: float) -> tuple[float, ...]:
         """The share of each control in `phi(t)`; they sum to 1."""
@@ -350,6 +352,6 @@ def _curve(
     objective = Objective(model, a, data, loss=loss, outputs=outputs, device=device, name="a")
     a, b = ({name: tensor.clone() for name, tensor in gauged(end, model).items()} for end in (a, b))
     between = [settled(lerp(a, b, j / (bends + 1)), a) for j in range(1, bends + 1)]
-    start = Curve((a, *between, b), kind, np.empty(0), False, fresh_copy(model))
+    start = Curve((a, *between, b), kind, np.empty(0), False, fresh_copy(model), unit=objective.task.unit)
     found = train_bends(objective, start.controls, start.shares, schedule)
     return replace(start, controls=(a, *found.bends, b), losses=found.losses, interrupted=found.interrupted)

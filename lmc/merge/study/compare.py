@@ -21,7 +21,7 @@ from lmc.merge.engine.aligning import Align, aligned
 from lmc.merge.engine.tensors import on_base
 from lmc.merge.rules.averaging import average
 from lmc.merge.study.candidates import Candidate, MergeTask, models_of, selected
-from lmc.merge.with_data.judge import Judge, batches, chosen, gather, splits
+from lmc.merge.with_data.judge import Judge, as_came, batches, chosen, gather, splits
 from lmc.network.batches import IGNORED, TaskData, cuttable, take, tensors
 from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
@@ -414,7 +414,7 @@ def _every_second(data: Any, name: str, start: int) -> Any:
         return [(inputs, kept)]
     if len(tensors(inputs)[0]) < 2:
         raise InputError(f"validation {name!r}: one example cannot be split; pass test= as well")
-    return take(inputs, index) if targets is None else (take(inputs, index), targets[index])
+    return as_came(data, take(inputs, index), None if targets is None else targets[index])
 
 
 def _together(tasks: Mapping[str, Any]) -> Any:
@@ -423,7 +423,7 @@ def _together(tasks: Mapping[str, Any]) -> Any:
         return None
     judged = next((part.task for part in tasks.values() if isinstance(part, TaskData)), None)
     plain = {name: part.data if isinstance(part, TaskData) else part for name, part in tasks.items()}
-    batches = [gather(part, name) for name, part in plain.items()]
+    batches = [as_came(part, *gather(part, name)) for name, part in plain.items()]
     return batches if judged is None else judged.on(batches)
 
 

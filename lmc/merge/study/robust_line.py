@@ -100,8 +100,9 @@ def wise_ft_line(
     Raises:
         InputError: fewer than two data sets, or data that are no classification. Others as `lmc.loss_path`.
     """
-    if len(data) < 2:
-        raise InputError(f"data: expected the reference and at least one shift, got {list(data)}")
+    if not isinstance(data, Mapping) or len(data) < 2:
+        found = list(data) if isinstance(data, Mapping) else type(data).__name__
+        raise InputError(f"data: expected a mapping of the reference and at least one shift, got {found}")
     options: dict[str, Any] = {"inputs": inputs, "device": device, "progress": progress}
     paths = {name: loss_path(model, base, weights, each, alphas=alphas, **options) for name, each in data.items()}
     for name, path in paths.items():

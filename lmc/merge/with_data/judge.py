@@ -159,6 +159,16 @@ def each(data: Any, count: int, what: str) -> list[Any]:
     return list(data)
 
 
+def as_came(data: Any, inputs: Any, targets: Tensor | None) -> Any:
+    """Inputs and targets of `data` in its form: inputs alone, a pair, or a mapping in which the targets have a name, by which
+    they may be asked for."""
+    if targets is None:
+        return inputs
+    named = isinstance(inputs, Mapping) and not isinstance(data, Iterator)
+    label = as_splits(chosen(data))[0].labels if named else None
+    return (inputs, targets) if label is None else {**inputs, label: targets}
+
+
 class Judge:
     """The measure of weights on validation data, `judge(weights)`, and which of two values is better.
 

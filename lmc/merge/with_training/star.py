@@ -40,6 +40,7 @@ class Star(Result, Mapping[str, Tensor]):
         interrupted: training ended early.
         spec: the symmetries by which solutions are brought closer; None: they are taken as they are.
         model: a private copy of the architecture.
+        unit: of the loss.
     """
 
     weights: Weights
@@ -48,6 +49,7 @@ class Star(Result, Mapping[str, Tensor]):
     interrupted: bool
     spec: PermutationSpec | None = field(repr=False)
     model: nn.Module = field(repr=False, metadata=UNSAVED)
+    unit: str = "nats"
 
     def __getitem__(self, name: str) -> Tensor:
         return self.weights[name]
@@ -202,7 +204,7 @@ def star_model(
     if has_batchnorm(network.module):
         centre = recalibrate_batchnorm(model, centre, some_inputs(objective.split), device=network.device)
     moved = tuple({n: x.clone() for n, x in _matched(known, centre, state).items()} for state in states)
-    return Star(StateDict(centre), moved, losses, interrupted, known, fresh_copy(model))
+    return Star(StateDict(centre), moved, losses, interrupted, known, fresh_copy(model), objective.task.unit)
 
 
 def _matched(spec: PermutationSpec | None, fixed: Weights, other: Weights) -> Weights:

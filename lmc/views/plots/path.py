@@ -195,7 +195,7 @@ def plot_curve(curve: Curve) -> go.Figure:
     fig.add_trace(dots.update(marker=marker, showlegend=False, hoverinfo="text", cliponaxis=False), row=1, col=1)
     fig.update_xaxes(title_text="distance from a towards b", col=1)
     fig.update_yaxes(title_text="distance from the line", scaleanchor="x", col=1)
-    _training(fig, curve.losses, 2)
+    _training(fig, curve.losses, 2, curve.unit)
     return fig.update_layout(hovermode="closest", margin={"t": 40})
 
 
@@ -233,7 +233,7 @@ def plot_geodesic(found: Geodesic) -> go.Figure:
         fig.add_trace(trace.update(hovertemplate="%{y:.3g}"), row=1, col=1)
     fig.update_xaxes(title_text="step from a to b", tickformat="d", nticks=8, col=1)
     fig.update_yaxes(title_text="change of predictions, √(8 JSD)", rangemode="tozero", col=1)
-    _training(fig, found.losses, 2, "energy")
+    _training(fig, found.losses, 2, "nats", "energy")
     return fig.update_layout(margin={"t": 40})
 
 
@@ -241,7 +241,7 @@ def plot_geodesic(found: Geodesic) -> go.Figure:
 def plot_star(star: Star) -> go.Figure:
     """Draw the training loss over the epochs, the mean over random points of the lines; `paths` evaluates the lines."""
     fig = styled(make_subplots(1, 1), height=360)
-    _training(fig, star.losses, 1)
+    _training(fig, star.losses, 1, star.unit)
     return fig
 
 
@@ -279,9 +279,10 @@ def _corners(curve: Curve) -> np.ndarray:
     return np.stack([along, up if up.sum() >= 0.0 else -up], axis=1)
 
 
-def _training(fig: go.Figure, losses: np.ndarray, column: int, what: str = "training loss") -> None:
+def _training(fig: go.Figure, losses: np.ndarray, column: int, unit: str, what: str = "training loss") -> None:
     epochs = list(range(1, len(losses) + 1))
     line = go.Scatter(x=epochs, y=losses, mode="lines+markers", line={"color": BLUE, "width": 3}, showlegend=False)
-    fig.add_trace(line.update(hovertemplate="epoch %{x}: %{y:.4g} nats<extra></extra>"), row=1, col=column)
+    hover = f"epoch %{{x}}: %{{y:.4g}} {unit}".rstrip() + "<extra></extra>"
+    fig.add_trace(line.update(hovertemplate=hover), row=1, col=column)
     fig.update_xaxes(title_text="epoch", rangemode="tozero", tickformat="d", nticks=8, col=column)
-    fig.update_yaxes(title_text=f"{what} (nats)", rangemode="tozero", col=column)
+    fig.update_yaxes(title_text=f"{what} ({unit})" if unit else what, rangemode="tozero", col=column)
