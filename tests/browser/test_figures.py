@@ -80,7 +80,7 @@ def test_the_slider_of_decisions_is_dragged(server, open_notebook, tmp_path):
     figure = notebook.page.locator(".js-plotly-plot")
     figure.scroll_into_view_if_needed()
     grip, labels = figure.locator(".slider-grip-rect"), figure.locator(".annotation-text")
-    begin = labels.all_inner_texts()
+    begin = labels.all_text_contents()
     track = figure.locator(".slider-rail-touch-rect").bounding_box()
     for share, said in ((0.5, "α = 0.5"), (1.0, "α = 1.0")):
         box = grip.bounding_box()
@@ -90,7 +90,7 @@ def test_the_slider_of_decisions_is_dragged(server, open_notebook, tmp_path):
         notebook.page.mouse.up()
         figure.locator(".slider-label", has_text=said).wait_for()
         figure.screenshot(path=tmp_path / f"at {share}.png")
-    end = labels.all_inner_texts()
+    end = labels.all_text_contents()
     assert len(begin) == len(end) == 12 and begin != end
     assert [text.split(", is ")[1] for text in begin] == [text.split(", is ")[1] for text in end]
     bold = labels.evaluate_all("all => all.map((text) => text.innerHTML.includes('bold'))")
