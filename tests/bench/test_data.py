@@ -481,7 +481,7 @@ def test_stored_networks_stay_small():
     place = Path(__file__).parents[2] / "data"
     sizes = {path.name: path.stat().st_size for path in place.rglob("*.safetensors")}
     assert len(STORED) >= 11 and max(sizes.values()) < 1_400_000
-    assert sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) < 10_000_000
+    assert sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) < 12_000_000
     named = {place / name / entry["file"] for name in STORED for entry in lmc.data.checkpoint(name).manifest["files"]}
     assert named == set(place.rglob("*.safetensors"))
 
