@@ -39,7 +39,12 @@ SOLVED = ["tests/symmetry/test_solve.py", "tests/symmetry/test_discover.py", "te
 SPECS = ["tests/symmetry/test_spec.py", "tests/symmetry/test_notation.py"]
 MATCHED = ["tests/align/test_weight_matching.py", "tests/align/test_alignment_identities.py"]
 MERGED = ["tests/merge/test_engine.py", "tests/merge/test_averaging.py", "tests/merge/test_chunks.py"]
-WIDER_MERGED = ["tests/merge/test_sparse.py", "tests/merge/test_with_data.py", "tests/merge/test_write.py"]
+WIDER_MERGED = [
+    "tests/foundations/test_depth.py",
+    "tests/merge/test_sparse.py",
+    "tests/merge/test_with_data.py",
+    "tests/merge/test_write.py",
+]
 WIDER_SOLVED = ["tests/symmetry/test_record.py", "tests/symmetry/test_fuzz.py", "tests/symmetry/test_handwritten.py"]
 NORMS = ["tests/foundations/test_batchnorm.py", "tests/foundations/test_repair.py"]
 # Mutated file -> the tests that belong to it, and those that are run where these do not notice.

@@ -642,6 +642,12 @@ def related(a: dict[str, Tensor], amount: float) -> dict[str, Tensor]:
     return {name: t + amount * other[name] if t.is_floating_point() else t for name, t in a.items()}
 
 
+def test_long_products_are_summed_chunk_by_chunk(monkeypatch):
+    monkeypatch.setattr(gains, "CHUNK", 3)
+    x, y = torch.arange(8.0), torch.arange(8.0).flip(0)
+    assert gains.dot(x, y) == float(x @ y) == gains.inner_product({"w": x.view(2, 4)}, {"w": y.view(2, 4)})
+
+
 def test_gains_of_pairs_are_summed_in_double_precision():
     """Terms that cancel leave what single precision loses."""
     torch.manual_seed(0)

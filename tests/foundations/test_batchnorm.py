@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lmc.errors import DataError, InputError, MismatchError
-from lmc.network.batchnorm import recalibrate_batchnorm
+from lmc.network.batchnorm import equal_batches, recalibrate_batchnorm
 from lmc.network.task import Task
 
 
@@ -172,6 +172,15 @@ def test_a_short_remainder_makes_no_batch_of_one():
     model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4))
     state = recalibrate_batchnorm(model, None, torch.randn(33, 8), batch_size=32)
     assert torch.isfinite(state["1.running_var"]).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "most", "sizes"), [(10, 4, [4, 3, 3]), (9, 8, [5, 4]), (8, 8, [8]), (3, 1, [1, 1, 1])]
+)
+def test_equal_batches_hold_each_example_once(count, most, sizes):
+    inputs = torch.arange(count)
+    batches = equal_batches(inputs, most)
+    assert [len(batch) for batch in batches] == sizes and torch.equal(torch.cat(batches), inputs)
 
 
 def test_unusable_inputs_are_refused():

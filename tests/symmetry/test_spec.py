@@ -220,6 +220,13 @@ def test_a_group_of_one_unit_holds_others_and_is_none_itself():
     assert list(alone.groups) == ["d"] and alone.random(1).inverse().inverse() == alone.random(1)
 
 
+def test_a_certificate_is_of_the_specification_that_was_certified():
+    model = models.mlp(9, [8, 7], 4)
+    spec = lmc.permutation_spec(model, torch.randn(3, 9), progress=False)
+    name = next(iter(spec.groups))
+    assert spec.certificate is not None and spec.without(name).certificate is None
+
+
 def test_a_pattern_can_be_edited():
     model = models.mlp(9, [8, 7], 4)
     spec = PermutationSpec.from_patterns(mlp(2), model)
