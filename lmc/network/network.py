@@ -174,17 +174,22 @@ class Network:
         Raises:
             DataError: the module fails on these inputs.
         """
-        self._examine(inputs)
-        args, kwargs = self._call(inputs)
         try:
-            with self._dtypes_named(args, kwargs):
-                return self._run(self.module, args, kwargs)
+            return self.run(inputs)
         except (LmcError, torch.cuda.OutOfMemoryError):
             raise
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
-            given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            given = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
             shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in given)
-            raise DataError(f"the model ({type(self._model).__name__}) fails on inputs {shapes}: {error}") from error
+            where = f" on inputs {shapes}" if shapes else ""
+            raise DataError(f"the model ({type(self._model).__name__}) fails{where}: {error}") from error
+
+    def run(self, inputs: Any) -> Any:
+        """As `result`, with errors of the module itself as they are, for callers who know what they mean."""
+        self._examine(inputs)
+        args, kwargs = self._call(inputs)
+        with self._dtypes_named(args, kwargs):
+            return self._run(self.module, args, kwargs)
 
     @contextlib.contextmanager
     def _dtypes_named(

@@ -319,7 +319,7 @@ def test_without_pot_the_message_says_what_to_install(monkeypatch):
     fuse(case, case.other(2), case.other(1))
     with pytest.raises(MissingPackageError, match="lmc-lab\\[ot\\]"):
         fuse(case, case.other(2), case.other(1), regularization=0.1)
-    with pytest.raises(MissingPackageError, match="needs the package ot"):
+    with pytest.raises(MissingPackageError, match="needs the package POT"):
         fuse(case, case.other(2), case.other(1), importance="l1")
 
 

@@ -250,7 +250,7 @@ class Probe:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), quiet(), _double():
             torch.manual_seed(0)
             try:
-                result = self.network.result(kwargs or args)
+                result = self.network.run(kwargs or args)
             except LmcError:
                 raise
             except Exception as error:

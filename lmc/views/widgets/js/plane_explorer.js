@@ -41,8 +41,8 @@ function render({ model, el }) {
       exact = answer;
       if (answer) {
         const where = `(${point.map((value) => format(value, 2)).join(", ")})`;
-        const [unpacked, point] = [answer.shown && unpackShown(answer.shown), data.unlike ? 1 : 0];
-        shown.update(unpacked, point, unpackImages(answer.images), where, 0, answer.differing);
+        const [unpacked, place] = [answer.shown && unpackShown(answer.shown), data.unlike ? 1 : 0];
+        shown.update(unpacked, place, unpackImages(answer.images), where, 0, answer.differing);
       }
       scene.redraw();
     },
