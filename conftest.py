@@ -133,6 +133,10 @@ LONGEST = (
 )
 
 
+# Notebooks of the long run: what they show the tests of their methods compute as well.
+LONG = ("notebooks/07_", "notebooks/09_", "notebooks/13_")
+
+
 def pytest_collection_modifyitems(config, items):
     """Leave out what is marked thorough, unless LMC_THOROUGH is set: searches for gaps, and the same path through another door."""
     place = {start: k for k, start in enumerate(LONGEST)}
@@ -141,6 +145,6 @@ def pytest_collection_modifyitems(config, items):
     )
     if os.environ.get("LMC_THOROUGH"):
         return
-    left = [item for item in items if item.get_closest_marker("thorough")]
-    config.hook.pytest_deselected(items=left)
-    items[:] = [item for item in items if item not in set(left)]
+    left = {item for item in items if item.get_closest_marker("thorough") or item.nodeid.startswith(LONG)}
+    config.hook.pytest_deselected(items=list(left))
+    items[:] = [item for item in items if item not in left]

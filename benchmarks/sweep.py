@@ -28,10 +28,9 @@ def trained(width: int, seed: int, epochs: int) -> float:
     """The test loss of a network trained on digits."""
     torch.set_num_threads(1)
     data = lmc.data.digits()
-    found = lmc.training.train(
-        lmc.models.mlp([64, width, width, 10]), data, seeds=[seed], epochs=epochs, progress=False
-    )
-    return lmc.landscape.evaluate(found.model(), found.weights[0], data)["test"].loss
+    model = lmc.models.mlp(64, [width, width], 10)
+    (weights,) = lmc.training.train(model, data, seeds=[seed], epochs=epochs, progress=False)
+    return lmc.landscape.evaluate(model, weights, data)["test"].loss
 
 
 def pool(workers: int) -> ProcessPoolExecutor:
@@ -57,7 +56,7 @@ def training(workers: int) -> None:
 
 
 def pairs(workers: int) -> None:
-    stored, data = lmc.data.checkpoint("digits-cnn"), lmc.data.digits()
+    stored, data = lmc.data.checkpoint("digits-cnn"), lmc.data.digits(flat=False)
     models = [stored[i % len(stored)] for i in range(12)]
     options = {"alphas": 25, "progress": False}
     torch.set_num_threads(1)
