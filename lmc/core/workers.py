@@ -6,7 +6,6 @@ is whatever runs its tasks: a process, a thread, a process on another machine.
 
 import functools
 import inspect
-import itertools
 import multiprocessing
 import os
 import pickle
@@ -90,21 +89,27 @@ def crew(
 
         def turn(tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
             left = dict(enumerate(tasks))
-            for attempt in itertools.count(1):
+            suspects: list[int] = []
+            cancellations = 0
+            while left:
+                # Dask blames a task for a worker that died while the task waited on it: such are tried alone in the end.
+                alone = suspects[:1] if len(suspects) == len(left) else []
+                cancelled = False
                 if not held:
                     held[:] = secrets.token_hex(8), send()
                 futures: dict[Future[Any], int] = {}
                 gone: WorkerError | None = None
                 try:
-                    for i, task in left.items():
-                        futures[_submit(executor, _work, __version__, os.getpid(), *held, task)] = i
+                    for i in alone or left:
+                        futures[_submit(executor, _work, __version__, os.getpid(), *held, left[i])] = i
                     for future in _as_done(futures, client):
                         i = futures[future]
                         try:
                             result = future.result()
                         except CancelledError as error:
                             held.clear()  # all that held what was sent are gone: it is sent again
-                            if attempt == ATTEMPTS:
+                            cancelled = True
+                            if cancellations + 1 == ATTEMPTS:
                                 gone = WorkerError(f"the workers, or their scheduler, are gone ({error})")
                             continue
                         except BrokenExecutor as error:
@@ -116,7 +121,12 @@ def crew(
                         except Exception as error:
                             if not _died(error) or lost is None:
                                 raise
+                            if client is not None and not alone:
+                                suspects.append(i)
+                                continue
                             result = lost(left[i], error)
+                        if i in suspects:
+                            suspects.remove(i)
                         del left[i]
                         yield i, result
                 finally:  # after an interrupt or an error, what has not begun does not begin
@@ -124,8 +134,7 @@ def crew(
                         future.cancel()
                 if gone is not None:
                     raise gone
-                if not left:
-                    return
+                cancellations += cancelled
 
         yield turn
 
