@@ -89,11 +89,11 @@ def crew(
 
         def turn(tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
             left = dict(enumerate(tasks))
-            suspects: list[int] = []
+            suspects: set[int] = set()
             cancellations = 0
             while left:
                 # Dask blames a task for a worker that died while the task waited on it: such are tried alone in the end.
-                alone = suspects[:1] if len(suspects) == len(left) else []
+                alone = [min(suspects)] if suspects == left.keys() else []
                 cancelled = False
                 if not held:
                     held[:] = secrets.token_hex(8), send()
@@ -122,11 +122,10 @@ def crew(
                             if not _died(error) or lost is None:
                                 raise
                             if client is not None and not alone:
-                                suspects.append(i)
+                                suspects.add(i)
                                 continue
                             result = lost(left[i], error)
-                        if i in suspects:
-                            suspects.remove(i)
+                        suspects.discard(i)
                         del left[i]
                         yield i, result
                 finally:  # after an interrupt or an error, what has not begun does not begin
