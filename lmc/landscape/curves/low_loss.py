@@ -1,6 +1,5 @@
 """Paths of low loss between independently trained networks, found by moving layer by layer (Tian et al. 2026)."""
 
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from lmc.network.batches import Batch
 from lmc.network.copies import fresh_copy
 from lmc.network.derived import gauged
 from lmc.network.task import Loss, Outputs, Task
-from lmc.weights import ModelOrWeights, Weights, agreeing
+from lmc.weights import ModelOrWeights, Weights, agreeing, distance
 from lmc.weights.state import tensors_by_module
 
 if TYPE_CHECKING:
@@ -166,7 +165,7 @@ def low_loss_path(
     point, end = walk.placed(a), walk.placed(b)
     parts = tensors_by_module(model, walk.names) if layers is None else checked_layers(layers, point)
     wanted = {name: tensor.var() for name, tensor in point.items() if tensor.numel() > 1}
-    straight = _distance(point, end)
+    straight = distance(point, end)
     points: list[Weights] = []
     found: list[tuple[str, float, int, float, float]] = []
     interrupted = False
@@ -183,7 +182,7 @@ def low_loss_path(
                     moved = towards(point, end, list(parts.values())[: k + 1], step, shortest)
                     trained, batches = walk.trained(with_variances(moved, wanted, epsilon), lr, rounds, threshold)
                     new = with_variances(trained, wanted, epsilon)
-                    left = _distance(new, end) / straight if straight else 0.0
+                    left = distance(new, end) / straight if straight else 0.0
                     found.append((layer, walk.loss(new), batches, left, walk.loss(_halfway(point, new))))
                     points.append(walk.kept(new))
                     point = new
@@ -269,7 +268,7 @@ def towards(
     moved = dict(point)
     for names in layers:
         part = {name: point[name] for name in names}
-        length = _distance(part, end)
+        length = distance(part, {name: end[name] for name in names})
         share = min(1.0, max(shortest, step * length) / length) if length else 0.0
         moved |= {name: torch.lerp(tensor, end[name], share) for name, tensor in part.items()}
     return moved
@@ -284,12 +283,6 @@ def with_variances(point: Weights, wanted: Weights, epsilon: float | None) -> di
         if bool(ratio.isfinite()):
             spread[name] = tensor.mean() + ratio.sqrt() * (tensor - tensor.mean())
     return spread
-
-
-def _distance(point: Weights, end: Weights) -> float:
-    return math.sqrt(
-        sum(float((tensor.double() - end[name].double()).square().sum()) for name, tensor in point.items())
-    )
 
 
 def _halfway(point: Weights, end: Weights) -> dict[str, torch.Tensor]:
