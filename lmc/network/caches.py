@@ -9,7 +9,7 @@ import functools
 import types
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from lmc.network.stores import LIBRARIES, Shared, stores, written_by
 
 # (name of the module, attribute or "_buffers", keys further inside) of a dict or list that holds values.
 Address: TypeAlias = tuple[Any, ...]
-# Whether what stands at an address is to be deleted, or replaced by None.
-Removal: TypeAlias = dict[Address, bool]
+# How what stands at an address is taken away: None in its place, deleted, or tensors and arrays without their values.
+Way: TypeAlias = Literal["none", "deleted", "zeros", "nan", "empty"]
+Removal: TypeAlias = dict[Address, Way]
 Container: TypeAlias = dict[Any, Any] | list[Any] | deque[Any] | set[Any]
 
 _EVERY_MODULE = frozenset(vars(nn.Module()))
@@ -106,12 +107,20 @@ class Hidden:
         self._written: list[tuple[Tensor, Tensor]] = []
         self.changing = bool(self._functions)
 
-    def look(self) -> None:
-        """Note what forward passes have changed."""
+    def look(self, values: bool = True) -> None:
+        """Note what forward passes have changed.
+
+        Args:
+            values: compare them, since writes by `.data` and to arrays do not count as changes; not while a module is traced.
+        """
         known = {id(container) for container, _ in self._changed}
         self._changed += [(c, old) for c, old in self._before if id(c) not in known and not _same(c, old)]
         known = {id(tensor) for tensor, _ in self._written}
-        self._written += [(x, old) for x, version, old in self._tensors if x._version != version and id(x) not in known]
+        self._written += [
+            (x, old)
+            for x, version, old in self._tensors
+            if id(x) not in known and (x._version != version or (values and not _alike(x, old)))
+        ]
         self.changing = bool(self._changed or self._written or self._functions)
 
     def names(self) -> list[str]:
@@ -129,9 +138,9 @@ class Hidden:
                     found.append(f"{module}.{own}" if module else str(own))
         return list(dict.fromkeys(found))
 
-    def restore(self) -> None:
-        """Everything as it was."""
-        self.look()
+    def restore(self, values: bool = True) -> None:
+        """Everything as it was; `values` as of `look`."""
+        self.look(values)
         for container, old in self._changed:
             if isinstance(container, list | deque):
                 container.clear()
@@ -145,7 +154,10 @@ class Hidden:
             container.clear()
             container.update(old | kept)  # type: ignore[operator]
         for tensor, old in self._written:
-            tensor.detach().copy_(old)
+            if (tensor.shape, tensor.dtype) == (old.shape, old.dtype):
+                tensor.detach().copy_(old)
+            else:
+                tensor.data = old.clone()
         for function in self._functions:
             function.cache_clear()
 
@@ -162,8 +174,8 @@ def removable(module: nn.Module, run: Callable[[Removal], nn.Module]) -> Removal
     """The places in which a module that was called before keeps numbers that it makes again where they are missing.
 
     Each kind of place is tried alone; where that does not work, all that the forward pass of a class may set is emptied at
-    once, for a flag may say that the others are there. What is made again only under conditions of its own (in training,
-    for longer inputs) is not told from a constant.
+    once, for a flag may say that the others are there, and then tensors that it may write into lose their values, for those may
+    be the flag. What is made again only under conditions of its own (in training, for longer inputs) is not told from a constant.
 
     Args:
         module: a fresh copy.
@@ -182,13 +194,14 @@ def removable(module: nn.Module, run: Callable[[Removal], nn.Module]) -> Removal
     for kind, addresses in left.items():
         together = [place for place, owner in _set_places(module) if owner is kind]
         found |= _made_again(together, addresses, run)
-    return found
+    return found | _written_again(module, found, run)
 
 
 def _made_again(places: Sequence[Address], wanted: Collection[Address], run: Callable[[Removal], nn.Module]) -> Removal:
     """How these places are to be emptied for the wanted ones to be filled again; empty where they are not."""
-    for deleted in (False, True):
-        removal = dict.fromkeys(places, deleted)
+    ways: tuple[Way, ...] = ("none", "deleted")
+    for way in ways:
+        removal: Removal = dict.fromkeys(places, way)
         try:
             filled = {address for address, _ in _float_places(run(removal))}
         except Exception:  # noqa: BLE001 (whatever it is that the forward pass misses: a constant, then)
@@ -196,6 +209,31 @@ def _made_again(places: Sequence[Address], wanted: Collection[Address], run: Cal
         if set(wanted) <= filled:
             return removal
     return {}
+
+
+def _written_again(module: nn.Module, known: Removal, run: Callable[[Removal], nn.Module]) -> Removal:
+    """The tensors and arrays, not among the known ones, which forward passes fill where zeros, NaN, or nothing stands in them."""
+    found: Removal = {}
+    ways: tuple[Way, ...] = ("zeros", "nan", "empty")
+    for way in ways:
+        places: Removal = dict.fromkeys(_tensor_places(module).keys() - known.keys() - found.keys(), way)
+        while places:
+            try:
+                seen = _tensor_places(run(known | found | places))
+            except Exception:  # noqa: BLE001 (as above)
+                break
+            filled: Removal = {a: way for a in places if any(_filled(x, way) for x in seen.get(a, ()))}
+            if len(filled) == len(places):
+                found |= filled
+                break
+            places = filled  # without what stayed as it was, such as masks, which others may be made by
+    return found
+
+
+def _filled(tensor: Tensor, way: Way) -> bool:
+    if way == "empty":
+        return tensor.numel() > 0
+    return bool(tensor.any()) if way == "zeros" else bool((tensor == tensor).all())
 
 
 def derives_outside(module: nn.Module, runs: Sequence[Callable[[], Any]], same: Callable[[Any, Any], bool]) -> bool:
@@ -298,20 +336,29 @@ def _numbers(value: Any) -> list[Any]:
 
 
 def empty(module: nn.Module, removal: Removal) -> None:
-    """Take away what these places hold: delete it, or put None where attributes and buffers are to stay."""
+    """Take away what these places hold."""
     for address, container in list(containers(module)):
         if isinstance(container, set):
             if (*address, _ALL) in removal:
                 container.clear()
             continue
         for key in [key for key, _ in items_of(container)][::-1]:
-            deleted = removal.get((*address, key))
-            if deleted is None:
-                continue
-            if deleted or (isinstance(container, dict) and not _is_namespace(address)):
+            way = removal.get((*address, key))
+            if way in ("zeros", "nan", "empty"):
+                for tensor in _tensors_of(container[key]):
+                    _clear(tensor, way)
+            elif way == "deleted" or (way == "none" and isinstance(container, dict) and not _is_namespace(address)):
                 del container[key]
-            else:
+            elif way == "none":
                 container[key] = None
+
+
+def _clear(tensor: Tensor, way: Way) -> None:
+    if way == "empty":
+        tensor.data = tensor.new_empty(0)
+    else:
+        exact = not (tensor.is_floating_point() or tensor.is_complex())
+        tensor.detach().fill_(0 if exact or way == "zeros" else torch.nan)
 
 
 def _is_namespace(address: Address) -> bool:
@@ -338,6 +385,20 @@ def _float_places(module: nn.Module) -> Iterator[tuple[Address, Any]]:
                 held &= bool(tensors)
             if held:
                 yield (*address, key), (owner, address[1:], key if _is_namespace(address) else None)
+
+
+def _tensor_places(module: nn.Module) -> dict[Address, list[Tensor]]:
+    """Everything hidden that holds tensors or arrays into which forward passes may write."""
+    state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
+    classes = {name: type(m) for name, m in module.named_modules()}
+    found: dict[Address, list[Tensor]] = {}
+    for address, container in containers(module):
+        for key, value in items_of(container):
+            tensors = _tensors_of(value)
+            name = key if _is_namespace(address) else address[1]
+            if tensors and name in stores(classes[address[0]]).written and not any(id(x) in state for x in tensors):
+                found[*address, key] = tensors
+    return found
 
 
 def _set_places(module: nn.Module) -> Iterator[tuple[Address, type]]:
@@ -418,7 +479,7 @@ def _tensors_of(value: Any) -> list[Tensor]:
     """The tensors that a value is or, as a tuple, has; those inside dicts and lists are found there. Arrays count as well."""
     if isinstance(value, Tensor):
         return [value]
-    if isinstance(value, np.ndarray) and value.dtype.kind in "fc":
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return [_of_array(value)]
     return [x for leaf in pytree.tree_leaves(value) for x in _tensors_of(leaf)] if isinstance(value, tuple) else []
 
@@ -431,6 +492,13 @@ def _of_array(array: np.ndarray) -> Tensor:
     except (TypeError, ValueError):
         pass
     return torch.from_numpy(array.astype(np.complex128 if array.dtype.kind == "c" else np.float64))
+
+
+def _alike(x: Tensor, old: Tensor) -> bool:
+    """Whether two tensors have the same values; NaN is NaN."""
+    if (x.shape, x.dtype) != (old.shape, old.dtype):
+        return False
+    return torch.equal(x, old) or bool(((x == old) | ((x != x) & (old != old))).all())
 
 
 def _same(container: Container, old: Container) -> bool:

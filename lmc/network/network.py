@@ -375,7 +375,7 @@ def anew(module: nn.Module) -> Iterator[None]:
             module.eval()
         yield
     finally:
-        hidden.restore()
+        hidden.restore(values=False)
 
 
 def further_slots(module: nn.Module) -> dict[str, str]:
@@ -427,6 +427,8 @@ def uncalled(model: nn.Module, inputs: Any) -> nn.Module:
     network = Network(model, device)
     if device.type != "meta":
         network.forget_calls(inputs)
+        if network.verdict is None or network.verdict.writes:
+            network.load(as_weights(model))
     return network.module
 
 

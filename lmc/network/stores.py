@@ -63,6 +63,7 @@ class Stores:
     Attributes:
         attributes: the names of attributes that are set, on whatever object.
         items: the names that occur in functions which set items of dicts or lists.
+        written: the names that occur in functions which write into tensors or arrays.
         shared: the dicts and lists of classes, files, closures and default arguments that are named, and the variables of
             files and closures that are set.
     """
@@ -70,6 +71,7 @@ class Stores:
     def __init__(self, kind: type[nn.Module], functions: Iterable[Any] | None = None) -> None:
         self.attributes: set[str] = set()
         self.items: set[str] = set()
+        self.written: set[str] = set()
         self.shared: list[Shared] = []
         self._seen: set[int] = set()
         for start in (kind.forward, kind.__call__) if functions is None else functions:
@@ -84,6 +86,9 @@ class Stores:
             steps = [step for code in _codes(function.__code__) for step in dis.get_instructions(code)]
             self.attributes |= {step.argval for step in steps if step.opname == "STORE_ATTR"}
             names = {name for code in _codes(function.__code__) for name in code.co_names}
+            out = any("out" in c for code in _codes(function.__code__) for c in code.co_consts if isinstance(c, tuple))
+            if out or any(step.opname == "STORE_SUBSCR" for step in steps) or any(map(_writes, names)):
+                self.written |= names
             named = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
             named += [cell.cell_contents for cell in function.__closure__ or () if _is_set(cell)]
             for name in names:
@@ -145,6 +150,11 @@ def _codes(code: types.CodeType) -> Iterator[types.CodeType]:
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _codes(constant)
+
+
+def _writes(name: str) -> bool:
+    """Whether a method or attribute of this name changes the values of a tensor: `copy_`, `add_`, `data`."""
+    return name == "data" or (name.endswith("_") and not name.endswith("__"))
 
 
 def _is_set(cell: types.CellType) -> bool:
