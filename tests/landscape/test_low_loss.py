@@ -91,6 +91,95 @@ def test_layers_approach_geometrically_one_after_the_other(pair):
     )
 
 
+# ---- towards the origin
+
+
+class Normed(nn.Module):
+    """A layer with a norm behind it, so that its length means nothing, and a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(8, 12, bias=False), nn.LayerNorm(12, eps=0.0), nn.Linear(12, 4)
+
+    def forward(self, inputs):
+        return self.head(torch.relu(self.norm(self.first(inputs))))
+
+
+@pytest.fixture(scope="module")
+def normed():
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        return trained(Normed(), DATA.train, 20)
+
+
+ORIGIN = {"layers": {"first": ["first.weight"]}, "batch_size": 32, "lr": 0.3, "rounds": (4, 4), "progress": False}
+
+
+def test_layers_shrink_geometrically_and_only_those_with_two_axes_or_those_asked_for(pair):
+    found = low_loss_path(network(0), pair[0], "origin", DATA, ticks=2, step=0.25, **UNTRAINED)
+    a = pair[0]
+    for k, point in enumerate(found.controls[1:], start=1):
+        for layer, ticks in (("0", k), ("3", max(0, k - 2))):
+            torch.testing.assert_close(point[f"{layer}.weight"], 0.75**ticks * a[f"{layer}.weight"])
+            torch.testing.assert_close(point[f"{layer}.bias"], a[f"{layer}.bias"])
+    weights = [{name: p[name] for name in ("0.weight", "3.weight")} for p in found.controls]
+    zero = {name: torch.zeros_like(tensor) for name, tensor in weights[0].items()}
+    np.testing.assert_allclose(
+        found.remaining, [distance(p, zero) / distance(weights[0], zero) for p in weights[1:]], rtol=1e-5
+    )
+    assert len(found.between) == len(found.losses) == 4 and len(found.to_frame()) == 4
+    assert f"shrunk to {100 * found.remaining[-1]:.0f} % of its length" in str(found)
+    asked = low_loss_path(
+        network(0), a, "origin", DATA, layers={"out": ["3.bias"]}, ticks=1, step=0.5, **UNTRAINED
+    ).controls[-1]
+    torch.testing.assert_close(asked["3.bias"], 0.5 * a["3.bias"])
+    torch.testing.assert_close(asked["3.weight"], a["3.weight"])
+
+
+def test_where_a_norm_follows_shells_of_every_size_are_walked_alike(normed):
+    """Rates fall with the square of the length, so steps turn a layer by angles that its length does not change."""
+    a = normed.state_dict()
+    found = low_loss_path(normed, a, "origin", DATA, ticks=3, step=0.5, threshold=0.0, **ORIGIN)
+    unshrunk = low_loss_path(normed, a, "origin", DATA, ticks=3, step=1e-7, threshold=0.0, **ORIGIN)
+    assert float(found.controls[-1]["first.weight"].norm()) < 0.2 * float(a["first.weight"].norm())
+    for k, (point, other) in enumerate(zip(found.controls, unshrunk.controls, strict=True)):
+        torch.testing.assert_close(2.0**k * point["first.weight"], other["first.weight"], rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(point["head.weight"], other["head.weight"], rtol=1e-3, atol=1e-4)
+    moved = unshrunk.controls[-1]["first.weight"] - a["first.weight"]
+    assert float(moved.norm()) > 0.01 * float(a["first.weight"].norm())
+
+
+def test_a_layer_shrinks_at_low_loss_where_scaling_it_does_not(pair):
+    """Without a norm the rest of the network has to make up for it, and learns to."""
+    a, layers = pair[0], {"first": ["0.weight"]}
+    found = low_loss_path(
+        network(0), a, "origin", DATA, layers=layers, ticks=8, step=0.2, batch_size=32, lr=0.2, progress=False
+    )
+    scaled = {**a, "0.weight": found.remaining[-1] * a["0.weight"]}
+    start, *_, straight = loss_path(network(0), a, scaled, DATA, alphas=3, progress=False).losses["train"]
+    assert found.remaining[-1] < 0.4 and found.highest < start + 0.25 * (straight - start)
+    assert same(found.at(0.0), a) and same(found.at(1.0), found.controls[-1])
+
+
+def test_an_interrupt_before_the_first_point_leaves_no_path_to_the_origin(pair):
+    def loss(outputs, targets):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        low_loss_path(network(0), pair[0], "origin", DATA, threshold=1.0, loss=loss, progress=False)
+    calls = []
+
+    def later(outputs, targets):
+        calls.append(1)
+        if len(calls) == 100:
+            raise KeyboardInterrupt
+        return nn.functional.cross_entropy(outputs, targets)
+
+    with pytest.warns(UserWarning, match=r"interrupted: the path has \d points, and ends there"):
+        found = low_loss_path(network(0), pair[0], "origin", DATA, loss=later, batch_size=32, progress=False)
+    assert found.interrupted and len(found.controls) == len(found.stages) + 1 == len(found.between) + 1
+
+
 # ---- paths
 
 
@@ -160,11 +249,13 @@ def test_an_interrupt_returns_the_points_found(pair):
         ({"epsilon": -1.0}, "epsilon=-1.0"),
         ({"layers": {"x": ["no.such"]}}, "no tensor 'no.such'"),
         ({"lr": 1e30, "ticks": 1}, "lower rate than lr=1e"),
+        ({"b": "orgin"}, "b='orgin'; expected weights, or 'origin'"),
     ],
 )
 def test_unusable_arguments(pair, options, words):
+    ends = dict(zip("ab", pair, strict=True))
     with pytest.raises(InputError, match=words):
-        low_loss_path(network(0), *pair, DATA, progress=False, **options)
+        low_loss_path(network(0), data=DATA, progress=False, **ends | options)
 
 
 def test_a_stored_pair_is_connected():

@@ -1,9 +1,9 @@
-"""Paths of low loss between independently trained networks, found by moving layer by layer (Tian et al. 2026)."""
+"""Paths of low loss between independently trained networks, or to the origin, layer by layer (Tian et al. 2026)."""
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,8 @@ GUARD = 1e-6  # of a tensor's variance, added where nothing else is given
 class LowLossPath(Curve):
     """A chain of networks of low training loss from a to b, `low_loss_path`; t counts its segments, not their lengths.
 
+    A path to the origin ends at its last point: what is said of b below then falls away.
+
     Attributes:
         controls: a, the K points found, b.
         kind: "chain".
@@ -46,7 +48,7 @@ class LowLossPath(Curve):
         model: a private copy of the architecture.
         stages: (K,) the layer that joined last before each point.
         rounds: (K,) batches that each point was trained for.
-        remaining: (K,) distance of each point to b, as a share of that of a.
+        remaining: (K,) distance of each point to b, as a share of that of a; or length of what shrinks.
         between: (K+1,) training loss in the middle of each segment; the last one leads to b.
         threshold: the loss at which training of a point ended.
     """
@@ -67,15 +69,17 @@ class LowLossPath(Curve):
     def to_frame(self) -> "pd.DataFrame":
         """A row for each point: stage, loss, rounds, remaining, and the loss halfway to it, between."""
         columns = {"stage": self.stages, "loss": self.losses, "rounds": self.rounds, "remaining": self.remaining}
-        return require("pandas").DataFrame({**columns, "between": self.between[:-1]})
+        return require("pandas").DataFrame({**columns, "between": self.between[: len(self.losses)]})
 
     def __str__(self) -> str:
         layers = len(set(self.stages))
-        left = self.remaining[-1] if len(self.remaining) else 1.0
+        left = f"{100 * (self.remaining[-1] if len(self.remaining) else 1.0):.0f} %"
+        to_b = len(self.between) > len(self.losses)
         return (
             f"LowLossPath of {len(self.stages)} points, {layers} layer{'s' * (layers != 1)} joining one after the other"
             f"{', interrupted' * self.interrupted}: training loss at most {self.highest:.3f} (sought {self.threshold:.3f}) after "
-            f"{self.rounds.sum()} batches; {100 * left:.0f} % of the way left to the last segment"
+            f"{self.rounds.sum()} batches; "
+            + (f"{left} of the way left to the last segment" if to_b else f"shrunk to {left} of its length")
         )
 
     __repr__ = __str__
@@ -85,7 +89,7 @@ class LowLossPath(Curve):
 def low_loss_path(
     model: nn.Module,
     a: ModelOrWeights,
-    b: ModelOrWeights,
+    b: ModelOrWeights | Literal["origin"],
     data: Any,
     *,
     layers: Mapping[str, Sequence[str]] | None = None,
@@ -112,17 +116,21 @@ def low_loss_path(
     momentum, in train mode: batch normalisation and dropout are as when networks are trained. Nothing of the caller's is
     touched.
 
+    Towards the origin layers shrink and get no variance back. The rate of each falls with the square of its length: where a
+    norm makes the length of a layer meaningless, steps turn it by equal angles, and shells of every size are walked alike.
+    Without a norm layers that have not joined may grow to make up for those that shrink.
+
     Args:
         model: the architecture.
-        a, b: its weights at both ends; modules or state dicts.
+        a, b: its weights at both ends; modules or state dicts. "origin" for b: weights of zero.
         data: as for `lmc.landscape.evaluate`; of several splits the training split is used.
-        layers: name -> the tensors that join together, in this order (default: those of each module, in the model's order;
-            the authors take blocks, or all at once).
+        layers: name -> the tensors that join together, in this order (default: those of each module, in the model's order,
+            and towards the origin those with two or more axes alone; the authors take blocks, or all at once).
         ticks: points made before the next layer joins.
         step: the share of its distance to b that a layer moves in a tick.
         shortest: the shortest step, an absolute distance; with one, layers arrive at b.
-        threshold: the loss at which training of a point ends (default: that of the worse end, and 2 % of what the loss rises
-            above it in the middle of the straight line).
+        threshold: the loss at which training of a point ends (default: that of the worse end, of a alone towards the origin,
+            and 2 % of what the loss rises above it in the middle of the straight line).
         rounds: the fewest and the most batches that a point is trained for.
         lr: rate of gradient descent.
         epsilon: added to both variances before a tensor is scaled by the root of their ratio; the authors add 1e-4, which
@@ -158,14 +166,28 @@ def low_loss_path(
         raise InputError(f"rounds={rounds}; expected the fewest and the most batches, at least 1")
     if not (epsilon is None or epsilon >= 0.0) or not shortest >= 0.0:
         raise InputError(f"epsilon={epsilon}, shortest={shortest}; expected numbers, at least 0")
-    a, b = agreeing([a, b], "ab", model=model)
+    if isinstance(b, str) and b != "origin":
+        raise InputError(f"b={b!r}; expected weights, or 'origin'")
+    given = [a] if isinstance(b, str) else [a, b]
+    to_origin = len(given) == 1
+    a, *ends = agreeing(given, "ab"[: len(given)], model=model)
     objective = Objective(model, a, data, loss=loss, outputs=outputs, device=device, name="a")
-    a, b = ({name: tensor.clone() for name, tensor in gauged(end, model).items()} for end in (a, b))
+    a, *ends = ({name: tensor.clone() for name, tensor in gauged(each, model).items()} for each in (a, *ends))
     walk = _Walk(objective, a, batch_size, seed)
-    point, end = walk.placed(a), walk.placed(b)
-    parts = tensors_by_module(model, walk.names) if layers is None else checked_layers(layers, point)
-    wanted = {name: tensor.var() for name, tensor in point.items() if tensor.numel() > 1}
-    straight = distance(point, end)
+    start = point = walk.placed(a)
+    if layers is None:
+        names = [name for name in walk.names if not to_origin or point[name].ndim >= 2]
+        parts: Mapping[str, Sequence[str]] = tensors_by_module(model, names)
+    else:
+        parts = checked_layers(layers, point)
+    if to_origin:
+        moving = {name for part in parts.values() for name in part}
+        end = {name: torch.zeros_like(tensor) if name in moving else tensor for name, tensor in point.items()}
+        wanted = {}
+    else:
+        moving, end = set(point), walk.placed(ends[0])
+        wanted = {name: tensor.var() for name, tensor in point.items() if tensor.numel() > 1}
+    straight = _left(point, end, moving)
     points: list[Weights] = []
     found: list[tuple[str, float, int, float, float]] = []
     interrupted = False
@@ -174,27 +196,33 @@ def low_loss_path(
         tqdm(total=ticks * len(parts), desc="low-loss path", unit="point", disable=not progress) as bar,
     ):
         if threshold is None:
-            worse = max(walk.loss(point), walk.loss(end))
+            worse = walk.loss(point) if to_origin else max(walk.loss(point), walk.loss(end))
             threshold = worse + RISE * max(0.0, walk.loss(_halfway(point, end)) - worse)
         try:
             for k, layer in enumerate(parts):
                 for _ in range(ticks):
                     moved = towards(point, end, list(parts.values())[: k + 1], step, shortest)
-                    trained, batches = walk.trained(with_variances(moved, wanted, epsilon), lr, rounds, threshold)
+                    rates = {name: lr * _shrunk(moved[name], start[name]) for name in moving} if to_origin else {}
+                    trained, batches = walk.trained(
+                        with_variances(moved, wanted, epsilon), lr, rates, rounds, threshold
+                    )
                     new = with_variances(trained, wanted, epsilon)
-                    left = distance(new, end) / straight if straight else 0.0
+                    left = _left(new, end, moving) / straight if straight else 0.0
                     found.append((layer, walk.loss(new), batches, left, walk.loss(_halfway(point, new))))
                     points.append(walk.kept(new))
                     point = new
                     bar.set_postfix(layer=layer, loss=f"{found[-1][1]:.3f}", refresh=False)
                     bar.update()
         except KeyboardInterrupt:
+            if to_origin and not points:
+                raise
             interrupted = True
-            warn(f"interrupted: the path has {len(points)} points, and leads straight to b from the last")
-        last = walk.loss(_halfway(point, end))
+            rest = "ends there" if to_origin else "leads straight to b from the last"
+            warn(f"interrupted: the path has {len(points)} points, and {rest}")
+        last = [] if to_origin else [walk.loss(_halfway(point, end))]
     stages, losses, counts, remaining, between = zip(*found, strict=True) if found else ((), (), (), (), ())
     return LowLossPath(
-        (a, *points, b),
+        (a, *points, *ends),
         "chain",
         np.array(losses, dtype=np.float64),
         interrupted,
@@ -202,7 +230,7 @@ def low_loss_path(
         tuple(stages),
         np.array(counts, dtype=np.int64),
         np.array(remaining, dtype=np.float64),
-        np.array([*between, last]),
+        np.array([*between, *last]),
         threshold,
     )
 
@@ -242,11 +270,14 @@ class _Walk:
         return float(np.mean([self.objective(settled, next(self._batches)).item() for _ in range(WINDOW)]))
 
     def trained(
-        self, point: Weights, lr: float, rounds: tuple[int, int], threshold: float
+        self, point: Weights, lr: float, rates: Mapping[str, float], rounds: tuple[int, int], threshold: float
     ) -> tuple[dict[str, torch.Tensor], int]:
-        """A point after gradient descent until the mean of the last losses is low enough, and the number of batches."""
+        """A point after gradient descent until the mean of the last losses is low enough, and the number of batches.
+
+        `rates`: of tensors whose rate is not `lr`.
+        """
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in point.items()}
-        optimiser = torch.optim.SGD(leaves.values(), lr)
+        optimiser = torch.optim.SGD([{"params": [leaf], "lr": rates.get(name, lr)} for name, leaf in leaves.items()])
         last: deque[float] = deque(maxlen=WINDOW)
         count = 0
         while count < rounds[1]:
@@ -283,6 +314,16 @@ def with_variances(point: Weights, wanted: Weights, epsilon: float | None) -> di
         if bool(ratio.isfinite()):
             spread[name] = tensor.mean() + ratio.sqrt() * (tensor - tensor.mean())
     return spread
+
+
+def _left(point: Weights, end: Weights, names: Collection[str]) -> float:
+    return distance({name: point[name] for name in names}, {name: end[name] for name in names})
+
+
+def _shrunk(tensor: torch.Tensor, start: torch.Tensor) -> float:
+    """The square of a tensor's length, as a share of what it was; 1 where there was none, or where it has grown."""
+    length = float(start.square().sum())
+    return min(1.0, float(tensor.square().sum()) / length) if length else 1.0
 
 
 def _halfway(point: Weights, end: Weights) -> dict[str, torch.Tensor]:
