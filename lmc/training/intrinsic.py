@@ -15,10 +15,11 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.network.batches import as_splits
+from lmc.network.batches import Split, as_splits, to_device
 from lmc.network.copies import fresh_copy
-from lmc.network.network import Network, pick_device
-from lmc.training.run import check_model, device_of, given, initialised, training_tensors
+from lmc.network.network import Network, pick_device, whole
+from lmc.network.task import Loss, Outputs, Task
+from lmc.training.run import Judge, batches_of, check_model, device_of, examples, given, initialised
 from lmc.weights import ModelOrWeights, Weights
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 Kind: TypeAlias = Literal["dense", "sparse", "fastfood"]
 MOST_DENSE = 1 << 28  # entries of a dense projection: 1 GB in float32
+TEST_BATCH = 1024
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,8 @@ def intrinsic_dimension(
     baseline: float,
     share: float = 0.9,
     kind: Kind = "fastfood",
+    loss: Loss | Task | None = None,
+    outputs: Outputs = None,
     init: ModelOrWeights | None = None,
     seeds: Iterable[int] = (0, 1, 2),
     epochs: int = 20,
@@ -230,7 +234,7 @@ def intrinsic_dimension(
 
     Args:
         model: the architecture.
-        data: classes, with a test split, as for `train`.
+        data, loss, outputs: as for `train`, with a test split and a task that has an accuracy.
         dimensions: d to try.
         baseline: the accuracy of a full solution, 0 to 1.
         share: of it.
@@ -248,12 +252,16 @@ def intrinsic_dimension(
     if not wanted or not drawn:
         raise InputError("dimensions and seeds: at least one of each is needed")
     place = pick_device(device_of(model) if device is None else device, {})
-    inputs, targets = training_tensors(data, place)
-    test_inputs, test_targets = training_tensors(_last(data), place)
+    task = Task.of(data, loss, outputs=outputs)
+    if len(as_splits(data, task.targets)) < 2:
+        raise InputError("data: a test split is needed, on which the accuracy is measured")
+    split, test = examples(data, task, place), examples(data, task, place, -1)
+    task = task.fitted(model, split)
     blank = fresh_copy(model).to(place)
-    check_model(blank, inputs, targets)
+    check_model(blank, task, split, place)
+    judge, test_judge = Judge.of(task, split), Judge.of(task, test)
     trained = [name for name, p in blank.named_parameters() if p.requires_grad]
-    network = Network(blank, place)
+    network = Network(blank, place, whole)
     scores = np.zeros((len(wanted), len(drawn)))
     with tqdm(total=len(wanted) * len(drawn), desc="subspaces", unit="run", disable=not progress) as bar:
         for column, seed in enumerate(drawn):
@@ -261,36 +269,39 @@ def intrinsic_dimension(
             shapes = {name: start[name].shape for name in trained}
             for row, dimension in enumerate(wanted):
                 onto = projection(shapes, dimension, kind=kind, seed=seed, dtype=start[trained[0]].dtype, device=place)
-                weights = _train_inside(network, start, onto, (inputs, targets), seed, epochs, lr, batch_size)
-                with torch.no_grad():
-                    found = network.outputs(weights, test_inputs).argmax(-1)
-                scores[row, column] = float((found == test_targets).double().mean())
+                weights = _train_inside(network, start, onto, judge, split, seed, epochs, lr, batch_size)
+                scores[row, column] = _accuracy(network, weights, test_judge, test)
                 bar.update()
     parameters = sum(math.prod(blank.get_parameter(name).shape) for name in trained)
     return IntrinsicDimension(tuple(wanted), scores, baseline, share, kind, parameters)
 
 
-def _last(data: Any) -> Any:
-    """The test split, as data of their own."""
-    splits = as_splits(data)
-    if len(splits) < 2:
-        raise InputError("data: a test split is needed, on which the accuracy is measured")
-    return splits[-1].batches
+@torch.no_grad()
+def _accuracy(network: Network, weights: Weights, judge: Judge, split: Split) -> float:
+    total = count = 0.0
+    for inputs, targets in split.iterate(TEST_BATCH):
+        inputs, targets = to_device(inputs, network.device), targets.to(network.device)
+        found = judge(network.outputs(weights, judge.task.call(inputs, targets)), targets, inputs)[1]
+        weight = judge.task.weight(targets)
+        total, count = total + weight * float(found), count + weight
+    if math.isnan(total):
+        raise InputError("loss: the intrinsic dimension needs an accuracy, among the metrics of the task or of classes")
+    return total / count
 
 
 def _train_inside(
     network: Network,
     start: Weights,
     onto: Projection,
-    data: tuple[Tensor, Tensor],
+    judge: Judge,
+    split: Split,
     seed: int,
     epochs: int,
     lr: float,
     batch_size: int,
 ) -> Weights:
     """The weights `start + P v` after v was trained."""
-    inputs, targets = data
-    v = torch.zeros(onto.dimension, dtype=next(iter(start.values())).dtype, device=inputs.device, requires_grad=True)
+    v = torch.zeros(onto.dimension, dtype=next(iter(start.values())).dtype, device=network.device, requires_grad=True)
     optimizer = torch.optim.Adam([v], lr, betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(seed)
 
@@ -298,8 +309,8 @@ def _train_inside(
         return {**start, **{name: start[name] + part for name, part in onto(v).items()}}
 
     for _ in range(epochs):
-        for index in torch.randperm(len(targets), generator=generator).to(targets.device).split(batch_size):
-            loss = F.cross_entropy(network.outputs(moved(), inputs[index]), targets[index])
+        for inputs, targets in batches_of(split, network.device, batch_size, generator, drop_last=False):
+            loss = judge(network.outputs(moved(), judge.task.call(inputs, targets)), targets, inputs)[0]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

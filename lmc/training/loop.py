@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -21,40 +21,35 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
+from lmc.network.batches import Batch, Split, take
 from lmc.network.copies import fresh_copy
+from lmc.network.inputs import arguments
 from lmc.network.network import pick_device
+from lmc.network.task import Loss, Outputs, Task
 from lmc.training.run import (
     History,
+    Judge,
     Recipe,
     Trained,
     aliases,
+    batches_of,
     check_model,
     device_of,
     epochs_to_keep,
+    examples,
     given,
     initialised,
-    training_tensors,
+    steps_of,
 )
 from lmc.weights import ModelOrWeights, StateDict, Weights
 
 Stack: TypeAlias = dict[str, Tensor]  # name -> (seeds, *shape)
-# parameters, fixed tensors, inputs (seeds, batch, ...), targets (seeds, batch, ...)
-#   -> gradients of the parameters, (loss (seeds,), accuracy (seeds,))
-Step: TypeAlias = Callable[[Stack, Stack, Tensor, Tensor], tuple[Stack, tuple[Tensor, Tensor]]]
+# parameters, fixed tensors, inputs and targets, all stacked (seeds, ...) if the step is vectorised, else of one seed
+#   -> gradients of the parameters (seeds, *shape), (loss (seeds,), accuracy (seeds,))
+Step: TypeAlias = Callable[[Stack, Stack, Any, Tensor], tuple[Stack, tuple[Tensor, Tensor]]]
 
 
-def loss_and_accuracy(output: object, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy (nats) and accuracy of logits `(..., classes)` against class numbers `(...)`."""
-    logits: Tensor = getattr(output, "logits", output)  # type: ignore[assignment]
-    # Spelled out: for ten classes torch's log_softmax kernel takes twice as long on a CPU as these operations, and
-    # F.cross_entropy records twenty operations more to provide for ignored targets.
-    shifted = logits - logits.detach().amax(dim=-1, keepdim=True)
-    chosen = shifted.gather(-1, targets.unsqueeze(-1)).squeeze(-1)
-    loss = (shifted.exp().sum(dim=-1).log() - chosen).mean()
-    return loss, (logits.detach().argmax(dim=-1) == targets).to(loss.dtype).mean()
-
-
-def record(model: nn.Module, parameters: Stack, fixed: Stack, inputs: Tensor, targets: Tensor) -> Step:
+def record(model: nn.Module, judge: Judge, parameters: Stack, fixed: Stack, inputs: Any, targets: Tensor) -> Step:
     """The step over all stacked seeds, recorded on one batch of the shapes that every later batch has.
 
     Batch statistics and the updates of running ones are per seed, since the buffers are stacked too. Raises
@@ -62,10 +57,11 @@ def record(model: nn.Module, parameters: Stack, fixed: Stack, inputs: Tensor, ta
     control flow depends on data): use `one_by_one` then.
     """
 
-    def objective(p: Stack, f: Stack, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return loss_and_accuracy(functional_call(model, (p, f), (x,)), y)
+    def objective(p: Stack, f: Stack, x: Any, y: Tensor) -> tuple[Tensor, Tensor]:
+        args, kwargs = arguments(model, judge.task.call(x, y))
+        return judge(functional_call(model, (p, f), args, kwargs), y, x)
 
-    def gradients(p: Stack, f: Stack, x: Tensor, y: Tensor) -> tuple[Stack, tuple[Tensor, Tensor]]:
+    def gradients(p: Stack, f: Stack, x: Any, y: Tensor) -> tuple[Stack, tuple[Tensor, Tensor]]:
         return vmap(grad_and_value(objective, has_aux=True), randomness="error")(p, f, x, y)
 
     # Recording runs the step once, so buffers are cloned to keep it from counting. What was recorded is run once too: not
@@ -88,23 +84,18 @@ def _without_idle_views(recorded: GraphModule) -> GraphModule:
     return recorded
 
 
-def one_by_one(model: nn.Module) -> Step:
-    """The same step as a plain loop over the seeds, for models that cannot be vectorised."""
+def one_by_one(model: nn.Module, judge: Judge) -> Step:
+    """The same step for one seed, for models and batches that cannot be vectorised."""
 
-    def step(parameters: Stack, fixed: Stack, inputs: Tensor, targets: Tensor):
-        gradients, losses, accuracies = [], [], []
-        for seed in range(len(inputs)):
-            leaves = {name: tensor[seed].detach().requires_grad_() for name, tensor in parameters.items()}
-            views = {name: tensor[seed] for name, tensor in fixed.items()}  # updates in place reach the stack
-            with torch.enable_grad():
-                output = functional_call(model, (leaves, views), (inputs[seed],))
-                loss, accuracy = loss_and_accuracy(output, targets[seed])
-            found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
-            gradients.append(found)
-            losses.append(loss.detach())
-            accuracies.append(accuracy)
-        stacked = {name: torch.stack([found[i] for found in gradients]) for i, name in enumerate(parameters)}
-        return stacked, (torch.stack(losses), torch.stack(accuracies))
+    def step(parameters: Stack, fixed: Stack, inputs: Any, targets: Tensor):
+        leaves = {name: tensor[0].detach().requires_grad_() for name, tensor in parameters.items()}
+        views = {name: tensor[0] for name, tensor in fixed.items()}  # updates in place reach the stack
+        args, kwargs = arguments(model, judge.task.call(inputs, targets))
+        with torch.enable_grad():
+            loss, accuracy = judge(functional_call(model, (leaves, views), args, kwargs), targets, inputs)
+        found = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        stacked = {name: gradient[None] for name, gradient in zip(parameters, found, strict=True)}
+        return stacked, (loss.detach()[None], accuracy[None])
 
     return step
 
@@ -127,6 +118,8 @@ def train(
     batch_size: int = 64,
     weight_decay: float = 0.0,
     momentum: float = 0.9,
+    loss: Loss | Task | None = None,
+    outputs: Outputs = None,
     init: ModelOrWeights | None = None,
     keep: int | Iterable[int] | None = None,
     record: bool = False,
@@ -135,7 +128,7 @@ def train(
     device: torch.device | str | None = None,
     progress: bool = True,
 ) -> Trained:
-    """Train `model`'s architecture once for each of `seeds` by cross-entropy; `model` itself is not touched.
+    """Train `model`'s architecture once for each of `seeds`, by cross-entropy or another loss; `model` itself is not touched.
 
     A seed decides the initial weights (each layer's `reset_parameters`) and the order of the data, and gives
     the same weights, to rounding, whichever other seeds are trained beside it. All seeds advance together, as
@@ -147,11 +140,15 @@ def train(
     with `interrupted=True`.
 
     Args:
-        data: a data set with `.train`, a pair `(inputs, targets)`, or an iterable of such batches. Inputs are
-            `(N, ...)`, targets class numbers `(N,)`, or `(N, T)` for logits `(N, T, classes)`. An epoch visits each
-            sample once, less the incomplete last batch.
+        data: as for `lmc.landscape.evaluate`, of several splits the first, which is the training split; with a task as
+            `task.on(data)`. An epoch visits each example once, less the incomplete last batch. Batches of an iterable are put
+            together and cut anew by `batch_size`; those that cannot be (graphs, sequences padded to different lengths) are
+            a step each, in random order, and those of a loader of more than 1 GiB come as it gives them, read again in each
+            epoch.
         optimizer: "adam", "adamw" (decoupled weight decay) or "sgd" (with `momentum`).
         schedule: "cosine" from `lr` down to 0 over all steps, or "constant".
+        loss, outputs: as for `lmc.loss_path`; batches with "labels" that the module's forward asks for are trained by its own
+            loss. Of batches that are a step each, one in which no target counts changes nothing but momentum.
         init: weights that every seed starts from, so that only the order of the data differs.
         keep: keep the weights along the way: a number of epochs between them, or the epochs themselves (0: before
             the first step); found in `trajectory`.
@@ -162,9 +159,9 @@ def train(
         device: where to train (default: where `model` is); the weights stay there.
 
     Raises:
-        InputError: arguments outside their range, a layer that cannot initialise itself, or logits that do not fit the
-            targets.
-        DataError: unusable data.
+        InputError: arguments outside their range, a layer that cannot initialise itself, or inputs that the model does not
+            take.
+        DataError: unusable data, or targets that do not fit the outputs.
     """
     began = time.perf_counter()
     recipe = Recipe(
@@ -174,9 +171,11 @@ def train(
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected an nn.Module, got {type(model).__name__}")
     device = pick_device(device_of(model) if device is None else device, {})
-    inputs, targets = training_tensors(data, device)
+    task = Task.of(data, loss, outputs=outputs)
+    split = examples(data, task, device)
+    task = task.fitted(model, split)
     blank = fresh_copy(model).to(device).train()
-    check_model(blank, inputs, targets)
+    check_model(blank, task, split, device)
     kept = epochs_to_keep(keep, epochs)
     if not 0 <= start < epochs or (start and init is None):
         raise InputError(
@@ -185,22 +184,23 @@ def train(
     runs: list[_Run] = []
     interrupted = False
     with tqdm(total=(epochs - start) * len(seeds), desc="training", unit="epoch", disable=not progress) as bar:
-        waiting = list(seeds)
-        size = together or len(waiting)
+        waiting, vectorise = list(seeds), split.whole
+        size = (together or len(waiting)) if vectorise else 1
         try:
             while waiting:
-                run = _Run.start(blank, waiting[:size], recipe, init, inputs, targets)
-                if not run.vectorised and size > 1:  # alone, so that random draws do not depend on the company
-                    size = 1
-                    continue
+                run = _Run.start(blank, waiting[:size], recipe, init, task, split, device, vectorise)
+                if not run.vectorised and vectorise:  # alone, so that random draws do not depend on the company
+                    size, vectorise = 1, False
+                    if len(run.seeds) > 1:
+                        continue
                 waiting = waiting[size:]
                 runs.append(run)
-                _finish(run, recipe, inputs, targets, kept, bar, start, record)
+                _finish(run, recipe, kept, bar, start, record)
         except KeyboardInterrupt:
             if not runs:
                 raise
             interrupted = True
-    return _collect(runs, model, data, recipe, time.perf_counter() - began, interrupted, start)
+    return _collect(runs, model, data, recipe, time.perf_counter() - began, interrupted, start, task.unit)
 
 
 @dataclass
@@ -208,6 +208,9 @@ class _Run:
     """Some seeds on their way: stacked weights, their optimiser, and what they went through so far."""
 
     model: nn.Module
+    judge: Judge
+    split: Split
+    device: torch.device
     seeds: list[int]
     parameters: Stack
     fixed: Stack
@@ -219,19 +222,44 @@ class _Run:
     steps: list[list[Weights]] = field(default_factory=list)
 
     @classmethod
-    def start(cls, blank: nn.Module, seeds: list[int], recipe: Recipe, init, inputs: Tensor, targets: Tensor) -> "_Run":
+    def start(
+        cls, blank: nn.Module, seeds: list[int], recipe: Recipe, init: ModelOrWeights | None, task: Task, split: Split,
+        device: torch.device, vectorise: bool,
+    ) -> "_Run":  # fmt: skip
         states = [initialised(blank, seed) if init is None else given(blank, init) for seed in seeds]
         trained = [name for name, p in blank.named_parameters() if p.requires_grad]
         stack = {name: torch.stack([state[name] for state in states]) for name in states[0]}
         parameters = {name: stack.pop(name) for name in trained}
-        batch = min(recipe.batch_size, len(inputs))
-        example = torch.arange(batch, device=inputs.device).expand(len(seeds), -1)
-        try:
-            step, vectorised = record(blank, parameters, stack, inputs[example], targets[example]), True
-        except Exception:  # whatever stops vectorising; an error of the model itself shows again one by one
-            step, vectorised = one_by_one(blank), False
+        judge = Judge.of(task, split)
+        step, vectorised = one_by_one(blank, judge), False
+        if vectorise:
+            inputs, targets = next(iter(split.batches))
+            example = torch.arange(min(recipe.batch_size, len(targets)), device=device).expand(len(seeds), -1)
+            # Whatever stops vectorising; an error of the model itself shows again one by one.
+            with contextlib.suppress(Exception):
+                step, vectorised = (
+                    record(blank, judge, parameters, stack, take(inputs, example), targets[example]),
+                    True,
+                )
         orders = [torch.Generator().manual_seed(seed + ORDER_STREAM) for seed in seeds]
-        return cls(blank, seeds, parameters, stack, step, vectorised, orders)
+        return cls(blank, judge, split, device, seeds, parameters, stack, step, vectorised, orders)
+
+    def epoch(self, batch_size: int) -> Iterator[Batch]:
+        """The batches of one epoch, each seed's in its own order: stacked (seeds, batch, ...) if the step is vectorised."""
+        if not self.vectorised:
+            yield from batches_of(self.split, self.device, batch_size, self.orders[0])
+            return
+        inputs, targets = next(iter(self.split.batches))
+        order = torch.stack([torch.randperm(len(targets), generator=g) for g in self.orders]).to(self.device)
+        for i in range(steps_of(self.split, batch_size)):
+            chosen = order[:, i * batch_size : (i + 1) * batch_size]
+            yield take(inputs, chosen), targets[chosen]
+
+    def counts(self, targets: Tensor) -> Tensor:
+        """By how much a batch counts in the means of an epoch, for each seed."""
+        task = self.judge.task
+        parts = targets if self.vectorised else targets[None]
+        return torch.tensor([float(self.judge.all_count or task.counted(part)) for part in parts], device=self.device)
 
     def weights(self) -> list[Weights]:
         """Full state dicts, tied tensors under each of their names."""
@@ -241,33 +269,37 @@ class _Run:
         return [StateDict((name, stack[source][i].clone()) for name, source in names) for i in range(len(self.seeds))]
 
 
-def _finish(
-    run: _Run, recipe: Recipe, inputs: Tensor, targets: Tensor, kept: set[int], bar: tqdm, start: int, recorded: bool
-) -> None:
+def _finish(run: _Run, recipe: Recipe, kept: set[int], bar: tqdm, start: int, recorded: bool) -> None:
     """Train a run to its end; when interrupted, the run holds what was reached."""
     optimizer = _optimizer(recipe, run.parameters)
-    batch = min(recipe.batch_size, len(inputs))
-    steps = len(inputs) // batch
-    with _own_randomness(run.seeds[0], inputs.device), torch.no_grad():
+    steps = steps_of(run.split, recipe.batch_size)
+    with _own_randomness(run.seeds[0], run.device), torch.no_grad():
         if start in kept:
             run.snapshots[start] = run.weights()
         if recorded:
             run.steps.append(run.weights())
         for epoch in range(start, recipe.epochs):
-            order = torch.stack([torch.randperm(len(inputs), generator=g) for g in run.orders]).to(inputs.device)
-            totals = torch.zeros(2, len(run.seeds), device=inputs.device)
-            for i in range(steps):
+            totals, weights = torch.zeros(2, len(run.seeds), device=run.device), 0.0
+            for i, (inputs, targets) in enumerate(run.epoch(recipe.batch_size)):
                 optimizer.param_groups[0]["lr"] = _rate(recipe, epoch * steps + i, recipe.epochs * steps)
-                chosen = order[:, i * batch : (i + 1) * batch]
-                gradients, scores = run.step(run.parameters, run.fixed, inputs[chosen], targets[chosen])
+                gradients, scores = run.step(run.parameters, run.fixed, inputs, targets)
+                found, counts = torch.stack(scores), 1.0
+                if not run.judge.all_count:
+                    counts = run.counts(targets)
+                    empty = counts == 0  # a mean over nothing, which is no number
+                    found = found.masked_fill(empty, 0)
+                    if bool(empty.any()):
+                        at = empty.nonzero()[:, 0]
+                        gradients = {name: gradient.index_fill(0, at, 0) for name, gradient in gradients.items()}
                 for name, parameter in run.parameters.items():
                     # fused optimisers walk through memory, so parameter and gradient must be laid out alike
                     parameter.grad = gradients[name].contiguous()
                 optimizer.step()
-                totals += torch.stack(scores)
+                totals += counts * found
+                weights = weights + counts
                 if recorded:
                     run.steps.append(run.weights())
-            loss, accuracy = (totals / steps).cpu()
+            loss, accuracy = (totals / weights).cpu()
             run.history.append((loss.tolist(), accuracy.tolist()))
             if epoch + 1 in kept:
                 run.snapshots[epoch + 1] = run.weights()
@@ -275,7 +307,14 @@ def _finish(
 
 
 def _collect(
-    runs: list[_Run], model: nn.Module, data: object, recipe: Recipe, seconds: float, interrupted: bool, start: int
+    runs: list[_Run],
+    model: nn.Module,
+    data: object,
+    recipe: Recipe,
+    seconds: float,
+    interrupted: bool,
+    start: int,
+    unit: str,
 ) -> Trained:
     seeds, weights, history, trajectory, steps = [], [], [], [], []
     for run in runs:
@@ -294,7 +333,7 @@ def _collect(
         warn(f"training interrupted after {done} of {recipe.epochs} epochs")
     name = str(getattr(data, "name", "data"))
     groups = (tuple(seeds), tuple(weights), tuple(history), tuple(trajectory))
-    return Trained(type(model).__name__, name, *groups, recipe, seconds, interrupted, tuple(steps), start)
+    return Trained(type(model).__name__, name, *groups, recipe, seconds, interrupted, tuple(steps), start, unit)
 
 
 def _optimizer(recipe: Recipe, parameters: Stack) -> torch.optim.Optimizer:

@@ -1,16 +1,20 @@
 """A training run: what it starts from, checked, and what it gives back."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from lmc.core.extras import require
-from lmc.errors import DataError, InputError
-from lmc.network.batches import as_splits
+from lmc.errors import InputError
+from lmc.network.batches import Batch, Split, as_splits, check_numbers, cuttable, head, take, tensors, to_device
 from lmc.network.copies import fresh_copy
+from lmc.network.inputs import arguments
+from lmc.network.task import Task, measured
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights, tied_names
 
 if TYPE_CHECKING:
@@ -41,7 +45,8 @@ class Recipe:
 
 @dataclass(frozen=True)
 class History:
-    """Mean training loss (nats) and accuracy (0 to 1) of one seed over each finished epoch, while it trained."""
+    """Mean training loss and accuracy (0 to 1; NaN where the task has none) of one seed over each finished epoch, while it
+    trained."""
 
     loss: tuple[float, ...]
     accuracy: tuple[float, ...]
@@ -54,7 +59,8 @@ class Trained(Sequence[Weights]):
     `trajectory[i]` maps an epoch (0: before the first step) to the weights of seed `seeds[i]` after it, for the
     epochs asked for by `keep`; `steps[i]` holds the weights before the first step and after each, where they were recorded.
     When `interrupted`, the weights are those of the last step, seeds that had not
-    begun are missing, and histories hold the finished epochs. `start` is the number of epochs that had gone before.
+    begun are missing, and histories hold the finished epochs. `start` is the number of epochs that had gone before, `unit`
+    that of the losses.
     """
 
     model: str
@@ -68,6 +74,7 @@ class Trained(Sequence[Weights]):
     interrupted: bool = False
     steps: tuple[Sequence[Weights], ...] = ()
     start: int = 0
+    unit: str = "nats"
 
     def __len__(self) -> int:
         return len(self.weights)
@@ -91,8 +98,8 @@ class Trained(Sequence[Weights]):
         lines = [f"Trained({self.model} on {self.data}, {seeds}, {self.recipe}; {self.seconds:.1f} s)"]
         for seed, history in zip(self.seeds, self.history, strict=True):
             if history.loss:
-                last = f"train loss {history.loss[-1]:.4f}, accuracy {history.accuracy[-1]:.4f}"
-                lines.append(f"  seed {seed}: {last}")
+                last, right = f"train loss {history.loss[-1]:.4f}", history.accuracy[-1]
+                lines.append(f"  seed {seed}: {last}" + ("" if math.isnan(right) else f", accuracy {right:.4f}"))
         if self.interrupted:
             lines.append("  interrupted: the weights are those of the last step")
         return "\n".join(lines)
@@ -101,23 +108,42 @@ class Trained(Sequence[Weights]):
 def initialised(model: nn.Module, seed: int) -> Weights:
     """Parameters and buffers of a fresh initialisation of `model`, the same on every device.
 
-    Draws on the CPU in a forked random state: `reset_parameters` of each layer, inner layers before outer ones.
-    Raises `InputError` naming a layer that has parameters of its own and no `reset_parameters`.
+    Draws on the CPU in a forked random state: `reset_parameters` of each layer, inner layers before outer ones, and what
+    `_init_weights(layer)` of an outer module does, by which Hugging Face's models initialise theirs.
+    Raises `InputError` naming a layer that has parameters of its own which nothing initialises.
     """
     device = device_of(model)
     fresh = fresh_copy(model).cpu()
+    rules = [(outer, rule) for outer in fresh.modules() if callable(rule := getattr(outer, "_init_weights", None))]
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         for name, layer in reversed(list(fresh.named_modules())):  # a layer comes after everything within it
             reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
             if reset is not None:
                 reset()
-            elif next(layer.parameters(recurse=False), None) is not None:
+            missing = set() if reset else {n for n, _ in layer.named_parameters(recurse=False)}
+            for outer, rule in rules:
+                if layer in outer.modules():
+                    missing -= _given_values(layer, rule)
+            if missing:
                 raise InputError(
                     f"layer {name or 'model'} ({type(layer).__name__}) has parameters and no reset_parameters method: "
                     "add one that initialises them, or pass init= weights to start from"
                 )
     return own_tensors(fresh.to(device))
+
+
+def _given_values(layer: nn.Module, rule: Callable[[nn.Module], Any]) -> set[str]:
+    """The layer's own parameters that a rule gives new values; the others are left as they are."""
+    own = dict(layer.named_parameters(recurse=False))
+    before = {name: parameter.detach().clone() for name, parameter in own.items()}
+    for parameter in own.values():
+        parameter.data.fill_(math.nan)
+    rule(layer)
+    untouched = {name for name, parameter in own.items() if bool(parameter.isnan().any())}
+    for name in untouched:
+        own[name].data.copy_(before[name])
+    return own.keys() - untouched
 
 
 def given(model: nn.Module, init: ModelOrWeights) -> Weights:
@@ -146,42 +172,131 @@ def device_of(model: nn.Module) -> torch.device:
     return first.device
 
 
-def training_tensors(data: object, device: torch.device) -> tuple[Tensor, Tensor]:
-    """All inputs and targets of the (training) split on `device`; `DataError` for what cannot be trained on."""
-    split = as_splits(data)[0]
-    parts, goals = zip(*split.batches, strict=True)
-    if other := next((type(part).__name__ for part in parts if not isinstance(part, Tensor)), None):
-        raise DataError(f"{split.name}: inputs are a {other}; training takes a single tensor")
-    inputs, targets = (pieces[0] if split.whole else torch.cat(pieces) for pieces in (parts, goals))
-    if targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool:
-        raise DataError(f"{split.name}: targets are {targets.dtype}; expected class numbers of an integer type")
-    if inputs.is_floating_point() and not bool(torch.isfinite(inputs).all()):
-        first = tuple(int(i) for i in (~torch.isfinite(inputs)).nonzero()[0])
-        raise DataError(f"{split.name}: inputs hold NaN or infinity, first at {first}")
-    return inputs.to(device), targets.to(device).long()
+def examples(data: object, task: Task, device: torch.device, which: int = 0) -> Split:
+    """A split (default: for training), on `device` where it is held: in one piece where its batches can be put together.
+
+    Raises:
+        DataError: data that cannot be trained on.
+    """
+    split = as_splits(data, task.targets)[which]
+    if not split.held:
+        return split
+    batches = []
+    for inputs, targets in split.batches:
+        check_numbers(inputs, split.name)
+        batches.append((to_device(inputs, device), _counted(targets.to(device))))
+    whole = batches[0] if split.whole else _together(batches)
+    return replace(split, batches=batches if whole is None else [whole], whole=whole is not None)
 
 
-def check_model(model: nn.Module, inputs: Tensor, targets: Tensor) -> None:
-    """Raise `InputError` unless `model` answers `inputs` with logits that fit `targets`."""
+def batches_of(
+    split: Split, device: torch.device, batch_size: int, order: torch.Generator, *, drop_last: bool = True
+) -> Iterator[Batch]:
+    """The batches of one epoch in an order that the generator decides, on `device`."""
+    for inputs, targets in split.shuffled(batch_size, order, drop_last=drop_last):
+        yield (inputs, targets) if split.held else (to_device(inputs, device), _counted(targets.to(device)))
+
+
+def steps_of(split: Split, batch_size: int) -> int:
+    """The number of batches of an epoch."""
+    if split.whole:
+        count = len(next(iter(split.batches))[1])
+        return count // min(batch_size, count)
+    return sum(1 for _ in split.batches)
+
+
+def _counted(targets: Tensor) -> Tensor:
+    """Class numbers as torch's losses take them, other targets as they are."""
+    plain = targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
+    return targets if plain else targets.long()
+
+
+def _together(batches: Sequence[Batch]) -> Batch | None:
+    """All batches as one, of which any examples may be taken; None where they differ in more than their length."""
+    if not all(cuttable(inputs, targets) for inputs, targets in batches):
+        return None
+    flat = [tree_flatten((take(inputs, slice(None)), targets)) for inputs, targets in batches]
+    form, joined = flat[0][1], []
+    if any(other != form for _, other in flat):
+        return None
+    for parts in zip(*(leaves for leaves, _ in flat), strict=True):
+        if isinstance(parts[0], Tensor):
+            if any(part.shape[1:] != parts[0].shape[1:] or part.dtype != parts[0].dtype for part in parts):
+                return None
+            joined.append(torch.cat(parts))
+        elif any(part != parts[0] for part in parts):
+            return None
+        else:
+            joined.append(parts[0])
+    return tree_unflatten(joined, form)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Mean loss of what a module returned for a batch, and accuracy, NaN where the task knows none.
+
+    Attributes:
+        all_count: no target is one that the task ignores.
+    """
+
+    task: Task
+    all_count: bool
+
+    @classmethod
+    def of(cls, task: Task, split: Split) -> "Judge":
+        return cls(task, split.held and all(task.counted(targets) == targets.numel() for _, targets in split.batches))
+
+    def __call__(self, output: Any, targets: Tensor, inputs: Any) -> tuple[Tensor, Tensor]:
+        task = self.task
+        judged = task.read(output)
+        rows = task.logits(judged, targets)
+        plain = rows is not None and task.loss is None and task.labels is None
+        loss = self._cross_entropy(rows, targets.reshape(-1)) if plain else task.mean_loss(judged, targets, inputs)
+        if rows is not None:
+            accuracy = self._mean(rows.detach().argmax(dim=-1) == targets.reshape(-1), targets.reshape(-1))
+        elif (measure := task.metrics.get("accuracy")) is not None:
+            accuracy = measured(measure, "accuracy", judged, targets, inputs).detach().to(loss.dtype).mean()
+        else:
+            accuracy = torch.full_like(loss.detach(), math.nan)
+        return loss, accuracy.to(loss.dtype)
+
+    def _cross_entropy(self, rows: Tensor, targets: Tensor) -> Tensor:
+        # Spelled out: for ten classes torch's log_softmax kernel takes twice as long on a CPU as these operations, and
+        # F.cross_entropy records twenty operations more to provide for ignored targets.
+        shifted = rows - rows.detach().amax(dim=-1, keepdim=True)
+        classes = targets if self.all_count else targets.where(targets != self.task.ignore, 0)
+        chosen = shifted.gather(-1, classes.unsqueeze(-1)).squeeze(-1)
+        return self._mean(shifted.exp().sum(dim=-1).log() - chosen, targets)
+
+    def _mean(self, values: Tensor, targets: Tensor) -> Tensor:
+        """Of the values at targets that count, 0 where none does."""
+        values = values.to(torch.get_default_dtype()) if values.dtype == torch.bool else values
+        if self.all_count:
+            return values.mean()
+        counted = targets != self.task.ignore
+        return values.where(counted, 0).sum() / counted.sum().clamp(min=1)
+
+
+def check_model(model: nn.Module, task: Task, split: Split, device: torch.device) -> None:
+    """Raise `InputError` unless `model` answers the inputs, and `DataError` unless its outputs fit the targets."""
+    inputs, targets = head(next(iter(split.batches)), 2)
+    inputs, targets = to_device(inputs, device), targets.to(device)
+    given = task.call(inputs, targets)
     was_training = model.training
+    model.eval()
     try:
         with torch.no_grad():
-            output = model.eval()(inputs[:2])
+            args, kwargs = arguments(model, given)
+            result = model(*args, **kwargs)
     except Exception as error:
-        shape, dtype = tuple(inputs.shape), inputs.dtype
-        raise InputError(f"model ({type(model).__name__}) fails on inputs {shape} {dtype}: {error}") from error
+        shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in tensors(inputs))
+        raise InputError(f"model ({type(model).__name__}) fails on inputs {shapes}: {error}") from error
     finally:
         model.train(was_training)
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.shape[:-1] != targets[:2].shape:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-        raise InputError(
-            f"model ({type(model).__name__}) gives {found} for 2 inputs; expected logits "
-            f"{(*targets[:2].shape, 'classes')} to go with targets {tuple(targets.shape)}"
-        )
-    lowest, highest = int(targets.min()), int(targets.max())
-    if lowest < 0 or highest >= logits.shape[-1]:
-        raise InputError(f"targets go from {lowest} to {highest}, the model has {logits.shape[-1]} classes")
+    outputs = task.read(result)
+    task.check(split, outputs, targets)
+    with torch.no_grad():
+        task.mean_loss(outputs, targets, inputs)
 
 
 def epochs_to_keep(keep: int | Iterable[int] | None, epochs: int) -> set[int]:

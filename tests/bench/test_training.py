@@ -3,6 +3,7 @@
 import copy
 import itertools
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 
 import lmc.models
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
+from lmc.network import batches
 from lmc.training import loop as training_loop
 from lmc.training import train
 from lmc.training.run import initialised
@@ -235,14 +237,14 @@ X, Y = DATA["images"]
     [
         (dict(data=(X[:0], Y[:0])), DataError, "empty targets"),
         (dict(data=(X, Y[:5])), DataError, "differ along axis 0"),
-        (dict(data=(X, Y.float())), DataError, "targets are torch.float32"),
+        (dict(data=(X, Y.float())), DataError, r"targets torch.float32 .* are no classification.*Task.regression"),
         (dict(data=(torch.full_like(X, math.nan), Y)), DataError, "NaN"),
         (dict(data=iter([])), DataError, "no batches"),
         (dict(data=3), DataError, "expected a pair"),
-        (dict(data=[((X, X), Y), ((X, X), Y)]), DataError, "inputs are a tuple"),
-        (dict(data=(X[..., :7], Y)), InputError, r"fails on inputs \(96, 1, 8, 7\)"),
-        (dict(data=(X, Y + 1)), InputError, "targets go from 1 to 4, the model has 4 classes"),
-        (dict(data=(X, Y[:, None].expand(-1, 3))), InputError, "expected logits"),
+        (dict(data=[((X, X), Y), ((X, X), Y)]), InputError, "takes 2 positional arguments but 3 were given"),
+        (dict(data=(X[..., :7], Y)), InputError, r"fails on inputs \(2, 1, 8, 7\)"),
+        (dict(data=(X, Y + 1)), DataError, "targets from 1 to 4, but the model has 4 classes"),
+        (dict(data=(X, Y[:, None].expand(-1, 3))), DataError, "are no classification"),
         (dict(model=NoReset()), InputError, "layer model .NoReset. has parameters and no reset_parameters"),
         (dict(model=nn.Flatten()), InputError, "no parameters"),
         (dict(seeds=()), InputError, "seeds"),
@@ -286,3 +288,226 @@ class BothWays(nn.Module):
 def test_what_cannot_be_replayed_is_trained_one_by_one():
     x, y = torch.randn(8, 3, 4), torch.arange(8) % 2
     assert len(train(BothWays(), (x, y), seeds=range(2), epochs=1, batch_size=4, progress=False)) == 2
+
+
+class Two(nn.Module):
+    """Takes two tensors, by place or by name, and with labels computes a loss of its own."""
+
+    def __init__(self, outputs=3):
+        super().__init__()
+        self.first, self.second = nn.Linear(5, 8), nn.Linear(2, outputs)
+
+    def forward(self, a, b, labels=None):
+        logits = self.first(a).tanh().view(len(a), 4, 2).mean(1) * b
+        logits = self.second(logits)
+        if labels is None:
+            return {"logits": logits, "hidden": logits.exp()}
+        return {"loss": 3 * F.cross_entropy(logits, labels), "logits": logits}
+
+
+class Pixels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.convolution = nn.Conv2d(1, 3, 3, padding=1)
+
+    def forward(self, x):
+        return {"out": self.convolution(x)}
+
+
+class Tokens(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(7, 6), nn.Linear(6, 7)
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.head(self.embedding(input_ids).cumsum(1))
+
+
+G = torch.Generator().manual_seed(5)
+A, B = torch.randn(40, 5, generator=G), torch.randn(40, 2, generator=G)
+CLASSES, REALS = torch.randint(3, (40,), generator=G), torch.randn(40, generator=G)
+IMAGES, PIXELS = torch.randn(40, 1, 4, 4, generator=G), torch.randint(3, (40, 4, 4), generator=G)
+PIXELS = PIXELS.masked_fill(torch.rand(40, 4, 4, generator=G) < 0.3, 255)
+IDS = torch.randint(7, (40, 6), generator=G)
+MASK = (torch.arange(6) < torch.randint(2, 7, (40, 1), generator=G)).long()
+LABELLED = {"a": A, "b": B, "labels": CLASSES}
+
+
+def next_token(model, ids, mask):
+    goal = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    return F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), goal.flatten())
+
+
+TASKS = {  # module, data, options, tensors of all examples, loss of a batch of them
+    "regression": (
+        nn.Linear(5, 1), (A, REALS), {"loss": lmc.Task.regression()},
+        (A, REALS), lambda m, a, y: F.mse_loss(m(a)[:, 0], y),
+    ),
+    "a loss of torch": (
+        nn.Linear(5, 1), (A, REALS[:, None]), {"loss": F.l1_loss}, (A, REALS), lambda m, a, y: F.l1_loss(m(a)[:, 0], y),
+    ),
+    "a loss that asks for the inputs": (
+        nn.Linear(5, 1), (A, REALS), {"loss": lambda o, y, x: (x[:, 0] * (o[:, 0] - y)).square()},
+        (A, REALS), lambda m, a, y: (a[:, 0] * (m(a)[:, 0] - y)).square().mean(),
+    ),
+    "binary": (
+        nn.Linear(5, 2), lmc.Task.binary().on((A, B > 0)), {},
+        (A, B), lambda m, a, y: F.binary_cross_entropy_with_logits(m(a), (y > 0).float()),
+    ),
+    "several inputs": (
+        Two(), (A, B, CLASSES), {}, (A, B, CLASSES), lambda m, a, b, y: F.cross_entropy(m(a, b)["logits"], y),
+    ),
+    "an output by name": (
+        Two(), (A, B, CLASSES), {"outputs": "hidden"}, (A, B, CLASSES), lambda m, a, b, y: F.cross_entropy(m(a, b)["hidden"], y),
+    ),
+    "the module's own loss": (Two(), LABELLED, {}, (A, B, CLASSES), lambda m, a, b, y: m(a, b, y)["loss"]),
+    "a data set of dicts": (
+        Two(), [{name: t[i] for name, t in LABELLED.items()} for i in range(40)], {},
+        (A, B, CLASSES), lambda m, a, b, y: m(a, b, y)["loss"],
+    ),
+    "pixels, some of which do not count": (
+        Pixels(), (IMAGES, PIXELS), {"loss": lmc.Task.segmentation()},
+        (IMAGES, PIXELS), lambda m, x, y: F.cross_entropy(m(x)["out"], y, ignore_index=255),
+    ),
+    "next tokens": (
+        Tokens(), {"input_ids": IDS, "attention_mask": MASK}, {"loss": lmc.Task.language()}, (IDS, MASK), next_token,
+    ),
+    "next tokens in bits": (
+        Tokens(), {"input_ids": IDS, "attention_mask": MASK}, {"loss": lmc.Task.language("bits")},
+        (IDS, MASK), lambda m, i, k: next_token(m, i, k) / math.log(2),
+    ),
+    "reconstruction": (
+        nn.Linear(5, 5), A, {"loss": lmc.Task.reconstruction()}, (A,), lambda m, a: F.mse_loss(m(a), a),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_is_trained_as_by_a_plain_loop(name):
+    model, data, options, parts, loss = TASKS[name]
+    if isinstance(data, list):
+        data = torch.utils.data.DataLoader(data, batch_size=7)
+    trained = train(
+        model, data, seeds=(3, 11), epochs=2, batch_size=16, optimizer="sgd", momentum=0.0, lr=0.1, schedule="constant",
+        progress=False, **options,
+    )  # fmt: skip
+    for seed, weights, history in zip((3, 11), trained, trained.history, strict=True):
+        own = copy.deepcopy(model)
+        own.load_state_dict(initialised(model, seed))
+        order = torch.Generator().manual_seed(seed + training_loop.ORDER_STREAM)
+        for epoch in range(2):
+            total = count = 0.0
+            for chosen in torch.randperm(40, generator=order).split(16)[:2]:
+                batch = [part[chosen] for part in parts]
+                value = loss(own, *batch)
+                for p, gradient in zip(
+                    own.parameters(), torch.autograd.grad(value, list(own.parameters())), strict=True
+                ):
+                    p.data -= 0.1 * gradient
+                counted = {"pixels": batch[-1] != 255, "tokens": batch[-1][:, 1:] if batch[-1].ndim == 2 else None}
+                weight = next((float(n.sum()) for word, n in counted.items() if word in name), 1.0)  # of what counts
+                total, count = total + weight * float(value.detach()), count + weight
+            assert history.loss[epoch] == pytest.approx(total / count, abs=1e-5)
+        assert largest_difference(weights, own.state_dict()) < 1e-5
+        assert largest_difference(weights, initialised(model, seed)) > 1e-3, "nothing was trained"
+    judged = not any(word in name for word in ("regression", "a loss", "reconstruction"))
+    assert math.isfinite(history.accuracy[0]) == judged == ("accuracy" in repr(trained))
+
+
+@dataclass
+class Graph:
+    x: torch.Tensor
+    edge_index: torch.Tensor
+    y: torch.Tensor
+    train_mask: torch.Tensor
+    test_mask: torch.Tensor
+
+
+class Neighbours(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x, edge_index):
+        hidden = self.inner(x).relu()
+        return self.head(hidden.index_add(0, edge_index[0], hidden[edge_index[1]]))
+
+
+def test_a_graph_is_one_step_each_epoch_on_the_targets_of_its_mask():
+    edges, mask = torch.randint(40, (2, 60), generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3 == 0
+    graph, model = Graph(A, edges, CLASSES, mask, ~mask), Neighbours()
+    options = dict(seeds=(0, 1), epochs=4, optimizer="sgd", momentum=0.0, lr=0.1, schedule="constant", progress=False)
+    trained = train(model, graph, **options)
+    other = train(model, replace(graph, y=CLASSES.where(mask, 0)), **options)
+    assert largest_difference(trained[1], other[1]) == 0.0  # what the mask leaves out is not learned
+    own = copy.deepcopy(model)
+    own.load_state_dict(initialised(model, 1))
+    for epoch in range(4):
+        value = F.cross_entropy(own(A, edges)[mask], CLASSES[mask])
+        assert trained.history[1].loss[epoch] == pytest.approx(float(value.detach()), abs=1e-5)
+        for p, gradient in zip(own.parameters(), torch.autograd.grad(value, list(own.parameters())), strict=True):
+            p.data -= 0.1 * gradient
+    assert largest_difference(trained[1], own.state_dict()) < 1e-5
+
+
+def padded(lengths, where=-100):
+    """Batches of token ids that differ in length, whose labels are the ids; those of one batch do not count."""
+    for i, length in enumerate(lengths):
+        ids = torch.randint(7, (3, length), generator=torch.Generator().manual_seed(i))
+        yield {"input_ids": ids, "labels": torch.full_like(ids, where) if length == 4 else ids}
+
+
+def test_batches_that_cannot_be_put_together_are_a_step_each():
+    model = Tokens()
+    options = dict(seeds=(2, 5), epochs=2, loss=lmc.Task.language(), optimizer="sgd", momentum=0.0, progress=False)
+    trained = train(model, list(padded([3, 4, 5])), lr=0.1, record=True, **options)
+    assert [len(steps) for steps in trained.steps] == [7, 7]  # three steps in each of two epochs
+    order = torch.Generator().manual_seed(5 + training_loop.ORDER_STREAM)
+    for epoch in range(2):
+        for i, which in enumerate(torch.randperm(3, generator=order).tolist(), 3 * epoch):
+            moved = largest_difference(trained.steps[1][i], trained.steps[1][i + 1])
+            assert (moved == 0.0) == (which == 1), "a batch without targets that count changes nothing"
+    assert all(torch.isfinite(tensor).all() for weights in trained for tensor in weights.values())
+
+
+def test_loaders_larger_than_memory_are_read_in_every_epoch(monkeypatch):
+    monkeypatch.setattr(batches, "HELD_BYTES", 100)
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(A, CLASSES), batch_size=16)
+    options = dict(seeds=(4,), epochs=2, optimizer="sgd", momentum=0.0, schedule="constant", lr=0.1, progress=False)
+    model = nn.Linear(5, 3)
+    trained = train(model, loader, **options)
+    own = copy.deepcopy(model)
+    own.load_state_dict(initialised(model, 4))
+    for _ in range(2):
+        for a, y in loader:
+            value = F.cross_entropy(own(a), y)
+            for p, gradient in zip(own.parameters(), torch.autograd.grad(value, list(own.parameters())), strict=True):
+                p.data -= 0.1 * gradient
+    assert largest_difference(trained[0], own.state_dict()) < 1e-6
+
+
+class WithRule(nn.Module):
+    """Initialises its layers by one rule, as Hugging Face's models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.norm, self.plain = nn.Sequential(nn.Linear(5, 4), NoReset()), nn.LayerNorm(4), nn.Linear(4, 3)
+        self.token = nn.Parameter(torch.zeros(4))
+
+    def _init_weights(self, module):
+        with torch.no_grad():
+            if module is self:
+                self.token.normal_(2.0, 0.01)
+            elif isinstance(module, NoReset):
+                module.scale.fill_(3.0)
+            elif isinstance(module, nn.Linear) and module.out_features == 4:
+                module.weight.normal_(5.0, 0.01)
+
+
+def test_layers_are_initialised_by_the_rule_of_an_outer_module():
+    found = initialised(WithRule(), 3)
+    assert float(found["body.1.scale"]) == 3.0
+    assert abs(float(found["token"].mean()) - 2.0) < 0.1 and abs(float(found["body.0.weight"].mean()) - 5.0) < 0.1
+    assert 0.0 < float(found["body.0.bias"].abs().max()) < 1.0  # the rule leaves it to the layer
+    assert 0.0 < float(found["plain.weight"].abs().max()) < 1.0
+    assert not torch.equal(found["token"], initialised(WithRule(), 4)["token"])
