@@ -250,8 +250,10 @@ class Judge:
         task = self.task
         judged = task.read(output)
         rows = task.logits(judged, targets)
-        plain = rows is not None and task.loss is None and task.labels is None
-        loss = self._cross_entropy(rows, targets.reshape(-1)) if plain else task.mean_loss(judged, targets, inputs)
+        if rows is not None and task.loss is None and task.labels is None:
+            loss = self._cross_entropy(rows, targets.reshape(-1))
+        else:
+            loss = task.mean_loss(judged, targets, inputs)
         if rows is not None:
             accuracy = self._mean(rows.detach().argmax(dim=-1) == targets.reshape(-1), targets.reshape(-1))
         elif (measure := task.metrics.get("accuracy")) is not None:
