@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lmc.network.stores import LIBRARIES, Shared, stores, written_by
+from lmc.network.stores import LIBRARIES, Shared, content, stores, written_by
 
 # (name of the module, attribute or "_buffers", keys further inside) of a dict or list that holds values.
 Address: TypeAlias = tuple[Any, ...]
@@ -187,7 +187,8 @@ def removable(module: nn.Module, run: Callable[[Removal], nn.Module]) -> Removal
     found: Removal = {}
     left: dict[type, set[Address]] = {}
     for kind, addresses in kinds.items():
-        if removal := _made_again(addresses, addresses, run):
+        tops = list(dict.fromkeys(address[:2] for address in addresses))  # the list that holds it is made again
+        if removal := _made_again(addresses, addresses, run) or _made_again(tops, addresses, run):
             found |= removal
         elif kind[2] in stores(kind[0]).attributes:
             left.setdefault(kind[0], set()).update(addresses)
@@ -377,10 +378,14 @@ def _float_places(module: nn.Module) -> Iterator[tuple[Address, Any]]:
             tensors = _tensors_of(value)
             plain = not any(x.is_floating_point() or x.is_complex() for x in tensors)
             held = not any(id(x) in state for x in tensors)
-            if isinstance(value, int | float | complex) or (
-                tensors and plain
-            ):  # a count, an index, a mask: or a constant
-                held &= key in stores(owner).attributes if _is_namespace(address) else address[1] in stores(owner).items
+            number = isinstance(value, int | float | complex) or (isinstance(value, tuple) and bool(_numbers(value)))
+            if (number and not tensors) or (tensors and plain):  # a count, an index, a mask: or a constant
+                set_by = stores(owner)
+                held &= (
+                    key in set_by.attributes
+                    if _is_namespace(address)
+                    else address[1] in set_by.items | set_by.attributes
+                )
             else:
                 held &= bool(tensors)
             if held:
@@ -476,12 +481,25 @@ def _lru_caches(model: nn.Module) -> Iterator[Any]:
 
 
 def _tensors_of(value: Any) -> list[Tensor]:
-    """The tensors that a value is or, as a tuple, has; those inside dicts and lists are found there. Arrays count as well."""
+    """The tensors that a value is or, as a tuple, has; those inside dicts and lists are found there. Arrays count as well, and
+    what functions close over, and those of modules that are no children of one."""
     if isinstance(value, Tensor):
         return [value]
+    if isinstance(value, nn.Module):
+        return [*value.parameters(), *value.buffers()]
+    if isinstance(value, types.FunctionType | functools.partial):
+        return [
+            x for held in _closed_over(value) if not isinstance(held, types.FunctionType) for x in _tensors_of(held)
+        ]
     if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
         return [_of_array(value)]
     return [x for leaf in pytree.tree_leaves(value) for x in _tensors_of(leaf)] if isinstance(value, tuple) else []
+
+
+def _closed_over(function: Any) -> list[Any]:
+    if isinstance(function, functools.partial):
+        return [*function.args, *function.keywords.values(), *_closed_over(function.func)]
+    return [content(cell) for cell in getattr(function, "__closure__", None) or ()]
 
 
 def _of_array(array: np.ndarray) -> Tensor:

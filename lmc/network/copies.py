@@ -57,11 +57,14 @@ def _deep_copy(model: nn.Module, memo: dict[int, Any]) -> nn.Module:
         return copy.deepcopy(model, memo)
     except TypeError as error:
         kept = [value for _, container in containers(model) for _, value in items_of(container)]
-        shared = [value for value in kept if not (isinstance(value, Tensor | nn.Module) or _copyable(value, known))]
+        shared: dict[int, Any] = {}
+        for value in reversed(kept):  # a lock before the object that holds it, which is copied around it
+            if not (isinstance(value, Tensor | nn.Module) or _copyable(value, known | shared)):
+                shared[id(value)] = value
         if not shared:
             raise InputError(f"model: {type(model).__name__} cannot be copied: {error}") from error
         memo.clear()
-        memo.update(known | {id(value): value for value in shared})
+        memo.update(known | shared)
         return copy.deepcopy(model, memo)
 
 

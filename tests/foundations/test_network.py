@@ -400,7 +400,64 @@ class FilledArray(Base):
         return torch.from_numpy(self.kept.copy())
 
 
+class AFunction(Base):
+    """Keeps a function that closes over what was computed."""
+
+    made = None
+
+    def scale(self):
+        if self.made is None:
+            kept = super().scale().detach()
+            self.made = functools.partial(lambda one, factor: factor * kept * one, torch.ones(6))
+        return self.made(1.0)
+
+
+class AModule(Base):
+    """Keeps a module that is none of its children."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        object.__setattr__(self, "made", None)
+
+    def scale(self):
+        if self.made is None:
+            kept = nn.Module()
+            kept.table = nn.Parameter(super().scale().detach())
+            object.__setattr__(self, "made", [kept])
+        return self.made[0].table
+
+
+class NumbersInAList(Base):
+    made, factors = [], ()
+
+    def scale(self):
+        if not self.made:
+            self.made = super().scale().tolist()
+            self.factors = (float(self.table.sum()), 1)
+        return torch.tensor(self.made) * self.factors[0]
+
+
+class InALockedObject(Base):
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.holder = Holder()
+
+    def scale(self):
+        with self.holder.lock:
+            if self.holder.kept is None:
+                self.holder.kept = super().scale().detach()
+            return self.holder.kept
+
+
+class Holder:
+    def __init__(self) -> None:
+        self.lock, self.kept = threading.Lock(), None
+
+
 CACHING = [
+    AFunction,
+    AModule,
+    InALockedObject,
     FlaggedByATensor,
     FilledWhereZero,
     GivenData,
@@ -430,7 +487,7 @@ CACHING = [
     LruFunction,
 ]
 every = pytest.mark.parametrize(
-    "kind", [*CACHING, FilledWhereNaN, FilledArray, MergedInEval, Renormed, Clipped, WritesInputs]
+    "kind", [*CACHING, FilledWhereNaN, FilledArray, NumbersInAList, MergedInEval, Renormed, Clipped, WritesInputs]
 )
 
 
