@@ -27,6 +27,7 @@ from lmc.network.examination import Examination, Verdict, few_of, leaves
 from lmc.network.inputs import arguments
 from lmc.network.task import tensor_of
 from lmc.weights import Weights, as_weights, check_compatible
+from lmc.weights.state import overlapping
 
 # With the form that the module had: its caller may set flags, exchange layers, or add hooks.
 _VERDICTS: weakref.WeakKeyDictionary[nn.Module, tuple[Verdict, Any]] = weakref.WeakKeyDictionary()
@@ -65,6 +66,11 @@ class Network:
                     f"{name}: expected a tensor in the state dict of {type(model).__name__}, got {type(value).__name__}; extra "
                     "state outside parameters and buffers, as quantised layers have it, is not supported"
                 )
+        if (pair := overlapping(model)) is not None:
+            raise WeightsError(
+                f"{' and '.join(pair)} of {type(model).__name__} share a part of their memory, so that neither has values of its "
+                "own; give each its own tensor, or make one a parameter and take the other from it in forward"
+            )
         if device.type != "meta" and any(x.is_meta for x in (*model.parameters(), *model.buffers())):
             raise InputError(
                 f"model: {type(model).__name__} is on the meta device, which has shapes and no values; "

@@ -13,6 +13,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Self, TypeAlias
 
 import torch
@@ -124,6 +125,29 @@ def memory(tensor: Tensor) -> Hashable:
     if tensor.is_meta or tensor.numel() == 0:
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+
+
+def overlapping(model: nn.Module) -> tuple[str, str] | None:
+    """Two parameters that share a part of their memory, so that neither has values of its own; None where there are none."""
+    placed = [
+        (p.device, p.untyped_storage().data_ptr(), p.storage_offset(), name, p)
+        for name, p in model.named_parameters()
+        if type(p) is nn.Parameter and p.layout == torch.strided and not p.is_meta and p.numel()
+    ]
+    found = sorted(placed, key=lambda entry: (str(entry[0]), *entry[1:4]))
+    for (*place, _, first, p), (*other, start, second, q) in pairwise(found):
+        extent = 1 + sum((n - 1) * step for n, step in zip(p.shape, p.stride(), strict=True))
+        apart = place != other or start >= p.storage_offset() + extent or p.dtype != q.dtype
+        if not apart and memory(p) != memory(q) and _share(p, q):
+            return first, second
+    return None
+
+
+def _share(p: Tensor, q: Tensor) -> bool:
+    """Whether two tensors of one memory have an entry in common."""
+    length = p.untyped_storage().nbytes() // p.itemsize
+    places = (torch.arange(length).as_strided(x.shape, x.stride(), x.storage_offset()).flatten() for x in (p, q))
+    return bool(torch.isin(*places).any())
 
 
 # What bitsandbytes, GPTQ, AWQ, compressed-tensors, block fp8 and torchao put beside or in place of a weight.

@@ -674,6 +674,27 @@ def test_complex_outputs_are_compared_as_well(data):
     assert not _equal(*outputs) and _equal(outputs[0], outputs[0])
 
 
+@pytest.mark.parametrize("view", [lambda w: w[:4], lambda w: w.T, lambda w: w[2:5, 1:3]])
+def test_parameters_that_share_a_part_of_their_memory_are_refused(view, data):
+    model = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    model.part = nn.Parameter(view(model[0].weight.data))
+    for call in (
+        lambda: lmc.permutation_spec(model, data[0][:2], progress=False),
+        lambda: lmc.loss_path(model, model, model, data, alphas=3, progress=False),
+    ):
+        with pytest.raises(lmc.WeightsError, match="0.weight and part of Sequential|part and 0.weight of Sequential"):
+            call()
+
+
+def test_parameters_that_lie_in_one_memory_are_their_own(data):
+    """As recurrent layers on an accelerator and sharded training lay them out."""
+    model, flat = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 6)), torch.randn(96)
+    model[0].weight = nn.Parameter(flat[:48].view(6, 8))
+    model[2].weight = nn.Parameter(flat[48:].view(6, 8)[:, :6])
+    model[2].bias = nn.Parameter(flat[48:].view(6, 8)[:, 7])
+    assert lmc.permutation_spec(model, data[0][:2], progress=False).groups["0"].size == 6
+
+
 def test_extra_state_is_refused_alike(data):
     class Extra(Base):
         def get_extra_state(self):
