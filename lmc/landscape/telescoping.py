@@ -1,5 +1,6 @@
 """The telescoping lens: what a training run did to the outputs, as a sum of first-order steps; and how fast gradients settle."""
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from lmc.core.results import Result
 from lmc.errors import DataError, InputError
 from lmc.landscape.evaluation.measured import Values
 from lmc.network.batches import take, tensors, to_device
+from lmc.network.inputs import input_batches, length
 from lmc.network.network import Network, pick_device
 from lmc.network.task import Outputs, Task
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
@@ -88,7 +90,8 @@ def telescope(
         model: the architecture, run in eval mode.
         steps: the weights before the first and after each step: `Trained.steps[i]` of `lmc.training.train(record=True)`,
             or any iterable; of a generator that trains as it is asked, only two weight sets are held.
-        inputs: the examples whose outputs are followed, all at once.
+        inputs: the examples whose outputs are followed, all at once; of labelled data the inputs, of several splits those
+            of the training split.
         outputs: as for `lmc.landscape.evaluate`.
         device: where to compute (default: where the weights are).
 
@@ -98,10 +101,15 @@ def telescope(
         WeightsError: weights that are not finite.
         DataError: no example.
     """
+    if hasattr(steps, "steps"):
+        raise InputError(
+            "steps: the trained networks of a run each, not the steps of one; train(record=True) leaves those of the first "
+            "in .steps[0]"
+        )
     run = iter(steps)
     first = next(run, None)
     if first is None:
-        raise InputError("steps: none; expected the weights before the first step and after each")
+        raise InputError("steps: none; expected the weights before the first step and after each: train(record=True)")
     network, call = _double(model, first, inputs, outputs, device)
     origin = before = _prepared(model, first, network)
     layers = _layers(model, before)
@@ -123,7 +131,9 @@ def telescope(
         linear.append(float((now - start - at_once).abs().mean()))
         before = after
     if len(errors) == 1:
-        raise InputError("steps: a single weight set; expected the weights before the first step and after each")
+        raise InputError(
+            "steps: a single weight set; expected the weights before the first step and after each: train(record=True)"
+        )
     return Telescope(
         np.array(errors),
         np.array(linear),
@@ -155,7 +165,7 @@ def gradient_change(
     Args:
         model: the architecture, run in eval mode.
         before, after: its weights.
-        inputs: examples.
+        inputs: examples, as for `telescope`.
         probes: random directions in the space of outputs, for each example.
         seed: of the directions.
         outputs, device: as for `telescope`.
@@ -201,13 +211,15 @@ def gradient_change(
 def _double(
     model: nn.Module, weights: ModelOrWeights, inputs: Any, outputs: Outputs, device: torch.device | str | None
 ) -> tuple[Network, Any]:
-    """The module and the examples in float64."""
-    if not tensors(inputs) or not len(tensors(inputs)[0]):
-        raise DataError("inputs: no example")
+    """The module and the examples, all in one call, in float64."""
+    calls = list(input_batches(model, inputs, sys.maxsize))
+    if len(calls) > 1 and any(length(each) is None for each in calls):
+        raise DataError("inputs: batches that cannot be joined; pass the examples as a single one")
+    joined = calls[0] if len(calls) == 1 else pytree.tree_map(lambda *parts: torch.cat(parts), *calls)
     place = pick_device(device, as_weights(weights))
     network = Network(model, place, Task(outputs=outputs).read, torch.float64)
     wide = pytree.tree_map(
-        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, to_device(inputs, place)
+        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, to_device(joined, place)
     )
     return network, wide
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -68,8 +69,8 @@ def branches(
         DataError: unusable data.
     """
     wanted, orders = sorted(set(at)), list(seeds)
-    if not wanted or wanted[0] < 0 or wanted[-1] >= epochs:
-        raise InputError(f"at={wanted}: expected epochs from 0 to {epochs - 1}")
+    if not wanted or not all(isinstance(epoch, Integral) and 0 <= epoch < epochs for epoch in wanted):
+        raise InputError(f"at={wanted}: expected epochs, whole numbers from 0 to {epochs - 1}")
     if len(orders) < 2 or seed in orders:
         raise InputError(f"seeds={orders}: expected at least two, other than the trunk's {seed}")
     if taken := sorted({"keep", "start"} & options.keys()):

@@ -245,12 +245,15 @@ def intrinsic_dimension(
         device, progress: as for `train`.
 
     Raises:
-        InputError: dimensions out of range, no seed, a model without what training needs.
+        InputError: dimensions, baseline or share out of range, no seed, a model without what training needs.
         DataError: unusable data, or data without a test split.
     """
     wanted, drawn = sorted(set(dimensions)), list(seeds)
     if not wanted or not drawn:
         raise InputError("dimensions and seeds: at least one of each is needed")
+    for name, number in (("baseline", baseline), ("share", share)):
+        if not 0.0 < number <= 1.0:
+            raise InputError(f"{name}={number}; expected a number above 0, at most 1")
     place = pick_device(device_of(model) if device is None else device, {})
     task = Task.of(data, loss, outputs=outputs)
     if len(as_splits(data, task.targets)) < 2:

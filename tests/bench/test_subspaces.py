@@ -77,6 +77,8 @@ def test_a_run_that_goes_on_keeps_the_schedule():
 def test_bad_branches_are_refused(options):
     with pytest.raises(lmc.InputError):
         lmc.training.branches(MODEL, DATA, epochs=4, progress=False, **options)
+    with pytest.raises(lmc.InputError, match=r"^at=\[0.5\]: expected epochs, whole numbers from 0 to 3"):
+        lmc.training.branches(MODEL, DATA, epochs=4, at=[0.5], progress=False)
     with pytest.raises(lmc.InputError, match="start"):
         lmc.training.train(MODEL, DATA, epochs=4, start=4, progress=False)
 
@@ -150,6 +152,9 @@ def test_bad_subspaces_are_refused():
             lmc.training.projection(SHAPES, **{"dimension": 3, **options})
     with pytest.raises(lmc.InputError, match="too large"):
         lmc.training.projection({"w": (1 << 20,)}, 1 << 10, kind="dense")
+    for options in ({"baseline": 90.0}, {"baseline": 0.0}, {"baseline": 0.9, "share": 90}):
+        with pytest.raises(lmc.InputError, match="expected a number above 0, at most 1"):
+            lmc.training.intrinsic_dimension(MODEL, DATA, [2], progress=False, **options)
     with pytest.raises(lmc.InputError, match="test split"):
         lmc.training.intrinsic_dimension(MODEL, DATA["train"], [2], baseline=1.0, progress=False)
     assert math.isclose(sum(x.numel() for x in MODEL.parameters()), 134)

@@ -24,7 +24,7 @@ def run(model: nn.Module, steps: int = 6, lr: float = 5e-2) -> list[dict[str, to
     return found
 
 
-INPUTS = blobs(20, 1)[0]
+INPUTS, LABELS = blobs(20, 1)
 
 
 def test_a_linear_network_is_accounted_for_exactly():
@@ -106,13 +106,26 @@ def test_gradient_change_is_the_mean_over_outputs_and_parameters():
         assert many[layer] == pytest.approx(float(torch.cat(squares, -1).mean()), rel=0.1)
 
 
+def test_examples_come_in_every_form_that_inputs_come_in():
+    model, steps = classifier(0), run(classifier(0), 2)
+    expected = lmc.landscape.telescope(model, steps, INPUTS)
+    changes = lmc.landscape.gradient_change(model, steps[0], steps[1], INPUTS)
+    pair = (INPUTS, LABELS)
+    for form in (pair, {"train": pair, "test": (INPUTS[:3], LABELS[:3])}, [INPUTS[:8], INPUTS[8:]], INPUTS.numpy()):
+        found = lmc.landscape.telescope(model, steps, form)
+        np.testing.assert_allclose(found.approximation, expected.approximation)
+        assert lmc.landscape.gradient_change(model, steps[0], steps[1], form) == pytest.approx(changes)
+
+
 def test_bad_input_is_refused():
     model = classifier(0)
     with pytest.raises(lmc.InputError, match="none"):
         lmc.landscape.telescope(model, [], INPUTS)
     with pytest.raises(lmc.InputError, match="single"):
         lmc.landscape.telescope(model, [model], INPUTS)
-    with pytest.raises(lmc.DataError, match="no example"):
+    with pytest.raises(lmc.InputError, match=r"train\(record=True\) leaves those of the first in .steps\[0\]"):
+        lmc.landscape.telescope(model, lmc.training.train(model, (INPUTS, LABELS), seeds=(0, 1), epochs=1), INPUTS)
+    with pytest.raises(lmc.DataError, match="axis 0 counts the examples, and a tensor has none"):
         lmc.landscape.telescope(model, [model, model], INPUTS[:0])
     with pytest.raises(lmc.MismatchError):
         lmc.landscape.telescope(model, [model, nn.Linear(8, 4)], INPUTS)
