@@ -100,7 +100,7 @@ def variance_ratios(
     network = Network(model, pick_device(device, states[0]))
     batches = list(input_batches(model, inputs, batch_size))
     network.load(states[0])
-    places = preactivations(network, first_of(batches[0], 1))
+    places = preactivations(network, first_of(batches[0], 2))
     moments = [[ChannelMoments() for _ in places] for _ in states]
     for found, state in zip(
         tqdm(moments, desc="variances", unit=" networks", disable=not progress), states, strict=True

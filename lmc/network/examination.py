@@ -156,7 +156,8 @@ class Examination:
     def _warn_of_weights_elsewhere(self, stale: Removal, expected: Any) -> None:
         """Warn of a module that gives the same, which is no constant, with other weights: near ones, and far ones, since
         outputs of few values may be the same near by."""
-        varied = any(x.is_floating_point() and len(x.reshape(-1)[:1000].unique()) > 1 for x in leaves(expected))
+        given = [x.reshape(-1)[:1000] for x in leaves(expected) if x.is_floating_point()]
+        varied = any(len(x[x.isfinite()].unique()) > 1 for x in given)  # each NaN would count as a value
         near, own = _perturbed(self.weights), [n for n, _ in self.module.named_parameters() if n in self.weights]
         far = near | {name: -self.weights[name] for name in own}
         if varied and own and all(_equal(self._given_out(stale, other), expected) for other in (near, far)):

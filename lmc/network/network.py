@@ -207,7 +207,7 @@ class Network:
         except RuntimeError as error:
             if not isinstance(error, LmcError):
                 given = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-                self.check_inputs(weights or dict(self.module.named_parameters()), given, "inputs")
+                self._check_dtypes(weights or dict(self.module.named_parameters()), given, self._name)
             raise
 
     def _run(self, function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -278,7 +278,11 @@ class Network:
 
     def check_inputs(self, weights: Weights, inputs: Any, split: str) -> None:
         """Raise `DataError` when floating-point inputs have a dtype that none of the weights has; `WeightsError` for float8
-        weights."""
+        weights. Modules that are not torch's own may convert their inputs: they are asked when they are called."""
+        if all(is_plain(module) for module in self.module.modules()):
+            self._check_dtypes(weights, inputs, split)
+
+    def _check_dtypes(self, weights: Weights, inputs: Any, split: str) -> None:
         dtypes = {tensor.dtype for tensor in weights.values() if tensor.is_floating_point()}
         for leaf in tensors(inputs):
             if dtypes and leaf.is_floating_point() and leaf.dtype not in dtypes:

@@ -114,7 +114,7 @@ class Renormalizer:
         self.network, self.models, self.method = network, [gauged(state, network.module) for state in models], method
         self.batches = list(inputs if batch_size is None else input_batches(network.module, inputs, batch_size))
         network.load(self.models[0])
-        self._layers = rescalable(network, first_of(self.batches[0], 1))
+        self._layers = rescalable(network, first_of(self.batches[0], 2))
         self.layers = [layer.module for layer in self._layers]
         self._endpoints = self._measure_endpoints(progress)
 

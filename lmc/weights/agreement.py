@@ -125,6 +125,8 @@ def fitted(model: nn.Module, weights: Mapping[str, Tensor], name: str = "weights
     if not isinstance(model, nn.Module):
         raise InputError(f"model: expected an nn.Module, which says what to compute, got {type(model).__name__}")
     own = model.state_dict(keep_vars=True)
+    if not all(isinstance(entry, Tensor) for entry in own.values()):
+        as_weights(model)  # says which is none
     first = tied_names(model)
     for again, kept in first.items():
         if again in weights and kept in weights and not _same_values(weights[again], weights[kept]):

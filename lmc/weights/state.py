@@ -116,7 +116,8 @@ def tied_names(model: ModelOrWeights) -> dict[str, str]:
         return dict(getattr(model, "ties", {}))
     state = model.state_dict(keep_vars=True) if isinstance(model, nn.Module) else model
     first: dict[Hashable, str] = {}
-    names = {name: first.setdefault(memory(tensor), name) for name, tensor in state.items()}
+    held = ((name, tensor) for name, tensor in state.items() if isinstance(tensor, Tensor))
+    names = {name: first.setdefault(memory(tensor), name) for name, tensor in held}
     return {name: origin for name, origin in names.items() if name != origin}
 
 

@@ -456,3 +456,14 @@ def test_trained_networks_come_closer(method: str):
     a, b = trained.weights[:2]
     pi = activation_matching(trained.spec, trained.model, a, b, trained.data, method=method, progress=False)
     assert trained.barrier(a, pi.apply(b)) < trained.barrier(a, b) / 3
+
+
+def test_modules_that_want_more_than_one_example_get_two():
+    """Normalised by the statistics of the batch."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False), nn.ReLU(), nn.Linear(8, 4))
+    inputs = torch.randn(64, 6)
+    spec = lmc.permutation_spec(model, inputs[:2], progress=False)
+    planted = spec.random(1).apply(model)
+    back = activation_matching(spec, model, model, planted, inputs, progress=False).apply(planted)
+    assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())

@@ -15,7 +15,7 @@ import small_models
 import torch
 from safetensors.torch import save_file
 from support import same
-from torch import Tensor
+from torch import Tensor, nn
 
 import lmc
 from lmc import models
@@ -665,3 +665,23 @@ def test_gains_of_pairs_are_summed_in_double_precision():
     exact = 1.0 + 1e-12
     by_pairs, _ = gains._pairs(block, mine, theirs, lambda *_: ({}, exact))
     assert bool((by_pairs == exact).all())
+
+
+def test_groups_that_read_tensors_of_two_dtypes_are_matched():
+    class Head(nn.Module):
+        """With its last layer in double precision."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 4).double()
+
+        def forward(self, x):
+            return self.head(self.body(x).relu().double())
+
+    torch.manual_seed(0)
+    model = Head()
+    spec = lmc.permutation_spec(model, torch.randn(2, 6), progress=False)
+    planted = spec.random(1)
+    found = lmc.weight_matching(spec, model, planted.apply(model), progress=False)
+    back = found.apply(planted.apply(model))
+    assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())

@@ -703,9 +703,27 @@ def test_extra_state_is_refused_alike(data):
         def set_extra_state(self, state):
             pass
 
-    for call in (lambda m: lmc.permutation_spec(m, data[0]), lambda m: lmc.loss_path(m, m, m, data)):
+    plain = Base(1).state_dict()  # as a file without it has them
+    for call in (
+        lambda m: lmc.permutation_spec(m, data[0]),
+        lambda m: lmc.loss_path(m, m, m, data),
+        lambda m: lmc.loss_path(m, plain, plain, data),
+    ):
         with pytest.raises(lmc.WeightsError, match="_extra_state"):
             call(Extra(0))
+
+
+def test_modules_that_convert_their_inputs_take_inputs_of_any_dtype(data):
+    class Half(Base):
+        def forward(self, x):
+            return super().forward(x.half()).float()
+
+    models = [Half(seed).half() for seed in range(2)]
+    path = lmc.loss_path(models[0], *models, data, alphas=3, progress=False)
+    own = [F.cross_entropy(model(data[0]), data[1]).item() for model in models]
+    assert path.values["data"]["loss"][[0, 2]] == pytest.approx(own, abs=2e-3)
+    with pytest.raises(lmc.DataError, match="inputs are torch.float32, the weights torch.float16"):
+        lmc.loss_path(Base(0).half(), Base(0).half(), Base(1).half(), data, alphas=3, progress=False)
 
 
 def test_the_callers_module_is_left_as_it_was(data):

@@ -100,7 +100,7 @@ def activation_matching(
     network.load(a)
     batches = input_batches(model, inputs, batch_size)
     first = next(batches)
-    probe = first_of(first, 1)
+    probe = first_of(first, 2)
     network.check_inputs(a, probe, "inputs")
     taps = choose(spec, live_taps(spec, network.module, lambda: network.result(probe)))
     seen, unseen = clusters(spec, taps)

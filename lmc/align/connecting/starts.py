@@ -31,7 +31,7 @@ def by_activations(
     network.load(a)
     batches = input_batches(network.module, inputs, BATCH)
     first = next(batches)
-    probe = first_of(first, 1)
+    probe = first_of(first, 2)
     taps = choose(spec, live_taps(spec, network.module, lambda: network.result(probe)))
     seen, _ = clusters(spec, taps)
     alone = [cluster for cluster in seen if len(cluster.groups) == 1]

@@ -118,7 +118,7 @@ class Problem:
         other = self.network if same else Network(self.source, self.network.device)  # type: ignore[arg-type]
         batches = input_batches(self.network.module, inputs, batch_size)
         first = next(batches)
-        probe = first_of(first, 1)
+        probe = first_of(first, 2)
         self.network.check_inputs(self.a, probe, "inputs")
         self.network.load(self.a)
         run = lambda: self.network.result(probe)  # noqa: E731

@@ -3,6 +3,7 @@ groups inside a group, the gain of a pair of units is the optimum of the problem
 
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import reduce
 from typing import TypeAlias
 
 import numpy as np
@@ -139,7 +140,11 @@ class Gains:
 
 
 def added(gain: Tensor | None, mine: Tensor, theirs: Tensor) -> Tensor:
-    """`gain + mine @ theirs^T`, in place where there is a gain yet."""
+    """`gain + mine @ theirs^T`, in place where there is a gain yet of no narrower dtype."""
+    dtypes = {x.dtype for x in (mine, theirs, gain) if x is not None}
+    if len(dtypes) > 1:  # a block reads tensors of several, such as a head in double precision
+        common = reduce(torch.promote_types, dtypes)
+        mine, theirs, gain = mine.to(common), theirs.to(common), gain if gain is None else gain.to(common)
     return mine @ theirs.T if gain is None else gain.addmm_(mine, theirs.T)
 
 

@@ -68,7 +68,7 @@ class Pair:
     def taps(self) -> list[Tap]:
         """All taps that a forward pass goes through."""
         self.network.load(self.a)
-        probe = first_of(self.batches[0], 1)
+        probe = first_of(self.batches[0], 2)
         run = lambda: self.network.result(probe)  # noqa: E731
         return live_taps(self.spec, self.network.module, run)
 
