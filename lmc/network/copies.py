@@ -109,8 +109,13 @@ def _rebound(function: types.FunctionType, memo: Mapping[int, Any]) -> types.Fun
 
 def writes_parameters(model: nn.Module) -> bool:
     """Whether a module may change its parameters in place: on a change of mode (adapters that are merged in evaluation
-    mode), or in a forward pass (embeddings with a largest norm)."""
-    return switches(model) or any(getattr(module, "max_norm", None) is not None for module in model.modules())
+    mode), or in a forward pass."""
+    return switches(model) or renormalises(model)
+
+
+def renormalises(model: nn.Module) -> bool:
+    """Whether a module shortens its parameters in a forward pass (embeddings with a largest norm)."""
+    return any(getattr(module, "max_norm", None) is not None for module in model.modules())
 
 
 def switches(model: nn.Module) -> bool:

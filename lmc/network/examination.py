@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from lmc.core.context import warn
 from lmc.errors import DataError, InputError
 from lmc.network.caches import Hidden, Removal, derives_outside, hidden_tensors, removable
+from lmc.network.copies import switches
 from lmc.network.inputs import first_of
 from lmc.weights import Weights
 
@@ -29,6 +30,8 @@ class Verdict:
         caches: it keeps values beside its state dict that change.
         renews: its parameters must be other objects for each weight set, since something is kept under their identity.
         functional: it may be called with other weights than those that it holds.
+        switches: what it does of its own in `train` or `eval` changes its outputs, so that it must pass through both with each
+            weight set.
         writes: it changes its parameters in a forward pass, so that it must be given copies.
         writes_inputs: it changes its inputs, so that it must be given copies.
     """
@@ -36,6 +39,7 @@ class Verdict:
     caches: bool = True
     renews: bool = False
     functional: bool = True
+    switches: bool = True
     writes: bool = True
     writes_inputs: bool = True
 
@@ -120,6 +124,7 @@ class Examination:
                 f"{self.name} keeps values derived from its weights outside itself: its parameters are replaced for each "
                 "weight set, which takes longer"
             )
+        switching = switches(self.module) and not self._alike_without_switching(stale, between)
         trial.forget()
         caches = trial.hidden.changing
         writes, writes_inputs = trial.written(self.weights, self.inputs)
@@ -132,7 +137,18 @@ class Examination:
             own = {name: trial.taken(self.weights[name]).clone() for name in trial.own_names}
             functional = _equal(trial.repeated(self.inputs, own), expected)
             functional &= all(torch.equal(tensor, trial.taken(self.weights[name])) for name, tensor in own.items())
-        return Verdict(caches, renews, functional, writes, writes_inputs)
+        return Verdict(caches, renews, functional, switching, writes, writes_inputs)
+
+    def _alike_without_switching(self, stale: Removal, between: Weights) -> bool:
+        """Whether a copy that goes from weights to others, and back, in evaluation mode gives what fresh ones give."""
+        trial = self.trial(stale, Verdict(switches=False), self.weights)
+        trial.repeated(self.inputs)
+        for weights in (between, self.weights):
+            expected = self._given_out(stale, weights)
+            trial.load(weights)
+            if not _equal(trial.repeated(self.inputs), expected):
+                return False
+        return True
 
     def _repeated(self, stale: Removal) -> Any:
         """What a fresh copy gives; `InputError` where it gives something else when it is called again."""

@@ -22,7 +22,7 @@ from lmc.core.context import callers_dtype, default_dtype
 from lmc.errors import DataError, InputError, LmcError, WeightsError
 from lmc.network.batches import tensors, to_device
 from lmc.network.caches import Hidden, Removal, empty, form, is_plain
-from lmc.network.copies import fresh_copy, loads_by_itself, switches, writes_parameters
+from lmc.network.copies import fresh_copy, loads_by_itself, renormalises, switches, writes_parameters
 from lmc.network.examination import Examination, Verdict, few_of, leaves
 from lmc.network.inputs import arguments
 from lmc.network.task import tensor_of
@@ -300,7 +300,9 @@ class Network:
             empty(self.module, stale)
             self._take_stock()
         self._stale, self.verdict = stale, verdict
-        self._copies |= verdict is not None and verdict.writes
+        if verdict is not None:
+            self._switches &= verdict.switches
+            self._copies = self._switches or verdict.writes or renormalises(self._model)
 
     def _examine(self, inputs: Any) -> Verdict:
         """The verdict on this module, which is found at the first inputs, and kept for other copies of it."""

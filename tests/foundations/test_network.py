@@ -1001,6 +1001,28 @@ def test_parameters_are_replaced_with_one_warning(data):
         lmc.loss_path(model, LruFunction(1), LruFunction(2), (x, y), alphas=3, progress=False)
 
 
+class TrainsByItself(Base):
+    """As models of Hugging Face: a `train` of their own, which does nothing to weights."""
+
+    def train(self, mode: bool = True):
+        changes = self.training != mode
+        super().train(mode)
+        return self.requires_grad_(mode) if changes else self
+
+
+def test_modes_are_switched_with_each_weight_set_where_that_matters_alone(data):
+    for kind, matters in ((TrainsByItself, False), (MergedInEval, True), (MadeInEval, True)):
+        network = Network(kind(0), CPU)
+        first, second = (kind(seed).state_dict() for seed in (1, 2))
+        network.load(first)
+        network(data[0])
+        network.load(second)
+        assert network.by_reference != matters
+        fresh = Network(kind(0), CPU)
+        fresh.load(second)
+        assert torch.equal(network(data[0]), fresh(data[0]))
+
+
 def test_modules_that_only_hold_parameters_keep_weights_by_reference(data):
     x, _ = data
     network = Network(Base(0), CPU)

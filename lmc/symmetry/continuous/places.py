@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,17 +39,15 @@ class Occurrence:
         positions = torch.from_numpy(self.rows[list(chosen)].ravel()).to(values.device)
         return flat.index_select(batch, positions).reshape(*values.shape[:batch], len(chosen), -1)
 
-    def mixed(self, tensor: Tensor, matrix: Tensor, chosen: Sequence[int] | None = None) -> Tensor:
-        """The tensor with the chosen units u (default: all) replaced by `matrix` (k, k) u, or multiplied by factors (k,)."""
-        first = tuple(range(len(self.dims)))
-        front = tensor.movedim(self.dims, first)
-        flat = front.flatten(0, len(self.dims) - 1).clone()
+    def mix_(self, tensor: Tensor, matrix: Tensor, chosen: Sequence[int] | None = None) -> None:
+        """Replace the chosen units u (default: all) of a tensor by `matrix` (k, k) u, or multiply them by factors (k,)."""
+        front = tensor.movedim(self.dims, tuple(range(len(self.dims))))
         rows = self.rows if chosen is None else self.rows[list(chosen)]
-        positions = torch.from_numpy(rows).to(tensor.device)
-        picked = flat[positions]
-        units, by = picked.reshape(len(rows), -1), matrix.to(flat)
-        flat[positions] = (units * by[:, None] if by.ndim == 1 else by @ units).reshape(picked.shape)
-        return flat.reshape(front.shape).movedim(first, self.dims).contiguous()
+        places = np.unravel_index(rows.ravel(), front.shape[: len(self.dims)])
+        where = tuple(torch.from_numpy(place).to(tensor.device) for place in places)
+        picked = front[where]
+        units, by = picked.reshape(len(rows), -1), matrix.to(tensor)
+        front[where] = (units * by[:, None] if by.ndim == 1 else by @ units).reshape(picked.shape)
 
 
 class Move(NamedTuple):
@@ -91,7 +90,9 @@ def moved(spec: Symmetries, weights: Weights, moves: Sequence[Move]) -> Weights:
     """The weights after some moves, one after the other; tied tensors under all their names."""
     result = dict(weights)
     for place, matrix, chosen in moves:
-        result[place.tensor] = place.mixed(result[place.tensor], matrix, chosen)
+        if result[place.tensor] is weights[place.tensor]:
+            result[place.tensor] = weights[place.tensor].clone(memory_format=torch.contiguous_format)
+        place.mix_(result[place.tensor], matrix, chosen)
     for alias, first in spec.aliases.items():
         if alias in result and result[first] is not weights[first]:
             result[alias] = result[first]
