@@ -74,7 +74,8 @@ class Moments:
         return self.count * (self.covariances + torch.outer(self.means, self.means))
 
 
-BLOCK = 1 << 14  # values that are worked on in float64 at a time, in the cache of a processor core
+BLOCK = 1 << 14  # values that are worked on at a time, in the cache of a processor core
+STRETCH = 512  # products of values in float32 that are added up before float64
 
 
 def moments(tensors: Iterable[Tensor]) -> Moments:
@@ -83,15 +84,25 @@ def moments(tensors: Iterable[Tensor]) -> Moments:
     for tensor in tensors:
         rows = tensor.reshape(len(tensor), -1)
         for block in rows.split(BLOCK if rows.device.type == "cpu" else max(1, rows.shape[1]), 1):
-            values = precise(block)
+            values = block if block.dtype == torch.float32 else precise(block)
             if count == 0:  # numbers that are large beside their spread cost no digits
                 shift = values.mean(1, keepdim=True)
             values = values - shift
             count += values.shape[1]
-            sums = sums + values.sum(1)
-            products = products + values @ values.T
-    off = sums / count
+            total, square = _sums(values)
+            sums, products = sums + total, products + square
+    off, shift = sums / count, shift.to(sums)
     return Moments(count, (shift[:, 0] + off).cpu(), (products / count - torch.outer(off, off)).cpu())
+
+
+def _sums(values: Tensor) -> tuple[Tensor, Tensor]:
+    """`(models,)` sums and `(models, models)` sums of products in float64; those of short stretches are taken in float32 first."""
+    if values.dtype == torch.float64 or values.shape[1] % STRETCH:
+        values = precise(values)
+        return values.sum(1), values @ values.T
+    stretches = values.unflatten(1, (-1, STRETCH)).transpose(0, 1)  # (stretches, models, values)
+    products = stretches @ stretches.mT
+    return precise(stretches.sum(-1)).sum(0), precise(products).sum(0)
 
 
 def precise(tensor: Tensor) -> Tensor:

@@ -73,15 +73,35 @@ class Extent:
             return tensor
         target = as_bytes(tensor)
         begin = self.start + first * self.dtype.itemsize
-        with open(self.file, "rb", buffering=0) as file:
-            if chunk is not None and hasattr(os, "posix_fadvise"):  # the system fetches the next chunk meanwhile
-                os.posix_fadvise(file.fileno(), begin + target.nbytes, target.nbytes, os.POSIX_FADV_WILLNEED)
-            file.seek(begin)
-            while count := file.readinto(target):  # at most 2 GB at a time
-                target = target[count:]
+        if chunk is not None and hasattr(os, "RWF_NOWAIT"):
+            count = _at_hand(self.file, begin, target)
+            begin, target = begin + count, target[count:]
+        if target:
+            with open(self.file, "rb", buffering=0) as file:
+                file.seek(begin)
+                while count := file.readinto(target):  # at most 2 GB at a time
+                    target = target[count:]
         if target:
             raise DataError(f"{self.file}: cut short since it was opened")
         return tensor
+
+
+AHEAD = 8  # chunks that the system is asked to fetch
+
+
+def _at_hand(path: Path, begin: int, target: memoryview) -> int:
+    """Read what the system has in memory, and say how many bytes these are; where some lack, it fetches further chunks too."""
+    file = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            count = os.preadv(file, [target], begin, os.RWF_NOWAIT)
+        except OSError:  # nothing is there, or the file system does not tell
+            count = 0
+        if count < target.nbytes:
+            os.posix_fadvise(file, begin + count, AHEAD * target.nbytes, os.POSIX_FADV_WILLNEED)
+        return count
+    finally:
+        os.close(file)
 
 
 @dataclass(frozen=True)

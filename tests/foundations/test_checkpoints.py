@@ -1,6 +1,8 @@
 """Weights on disk: read lazily, given back exactly; what is broken or dangerous is refused and named."""
 
+import errno
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -134,6 +136,27 @@ def test_truncated_files_are_named(name: str, keep: int, tmp_path: Path) -> None
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(DataError, match=name):
         open_checkpoint(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_NOWAIT"), reason="the system does not say what it has in memory")
+@pytest.mark.parametrize("at_hand", ["nothing", "a part", "not told"])
+def test_chunks_are_read_whatever_the_system_has_of_them(
+    at_hand: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, asked, read = open_checkpoint(saved(tmp_path, "a.safetensors")), list[int](), os.preadv
+
+    def preadv(file: int, buffers: list[memoryview], offset: int, flags: int) -> int:
+        asked.append(offset)
+        if at_hand != "a part":
+            raise BlockingIOError if at_hand == "nothing" else OSError(errno.EOPNOTSUPP, "not supported")
+        return read(file, [buffers[0][:3]], offset)
+
+    monkeypatch.setattr(os, "preadv", preadv)
+    for name, tensor in tensors().items():
+        for stop in range(1, tensor.numel() + 1):
+            chunk = checkpoint.read(name, slice(stop - 1, tensor.numel()))
+            assert torch.equal(chunk, tensor.flatten()[stop - 1 :])
+    assert len(asked) > 20
 
 
 def test_a_file_cut_after_opening_is_named(tmp_path: Path) -> None:

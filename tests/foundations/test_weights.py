@@ -5,7 +5,7 @@ from torch import nn
 
 import lmc
 from lmc import weights as W
-from lmc.weights.state import narrowed
+from lmc.weights.state import finite, narrowed
 
 
 def pair():
@@ -54,6 +54,21 @@ def test_a_dtype_of_the_same_size_may_have_a_smaller_range(tensor, dtype):
     with pytest.raises(lmc.WeightsError, match="w: .* leaves the range of"):
         narrowed(tensor, dtype, "w")
     assert not narrowed(torch.zeros_like(tensor), dtype, "w").to(torch.complex64).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_bit_pattern_of_half_precision_is_known_as_finite_or_not(dtype):
+    every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int16).view(dtype)
+    usual, others = every[every.isfinite()], every[~every.isfinite()]
+    assert finite(usual) and finite(usual[:0]) and len(others) > 200
+    assert not any(finite(torch.stack([usual[0], other])) for other in others)
+
+
+def test_finite_numbers_and_their_sum():
+    for dtype in (torch.float32, torch.float64, torch.complex64, torch.float8_e4m3fn):
+        value = torch.tensor([1.0, 2.0]).to(dtype)
+        assert finite(value) and not finite(torch.tensor([1.0, float("nan")]).to(dtype))
+    assert not finite(torch.full((2,), 3e38)) and finite(torch.full((2,), 3e38, dtype=torch.float64))
 
 
 def test_distance_of_checkpoints_is_that_of_what_they_hold(tmp_path, monkeypatch):

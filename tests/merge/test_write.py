@@ -555,6 +555,39 @@ def test_workers_give_the_same(name: str, tmp_path: Path, paths: list[Path], mon
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.thorough
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_workers_of_a_dask_cluster_give_the_same(
+    tmp_path: Path, paths: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Given the client or its executor, with files begun by a run that was stopped, and after the death of a worker."""
+    distributed = pytest.importorskip("distributed")
+    monkeypatch.setattr(shards, "APART", 1)
+    monkeypatch.setattr(shards, "PART", 60)
+    expected = {name: contents(run(name, paths, tmp_path / name).path) for name in NARROW}
+    with (
+        distributed.LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None, silence_logs=50) as local,
+        distributed.Client(local) as client,
+    ):
+        for name in NARROW:
+            executor = client if name in ("average", "ties") else client.get_executor(pure=False)
+            assert contents(run(name, paths, tmp_path / f"{name}-far", executor=executor).path) == expected[name]
+        whole = contents(run("ties", paths, tmp_path / "whole", shard_size=10_000).path)
+        write = shards._Growing.write
+
+        def stops(self: Any, place: int, values: Any, last: bool = False) -> None:
+            if self.noted > 200:
+                raise Stop
+            write(self, place, values, last)
+
+        with monkeypatch.context() as patch, pytest.raises(Stop):
+            patch.setattr(shards._Growing, "write", stops)
+            run("ties", paths, tmp_path / "out", shard_size=10_000)
+        assert merge.plan(merge.ties, paths[1:], tmp_path / "out", base=paths[0], shard_size=10_000, density=0.4).begun
+        os.kill(next(iter(client.run(os.getpid).values())), signal.SIGKILL)
+        assert contents(run("ties", paths, tmp_path / "out", shard_size=10_000, executor=client).path) == whole
+
+
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64, torch.int8)])
 def test_parts_of_a_file_lie_side_by_side(
     dtypes: tuple[torch.dtype, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

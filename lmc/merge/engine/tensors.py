@@ -32,7 +32,7 @@ from lmc.weights.adapter import Adapter, Changed
 from lmc.weights.agreement import fitting, outline, with_prefix_of
 from lmc.weights.checkpoint import Checkpoint, Mapped, Stored, flat
 from lmc.weights.opening import open_checkpoint
-from lmc.weights.state import check_integers, dtype_name, inexact, memory, unmergeable, wide
+from lmc.weights.state import check_integers, dtype_name, finite, inexact, memory, unmergeable, wide
 
 STATISTICS = ("running_mean", "running_var")
 
@@ -196,9 +196,7 @@ class WeightSets:
 
     def _finite(self, tensor: Tensor, name: str, chunk: Chunk) -> Tensor:
         """`tensor`, which was made of the models' tensors; one question to the device checks that all were finite."""
-        values = tensor.float() if tensor.dtype.itemsize == 1 else tensor
-        total = values.sum(dtype=wide(values.dtype))
-        if not bool(torch.isfinite(total)) and not bool(torch.isfinite(values).all()):
+        if not finite(tensor) and not bool(torch.isfinite(tensor.to(wide(tensor.dtype))).all()):
             sources = [(f"models[{i}]", state) for i, state in enumerate(self.states)]
             for who, state in [*sources, *([] if self.base is None else [("base", self.base)])]:
                 self._check(who, state, name, chunk)
