@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lmc
 from lmc import merge
 
-peft = pytest.importorskip("peft")
+pytestmark = pytest.mark.thorough
 
 
 class Net(nn.Module):
@@ -38,6 +38,8 @@ def net(seed: int = 0) -> Net:
 def adapted(model: nn.Module, folder: Path, seed: int = 0, **config: Any) -> Any:
     """PEFT's model with an adapter of random factors, which is stored in `folder`."""
     torch.manual_seed(seed)
+    import peft  # takes seconds
+
     made = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(**config))
     for parameter in made.parameters():
         if parameter.requires_grad:
@@ -125,7 +127,9 @@ def test_combinations(kind: str, scale: float, tmp_path: Path):
     model, config = net(), {"r": 3, "lora_alpha": 3, "target_modules": ["q", "v"]}
     adapted(model, tmp_path / "a", 1, **config)
     adapted(model, tmp_path / "b", 2, **config)
-    both = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a", adapter_name="a")
+    from peft import PeftModel
+
+    both = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a", adapter_name="a")
     both.load_adapter(tmp_path / "b", adapter_name="b")
     more = {"svd_rank": 6} if kind == "svd" else {}
     both.add_weighted_adapter(["a", "b"], [0.7, 0.4], "both", combination_type=kind, **more)
@@ -150,7 +154,9 @@ def test_peft_reads_what_is_extracted(tmp_path: Path):
     save_file(model.state_dict(), tmp_path / "base.safetensors")
     found = merge.extract([tuned], tmp_path / "a", base=tmp_path / "base.safetensors", rank=12, progress=False)
     assert found.error < 1e-5
-    loaded = peft.PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a")
+    from peft import PeftModel
+
+    loaded = PeftModel.from_pretrained(copy.deepcopy(model), tmp_path / "a")
     torch.testing.assert_close(loaded(x), tuned(x), atol=1e-5, rtol=1e-4)
     merged = loaded.merge_and_unload().state_dict()
     for name, tensor in tuned.state_dict().items():

@@ -9,7 +9,7 @@ from torch import Tensor
 Chunk: TypeAlias = slice | None  # of the flattened tensor, from start to stop; None is the whole tensor in its shape
 Cut = Literal["whole", "filters", "rows", "entries"]
 
-VALUES = 1 << 17  # of a chunk: a few chunks of two models fit into the cache of a processor core
+VALUES = 1 << 18  # of a chunk: a few chunks fit into the cache of a processor core
 Found = TypeVar("Found")
 Made: TypeAlias = tuple[str, Chunk, Tensor]
 Make: TypeAlias = Callable[[Iterable[str]], Iterator[Made]]  # the tensors of these names, in chunks, in this order
