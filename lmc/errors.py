@@ -4,6 +4,15 @@ Each message names the tensor (or operator), the axis where there is one, what w
 found, and what to do next.
 """
 
+import difflib
+from collections.abc import Iterable
+
+
+def nearest(name: object, known: Iterable[str]) -> str:
+    """A hint in words at the name that was meant; empty where none is near."""
+    found = difflib.get_close_matches(str(name), list(known), 1)
+    return f" (did you mean {found[0]!r}?)" if found else ""
+
 
 class LmcError(Exception):
     """Base class of every error that `lmc` raises on purpose."""

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 import lmc.merge
 import lmc.weights
 from lmc.core.workers import Processes
-from lmc.errors import DataError, InputError
+from lmc.errors import DataError, InputError, nearest
 from lmc.weights import StateDict, fitted, tied_names
 from lmc.weights.checkpoint import RECIPE, Checkpoint, readable
 from lmc.weights.opening import open_checkpoint
@@ -72,7 +72,8 @@ def method(name: str) -> Any:
     if ":" in name:
         return imported(name)
     if name not in methods():
-        hint = " (it needs data or whole models: call it in Python)" if name in lmc.merge.__all__ else ""
+        apart = " (it needs data or whole models: call it in Python)"
+        hint = apart if name in lmc.merge.__all__ else nearest(name, methods())
         raise InputError(f"method {name!r} does not merge on disk{hint}; choose from {', '.join(methods())}")
     return methods()[name]
 
@@ -90,7 +91,8 @@ def check_options(
     open_ended = any(p.kind is introspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name, value in given.items():
         if name in taken or (name not in known and not open_ended):
-            raise InputError(f"{getattr(function, '__name__', function)} has no option {name!r}; it has {known}")
+            called = getattr(function, "__name__", function)
+            raise InputError(f"{called} has no option {name!r}{nearest(name, known)}; it has {known}")
         default = parameters[name].default if name in parameters else None
         if isinstance(default, int) and not isinstance(default, bool) and isinstance(value, str | float | bool | None):
             raise InputError(f"--set {name}: expected a whole number, as {default} is, got {value!r}")

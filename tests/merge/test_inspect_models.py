@@ -140,6 +140,20 @@ def test_barriers_have_the_unit_of_the_task() -> None:
     assert compared.unit == "squared error" and "(squared error)" in compared.plot().layout.xaxis.title.text
 
 
+def test_no_method_on_task_vectors_is_recommended_for_a_stranger_to_the_base() -> None:
+    said = " ".join(lmc.merge.inspect([moved(state(0), state(1), 0.1), state(2)], base=state(0)).advice)
+    assert "models[1] is" in said and "use align= and no task vectors" in said
+    assert not any(word in said for word in ("task_arithmetic", "try ties", "model_stock"))
+
+
+def test_layers_that_one_model_alone_left_as_they_were_are_said() -> None:
+    frozen = moved(state(0), state(2), 0.1) | {name: t for name, t in state(0).items() if name.startswith("a.")}
+    models = [moved(state(0), state(1), 0.1), frozen]
+    said = [s for s in lmc.merge.inspect(models, base=state(0)).advice if "as the base has them" in s]
+    assert len(said) == 1 and said[0].startswith("models[1] has 1 of ") and "first a:" in said[0]
+    assert not any("as the base has them" in s for s in lmc.merge.inspect([models[0]] * 2, base=state(0)).advice)
+
+
 def test_adapters_copies_frozen_layers_and_costs(tmp_path: Path) -> None:
     base = {"l0.weight": torch.randn(6, 4), "l1.weight": torch.randn(4, 6)}
     factors = {
@@ -157,6 +171,7 @@ def test_adapters_copies_frozen_layers_and_costs(tmp_path: Path) -> None:
     assert "a (rank 2), b (rank 2)" in said[0] and "extract" in said[0]
     assert "1 of 2 layers are the base's in all models, first l0" in said[1]
     assert any("same task vector" in sentence for sentence in said) and said[-1].startswith("A merge on disk reads")
+    assert re.search(r"in about 1 s \(average\) to 1 s \(sce\).* 100 MB .* whole tensors take about 2\.3 kB", said[-1])
     alone = lmc.merge.inspect(paths, progress=False).advice
     assert len(alone) == 2 and all("base=" in sentence for sentence in alone)
     twins = lmc.merge.inspect([base, dict(base)], progress=False).advice

@@ -224,7 +224,11 @@ def test_data_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     ("argv", "status", "message"),
     [
         (["merge", "ties", "A", "B", "--out", "OUT"], 2, "ties needs .* --base"),
-        (["merge", "ties", "A", "--base", "BASE", "--out", "OUT", "--set", "desnity=1"], 2, "no option 'desnity'"),
+        (
+            ["merge", "ties", "A", "--base", "BASE", "--out", "OUT", "--set", "desnity=1"],
+            2,
+            "no option 'desnity' .did you mean 'density'",
+        ),
         (["merge", "ties", "A", "--base", "BASE", "--out", "OUT", "--set", "density"], 2, "KEY=VALUE"),
         (["merge", "ties", "A", "--base", "BASE", "--out", "OUT", "--set", "density=2"], 2, "density"),
         (["merge", "ties", "A", "--base", "BASE", "--out", "OUT", "--set", "density=null"], 2, "expected a number"),
@@ -240,7 +244,11 @@ def test_data_from_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         ),
         (["inspect", "A", "B", "--task", "regression"], 2, "--data"),
         (["merge", "fisher", "A", "B", "--out", "OUT"], 2, "call it in Python"),
-        (["merge", "avrage", "A", "B", "--out", "OUT"], 2, "choose from arcee_fusion, average"),
+        (
+            ["merge", "avrage", "A", "B", "--out", "OUT"],
+            2,
+            "did you mean 'average'.*; choose from arcee_fusion, average",
+        ),
         (["merge", "average", "A", "B"], 2, "--out FOLDER"),
         (["merge", "average", "A", "B", "--out", "BASE"], 2, "exists already"),
         (["merge", "average", "A", "NOWHERE", "--out", "OUT"], 1, "no such file or folder"),

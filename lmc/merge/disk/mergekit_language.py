@@ -24,8 +24,8 @@ from typing import Any
 
 from lmc.core.context import warn
 from lmc.core.extras import require
-from lmc.errors import DataError, InputError
-from lmc.merge.disk.mergekit_methods import Translation, nearest, translation
+from lmc.errors import DataError, InputError, nearest
+from lmc.merge.disk.mergekit_methods import Translation, translation
 
 TOP = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype", "tokenizer_source", "tokenizer",

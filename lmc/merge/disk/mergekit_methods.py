@@ -6,12 +6,11 @@ tensors instead of dividing by the density, and takes undecided entries of TIES 
 numbers. Sums are made in float32, there in `dtype`.
 """
 
-import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from lmc.errors import InputError
+from lmc.errors import InputError, nearest
 from lmc.merge.engine.method import MergeFunction
 from lmc.merge.rules import averaging, selection, task_vectors, ties
 
@@ -224,9 +223,3 @@ def translation(name: Any) -> Translation:
             f"merge_method: {name!r} is not supported{nearest(name, METHODS)}; known are {', '.join(METHODS)}"
         )
     return METHODS[name]
-
-
-def nearest(name: Any, known: Sequence[str] | dict[str, Any]) -> str:
-    """A hint in words at the name that was meant; empty where none is near."""
-    found = difflib.get_close_matches(str(name), list(known), 1)
-    return f" (did you mean {found[0]!r}?)" if found else ""

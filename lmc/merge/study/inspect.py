@@ -285,19 +285,35 @@ def _further(
         said.append(
             f"{len(frozen)} of {len(layers)} layers are the base's in all models, first {frozen[0]}: no method changes them."
         )
+    for i, name in enumerate(names):
+        own = [layer.name for layer in layers if based and layer.size and layer.norms.any() and not layer.norms[i]]
+        if own and name not in ranks and len(own) + len(frozen) < len(layers):
+            said.append(
+                f"{name} has {len(own)} of {len(layers)} layers as the base has them, where others changed them, first {own[0]}: "
+                "an average draws those back to the base, a sum of task vectors leaves them to the others."
+            )
     return said
 
 
+SECONDS = (
+    1.5,
+    12.0,
+)  # of one processor core for a GB that is read: averages, and SCE, which takes longest of those in chunks
+
+
 def _cost(states: Sequence[Mapping[str, Tensor]]) -> list[str]:
-    """What a merge on disk would read and write."""
+    """What a merge on disk would read and write, and what time and memory it takes."""
     if not all(isinstance(state, Checkpoint) for state in states):
         return []
     read = sum(file.stat().st_size for file in {f for s in states if isinstance(s, Checkpoint) for f in s.files})
     first = states[0]
     size = first.size if isinstance(first, Checkpoint) else 0
+    quick, slow = (max(1, round(seconds * read / 1e9)) for seconds in SECONDS)
+    largest = max((tensor.numel() for tensor in outline(first).values()), default=0)
     return [
-        f"A merge on disk reads {readable(read)} (some methods two or three times) and writes {readable(size)}; "
-        "lmc.merge.plan(...) says how much memory a method takes."
+        f"A merge on disk reads {readable(read)} (some methods two or three times) and writes {readable(size)}, on one core in "
+        f"about {quick} s (average) to {slow} s (sce), the disk aside, with some 100 MB of memory beside those of torch; methods "
+        f"that hold whole tensors take about {readable(4 * 8 * len(states) * largest)}. lmc.merge.plan(...) says what one takes."
     ]
 
 
@@ -314,6 +330,7 @@ def _task_vectors(names: Sequence[str], matrices: LayerReport) -> list[str]:
             )
     if not norms.all():
         return said
+    strangers = bool((norms > FAR * base).any())
     cosines = matrices.cosines[np.triu_indices(len(names), 1)]
     pairs = [(i, j) for i in range(len(names)) for j in range(i + 1, len(names))]
     twins = [(names[i], names[j]) for i, j in pairs if matrices.cosines[i, j] > TWINS]
@@ -323,6 +340,8 @@ def _task_vectors(names: Sequence[str], matrices: LayerReport) -> list[str]:
             f"The task vector of {names[int(norms.argmax())]} is {ratio:.1f} times as long as that of "
             f"{names[int(norms.argmin())]} and will decide the merge: balance them with weights=."
         )
+    if strangers:  # whatever combines task vectors is for models that were fine-tuned from the base
+        return said
     mean = float(cosines.mean())
     if mean > AGREE:
         said.append(
