@@ -74,7 +74,7 @@ class Moments:
         return self.count * (self.covariances + torch.outer(self.means, self.means))
 
 
-BLOCK = 1 << 14  # values that are worked on at a time, in the cache of a processor core
+BLOCK = 1 << 14  # values that are worked on in float64 at a time, in the cache of a processor core
 STRETCH = 512  # products of values in float32 that are added up before float64
 
 
@@ -83,7 +83,8 @@ def moments(tensors: Iterable[Tensor]) -> Moments:
     count, shift, sums, products = 0, torch.zeros(()), torch.zeros(()), torch.zeros(())
     for tensor in tensors:
         rows = tensor.reshape(len(tensor), -1)
-        for block in rows.split(BLOCK if rows.device.type == "cpu" else max(1, rows.shape[1]), 1):
+        apart = rows.device.type == "cpu" and (rows.dtype != torch.float32 or rows.shape[1] % STRETCH)
+        for block in rows.split(BLOCK if apart else max(1, rows.shape[1]), 1):
             if count == 0:  # numbers that are large beside their spread cost no digits
                 shift = precise(block.mean(1, keepdim=True))
             count += block.shape[1]
@@ -96,7 +97,7 @@ def moments(tensors: Iterable[Tensor]) -> Moments:
 def _sums(block: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
     """Of `(models, values)` less a shift of each model the sums, and `(models, models)` the sums of products, in float64.
 
-    Of float32 those of short stretches are taken in float32 first: an eighth of the time, for errors of 1e-8.
+    Of float32 those of short stretches are taken in float32 first: half of the time, for errors of 1e-8.
     """
     if block.dtype != torch.float32 or block.shape[1] % STRETCH:
         values = precise(block) - shift
