@@ -1,23 +1,46 @@
-"""Progress bars: none for what takes less than two seconds, none where the environment variable TQDM_DISABLE is set.
+"""Progress: what long work says before it begins, and bars: none for what takes less than two seconds.
 
-tqdm itself heeds that variable in terminals only; stored notebooks and their tests need it to hold in notebooks too.
+Nothing is shown where the environment variable TQDM_DISABLE is set. tqdm itself heeds it in terminals only; stored notebooks
+and their tests need it to hold in notebooks too.
 """
 
+import math
 import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from tqdm import auto
 
+LONG = 10.0  # seconds from which on it is said beforehand how long work will take
+
 _Bar = auto.tqdm if TYPE_CHECKING else object
+
+
+def _unwanted() -> bool:
+    return os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
+
+
+def beforehand(work: str, seconds: float, *, budget: float | None = None, least: bool = False, more: str = "") -> None:
+    """Say of long work, before it begins, about how long it will take (or at least) and how long it may.
+
+    Written beside the bars, which stored notebooks do not keep: how long depends on the machine.
+    """
+    if seconds < LONG or _unwanted():
+        return
+    allowed = "" if budget is None or math.isinf(budget) else f", budget {_duration(budget)}"
+    auto.tqdm.write(f"{work}: {'at least' if least else 'about'} {_duration(seconds)}{allowed}{more}", file=sys.stderr)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100.0 else f"{seconds / 60.0:.0f} minutes"
 
 
 class Quiet(_Bar):
     """A bar of tqdm that waits two seconds and leaves nothing behind, neither in sight nor in a saved notebook."""
 
     def __init__(self, *args: Any, delay: float = 2, disable: bool = False, leave: bool = False, **kwargs: Any) -> None:
-        unwanted = os.environ.get("TQDM_DISABLE", "0") not in ("", "0")
         self._output: Any = None  # of a notebook, once the bar is shown
-        super().__init__(*args, delay=delay, disable=disable or unwanted, leave=leave, **kwargs)
+        super().__init__(*args, delay=delay, disable=disable or _unwanted(), leave=leave, **kwargs)
 
     def display(self, *args: Any, **kwargs: Any) -> Any:
         """Draw the bar; in a notebook as an output that can be emptied, where tqdm shows a widget that cannot."""

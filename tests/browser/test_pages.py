@@ -6,7 +6,7 @@ import math
 import xml.etree.ElementTree as ElementTree
 
 import pytest
-from acts import NETWORKS
+from acts import NETWORKS, drag
 from PIL import Image
 
 MAKE = """
@@ -141,6 +141,37 @@ def test_it_fits_can_be_read_and_can_be_kept(page, request):
         for name, value in row.items()
         if name not in ("split", "path")
     )
+
+
+@pytest.mark.thorough
+def test_an_explorer_is_a_page_of_javascript(window, tmp_path, monkeypatch):
+    """The guide's own explorer, run as it is printed there, moves, says where its values come from, and can be kept."""
+    from project.test_docs import DOCS, FILES, PYTHON, SMALL
+
+    monkeypatch.chdir(tmp_path)
+    text = (DOCS / "guides" / "own_explorer.md").read_text(encoding="utf-8")
+    ((source, file),) = FILES.findall(text)
+    assert len(source.splitlines()) < 60
+    (tmp_path / file).write_text(source, encoding="utf-8")
+    names: dict = {}
+    exec(SMALL, names)
+    for each in PYTHON.findall(text):
+        exec(each, names)
+    page = window.open((tmp_path / "flatness.html").as_uri())
+    reading = page.locator(".lmc-reading")
+    reading.filter(has_text=f"noise of 0.00 · loss {names['found'].losses['A'][0]:.3f}").wait_for()
+    page.get_by_role("slider", name="size of the noise").press("ArrowRight")
+    reading.filter(has_text=f"loss {names['found'].losses['A'][1]:.3f}").wait_for()
+    page.get_by_role("radio", name="B").click()
+    reading.filter(has_text=f"loss {names['found'].losses['B'][1]:.3f}").wait_for()
+    drag(page, page.locator(".lmc-chart"), (0.3, 0.5), (0.71, 0.5))
+    page.locator(".lmc-note", has_text="interpolated between evaluated points").wait_for()
+    for width in WIDTHS:
+        page.set_viewport_size({"width": width, "height": 768})
+        page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        assert page.evaluate(FAULTS) == [], width
+    rows = list(csv.DictReader(io.StringIO(keep(page, "CSV").decode())))
+    assert [row["network"] for row in rows] == ["A"] * 8 + ["B"] * 8
 
 
 def keep(page, kind: str) -> bytes:

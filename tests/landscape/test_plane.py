@@ -295,11 +295,12 @@ def test_the_plot_shows_losses_and_the_models_in_their_places(plane):
 
 
 def test_the_cost_of_a_long_plane_is_told(three, monkeypatch, capsys):
-    monkeypatch.setattr("lmc.landscape.evaluation.evaluation.LONG", 0.0)
+    monkeypatch.setattr("lmc.core.progress.LONG", 0.0)
+    monkeypatch.delenv("TQDM_DISABLE")
     loss_plane(classifier(0, SIZES), three, DATA, resolution=5)
-    assert "plane: 22 points to evaluate, about" in capsys.readouterr().out
+    assert "plane: 22 points to evaluate: about" in capsys.readouterr().err
     loss_plane(classifier(0, SIZES), three, DATA, resolution=5, progress=False)
-    assert not capsys.readouterr().out
+    assert "points to evaluate" not in capsys.readouterr().err
 
 
 # ---- bad input

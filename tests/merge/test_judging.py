@@ -1,5 +1,6 @@
 """Scores of merges: as they are measured, with any task, one for each weights, within a budget of time."""
 
+import re
 import time
 
 import pytest
@@ -151,9 +152,11 @@ def test_options_are_tried_from_the_middle_outwards() -> None:
 
 def test_what_takes_long_is_said_beforehand(case, capsys, monkeypatch) -> None:
     model, models, x, y = case
-    options = {"loss": nn.functional.mse_loss, "methods": ["average", "slerp"], "seconds": 1000.0}
-    merge.compare(model, models[:2], (x, y), progress=True, **options)
-    assert capsys.readouterr().out == ""
-    monkeypatch.setattr("lmc.merge.study.compare.SAID", 0.0)
-    merge.compare(model, models[:2], (x, y), progress=True, **options)
-    assert "4 merges by 2 methods: about 0 s or longer" in capsys.readouterr().out
+    options = {"loss": nn.functional.mse_loss, "methods": ["average", "slerp"], "seconds": 90.0}
+    monkeypatch.delenv("TQDM_DISABLE")
+    monkeypatch.setattr("lmc.core.progress.LONG", 0.0)
+    merge.compare(model, models[:2], (x, y), **options)
+    said = r"compare: 4 merges of 2 models by 2 methods: about \d+ (s|minutes), budget 90 s"
+    assert re.search(said, capsys.readouterr().err)
+    merge.compare(model, models[:2], (x, y), progress=False, **options)
+    assert "about" not in capsys.readouterr().err

@@ -56,6 +56,7 @@ def test_terms_of_the_glossary_are_in_order():
 
 PYTHON = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 COMMANDS = re.compile(r"^```\n(lmc .*?)^```", re.M | re.S)
+FILES = re.compile(r"^```js\n(// (\w+\.js):.*?)^```", re.M | re.S)  # which name themselves on their first line
 SMALL = """
 import torch
 import lmc
@@ -70,7 +71,7 @@ config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_lay
 model, ids = transformers.GPT2LMHeadModel(config).eval(), torch.randint(40, (4, 8))
 """
 # What stands before the Python of a guide: networks to try it on.
-BEFORE = {"align_two": SMALL, "bring_your_network": GPT, "sweep": SMALL, "matplotlib": SMALL}
+BEFORE = {"align_two": SMALL, "bring_your_network": GPT, "sweep": SMALL, "matplotlib": SMALL, "own_explorer": SMALL}
 
 
 GUIDES = [  # a sweep starts processes, each with an import of torch
@@ -88,6 +89,8 @@ def test_guides_run_as_printed(guide, tmp_path, monkeypatch, capsys):
     if guide.stem == "matplotlib":
         pytest.importorskip("matplotlib", reason="the recipe is for those who have matplotlib; lmc itself does without")
     exec(BEFORE.get(guide.stem, ""), names)
+    for source, file in FILES.findall(text):
+        Path(file).write_text(source, encoding="utf-8")
     for source in PYTHON.findall(text):
         exec(compile(source.replace("budget=60", "budget=2"), guide.name, "exec"), names)
     for line in "".join(COMMANDS.findall(text)).splitlines():

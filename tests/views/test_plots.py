@@ -1,5 +1,7 @@
 """Figures of paths: what they draw is what the paths hold."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +103,27 @@ def test_barrier_labels_stand_on_no_curve_and_on_no_other_label():
             assert (np.abs(curve - y) > 0.03).all()
     (x, y), (u, v) = places[:2]
     assert abs(x - u) > 0.2 or abs(y - v) > 0.1
+
+
+def test_barrier_labels_stand_on_no_arrow():
+    alphas = np.linspace(0.0, 1.0, 25)
+
+    def fall(middle: float, width: float) -> Path:
+        hump = np.exp(-(((alphas - middle) / width) ** 2))
+        values = {"data": {"loss": 0.2 + hump, "accuracy": 0.95 - 0.8 * hump}}
+        return Path(alphas, values, {"data": {"loss": (0.2, 0.2), "accuracy": (0.95, 0.95)}})
+
+    for middle, width in ((0.3, 0.1), (0.3, 0.25), (0.35, 0.1)):
+        figure = fall(0.5, 0.4).plot(other=fall(middle, width))
+        arrows = [each for each in figure.layout.annotations if each.showarrow]
+        labels = [each for each in figure.layout.annotations if re.search(r"(nats|points)$", each.text or "")]
+        assert len(arrows) == 4 and labels
+        for label in labels:
+            for arrow in arrows:
+                low, high = sorted((arrow.ay, arrow.y))
+                half = 0.5 * 7.4 * len(label.text) / 250  # of the label, as a share of the panel
+                if arrow.xref == label.xref and low < label.y < high:
+                    assert abs(arrow.x - label.x) > half
 
 
 def test_tracks_stand_out_and_name_their_points():

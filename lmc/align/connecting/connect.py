@@ -23,7 +23,7 @@ from lmc.align.rotations.rotatable import rotatable_groups
 from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.budget import Budget
 from lmc.core.context import own_context, warn
-from lmc.core.progress import tqdm
+from lmc.core.progress import beforehand
 from lmc.errors import CertificateError, InputError, LmcError, SpecError
 from lmc.landscape.evaluation.evaluation import Repair
 from lmc.landscape.path import Path, loss_path
@@ -215,17 +215,17 @@ class _Search:
     # ---- what is tried
 
     def run(self) -> None:
+        if self.progress:
+            self._announce()
         self.attempt("as they are", lambda: Candidate("as they are", self.a, self.b, self.spec.identity()))
         self.attempt("weight matching", self._weight_matching)
         started = self.clock.spent
         self.naive = self._naive()
         self.reserve = RESERVE * (self.clock.spent - started)
-        if self.progress:
-            self._tell()
         self.attempt("activation matching", self._activation_matching)
         for candidate in self.candidates[1:]:
             self.attempt(REPAIRED, partial(self._repaired, candidate))
-        if self._may_rotate():
+        if not self.enough and self._turns:
             self.attempt("norms folded", self._folded)
         if self.rotated:
             self.attempt("rotations by activations", lambda: self._rotations("activations"))
@@ -280,11 +280,12 @@ class _Search:
         path = self._path(candidate.a, candidate.weights, self.held, ALPHAS, "repair")
         return replace(candidate, barrier=path.barrier, note=REPAIRED, repaired=True)
 
-    def _may_rotate(self) -> bool:
+    @property
+    def _turns(self) -> bool:
         """Whether there are heads, or normalisations between which a stream might rotate."""
         norms = (name for name, module in self.model.named_modules() if isinstance(module, NORMS))
         stream = any(f"{name}.weight" in self.spec.tables_by_tensor for name in norms)
-        return not self.enough and (stream or any(group.within for group in self.spec.groups.values()))
+        return stream or any(group.within for group in self.spec.groups.values())
 
     def _folded(self) -> Candidate | None:
         """The best permutation with folded norms; None where that lets nothing rotate."""
@@ -375,13 +376,18 @@ class _Search:
             loss=self.made if data is self.held else self.task, device=self.device, progress=False,
         )  # fmt: skip
 
-    def _tell(self) -> None:
-        limit = "no limit of time" if math.isinf(self.clock.seconds) else f"{self.clock.seconds:.0f} s at most"
-        tqdm.write(
-            f"connect: activation matching, rotations where units may be mixed, then refinement; {limit}, "
-            f"{self.clock.spent:.0f} s spent, {self.reserve:.0f} s kept for the last measurement. "
-            f"Barrier by weight matching so far: {self.best.barrier:.3f} {self.judge.unit}"
-        )
+    def _announce(self) -> None:
+        """Say about how long it will take: nearly all are steps of learning, each as long as one is now."""
+        steps = self.steps or (STEPS_OF_MATRICES if self._turns else STEPS)
+        task = TaskLoss(self.model, self.a, self.learn, self.made, self._batch_size(), self.device)
+        batches = task.epochs(torch.Generator().manual_seed(self.seed))
+        free = {n: x.clone().requires_grad_() if x.is_floating_point() else x for n, x in self.a.items()}
+        for _ in range(2):  # the first takes longer
+            started = self.clock.spent
+            task(free, next(batches)).backward()
+        step = self.clock.spent - started
+        work = f"connect: {'permutations, rotations' if self._turns else 'permutations'} and at most {steps} steps of learning"
+        beforehand(work, steps * step, budget=self.clock.seconds)
 
     def result(self, interrupted: bool) -> Connection:
         certificate, best = self._certified()

@@ -1,7 +1,6 @@
 """Every way to align one pair of networks, side by side."""
 
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -20,11 +19,11 @@ from lmc.align.weight_matching.matching import matched, weight_matching
 from lmc.core.budget import Budget
 from lmc.core.context import own_context
 from lmc.core.extras import require
-from lmc.core.progress import tqdm
+from lmc.core.progress import beforehand, tqdm
 from lmc.core.results import Result
 from lmc.core.workers import spread
 from lmc.errors import InputError, SpecError
-from lmc.landscape.evaluation.evaluation import LONG, Repair, some_inputs
+from lmc.landscape.evaluation.evaluation import Repair, some_inputs
 from lmc.landscape.path import Path, loss_path
 from lmc.network.batches import as_splits
 from lmc.network.network import pick_device
@@ -183,7 +182,11 @@ def compare(
             bar.update()
             if isinstance(result, Alignment):
                 if i == 0 and progress and executor is None:
-                    _tell(perf_counter() - started - result.seconds, names[1:])
+                    way = perf_counter() - started - result.seconds  # which is the same for the others
+                    work = (
+                        f"compare: the ways of {len(names) - 1} methods more, beside what each takes to find its move"
+                    )
+                    beforehand(work, way * (len(names) - 1), budget=budget, least=True)
                 found[i], (split, unit) = result, judged
             elif isinstance(result, str):
                 skipped[i] = result
@@ -193,16 +196,6 @@ def compare(
                 skipped[i] = str(result)  # not asked for by name: the others are still worth having
     reasons = {names[i]: skipped[i] for i in sorted(skipped)}
     return AlignmentComparison({names[i]: found[i] for i in sorted(found)}, split, reasons, unit)
-
-
-def _tell(way: float, left: Sequence[str]) -> None:
-    """Write how long a long comparison takes at least: the ways of each method take as many seconds as those of the first."""
-    if way * len(left) > LONG:
-        tqdm.write(
-            f"compare: at least {way * len(left):.0f} s for the ways of {len(left)} methods more ({way:.1f} s each), beside "
-            "what each takes to find its move; budget= ends it early",
-            file=sys.stderr,
-        )
 
 
 def _measure(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.core.context import warn
-from lmc.core.progress import tqdm
+from lmc.core.progress import beforehand, tqdm
 from lmc.errors import InputError, WorkerError
 from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.landscape.evaluation.scores import Score
@@ -27,7 +27,6 @@ Repair: TypeAlias = Literal["auto", "repair", "closed_form"] | None
 
 STATISTICS_EXAMPLES = 2048  # inputs that statistics are estimated from at every point
 STATISTICS_BATCH = 256
-LONG = 10.0  # seconds from which on the cost is written before it starts
 
 REPAIRS: dict[str, Method] = {"repair": "passes", "closed_form": "closed_form"}
 
@@ -179,9 +178,8 @@ class Evaluation:
         if not self.progress or not points:
             return
         each = seconds_each()
-        if points * each > LONG:
-            cost = f"about {points * each:.0f} s ({1e3 * each:.1f} ms each, on {self.evaluator.device})"
-            tqdm.write(f"{name}: {most}{points} points to evaluate, {cost}; an interrupt keeps those that are done")
+        where = f" ({1e3 * each:.1f} ms each, on {self.evaluator.device}); an interrupt keeps those that are done"
+        beforehand(f"{name}: {most}{points} points to evaluate", points * each, more=where)
 
     def seconds_for(self, point: Callable[[], Weights]) -> float:
         """Seconds that it takes to make and score the weights of a point."""

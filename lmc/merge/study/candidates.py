@@ -51,11 +51,15 @@ Runner = Callable[..., Weights]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A method and the options to try: `run(task, **options)` for all combinations of the values in `grid`."""
+    """A method and the options to try: `run(task, **options)` for all combinations of the values in `grid`.
+
+    `cost`: about how many times as long it takes as an average, both evaluated.
+    """
 
     run: Runner
     grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     needs_base: bool = False
+    cost: float = 1.0
 
     def options(self, most: int) -> list[dict[str, Any]]:
         """At most `most` combinations, spread evenly over the grid."""
@@ -101,10 +105,11 @@ CANDIDATES: dict[str, Candidate] = {
             task.model, task.models, task.labelled, loss=task.loss, progress=False, **options
         ),
         {"per": ("model", "layer")},
+        cost=50.0,
     ),
-    "fisher": Candidate(_on_inputs(fisher), {"normalize": (False, True)}),
-    "regmean": Candidate(_on_inputs(regmean), {"shrink": (0.5, 0.9, 1.0)}),
-    "regmean_plus_plus": Candidate(_on_inputs(regmean_plus_plus), {"shrink": (0.9,)}),
+    "fisher": Candidate(_on_inputs(fisher), {"normalize": (False, True)}, cost=100.0),
+    "regmean": Candidate(_on_inputs(regmean), {"shrink": (0.5, 0.9, 1.0)}, cost=3.0),
+    "regmean_plus_plus": Candidate(_on_inputs(regmean_plus_plus), {"shrink": (0.9,)}, cost=3.0),
     "wise_ft": Candidate(_on_base(wise_ft), {"alpha": (0.2, 0.4, 0.5, 0.6, 0.8)}, needs_base=True),
     "model_stock": Candidate(_on_base(model_stock), needs_base=True),
     "task_arithmetic": Candidate(_on_base(task_arithmetic), {"scale": SCALES}, needs_base=True),
@@ -136,6 +141,7 @@ CANDIDATES: dict[str, Candidate] = {
         ),
         {"steps": (200,), "lr": (0.001, 0.01)},
         needs_base=True,
+        cost=80.0,
     ),
 }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lmc.core.context import own_context, warn
 from lmc.core.extras import require
-from lmc.core.progress import tqdm
+from lmc.core.progress import beforehand, tqdm
 from lmc.core.results import Result
 from lmc.core.workers import spread
 from lmc.errors import InputError, LmcError, WorkerError
@@ -28,8 +28,6 @@ from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
 
 if TYPE_CHECKING:
     import pandas
-
-SAID = 10.0  # seconds from which on it is said beforehand how long it will take
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def compare(
         device: where to evaluate (default: where the weights are).
         executor: a `concurrent.futures.Executor` or a dask `Client` whose workers take the methods (default: one after the
             other, here). Of a budget each method then has an equal share from the start.
-        progress: show a bar when it takes longer than two seconds.
+        progress: show a bar when it takes longer than two seconds, and of a long comparison beforehand about how long.
 
     Raises:
         InputError: arguments that do not fit, or no method that worked.
@@ -177,7 +175,7 @@ def compare(
     order = {name: i for i, name in enumerate([*_REFERENCES, *candidates])}
     entries, best = trial.references(), (-math.inf, math.inf, states[0])
     if progress and executor is None:
-        trial.announce(candidates, deadline)
+        trial.announce(candidates, seconds)
     if executor is None:
         found = _in_turn(trial, candidates, deadline, seconds)
     else:
@@ -305,15 +303,15 @@ class _Trial:
             found.append(self._entry("base", {}, score, self.task.base, 1, started))
         return found
 
-    def announce(self, candidates: Mapping[str, Candidate], deadline: float) -> None:
-        """Print how long it will take at least, where that is long: as many averages and evaluations as are tried."""
+    def announce(self, candidates: Mapping[str, Candidate], budget: float | None) -> None:
+        """Say about how long it will take: each merge as many times an average and its evaluation as is known of its method."""
         started = time.perf_counter()
         self.judge(average(self.task.models))
-        merges = sum(len(candidate.options(self.evaluations)) for candidate in candidates.values())
-        expected = min(merges * (time.perf_counter() - started), deadline - started)
-        if expected >= SAID:
-            about = f"{expected:.0f} s" if expected < 100 else f"{expected / 60:.0f} minutes"
-            print(f"{merges} merges by {len(candidates)} methods: about {about} or longer", flush=True)
+        one = time.perf_counter() - started
+        tries = {name: len(candidate.options(self.evaluations)) for name, candidate in candidates.items()}
+        seconds = one * sum(count * candidates[name].cost for name, count in tries.items())
+        work = f"compare: {sum(tries.values())} merges of {len(self.task.models)} models by {len(candidates)} methods"
+        beforehand(work, seconds, budget=budget)
 
     def run(self, name: str, candidate: Candidate, until: float) -> tuple[Entry, Weights | None]:
         started = time.perf_counter()

@@ -93,14 +93,9 @@ def _curves(fig: go.Figure, name: str, path: Path, panel: str, line: dict[str, s
 def _barrier(fig: go.Figure, path: Path, panel: str, colour: str, column: int, labels: "_Labels") -> None:
     """An arrow from the baseline up to the loss (down to the accuracy) where the barrier is attained, and its height."""
     found = _found(path, panel)
-    if found is None:
-        return
-    base = (1.0 - found.alpha) * found.start + found.alpha * found.end
-    ends = (base, base + found.value)
-    if panel == "accuracy":
-        ends = (100.0 - base, 100.0 - base - found.value)
-    if found.value < 0.05 * labels.span:
+    if found is None or found.value < 0.05 * labels.span:
         return  # too short to be seen; the legend says what it is
+    ends = _ends(found, panel)
     fig.add_annotation(
         {"x": found.alpha, "y": ends[1], "ax": found.alpha, "ay": ends[0]},
         **{"axref": "x" if column == 1 else f"x{column}", "ayref": "y" if column == 1 else f"y{column}"},
@@ -116,14 +111,20 @@ def _barrier(fig: go.Figure, path: Path, panel: str, colour: str, column: int, l
         )
 
 
+def _ends(found: Barrier, panel: str) -> tuple[float, float]:
+    """Where the arrow of a barrier begins and where its head is."""
+    base = (1.0 - found.alpha) * found.start + found.alpha * found.end
+    return (100.0 - base, 100.0 - base - found.value) if panel == "accuracy" else (base, base + found.value)
+
+
 class _Labels:
-    """Places for labels of one panel on which no curve runs and no other label stands.
+    """Places for labels of one panel on which no curve and no arrow runs and no other label stands.
 
     The size of the panel in pixels is not known before it is shown; labels are taken to be large on a small one.
     """
 
     WIDTH, HEIGHT = 250.0, 230.0  # pixels of the panel, in the narrowest figure that is stored
-    LETTER, LINE = 7.4, 20.0  # pixels of a letter across, of a line of text down
+    LETTER, LINE = 7.8, 18.0  # pixels of a letter across, of a line of text down
 
     def __init__(self, paths: list[Path], panel: str) -> None:
         scale = 100.0 if panel == "accuracy" else 1.0
@@ -137,6 +138,8 @@ class _Labels:
         points = np.linspace(self.left, self.left + self.across, 400)
         drawn = [np.interp(points, a[np.isfinite(h)], h[np.isfinite(h)]) for a, h in curves if np.isfinite(h).any()]
         self.taken = [self._pixels(points, heights) for heights in drawn]
+        for found in filter(None, (_found(path, panel) for path in paths)):
+            self.taken.append(self._pixels(np.full(100, found.alpha), np.linspace(*_ends(found, panel), 100)))
 
     def _pixels(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.stack([(x - self.left) / self.across * self.WIDTH, (y - self.low) / self.span * self.HEIGHT], axis=1)
@@ -148,7 +151,7 @@ class _Labels:
         occupied = np.concatenate(self.taken) if self.taken else np.empty((0, 2))
         for step in range(2 * int(self.HEIGHT) // 4):
             down = py + (-1.0) ** step * 4.0 * ((step + 1) // 2)
-            for away in (sign * far for far in range(8, 129, 20) for sign in (1.0, -1.0)):
+            for away in (sign * far for far in range(6, 129, 6) for sign in (1.0, -1.0)):
                 middle = np.array([px + away + np.sign(away) * half[0], down])
                 inside = (middle >= half).all() and (middle <= np.array([self.WIDTH, self.HEIGHT]) - half).all()
                 if inside and not (np.abs(occupied - middle) < half).all(1).any():

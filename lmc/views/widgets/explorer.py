@@ -52,7 +52,10 @@ _BUNDLED = """<script type="module">
 </script>"""
 
 _IMPORT = re.compile(r'^import \{[^}]*\} from "\./([\w.]+)";\n', re.MULTILINE)
-_LAYOUT = re.compile(r"^[ \t]*(?://.*)?\n|^[ \t]+", re.MULTILINE)  # indents, empty lines, lines of comments
+_COMMENT = re.compile(r"^[ \t]*//.*\n", re.MULTILINE)
+_LAYOUT = re.compile(r"^[ \t]*\n|^[ \t]+", re.MULTILINE)  # indents and empty lines
+_DECLARED = re.compile(r"^(?:export )?(?:async )?(?:function|const) (\w+)", re.MULTILINE)
+_WORD = re.compile(r"\w+")
 _EXPORT = re.compile(r"^export (?=(?:const|function)\b)", re.MULTILINE)
 
 _STYLE = """:root { color-scheme: light dark; --lmc-page: #fff; --lmc-ink: #1b1b1b; }
@@ -71,24 +74,40 @@ def source(name: str) -> str:
     return (FOLDER / name.rpartition(".")[2] / name).read_text(encoding="utf-8")
 
 
-def module(name: str) -> str:
-    """One ES module: the file `name`, after the files beside it that it imports, without their imports and exports.
+def module(name: str | Path) -> str:
+    """One ES module: the file `name`, after the shared files that it imports, without their imports and exports.
+
+    A name is of a file in the folder `js`; a path, of an explorer that somebody keeps elsewhere, is where it says.
 
     Widgets are given to Jupyter and to pages as one text, so that nothing has to be built or fetched; it is stored with every
-    notebook, so comments and indents stay here. All files share one scope: their top-level names must differ.
+    notebook, so comments, indents and what the explorer does not use stay here. All files share one scope: their top-level
+    names must differ.
     """
-    parts: dict[str, str] = {}
+    parts: dict[str | Path, str] = {}
 
-    def add(file: str) -> None:
-        text = source(file)
+    def add(file: str | Path) -> None:
+        text = file.read_text(encoding="utf-8") if isinstance(file, Path) else source(file)
         for other in _IMPORT.findall(text):
             if other not in parts:
                 add(other)
-        parts[file] = _IMPORT.sub("", text)
+        parts[file] = _IMPORT.sub("", _COMMENT.sub("", text))
 
     add(name)
     last = parts.pop(name)
-    return _LAYOUT.sub("", "".join(_EXPORT.sub("", text) for text in parts.values()) + last)
+    return _LAYOUT.sub("", _EXPORT.sub("", _needed("".join(parts.values()), last)) + last)
+
+
+def _needed(shared: str, own: str) -> str:
+    """Of shared functions and constants, in their order, those that an explorer's own text needs, itself or through others."""
+    starts = [*_DECLARED.finditer(shared)]
+    ends = [*(match.start() for match in starts[1:]), len(shared)]
+    pieces = {match[1]: shared[match.start() : end] for match, end in zip(starts, ends, strict=True)}
+    needed, texts = set[str](), [own]
+    while texts:
+        found = (set(_WORD.findall(texts.pop())) & pieces.keys()) - needed
+        needed |= found
+        texts += [pieces[name] for name in found]
+    return "".join(text for name, text in pieces.items() if name in needed)
 
 
 def style(*names: str) -> str:

@@ -1,6 +1,6 @@
 // Curves of a measure between two networks, with a cursor that can be dragged.
 
-import { drag, node, rgb, shape, valueAt } from "./common.js";
+import { drag, format, node, rgb, shape, valueAt } from "./common.js";
 
 export const CHART = { width: 520, height: 262, left: 66, right: 26, top: 34, bottom: 40 }; // room for the letters of a phone
 
@@ -42,6 +42,41 @@ export function frame({ panel, low, high, marks, names = (value) => String(value
 export function pathRows({ name, alphas, series }) {
   const values = (measures, i) => Object.fromEntries(Object.entries(measures).map(([measure, found]) => [measure, found[i]]));
   return Object.entries(series).flatMap(([split, measures]) => alphas.map((alpha, i) => ({ path: name, split, alpha, ...values(measures, i) })));
+}
+
+// What is said of a place on a path; `exact` is the kernel's answer there, if it gave one.
+export function pathLines({ alphas, series, split }, alpha, exact) {
+  const value = (name) => exact?.values[name] ?? valueAt(alphas, series[split][name], alpha);
+  const accuracy = series[split].accuracy ? [`accuracy ${format(value("accuracy"), 1)} %`] : [];
+  return [`α = ${alpha.toFixed(3)}`, `loss ${format(value("loss"))}`, ...accuracy];
+}
+
+// Lines over a grid, { name, colour, dash, values }, with dots where they were evaluated; `update` moves the cursor.
+export function lineChart({ panel, grid, lines, low, high, marks, pick, release }) {
+  const chart = frame({ panel, low, high, marks });
+  const groups = lines.map(({ colour, dash, values }) => {
+    const group = shape("g", { style: `--c: ${colour}; --dash: ${dash}` });
+    group.append(shape("polyline", { class: "lmc-line", points: track(grid, values, chart.x, chart.y) }));
+    const dots = values.map((value, i) => {
+      const dot = shape("circle", { class: "lmc-dot", cx: chart.x(grid[i]), cy: value === null ? 0 : chart.y(value) });
+      if (value === null) dot.setAttribute("visibility", "hidden");
+      return dot;
+    });
+    group.append(...dots);
+    chart.node.append(group);
+    return { group, dots };
+  });
+  chart.dragged(pick, release);
+  return {
+    node: chart.node,
+    update(at, active) {
+      chart.at(at);
+      groups.forEach(({ group, dots }, k) => {
+        group.classList.toggle("lmc-faded", lines[k].name !== active);
+        dots.forEach((dot, i) => dot.setAttribute("r", grid[i] === at ? 6.5 : 3.5));
+      });
+    },
+  };
 }
 
 // The paths of one measure over alpha; `update` moves the cursor, `redraw` takes other paths of the same names.

@@ -20,14 +20,20 @@ export function initialize({ model }) {
   return () => globalThis.lmcModels.delete(key);
 }
 
-// ---- the stage: an element in the page, redrawn at most once a frame, that may have a kernel behind it
+// ---- the stage: an element in the page, redrawn at most once a frame; where the reader stands; a kernel behind it, perhaps
 
-// `draw()` draws everything; `redraw` asks for it, and is first called here. `speak(text)` tells a screen reader once things are at rest.
-// `listen(name, act)` hears a trait change that was not made here. `ask(content, reply, silence)` sends `content` to the
-// kernel: `reply(answer)` when it answers, `silence(why)` when it does not (at once where there is no kernel).
-// `show(...parts)` fills the stage, and adds the buttons that save it: `rows()` gives its numbers as [{ column: value }].
-// `el.replaceChildren(stage.root)` is done here; return `stage.close` from `render`.
-export function stage({ model, el, name, draw, rows }) {
+// `draw()` draws everything; `redraw` asks for it, and is first called here. `show(...parts)` fills the stage, and adds the
+// buttons that save it: `rows()` gives its numbers as [{ column: value }]. `say(lines)` writes what is here into `reading`,
+// and `speak(text)` tells a screen reader, once things are at rest. Return `stage.close` from `render`.
+//
+// `traits` are what other views and the kernel follow, each with a function that makes a value fit: `place` has their values,
+// `go({ alpha: 0.3 })` moves there, a drag or a key, and what is moved elsewhere is heard, unless one is `deaf()` just now.
+// `exact` says how the kernel is asked about a place once it is let go of, `rest(delay)`: `at(place)` is its name for the
+// place, `without(place)` what the values are without it, written into `note`. `stage.exact` is its answer; null elsewhere.
+//
+// `ask(content, reply, silence)` sends `content` to the kernel: `reply(answer)` when it answers, `silence(why)` when it does
+// not (at once where there is no kernel). `listen(name, act)` hears a trait change that was not made here.
+export function stage({ model, el, name, draw, rows, traits = {}, exact, told = () => {}, deaf = () => false }) {
   const spoken = node("div", { class: "lmc-spoken", "aria-live": "polite" });
   const root = node("div", { class: `lmc ${name}` }, spoken);
   el.replaceChildren(root);
@@ -74,17 +80,62 @@ export function stage({ model, el, name, draw, rows }) {
     }
   }
 
-  return {
+  function speak(text) {
+    clearTimeout(speaking);
+    speaking = setTimeout(() => (spoken.textContent = text), SPEAK_AFTER);
+  }
+  const listen = (trait, act) => hear(`change:${trait}`, act);
+
+  const read = () => Object.fromEntries(Object.entries(traits).map(([trait, fitting]) => [trait, fitting(model.get(trait))]));
+  const place = read();
+  const note = node("span", { class: "lmc-note" });
+  const reading = node("div", { class: "lmc-reading" });
+  const answered = (answer) => {
+    scene.exact = answer;
+    told(answer);
+    redraw();
+  };
+  const values = exact && exactly({ ask, note, at: () => exact.at(place), without: () => exact.without(place), show: answered });
+  const rest = (delay) => values?.settle(delay);
+  function stand(next) {
+    const before = values && JSON.stringify(exact.at(place));
+    Object.assign(place, next);
+    if (values && JSON.stringify(exact.at(place)) !== before) values.moved();
+    redraw();
+  }
+  for (const trait of Object.keys(traits)) {
+    listen(trait, () => {
+      const next = read();
+      if (deaf() || JSON.stringify(next) === JSON.stringify(place)) return; // what was just set here comes back
+      stand(next);
+      rest(SETTLE_AFTER);
+    });
+  }
+  rest(SETTLE_AFTER);
+
+  const scene = {
     root,
+    place,
+    reading,
+    note,
+    exact: null,
     redraw,
     ask,
+    rest,
+    listen,
+    speak,
     show: (...parts) => root.append(...parts, keepers(root, name, rows)),
-    listen: (trait, act) => hear(`change:${trait}`, act),
-    speak(text) {
-      clearTimeout(speaking);
-      speaking = setTimeout(() => (spoken.textContent = text), SPEAK_AFTER);
+    go(changes, delay) {
+      stand(Object.fromEntries(Object.entries(changes).map(([trait, value]) => [trait, traits[trait](value)])));
+      tell(model, place);
+      if (delay !== undefined) rest(delay);
+    },
+    say(lines, of) {
+      reading.textContent = lines.join(" · ");
+      speak(`${of}: ${lines.join(", ")}`);
     },
     close() {
+      values?.stop();
       cancelAnimationFrame(frame);
       clearTimeout(speaking);
       resize.disconnect();
@@ -92,6 +143,7 @@ export function stage({ model, el, name, draw, rows }) {
       for (const act of undo) act();
     },
   };
+  return scene;
 }
 
 // Sets traits that differ, and tells the kernel: `tell(model, { alpha })`.
@@ -105,10 +157,8 @@ export function tell(model, traits) {
   if (changed) model.save_changes();
 }
 
-// Values of a place, exact on release. `note` is a small element that says where the values come from, `at()` the place as
-// the kernel knows it, `without()` what the values are without a kernel; `show(answer)` is given the kernel's answer, and
-// null as soon as the place is left. Call `moved()` at every move, `settle(delay)` when a place is let go of.
-export function exactly({ ask, note, at, show, without }) {
+// Values of a place, exact on release: `show(answer)` is given the kernel's answer, and null as soon as the place is left.
+function exactly({ ask, note, at, show, without }) {
   let timer = 0;
   let reason = ""; // why the kernel is not heard
   const here = () => JSON.stringify(at());
@@ -166,19 +216,19 @@ export function sample({ colour, dash = "none" }) {
   return svg;
 }
 
-// Buttons of which one is chosen; items are { name, colour?, dash? }. `update(index)` shows which.
+// Buttons of which one is chosen; items are { name, colour?, dash? }. `pick(name)` chooses, `update(name)` shows which.
 export function tabs(label, items, pick) {
   const group = node("div", { class: "lmc-tabs", role: "radiogroup", "aria-label": label });
   const buttons = items.map((item, i) => {
     const look = item.colour ? { style: `--c: ${item.colour}` } : {};
     const button = node("button", { type: "button", role: "radio", ...look }, ...(item.colour ? [sample(item)] : []), item.name);
-    button.addEventListener("click", () => pick(i));
+    button.addEventListener("click", () => pick(item.name));
     button.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowDown: 1, ArrowLeft: -1, ArrowUp: -1 }[event.key];
       if (!step) return;
       event.preventDefault();
       const next = (i + step + items.length) % items.length;
-      pick(next);
+      pick(items[next].name);
       buttons[next].focus();
     });
     return button;
@@ -188,11 +238,17 @@ export function tabs(label, items, pick) {
     node: group,
     update(active) {
       buttons.forEach((button, i) => {
-        button.setAttribute("aria-checked", i === active);
-        button.tabIndex = i === active ? 0 : -1;
+        button.setAttribute("aria-checked", items[i].name === active);
+        button.tabIndex = items[i].name === active ? 0 : -1;
       });
     },
   };
+}
+
+// A trait that names one of several things, the first of them where it names none.
+export function oneOf(items) {
+  const names = items.map((item) => item.name ?? item);
+  return (value) => (names.includes(value) ? value : names[0]);
 }
 
 // A slider under a chart, whose margins it shares unless `look` is another class. `step(n)` gives the value n places on, for keys.
@@ -331,6 +387,11 @@ export function nearest(grid, value) {
 export function stepped(grid, at, count) {
   const beyond = count > 0 ? grid.filter((a) => a > at + 1e-9) : grid.filter((a) => a < at - 1e-9).reverse();
   return beyond.length ? beyond[Math.min(Math.abs(count), beyond.length) - 1] : at;
+}
+
+// Whether a value stands on a grid, for the note beside values that no kernel gave.
+export function origin(grid, value) {
+  return grid.includes(value) ? "evaluated beforehand" : "interpolated between evaluated points";
 }
 
 // Linear between the points that were evaluated (null: not evaluated).

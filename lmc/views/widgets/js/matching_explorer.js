@@ -2,7 +2,7 @@
 // similarities gets its diagonal, and the barrier on the way from A to B shrinks; B stays the same function throughout.
 
 import {
-  bytes, clamp, colourScale, fit, format, initialize, nearest, node, player, shape, slider, stage, stepped, tabs, tell, theme, ticks,
+  bytes, clamp, colourScale, fit, format, initialize, nearest, node, oneOf, player, shape, slider, stage, stepped, tabs, theme, ticks,
 } from "./common.js";
 import { frame, track } from "./charts.js";
 import { placing, positions } from "./matching_steps.js";
@@ -13,67 +13,48 @@ const PLAY = 7000; // milliseconds from naive to aligned
 function render({ model, el }) {
   const data = model.get("data");
   const groups = data.groups.map((group) => ({ ...group, values: bytes(group.similarity), pictures: unpackFields(group.fields) }));
-  let [placed, active] = [0, 0];
-
   const alike = (step) => Object.fromEntries(groups.map(({ name, agreement }) => [`similarity of ${name}`, agreement[step]]));
-  const rows = () => data.shares.map((share, step) => ({ "share in place": share, barrier: data.barriers[step], ...alike(step) }));
-  const scene = stage({ model, el, name: "lmc-match", draw, rows });
-  const reading = node("div", { class: "lmc-reading" });
-  const names = tabs("group of units", groups, (i) => choose(placed, i));
-  const line = data.paths.length ? lineChart(data) : null;
-  const course = courseChart(data, groups, (share) => choose(share, active));
+  const scene = stage({
+    model, el, draw,
+    name: "lmc-match",
+    rows: () => data.shares.map((share, step) => ({ "share in place": share, barrier: data.barriers[step], ...alike(step) })),
+    traits: { placed: (share) => Number(clamp(share, 0, 1).toFixed(6)), group: oneOf(groups) },
+    deaf: () => play.running(),
+  });
+  const move = (changes) => (play.stop(), scene.go(changes));
+  const pick = (placed) => move({ placed });
+  const names = tabs("group of units", groups, (group) => move({ group }));
+  const line = data.paths.length ? wayChart(data) : null;
+  const course = courseChart(data, groups, pick);
   const matrix = similarityMatrix(data);
   const fields = fieldRows();
-  const play = player({ text: "play", duration: PLAY, steps: data.shares, at: () => placed, go: set, rest: scene.redraw });
+  const at = () => scene.place.placed;
+  const play = player({ text: "play", duration: PLAY, steps: data.shares, at, go: (placed) => scene.go({ placed }), rest: scene.redraw });
   const ends = { low: 0, high: 1, ends: ["naive", "aligned"], look: "lmc-match-control", label: "share of B's units in their places" };
-  const control = slider({ ...ends, step: (count) => stepped(data.shares, placed, count), pick: (share) => choose(share, active) });
+  const control = slider({ ...ends, step: (count) => stepped(data.shares, at(), count), pick });
   const row = node("div", { class: "lmc-match-row" }, play.node, control.node);
 
   const charts = node("div", { class: "lmc-match-charts" }, ...(line ? [line.node] : []), course.node);
   const body = node("div", { class: "lmc-match-body" }, charts, matrix.node);
-  scene.show(node("div", { class: "lmc-head" }, names.node, reading), row, body, fields.node);
-
-  function choose(share, index) {
-    play.stop();
-    active = index;
-    set(share);
-  }
-
-  function set(share) {
-    placed = clamp(share, 0, 1);
-    scene.redraw();
-    tell(model, { placed: Number(placed.toFixed(6)), group: groups[active].name });
-  }
+  scene.show(node("div", { class: "lmc-head" }, names.node, scene.reading), row, body, fields.node);
 
   function draw() {
+    const { placed } = scene.place;
+    const active = groups.findIndex(({ name }) => name === scene.place.group);
     const group = groups[active];
     const step = nearest(data.shares, placed);
     const near = Math.abs(data.shares[step] - placed) < 0.006 ? "" : ` (at ${Math.round(100 * data.shares[step])} %)`;
-    const barrier = data.paths.length ? `barrier ${format(data.barriers[step])} ${data.unit}${near}` : null;
-    const agreement = `mean similarity ${format(group.agreement[step], 2)}`;
-    const lines = [`${Math.round(100 * placed)} % of B's units in place`, ...(barrier ? [barrier] : []), agreement];
-    reading.textContent = lines.join(" · ");
-    names.update(active);
+    const barrier = data.paths.length ? [`barrier ${format(data.barriers[step])} ${data.unit}${near}`] : [];
+    const lines = [`${Math.round(100 * placed)} % of B's units in place`, ...barrier, `mean similarity ${format(group.agreement[step], 2)}`];
+    scene.say(lines, group.name);
+    names.update(group.name);
     control.update(placed, lines.join(", "));
     line?.update(step);
     course.update(placed, active);
     matrix.update(group, step, placed);
     fields.update(group, placed);
-    if (!play.running()) scene.speak(`${group.name}: ${lines.join(", ")}`);
   }
 
-  function heard() {
-    const index = Math.max(0, groups.findIndex(({ name }) => name === model.get("group")));
-    const told = clamp(model.get("placed"), 0, 1);
-    if (Math.abs(told - placed) < 1e-6 && index === active) return; // what was just set here comes back
-    if (play.running()) return;
-    [placed, active] = [told, index];
-    scene.redraw();
-  }
-
-  scene.listen("placed", heard);
-  scene.listen("group", heard);
-  heard();
   return () => {
     play.stop();
     scene.close();
@@ -97,7 +78,7 @@ function span(numbers) {
 }
 
 // The line from A to B now, in front of the first and the last.
-function lineChart({ alphas, paths, split, unit }) {
+function wayChart({ alphas, paths, split, unit }) {
   const numbers = paths.flat().filter((value) => value !== null);
   const chart = frame({ panel: { title: `${split === "data" ? "" : `${split} `}loss on the way from A to B (${unit})`, ...span(numbers) }, low: 0, high: 1, marks: [0, 0.25, 0.5, 0.75, 1] });
   const draw = (kind) => {

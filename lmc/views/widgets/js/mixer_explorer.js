@@ -10,8 +10,7 @@ function render({ model, el }) {
   let [exact, busy, stale, alone] = [null, false, false, false];
 
   const scene = stage({ model, el, name: "lmc-mixer", draw, rows: () => gridRows(data) });
-  const reading = node("div", { class: "lmc-reading" });
-  const note = node("span", { class: "lmc-note" });
+  const { reading, note } = scene;
   const desk = mixingDesk(data, set);
   const bars = taskBars(data);
   const places = settings(data).map(([text, title, values]) => [text, title, () => move(data.groups.map(() => [...values]))]);

@@ -38,20 +38,23 @@ export function differing({ index, targets, predicted }, point, images, other = 
 }
 
 // The confusion matrix and, where inputs are pictures, the wrong ones or, with the name of another network, those decided
-// otherwise than by it; `update(shown, point, images, where, other, total)`, shown null: hidden. `other`: its point in `shown`.
+// otherwise than by it; `update(shown, point, images, where, other, total)`, shown null: hidden. `other`: its point in `shown`. `tell(answer, where)` shows what the kernel says.
 export function predictions(name) {
   const matrix = confusionFigure();
   const tiles = galleryFigure(name);
   const whole = node("div", { class: "lmc-right" }, matrix.node, tiles.node);
+  function update(shown, point, images, where, other, total) {
+    whole.hidden = !shown;
+    if (!shown) return;
+    matrix.update(shown, point, where);
+    tiles.node.hidden = !images;
+    if (images) tiles.update(shown, point, images, name ? other : null, total);
+  }
   return {
     node: whole,
-    update(shown, point, images, where, other, total) {
-      whole.hidden = !shown;
-      if (!shown) return;
-      matrix.update(shown, point, where);
-      tiles.node.hidden = !images;
-      if (images) tiles.update(shown, point, images, name ? other : null, total);
-    },
+    update,
+    // Where decisions are compared, the kernel sends those of the other network first.
+    tell: ({ shown, images, differing }, where) => update(shown && unpackShown(shown), name ? 1 : 0, unpackImages(images), where, 0, differing),
   };
 }
 

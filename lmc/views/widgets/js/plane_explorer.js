@@ -3,12 +3,12 @@
 // evaluates the network that is there.
 
 import {
-  arrows, buttons, clamp, colourScale, drag, exactly, fit, floats, format, initialize, logTicks, node, sample, SETTLE_AFTER, stage,
-  stepped, tabs, tell, theme, ticks,
+  arrows, buttons, clamp, colourScale, drag, fit, floats, format, initialize, logTicks, node, oneOf, sample, SETTLE_AFTER, stage, stepped,
+  tabs, theme, ticks,
 } from "./common.js";
 import { colourBar, spot } from "./charts.js";
 import { contour, heatMap, rangeOf, valueIn } from "./grid.js";
-import { predictions, unpackImages, unpackShown } from "./pictures.js";
+import { predictions } from "./pictures.js";
 import { hidden, paintSurface, view } from "./surface.js";
 
 const MAP = { left: 50, right: 74, top: 10, bottom: 44 };
@@ -18,66 +18,50 @@ const TURN = 0.1; // radians for a key
 function render({ model, el }) {
   const data = unpack(model.get("data"));
   const { x, y } = data;
-  let [point, split, measure] = ["point", "split", "measure"].map((name) => model.get(name));
-  let [exact, eye] = [null, { yaw: 0.5, pitch: 0.62 }];
+  let eye = { yaw: 0.5, pitch: 0.62 };
   let painted = {}; // what the two pictures show that do not change while the point moves
 
-  const scene = stage({ model, el, name: "lmc-plane", draw, rows: () => planeRows(data) });
-  const reading = node("div", { class: "lmc-reading" });
-  const note = node("span", { class: "lmc-note" });
-  const splits = tabs("split", data.splits.map((name) => ({ name })), (i) => show(data.splits[i], measure));
-  const measures = tabs("measure", data.measures, (i) => show(split, data.measures[i].name));
+  const scene = stage({
+    model, el, draw,
+    name: "lmc-plane",
+    rows: () => planeRows(data),
+    traits: {
+      point: ([px, py]) => [clamp(px, x[0], x.at(-1)), clamp(py, y[0], y.at(-1))],
+      split: oneOf(data.splits),
+      measure: oneOf(data.measures),
+    },
+    exact: {
+      at: ({ split, point }) => [split, ...point],
+      without: ({ point }) => (known(data, point) ? "evaluated beforehand" : "interpolated between grid points"),
+    },
+    told: (answer) => answer && shown.tell(answer, `(${scene.place.point.map((value) => format(value, 2)).join(", ")})`),
+  });
+  const splits = tabs("split", data.splits.map((name) => ({ name })), (split) => scene.go({ split }, SETTLE_AFTER));
+  const measures = tabs("measure", data.measures, (measure) => scene.go({ measure }, SETTLE_AFTER));
   const targets = [...data.models, { name: "middle", place: middle(data.models) }];
-  const places = buttons(...targets.map(({ name, place }) => [name, `go to ${name}`, () => (move(...place), values.settle())]));
+  const places = buttons(...targets.map(({ name, place }) => [name, `go to ${name}`, () => scene.go({ point: place }, 0)]));
   places.prepend("go to ");
   const map = node("canvas", { class: "lmc-map", tabindex: 0, role: "application", "aria-roledescription": "map" });
   const surface = node("canvas", { class: "lmc-surface", tabindex: 0, role: "img", "aria-label": "surface; arrow keys turn it" });
   const shown = predictions(data.unlike?.name);
-  const values = exactly({
-    ask: scene.ask,
-    note,
-    at: () => [split, ...point],
-    show(answer) {
-      exact = answer;
-      if (answer) {
-        const where = `(${point.map((value) => format(value, 2)).join(", ")})`;
-        const [unpacked, place] = [answer.shown && unpackShown(answer.shown), data.unlike ? 1 : 0];
-        shown.update(unpacked, place, unpackImages(answer.images), where, 0, answer.differing);
-      }
-      scene.redraw();
-    },
-    without: () => (known(data, point) ? "evaluated beforehand" : "interpolated between grid points"),
-  });
 
   shown.node.hidden = true;
   const head = node("div", { class: "lmc-head" }, splits.node, measures.node, places);
   const pair = node("div", { class: "lmc-pair" }, map, surface);
-  scene.show(head, node("div", { class: "lmc-head" }, reading, note), pair, foot(data), shown.node);
-
-  function show(toSplit, toMeasure) {
-    [split, measure] = [toSplit, toMeasure];
-    values.moved();
-    values.settle(SETTLE_AFTER);
-    tell(model, { split, measure });
-  }
-
-  function move(px, py) {
-    point = [clamp(px, x[0], x.at(-1)), clamp(py, y[0], y.at(-1))];
-    values.moved();
-    tell(model, { point });
-  }
+  scene.show(head, node("div", { class: "lmc-head" }, scene.reading, scene.note), pair, foot(data), shown.node);
 
   drag(map, {
     move(across, down) {
       const { px, py } = painted.chart.inverse(across * map.clientWidth, down * map.clientHeight);
-      move(px, py);
+      scene.go({ point: [px, py] });
     },
-    release: () => values.settle(),
+    release: scene.rest,
   });
   arrows(map, (dx, dy, event) => {
-    if (event.shiftKey) move(point[0] + (dx * (x.at(-1) - x[0])) / 200, point[1] + (dy * (y.at(-1) - y[0])) / 200);
-    else move(dx ? stepped(x, point[0], dx) : point[0], dy ? stepped(y, point[1], dy) : point[1]);
-    values.settle(SETTLE_AFTER);
+    const [px, py] = scene.place.point;
+    const fine = [px + (dx * (x.at(-1) - x[0])) / 200, py + (dy * (y.at(-1) - y[0])) / 200];
+    const point = event.shiftKey ? fine : [dx ? stepped(x, px, dx) : px, dy ? stepped(y, py, dy) : py];
+    scene.go({ point }, SETTLE_AFTER);
   });
 
   function turn(yaw, pitch) {
@@ -92,36 +76,24 @@ function render({ model, el }) {
   arrows(surface, (dx, dy) => turn(eye.yaw + TURN * dx, eye.pitch + TURN * dy));
 
   function draw() {
+    const { point, split, measure } = scene.place;
     const field = data.fields[split][measure];
     level(map, surface, data);
     const look = theme(scene.root, "--fg", "--bg", "--soft", "--rule");
     painted = paint(painted, { map, surface, field, data, split, measure, eye, look });
-    const here = (name) => exact?.values[name] ?? valueIn({ x, y, values: data.fields[split][name].raw }, ...point);
+    const here = (name) => scene.exact?.values[name] ?? valueIn({ x, y, values: data.fields[split][name].raw }, ...point);
     const lines = [`x = ${format(point[0], 2)}, y = ${format(point[1], 2)}`];
     for (const { name, unit } of data.measures) lines.push(`${name} ${format(here(name), name === "accuracy" ? 1 : 3)} ${unit}`.trim());
-    reading.textContent = lines.join(" · ");
-    splits.update(data.splits.indexOf(split));
-    measures.update(data.measures.findIndex(({ name }) => name === measure));
+    scene.say(lines, split);
+    splits.update(split);
+    measures.update(measure);
     drawMap(map, painted, data, point, look);
     drawSurface(surface, painted, data, field, point, look);
-    shown.node.classList.toggle("lmc-faded", !exact);
+    shown.node.classList.toggle("lmc-faded", !scene.exact);
     map.setAttribute("aria-label", `${split} ${measure} over the plane; arrow keys move the point: ${lines.join(", ")}`);
-    scene.speak(lines.join(", "));
   }
 
-  function heard() {
-    const told = ["point", "split", "measure"].map((name) => model.get(name));
-    if (JSON.stringify(told) === JSON.stringify([point, split, measure])) return; // what was just set here comes back
-    [point, split, measure] = told;
-    values.moved();
-    values.settle(SETTLE_AFTER);
-  }
-  for (const trait of ["point", "split", "measure"]) scene.listen(trait, heard);
-  values.settle(SETTLE_AFTER);
-  return () => {
-    values.stop();
-    scene.close();
-  };
+  return scene.close;
 }
 
 // ---- data

@@ -2,8 +2,8 @@
 // each model's share. While it moves, values come from the lattice of evaluated mixtures; at rest a kernel evaluates it.
 
 import {
-  arrows, buttons, bytes, clamp, colourScale, drag, exactly, fit, floats, format, initialize, logTicks, node, SETTLE_AFTER, stage,
-  tabs, tell, theme, ticks,
+  arrows, buttons, bytes, clamp, colourScale, drag, fit, floats, format, initialize, logTicks, node, oneOf, SETTLE_AFTER, stage, tabs,
+  theme, ticks,
 } from "./common.js";
 import { colourBar, spot } from "./charts.js";
 import { coordinates, corners, inside, interpolator, isolines } from "./simplex_geometry.js";
@@ -14,77 +14,45 @@ const PAD = { side: 38, end: 46 };
 
 function render({ model, el }) {
   const data = unpackMixtures(model.get("data"));
-  const count = data.names.length;
-  let shares = [...model.get("shares")];
-  let [measure, split] = [model.get("measure"), model.get("split")];
-  let exact = null;
-
-  const scene = stage({ model, el, name: "lmc-mix", draw, rows: () => mixtureRows(data) });
-  const reading = node("div", { class: "lmc-reading" });
-  const note = node("span", { class: "lmc-note" });
-  const measures = tabs("what is shown", data.measures.map(({ title }) => ({ name: title })), (i) => view(data.measures[i].name, split));
-  const splits = tabs("data", data.splits.map((name) => ({ name })), (i) => view(measure, data.splits[i]));
-  splits.node.hidden = data.splits.length < 2;
-  const values = exactly({
-    ask: scene.ask,
-    note,
-    at: () => shares,
-    show: (answer) => ((exact = answer), scene.redraw()),
-    without: () => (onLattice(data, shares) ? "evaluated beforehand" : `interpolated between ${data.points} mixtures`),
+  const scene = stage({
+    model, el, draw,
+    name: "lmc-mix",
+    rows: () => mixtureRows(data),
+    traits: {
+      shares: (shares) => shares.map((share) => Number(clamp(share, 0, 1).toFixed(6))),
+      measure: oneOf(data.measures),
+      split: oneOf(data.splits),
+    },
+    exact: {
+      at: ({ shares }) => shares,
+      without: ({ shares }) => (onLattice(data, shares) ? "evaluated beforehand" : `interpolated between ${data.points} mixtures`),
+    },
   });
-  const map = mixtureMap(data, (next) => move(next), values.settle);
-  const panel = mixturePanel(data, (next) => move(next), values.settle);
-  const places = landmarks(data).map(([text, title, to]) => [text, title, () => (move(to(split)), values.settle())]);
+  const titles = tabs("what is shown", data.measures.map(({ title }) => ({ name: title })), (chosen) =>
+    scene.go({ measure: data.measures.find(({ title }) => title === chosen).name }));
+  const splits = tabs("data", data.splits.map((name) => ({ name })), (split) => scene.go({ split }));
+  splits.node.hidden = data.splits.length < 2;
+  const map = mixtureMap(data, (shares) => scene.go({ shares }), scene.rest);
+  const panel = mixturePanel(data, (shares) => scene.go({ shares }), scene.rest);
+  const places = landmarks(data).map(([text, title, to]) => [text, title, () => scene.go({ shares: to(scene.place.split) }, 0)]);
   const body = node("div", { class: "lmc-mix-body" }, map.node, node("div", {}, panel.node, buttons(...places)));
-  scene.show(node("div", { class: "lmc-head" }, measures.node, splits.node, reading, note), body);
-
-  function move(next) {
-    shares = next.map((share) => Number(clamp(share, 0, 1).toFixed(6)));
-    values.moved();
-    scene.redraw();
-    tell(model, { shares });
-  }
-
-  function view(nextMeasure, nextSplit) {
-    [measure, split] = [nextMeasure, nextSplit];
-    scene.redraw();
-    tell(model, { measure, split });
-  }
-
-  function valueOf(name) {
-    return exact?.values[split][name] ?? data.at(data.series[split][name], shares);
-  }
+  scene.show(node("div", { class: "lmc-head" }, titles.node, splits.node, scene.reading, scene.note), body);
 
   function draw() {
+    const { shares, measure, split } = scene.place;
     const shown = data.measures.find(({ name }) => name === measure);
+    const valueOf = (name) => scene.exact?.values[split][name] ?? data.at(data.series[split][name], shares);
     const lines = data.measures.map(({ name, unit, digits }) => `${name} ${format(valueOf(name), digits)}${unit}`);
-    reading.replaceChildren(node("b", {}, `${split}: ${lines.join(" · ")}`));
-    measures.update(data.measures.indexOf(shown));
-    splits.update(data.splits.indexOf(split));
+    scene.reading.replaceChildren(node("b", {}, `${split}: ${lines.join(" · ")}`));
+    titles.update(shown.title);
+    splits.update(split);
     map.update({ shares, shown, split });
     panel.update({ shares, shown, split, value: valueOf(measure), text: lines.join(", ") });
     scene.speak(`${data.names.map((name, i) => `${Math.round(100 * shares[i])} % ${name}`).join(", ")}: ${lines.join(", ")}`);
   }
 
-  function heard() {
-    const told = model.get("shares");
-    const moved = JSON.stringify(told) !== JSON.stringify(shares);
-    [measure, split] = [model.get("measure"), model.get("split")];
-    if (moved) {
-      shares = [...told];
-      values.moved();
-      values.settle(SETTLE_AFTER);
-    }
-    scene.redraw();
-  }
-
-  for (const trait of ["shares", "measure", "split"]) scene.listen(trait, heard);
-  if (count > 3) note.title = "the polygon shows one surface through all models; the sliders reach every mixture";
-  values.settle(SETTLE_AFTER);
-  return () => {
-    values.stop();
-    scene.close();
-  };
+  if (data.names.length > 3) scene.note.title = "the polygon shows one surface through all models; the sliders reach every mixture";
+  return scene.close;
 }
 
 function unpackMixtures(data) {
