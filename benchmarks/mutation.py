@@ -17,6 +17,7 @@ import gc
 import importlib.abc
 import importlib.machinery
 import importlib.util
+import itertools
 import json
 import os
 import random
@@ -132,6 +133,8 @@ class Quickly:
         self.noticed: Counter[str] = Counter()
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        for _, items in itertools.groupby(session.items, lambda item: item.nodeid.partition("::")[0]):
+            runtestprotocol(next(items), log=False, nextitem=None)  # imports what every fork would import by itself
         functions: dict[str, list[types.FunctionType]] = {}
         gc.unfreeze()  # what was collected while tests were imported
         for thing in gc.get_objects():

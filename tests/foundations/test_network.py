@@ -750,6 +750,16 @@ class Constants(Base):
         return scale if self.optional is None else scale * self.optional
 
 
+@pytest.mark.parametrize("kind", [InALockedObject, FlaggedByATensor, AFunction])
+def test_what_the_callers_module_keeps_stays(kind, data):
+    model = kind(0).eval()
+    expected = model(data[0]).detach()
+    with torch.no_grad():
+        model.table.add_(1.0)  # what it keeps is old now, and used all the same
+    lmc.loss_path(model, kind(1), kind(2), data, alphas=3, progress=False)
+    assert torch.equal(model(data[0]), expected)
+
+
 def test_constants_stay(data):
     x, _ = data
     model, weights = Constants(0), Constants(1).state_dict()
