@@ -187,8 +187,9 @@ def removable(module: nn.Module, run: Callable[[Removal], nn.Module]) -> Removal
     found: Removal = {}
     left: dict[type, set[Address]] = {}
     for kind, addresses in kinds.items():
-        tops = list(dict.fromkeys(address[:2] for address in addresses))  # the list that holds it is made again
-        if removal := _made_again(addresses, addresses, run) or _made_again(tops, addresses, run):
+        # Where one value cannot be missed, the list or dict that holds it may be made again, or the one around that.
+        tries = (_made_again(places, addresses, run) for places in (addresses, *_around(addresses)))
+        if removal := next(filter(None, tries), None):
             found |= removal
         elif kind[2] in stores(kind[0]).attributes:
             left.setdefault(kind[0], set()).update(addresses)
@@ -196,6 +197,14 @@ def removable(module: nn.Module, run: Callable[[Removal], nn.Module]) -> Removal
         together = [place for place, owner in _set_places(module) if owner is kind]
         found |= _made_again(together, addresses, run)
     return found | _written_again(module, found, run)
+
+
+def _around(addresses: Sequence[Address]) -> Iterator[list[Address]]:
+    """The places of what holds these, from the inside out."""
+    for length in range(max(map(len, addresses)) - 1, 1, -1):
+        places = dict.fromkeys(a[:length] for a in addresses if len(a) > length)
+        if places and not any(place[-1] == "__dict__" or place[1] == "_buffers" for place in places):
+            yield list(places)
 
 
 def _made_again(places: Sequence[Address], wanted: Collection[Address], run: Callable[[Removal], nn.Module]) -> Removal:
@@ -378,7 +387,9 @@ def _float_places(module: nn.Module) -> Iterator[tuple[Address, Any]]:
             tensors = _tensors_of(value)
             plain = not any(x.is_floating_point() or x.is_complex() for x in tensors)
             held = not any(id(x) in state for x in tensors)
-            number = isinstance(value, int | float | complex) or (isinstance(value, tuple) and bool(_numbers(value)))
+            number = isinstance(value, int | float | complex | types.GeneratorType) or (
+                isinstance(value, tuple) and bool(_numbers(value))
+            )
             if (number and not tensors) or (tensors and plain):  # a count, an index, a mask: or a constant
                 set_by = stores(owner)
                 held &= (
@@ -401,7 +412,10 @@ def _tensor_places(module: nn.Module) -> dict[Address, list[Tensor]]:
         for key, value in items_of(container):
             tensors = _tensors_of(value)
             name = key if _is_namespace(address) else address[1]
-            if tensors and name in stores(classes[address[0]]).written and not any(id(x) in state for x in tensors):
+            may = stores(classes[address[0]])
+            # What is set together with a key, as a tuple, is made again by that key.
+            names = may.written if isinstance(value, tuple) else may.written | may.attributes
+            if tensors and name in names and not any(id(x) in state for x in tensors):
                 found[*address, key] = tensors
     return found
 
@@ -514,8 +528,10 @@ def _of_array(array: np.ndarray) -> Tensor:
 
 def _alike(x: Tensor, old: Tensor) -> bool:
     """Whether two tensors have the same values; NaN is NaN."""
-    if (x.shape, x.dtype) != (old.shape, old.dtype):
+    if (x.shape, x.dtype, x.layout) != (old.shape, old.dtype, old.layout):
         return False
+    if x.layout != torch.strided or x.is_quantized:
+        return True  # the count of changes has to do
     return torch.equal(x, old) or bool(((x == old) | ((x != x) & (old != old))).all())
 
 

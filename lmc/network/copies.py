@@ -43,7 +43,8 @@ def fresh_copy(model: nn.Module, *, share: bool = False) -> nn.Module:
             inner: Any = module._orig_mod
             module.forward = inner.__call__
     copied.train()
-    copied.train(model.training)
+    if not model.training:
+        copied.eval()
     for module, original in zip(copied.modules(), model.modules(), strict=True):
         if module.training != original.training:
             module.training = original.training

@@ -122,7 +122,8 @@ class Network:
         training = self.module.training
         self.module.train()
         self._fill(weights)
-        self.module.train(training)
+        if not training:
+            self.module.eval()  # which some define, and not `train`
 
     def _fill(self, weights: Weights) -> None:
         if self._loads:

@@ -454,7 +454,59 @@ class Holder:
         self.lock, self.kept = threading.Lock(), None
 
 
+class MadeInItsOwnEval(Base):
+    """As `MadeInEval`, in the method of that name."""
+
+    def eval(self):
+        super().eval()
+        self.kept = super().scale().detach()
+        return self
+
+    def scale(self):
+        return super().scale() if self.training or not hasattr(self, "kept") else self.kept
+
+
+class InADictOfDicts(Base):
+    def scale(self):
+        if 6 not in self.cache:
+            self.cache[6] = {"kept": (super().scale().detach(),)}
+        return self.cache[6]["kept"][0]
+
+
+class Growing(Base):
+    """A table that is made again for more examples than there were."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.register_buffer("kept", torch.zeros(0, 6), persistent=False)
+
+    def forward(self, x):
+        if self.kept.shape[0] < len(x):
+            self.kept = super().scale().detach().repeat(len(x), 1)
+        return self.b(F.relu(self.a(x) * self.kept[: len(x)]))
+
+
+class AGenerator(Base):
+    made = None
+
+    def scale(self):
+        if self.made is None:
+            kept = super().scale().detach()
+            self.made = (kept for _ in itertools.count())
+        return next(self.made)
+
+
+class Sparse(Base):
+    def scale(self):
+        if "kept" not in self.cache:
+            self.cache["kept"] = super().scale().detach().to_sparse()
+        return self.cache["kept"].to_dense()
+
+
 CACHING = [
+    MadeInItsOwnEval,
+    InADictOfDicts,
+    Growing,
     AFunction,
     AModule,
     InALockedObject,
@@ -487,7 +539,19 @@ CACHING = [
     LruFunction,
 ]
 every = pytest.mark.parametrize(
-    "kind", [*CACHING, FilledWhereNaN, FilledArray, NumbersInAList, MergedInEval, Renormed, Clipped, WritesInputs]
+    "kind",
+    [
+        *CACHING,
+        AGenerator,
+        Sparse,
+        FilledWhereNaN,
+        FilledArray,
+        NumbersInAList,
+        MergedInEval,
+        Renormed,
+        Clipped,
+        WritesInputs,
+    ],
 )
 
 
@@ -1279,5 +1343,5 @@ def test_compiled_modules_run_as_they_were_written(data):
 def test_a_module_that_fails_on_inputs_is_named(data):
     a, b = Base(0), Base(1)
     spec = lmc.permutation_spec(a, data[0][:2], progress=False)
-    with pytest.raises(lmc.DataError, match=r"the model \(Base\) fails on inputs \(1, 5\) torch.float32"):
+    with pytest.raises(lmc.DataError, match=r"the model \(Base\) fails on inputs \(2, 5\) torch.float32"):
         lmc.activation_matching(spec, a, a, b, data[0][:, :5], progress=False)
