@@ -1,6 +1,6 @@
 """All alignment methods, and `lmc.connect`, on the stored pairs of ResNet20 trained on CIFAR-10.
 
-    LMC_DATA=folder python benchmarks/cifar10.py                     both pairs, about half an hour on one core
+    LMC_DATA=folder python benchmarks/cifar10.py                     all pairs, about an hour and a half on one core
     LMC_DATA=folder python benchmarks/cifar10.py cifar10-resnet20 --store
 
 `folder` holds CIFAR-10 in one of the layouts that `lmc.data.cifar10` reads (without it, it is downloaded). Methods learn
@@ -13,6 +13,7 @@ import os
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -20,18 +21,19 @@ import torch
 
 import lmc
 
-PAIRS = ("cifar10-resnet20", "cifar10-resnet20-layernorm")
+PAIRS = ("cifar10-resnet20", "cifar10-resnet20-layernorm", "cifar10-resnet20x2")
 FOLDER = Path(__file__).parents[1] / "data"
 KEPT = (
     "naive",
     "weight matching",
+    "Frank-Wolfe",
     "activation matching",
     "activation matching, repaired",
     "OT, activations",
     "connect",
 )
 # With batch norm behind every layer, re-estimated statistics are repaired ones.
-REPAIRS = {"cifar10-resnet20": {"": "auto"}, "cifar10-resnet20-layernorm": {"": None, ", repaired": "repair"}}
+REPAIRS: dict[str, dict[str, Any]] = {"batch": {"": "auto"}, "layer": {"": None, ", repaired": "repair"}}
 
 
 def row(*cells: object) -> None:
@@ -54,16 +56,17 @@ def measure(name: str, args: argparse.Namespace) -> None:
         "test": tuple(part[: args.test] for part in images.test),
     }
     (a, b), model = pair, pair.model()
+    methods = lmc.align.METHODS | bounded(args.steps)
     spec = lmc.permutation_spec(model, data["train"][0][:2], progress=False)
     print(f"\n### {pair.manifest['description']} (`{name}`)\n")
     row("method", "barrier (nats)", "barrier in error", "loss half way", "accuracy half way", "seconds")
     row(*["---"] * 6)
     for title in args.methods:
         started = time.process_time()
-        moved = lmc.align.METHODS[title](spec, model, a, b, data)
+        moved = methods[title](spec, model, a, b, data)
         seconds = time.process_time() - started
         moved = moved.apply(b) if isinstance(moved, lmc.Permutation) else moved
-        for suffix, repair in REPAIRS[name].items():
+        for suffix, repair in REPAIRS[pair.manifest["model"]["options"]["norm"]].items():
             path = lmc.loss_path(
                 model, a, moved, {"test": data["test"]}, alphas=args.alphas, repair=repair,
                 inputs=data["train"][0], progress=False,
@@ -78,6 +81,19 @@ def measure(name: str, args: argparse.Namespace) -> None:
         stored(found.path, name, "connect", args.store)
 
 
+def bounded(steps: int) -> dict[str, Any]:
+    """The two methods that learn from the loss half way, on so many batches of 128 images."""
+    options: dict[str, Any] = {"batch_size": 128, "progress": False}
+    return {
+        "straight-through": lambda spec, model, a, b, data: lmc.straight_through_matching(
+            spec, model, a, b, data, epochs=max(1, steps * 128 // len(data["train"][0])), **options
+        ),
+        "Sinkhorn, midpoint": lambda spec, model, a, b, data: lmc.sinkhorn_matching(
+            spec, model, a, b, data, steps=steps, **options
+        ),
+    }
+
+
 def show(title: str, path: lmc.landscape.Path, seconds: float) -> None:
     middle = len(path.alphas) // 2
     half = {metric: float(path.values["test"][metric][middle]) for metric in ("loss", "accuracy")}
@@ -90,6 +106,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(lmc.align.METHODS), metavar="METHOD")
     parser.add_argument("--train", type=int, default=2000, help="training images")
     parser.add_argument("--test", type=int, default=1000, help="test images")
+    parser.add_argument("--steps", type=int, default=200, help="batches for methods that learn from the loss half way")
     parser.add_argument("--alphas", type=int, default=11, help="points on each way")
     parser.add_argument("--budget", type=float, default=900.0, help="seconds for connect; 0 leaves it out")
     parser.add_argument("--store", action="store_true", help="write the paths beside the networks")

@@ -5,6 +5,7 @@
     python tools/make_checkpoints.py cifar10-resnet20   about 20 minutes a seed on one core; looks for the images as
                                                         `lmc.data.cifar10` does (LMC_DATA)
     python tools/make_checkpoints.py cifar10-resnet20 --seed 1   one seed, beside what is stored
+    python tools/make_checkpoints.py cifar10-resnet20 --states folder   an interrupted run goes on from its last epoch
     python tools/make_checkpoints.py --table         the table of data/README.md, from what is stored
 
 Rounding differs between CPUs, versions of torch and changes to the training code, and training amplifies it: remade
@@ -35,6 +36,22 @@ from lmc.models.resnet import ResidualBlock
 
 DATA = Path(__file__).parents[1] / "data"
 PARTS = ("train", "test")
+AUGMENTATION = "random crops, mirror images"
+
+
+@dataclass(frozen=True)
+class Round:
+    """Training on random crops and mirror images; a further round goes on from the weights as they would be stored."""
+
+    optimizer: str
+    lr: float
+    crops: tuple[tuple[int, int], ...]  # (epochs, pixels)
+    weight_decay: float = 0.0
+    batch_size: int = 128
+
+    @property
+    def sizes(self) -> list[int]:
+        return [pixels for epochs, pixels in self.crops for _ in range(epochs)]
 
 
 @dataclass(frozen=True)
@@ -48,7 +65,7 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
     recipe: dict[str, Any] = field(default_factory=dict)
     data: str = "digits"
-    crops: tuple[tuple[int, int], ...] = ()  # (epochs, pixels): trained on random crops and mirror images instead
+    rounds: tuple[Round, ...] = ()  # instead of a recipe
     scored: int | None = None  # the first so many images of each split, rather than all
     seeds: tuple[int, ...] = (0, 1)
     keep: tuple[int, ...] | None = None
@@ -62,15 +79,11 @@ def mlp(width: int, **changes: Any) -> Job:
 
 IMAGE = {"image": (1, 8, 8)}
 # Most epochs see crops of 24 pixels, which cost half as much as whole images.
-CROPS_SGD = dict(
-    data="cifar10",
-    scored=1000,
-    crops=((6, 24), (4, 32)),
-    recipe=dict(optimizer="sgd", lr=0.15, weight_decay=5e-4, batch_size=128),
-)
-CROPS_ADAM = dict(
-    data="cifar10", scored=1000, crops=((8, 24), (5, 32)), recipe=dict(optimizer="adam", lr=3e-3, batch_size=128)
-)
+CROPS_SGD = Round("sgd", 0.15, ((6, 24), (4, 32)), weight_decay=5e-4)
+CROPS_SHORT = Round("sgd", 0.15, ((3, 24), (2, 20), (1, 24)), weight_decay=5e-4)
+CROPS_ADAM = Round("adam", 3e-3, ((8, 24), (5, 32)))
+CROPS_ORTHOGONAL = Round("orthogonal", 0.012, ((7, 24), (2, 32)))
+CIFAR = dict(data="cifar10", scored=1000)
 TEN_EPOCHS = dict(optimizer="adam", lr=3e-3, epochs=10)
 JOBS = (
     *(mlp(width) for width in (32, 64, 128, 256, 512)),
@@ -128,7 +141,17 @@ JOBS = (
         "resnet20",
         (1,),
         {"norm": "batch"},
-        **CROPS_SGD,
+        **CIFAR,
+        rounds=(CROPS_SGD,),
+    ),
+    Job(
+        "cifar10-resnet20x2",
+        "two ResNet20 of width 2 with batch norm on CIFAR-10",
+        "resnet20",
+        (2,),
+        {"norm": "batch"},
+        **CIFAR,
+        rounds=(CROPS_SHORT,),
     ),
     Job(
         "cifar10-resnet20-layernorm",
@@ -136,17 +159,57 @@ JOBS = (
         "resnet20",
         (1,),
         {"norm": "layer"},
-        **CROPS_ADAM,
+        **CIFAR,
+        rounds=(CROPS_ADAM, CROPS_ORTHOGONAL),
     ),
 )
 
 
-def train_on_crops(images: torch.Tensor, labels: torch.Tensor, job: Job, seed: int) -> dict:
-    """State dict after training on random crops and mirror images, by Adam or by SGD with Nesterov momentum 0.9.
+class Orthogonal(torch.optim.Optimizer):
+    """Muon (Jordan et al. 2024): Nesterov momentum of each filter bank, made near orthogonal by Newton and Schulz.
 
-    The rate rises over the first fifth of the steps and falls to zero over the rest, both linearly. Crops as large as
-    the image are cut from the image padded by 4 pixels of zeros.
+    A bank moves by the share `lr` of its own length, as the norm behind it makes its length meaningless. The first bank,
+    which sees the pixels, and all that are no filters move by Adam at a sixth of the rate: orthogonal steps of the first
+    would be as large in the brightness of pixels as in their differences.
     """
+
+    def __init__(self, model: nn.Module, lr: float):
+        super().__init__(list(model.parameters()), {"lr": lr})
+        self.banks = [p for p in model.parameters() if p.ndim == 4][1:]
+        banks = set(self.banks)
+        self.rest = torch.optim.Adam([p for p in model.parameters() if p not in banks], betas=(0.9, 0.99))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        lr = self.param_groups[0]["lr"]
+        for bank in self.banks:
+            momentum = self.state[bank].setdefault("momentum", torch.zeros_like(bank))
+            momentum.mul_(0.9).add_(bank.grad)
+            turned = orthogonal((bank.grad + 0.9 * momentum).flatten(1)).view_as(bank)
+            bank.sub_(turned, alpha=float(lr * bank.norm() / turned.norm()))
+        self.rest.param_groups[0]["lr"] = lr / 6
+        self.rest.step()
+
+    def state_dict(self) -> dict:
+        return {"banks": [self.state[bank] for bank in self.banks], "rest": self.rest.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.state.update(zip(self.banks, state["banks"], strict=True))
+        self.rest.load_state_dict(state["rest"])
+
+
+def orthogonal(matrix: torch.Tensor) -> torch.Tensor:
+    """A matrix with the singular vectors of another, all its singular values near 1 (Jordan et al. 2024's quintic)."""
+    tall = len(matrix) > matrix.shape[1]
+    x = matrix.T if tall else matrix
+    x = x / (x.norm() + 1e-7)
+    for _ in range(4):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.775 * gram + 2.0315 * gram @ gram) @ x
+    return x.T if tall else x
+
+
+def begun(job: Job, seed: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = getattr(lmc.models, job.function)(*job.arguments, **job.options)
@@ -158,23 +221,44 @@ def train_on_crops(images: torch.Tensor, labels: torch.Tensor, job: Job, seed: i
             for block in model.modules():
                 if isinstance(block, ResidualBlock):
                     block.norm2.weight.fill_(0.2)
+    return model
+
+
+def train_on_crops(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, how: Round, seed: int, kept: Path | None = None
+) -> dict:
+    """State dict after one round, by Adam, by SGD with Nesterov momentum 0.9, or by `Orthogonal`.
+
+    The rate rises over the first fifth of the steps and falls to zero over the rest, both linearly. Crops as large as
+    the image are cut from the image padded by 4 pixels of zeros. With `kept`, a file, the state after each epoch is
+    left there, and training goes on from it.
+    """
     model = model.train().to(memory_format=torch.channels_last)
     generator = torch.Generator().manual_seed(seed)
-    batch, peak = job.recipe["batch_size"], job.recipe["lr"]
-    if job.recipe["optimizer"] == "adam":
-        optimizer = torch.optim.Adam(model.parameters(), lr=peak)
+    optimizer: torch.optim.Optimizer
+    if how.optimizer == "adam":
+        optimizer = torch.optim.Adam(model.parameters(), lr=how.lr)
+    elif how.optimizer == "orthogonal":
+        optimizer = Orthogonal(model, how.lr)
     else:
-        decay = job.recipe["weight_decay"]
-        optimizer = torch.optim.SGD(model.parameters(), lr=peak, momentum=0.9, nesterov=True, weight_decay=decay)
-    sizes = [pixels for epochs, pixels in job.crops for _ in range(epochs)]
-    steps = len(images) // batch
-    total, step, begun = steps * len(sizes), 0, time.perf_counter()
-    for epoch, pixels in enumerate(sizes):
+        optimizer = torch.optim.SGD(
+            model.parameters(), lr=how.lr, momentum=0.9, nesterov=True, weight_decay=how.weight_decay
+        )
+    sizes, steps, start = how.sizes, len(images) // how.batch_size, 0
+    if kept is not None and kept.exists():
+        state = torch.load(kept)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"])
+        start = state["epochs"]
+    step, total, began = start * steps, steps * len(sizes), time.perf_counter()
+    for epoch, pixels in enumerate(sizes[start:], start):
         order = torch.randperm(len(images), generator=generator)
         running = 0.0
-        for chosen in order[: steps * batch].split(batch):
+        for chosen in order[: steps * how.batch_size].split(how.batch_size):
             done = step / total
-            optimizer.param_groups[0]["lr"] = peak * min(done / 0.2, (1 - done) / 0.8)
+            for group in optimizer.param_groups:
+                group["lr"] = how.lr * min(done / 0.2, (1 - done) / 0.8)
             inputs = crops(images[chosen], pixels, generator).contiguous(memory_format=torch.channels_last)
             loss = F.cross_entropy(model(inputs), labels[chosen])
             optimizer.zero_grad()
@@ -182,10 +266,13 @@ def train_on_crops(images: torch.Tensor, labels: torch.Tensor, job: Job, seed: i
             optimizer.step()
             running += loss.item()
             step += 1
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - began
         print(f"seed {seed} epoch {epoch + 1}/{len(sizes)} loss {running / steps:.3f} {seconds:.0f} s", flush=True)
         if not math.isfinite(running):
-            raise SystemExit(f"{job.name}, seed {seed}: the loss is not finite")
+            raise SystemExit(f"seed {seed}: the loss is not finite")
+        if kept is not None:
+            now = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            torch.save(now | {"generator": generator.get_state(), "epochs": epoch + 1}, kept)
     return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
 
 
@@ -203,7 +290,7 @@ def crops(images: torch.Tensor, pixels: int, generator: torch.Generator) -> torc
     )
 
 
-def make(job: Job, only: int | None = None) -> None:
+def make(job: Job, only: int | None, states: Path | None) -> None:
     """Train, store, and write the manifest last, so that it only ever names files that are there."""
     options = {"seed": 0} if job.data != "cifar10" else {}
     options |= {"flat": job.function == "mlp"} if job.data == "digits" else {}
@@ -212,7 +299,7 @@ def make(job: Job, only: int | None = None) -> None:
     folder = DATA / job.name
     folder.mkdir(parents=True, exist_ok=True)
     files = []
-    recipe, runs = trained(job, model, data, only)
+    recipe, runs = trained(job, model, data, only, states)
     for seed, states in runs:
         for epoch, weights in states.items():
             name = f"seed{seed}-epoch{epoch:02d}.safetensors" if job.keep else f"seed{seed}.safetensors"
@@ -240,18 +327,30 @@ def make(job: Job, only: int | None = None) -> None:
     write_text(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
 
 
-def trained(job: Job, model: nn.Module, data: Any, only: int | None) -> tuple[dict, Iterable[tuple[int, dict]]]:
+def trained(
+    job: Job, model: nn.Module, data: Any, only: int | None, states: Path | None
+) -> tuple[dict, Iterable[tuple[int, dict]]]:
     """The recipe in full; and seed by seed, weights by epoch."""
     seeds = job.seeds if only is None else (only,)
-    if job.crops:
-        epochs = sum(count for count, _ in job.crops)
-        recipe = job.recipe | {"epochs": epochs, "crops": job.crops, "augmentation": "random crops, mirror images"}
-        return recipe, ((seed, {epochs: train_on_crops(*data.train, job, seed)}) for seed in seeds)
+    if job.rounds:
+        epochs = sum(len(how.sizes) for how in job.rounds)
+        recipe = {"epochs": epochs, "rounds": [asdict(how) for how in job.rounds], "augmentation": AUGMENTATION}
+        return recipe, ((seed, {epochs: in_rounds(job, data, seed, states)}) for seed in seeds)
     result = lmc.training.train(model, data, seeds=seeds, keep=job.keep, **job.recipe)
     last = result.recipe.epochs
     return asdict(result.recipe), (
         (s, result.trajectory[i] if job.keep else {last: result[i]}) for i, s in enumerate(seeds)
     )
+
+
+def in_rounds(job: Job, data: Any, seed: int, states: Path | None) -> dict:
+    model, weights = begun(job, seed), {}
+    for k, how in enumerate(job.rounds):
+        if weights:
+            model.load_state_dict({name: halved(tensor) for name, tensor in weights.items()})
+        kept = states / f"{job.name}-seed{seed}-round{k}.pt" if states else None
+        weights = train_on_crops(model, *data.train, how, seed + 1000 * k, kept)
+    return weights
 
 
 def halved(tensor: torch.Tensor) -> torch.Tensor:
@@ -305,6 +404,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(job.name for job in JOBS))
     parser.add_argument("--seed", type=int, help="train this seed alone, beside what is stored")
+    parser.add_argument("--states", type=Path, help="folder for the state after each epoch of training on CIFAR-10")
     parser.add_argument("--table", action="store_true", help="print the table of data/README.md and train nothing")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -316,7 +416,7 @@ def main() -> None:
         return
     for name in args.names or [job.name for job in JOBS if job.data != "cifar10"]:
         print(name, flush=True)
-        make(known[name], args.seed)
+        make(known[name], args.seed, args.states)
 
 
 if __name__ == "__main__":
