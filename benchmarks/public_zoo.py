@@ -11,7 +11,9 @@ before and after a random element of the group are loaded into two newly built m
 """
 
 import argparse
+import contextlib
 import importlib
+import inspect
 import json
 import os
 import re
@@ -49,7 +51,12 @@ def timm_models() -> Iterator[tuple[str, Built]]:
         name = min([name for name in names if not name.startswith("test_")] or names, key=by_size)
 
         def inputs(model: Any) -> Tensor:
-            return torch.randn(2, *model.pretrained_cfg.get("input_size", (3, 224, 224)))
+            """Images of 96 pixels where the model takes them, which makes the checks quick, else of its own size."""
+            own = model.pretrained_cfg.get("input_size", (3, 224, 224))
+            with contextlib.suppress(Exception), torch.no_grad():
+                model(small := torch.randn(2, own[0], 96, 96))
+                return small
+            return torch.randn(2, *own)
 
         yield name, (lambda name=name: timm.create_model(name, pretrained=False), inputs)
 
@@ -61,11 +68,12 @@ def torchvision_models() -> Iterator[tuple[str, Built]]:
     for name in models.list_models():
         builder = models.get_model_builder(name)
         if not re.search("quantiz|detection|optical", builder.__module__):
-            files.setdefault(f"{builder.__module__}.{re.split('[_0-9]', name)[0]}", []).append(name)
+            kind = re.split("[_0-9]", name)[0] + "_bn" * name.endswith("_bn")
+            files.setdefault(f"{builder.__module__}.{kind}", []).append(name)
     for module, names in files.items():
         name = min(names, key=by_size)
-        side = 299 if "inception" in name else 112 if "video" in module else 224
-        shape = (2, 3, 16, side, side) if "video" in module else (2, 3, side, side)
+        side = 299 if "inception" in name else 64 if "video" in module else 224 if re.match("vit|maxvit", name) else 96
+        shape = (2, 3, 8, side, side) if "video" in module else (2, 3, side, side)
         if name.startswith("mvit"):
             shape = (1, 3, 16, 224, 224)
         options: dict[str, Any] = {"weights": None}
@@ -80,11 +88,64 @@ def torchvision_models() -> Iterator[tuple[str, Built]]:
                 lambda _, shape=shape: torch.randn(shape),
             ),
         )
+    yield (
+        "retinanet_resnet50_fpn (backbone and heads)",
+        (
+            lambda: Body(models.get_model("retinanet_resnet50_fpn", weights=None, weights_backbone=None)),
+            lambda _: torch.randn(1, 3, 96, 96),
+        ),
+    )
+
+
+def torchaudio_models() -> Iterator[tuple[str, Built]]:
+    from torchaudio import models
+
+    lengths = torch.tensor([20, 17])
+    wave = torch.randn(2, 4000)
+    tacotron = {"n_symbol": 20, "symbol_embedding_dim": 16, "encoder_embedding_dim": 16, "n_mels": 8, "decoder_rnn_dim": 16,
+                "attention_rnn_dim": 16, "attention_hidden_dim": 8, "prenet_dim": 8, "postnet_embedding_dim": 16,
+                "attention_location_n_filter": 4, "decoder_dropout": 0.0, "attention_dropout": 0.0}  # fmt: skip
+    text = torch.arange(20).view(2, 10) % 20
+    small = {"extractor_mode": "group_norm", "extractor_conv_layer_config": [(16, 10, 5), (16, 3, 2)],
+             "extractor_conv_bias": False, "encoder_embed_dim": 32, "encoder_projection_dropout": 0.0,
+             "encoder_pos_conv_kernel": 8, "encoder_pos_conv_groups": 4, "encoder_num_layers": 2, "encoder_num_heads": 4,
+             "encoder_attention_dropout": 0.0, "encoder_ff_interm_features": 48, "encoder_ff_interm_dropout": 0.0,
+             "encoder_dropout": 0.0, "encoder_layer_norm_first": False, "encoder_layer_drop": 0.0, "aux_num_out": 7}  # fmt: skip
+    table: dict[str, tuple[Callable[[], nn.Module], Any]] = {
+        "Conformer": (lambda: models.Conformer(16, 4, 32, 2, 7), (torch.randn(2, 20, 16), lengths)),
+        "ConvTasNet": (lambda: models.ConvTasNet(2, 16, 16, 3, 8, 16, 2, 1), torch.randn(2, 1, 400)),
+        "DeepSpeech": (lambda: models.DeepSpeech(16, n_hidden=16, n_class=5), torch.randn(2, 1, 20, 16)),
+        "Emformer": (lambda: models.Emformer(16, 4, 32, 2, 4, right_context_length=2), (torch.randn(2, 18, 16), lengths - 4)),
+        "HDemucs": (lambda: models.HDemucs(["a", "b"], channels=4), torch.randn(1, 2, 11025)),
+        "Tacotron2": (
+            lambda: models.Tacotron2(**tacotron),
+            (text, torch.tensor([10, 8]), torch.randn(2, 8, 12), torch.tensor([12, 10])),
+        ),
+        "Wav2Letter": (lambda: models.Wav2Letter(7, "mfcc", 16), torch.randn(2, 16, 200)),
+        "Wav2Vec2Model": (lambda: models.wav2vec2_model(**small), wave),
+        "WaveRNN": (
+            lambda: models.WaveRNN([2, 2], 8, 4, 1, 16, 16, 3, 8, 8, 8),
+            (torch.randn(2, 1, 4 * 10), torch.randn(2, 1, 8, 12)),
+        ),
+    }
+    for name, (build, inputs) in table.items():
+        yield name, (build, lambda _, inputs=inputs: inputs)
+
+
+class Body(nn.Module):
+    """What of RetinaNet depends on no values: its backbone and heads."""
+
+    def __init__(self, detector: Any):
+        super().__init__()
+        self.backbone, self.head = detector.backbone, detector.head
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return self.head(list(self.backbone(x).values()))
 
 
 SMALL = [  # entry of a configuration -> its value; the first pattern that fits
     (
-        r"(num_)?(hidden|encoder|decoder|n)_?layers?|num_hidden_layers|n_layer|depth|num_(encoder|decoder|block)s?_?layers",
+        r"(num_)?(hidden|encoder|decoder|n)_?layers?|num_(hidden_)?layers|n_layer|depth|num_(encoder|decoder|block)s?_?layers",
         2,
     ),
     (r"(.*_)?num_key_value_heads|.*num_kv_heads", 2),
@@ -98,21 +159,33 @@ SMALL = [  # entry of a configuration -> its value; the first pattern that fits
     (r"(num_experts_per_tok|moe_topk|num_experts_per_token)", 2),
     (r"(moe_intermediate_size)", 16),
     (r"patch_size", 8),
+    (r"qk_rope_head_dim|qk_nope_head_dim", 4),
+    (r"v_head_dim", 8),
+    (r"rotary_dim", 4),
+    (r"attention_window", 4),
 ]
+SERIES = {"prediction_length": 4, "context_length": 8, "label_length": 4, "lags_sequence": [1, 2], "num_time_features": 1}
 
 
 def shrink(config: Any) -> Any:
     """A configuration with few and small layers, its parts too."""
+    if isinstance(getattr(config, "attention_window", None), list):
+        config.attention_window = 4
     for name, value in list(vars(config).items()):
         if hasattr(value, "to_dict") and hasattr(value, "model_type"):
             shrink(value)
         elif isinstance(value, int) and not isinstance(value, bool):
             small = next((size for pattern, size in SMALL if re.fullmatch(pattern, name)), value)
+            if name == "patch_size" and getattr(config, "depths", None):
+                small = value  # of the first of several stages
             if name.endswith("_token_id") and value >= 99:
                 small = 1
-            setattr(config, name, small)
-    if hasattr(config, "layer_types") and config.layer_types:
+            with contextlib.suppress(AttributeError):  # derived from another entry
+                setattr(config, name, small)
+    with contextlib.suppress(AttributeError):
         config.layer_types = config.layer_types[:2]
+    if getattr(config, "vocab_size", 0) is None:
+        config.vocab_size = 99
     return config
 
 
@@ -138,27 +211,76 @@ def transformers_models() -> Iterator[tuple[str, Built]]:
 
         def build(config_class: Any = config_class, head: Any = head) -> nn.Module:
             model_class = head[config_class]
-            return (model_class[0] if isinstance(model_class, tuple) else model_class)(shrink(config_class()))
+            return (model_class[0] if isinstance(model_class, tuple) else model_class)(shrink(config_class(**(SERIES if of_series(config_class) else {}))))
 
         yield kind, (build, transformers_inputs)
 
 
 def transformers_inputs(model: Any) -> dict[str, Tensor]:
+    """The first of several sets of inputs that the model takes."""
+    first = None
+    asked = inspect.signature(model.forward).parameters
+    for inputs in transformers_candidates(model, asked):
+        if inputs.keys() <= asked.keys():
+            try:
+                with torch.no_grad():
+                    model(**inputs)
+                return inputs
+            except Exception as error:
+                first = first or error
+    raise first or TypeError(f"{type(model).__name__} takes {', '.join(asked)}")
+
+
+def transformers_candidates(model: Any, asked: Any) -> Iterator[dict[str, Tensor]]:
+    main, config = model.main_input_name, model.config
+    vision = getattr(config, "vision_config", config)
     tokens = torch.arange(18).view(2, 9) % 90 + 3
-    main = model.main_input_name
-    config = getattr(model.config, "vision_config", model.config)
+    text = {"input_ids": tokens}
+    if getattr(config, "is_encoder_decoder", False):
+        text["decoder_input_ids"] = tokens[:, :7]
+    side = getattr(vision, "image_size", 64)
+    height, width = side if isinstance(side, list | tuple) else (side, side)
+    image = {"pixel_values": torch.randn(2, getattr(vision, "num_channels", 3), height, width)}
+    mels = getattr(getattr(config, "audio_config", config), "num_mel_bins", 80)
+    if "past_values" in asked:
+        long, ahead = config.context_length + max(getattr(config, "lags_sequence", [0])), 4
+        series = {"past_values": torch.randn(2, long), "past_time_features": torch.randn(2, long, 1),
+                  "past_observed_mask": torch.ones(2, long), "future_values": torch.randn(2, ahead),
+                  "future_time_features": torch.randn(2, ahead, 1)}  # fmt: skip
+        yield {name: value for name, value in series.items() if name in asked}
+        yield {"past_values": torch.randn(2, long, getattr(config, "num_input_channels", 1))}
+    if "grid_thw" in asked:
+        size = vision.patch_size**2 * getattr(vision, "in_channels", 3) * getattr(vision, "temporal_patch_size", 1)
+        name = next(iter(asked))
+        yield {name: torch.randn(16, size), "grid_thw": torch.tensor([[1, 4, 4]])}
     if main == "pixel_values":
-        side = getattr(config, "image_size", 64)
-        height, width = side if isinstance(side, list | tuple) else (side, side)
-        return {"pixel_values": torch.randn(2, getattr(config, "num_channels", 3), height, width)}
+        yield image
+        yield {"pixel_values": torch.randn(2, getattr(vision, "num_channels", 3), 96, 96)}
+        yield {"pixel_values": torch.randn(2, getattr(vision, "num_frames", 8), 3, height, width)}
     if main == "input_values":
-        return {main: torch.randn(2, 4000)}
+        yield {main: torch.randn(2, 4000)}
+        yield {main: torch.randn(2, 1, 4000)}
+        yield {main: torch.randn(2, getattr(config, "max_length", 100), mels)}
     if main == "input_features":
-        return {main: torch.randn(2, getattr(model.config, "num_mel_bins", 80), 3000)}
-    found = {"input_ids": tokens}
-    if model.config.is_encoder_decoder:
-        found["decoder_input_ids"] = tokens[:, :7]
-    return found
+        yield {main: torch.randn(2, mels, 3000)}
+        yield {main: torch.randn(2, 100, mels)}
+        yield {main: torch.randn(2, 100, mels), "attention_mask": torch.ones(2, 100, dtype=torch.long)}
+        yield {main: torch.randn(2, 100, getattr(config, "feature_projection_input_dim", 160))}
+        yield {main: torch.randn(2, 100, mels), "decoder_input_ids": tokens[:, :7]}
+    if main == "input_ids":
+        yield text
+    large = {"pixel_values": torch.randn(2, getattr(vision, "num_channels", 3), 96, 96)}
+    yield text | image
+    yield text | large
+    yield text | {"input_features": torch.randn(2, 1, 1001, mels)}
+    yield text | {"bbox": torch.randint(0, 30, (2, 9, 4)).sort(-1).values}
+    yield text | {"bbox": torch.rand(2, 9, 8)}
+    yield text | {"visual_feats": torch.randn(2, 4, 2048), "visual_pos": torch.rand(2, 4, 4)}
+    yield image
+
+
+def of_series(config_class: Any) -> bool:
+    return "lags_sequence" in inspect.signature(config_class.__init__).parameters
 
 
 def diffusers_models() -> Iterator[tuple[str, Built]]:
@@ -227,26 +349,32 @@ class Spread(nn.Module):
         return self.after(self.layer(self.before(x), edge_index, *more))
 
 
-class Twice(nn.Module):
-    """A convolution that takes the features it began with as well."""
+class Given(nn.Module):
+    """A convolution that takes more than features and edges: `call(layer, features, edges, more)`."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, call: Callable[..., Tensor]):
         super().__init__()
-        self.layer = layer
+        self.layer, self.call = layer, call
 
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        return self.layer(x, x.tanh(), edge_index)
+    def forward(self, x: Tensor, edge_index: Tensor, *more: Any) -> Tensor:
+        return self.call(self.layer, x, edge_index, *more)
 
 
-class Placed(nn.Module):
-    """A convolution of points in space, three of whose features are their places."""
+def places(x: Tensor) -> Tensor:
+    """Three coordinates of each node."""
+    return torch.linspace(0, 1, 3 * len(x)).view(-1, 3).to(x)
 
-    def __init__(self, layer: nn.Module):
-        super().__init__()
-        self.layer = layer
 
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        return self.layer(x, torch.linspace(0, 1, 3 * len(x)).view(-1, 3).to(x), edge_index)
+def again(layer: Any, x: Tensor, edges: Tensor) -> Tensor:
+    return layer(x, x.tanh(), edges)
+
+
+def placed(layer: Any, x: Tensor, edges: Tensor) -> Tensor:
+    return layer(x, places(x), edges)
+
+
+def of_one_type(layer: Any, x: Tensor, edges: Tensor) -> Tensor:
+    return layer({"node": x}, {("node", "to", "node"): edges})["node"]
 
 
 def torch_geometric_models() -> Iterator[tuple[str, Built]]:
@@ -285,14 +413,26 @@ def torch_geometric_models() -> Iterator[tuple[str, Built]]:
         "AntiSymmetricConv": lambda c, i, o: Spread(c(20), i, 20, o),
         "GPSConv": lambda c, i, o: Spread(c(20, conv.GCNConv(20, 20), heads=4), i, 20, o),
         "DirGNNConv": lambda c, i, o: c(conv.GCNConv(i, o)),
-        "GCN2Conv": lambda c, i, o: Spread(Twice(c(20, alpha=0.1)), i, 20, o),
-        "FAConv": lambda c, i, o: Spread(Twice(c(20)), i, 20, o),
-        "PointNetConv": lambda c, i, o: Placed(c(mlp(i + 3, o))),
-        "PointTransformerConv": lambda c, i, o: Placed(c(i, o)),
+        "GCN2Conv": lambda c, i, o: Spread(Given(c(20, alpha=0.1), again), i, 20, o),
+        "FAConv": lambda c, i, o: Spread(Given(c(20), again), i, 20, o),
+        "AGNNConv": lambda c, i, o: Spread(c(), i, 20, o),
+        "APPNP": lambda c, i, o: Spread(c(2, 0.1), i, 20, o),
+        "PointNetConv": lambda c, i, o: Given(c(mlp(i + 3, o)), placed),
+        "PointTransformerConv": lambda c, i, o: Given(c(i, o), placed),
+        "PointGNNConv": lambda c, i, o: Spread(Given(c(mlp(20, 3), mlp(23, 20), mlp(20, 20)), placed), i, 20, o),
+        "PPFConv": lambda c, i, o: Given(c(mlp(i + 4, o)), lambda f, x, e: f(x, places(x), places(x).flip(0), e)),
+        "SignedConv": lambda c, i, o: Given(c(i, o // 2, first_aggr=True), lambda f, x, e: f(x, e, e.flip(0))),
+        "DNAConv": lambda c, i, o: Spread(Given(c(20), lambda f, x, e: f(torch.stack([x, x.tanh()], 1), e)), i, 20, o),
+        "HEATConv": lambda c, i, o: Given(
+            c(i, o, 2, 2, 4, 3, 4), lambda f, x, e, kind, attr: f(x, e, torch.arange(len(x)) % 2, kind, attr)
+        ),
+        "HGTConv": lambda c, i, o: Given(c(i, o, (["node"], [("node", "to", "node")]), 2), of_one_type),
+        "HANConv": lambda c, i, o: Given(c(i, o, (["node"], [("node", "to", "node")]), 2), of_one_type),
     }
     weighted = {name: (torch.randn(12, 3),) for name in ("GINEConv", "NNConv", "GMMConv", "PDNConv")}
     weighted |= {name: (torch.arange(12) % 2,) for name in ("RGCNConv", "FastRGCNConv", "RGATConv")}
-    for name in conv.__all__:
+    weighted["HEATConv"] = (torch.arange(12) % 2, torch.randn(12, 3))
+    for name in conv.__all__[1:]:  # after the base class
         layer, make = getattr(conv, name), special.get(name, lambda c, i, o: c(i, o))
         yield (
             name,
@@ -322,6 +462,7 @@ LIBRARIES = {
     "transformers": transformers_models,
     "diffusers": diffusers_models,
     "torch_geometric": torch_geometric_models,
+    "torchaudio": torchaudio_models,
     "segmentation_models_pytorch": segmentation_models,
 }
 
@@ -439,7 +580,7 @@ def main() -> None:
         except ImportError:
             continue
         found.update((f"{library}:{name}", built) for name, built in models())
-    keys = [key for start in options.keys or [""] for key in found if key.startswith(start)]
+    keys = [key for start in options.keys or [""] for key in found if (key == start[:-1] if start.endswith("$") else key.startswith(start))]
     if options.list:
         return print("\n".join(keys))
     import lmc  # noqa: F401  (once, before the forks)

@@ -21,6 +21,15 @@ TargetsOf = Callable[[Any, Tensor | None], Tensor]  # (inputs, targets or None) 
 HELD_BYTES = 1 << 30
 DATASET_BATCH = 256  # examples that are drawn from a map-style data set at a time
 LABELS = ("labels", "label", "targets", "target", "y")  # entries of mappings and data objects that hold targets
+SPLITS = {  # names of mappings of sets, which may be tensors
+    "train",
+    "val",
+    "valid",
+    "validation",
+    "dev",
+    "eval",
+    "test",
+}
 IGNORED = -100  # target of positions that do not count, the convention of torch.nn.functional.cross_entropy
 
 
@@ -134,7 +143,11 @@ def as_splits(data: Any, targets_of: TargetsOf | None = None) -> list[Split]:
         data, targets_of = data.data, data.task.targets if targets_of is None else targets_of
     if hasattr(data, "train") and hasattr(data, "test") and not isinstance(data, torch.nn.Module):
         named = {"train": data.train, "test": data.test}
-    elif isinstance(data, Mapping) and data and not any(isinstance(value, Tensor) for value in data.values()):
+    elif (
+        isinstance(data, Mapping)
+        and data
+        and (data.keys() <= SPLITS or not any(isinstance(value, Tensor) for value in data.values()))
+    ):
         named = {str(name): data[name] for name in sorted(data, key=lambda n: {"train": 0, "test": 2}.get(n, 1))}
     else:
         named = masked(data) or {"data": data}
@@ -170,7 +183,7 @@ def _split(data: Any, name: str, targets_of: TargetsOf | None) -> Split:
         data = data.tensors
     elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         data = DataLoader(data, batch_size=DATASET_BATCH)
-    one = isinstance(data, Tensor | Mapping) or _is_object(data)
+    one = isinstance(data, Tensor | Mapping) or is_object(data)
     if isinstance(data, (tuple, list)):
         unlabelled = (
             targets_of is not None and isinstance(data, list) and isinstance(data[0], Tensor) if data else False
@@ -183,7 +196,7 @@ def _split(data: Any, name: str, targets_of: TargetsOf | None) -> Split:
         if (
             not fits
             and not any(leaf.ndim and len(leaf) == len(targets) for leaf in tensors(inputs))
-            and not _is_object(inputs)
+            and not is_object(inputs)
         ):
             raise _lengths_differ(inputs, targets, name)
         return Split(name, [batch], whole=fits, labels=_label_of(data))
@@ -241,7 +254,7 @@ def _pair(batch: Any, name: str, targets_of: TargetsOf | None) -> Batch:
             {key: value for key, value in batch.items() if key != label},
             None if label is None else batch[label],
         )
-    elif _is_object(batch):
+    elif is_object(batch):
         inputs, targets = batch, None if label is None else fields(batch)[label]
     elif isinstance(batch, (tuple, list)) and len(batch) > 1:
         inputs, targets = batch[0] if len(batch) == 2 else tuple(batch[:-1]), batch[-1]
@@ -274,11 +287,11 @@ def _pair(batch: Any, name: str, targets_of: TargetsOf | None) -> Batch:
 
 def _label_of(batch: Any) -> str | None:
     """The entry of a mapping or data object that holds the targets."""
-    known = batch if isinstance(batch, Mapping) else fields(batch) if _is_object(batch) else {}
+    known = batch if isinstance(batch, Mapping) else fields(batch) if is_object(batch) else {}
     return next((name for name in LABELS if isinstance(known.get(name), Tensor)), None)
 
 
-def _is_object(batch: Any) -> bool:
+def is_object(batch: Any) -> bool:
     """True for a data object: neither a form that torch collates to nor an iterable of batches."""
     if batch is None or isinstance(
         batch, Tensor | Mapping | tuple | list | str | Dataset | DataLoader | torch.nn.Module
@@ -297,7 +310,7 @@ def fields(data: Any) -> dict[str, Any]:
 
 def cuttable(inputs: Any, targets: Tensor) -> bool:
     """True where every tensor counts the examples along axis 0, so that a batch can be cut."""
-    return not _is_object(inputs) and all(leaf.ndim and len(leaf) == len(targets) for leaf in tensors(inputs))
+    return not is_object(inputs) and all(leaf.ndim and len(leaf) == len(targets) for leaf in tensors(inputs))
 
 
 def _lengths_differ(inputs: Any, targets: Tensor, name: str) -> DataError:
@@ -343,25 +356,31 @@ def check_numbers(inputs: Any, name: str) -> None:
 
 def take(inputs: Any, index: Any) -> Any:
     """`inputs[index]` along the examples, for inputs of any accepted form."""
-    return _map(inputs, lambda tensor: tensor[index])
+    return mapped(inputs, lambda tensor: tensor[index])
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:
     """`inputs.to(device)`, for inputs of any accepted form."""
-    if not _is_object(inputs):
-        return _map(inputs, lambda tensor: tensor.to(device))
-    if hasattr(inputs, "to"):
+    if hasattr(inputs, "to") and is_object(inputs):
         return inputs.to(device)
-    moved = copy.copy(inputs)
-    vars(moved).update({k: v.to(device) if isinstance(v, Tensor) else v for k, v in fields(inputs).items()})
-    return moved
+    return mapped(inputs, lambda tensor: tensor.to(device))
 
 
-def _map(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def mapped(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Inputs of any accepted form with `function` of every tensor in its place."""
     if isinstance(inputs, Tensor):
         return function(inputs)
     if isinstance(inputs, Mapping):
         return {name: function(value) if isinstance(value, Tensor) else value for name, value in inputs.items()}
+    if is_object(inputs):
+        copied = copy.copy(inputs)
+        for name, value in fields(inputs).items():
+            if isinstance(value, Tensor):
+                try:
+                    setattr(copied, name, function(value))
+                except AttributeError:  # of a frozen dataclass
+                    vars(copied)[name] = function(value)
+        return copied
     return tuple(function(value) if isinstance(value, Tensor) else value for value in inputs)
 
 

@@ -10,7 +10,17 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from lmc.core.context import warn
 from lmc.errors import DataError
-from lmc.network.batches import DATASET_BATCH, LABELS, TaskData, check_numbers, fields, from_numpy, take, tensors
+from lmc.network.batches import (
+    DATASET_BATCH,
+    LABELS,
+    SPLITS,
+    TaskData,
+    check_numbers,
+    fields,
+    from_numpy,
+    take,
+    tensors,
+)
 
 # Modules that pass all that they are given on to the one inside.
 WRAPPERS = ("OptimizedModule", "DataParallel", "DistributedDataParallel", "AveragedModel")
@@ -55,7 +65,7 @@ def _training_inputs(inputs: Any) -> Any:
         inputs = inputs.data
     if hasattr(inputs, "train") and hasattr(inputs, "test") and not isinstance(inputs, nn.Module):
         inputs = inputs.train
-    elif isinstance(inputs, Mapping) and inputs and not tensors(inputs):
+    elif isinstance(inputs, Mapping) and inputs and (inputs.keys() <= SPLITS or not tensors(inputs)):
         inputs = inputs["train"] if "train" in inputs else next(iter(inputs.values()))
     if isinstance(inputs, Dataset) and not isinstance(inputs, IterableDataset):
         return DataLoader(inputs, batch_size=DATASET_BATCH)

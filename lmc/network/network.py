@@ -189,7 +189,10 @@ class Network:
             given = [leaf for leaf in pytree.tree_leaves(inputs) if isinstance(leaf, Tensor)]
             shapes = ", ".join(f"{tuple(leaf.shape)} {leaf.dtype}" for leaf in given)
             where = f" on inputs {shapes}" if shapes else ""
-            raise DataError(f"the model ({type(self._model).__name__}) fails{where}: {error}") from error
+            message = f"the model ({type(self._model).__name__}) fails{where}: {error}"
+            if isinstance(inputs, Mapping) and not arguments(self.module, inputs)[1]:
+                message += f"; it was given a mapping with {', '.join(map(str, inputs))}, since its forward names none of these"
+            raise DataError(message) from error
 
     def run(self, inputs: Any) -> Any:
         """As `result`, with errors of the module itself as they are, for callers who know what they mean."""

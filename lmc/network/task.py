@@ -28,6 +28,19 @@ UNITS = {
     **dict.fromkeys(("l1_loss", "L1Loss"), "absolute error"),
 }
 
+# Of torch's losses, those that compare outputs and targets entry by entry, and would spread (N, 1) and (N,) to (N, N).
+ENTRYWISE = {
+    *(
+        "mse_loss",
+        "l1_loss",
+        "smooth_l1_loss",
+        "huber_loss",
+        "binary_cross_entropy",
+        "binary_cross_entropy_with_logits",
+    ),
+    *("MSELoss", "L1Loss", "SmoothL1Loss", "HuberLoss", "BCELoss", "BCEWithLogitsLoss"),
+}
+
 
 @dataclass(frozen=True)
 class Task:
@@ -36,7 +49,8 @@ class Task:
     The default is classification: cross-entropy and accuracy of outputs (N, C), (N, ..., C) or (N, C, ...) against
     integer targets (N,) or (N, ...). `Task.regression()` and its kin are ready-made.
 
-    A loss or metric is called with outputs and targets, and with the inputs where it asks for a third argument. It gives
+    A loss or metric is called with outputs and targets, and with the inputs where it asks for a third argument; torch's own
+    that compare them entry by entry get both in one shape, a last axis of length 1 aside. It gives
     one value for each example, one for each target, or their mean. Up to 256 MiB of outputs it is called once, on all
     the examples of a split, so that its value does not depend on how they are batched. Beyond, it is called batch by
     batch: the means of batches are weighted by the targets that count, and a warning is given where a batch has another
@@ -292,8 +306,10 @@ def measured(measure: Loss, name: str, outputs: Any, targets: Tensor, inputs: An
     Raises:
         InputError: a value of any other shape.
     """
-    arguments = (outputs, targets, inputs)[: _arity(measure)]
-    found = measure(*arguments)
+    if _name(measure) in ENTRYWISE and isinstance(outputs, Tensor):
+        found = measure(*_one_form(outputs, targets))
+    else:
+        found = measure(*(outputs, targets, inputs)[: _arity(measure)])
     try:
         value = torch.as_tensor(found, device=targets.device)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -308,8 +324,13 @@ def measured(measure: Loss, name: str, outputs: Any, targets: Tensor, inputs: An
 
 
 def class_last(outputs: Tensor, targets: Tensor) -> Tensor | None:
-    """Outputs (K, N, ..., C) or (K, N, C, ...) as logits (K, targets, C) where the targets are classes, else None."""
+    """Outputs (K, N, ..., C) or (K, N, C, ...) as logits (K, targets, C) where the targets are classes, else None.
+
+    Targets may have a further axis of length 1, the last or that of channels."""
     shape = outputs.shape[1:]
+    if targets.ndim == len(shape) > 1:
+        axis = next((axis for axis in (1, -1) if targets.shape[axis] == 1), None)
+        targets = targets if axis is None else targets.squeeze(axis)
     if not _are_classes(targets) or len(shape) != targets.ndim + 1:
         return None
     if shape[:-1] != targets.shape:
@@ -355,9 +376,14 @@ def _describe(value: Any) -> str:
 
 def _unit(loss: Loss) -> str:
     """The unit of a loss of torch; empty for any other."""
+    return UNITS.get(_name(loss), "")
+
+
+def _name(loss: Loss) -> str:
     function = loss.func if isinstance(loss, functools.partial) else loss
-    name = type(function).__name__ if isinstance(function, nn.Module) else getattr(function, "__name__", "")
-    return UNITS.get(name, "")
+    if isinstance(function, nn.Module):
+        return type(function).__name__
+    return getattr(function, "__name__", "") if getattr(F, getattr(function, "__name__", ""), None) is function else ""
 
 
 def _ignored_by(loss: Loss, otherwise: int) -> int:
@@ -376,12 +402,17 @@ def _arity(measure: Loss) -> int:
     return 3 if sum(p.kind in positional and p.default is p.empty for p in parameters) == 3 else 2
 
 
-def _alike(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def _one_form(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Both in one shape, where they differ by a last axis of length 1: (N, 1) and (N,) would be broadcast to (N, N)."""
     if outputs.shape == (*targets.shape, 1):
         outputs = outputs[..., 0]
     elif targets.shape == (*outputs.shape, 1):
         targets = targets[..., 0]
+    return outputs, targets if targets.is_floating_point() or targets.is_complex() else targets.to(outputs.dtype)
+
+
+def _alike(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    outputs, targets = _one_form(outputs, targets)
     if outputs.shape != targets.shape:
         raise DataError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)}; expected the same shape")
     return outputs, targets.to(outputs.dtype)
@@ -420,6 +451,13 @@ def _next_tokens(inputs: Any, targets: Tensor | None) -> Tensor:
         ids = inputs.get("input_ids", ids)
         if isinstance(mask := inputs.get("attention_mask"), Tensor) and mask.shape == ids.shape:
             ids = ids.masked_fill(mask == 0, IGNORED)
+    tokens = inputs.get("input_ids") if isinstance(inputs, Mapping) else tensors(inputs)[0]
+    if targets is not None and isinstance(tokens, Tensor) and tokens.shape == ids.shape and _are_classes(tokens):
+        if bool(((ids != tokens.to(ids.device)) & (ids != IGNORED)).any()):
+            raise DataError(
+                "a language task takes the tokens themselves as labels, and shifts them; these labels are others: targets that "
+                "are the next tokens already go with lmc.Task.classes(), a mask goes as attention_mask into a mapping with input_ids"
+            )
     if ids.ndim < 2:
         raise DataError(f"a language task needs tokens (N, T), got {tuple(ids.shape)}")
     return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)

@@ -18,7 +18,7 @@ from lmc.errors import InputError
 from lmc.network.batches import Split, as_splits, to_device
 from lmc.network.copies import fresh_copy
 from lmc.network.network import Network, pick_device, whole
-from lmc.network.task import Loss, Outputs, Task
+from lmc.network.task import Loss, Outputs, Task, measured
 from lmc.training.run import Judge, batches_of, check_model, device_of, examples, given, initialised
 from lmc.weights import ModelOrWeights, Weights
 
@@ -262,7 +262,7 @@ def intrinsic_dimension(
     task = task.fitted(model, split)
     blank = fresh_copy(model).to(place)
     check_model(blank, task, split, place)
-    judge, test_judge = Judge.of(task, split), Judge.of(task, test)
+    judge = Judge.of(task, split)
     trained = [name for name, p in blank.named_parameters() if p.requires_grad]
     network = Network(blank, place, whole)
     scores = np.zeros((len(wanted), len(drawn)))
@@ -273,22 +273,32 @@ def intrinsic_dimension(
             for row, dimension in enumerate(wanted):
                 onto = projection(shapes, dimension, kind=kind, seed=seed, dtype=start[trained[0]].dtype, device=place)
                 weights = _train_inside(network, start, onto, judge, split, seed, epochs, lr, batch_size)
-                scores[row, column] = _accuracy(network, weights, test_judge, test)
+                scores[row, column] = _accuracy(network, weights, task, test)
                 bar.update()
     parameters = sum(math.prod(blank.get_parameter(name).shape) for name in trained)
     return IntrinsicDimension(tuple(wanted), scores, baseline, share, kind, parameters)
 
 
 @torch.no_grad()
-def _accuracy(network: Network, weights: Weights, judge: Judge, split: Split) -> float:
+def _accuracy(network: Network, weights: Weights, task: Task, split: Split) -> float:
     total = count = 0.0
     for inputs, targets in split.iterate(TEST_BATCH):
         inputs, targets = to_device(inputs, network.device), targets.to(network.device)
-        found = judge(network.outputs(weights, judge.task.call(inputs, targets)), targets, inputs)[1]
-        weight = judge.task.weight(targets)
-        total, count = total + weight * float(found), count + weight
-    if math.isnan(total):
-        raise InputError("loss: the intrinsic dimension needs an accuracy, among the metrics of the task or of classes")
+        outputs = task.read(network.outputs(weights, task.call(inputs, targets)))
+        rows, flat = task.logits(outputs, targets), targets.reshape(-1)
+        if rows is not None:
+            total += int(
+                ((rows.argmax(-1) == flat) & (flat != task.ignore)).sum()
+            )  # exact: it is held against a threshold
+        elif (measure := task.metrics.get("accuracy")) is not None:
+            total += task.weight(targets) * float(
+                measured(measure, "accuracy", outputs, targets, inputs).double().mean()
+            )
+        else:
+            raise InputError(
+                "loss: the intrinsic dimension needs an accuracy, among the metrics of the task or of classes"
+            )
+        count += task.weight(targets)
     return total / count
 
 

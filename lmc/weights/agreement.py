@@ -303,6 +303,10 @@ def with_prefix_of(names: Sequence[str], opened: Checkpoint, who: str) -> Checkp
         return opened.under({n.removeprefix(longer): n for n in opened}, f"prefix {longer!r} stripped")
     if shorter:
         return opened.under({shorter + n: n for n in opened}, f"prefix {shorter!r} added, which {who} has")
+    if len(found := prefixes(names, list(opened))) == 1:
+        inside = {n.removeprefix(found[0]): n for n in opened if n.startswith(found[0])}
+        left = ", ".join(n for n in opened if not n.startswith(found[0]))
+        return opened.under(inside, f"prefix {found[0]!r} stripped, by which {who} was found; left out: {left}")
     return opened
 
 
@@ -384,6 +388,15 @@ def prefix_between(a: Sequence[str], b: Sequence[str]) -> str:
     return ""
 
 
+def prefixes(a: Sequence[str], b: Sequence[str]) -> list[str]:
+    """The words behind which all names of `a` are found among those of `b`, beside others; none where they stand there too."""
+    known = set(b)
+    if not a or known.issuperset(a):
+        return []
+    starts = [name.removesuffix(a[0]) for name in b if name.endswith("." + a[0])]
+    return [start for start in starts if all(start + name in known for name in a)]
+
+
 def _check_prefix(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str]) -> None:
     for short, long, without, having in ((a, b, *names), (b, a, *names[::-1])):
         if prefix := prefix_between(list(short), list(long)):
@@ -391,6 +404,12 @@ def _check_prefix(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple
                 f"{next(iter(long))}: all names in {having} have the prefix {prefix!r}, those in {without} have not "
                 "(DataParallel, torch.compile and Lightning put one before every name): take the weights of the module "
                 f"inside, strip it with name.removeprefix({prefix!r}), or open the file with prefix={prefix!r}"
+            )
+        if found := prefixes(list(short), list(long)):
+            raise MismatchError(
+                f"{found[0]}{next(iter(short))}: {having} has all names of {without} behind "
+                f"{' and behind '.join(map(repr, found))}, beside others: take that part alone "
+                f"(of a file: lmc.open_checkpoint(file, prefix={found[0]!r}))"
             )
 
 

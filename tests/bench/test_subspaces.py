@@ -158,3 +158,16 @@ def test_bad_subspaces_are_refused():
     with pytest.raises(lmc.InputError, match="test split"):
         lmc.training.intrinsic_dimension(MODEL, DATA["train"], [2], baseline=1.0, progress=False)
     assert math.isclose(sum(x.numel() for x in MODEL.parameters()), 134)
+
+
+def test_the_intrinsic_dimension_of_any_task_with_an_accuracy():
+    options = dict(dimensions=[6], baseline=1.0, seeds=[0], epochs=2, progress=False)
+    named = {split: {"input": x, "y": y} for split, (x, y) in DATA.items()}
+    found = [lmc.training.intrinsic_dimension(MODEL, data, **options).accuracies for data in (DATA, named)]
+    assert (found[0] == found[1]).all()
+    ignoring = {split: (x, y.where(torch.arange(len(y)) % 2 == 0, 9)) for split, (x, y) in DATA.items()}
+    fewer = lmc.training.intrinsic_dimension(MODEL, ignoring, loss=lmc.Task.classes(ignore=9), **options).accuracies
+    assert (fewer != found[0]).all() and abs(fewer * 30 - (fewer * 30).round()).max() < 1e-9  # of 30 test targets
+    reals = lmc.Task.regression().on({split: (x, x[:, :4]) for split, (x, _) in DATA.items()})
+    with pytest.raises(lmc.InputError, match="needs an accuracy"):
+        lmc.training.intrinsic_dimension(MODEL, reals, **options)

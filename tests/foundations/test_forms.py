@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import lmc
-from lmc.errors import DataError, InputError, WeightsError
+from lmc.errors import DataError, InputError, MismatchError, WeightsError
 
 
 def state(seed: int = 0) -> dict[str, Tensor]:
@@ -211,3 +211,20 @@ def test_the_prefix_of_a_file_is_stripped_for_a_module(tmp_path: Path):
 def test_further_names_of_adapters(name: str):
     with pytest.raises(WeightsError, match="factor of an adapter"):
         lmc.merge.average([{name: torch.ones(2, 2)}, {name: torch.zeros(2, 2)}])
+
+
+def test_a_module_is_found_behind_the_one_prefix_that_has_all_its_names(tmp_path: Path):
+    models, x = [nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 3)) for _ in range(2)], torch.randn(6, 4)
+    for i, model in enumerate(models):
+        inside = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+        torch.save({"state_dict": {**inside, "criterion.weight": torch.ones(3)}}, tmp_path / f"{i}.ckpt")
+    opened = [lmc.open_checkpoint(tmp_path / f"{i}.ckpt") for i in range(2)]
+    data = (x, torch.arange(6) % 3)
+    found, expected = (lmc.loss_path(models[0], *pair, data, alphas=3, progress=False) for pair in (opened, models))
+    assert (found.values["data"]["loss"] == expected.values["data"]["loss"]).all()
+    with pytest.raises(MismatchError, match="a has all names of model behind 'model.', beside others"):
+        lmc.loss_path(models[0], dict(opened[0]), models[1], data, progress=False)
+    both = {f"{start}{name}": tensor for start in ("model.", "ema.") for name, tensor in models[0].state_dict().items()}
+    torch.save(both, tmp_path / "both.ckpt")
+    with pytest.raises(MismatchError, match="behind 'model.' and behind 'ema.'"):
+        lmc.loss_path(models[0], lmc.open_checkpoint(tmp_path / "both.ckpt"), models[1], data, progress=False)

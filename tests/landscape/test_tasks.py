@@ -24,6 +24,7 @@ from lmc.landscape.similarity import similarity
 from lmc.landscape.simplices.simplex import loss_simplex, loss_triangle
 from lmc.landscape.variance import variance_ratios
 from lmc.network.batchnorm import recalibrate_batchnorm
+from lmc.network.inputs import input_batches
 from lmc.network.task import Task
 
 RANDOM = torch.Generator().manual_seed(0)
@@ -188,6 +189,24 @@ def test_regression_is_in_its_own_unit_and_takes_targets_without_a_last_axis():
         evaluate(linear(6, 3), None, (X, targets), loss=Task.regression())
 
 
+@pytest.mark.parametrize(
+    ("loss", "want"),
+    [
+        (F.mse_loss, lambda o, y: (o - y).square().mean()),
+        (nn.L1Loss(), lambda o, y: (o - y).abs().mean()),
+        (functools.partial(F.huber_loss, delta=0.5), lambda o, y: F.huber_loss(o, y, delta=0.5)),
+        (nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits),
+        (F.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits),
+    ],
+)
+@pytest.mark.parametrize("last", ["outputs", "targets"])
+def test_torchs_losses_do_not_spread_a_last_axis_over_the_examples(loss, want, last):
+    goal = torch.randint(0, 2, (24,), generator=RANDOM)
+    model = linear(6, 1) if last == "outputs" else nn.Sequential(linear(6, 1), nn.Flatten(0))
+    found = evaluate(model, None, (X, goal if last == "outputs" else goal[:, None]), loss=loss)["data"].loss
+    assert found == pytest.approx(want(model(X).detach().reshape(-1), goal.float()).item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("labels", [1, 5])
 def test_binary_and_multi_label(labels):
     model = linear(6, labels)
@@ -224,6 +243,32 @@ def test_language_models_predict_the_next_token(data, unit):
     found = evaluate(model, None, data, loss=Task.language(unit), batch_size=2)["data"]
     assert found.loss == pytest.approx(nats / (math.log(2) if unit == "bits" else 1.0), rel=1e-5)
     assert found.values["perplexity"] == pytest.approx(math.exp(nats), rel=1e-4)
+
+
+def test_labels_of_language_are_the_tokens_themselves():
+    model = Tokens()
+    whole = evaluate(model, None, IDS, loss=Task.language())["data"]
+    assert evaluate(model, None, {"input_ids": IDS, "labels": IDS}, loss=Task.language())["data"] == whole
+    for others in (torch.ones_like(IDS), IDS.roll(-1, 1)):  # a mask, and next tokens already
+        with pytest.raises(DataError, match="tokens themselves as labels"):
+            evaluate(model, None, [(IDS, others)], loss=Task.language())
+        with pytest.raises(DataError, match="tokens themselves as labels"):
+            evaluate(model, None, {"input_ids": IDS, "labels": others}, loss=Task.language())
+
+
+@pytest.mark.parametrize("name", ["test", "val", "eval"])
+def test_splits_of_a_mapping_may_be_tensors_alone(name):
+    found = evaluate(Tokens(), None, Task.language().on({"train": IDS[:4], name: IDS}))
+    assert found[name] == evaluate(Tokens(), None, IDS, loss=Task.language())["data"]
+    calls = list(input_batches(Tokens(), {"train": IDS[:4], name: IDS}, 9))
+    assert len(calls) == 1 and torch.equal(calls[0], IDS[:4])
+
+
+def test_targets_may_have_an_axis_of_channels():
+    model = nn.Conv2d(2, 3, 1)
+    images, goal = torch.randn(4, 2, 5, 5, generator=RANDOM), torch.randint(0, 3, (4, 5, 5), generator=RANDOM)
+    assert evaluate(model, None, (images, goal[:, None])) == evaluate(model, None, (images, goal))
+    assert evaluate(linear(), None, (X, Y[:, None])) == evaluate(linear(), None, (X, Y))
 
 
 def test_reconstruction_needs_no_targets():
@@ -585,6 +630,8 @@ def test_entries_of_a_mapping_that_the_module_does_not_take():
         assert evaluate(ByName(), None, counted)["data"].loss == pytest.approx(own, abs=1e-6)
     assert evaluate(WholeBatch(), None, [({"image": X}, Y)])["data"].loss == pytest.approx(own, abs=1e-6)
     assert evaluate(WholeBatch(), None, named)["data"].loss == pytest.approx(own, abs=1e-6)
+    with pytest.raises(DataError, match="given a mapping with image, file, since its forward names none of these"):
+        evaluate(linear(), None, named)
 
 
 def test_arrays_of_numpy_are_tensors():

@@ -160,3 +160,51 @@ def test_what_takes_long_is_said_beforehand(case, capsys, monkeypatch) -> None:
     assert re.search(said, capsys.readouterr().err)
     merge.compare(model, models[:2], (x, y), progress=False, **options)
     assert "about" not in capsys.readouterr().err
+    options = {"loss": nn.functional.mse_loss, "methods": ["average", "slerp"], "seconds": 1000.0}
+    merge.compare(model, models[:2], (x, y), progress=True, **options)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr("lmc.merge.study.compare.SAID", 0.0)
+    merge.compare(model, models[:2], (x, y), progress=True, **options)
+    assert "4 merges by 2 methods: about 0 s or longer" in capsys.readouterr().out
+
+
+class CallableGraph:
+    """A graph as torch_geometric has it: its entries come by `to_dict`, and it can be called."""
+
+    def __init__(self, **entries):
+        self.__dict__.update(entries)
+
+    def to_dict(self):
+        return dict(self.__dict__)
+
+    def __call__(self, *names):
+        return ((name, getattr(self, name)) for name in names)
+
+
+class OneLayer(nn.Module):
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x, edge_index):
+        return self.layer(x).index_add(0, edge_index[0], self.layer(x)[edge_index[1]])
+
+
+def test_models_of_a_graph_are_compared_on_its_masks():
+    generator = torch.Generator().manual_seed(0)
+    number = torch.arange(30) % 3
+    graph = CallableGraph(
+        x=torch.randn(30, 4, generator=generator),
+        edge_index=torch.randint(30, (2, 60), generator=generator),
+        y=torch.randint(3, (30,), generator=generator),
+        **{f"{name}_mask": number == i for i, name in enumerate(("train", "val", "test"))},
+    )
+    models = [OneLayer(1), OneLayer(2)]
+    found = merge.compare(models[0], models, graph, methods=["average"], progress=False).to_frame()
+    own = lmc.landscape.evaluate(models[0], merge.average(models), graph)
+    row = found.loc["average"]
+    assert row["validation"] == pytest.approx(own["val"].accuracy) and row["test"] == pytest.approx(
+        own["test"].accuracy
+    )
+    assert merge.greedy_soup(models[0], models, graph, progress=False).keys() == models[0].state_dict().keys()

@@ -2,7 +2,9 @@
 on the example is recorded, what it assumed is kept, and what decides stays in place."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,7 @@ import lmc
 from lmc.errors import TraceError
 from lmc.network.network import uncalled
 from lmc.symmetry.discovery.discover import Discovery, discover
-from lmc.symmetry.tracing.capture import export, record
+from lmc.symmetry.tracing.capture import FURTHER_RUNS, export, record, recorded
 from lmc.symmetry.tracing.failures import is_user_file
 
 
@@ -208,6 +210,23 @@ def test_parameters_that_no_weights_lead_to_are_told() -> None:
     assert "that b.bias, b.weight have no part" in spec.assumed
 
 
+def of_weights(m: Layers, x: Tensor) -> Tensor:
+    return m.c(m.b(m.a(x)) if m.a(x).abs().max() > 1e9 else m.a(x).relu())
+
+
+@pytest.mark.parametrize(("way", "runs"), [(far, 1), (of_weights, 1 + FURTHER_RUNS)])
+def test_other_weights_are_tried_only_where_weights_decide(way, runs, monkeypatch) -> None:
+    made = []
+
+    def counted(*arguments: Any) -> Any:
+        made.append(arguments)
+        return recorded(*arguments)
+
+    monkeypatch.setattr("lmc.symmetry.tracing.capture.recorded", counted)
+    graph = record(Layers(way), (X,), {}, None)
+    assert len(made) == runs and set(graph.unreached) == {"b.weight", "b.bias"}
+
+
 def other_way(m: Layers, x: Tensor) -> Tensor:
     h = m.a(x)
     return m.c(h.relu() if h.mean() > 0 else h * torch.arange(8.0))
@@ -279,3 +298,29 @@ def test_the_module_of_the_caller_is_not_touched() -> None:
 def test_a_run_that_fails_tells_the_model_s_own_error() -> None:
     with pytest.raises(TraceError, match=r"test_record.py:.*reduction dim|mat1 and mat2"):
         discover(Layers(branch), torch.randn(5, 4))
+
+
+class OfObject(nn.Module):
+    """Takes a data object, as models of graphs do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, data: Any) -> Tensor:
+        hidden = self.inner(data.x).relu()
+        return self.head(hidden.index_add(0, data.edge_index[0], hidden[data.edge_index[1]]))
+
+
+@dataclass(frozen=True)
+class GraphData:
+    x: Tensor
+    edge_index: Tensor
+
+
+@pytest.mark.parametrize("kind", [GraphData, SimpleNamespace])
+def test_a_data_object_is_computed_in_double_precision(kind):
+    data = kind(x=torch.randn(5, 4), edge_index=torch.randint(5, (2, 9)))
+    spec = lmc.permutation_spec(OfObject(), data, progress=False)
+    assert [group.size for group in spec.groups.values()] == [6] and spec.certificate.max_error < 1e-9
+    assert data.x.dtype == torch.float32

@@ -21,8 +21,8 @@ from lmc.merge.engine.aligning import Align, aligned
 from lmc.merge.engine.tensors import on_base
 from lmc.merge.rules.averaging import average
 from lmc.merge.study.candidates import Candidate, MergeTask, models_of, selected
-from lmc.merge.with_data.judge import Judge, as_came, batches, chosen, gather, splits
-from lmc.network.batches import IGNORED, TaskData, cuttable, take, tensors
+from lmc.merge.with_data.judge import Judge, as_came, batches, chosen, gather, is_measure, splits
+from lmc.network.batches import IGNORED, TaskData, cuttable, masked, take, tensors
 from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
 
@@ -368,7 +368,7 @@ def _split(validation: Any, test: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         return named, {name: _part(part, "test") for name, part in held.items()}
     kept, held = {}, {}
     for name, part in named.items():
-        if callable(part):
+        if is_measure(part):
             return named, {}
         if _part(part, "test") is not part:
             kept[name], held[name] = chosen(part), _part(part, "test")
@@ -390,7 +390,7 @@ def _part(data: Any, split: str) -> Any:
     if isinstance(data, TaskData):
         part = _part(data.data, split)
         return data if part is data.data else data.task.on(part)
-    return getattr(data, split, data)
+    return masked(data).get(split) or getattr(data, split, data)
 
 
 def _every_second(data: Any, name: str, start: int) -> Any:
@@ -417,7 +417,7 @@ def _every_second(data: Any, name: str, start: int) -> Any:
 
 def _together(tasks: Mapping[str, Any]) -> Any:
     """The data of all tasks as batches, for methods that learn from labels."""
-    if any(callable(part) for part in tasks.values()):
+    if any(is_measure(part) for part in tasks.values()):
         return None
     judged = next((part.task for part in tasks.values() if isinstance(part, TaskData)), None)
     plain = {name: part.data if isinstance(part, TaskData) else part for name, part in tasks.items()}

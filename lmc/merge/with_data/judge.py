@@ -14,6 +14,7 @@ from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.network.batches import (
     DATASET_BATCH,
     LABELS,
+    SPLITS,
     TaskData,
     as_splits,
     check_numbers,
@@ -31,7 +32,13 @@ from lmc.weights import Weights, check_finite
 
 def splits(data: Any) -> bool:
     """Whether data are a mapping of splits, `{"train": ..., "test": ...}`."""
-    return isinstance(data, Mapping) and {"train", "test"} <= data.keys() and not isinstance(data["train"], Tensor)
+    named = isinstance(data, Mapping) and {"train", "test"} <= data.keys()
+    return named and (data.keys() <= SPLITS or not isinstance(data["train"], Tensor))
+
+
+def is_measure(validation: Any) -> bool:
+    """Whether `validation` is a function of weights, and not data: those of torch_geometric can be called, too."""
+    return callable(validation) and not hasattr(validation, "to_dict")
 
 
 def chosen(data: Any) -> Any:
@@ -209,7 +216,7 @@ class Judge:
             network = Network(model, where, whole)
             self._recalibrate = Recalibrator(network, calls_in(network.module, inputs))
         self._function: Callable[[Weights], Any] | None = None
-        if callable(validation):
+        if is_measure(validation):
             self._function = validation
             self.measure = metric or "score"
             return

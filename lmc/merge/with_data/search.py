@@ -24,7 +24,7 @@ from lmc.merge.engine.aligning import alignable
 from lmc.merge.engine.assembly import Merged
 from lmc.merge.engine.method import MergeFunction
 from lmc.merge.rules.averaging import average
-from lmc.merge.with_data.judge import Judge
+from lmc.merge.with_data.judge import Judge, is_measure
 from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, as_weights, fitted
 
@@ -158,7 +158,7 @@ def lcsc(
     result as for `evolve`; the report's option is `weights`.
     """
     count = len(models)
-    if metric is None and not callable(validation):
+    if metric is None and not is_measure(validation):
         metric = "loss"
     states = [fitted(model, as_weights(m)) for m in models]
     judge = Judge(model, validation, metric, loss=loss, inputs=inputs, device=device, models=states)

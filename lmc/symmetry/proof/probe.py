@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from lmc.errors import CertificateError, InputError, LmcError
+from lmc.network.batches import is_object, mapped
 from lmc.network.network import Network
 from lmc.symmetry.tracing.failures import not_computed, quiet
 from lmc.symmetry.tracing.outputs import Inputs, OutputSelector, as_call, kept, tensors_in
@@ -273,7 +274,7 @@ class Probe:
 
     def _input(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
-            return value
+            return mapped(value, self._input) if is_object(value) else value
         if value.is_meta:
             raise InputError(
                 f"inputs are on the meta device, the model on {self.network.device}: pass inputs with values"

@@ -50,7 +50,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     own = {name: t if isinstance(t, nn.Parameter) else t.detach().clone() for name, t in state.items()}
     graph = recorded(model, own, args, kwargs, outputs)
-    for number in range(FURTHER_RUNS if graph.read else 0):
+    for number in range(FURTHER_RUNS if decided_by_weights(graph) else 0):
         if not (missing := without_part(graph)):
             break
         with suppress(Exception):  # other weights may lead where these inputs do not fit
@@ -58,6 +58,18 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], outp
             if not missing <= without_part(other):
                 graph = both(graph, other, f"_run{number}")
     return replace(graph, unreached=tuple(sorted(without_part(graph)))) if graph.read else graph
+
+
+def decided_by_weights(graph: Graph) -> bool:
+    """Whether values that were read depend on parameters, so that other weights may lead elsewhere."""
+    seen: set[Node] = set()
+    todo = list(graph.read)
+    while todo:
+        node = todo.pop()
+        if node not in seen:
+            seen.add(node)
+            todo += node.all_input_nodes
+    return any((leaf := graph.leaves.get(node.name)) is not None and leaf.kind == "parameter" for node in seen)
 
 
 def without_part(graph: Graph) -> set[str]:
