@@ -160,12 +160,6 @@ def test_what_takes_long_is_said_beforehand(case, capsys, monkeypatch) -> None:
     assert re.search(said, capsys.readouterr().err)
     merge.compare(model, models[:2], (x, y), progress=False, **options)
     assert "about" not in capsys.readouterr().err
-    options = {"loss": nn.functional.mse_loss, "methods": ["average", "slerp"], "seconds": 1000.0}
-    merge.compare(model, models[:2], (x, y), progress=True, **options)
-    assert capsys.readouterr().out == ""
-    monkeypatch.setattr("lmc.merge.study.compare.SAID", 0.0)
-    merge.compare(model, models[:2], (x, y), progress=True, **options)
-    assert "4 merges by 2 methods: about 0 s or longer" in capsys.readouterr().out
 
 
 class CallableGraph:
