@@ -117,24 +117,28 @@ LONGEST = (
     "tests/browser/test_quickstart.py",
     "notebooks/",
     "tests/project/test_accidents.py",
-    "tests/symmetry/test_library_models.py",
+    "tests/align/test_alignment_identities.py",
+    "tests/project/test_demo.py",
     "tests/merge/test_write.py",
     "tests/merge/test_pleas.py",
-    "tests/symmetry/test_operators.py",
     "tests/symmetry/test_record.py",
-    "tests/align/test_alignment_identities.py",
+    "tests/symmetry/test_library_models.py",
+    "tests/align/test_transformers_alignment.py",
+    "tests/align/test_connect.py",
     "tests/symmetry/test_fuzz.py",
     "tests/symmetry/test_zoo.py",
     "tests/browser/",
     "tests/merge/test_zipit.py",
-    "tests/project/test_demo.py",
     "tests/align/test_many.py",
-    "tests/align/test_connect.py",
+    "tests/align/test_comparison.py",
+    "tests/project/test_devices.py",
+    "tests/project/test_readme.py",
+    "tests/symmetry/test_operators.py",
 )
 
 
 # Notebooks of the long run: what they show the tests of their methods compute as well.
-LONG = ("notebooks/07_", "notebooks/09_", "notebooks/13_")
+LONG = ("notebooks/02_", "notebooks/07_", "notebooks/09_", "notebooks/10_", "notebooks/13_")
 
 
 def pytest_collection_modifyitems(config, items):

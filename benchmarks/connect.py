@@ -17,7 +17,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 import torch  # noqa: E402
 
 import lmc  # noqa: E402
-from lmc.core import budget  # noqa: E402
+from lmc.core import progress  # noqa: E402
 
 PAIRS = sorted(
     path.parent.name
@@ -55,7 +55,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    budget.clock = time.process_time
+    progress.clock = time.process_time
     row("pair", "method", "barrier", "seconds")
     row("---", "---", "---", "---")
     for name in options.pairs:

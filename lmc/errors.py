@@ -1,4 +1,4 @@
-"""What can go wrong, as one small hierarchy: catch `LmcError` to catch everything of ours.
+"""All that can go wrong, as one small hierarchy: catch `LmcError` to catch everything of ours.
 
 Each message names the tensor (or operator), the axis where there is one, what was expected, what was
 found, and what to do next.

@@ -5,15 +5,15 @@ from dataclasses import dataclass
 from functools import cache
 
 import handwritten
+import pytest
 import torch
 from torch import Tensor, nn
 
 import lmc
 from lmc.data import Dataset
 from lmc.landscape.path import loss_path
-from lmc.models.convnets import cnn, vgg
+from lmc.models.convnets import cnn, resnet20, vgg
 from lmc.models.mlp import mlp
-from lmc.models.resnet import resnet20
 from lmc.models.transformers import gpt, vit
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
@@ -125,6 +125,11 @@ CASES: dict[str, Callable[[], Case]] = {
         **_heads(2),
     ),
 }
+
+
+def cases(*usual: str) -> list:
+    """The names of all cases as parameters of a test; those that are not `usual` are for the thorough form."""
+    return [pytest.param(name, marks=[] if name in usual else [pytest.mark.thorough]) for name in CASES]
 
 
 @dataclass(frozen=True)

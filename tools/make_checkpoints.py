@@ -32,7 +32,7 @@ from torch import nn
 
 import lmc
 from lmc.core.files import write_text
-from lmc.models.resnet import ResidualBlock
+from lmc.models.convnets import ResidualBlock
 
 DATA = Path(__file__).parents[1] / "data"
 PARTS = ("train", "test")

@@ -1,1 +1,1 @@
-"""What every room stands on: results with their files, context, progress, optional packages, workers."""
+"""The ground of every room: results with their files, context, progress, optional packages, workers."""

@@ -1,15 +1,18 @@
-"""Progress: what long work says before it begins, and bars: none for what takes less than two seconds.
+"""Progress of long work: what it says before it begins, bars that show how far it is, and the seconds that it may take.
 
-Nothing is shown where the environment variable TQDM_DISABLE is set. tqdm itself heeds it in terminals only; stored notebooks
-and their tests need it to hold in notebooks too.
+There are no bars for what takes less than two seconds, and nothing is shown where the environment variable TQDM_DISABLE is
+set. tqdm itself heeds it in terminals only; stored notebooks and their tests need it to hold in notebooks too.
 """
 
 import math
 import os
 import sys
+import time
 from typing import TYPE_CHECKING, Any
 
 from tqdm import auto
+
+from lmc.errors import InputError
 
 LONG = 10.0  # seconds from which on it is said beforehand how long work will take
 
@@ -63,3 +66,32 @@ class Quiet(_Bar):
 
 class tqdm(Quiet, auto.tqdm):  # noqa: N801 (it is tqdm, with other defaults)
     """`tqdm.auto.tqdm` that waits two seconds and leaves nothing behind."""
+
+
+clock = time.monotonic
+
+
+class Budget:
+    """A number of seconds, counted from when this is made; None is without end.
+
+    Raises:
+        InputError: seconds that are no positive number.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        if seconds is not None and not seconds > 0:
+            raise InputError(f"budget={seconds!r}: expected a positive number of seconds, or None for no limit")
+        self.seconds = math.inf if seconds is None else float(seconds)
+        self._started = clock()
+
+    @property
+    def spent(self) -> float:
+        return clock() - self._started
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.spent
+
+    @property
+    def over(self) -> bool:
+        return self.left <= 0

@@ -91,7 +91,7 @@ class Result:
         return Path(file)
 
     def to_bytes(self) -> bytes:
-        """What `save` writes."""
+        """The bytes that `save` writes."""
         tensors: codec.Tensors = {}
         return codec.dump(_format(type(self)), codec.encode(self, type(self), tensors), tensors)
 

@@ -35,7 +35,7 @@ LONGEST = 80  # characters of a cell in the name of its file
 
 @dataclass(frozen=True, eq=False)
 class Cell(Result):
-    """What came of one combination.
+    """The outcome of one combination.
 
     Attributes:
         parameters: name -> its value, as plain data; functions by their name.
@@ -195,7 +195,7 @@ def _processors() -> int:
 
 
 def _caller(**functions: Callable[..., Any]) -> Callable[[Any], bytes]:
-    """What a worker does for a cell: `(its parameters as plain data, the arguments)` to the bytes of its file."""
+    """A worker's task for a cell: `(its parameters as plain data, the arguments)` to the bytes of its file."""
     (function,) = functions.values()
 
     def call(task: tuple[dict[str, Any], dict[str, Any]]) -> bytes:

@@ -341,7 +341,7 @@ def _culprit(value: Any, name: str, steps: int) -> str:
 
 
 def _parts(value: Any) -> dict[str, Any]:
-    """What a value is made of, by name."""
+    """The parts of a value, by name."""
     if isinstance(value, functools.partial):
         return {"function": value.func, **value.keywords} | {f"[{i}]": part for i, part in enumerate(value.args)}
     if inspect.ismethod(value):
@@ -366,7 +366,7 @@ def _processes(pool: ProcessPoolExecutor) -> list[Any]:
 
 
 def _ending(processes: Sequence[Any]) -> str:
-    """How processes ended, in words."""
+    """The end of processes, in words."""
     codes = [process.exitcode for process in processes if process.exitcode is not None]
     if not codes:
         return "it is gone"

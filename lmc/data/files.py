@@ -27,7 +27,7 @@ class Source:
 
 
 def cache_folder() -> Path:
-    """Where downloads go: `lmc` in the user's cache folder (`XDG_CACHE_HOME`, by default `~/.cache`)."""
+    """The folder of downloads: `lmc` in the user's cache folder (`XDG_CACHE_HOME`, by default `~/.cache`)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lmc"
 
 

@@ -193,7 +193,7 @@ def _measure(
     alphas: Values,
     **options: Any,
 ) -> Callable[[Sequence[Pair]], list[tuple[str, str, float, float, float, float]]]:
-    """What a worker does for some pairs: of each split, unit, barrier, error barrier and the losses of both ends."""
+    """A worker's task for some pairs: of each split, unit, barrier, error barrier and the losses of both ends."""
 
     def measure(pair: Pair) -> tuple[str, str, float, float, float, float]:
         i, j = pair

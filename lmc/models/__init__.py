@@ -4,9 +4,8 @@ Every one can be captured by `torch.export` (non-strict), re-initialises itself 
 and names its hidden layers by what they are and its classifier `head`.
 """
 
-from lmc.models.convnets import CNN, VGG, cnn, vgg
+from lmc.models.convnets import CNN, VGG, ResNet20, cnn, resnet20, vgg
 from lmc.models.mlp import MLP, mlp
-from lmc.models.resnet import ResNet20, resnet20
 from lmc.models.transformers import GPT, ViT, gpt, vit
 
 __all__ = ["CNN", "GPT", "MLP", "VGG", "ResNet20", "ViT", "cnn", "gpt", "mlp", "resnet20", "vgg", "vit"]

@@ -1,1 +1,1 @@
-"""How weights are put through a module: calls, batches, tasks, statistics, repair."""
+"""Putting weights through a module: calls, batches, tasks, statistics, repair."""

@@ -92,7 +92,7 @@ def _slots(value: Any) -> list[str]:
 
 
 class Hidden:
-    """What a module keeps beside its state dict, as it is when this is made; `restore` puts back what changed since.
+    """All that a module keeps beside its state dict, as it is when this is made; `restore` puts back what changed since.
 
     Attributes:
         changing: whether forward passes were seen to change anything.
@@ -124,7 +124,7 @@ class Hidden:
         self.changing = bool(self._changed or self._written or self._functions)
 
     def names(self) -> list[str]:
-        """What forward passes have changed, as attributes of the modules that hold it."""
+        """The places that forward passes have changed, as attributes of the modules that hold it."""
         self.look()
         before = {id(container): old for container, old in self._changed}
         written = {id(tensor) for tensor, _ in self._written}
@@ -208,7 +208,7 @@ def _around(addresses: Sequence[Address]) -> Iterator[list[Address]]:
 
 
 def _made_again(places: Sequence[Address], wanted: Collection[Address], run: Callable[[Removal], nn.Module]) -> Removal:
-    """How these places are to be emptied for the wanted ones to be filled again; empty where they are not."""
+    """A way to empty these places for the wanted ones to be filled again; empty where they are not."""
     ways: tuple[Way, ...] = ("none", "deleted")
     for way in ways:
         removal: Removal = dict.fromkeys(places, way)
@@ -266,7 +266,7 @@ def derives_outside(module: nn.Module, runs: Sequence[Callable[[], Any]], same: 
 
 
 def form(model: nn.Module) -> tuple[Any, ...]:
-    """What tells whether a module computes as it did, but for its weights: its modules, their flags and numbers, and the
+    """The marks by which a module computes as it did, but for its weights: its modules, their flags and numbers, and the
     functions on them."""
     return tuple(
         (

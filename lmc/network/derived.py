@@ -213,8 +213,10 @@ Derived: TypeAlias = Spectral | Normed | Pruned | Orthogonal
 
 
 def derived_in(weights: Mapping[str, Tensor], module: nn.Module | None = None) -> list[Derived]:
-    """What in a state dict is written otherwise than it is used, known by names and shapes; orthogonal parametrizations by
-    their module, or once they are gauged."""
+    """The parts of a state dict that are written otherwise than they are used, known by names and shapes; orthogonal
+    parametrizations by their module, or once they are gauged."""
+    if not any(name.endswith(("_orig", "_g")) or "parametrizations." in name for name in weights):
+        return []  # the names of all kinds, asked for once: nearly no weights have them
     return [*_plain(weights, module), *_orthogonal(weights, module)]
 
 

@@ -24,7 +24,7 @@ from lmc.weights import Weights
 
 @dataclass(frozen=True)
 class Verdict:
-    """How weights may be put through a module.
+    """The way in which weights may be put through a module.
 
     Attributes:
         caches: it keeps values beside its state dict that change.
@@ -69,7 +69,7 @@ _SHADOWED = 64  # parameters that are looked at one by one
 
 @dataclass(frozen=True)
 class Examination:
-    """What one module is asked.
+    """The questions that one module is asked.
 
     Attributes:
         name: of its class, for warnings and errors.
@@ -86,7 +86,7 @@ class Examination:
     inputs: Any
 
     def stale(self) -> Removal:
-        """Where the module holds what it makes again by itself, of earlier calls."""
+        """The places where the module holds what it makes again by itself, of earlier calls."""
         return removable(self.module, self._called)
 
     def _called(self, removal: Removal) -> nn.Module:
@@ -98,7 +98,7 @@ class Examination:
         return self.trial(removal, Verdict(), weights).repeated(self.inputs)
 
     def verdict(self, stale: Removal) -> Verdict:
-        """What a fresh copy gives for `weights` is what a copy must give that had other weights before."""
+        """A verdict: as a fresh copy gives for `weights`, so must a copy that had other weights before."""
         between = _perturbed(self.weights)
         runs = [partial(self._given_out, stale, given) for given in (self.weights, between)]
         outside = derives_outside(self.module, runs, _equal)
@@ -151,7 +151,7 @@ class Examination:
         return True
 
     def _repeated(self, stale: Removal) -> Any:
-        """What a fresh copy gives; `InputError` where it gives something else when it is called again."""
+        """The outputs of a fresh copy; `InputError` where it gives something else when it is called again."""
         trial, again = self.trial(stale, Verdict(), self.weights), None
         expected = trial.repeated(self.inputs)
         with contextlib.suppress(Exception):  # of a second call that nobody asked for

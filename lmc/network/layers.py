@@ -99,7 +99,7 @@ def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:
 
 
 def as_weight(module: nn.Module, matrix: Tensor, shape: torch.Size) -> Tensor:
-    """What `as_matrix` made, back in the shape of the weight."""
+    """A matrix that `as_matrix` made, back in the shape of the weight."""
     return (matrix.T if isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d) else matrix).reshape(shape)
 
 
@@ -222,7 +222,7 @@ def _calls(network: Network, probe: Call) -> list[_Called]:
 
 
 def _uses(module: nn.Module) -> dict[int, int]:
-    """How many names each tensor of the state dict has."""
+    """The number of names of each tensor of the state dict."""
     uses: dict[int, int] = {}
     for tensor in module.state_dict(keep_vars=True).values():
         uses[id(tensor)] = uses.get(id(tensor), 0) + 1

@@ -354,7 +354,7 @@ class Network:
         return trial
 
     def repeated(self, inputs: Any, weights: Weights | None = None) -> Any:
-        """What the module gives, called with other weights where they are given, as one that draws numbers repeats it."""
+        """The outputs of the module, called with other weights where they are given, as one that draws numbers repeats it."""
         torch.default_generator.manual_seed(0)
         if self.device.type == "cuda":
             torch.cuda.manual_seed(0)
@@ -421,7 +421,7 @@ def call_with(
     kwargs: dict[str, Any],
     ties: Mapping[str, str] | None = None,
 ) -> Any:
-    """What the module gives with these parameters and buffers in place of its own; `ties` as of `further_slots`."""
+    """The outputs of the module with these parameters and buffers in place of its own; `ties` as of `further_slots`."""
     ties = further_slots(module) if ties is None else ties
     inner = {f"module.{name}": tensor for name, tensor in weights.items()}
     return _functional(_Anew(module), inner, args, kwargs, {f"module.{n}": f"module.{f}" for n, f in ties.items()})

@@ -39,7 +39,7 @@ class Shared:
         return id(self.holder), self.name
 
     def read(self) -> dict[Any, Any]:
-        """What stands there, by key or position."""
+        """The value there, by key or position."""
         if self.name is not None:
             return {self.name: self.holder.get(self.name) if isinstance(self.holder, dict) else content(self.holder)}
         return dict(self.holder) if isinstance(self.holder, dict) else dict(enumerate(self.holder))
@@ -58,7 +58,7 @@ class Shared:
 
 
 class Stores:
-    """What functions may write, by default those of the forward pass of a class of modules.
+    """The places that functions may write to, by default those of the forward pass of a class of modules.
 
     Attributes:
         attributes: the names of attributes that are set, on whatever object.
@@ -114,7 +114,7 @@ _KNOWN: weakref.WeakKeyDictionary[type[nn.Module], Stores] = (
 
 
 def stores(kind: type[nn.Module]) -> Stores:
-    """What the forward pass of a class of modules may write."""
+    """The places that the forward pass of a class of modules may write to."""
     if (known := _KNOWN.get(kind)) is None:
         known = _KNOWN[kind] = Stores(kind)
     return known
@@ -162,7 +162,7 @@ def _is_set(cell: types.CellType) -> bool:
 
 
 def content(cell: types.CellType) -> Any:
-    """What a cell of a closure holds; None where it holds nothing yet."""
+    """The contents of a cell of a closure; None where it holds nothing yet."""
     try:
         return cell.cell_contents
     except ValueError:  # not set yet

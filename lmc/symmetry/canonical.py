@@ -140,7 +140,7 @@ def known(spec: PermutationSpec, model: nn.Module, inputs: Inputs | None) -> Per
 
 
 class _Gauge:
-    """How the scales and signs of one group are fixed.
+    """The way in which the scales and signs of one group are fixed.
 
     Attributes:
         lengths: pairs of an occurrence and a scale, by which the length of its units becomes 1.

@@ -233,7 +233,7 @@ def _places(spec: PermutationSpec, group: str) -> Mapping[str, Occurrence]:
 
 
 def _before(spec: PermutationSpec, indices: Mapping[str, Tensor], factors: Factors) -> Factors:
-    """What must be done before a permutation, so that it is as if `factors` were done after it."""
+    """Factors to apply before a permutation, so that it is as if `factors` were done after it."""
     source = sources(spec, indices)
     result: Factors = {}
     for group, own in factors.items():

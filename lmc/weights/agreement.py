@@ -1,5 +1,6 @@
 """The check that weight sets fit each other and a module, made by every function that takes several."""
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -39,6 +40,7 @@ UNEMBEDDING = re.compile(
     r"(^|\.)(lm_head|head|embed_out|unembed|output|generator|to_logits|decoder|output_projection)\.weight$",
     re.IGNORECASE,
 )
+SUMMED = frozenset({torch.float32, torch.float64})  # as they are; others in a wider dtype
 TWINS = 8  # matrices that one side lacks: with more these are other architectures, of which no values are compared
 EMBEDDING = re.compile(r"(embed|wte|tok|vocab|shared)", re.IGNORECASE)
 
@@ -58,13 +60,14 @@ def as_weights(model: ModelOrWeights) -> StateDict:
         )
     if isinstance(state, Checkpoint):
         state = state.load()  # aliases share their tensor
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # type: ignore[attr-defined]
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise WeightsError(
                 f"{name}: expected a tensor, got {type(tensor).__name__}; "
                 "extra state outside parameters and buffers is not supported"
             )
-        if torch._C._functorch.is_functorch_wrapped_tensor(tensor):  # type: ignore[attr-defined]
+        if wrapped(tensor):
             raise WeightsError(
                 f"{name}: a tensor inside torch.vmap or another transform of torch.func, whose values cannot be looked at: call "
                 "this outside, once for each weight set"
@@ -99,11 +102,17 @@ def agreeing(
         return states
     if model is not None:
         states = [fitted(model, state, name) for state, name in zip(states, called, strict=True)]
-    for i, (state, name) in enumerate(zip(states, called, strict=True)):
+    check_codes(states[0], called[0])
+    check_finite(states[0], called[0])
+    for i, (state, name) in enumerate(zip(states[1:], called[1:], strict=True), start=1):
         states[i] = shared(states[0], state, (called[0], name))
-        check_compatible(states[0], states[i], (called[0], name))
+        _check_same_names(states[0], states[i], (called[0], name))
+        check_codes(states[i], name)
+        _check_same_kinds(states[0], states[i], (called[0], name))
         check_finite(state, name)
     check_integers(states, called)
+    if len({tuple(tensor.dtype for tensor in state.values()) for state in states}) == 1:
+        return states
     for name in states[0]:
         if len(dtypes := {state[name].dtype for state in states}) > 1 and inexact(states[0][name]):
             widest = wide(*dtypes)
@@ -334,12 +343,20 @@ def check_compatible(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tu
         MismatchError: the first tensor whose presence, shape, kind of numbers or device differs.
         WeightsError: codes of quantised weights.
     """
-    left, right = names
+    _check_same_names(a, b, names)
+    for state, what in zip((a, b), names, strict=True):
+        check_codes(state, what)
+    _check_same_kinds(a, b, names)
+
+
+def _check_same_names(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str]) -> None:
     if a.keys() != b.keys():
         _check_prefix(a, b, names)
         raise MismatchError(_different_names(a, b, names))
-    for state, what in zip((a, b), names, strict=True):
-        check_codes(state, what)
+
+
+def _check_same_kinds(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple[str, str]) -> None:
+    left, right = names
     for name, x in a.items():
         y = b[name]
         if x.shape != y.shape:
@@ -356,16 +373,24 @@ def check_compatible(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tu
 
 def check_finite(weights: Mapping[str, Tensor], what: str = "weights") -> None:
     """Raise `WeightsError` naming the first tensor that holds NaN or infinity, and where, or that holds no values."""
-    sums: dict[torch.device, list[Tensor]] = defaultdict(list)
+    far: dict[torch.device, list[Tensor]] = defaultdict(list)
+    doubtful = False
     for name, tensor in weights.items():
         if tensor.is_meta:
             raise WeightsError(f"{name} of {what}: on the meta device, which holds no values; load the weights first")
-        if inexact(tensor):
-            total = tensor.to(wide(tensor.dtype)).sum()
-            sums[tensor.device].append((total.real + total.imag if total.is_complex() else total).float())
-    # One sum for each tensor, and one question to the device for all. A sum may overflow, so a suspicious one is looked
-    # into.
-    if all(bool(torch.isfinite(torch.stack(found)).all()) for found in sums.values()):
+        if (dtype := tensor.dtype) in SUMMED:
+            total = tensor.sum()
+        elif inexact(tensor):
+            total = tensor.to(wide(dtype)).sum().abs()  # one number, also of complex ones
+        else:
+            continue
+        if not total.is_cpu:
+            far[total.device].append(total.float())
+        elif not math.isfinite(total):
+            doubtful = True
+    # One sum for each tensor, and one question to another device for all of them. A sum may overflow, so after a suspicious
+    # one all are looked into.
+    if not doubtful and all(bool(torch.isfinite(torch.stack(sums)).all()) for sums in far.values()):
         return
     for name, tensor in weights.items():
         if inexact(tensor) and not bool((finite := torch.isfinite(tensor.to(wide(tensor.dtype)))).all()):

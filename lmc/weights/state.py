@@ -13,7 +13,7 @@ import re
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from copy import deepcopy
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from typing import Any, Self, TypeAlias
 
@@ -166,6 +166,7 @@ FACTORS = re.compile(
 )
 QUANTISED = (torch.qint8, torch.quint8, torch.qint32, torch.quint4x2, torch.quint2x4)
 NARROW = (torch.int8, torch.uint8, torch.int16, torch.int32)
+USUAL = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})  # no codes, unless by their name
 DEQUANTISE = (
     "dequantise it first, by loading it with the library that quantised it and saving float weights, or take the "
     "weights it was made from"
@@ -177,6 +178,7 @@ def inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+@cache
 def wide(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype in which numbers of these are summed: float32, complex64, or the widest of them if that is wider."""
     found = torch.float32
@@ -223,13 +225,17 @@ def narrowed(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
 
 
 def code(state: Mapping[str, Tensor]) -> str:
-    """Why a weight set holds codes instead of weights, naming the first tensor; empty where it does not."""
-    scaled = {name.rpartition(".")[0] for name in state if "scale" in name.rpartition(".")[2]}
+    """The reason why a weight set holds codes instead of weights, naming the first tensor; empty where it does not."""
+    scaled: set[str] = set()
+    if any(tensor.dtype.itemsize == 1 for tensor in state.values()):
+        scaled = {name.rpartition(".")[0] for name in state if "scale" in name.rpartition(".")[2]}
     for name, tensor in state.items():
-        parent, _, last = name.rpartition(".")
         if tensor.is_quantized or _named_code(name):
             return f"{name} ({dtype_name(tensor)}) belongs to a quantised weight"
-        if last == "weight" and not inexact(tensor) and tensor.dtype in NARROW:
+        if tensor.dtype in USUAL:
+            continue
+        parent, _, last = name.rpartition(".")
+        if last == "weight" and tensor.dtype in NARROW:
             return f"{name} holds {dtype_name(tensor)} codes of a quantised weight"
         if tensor.is_floating_point() and tensor.dtype.itemsize == 1 and parent in scaled and "scale" not in last:
             return f"{name} holds {dtype_name(tensor)} codes with a scale of their own"
@@ -243,11 +249,16 @@ def _named_code(name: str) -> bool:
 
 def factor(state: Mapping[str, Tensor]) -> str:
     """The first name of an adapter's factor; empty where there is none."""
-    return next((name for name in state if FACTORS.search(name)), "")
+    return next((name for name in state if _named_factor(name)), "")
+
+
+@lru_cache(maxsize=2**16)
+def _named_factor(name: str) -> bool:
+    return FACTORS.search(name) is not None
 
 
 def unmergeable(state: Mapping[str, Tensor]) -> str:
-    """Why a weight set cannot be merged, and the way out; empty where it can."""
+    """The reason why a weight set cannot be merged, and the way out; empty where it can."""
     if reason := code(state):
         return f"{reason}, which are no numbers to add and scale; {DEQUANTISE}"
     if name := factor(state):

@@ -8,7 +8,7 @@ from torch import nn
 
 import lmc
 from lmc.align.study.compare import METHODS, compare
-from lmc.core import budget as budgets
+from lmc.core import progress as budgets
 from lmc.errors import InputError
 
 

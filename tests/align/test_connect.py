@@ -12,7 +12,7 @@ from lmc.align.connecting import connect as connecting
 from lmc.align.connecting.elements import FreeElement, freedoms
 from lmc.align.connecting.judge import held_out
 from lmc.align.rotations.folding import Probe
-from lmc.core import budget as budgets
+from lmc.core import progress as budgets
 from lmc.errors import InputError
 from lmc.models.mlp import mlp
 from lmc.models.transformers import vit
@@ -164,7 +164,10 @@ class Clock:
         return self.step * next(self.ticks)
 
 
-@pytest.mark.parametrize(("step", "budget", "expected"), [(0.01, 8.0, "15 s"), (0.08, 24.0, "2 minutes")])
+@pytest.mark.parametrize(
+    ("step", "budget", "expected"),
+    [pytest.param(0.01, 8.0, "15 s", marks=pytest.mark.thorough), (0.08, 24.0, "2 minutes")],
+)
 def test_the_budget_is_kept(step, budget, expected, monkeypatch, capsys):
     model, a, b, data = digits("digits-mlp32")
     monkeypatch.setattr(budgets, "clock", Clock(step))

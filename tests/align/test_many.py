@@ -4,7 +4,7 @@ import handwritten
 import numpy as np
 import pytest
 import torch
-from alignment_cases import CASES, Case, digits, random_weights
+from alignment_cases import CASES, Case, cases, digits, random_weights
 
 import lmc
 from lmc.align.many import Matchings, _line_search, _value_and_gradients, match_many, objective, start_near_centre
@@ -21,7 +21,7 @@ def unrelated(case: Case, count: int):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", cases("mlp", "resnet-bn", "vit"))
 def test_copies_of_one_model_are_put_in_one_order(name: str, method: str):
     case = CASES[name]()
     a, planted = case.model.state_dict(), [case.spec.random(seed) for seed in range(3)]
@@ -32,7 +32,7 @@ def test_copies_of_one_model_are_put_in_one_order(name: str, method: str):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("name", ["mlp", "gpt"])
+@pytest.mark.parametrize("name", ["mlp", pytest.param("gpt", marks=pytest.mark.thorough)])
 def test_going_round_a_cycle_of_models_changes_nothing(name: str, method: str):
     case = CASES[name]()
     found = match_many(case.spec, unrelated(case, 4), method=method, restarts=1, progress=False)

@@ -58,7 +58,7 @@ def test_a_planted_permutation_is_found_in_every_family(name: str):
     assert all(torch.equal(back[k], v) for k, v in case.model.state_dict().items())
 
 
-@pytest.mark.parametrize("target", ["midpoint", "random"])
+@pytest.mark.parametrize("target", ["midpoint", pytest.param("random", marks=pytest.mark.thorough)])
 def test_trained_networks_come_closer(target: str):
     trained = digits()
     a, b = trained.weights[:2]

@@ -223,7 +223,7 @@ def test_a_planted_rotation_is_found(name):
     assert found.objective == pytest.approx(lmc.weights.dot(found.a, found.weights), rel=1e-9)
 
 
-@pytest.mark.parametrize("name", TRANSFORMERS)
+@pytest.mark.parametrize("name", [pytest.param("vit", marks=pytest.mark.thorough), "gpt"])
 def test_unrelated_networks_keep_their_functions_and_come_closer(name):
     a, b = case(name).model.state_dict(), case(name).other(2)
     inputs = case(name).inputs

@@ -1,6 +1,8 @@
 """Derived state: averages do not depend on how a network writes its weights."""
 
+import gc
 import warnings
+import weakref
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn.utils import parametrizations as p
 
 import lmc
 from lmc.merge.engine import chunks
+from lmc.merge.engine.in_use import InUse, in_use
 from lmc.network.derived import derived_in, derived_names, gauged, settled
 
 
@@ -329,6 +332,17 @@ def test_merges_on_disk_are_those_in_memory(norm, method, tmp_path, monkeypatch)
     found = planned.write(progress=False).load()
     assert found.keys() == expected.keys()
     assert all(torch.allclose(found[name], expected[name], atol=1e-6) for name in found)
+
+
+def test_what_was_read_of_a_checkpoint_goes_with_it(tmp_path):
+    torch.save(p.weight_norm(nn.Linear(3, 2)).state_dict(), tmp_path / "a.pt")
+    opened = in_use(lmc.open_checkpoint(tmp_path / "a.pt"))
+    entry = next(entry for entry in opened.stored.values() if isinstance(entry, InUse))
+    entry.read()
+    part = weakref.ref(next(iter(entry.parts.values())))
+    del opened, entry
+    gc.collect()
+    assert part() is None
 
 
 @every

@@ -116,6 +116,17 @@ def test_not_a_number_is_named_with_its_place():
         W.check_finite({"w": torch.tensor([[0.0, 1.0], [float("nan"), 2.0]])}, "b")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e5m2, torch.complex64])
+def test_infinity_is_found_in_every_dtype_and_large_sums_are_no_infinity(dtype):
+    largest = torch.full((4, 3), torch.finfo(dtype).max, dtype=torch.complex128 if dtype.is_complex else torch.float64)
+    W.check_finite({"w": largest.to(dtype), "none": torch.empty(0, dtype=dtype)})
+    broken = torch.ones_like(largest)
+    broken[2, 1] = complex(1.0, -float("inf")) if dtype.is_complex else -float("inf")
+    broken[3, 1] = complex(1.0, float("inf")) if dtype.is_complex else 1.0
+    with pytest.raises(lmc.WeightsError, match=r"w of b: [12] of 12 values .* first at \(2, 1\)"):
+        W.check_finite({"fine": largest.to(dtype), "w": broken.to(dtype)}, "b")
+
+
 def test_only_modules_and_mappings_of_tensors_are_weights():
     assert list(W.as_weights(nn.Linear(2, 1))) == ["weight", "bias"]
     with pytest.raises(lmc.WeightsError, match="got int"):

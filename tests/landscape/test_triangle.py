@@ -11,9 +11,8 @@ from support import classifier, splits
 import lmc
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
 from lmc.landscape.evaluation.evaluator import Evaluator, evaluate
-from lmc.landscape.simplices.lattice import coarse_to_fine, interpolate, lattice, lattice_size
 from lmc.landscape.simplices.simplex import loss_simplex, loss_triangle
-from lmc.landscape.simplices.simplex_result import Simplex, Triangle
+from lmc.landscape.simplices.simplex_result import Simplex, Triangle, coarse_to_fine, interpolate, lattice, lattice_size
 from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.weights import mean
 

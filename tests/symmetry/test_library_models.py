@@ -93,9 +93,9 @@ LIBRARY = {
 }  # fmt: skip
 
 
-# By default one of each kind: a decoder, grouped queries, an encoder with a decoder, an encoder, pictures. Experts have a
-# test of their own below.
-USUAL = {"gpt2", "llama", "t5", "bert", "vit"}
+# By default one of each kind: a decoder, an encoder with a decoder, pictures. Grouped queries, experts and encoders have tests
+# of their own below.
+USUAL = {"gpt2", "t5", "vit"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in USUAL else pytest.mark.thorough) for n in LIBRARY])
@@ -265,7 +265,19 @@ TORCH: dict[str, tuple[Callable[[], nn.Module], Any, list[int]]] = {
 }
 
 
-@pytest.mark.parametrize("name", TORCH)
+# The same modules in another form: by default one of each kind.
+FORMS = {
+    "encoder, norm first",
+    "attention with weights",
+    "lstm",
+    "weight norm",
+    "dropout in training",
+    "averaged",
+    "half precision",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.thorough] if n in FORMS else []) for n in TORCH])
 def test_modules_of_torch(name: str) -> None:
     build, inputs, expected = TORCH[name]
     with torch.random.fork_rng(devices=[]):

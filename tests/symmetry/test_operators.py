@@ -8,8 +8,8 @@ from fuzz.operators import Tally, operators, tally
 
 from lmc.symmetry.rules import RULES
 
-PARTS = 8  # by default every second one
-HALF = [pytest.param(part, marks=[pytest.mark.thorough] if part % 2 else []) for part in range(PARTS)]
+PARTS = 8  # by default every fourth one
+FEWER = [pytest.param(part, marks=[pytest.mark.thorough] if part % 4 else []) for part in range(PARTS)]
 TOTAL = Tally()
 
 
@@ -18,7 +18,7 @@ def entries() -> Iterator[list]:
     yield operators()
 
 
-@pytest.mark.parametrize("part", HALF)
+@pytest.mark.parametrize("part", FEWER)
 def test_operators_are_sound(part: int, entries: list) -> None:
     found = tally(entries[part::PARTS])
     TOTAL.add(found)
@@ -30,7 +30,7 @@ def test_operators_are_sound(part: int, entries: list) -> None:
 
 
 def test_most_rules_are_reached() -> None:
-    """The argument forms in which each rule was met are printed; those never met are few. Half of the operators meet 141 rules."""
+    """The argument forms in which each rule was met are printed; those never met are few. A quarter of the operators meet 93 rules."""
     if len(TOTAL.samples) < 100:
         pytest.skip("the parts before ran in other processes")
     names = {str(packet).removeprefix("aten.") for packet in RULES}
@@ -38,4 +38,4 @@ def test_most_rules_are_reached() -> None:
     for name in sorted(met):
         print(f"{name}: {len(TOTAL.forms[name])} forms")
     print("not met:", " ".join(sorted(names - met)))
-    assert len(met) >= (170 if os.environ.get("LMC_THOROUGH") else 135)
+    assert len(met) >= (170 if os.environ.get("LMC_THOROUGH") else 90)

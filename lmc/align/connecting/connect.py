@@ -21,9 +21,8 @@ from lmc.align.relaxed.straight_through import straight_through_matching
 from lmc.align.rotations.folding import NORMS, Probe, fold_norms
 from lmc.align.rotations.rotatable import rotatable_groups
 from lmc.align.weight_matching.matching import weight_matching
-from lmc.core.budget import Budget
 from lmc.core.context import own_context, warn
-from lmc.core.progress import beforehand
+from lmc.core.progress import Budget, beforehand
 from lmc.errors import CertificateError, InputError, LmcError, SpecError
 from lmc.landscape.evaluation.evaluation import Repair
 from lmc.landscape.path import Path, loss_path

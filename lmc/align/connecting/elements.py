@@ -27,7 +27,7 @@ NOISE = 0.01  # of latent scores, beside the 1 of a unit that stays
 
 @dataclass(frozen=True)
 class Freedom:
-    """What may be learned of the units of one group.
+    """The freedom to learn of the units of one group.
 
     Attributes:
         kind: "permutation", "orthogonal", "orthogonal fixing 1", "general linear", or "none".
@@ -43,7 +43,7 @@ class Freedom:
 def freedoms(
     spec: PermutationSpec, rotated: Mapping[str, bool], symmetries: ContinuousSymmetries, *, permute: bool
 ) -> dict[str, Freedom]:
-    """What may be learned of each group of a network whose streams can be rotated as `rotated` says.
+    """The freedom to learn of each group of a network whose streams can be rotated as `rotated` says.
 
     Units that hold others, and units within them that cannot be rotated, keep the order that they have; without `permute`
     all do.
@@ -195,7 +195,7 @@ class _Step:
 
 
 def names_of(free: Mapping[str, Freedom]) -> str:
-    """What is learned, in words."""
+    """The things that are learned, in words."""
     kinds: dict[str, None] = {}
     for freedom in free.values():
         kinds |= dict.fromkeys([freedom.kind] if freedom.kind != "none" else [])

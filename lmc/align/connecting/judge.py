@@ -1,4 +1,4 @@
-"""What is chosen by: a part of the training data held out from all that is learned."""
+"""The judge of what is chosen: a part of the training data held out from all that is learned."""
 
 from collections.abc import Iterator
 from itertools import islice

@@ -8,8 +8,7 @@ import torch
 
 from lmc.align.connecting.elements import FreeElement
 from lmc.align.relaxed.soft import TaskLoss
-from lmc.core.budget import Budget
-from lmc.core.progress import tqdm
+from lmc.core.progress import Budget, tqdm
 from lmc.weights import Weights
 
 RATES = {"permutation": 0.03, "rotation": 0.02, "scale": 0.01}

@@ -1,4 +1,4 @@
-"""What connecting a pair of networks gives: the networks, the way between them, and how both were found."""
+"""The result of connecting a pair of networks: the networks, the way between them, and how both were found."""
 
 import math
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Where the learning of rotations starts: streams turned by what they hold, heads and hidden units by what they do and weigh."""
+"""Starting points for learning rotations: streams turned by what they hold, heads and hidden units by what they do and weigh."""
 
 from collections.abc import Mapping
 from itertools import chain

@@ -10,9 +10,8 @@ from lmc.align.relaxed.soft import TaskLoss
 from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.blocks import UnitBlock, build_blocks
 from lmc.align.weight_matching.matching import matched, weight_matching
-from lmc.core.budget import Budget
 from lmc.core.context import own_context, warn
-from lmc.core.progress import tqdm
+from lmc.core.progress import Budget, tqdm
 from lmc.errors import InputError
 from lmc.network.derived import gauged
 from lmc.network.network import pick_device

@@ -16,10 +16,9 @@ from lmc.align.relaxed.straight_through import straight_through_matching
 from lmc.align.study.singular import singular_alignment
 from lmc.align.transport.fusion import ot_fusion
 from lmc.align.weight_matching.matching import matched, weight_matching
-from lmc.core.budget import Budget
 from lmc.core.context import own_context
 from lmc.core.extras import require
-from lmc.core.progress import beforehand, tqdm
+from lmc.core.progress import Budget, beforehand, tqdm
 from lmc.core.results import Result
 from lmc.core.workers import spread
 from lmc.errors import InputError, SpecError
@@ -209,8 +208,8 @@ def _measure(
     budget: float | None,
     methods: Iterable[str] | Mapping[str, Aligner],
 ) -> Callable[[str], tuple[tuple[str, str], Alignment | SpecError | str]]:
-    """What a worker does for a method: the split, the unit of the loss and the alignment, or why it does not go with the architecture, or that
-    there is no time for it.
+    """A worker's task for a method: the split, the unit of the loss and the alignment, or why it does not go with the
+    architecture, or that there is no time for it.
 
     Paths are evaluated on the split that barriers are taken on, and no other.
     """

@@ -152,7 +152,7 @@ def _at(
     seed: int,
     options: dict[str, Any],
 ) -> Callable[[int], dict[str, Path]]:
-    """What a worker does for an epoch."""
+    """A worker's task for an epoch."""
 
     def paths(epoch: int) -> dict[str, Path]:
         start, end = as_weights(a[epoch]), as_weights(b[epoch])

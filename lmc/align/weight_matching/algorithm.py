@@ -20,7 +20,7 @@ from torch import Tensor
 
 from lmc.align.weight_matching.blocks import Shift, UnitBlock
 from lmc.align.weight_matching.gains import Gains, Step, inner_product, nested_assignment
-from lmc.core.budget import Budget
+from lmc.core.progress import Budget
 from lmc.symmetry.groups.action import compose_moves
 from lmc.symmetry.spec import PermutationSpec
 
@@ -152,7 +152,7 @@ class Descent:
         return inner_product(self.fixed, self.state)
 
     def report(self) -> dict[str, Any]:
-        """How it went."""
+        """The numbers of sweeps and visits, and whether it converged."""
         return {"sweeps": self.sweeps, "visits": self.visits, "converged": not self.dirty}
 
 

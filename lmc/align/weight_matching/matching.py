@@ -12,9 +12,8 @@ from lmc.align.weight_matching.algorithm import Descent
 from lmc.align.weight_matching.blocks import build_blocks
 from lmc.align.weight_matching.gains import comparable
 from lmc.align.weight_matching.on_disk import OnDisk
-from lmc.core.budget import Budget
 from lmc.core.context import own_context, warn
-from lmc.core.progress import tqdm
+from lmc.core.progress import Budget, tqdm
 from lmc.errors import InputError
 from lmc.network.derived import derived_names, gauged
 from lmc.symmetry.groups.action import act, identity_indices

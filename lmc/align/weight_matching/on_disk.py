@@ -103,7 +103,7 @@ def _shells(spec: PermutationSpec, a: Mapping[str, Tensor], b: Mapping[str, Tens
 
 
 def _rows_at_once(spec: PermutationSpec, name: str, shape: tuple[int, ...]) -> int | None:
-    """How many slices along the first axis make a part; None where the tensor is small, or units move along that axis."""
+    """The number of slices along the first axis make a part; None where the tensor is small, or units move along that axis."""
     size = math.prod(shape)
     if size <= PART or len(shape) < 2 or any(0 in table.dims for _, table in spec.tables_by_tensor.get(name, ())):
         return None
@@ -324,7 +324,7 @@ class OnDisk:
         self.journal.close()
 
     def report(self) -> dict[str, Any]:
-        """What it took: bytes of memory as planned, bytes read from the disk, and answers found in the journal."""
+        """Its cost: bytes of memory as planned, bytes read from the disk, and answers found in the journal."""
         return {
             "memory": self.memory,
             "bytes_read": self.a.read + self.b.read,

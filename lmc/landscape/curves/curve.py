@@ -2,22 +2,21 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path as FilePath
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lmc.core.codec import UNSAVED
-from lmc.core.context import own_context, warn
+from lmc.core.context import own_context
 from lmc.core.extras import require
-from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.landscape.curves.training import Schedule, Settling, finite_loss, forked, with_parameters
+from lmc.landscape.curves.training import Schedule, Settling, lower, total, with_parameters
 from lmc.landscape.evaluation.evaluation import Evaluation, Objective
 from lmc.landscape.evaluation.measured import Values
 from lmc.landscape.path import Path, mixture_path, points_of
@@ -48,51 +47,22 @@ def train_bends(
     shares: Callable[[float], Sequence[float]],
     schedule: Schedule,
 ) -> Bends:
-    """Train all of `controls` but the first and last, so that `sum_j shares(t)[j] controls[j]` has a low loss for every t.
-
-    One t and one batch a step: an unbiased estimate of the gradient of the mean loss over t (equation 1 with the uniform
-    distribution of equation 2). The network is left in train mode with statistics of its own.
-    """
+    """Train all of `controls` but the first and last, so that `sum_j shares(t)[j] controls[j]` has a low loss for every t,
+    with t from the uniform distribution of equation 2."""
     network, settle = objective.network, Settling(controls[0])
     names = settle.trained(network.module)
     points = [{name: weights[name].to(network.device, copy=True) for name in names} for weights in controls]
     free = [tensor.requires_grad_() for bend in points[1:-1] for tensor in bend.values()]
-    optimiser = torch.optim.Adam(free, schedule.lr)
-    generator = torch.Generator().manual_seed(schedule.seed)
-    losses: list[float] = []
-    interrupted = False
-    network.load(controls[0])
-    network.module.train()
-    with (
-        forked(network.device, schedule.seed),
-        tqdm(total=schedule.epochs, desc="curve", unit="epoch", disable=not schedule.progress) as bar,
-    ):
-        try:
-            for epoch in range(schedule.epochs):
-                optimiser.param_groups[0]["lr"] = schedule.rate(epoch)
-                seen = []
-                for batch in objective.split.shuffled(schedule.batch_size, generator, drop_last=True):
-                    at = shares(float(torch.rand((), generator=generator)))
-                    weights = {name: _sum(c * p[name] for c, p in zip(at, points, strict=True)) for name in names}
-                    loss = objective(settle(weights), batch)
-                    optimiser.zero_grad()
-                    (loss + 0.5 * schedule.weight_decay * _sum(w.square().sum() for w in weights.values())).backward()
-                    optimiser.step()
-                    seen.append(loss.detach())
-                losses.append(finite_loss(torch.stack(seen).mean().item(), f"epoch {epoch}", schedule.lr))
-                bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-                bar.update()
-        except KeyboardInterrupt:
-            interrupted = True
-            warn(f"interrupted: the curve was trained for {len(losses)} epochs")
+
+    def draw(generator: torch.Generator) -> Weights:
+        at = shares(float(torch.rand((), generator=generator)))
+        return {name: total(c * p[name] for c, p in zip(at, points, strict=True)) for name in names}
+
+    losses, interrupted = lower(objective, controls[0], free, lambda: draw, settle, schedule, "curve")
     bends = [
         settle(with_parameters(old, new, network.module)) for old, new in zip(controls[1:-1], points[1:-1], strict=True)
     ]
-    return Bends(tuple(bends), np.array(losses), interrupted)
-
-
-def _sum(terms: Iterable[Tensor]) -> Tensor:
-    return sum(terms, start=torch.zeros(()))
+    return Bends(tuple(bends), losses, interrupted)
 
 
 Kind: TypeAlias = Literal["bezier", "chain"]

@@ -24,6 +24,7 @@ from lmc.network.copies import fresh_copy
 from lmc.network.derived import gauged
 from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights, Weights, agreeing, distance
+from lmc.weights.arithmetic import mixture
 from lmc.weights.state import tensors_by_module
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
 WINDOW = 10  # batches over which a loss is averaged
 RISE = 0.02  # of the straight line's, which points may have where no threshold is given
+HALF = (0.5, 0.5)
 GUARD = 1e-6  # of a tensor's variance, added where nothing else is given
 
 
@@ -197,7 +199,7 @@ def low_loss_path(
     ):
         if threshold is None:
             worse = walk.loss(point) if to_origin else max(walk.loss(point), walk.loss(end))
-            threshold = worse + RISE * max(0.0, walk.loss(_halfway(point, end)) - worse)
+            threshold = worse + RISE * max(0.0, walk.loss(mixture((point, end), HALF)) - worse)
         try:
             for k, layer in enumerate(parts):
                 for _ in range(ticks):
@@ -208,7 +210,7 @@ def low_loss_path(
                     )
                     new = with_variances(trained, wanted, epsilon)
                     left = _left(new, end, moving) / straight if straight else 0.0
-                    found.append((layer, walk.loss(new), batches, left, walk.loss(_halfway(point, new))))
+                    found.append((layer, walk.loss(new), batches, left, walk.loss(mixture((point, new), HALF))))
                     points.append(walk.kept(new))
                     point = new
                     bar.set_postfix(layer=layer, loss=f"{found[-1][1]:.3f}", refresh=False)
@@ -219,7 +221,7 @@ def low_loss_path(
             interrupted = True
             rest = "ends there" if to_origin else "leads straight to b from the last"
             warn(f"interrupted: the path has {len(points)} points, and {rest}")
-        last = [] if to_origin else [walk.loss(_halfway(point, end))]
+        last = [] if to_origin else [walk.loss(mixture((point, end), HALF))]
     stages, losses, counts, remaining, between = zip(*found, strict=True) if found else ((), (), (), (), ())
     return LowLossPath(
         (a, *points, *ends),
@@ -324,7 +326,3 @@ def _shrunk(tensor: torch.Tensor, start: torch.Tensor) -> float:
     """The square of a tensor's length, as a share of what it was; 1 where there was none, or where it has grown."""
     length = float(start.square().sum())
     return min(1.0, float(tensor.square().sum()) / length) if length else 1.0
-
-
-def _halfway(point: Weights, end: Weights) -> dict[str, torch.Tensor]:
-    return {name: torch.lerp(tensor, end[name], 0.5) for name, tensor in point.items()}

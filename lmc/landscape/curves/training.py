@@ -1,17 +1,21 @@
-"""What training of weights between two networks needs, whichever way leads there: a schedule, tensors that follow from others,
-a random state of its own."""
+"""Training of weights between two networks, whichever way leads there: the loop over random points, its schedule, tensors that
+follow from others, a random state of its own."""
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from lmc.core.context import warn
+from lmc.core.progress import tqdm
 from lmc.errors import InputError
+from lmc.landscape.evaluation.evaluation import Objective
+from lmc.landscape.evaluation.measured import Values
 from lmc.network.derived import following, settled
 from lmc.weights import Weights, tied_names
 
@@ -49,6 +53,71 @@ class Schedule:
     def rate(self, epoch: int) -> float:
         """The learning rate in an epoch: constant for half of them, then linearly down to 1 % at 90 %."""
         return self.lr * float(np.interp(epoch / self.epochs, [0.5, 0.9], [1.0, 0.01]))
+
+
+Draw: TypeAlias = Callable[[torch.Generator], Weights]
+
+
+def lower(
+    objective: Objective,
+    start: Weights,
+    free: Iterable[Tensor],
+    draws: Callable[[], Draw],
+    settle: "Settling",
+    schedule: Schedule,
+    what: str,
+) -> tuple[Values, bool]:
+    """Train the tensors `free` by Adam until the points that are made of them have a low loss.
+
+    One point and one batch a step: an unbiased estimate of the gradient of the mean loss over all points. The L2 penalty is
+    that of the point. The network is left in train mode with statistics of its own, an interrupt ends training with a warning.
+
+    Args:
+        start: the weights that give the network its buffers.
+        draws: asked at the start of every epoch for what draws the points of its steps, from a generator.
+        what: is trained, for the bar and the warning.
+
+    Returns:
+        The mean loss in each epoch, and whether training ended early.
+
+    Raises:
+        InputError: a loss that became NaN or infinite.
+    """
+    network = objective.network
+    optimiser = torch.optim.Adam(list(free), schedule.lr)
+    generator = torch.Generator().manual_seed(schedule.seed)
+    losses: list[float] = []
+    interrupted = False
+    network.load(start)
+    network.module.train()
+    with (
+        forked(network.device, schedule.seed),
+        tqdm(total=schedule.epochs, desc=what, unit="epoch", disable=not schedule.progress) as bar,
+    ):
+        try:
+            for epoch in range(schedule.epochs):
+                optimiser.param_groups[0]["lr"] = schedule.rate(epoch)
+                draw, seen = draws(), []
+                for batch in objective.split.shuffled(schedule.batch_size, generator, drop_last=True):
+                    point = draw(generator)
+                    loss = objective(settle(point), batch)
+                    penalty = total(x.square().sum() for x in point.values())
+                    optimiser.zero_grad()
+                    (loss + 0.5 * schedule.weight_decay * penalty).backward()
+                    optimiser.step()
+                    seen.append(loss.detach())
+                losses.append(finite_loss(torch.stack(seen).mean().item(), f"epoch {epoch}", schedule.lr))
+                bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
+                bar.update()
+        except KeyboardInterrupt:
+            interrupted = True
+            warn(f"interrupted: the {what} was trained for {len(losses)} epochs")
+    return np.array(losses), interrupted
+
+
+def total(terms: Iterable[Tensor]) -> Tensor:
+    """The sum of tensors, 0 of none."""
+    return sum(terms, start=torch.zeros(()))
 
 
 class Settling:

@@ -159,7 +159,7 @@ class Evaluation:
     def collect(
         self, scored: Iterable[tuple[int, dict[str, Score]]], count: int, name: str, fewest: int = 1
     ) -> dict[int, dict[str, Score]]:
-        """What `run` returns, of `count` points that are scored wherever it may be; so does one that loses its workers."""
+        """The values that `run` returns, of `count` points that are scored wherever it may be; so does one that loses its workers."""
         scores: dict[int, dict[str, Score]] = {}
         with tqdm(total=count, desc=name, unit="point", disable=not self.progress) as bar:
             try:

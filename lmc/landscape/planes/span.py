@@ -176,7 +176,7 @@ class ThroughThree:
 
     @property
     def places(self) -> list[tuple[float, float]]:
-        """Where the three models lie."""
+        """The places of the three models."""
         return [(0.0, 0.0), (self.foot, self.height), (self.side, 0.0)]
 
     @property

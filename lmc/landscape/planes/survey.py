@@ -163,7 +163,7 @@ def _draw(candidates: Mask, random: np.random.Generator) -> Mask:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the points of a plane lie.
+    """The places of the points of a plane.
 
     Attributes:
         frame: the plane in weight space, with its coordinates.

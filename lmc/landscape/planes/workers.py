@@ -117,7 +117,7 @@ def scoring(
 def _elsewhere(
     again: Callable[[], Evaluation], span: PlaneSpan, places: Sequence[tuple[float, float]], first: int
 ) -> Callable[[Sequence[int]], list[tuple[int, dict[str, Score]]]]:
-    """What a worker does for some points."""
+    """A worker's task for some points."""
     evaluation = again()
     next(evaluation.evaluator([evaluation.states[first]]))
     workers = Workers(evaluation, span, places.__getitem__)

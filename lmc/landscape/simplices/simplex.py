@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     pass
 
 
-from lmc.landscape.simplices.lattice import coarse_to_fine, lattice, lattice_size
-from lmc.landscape.simplices.simplex_result import Mixture, Simplex, Triangle
+from lmc.landscape.simplices.simplex_result import Mixture, Simplex, Triangle, coarse_to_fine, lattice, lattice_size
 
 MOST_POINTS = 500  # of a lattice whose resolution is not given
 
@@ -191,7 +190,7 @@ def _survey(
 def _elsewhere(
     again: Callable[[], Evaluation], shares: Sequence[Sequence[float]]
 ) -> Callable[[Sequence[int]], list[tuple[int, dict[str, Score]]]]:
-    """What a worker does for some mixtures."""
+    """A worker's task for some mixtures."""
     evaluation = again()
     next(evaluation.evaluator([evaluation.states[0]]))
     return lambda order: list(zip(order, evaluation.evaluator(evaluation.mixed(shares[i]) for i in order), strict=True))

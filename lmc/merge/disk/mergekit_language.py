@@ -78,7 +78,7 @@ class Configuration:
 
 
 def read_configuration(file: Path) -> dict[str, Any]:
-    """What a YAML file holds.
+    """The contents of a YAML file.
 
     Raises:
         DataError: no YAML, several documents, no mapping, or a key that a mapping has twice.
@@ -208,7 +208,7 @@ def _vocabulary(content: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _token(row: Any, where: str) -> dict[str, Any]:
-    """Where the embedding of a token comes from, in the words of `vocabulary`; models by their names."""
+    """The origin of the embedding of a token, in the words of `vocabulary`; models by their names."""
     if not isinstance(row, Mapping):
         raise InputError(f"{where}: expected a mapping of source and force, got {row!r}")
     _check_keys(row, ("source", "force"), where)

@@ -34,7 +34,7 @@ class Parameters(Protocol):
 
 @dataclass(frozen=True)
 class Translation:
-    """How a method of mergekit is computed here.
+    """The computation here of a method of mergekit.
 
     Attributes:
         function: the rule.
@@ -213,7 +213,7 @@ METHODS: dict[str, Translation] = {
 
 
 def translation(name: Any) -> Translation:
-    """How a method is computed.
+    """The computation of a method.
 
     Raises:
         InputError: there is none of that name; the nearest is named.

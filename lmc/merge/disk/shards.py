@@ -61,7 +61,7 @@ class Shard:
         return len(text).to_bytes(8, "little") + text, {name: start + place for name, place in places.items()}
 
     def parts(self, ties: Mapping[str, str], done: Container[str]) -> list[tuple[tuple[str, ...], int]]:
-        """What one worker makes at a time: names of tensors that lie side by side, and where in the file they end."""
+        """The work of one worker at a time: names of tensors that lie side by side, and where in the file they end."""
         _, places = self.header(ties)
         found: list[tuple[tuple[str, ...], int]] = []
         filled = PART
@@ -73,7 +73,7 @@ class Shard:
         return found
 
     def _places(self, order: Iterable[str]) -> dict[str, int]:
-        """Where each tensor begins behind the header, one after the other."""
+        """The beginning of each tensor behind the header, one after the other."""
         places, end = {}, 0
         for name in order:
             places[name] = end
@@ -145,7 +145,7 @@ class Begun:
 
 
 def begun(folder: Path, shard: Shard, ties: Mapping[str, str]) -> Begun | None:
-    """What of a file is there and as it was written, by the last note of how far it had come."""
+    """The part of a file that is there and as it was written, by the last note of how far it had come."""
     path, notes = folder / shard.file, _notes(folder / shard.file)
     if not path.is_file() or not notes.is_file():
         return None

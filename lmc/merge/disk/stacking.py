@@ -114,7 +114,7 @@ def _add_last(stored: dict[str, Stored], first: Checkpoint, last: Checkpoint, ou
 
 
 def layer_prefix(names: Mapping[str, Any]) -> str:
-    """What stands before the number of a layer: of the series 0, 1, 2, ... of modules the one with most tensors."""
+    """The text before the number of a layer: of the series 0, 1, 2, ... of modules the one with most tensors."""
     series: dict[str, set[int]] = {}
     counts: Counter[str] = Counter()
     for name in names:

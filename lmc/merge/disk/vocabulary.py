@@ -159,7 +159,7 @@ def vocabulary_tensors(model: Checkpoint, count: int) -> list[str]:
 
 @dataclass(frozen=True)
 class Policy:
-    """What `vocabulary=` says, checked.
+    """The meaning of `vocabulary=`, checked.
 
     Attributes:
         source: "union", "base", or the folder whose tokenizer the result has.
@@ -251,7 +251,7 @@ def by_token(
 
 
 def _folder(model: Checkpoint) -> Path:
-    """Where the tokenizer of a model is; that of an adapter without one is its base's.
+    """The folder of a model's tokenizer; that of an adapter without one is its base's.
 
     Raises:
         InputError: nowhere.
@@ -350,7 +350,7 @@ def _texts(
 
 
 def differing(folders: Sequence[Path], names: Sequence[str]) -> list[str]:
-    """What the vocabularies of models do not have in common, a sentence for each model that differs from the last."""
+    """The differences between the vocabularies of models, a sentence for each model that differs from the last."""
     known = [tokens(folder) for folder in folders]
     if not all(known):
         return []

@@ -211,7 +211,7 @@ def _maker(method: MergeFunction, sets: WeightSets, options: Mapping[str, Any]) 
 
 
 def _elsewhere(folder: Path, ties: Mapping[str, str], **merge: Any) -> Callable[[tuple[Shard, tuple[str, ...]]], None]:
-    """What a worker does: make some tensors of a file, and write them to their places."""
+    """A worker's task: make some tensors of a file, and write them to their places."""
     make = own_context(_maker)(**merge)
 
     @own_context

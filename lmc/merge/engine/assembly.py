@@ -57,7 +57,7 @@ def assembler(
     shares: Callable[[str], tuple[Sequence[float], float]],
     cut: Cut,
 ) -> Make:
-    """What makes the tensors of names that are no aliases, as `assemble` does, large ones in chunks that `cut` allows."""
+    """The maker of the tensors of names that are no aliases, as `assemble` does, large ones in chunks that `cut` allows."""
     weights = frozenset(sets.weights)
     first = sets.shells
 

@@ -266,7 +266,7 @@ class Parts:
             yield self.call.read(self.name, chunk)[0]
 
     def once(self, find: Callable[["Parts"], Any]) -> Any:
-        """What `find` says of this tensor, found at its first chunk."""
+        """The answer of `find` for this tensor, found at its first chunk."""
         return self.call.latest(self.name, "parts", lambda: find(self))
 
 

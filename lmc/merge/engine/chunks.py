@@ -1,7 +1,7 @@
 """Parts of large tensors."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from torch import Tensor
@@ -53,16 +53,16 @@ def blocks(sizes: Mapping[str, int], count: int, length: int) -> Iterator[tuple[
 
 
 class Latest(threading.local):
-    """What was found of the tensor that a thread is at, whose chunks come together."""
+    """Memory of what was found of the tensor that a thread is at, or of some that belong together."""
 
     def __init__(self) -> None:
-        self._name: str | None = None
+        self._at: Hashable = None
         self._found: dict[str, Any] = {}
 
-    def __call__(self, name: str, what: str, find: Callable[[], Found]) -> Found:
-        """`find()`, asked once for the tensor `name`."""
-        if name != self._name:
-            self._name, self._found = name, {}
+    def __call__(self, at: Hashable, what: str, find: Callable[[], Found]) -> Found:
+        """`find()`, asked once for the tensor of this name, or for whatever else the thread is at."""
+        if at != self._at:
+            self._at, self._found = at, {}  # what was found before is let go of first
         if what not in self._found:
             self._found[what] = find()
         return self._found[what]

@@ -4,30 +4,32 @@ A weight normalisation, a spectral normalisation or a pruning mask is known by t
 tensors is made, when it is read, of all of them; of a merge the derived ones are computed from the others.
 """
 
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-from lmc.merge.engine.chunks import Made, Make
+from lmc.merge.engine.chunks import Latest, Made, Make
 from lmc.network.derived import Derived, derived_in
 from lmc.weights import Weights
 from lmc.weights.agreement import outline
 from lmc.weights.checkpoint import Checkpoint, Remade, Stored, flat, size_of
 
-# What a thread read last: chunks, and the tensors of one kind, are asked for one after the other.
-_LATEST = threading.local()
-
 
 @dataclass(frozen=True, eq=False)
 class InUse(Remade):
-    """A stored tensor as `kind` gauges it; `parts` are all tensors of the kind, as they are stored."""
+    """A stored tensor as `kind` gauges it.
+
+    Attributes:
+        parts: all tensors of the kind, as they are stored.
+        latest: what was read last of the checkpoint: chunks, and the tensors of one kind, are asked for one after the other.
+    """
 
     name: str
     kind: Derived
     parts: Mapping[str, Stored]
+    latest: Latest
 
     @property
     def held(self) -> int:
@@ -35,13 +37,12 @@ class InUse(Remade):
         return 4 * sum(size_of(part.dtype, part.shape) for part in self.parts.values())
 
     def read(self, chunk: slice | None = None) -> Tensor:
-        if getattr(_LATEST, "parts", None) is not self.parts:
-            _LATEST.parts, _LATEST.gauged = None, None  # before the next ones are read
-            stored = {name: entry.read() for name, entry in self.parts.items()}
-            _LATEST.gauged = stored | self.kind.gauge(stored)
-            _LATEST.parts = self.parts
-        whole = _LATEST.gauged[self.name]
+        whole = self.latest(self.kind, "gauged", self._gauged)[self.name]
         return whole.clone() if chunk is None else flat(whole, chunk).clone()
+
+    def _gauged(self) -> Weights:
+        stored = {name: entry.read() for name, entry in self.parts.items()}
+        return stored | self.kind.gauge(stored)
 
 
 def tensors_of(kind: Derived) -> list[str]:
@@ -51,15 +52,15 @@ def tensors_of(kind: Derived) -> list[str]:
 
 def in_use(weights: Checkpoint) -> Checkpoint:
     """The same function, its weights as they are used."""
-    stored = dict(weights.stored)
+    stored, latest = dict(weights.stored), Latest()
     for kind in derived_in(weights.outline()):
         parts = {name: weights.entry(name) for name in tensors_of(kind)}
-        stored |= {name: InUse(parts[name], name, kind, parts) for name in parts if name in stored}
+        stored |= {name: InUse(parts[name], name, kind, parts, latest) for name in parts if name in stored}
     return Checkpoint(weights.path, stored, weights.ties, weights.notes, weights.metadata)
 
 
 def settling(make: Make, like: Mapping[str, Tensor]) -> Make:
-    """What makes the tensors of a merge, derived ones so that they fit the others; `like` is one of the models, in use."""
+    """The maker of the tensors of a merge, derived ones so that they fit the others; `like` is one of the models, in use."""
     shapes = outline(like)
     owners = {name: kind for kind in derived_in(shapes) for name in kind.derived}
 

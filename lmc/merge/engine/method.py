@@ -152,7 +152,7 @@ class Method:
         return joined(sets, self.maker(sets, **options))
 
     def maker(self, sets: WeightSets, **options: Any) -> Make:
-        """What makes the tensors of names that are no aliases, in chunks, `(name, chunk, values)`; surveys come first, here."""
+        """The maker of the tensors of names that are no aliases, in chunks, `(name, chunk, values)`; surveys come first, here."""
         check_numbers_of(options, {name: p.default for name, p in self.signature.parameters.items()})
         cut = self.cuts(options)
         if self.kind == "task vectors":

@@ -13,7 +13,6 @@ A method that treats every entry, or every row, alike is given large tensors in 
 their size.
 """
 
-import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.errors import InputError, WeightsError
-from lmc.merge.engine.chunks import Chunk, Cut, chunks
+from lmc.merge.engine.chunks import Chunk, Cut, Latest, chunks
 from lmc.merge.engine.in_use import in_use
 from lmc.network.derived import constants_in, derived_names, gauged, warn_of_lagging
 from lmc.weights import ModelOrWeights, as_weights, check_compatible, fitted, tied_names
@@ -66,7 +65,7 @@ class WeightSets:
     pairs: frozenset[str] = frozenset()
     cast: torch.dtype | None = None
     derived: bool = False
-    _latest: "_Latest" = field(default_factory=lambda: _Latest(), init=False, repr=False, compare=False)
+    _latest: Latest = field(default_factory=Latest, init=False, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.states)
@@ -136,7 +135,7 @@ class WeightSets:
         return self._finite(together, name, chunk)
 
     def _added(self, state: Mapping[str, Tensor], name: str, chunk: Chunk) -> Tensor | float | None:
-        """What an adapter on this base adds to it; 0 where it leaves the base's tensor, None for other models."""
+        """The change that an adapter on this base makes; 0 where it leaves the base's tensor, None for other models."""
         if not isinstance(state, Checkpoint) or id(state) not in self._adapted or name in self.pairs:
             return None
         entry = state.entry(name)
@@ -173,12 +172,13 @@ class WeightSets:
     def _base(self, name: str, chunk: Chunk) -> Tensor:
         if self.base is None:
             raise InputError("this method needs the weights that the models were fine-tuned from: pass base=")
-        if not isinstance(self.base, Checkpoint):
-            return self._read(self.base, name, chunk)
-        where, latest = (name, chunk and chunk.start, chunk and chunk.stop), self._latest
-        if latest.where != where:  # task vectors are taken from it, and then added to it
-            latest.where, latest.base = where, self._read(self.base, name, chunk)
-        return latest.base
+        base = self.base
+        if not isinstance(base, Checkpoint):
+            return self._read(base, name, chunk)
+        where = name, chunk and chunk.start, chunk and chunk.stop
+        return self._latest(
+            where, "base", lambda: self._read(base, name, chunk)
+        )  # to take it away, and to add it again
 
     def _read(self, state: Mapping[str, Tensor], name: str, chunk: Chunk) -> Tensor:
         found = self._raw(state, name, chunk)
@@ -213,13 +213,6 @@ class WeightSets:
         place = f" ({state.entry(name).file})" if isinstance(state, Checkpoint) else ""
         bad = f"{int((~finite).sum())} of {tensor.numel()} values" + (" read" if chunk else "")
         raise WeightsError(f"{name} of {who}{place}: {bad} are NaN or infinite, first at {where}; leave this model out")
-
-
-class _Latest(threading.local):
-    """What a thread has read of a base on disk last."""
-
-    where: tuple[str, int | None, int | None] | None = None
-    base: Tensor
 
 
 def weight_sets(

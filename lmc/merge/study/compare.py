@@ -238,7 +238,7 @@ def _in_turn(
 def _elsewhere(
     states: list[Weights], origin: Weights | None, methods: Any, **shared: Any
 ) -> Callable[[tuple[str, float]], tuple[Entry, Weights | None]]:
-    """What a worker does for a method and its seconds."""
+    """A worker's task for a method, with its seconds."""
     trial = _trial(states=states, origin=origin, **shared)
     trial.references()  # from which the judges know what is measured
     candidates = selected(methods, origin is not None, len(states))

@@ -267,7 +267,7 @@ def _fit(differences: Sequence[Difference]) -> list[str]:
 def _further(
     ranks: Mapping[str, Any], layers: Sequence[LayerReport], matrices: LayerReport, names: Sequence[str], based: bool
 ) -> list[str]:
-    """What the models are: adapters, copies of each other, fine-tunes with frozen layers."""
+    """The kinds of models: adapters, copies of each other, fine-tunes with frozen layers."""
     said = []
     if ranks:
         listed = ", ".join(f"{who} (rank {rank})" for who, rank in ranks.items())
@@ -302,7 +302,7 @@ SECONDS = (
 
 
 def _cost(states: Sequence[Mapping[str, Tensor]]) -> list[str]:
-    """What a merge on disk would read and write, and what time and memory it takes."""
+    """The bytes that a merge on disk would read and write, and what time and memory it takes."""
     if not all(isinstance(state, Checkpoint) for state in states):
         return []
     read = sum(file.stat().st_size for file in {f for s in states if isinstance(s, Checkpoint) for f in s.files})

@@ -1,4 +1,4 @@
-"""What methods with data share: the examples they look at, with targets or without, and the measure of weights on validation data."""
+"""The common ground of methods with data: examples with targets or without, and the measure of weights on validation data."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

@@ -10,12 +10,11 @@ from torch import Tensor, nn
 
 from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.codec import UNSAVED
-from lmc.core.context import own_context, warn
+from lmc.core.context import own_context
 from lmc.core.extras import require
-from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.landscape.curves.training import Schedule, Settling, finite_loss, forked, with_parameters
+from lmc.landscape.curves.training import Draw, Schedule, Settling, lower, with_parameters
 from lmc.landscape.evaluation.evaluation import Objective, some_inputs
 from lmc.landscape.path import Path, Values, loss_path
 from lmc.network.batchnorm import has_batchnorm, recalibrate_batchnorm
@@ -223,40 +222,18 @@ def _train(
     network, settle = objective.network, Settling(start)
     names = settle.trained(network.module)
     centre = {name: start[name].to(network.device, copy=True).requires_grad_() for name in names}
-    optimiser = torch.optim.Adam(list(centre.values()), schedule.lr)
-    generator = torch.Generator().manual_seed(schedule.seed)
-    losses: list[float] = []
-    interrupted = False
-    network.load(start)
-    network.module.train()
-    with (
-        forked(network.device, schedule.seed),
-        tqdm(total=schedule.epochs, desc="star", unit="epoch", disable=not schedule.progress) as bar,
-    ):
-        try:
-            for epoch in range(schedule.epochs):
-                optimiser.param_groups[0]["lr"] = schedule.rate(epoch)
-                now = settle(with_parameters(start, centre, network.module))
-                ends = [{name: moved[name].to(network.device) for name in names} for moved in _all(spec, now, sources)]
-                seen = []
-                for batch in objective.split.shuffled(schedule.batch_size, generator, drop_last=True):
-                    end = ends[int(torch.randint(len(ends), (), generator=generator))]
-                    t = span[0] + (span[1] - span[0]) * float(torch.rand((), generator=generator))
-                    point = {name: (1.0 - t) * centre[name] + t * end[name] for name in names}
-                    loss = objective(settle(point), batch)
-                    penalty = sum((x.square().sum() for x in point.values()), start=torch.zeros(()))
-                    optimiser.zero_grad()
-                    (loss + 0.5 * schedule.weight_decay * penalty).backward()
-                    optimiser.step()
-                    seen.append(loss.detach())
-                losses.append(finite_loss(torch.stack(seen).mean().item(), f"epoch {epoch}", schedule.lr))
-                bar.set_postfix(loss=f"{losses[-1]:.3f}", refresh=False)
-                bar.update()
-        except KeyboardInterrupt:
-            interrupted = True
-            warn(f"interrupted: the star was trained for {len(losses)} epochs")
-    return settle(with_parameters(start, centre, network.module)), np.array(losses), interrupted
 
+    def draws() -> Draw:
+        now = settle(with_parameters(start, centre, network.module))
+        moved = (_matched(spec, now, source) for source in sources)
+        ends = [{name: weights[name].to(network.device) for name in names} for weights in moved]
 
-def _all(spec: PermutationSpec | None, centre: Weights, sources: Sequence[Weights]) -> list[Weights]:
-    return [_matched(spec, centre, source) for source in sources]
+        def draw(generator: torch.Generator) -> Weights:
+            end = ends[int(torch.randint(len(ends), (), generator=generator))]
+            t = span[0] + (span[1] - span[0]) * float(torch.rand((), generator=generator))
+            return {name: (1.0 - t) * centre[name] + t * end[name] for name in names}
+
+        return draw
+
+    losses, interrupted = lower(objective, start, centre.values(), draws, settle, schedule, "star")
+    return settle(with_parameters(start, centre, network.module)), losses, interrupted

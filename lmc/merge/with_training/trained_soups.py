@@ -180,7 +180,7 @@ def ratatouille(
         model, fine_tune, validation, runs, select, metric, loss, inputs, device, progress: as for `diwa`.
 
     Raises:
-        As `diwa`; InputError too for a pattern that fits no tensor, or all of them.
+        InputError: as for `diwa`, and a pattern that fits no tensor, or all of them.
     """
     ancestor = as_weights(base)
     patterns = [head] if isinstance(head, str) else list(head)

@@ -33,7 +33,7 @@ AGREE = 1e-4  # of gradients with differences
 
 @dataclass(eq=False)
 class Table:
-    """What was measured of one family.
+    """The measurements of one family.
 
     Attributes:
         names: the occurrences.
@@ -187,7 +187,7 @@ class Lab:
             table.reach.append(reach[family].sqrt())
 
     def _rounding(self, weights: Weights) -> float:
-        """How far the outputs are from a straight line between weights close together: where they are rounded."""
+        """The distance of the outputs from a straight line between weights close together: where they are rounded."""
         generator = torch.Generator().manual_seed(self.seed)
         steps = {n: STEP * torch.randn(t.shape, generator=generator).to(t) for n, t in weights.items() if inexact(t)}
         ends = [self._outputs(weights | {n: weights[n] * (1 + sign * s) for n, s in steps.items()}) for sign in (1, -1)]

@@ -206,7 +206,7 @@ def read_off(graph: Graph, progress: bool = False) -> Discovery:
 
 
 def assumptions(graph: Graph) -> tuple[str, ...]:
-    """What the values of the example decided, and the parameters that therefore had no part."""
+    """The decisions made by values of the example, and the parameters that therefore had no part."""
     told = dict.fromkeys(graph.read.values())
     if graph.unreached:
         more = f" and {len(graph.unreached) - 2} more" if len(graph.unreached) > 2 else ""

@@ -1,4 +1,4 @@
-"""What a group of units admits beyond changing places, as data."""
+"""The moves that a group of units admits beyond changing places, as data."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -55,7 +55,7 @@ class Kind:
 
     @property
     def beyond(self) -> str:
-        """What is admitted beyond permutations, without exponents: "2 scales + sign"; empty if there is nothing."""
+        """The moves beyond permutations, without exponents: "2 scales + sign"; empty if there is nothing."""
         words = [f"{len(self.scales)} scales" if len(self.scales) > 1 else "scale"] if self.scales else []
         words += ["sign"] if self.signs else []
         words += [self.mixing] if self.mixes else []

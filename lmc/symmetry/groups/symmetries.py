@@ -142,11 +142,11 @@ class Symmetries:
         object.__setattr__(self, "groups", groups)
 
     def beyond(self, family: str) -> str:
-        """What the units of a family admit beyond permutations, in words; empty if that is nothing, or is not known."""
+        """The moves that the units of a family admit beyond permutations, in words; empty if there are none, or none are known."""
         return self.kind(family).beyond
 
     def kind(self, family: str) -> Kind:
-        """What the units of a family admit beyond permutations, as far as it is known."""
+        """The moves that the units of a family admit beyond permutations, as far as it is known."""
         return Kind() if self.continuous is None else self.continuous.kinds.get(family, Kind())
 
     def check(self, weights: ModelOrWeights) -> None:
@@ -273,7 +273,7 @@ def _unit_places(group: Group) -> list[frozenset]:
 
 
 def _exchange(group: Group, i: int, j: int) -> frozenset[Any]:
-    """What is moved where two units change places."""
+    """The moves where two units change places."""
     return frozenset(
         (tensor, table.dims, _swapped(table, i, j)) for tensor, tables in group.tables.items() for table in tables
     )

@@ -104,7 +104,7 @@ def certify_permutation(
 
 
 def evidence_of(spec: Symmetries, error: float, power: Mapping[str, float]) -> dict[str, Evidence]:
-    """What was seen of the groups with a power, by family."""
+    """The evidence for the groups with a power, by family."""
     found = {family: {n: power[n] for n in names if n in power} for family, names in spec.families.items()}
     return {family: Evidence(error, own) for family, own in found.items() if own}
 

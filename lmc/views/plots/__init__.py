@@ -10,7 +10,6 @@ from lmc.views.plots import (  # noqa: E402, F401 (they register themselves)
     plane,
     runs,
     studies,
-    sweeps,
     symmetry,
     triangle,
 )

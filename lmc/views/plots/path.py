@@ -112,7 +112,7 @@ def _barrier(fig: go.Figure, path: Path, panel: str, colour: str, column: int, l
 
 
 def _ends(found: Barrier, panel: str) -> tuple[float, float]:
-    """Where the arrow of a barrier begins and where its head is."""
+    """The beginning of the arrow of a barrier, and its head."""
     base = (1.0 - found.alpha) * found.start + found.alpha * found.end
     return (100.0 - base, 100.0 - base - found.value) if panel == "accuracy" else (base, base + found.value)
 

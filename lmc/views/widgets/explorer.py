@@ -188,7 +188,7 @@ def unlike(examples: str, names: Iterable[str]) -> str | None:
 def answer(
     exact: Live | None, place: Sequence[float], split: str, other: Sequence[float] | None = None
 ) -> dict[str, Any]:
-    """What the kernel says of a place: the values of a split (accuracy in percent), and what is predicted on the last.
+    """The kernel's answer to a place: the values of a split (accuracy in percent), and what is predicted on the last.
 
     Args:
         other: a place with which predictions are compared; they are the first of two points then.
@@ -290,7 +290,7 @@ class Explorer(anywidget.AnyWidget):
         raise NotImplementedError
 
     def poster(self) -> Poster:
-        """What stands for it where it cannot move."""
+        """The picture that stands for it where it cannot move."""
         raise NotImplementedError
 
     @classmethod

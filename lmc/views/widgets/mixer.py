@@ -83,7 +83,7 @@ def scale(mixer: Mixer) -> np.ndarray:
 
 
 def measure(mixer: Mixer, task: int) -> dict[str, Any]:
-    """How values of a task are named, what a full bar is, and how many digits are shown."""
+    """The name for values of a task, the length of a full bar, and the number of digits shown."""
     name, unit = mixer.measures[task], mixer.units[task]
     if name == "accuracy":
         return {"name": name, "unit": "%", "full": 100.0, "digits": 1, "higher": True}

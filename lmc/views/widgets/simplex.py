@@ -143,7 +143,7 @@ def _evaluated(mixtures: Simplex, shares: Sequence[float]) -> dict[str, Any]:
 
 
 def _measure(name: str, mixtures: Simplex) -> dict[str, Any]:
-    """How a measure is drawn; one range for all splits, so that they can be compared."""
+    """The drawing of a measure; one range for all splits, so that they can be compared."""
     everything = [
         values[name] for found in (mixtures.values, mixtures.own) for values in found.values() if name in values
     ]

@@ -1,7 +1,7 @@
 // The arithmetic of mixtures: values between the points of a lattice of shares, and a polygon with a model in each corner.
 
 // A function (values, shares) -> value, linear between lattice points, exact at them; NaN where a needed one is unknown.
-// `counts` holds P x K whole numbers that sum to `resolution`. The same triangulation as in lmc/landscape/simplices/lattice.py.
+// `counts` holds P x K whole numbers that sum to `resolution`. The same triangulation as in lmc/landscape/simplices/simplex_result.py.
 export function interpolator(counts, models, resolution) {
   const rows = new Map();
   const powers = Array.from({ length: models }, (_, i) => (resolution + 1) ** i);
