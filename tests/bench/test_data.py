@@ -480,8 +480,8 @@ def test_networks_of_real_images_are_what_they_say(name):
 def test_stored_networks_stay_small():
     place = Path(__file__).parents[2] / "data"
     sizes = {path.name: path.stat().st_size for path in place.rglob("*.safetensors")}
-    assert len(STORED) >= 11 and max(sizes.values()) < 1_400_000
-    assert sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) < 12_000_000
+    assert len(STORED) >= 11 and max(sizes.values()) < 2_300_000  # a ResNet20 of width 2
+    assert sum(path.stat().st_size for path in place.rglob("*") if path.is_file()) < 17_000_000
     named = {place / name / entry["file"] for name in STORED for entry in lmc.data.checkpoint(name).manifest["files"]}
     assert named == set(place.rglob("*.safetensors"))
 
