@@ -1,8 +1,11 @@
-"""The examples in docstrings do what they say, every function of the top level has one, and maps of rooms are whole."""
+"""The examples in docstrings do what they say, every function of the top level has one, maps of rooms are whole, and each docstring
+starts with a noun or a verb."""
 
+import ast
 import doctest
 import importlib
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,3 +51,14 @@ def test_maps_are_whole(room: str) -> None:
     module = importlib.import_module(room)
     words = set("".join(c if c.isidentifier() or c.isdigit() else " " for c in module.__doc__ or "").split())
     assert set(module.__all__) - words == set()
+
+
+FILES = sorted(Path(lmc.__file__).parent.rglob("*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(FILES[0].parent)))
+def test_docstrings_start_with_a_noun_or_a_verb(file: Path):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    documented = [n for n in ast.walk(tree) if isinstance(n, ast.Module | ast.ClassDef | ast.FunctionDef)]
+    firsts = [(ast.get_docstring(node) or "Nothing").split()[0] for node in documented]
+    assert not {"What", "Which", "How", "Where", "When", "Why"} & set(firsts)
