@@ -187,8 +187,8 @@ def gradient_change(
     _outputs(network, ends[0], call)  # a module is examined on its first inputs, which no derivative may go through
     names = [name for found in layers.values() for name in found]
     generator = torch.Generator().manual_seed(seed)
-    totals = dict.fromkeys(layers, 0.0)
-    count = len(tensors(call)[0])
+    changes: list[Tensor] = []  # of every example and tensor, on the device: asked for once
+    count, outputs_of_one = len(tensors(call)[0]), 1
     for i in range(count):
         one = take(call, slice(i, i + 1))
         directions: Tensor | None = None
@@ -199,11 +199,15 @@ def gradient_change(
             if directions is None:
                 drawn = torch.randn(probes, value.numel(), generator=generator, dtype=torch.float64)
                 directions = drawn.reshape(probes, *value.shape).to(value.device)
+                outputs_of_one = value.numel()
             found.append(vmap(lambda v, back=back: back(v)[0])(directions))
+        changes += [(found[1][name] - found[0][name]).square().sum() for name in names]
+    squares = iter(torch.stack(changes).tolist() if changes else ())
+    totals = dict.fromkeys(layers, 0.0)
+    for _ in range(count):
         for layer, members in layers.items():
             entries = sum(ends[0][name].numel() for name in members)
-            change = sum(float((found[1][name] - found[0][name]).square().sum()) for name in members)
-            outputs_of_one = directions[0].numel() if directions is not None else 1
+            change = sum(next(squares) for _ in members)
             totals[layer] += change / (probes * outputs_of_one * entries * count)
     return totals
 

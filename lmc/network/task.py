@@ -343,9 +343,10 @@ def class_last(outputs: Tensor, targets: Tensor) -> Tensor | None:
 def check_classes(targets: Tensor, classes: int, split: str, ignore: int = IGNORED) -> None:
     """Raise `DataError` for a target that is no class: on a GPU it would end the whole process."""
     counted = targets[targets != ignore]
-    if counted.numel() and not 0 <= int(counted.min()) <= int(counted.max()) < classes:
+    low, high = torch.stack([counted.min(), counted.max()]).tolist() if counted.numel() else (0, 0)
+    if counted.numel() and not 0 <= low <= high < classes:
         raise DataError(
-            f"{split}: targets from {int(counted.min())} to {int(counted.max())}, but the model has {classes} classes "
+            f"{split}: targets from {int(low)} to {int(high)}, but the model has {classes} classes "
             f"(0 to {classes - 1}); a target that does not count is set by loss=lmc.Task.classes(ignore=255)"
         )
 

@@ -6,7 +6,7 @@ argument. Sums are made in float32 at least, and in the widest dtype of the argu
 argument; a value outside its range raises `WeightsError`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -61,14 +61,20 @@ def mixture(states: Sequence[Weights], shares: Sequence[float]) -> StateDict:
 def dot(a: ModelOrWeights, b: ModelOrWeights) -> float:
     """`sum <a, b>` over all floating-point and complex tensors, in float64; of complex numbers the real part."""
     a, b = _pair(a, b)
-    return sum(float((_real(x) * _real(b[name])).sum()) for name, x in a.items() if inexact(x))
+    return _total((_real(x) * _real(b[name])).sum() for name, x in a.items() if inexact(x))
 
 
 @own_context
 def distance(a: ModelOrWeights, b: ModelOrWeights) -> float:
     """Euclidean distance over all floating-point and complex tensors, in float64; opened checkpoints are read in parts."""
     both = _parts(a, b) if isinstance(a, Checkpoint) and isinstance(b, Checkpoint) else _together(*_pair(a, b))
-    return sum(float((_real(x) - _real(y)).square().sum()) for x, y in both if inexact(x)) ** 0.5
+    return _total((_real(x) - _real(y)).square().sum() for x, y in both if inexact(x)) ** 0.5
+
+
+def _total(sums: Iterable[Tensor]) -> float:
+    """The sum of some numbers, for which a device is asked once."""
+    found = list(sums)
+    return sum(torch.stack([each.to(found[0].device) for each in found]).tolist()) if found else 0.0
 
 
 def _together(a: Weights, b: Weights) -> Iterator[tuple[Tensor, Tensor]]:

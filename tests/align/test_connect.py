@@ -1,6 +1,7 @@
 """`lmc.connect`: planted elements of the group are found again, budgets are kept, interrupts keep the best so far."""
 
 import itertools
+import math
 from functools import cache
 
 import pytest
@@ -11,6 +12,7 @@ import lmc
 from lmc.align.connecting import connect as connecting
 from lmc.align.connecting.elements import FreeElement, freedoms
 from lmc.align.connecting.judge import held_out
+from lmc.align.connecting.learned import Learned
 from lmc.align.rotations.folding import Probe
 from lmc.core import progress as budgets
 from lmc.errors import InputError
@@ -178,6 +180,55 @@ def test_the_budget_is_kept(step, budget, expected, monkeypatch, capsys):
     assert f"at most 1500 steps of learning: about {expected}, budget {budget:.0f} s" in capsys.readouterr().err
     learned = next(each for each in found.tried if each.method.endswith("learned"))
     assert learned.note.endswith("steps") and 0 < int(learned.note.split()[0]) < 1500
+
+
+def test_time_for_a_repaired_last_path_is_kept(monkeypatch):
+    model, a, b, data = digits("digits-mlp32")
+    clock = Clock(0.1)
+
+    def longer(*args, **options):
+        for _ in range(50 if options["repair"] == "repair" else 0):
+            clock()
+        return lmc.loss_path(*args, **options)
+
+    def until_the_end(task, a, element, judge, *, budget, **_):
+        while not budget.over:
+            pass
+        return Learned(element.exact(), math.inf)
+
+    def refuse(*_, **__):
+        raise InputError("not here")
+
+    monkeypatch.setattr(connecting, "loss_path", longer)
+    monkeypatch.setattr(connecting, "learn", until_the_end)
+    monkeypatch.setattr(connecting, "straight_through_matching", refuse)
+    monkeypatch.setattr(budgets, "clock", clock)
+    found = lmc.connect(model, a, b, data, budget=40.0, progress=False)
+    assert found.repaired and found.tried[-1].barrier == math.inf and found.seconds <= 40.0
+
+
+def test_activations_are_collected_of_as_many_examples_as_there_is_time_for(monkeypatch):
+    model, a, b, data = digits("digits-mlp32")
+    seen = []
+    monkeypatch.setattr(connecting, "activation_matching", lambda *args, **_: seen.append(len(args[4])) or refused())
+
+    def refused():
+        raise InputError("not here")
+
+    for budget in (None, 1000.0, 30.0):
+        monkeypatch.setattr(budgets, "clock", Clock(0.5))
+        lmc.connect(model, a, b, data, budget=budget, steps=1, progress=False)
+    assert seen[0] == seen[1] == 192 > seen[2] >= connecting.FEWEST
+
+
+def test_signs_are_matched():
+    model = seeded(lambda: mlp(64, [12, 9], 10, activation="tanh"))
+    data = own_labels(model, lmc.data.digits(flat=True).train[0][:200])
+    spec = lmc.permutation_spec(model, data[0][:2], continuous=True, progress=False)
+    planted = lmc.Element.random(spec, 3).apply(model)
+    found = lmc.connect(model, model, planted, data, steps=1, **QUIET)
+    assert found.naive.barrier > 0.01 > 1e-6 > found.barrier
+    assert connecting.MODULO in found.method and found.permutation is None
 
 
 def test_weight_matching_ends_its_sweeps_with_the_budget(monkeypatch):

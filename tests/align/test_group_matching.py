@@ -1,6 +1,7 @@
 """Matching modulo the whole group: planted elements of every kind are found again, and nothing gets worse."""
 
 import functools
+import itertools
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 import lmc
 from lmc.align.rotations.procrustes import nearest_invertible
+from lmc.core import budget as budgets
 from tests.small_models import Attention
 
 
@@ -119,3 +121,13 @@ def test_what_is_missing_is_said():
         lmc.align.group_matching(spec, model, a, b, max_sweeps=0, progress=False)
     with_inputs = lmc.align.group_matching(bare, model, a, b, inputs=x, progress=False)
     assert "before" in repr(with_inputs) and len(with_inputs.to_frame())
+
+
+def test_no_group_is_visited_after_the_budget(monkeypatch):
+    model, x, spec, a, b = world("relu")
+    ticks = itertools.count()
+    monkeypatch.setattr(budgets, "clock", lambda: float(next(ticks)))
+    short = lmc.align.group_matching(spec, model, a, b, budget=2.0, progress=False)
+    assert short.objective >= short.info["objective_at_identity"] and next(ticks) < 6
+    with pytest.raises(lmc.InputError, match="budget=-1"):
+        lmc.align.group_matching(spec, model, a, b, budget=-1, progress=False)

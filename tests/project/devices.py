@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import lmc
+from lmc.landscape.evaluation.evaluator import Evaluator
 
 KEYS = ("a", "b", "c", "base", "model", "x", "y")
 WEIGHTS = KEYS[:4]
@@ -77,6 +78,34 @@ def test_weights_of_one_call_on_two_devices_are_refused():
     world = moved(("b",))
     with pytest.raises(lmc.MismatchError, match="pretend"):
         lmc.loss_path(world.model, world.a, world.b, world.data, alphas=3, progress=False)
+
+
+def test_a_merge_asks_no_more_often_for_more_tensors():
+    asked = []
+    for depth in (1, 6):
+        states = [pretend.far(lmc.models.mlp(4, [3] * depth, 2).state_dict()) for _ in range(3)]
+        with pretend.counted() as counts:
+            lmc.merge.task_arithmetic(states[1:], base=states[0], scale=0.3)
+        asked.append(counts.items + counts.to_host)
+    assert asked[0] == asked[1] < 8
+    states[2]["fc3.bias"] = pretend.far(torch.tensor([0.0, float("nan"), 0.0]))
+    with pytest.raises(lmc.errors.WeightsError, match=r"fc3.bias of models\[1\]: 1 of 3 values"):
+        lmc.merge.task_arithmetic(states[1:], base=states[0], scale=0.3)
+
+
+def test_sums_that_leave_the_range_are_still_found():
+    states = [pretend.far({"w": torch.full((3,), 3e38)}) for _ in range(2)]
+    with pytest.raises(lmc.errors.WeightsError, match="sums of the models leave the range"):
+        lmc.merge.task_arithmetic(states, base={"w": -states[0]["w"]}, scale=1.0)
+
+
+def test_scores_of_a_point_are_read_at_once():
+    world = moved(("a", "model", "x", "y"))
+    evaluator = Evaluator(world.model, (world.x, world.y))
+    first = next(evaluator([world.a]))
+    with pretend.counted() as counts:
+        again = next(evaluator([world.a]))
+    assert counts.items + counts.to_host == 1 and again == first and len(first["data"].values) == 2
 
 
 def test_it_refuses_what_cuda_refuses_and_counts_what_waits():

@@ -1,10 +1,11 @@
 """Two networks connected as well as can be, within a time: the one call that chooses among all others."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from lmc.align.relaxed.soft import TaskLoss
 from lmc.align.relaxed.straight_through import straight_through_matching
 from lmc.align.rotations.folding import NORMS, Probe, fold_norms
 from lmc.align.rotations.rotatable import rotatable_groups
+from lmc.align.rotations.whole_group import group_matching
 from lmc.align.weight_matching.matching import weight_matching
 from lmc.core.context import own_context, warn
 from lmc.core.progress import Budget, beforehand
@@ -32,7 +34,7 @@ from lmc.network.derived import derived_names
 from lmc.network.inputs import first_of
 from lmc.network.network import Network, pick_device
 from lmc.network.task import Loss, Task
-from lmc.symmetry.continuous import continuous_symmetries
+from lmc.symmetry.continuous import ContinuousSymmetries, continuous_symmetries
 from lmc.symmetry.find import permutation_spec
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
@@ -45,11 +47,18 @@ POSITIONS = 1024  # targets in a step of learning, where examples have many
 POINTS = (25, 11, 5)  # on the paths: the most that take no more than this share of the time
 PATHS = 0.1
 REPAIRED = "statistics repaired"
+MODULO = "matching modulo the group"
 LATE = "no time left"
 EXACT = 1e-9  # tolerance of a permutation, which rounds nothing
 ROUNDINGS = 1e3  # of the stored weights, that any other element may cost,
 COARSEST = 0.05  # but no more than this share of the outputs, however coarse the dtype is
 RESERVE = 1.5  # times what the first path took is kept for the last, and for the certificate
+KEPT = 0.25  # of all the time is kept for the last measurement, at most
+COLLECTED = 6  # forward passes that the activations of an example take, at most, of both networks
+FEWEST = 64  # examples whose activations are collected, however short the time is
+COLLECTING = 0.3  # share of the time left for activations
+SOON = 0.5  # of all the time must be left to look for signs and mixings, which straight-through matching does without
+BEYOND = 0.2  # share of the time left for matching modulo the whole group
 PERMUTING = 0.5  # share of the time left for straight-through matching, where scales are learned behind it
 
 
@@ -87,11 +96,12 @@ def connect(
 ) -> Connection:
     """Move B onto A by whatever connects the two best, and measure the way between them before and after.
 
-    The symmetries are found, weight matching and activation matching tried, and where the units of a stream or inside
-    heads may be mixed, rotations with folded norms. The best is refined by the loss of the line: permutations by
-    straight-through matching and the scales that hidden units admit, or all of rotations, invertible mixings, scales and
-    permutations at once (Theus et al. 2025, arXiv:2506.22712, learned matching). Each permutation, and what is refined, is
-    tried with repaired statistics too (Jordan et al. 2023, arXiv:2211.08403); where that is best, `path` has them.
+    The symmetries are found, weight matching and activation matching tried, rotations with folded norms where the units of
+    a stream or inside heads may be mixed, and `lmc.align.group_matching` where units have signs or mixings. The best is
+    refined by the loss of the line: permutations by straight-through matching and the scales that hidden units admit, or all
+    of rotations, invertible mixings, scales and permutations at once (Theus et al. 2025, arXiv:2506.22712, learned
+    matching). Each permutation, and what is refined, is tried with repaired statistics too (Jordan et al. 2023,
+    arXiv:2211.08403); where that is best, `path` has them.
 
     What is best is decided on a fifth of the training data that nothing is learned from; test data are measured on and
     otherwise not touched. Where the budget is not what ends it, the same seed gives the same result.
@@ -102,8 +112,8 @@ def connect(
         data: labelled, as for `lmc.loss_path`.
         spec: the symmetries of the architecture (default: found on the first two examples).
         budget: seconds that it may take; None: as long as the methods need. Where it is too short for all, the cheaper
-            methods are what was tried; weight matching always is, its first pass at least. Steps are not interrupted in
-            their middle: finding the symmetries, collecting activations, learning a step.
+            methods are what was tried; weight matching always is, its first pass at least. Activations are collected of as
+            many examples as there is time for. Finding the symmetries is not interrupted in its middle.
         steps: of learning, at most (default: 1500, and 4000 where rotations or mixings are learned).
         loss: of outputs and targets, or an `lmc.Task` (default: cross-entropy).
         seed: decides which examples are held out, and all that is random in the methods.
@@ -187,7 +197,7 @@ class _Search:
         self.rotated: dict[str, bool] = {}
         self.folded = (a, b)
         self.interrupted = False
-        self.reserve = 0.0
+        self.reserve = self.last = self.judging = 0.0  # seconds
         self.points = POINTS[-1]
         self.naive: Path | None = None
 
@@ -220,7 +230,8 @@ class _Search:
         self.attempt("weight matching", self._weight_matching)
         started = self.clock.spent
         self.naive = self._naive()
-        self.reserve = RESERVE * (self.clock.spent - started)
+        self.last = self.clock.spent - started
+        self.reserve = RESERVE * self.last
         self.attempt("activation matching", self._activation_matching)
         for candidate in self.candidates[1:]:
             self.attempt(REPAIRED, partial(self._repaired, candidate))
@@ -229,8 +240,10 @@ class _Search:
         if self.rotated:
             self.attempt("rotations by activations", lambda: self._rotations("activations"))
             self.attempt("rotations by weights", lambda: self._rotations("weights"))
+            self.attempt(MODULO, lambda: self._modulo_group(min(self.turned, key=_barrier)))
             self.attempt("learning", lambda: self._learned(min(self.turned, key=_barrier), permute=True))
         else:
+            self.attempt(MODULO, lambda: self._modulo_group(self._best_permuted()))
             self.attempt("straight-through", self._straight_through)
             self.attempt("learning", lambda: self._learned(min(self.plain, key=_barrier), permute=False))
         refined = min(self.plain, key=_barrier)
@@ -241,19 +254,22 @@ class _Search:
         """A candidate, judged, unless there is no time for it or the method refuses the architecture."""
         if self.interrupted:
             return
-        refining = method in ("straight-through", "learning")
+        refining = method in (MODULO, "straight-through", "learning")
         if refining and self.enough:
             self.tried.append(Attempt(method, math.nan, 0.0, "not needed"))
             return
-        if len(self.candidates) > 1 and self.left <= 0:
+        least = SOON * self.clock.seconds if method == MODULO and math.isfinite(self.clock.seconds) else 0.0
+        if len(self.candidates) > 1 and self.left <= least:
             self.tried.append(Attempt(method, math.nan, 0.0, LATE))
             return
         started = self.clock.spent
         try:
             candidate = make()
             if candidate is not None and math.isnan(candidate.barrier):
+                judged = self.clock.spent
                 candidate.barrier = self.judge(candidate.a, candidate.weights)
-        except LmcError as error:
+                self.judging = self.clock.spent - judged
+        except (LmcError, torch.linalg.LinAlgError) as error:  # singular mixings are no reason to end the search
             self.tried.append(Attempt(method, math.nan, self.clock.spent - started, f"not here: {error}"))
             return
         seconds = self.clock.spent - started
@@ -268,7 +284,8 @@ class _Search:
         return Candidate("weight matching", self.a, pi.apply(self.b), pi)
 
     def _activation_matching(self) -> Candidate:
-        pi = activation_matching(self.spec, self.model, self.a, self.b, self.inputs, device=self.device, progress=False)
+        inputs = self._affordable()
+        pi = activation_matching(self.spec, self.model, self.a, self.b, inputs, device=self.device, progress=False)
         return Candidate("activation matching", self.a, pi.apply(self.b), pi)
 
     def _repaired(self, candidate: Candidate) -> Candidate | None:
@@ -276,15 +293,54 @@ class _Search:
         normalisation, whose statistics are estimated anew in any case, and where there is nothing to lower."""
         if has_batchnorm(self.model) or candidate.barrier < ENOUGH:
             return None
+        started = self.clock.spent
         path = self._path(candidate.a, candidate.weights, self.held, ALPHAS, "repair")
+        if self.judging > 0:  # the last path may have to be repaired as well
+            longer = RESERVE * self.last * (self.clock.spent - started) / self.judging
+            self.reserve = max(self.reserve, min(longer, KEPT * self.clock.seconds))
         return replace(candidate, barrier=path.barrier, note=REPAIRED, repaired=True)
+
+    def _affordable(self) -> Any:
+        """The inputs whose activations there is time to collect, by how long those held out took to judge."""
+        if math.isinf(self.clock.seconds) or not self.judging:
+            return self.inputs
+        each = COLLECTED * self.judging / (len(ALPHAS) * max(1, self.count))
+        most = max(FEWEST, int(COLLECTING * self.left / max(each, 1e-9)))
+        if not isinstance(self.inputs, list):
+            return first_of(self.inputs, most)
+        sizes = itertools.accumulate(len(targets) for _, targets in self.learn)
+        return self.inputs[: 1 + sum(size < most for size in sizes)]
+
+    @cached_property
+    def symmetries(self) -> ContinuousSymmetries:
+        """What groups admit beyond permutations."""
+        return continuous_symmetries(self.spec, self.model, self.example, seed=self.seed, progress=self.progress)
+
+    def _modulo_group(self, start: Candidate) -> Candidate | None:
+        """A start moved by signs and mixings as well, which no other method finds; None where nothing admits them."""
+        if derived_names(start.weights):
+            return None
+        kinds = self.symmetries.kinds.values()
+        if not any(kind.signs or kind.mixing != "none" for kind in kinds):
+            return None
+        found = group_matching(
+            replace(self.spec, continuous=self.symmetries), self.model, start.a, start.weights,
+            budget=None if math.isinf(self.left) else max(BEYOND * self.left, 1e-3), progress=False,
+        )  # fmt: skip
+        candidate = Candidate(f"{start.method}, {MODULO}", dict(found.a), dict(found.weights))
+        if self.rotated and all(bool((found.a[name].abs() == 1).all()) for name in self._gains()):
+            self.turned.append(candidate)
+        return candidate
+
+    def _gains(self) -> list[str]:
+        """The gains of the normalisations of streams."""
+        names = (f"{name}.weight" for name, module in self.model.named_modules() if isinstance(module, NORMS))
+        return [name for name in names if name in self.spec.tables_by_tensor]
 
     @property
     def _turns(self) -> bool:
         """Whether there are heads, or normalisations between which a stream might rotate."""
-        norms = (name for name, module in self.model.named_modules() if isinstance(module, NORMS))
-        stream = any(f"{name}.weight" in self.spec.tables_by_tensor for name in norms)
-        return stream or any(group.within for group in self.spec.groups.values())
+        return bool(self._gains()) or any(group.within for group in self.spec.groups.values())
 
     def _folded(self) -> Candidate | None:
         """The best permutation with folded norms; None where that lets nothing rotate."""
@@ -311,30 +367,31 @@ class _Search:
         """B rotated onto A, both with folded norms."""
         a, b = self.folded
         if by == "activations":
-            moved = by_activations(self.spec, Network(self.model, self.device), a, b, self.inputs, self.rotated)
+            moved = by_activations(self.spec, Network(self.model, self.device), a, b, self._affordable(), self.rotated)
         else:
             moved = by_weights(self.spec, a, b, self.rotated)
         self.turned.append(Candidate(f"rotations by {by}", a, moved))
         return self.turned[-1]
 
     def _straight_through(self) -> Candidate:
-        start = self._best_permuted()
+        start = min(self.plain, key=_barrier)
+        moved = start.permutation is None  # by more than a permutation: from there on, by permutations
+        a, b = (start.a, start.weights) if moved else (self.a, self.b)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # an interrupt is told once, at the end
             pi = straight_through_matching(
-                self.spec, self.model, self.a, self.b, self.learn, start=start.permutation, loss=self.made,
+                self.spec, self.model, a, b, self.learn, start=start.permutation or self.spec.identity(), loss=self.made,
                 budget=None if math.isinf(self.left) else max(PERMUTING * self.left, 1e-3), seed=self.seed,
                 device=self.device, progress=self.progress,
             )  # fmt: skip
         self.interrupted = pi.info["interrupted"]
-        return Candidate(f"{start.method}, straight-through", self.a, pi.apply(self.b), pi)
+        return Candidate(f"{start.method}, straight-through", a, pi.apply(b), None if moved else pi)
 
     def _learned(self, start: Candidate, *, permute: bool) -> Candidate | None:
         """An element of the whole group, learned from a candidate; without permutations where these are found already."""
         if derived_names(start.weights):
             return None  # of normalised weights, which are scaled by other tensors than those in use
-        symmetries = continuous_symmetries(self.spec, self.model, self.example, seed=self.seed, progress=self.progress)
-        free = freedoms(self.spec, self.rotated, symmetries, permute=permute)
+        free = freedoms(self.spec, self.rotated, self.symmetries, permute=permute)
         if not free:
             return None
         generator = torch.Generator().manual_seed(self.seed)

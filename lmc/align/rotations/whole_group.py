@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from lmc.align.rotations.procrustes import nearest_invertible, nearest_rotation
 from lmc.align.weight_matching.gains import assign
+from lmc.core.budget import Budget
 from lmc.core.context import own_context, warn
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -72,6 +73,7 @@ def group_matching(
     *,
     inputs: Inputs | None = None,
     max_sweeps: int = 100,
+    budget: float | None = None,
     progress: bool = True,
 ) -> GroupMatching:
     """Match B with A modulo permutations, scales, signs, rotations and invertible mixings.
@@ -88,20 +90,21 @@ def group_matching(
         a, b: modules or state dicts on one device; neither is changed.
         inputs: with which continuous symmetries are found if the spec has none, as in `lmc.canonical`.
         max_sweeps: bound on the passes over all groups.
+        budget: seconds after which no further group is visited (default: any).
         progress: show a bar when it takes longer than two seconds.
 
     Returns:
         The matching; an interrupt ends the search with a warning and returns the best so far.
 
     Raises:
-        InputError: a spec without continuous symmetries, and no inputs to find them.
+        InputError: a spec without continuous symmetries, and no inputs to find them; a budget that is no positive number.
         MismatchError: `a` and `b` differ in keys, shapes or device.
         SpecError: the spec does not fit, or has groups more than one level deep.
         WeightsError: NaN or infinity in the weights.
     """
     if max_sweeps < 1:
         raise InputError(f"max_sweeps={max_sweeps}: must be at least 1")
-    started = time.perf_counter()
+    started, clock = time.perf_counter(), Budget(budget)
     a, b = agreeing([a, b], "ab", model=model)
     spec = known(spec.bind(a), model, inputs)
     from_a, from_b = fixing(spec, a), fixing(spec, b)
@@ -112,8 +115,8 @@ def group_matching(
         try:
             for outwards in (True, False):
                 runs.append(_Descent(spec, fixed, moving))
-                runs[-1].run(max_sweeps, outwards, bar)
-                if runs[-1].loss <= naive.loss:
+                runs[-1].run(max_sweeps, outwards, clock, bar)
+                if runs[-1].loss <= naive.loss or clock.over:
                     break
         except KeyboardInterrupt:
             warn("matching modulo the group interrupted: the best so far is returned")
@@ -171,16 +174,20 @@ class _Descent:
     def _loss(self, b: Weights) -> float:
         return sum(float((self.a[name] - b[name]).abs().square().sum()) for name in self.names)
 
-    def run(self, max_sweeps: int, outwards: bool, bar: Any) -> None:
-        """Visit all groups until none gains."""
+    def run(self, max_sweeps: int, outwards: bool, clock: Budget, bar: Any) -> None:
+        """Visit all groups until none gains, or the time is over."""
         if outwards:
             for block, tensors in self._outwards():
+                if clock.over:
+                    return
                 self._visit(block, tensors, grow=True)
                 bar.update()
         for _ in range(max_sweeps):
             self.sweeps += 1
             before = self.loss
             for block in self._blocks:
+                if clock.over:
+                    return
                 self._visit(block, self.names)
                 bar.update()
             if before - self.loss <= _ROUNDING * before:

@@ -269,7 +269,8 @@ class _Walk:
     def loss(self, point: Weights) -> float:
         """The mean loss of a point over the next batches."""
         settled = self.settle(point)
-        return float(np.mean([self.objective(settled, next(self._batches)).item() for _ in range(WINDOW)]))
+        losses = [self.objective(settled, next(self._batches)) for _ in range(WINDOW)]
+        return float(np.mean(torch.stack(losses).tolist()))
 
     def trained(
         self, point: Weights, lr: float, rates: Mapping[str, float], rounds: tuple[int, int], threshold: float
@@ -281,16 +282,20 @@ class _Walk:
         leaves = {name: tensor.clone().requires_grad_() for name, tensor in point.items()}
         optimiser = torch.optim.SGD([{"params": [leaf], "lr": rates.get(name, lr)} for name, leaf in leaves.items()])
         last: deque[float] = deque(maxlen=WINDOW)
-        count = 0
+        count, unread = 0, []
         while count < rounds[1]:
             loss = self.objective(self.settle(leaves), next(self._batches))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             count += 1
-            last.append(finite_loss(loss.detach().item(), f"batch {count} of a point", lr))
-            if count >= rounds[0] and sum(last) <= threshold * len(last):
-                break
+            unread.append(loss.detach())
+            if count >= rounds[0]:  # before that nothing depends on the losses
+                for i, value in enumerate(torch.stack(unread).tolist(), count + 1 - len(unread)):
+                    last.append(finite_loss(value, f"batch {i} of a point", lr))
+                unread = []
+                if sum(last) <= threshold * len(last):
+                    break
         return {name: tensor.detach() for name, tensor in leaves.items()}, count
 
 
@@ -313,8 +318,8 @@ def with_variances(point: Weights, wanted: Weights, epsilon: float | None) -> di
     for name, variance in wanted.items():
         tensor, extra = point[name], GUARD * variance if epsilon is None else epsilon
         ratio = (variance + extra) / (tensor.var() + extra)
-        if bool(ratio.isfinite()):
-            spread[name] = tensor.mean() + ratio.sqrt() * (tensor - tensor.mean())
+        matched = tensor.mean() + ratio.sqrt() * (tensor - tensor.mean())
+        spread[name] = torch.where(ratio.isfinite(), matched, tensor)
     return spread
 
 

@@ -166,9 +166,11 @@ class Tally:
             self._measure_stored()
         means = {}
         task = self.judging.task
-        for name in sorted(self._sums, key=["loss", "accuracy", *self._measures].index):
-            parts = self._sums[name]
-            batches = [parts[0].tolist()] if len(parts) == 1 else torch.stack(parts).tolist()
+        names = sorted(self._sums, key=["loss", "accuracy", *self._measures].index)
+        sums = [part for name in names for part in self._sums[name]]
+        rows = iter(torch.stack([part.to(sums[0].device) for part in sums]).tolist())  # one wait for all measures
+        for name in names:
+            batches = [next(rows) for _ in self._sums[name]]
             count = self._weights[name] if name in self._measures else self._counted
             count = 1.0 if self.judging.weighings.get(name, len) is None else count
             means[name] = [math.fsum(sums) / count if count else math.nan for sums in zip(*batches, strict=True)]

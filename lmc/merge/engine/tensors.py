@@ -34,6 +34,8 @@ from lmc.weights.opening import open_checkpoint
 from lmc.weights.state import check_integers, dtype_name, finite, inexact, memory, unmergeable, wide
 
 STATISTICS = ("running_mean", "running_var")
+TAME = 2.0**64  # values below, in sums by coefficients up to MOST_IN_SUM, stay in the range of float32
+MOST_IN_SUM = 2.0**32
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,22 @@ class WeightSets:
     def _adapted(self) -> frozenset[int]:
         """The identities of the states that are a base with an adapter: what they read is computed."""
         return frozenset(id(state) for state in self.states if adapted(state))
+
+    @cached_property
+    def _tame(self) -> frozenset[str]:
+        """Of models in memory the tensors of which no value is so large that sums could leave the range of float32; each
+        device is asked once for all of them."""
+        asked: dict[torch.device, dict[str, Tensor]] = {}
+        for state in [*self.states, *([] if self.base is None else [self.base])]:
+            if not isinstance(state, dict):
+                return frozenset()
+            for name, tensor in state.items():
+                if inexact(tensor) and tensor.numel():
+                    values = tensor.detach().float() if tensor.dtype.itemsize == 1 else tensor.detach()
+                    small, flags = values.abs().max() < TAME, asked.setdefault(tensor.device, {})
+                    flags[name] = flags[name] & small if name in flags else small
+        wild = {name for flags in asked.values() for name in _where(flags, False)}
+        return frozenset(name for flags in asked.values() for name in flags) - wild
 
     @cached_property
     def shells(self) -> Mapping[str, Tensor]:
@@ -167,6 +185,8 @@ class WeightSets:
         total = torch.lerp(origin, self._read(used[1][0] or {}, name, chunk), used[1][1])
         for state, coefficient in used[2:]:
             total.add_(self._read(state or {}, name, chunk) - origin, alpha=coefficient)
+        if sum(abs(coefficient) for _, coefficient in used) > MOST_IN_SUM:
+            return self._checked(total, name, chunk)
         return self._finite(total, name, chunk)
 
     def _base(self, name: str, chunk: Chunk) -> Tensor:
@@ -195,7 +215,13 @@ class WeightSets:
         return state[name].detach() if chunk is None else flat(state[name].detach(), chunk)
 
     def _finite(self, tensor: Tensor, name: str, chunk: Chunk) -> Tensor:
-        """`tensor`, which was made of the models' tensors; one question to the device checks that all were finite."""
+        """`tensor`, which was made of the models' tensors; one question to the device checks that all were finite, unless
+        that was asked for all tensors before."""
+        if tensor.device.type != "cpu" and name in self._tame:
+            return tensor
+        return self._checked(tensor, name, chunk)
+
+    def _checked(self, tensor: Tensor, name: str, chunk: Chunk) -> Tensor:
         if not finite(tensor) and not bool(torch.isfinite(tensor.to(wide(tensor.dtype))).all()):
             sources = [(f"models[{i}]", state) for i, state in enumerate(self.states)]
             for who, state in [*sources, *([] if self.base is None else [("base", self.base)])]:
@@ -374,8 +400,13 @@ def _certainly_finite(state: Mapping[str, Tensor]) -> frozenset[str]:
         if inexact(tensor) and not tensor.is_meta and tensor.numel():
             values = tensor.detach().float() if tensor.dtype.itemsize == 1 else tensor.detach()
             asked.setdefault(tensor.device, {})[name] = torch.isfinite(values.sum(dtype=wide(values.dtype)))
-    answers = (zip(flags, torch.stack(list(flags.values())).tolist(), strict=True) for flags in asked.values())
-    return frozenset(name for each in answers for name, answer in each if answer)
+    return frozenset(name for flags in asked.values() for name in _where(flags, True))
+
+
+def _where(flags: Mapping[str, Tensor], answer: bool) -> Iterator[str]:
+    """The names of flags of one device that are so, by one question."""
+    found = torch.stack(list(flags.values())).tolist()
+    return (name for name, flag in zip(flags, found, strict=True) if flag == answer)
 
 
 def _holds_infinity(pieces: Iterable[Tensor]) -> bool:
