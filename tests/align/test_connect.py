@@ -210,14 +210,18 @@ def test_time_for_a_repaired_last_path_is_kept(monkeypatch):
 def test_activations_are_collected_of_as_many_examples_as_there_is_time_for(monkeypatch):
     model, a, b, data = digits("digits-mlp32")
     seen = []
-    monkeypatch.setattr(connecting, "activation_matching", lambda *args, **_: seen.append(len(args[4])) or refused())
 
-    def refused():
+    def refuse(*args, **_):
+        seen.append(len(args[4]))
         raise InputError("not here")
 
-    for budget in (None, 1000.0, 30.0):
+    monkeypatch.setattr(connecting, "activation_matching", refuse)
+    monkeypatch.setattr(connecting._Search, "_straight_through", lambda search: None)
+    monkeypatch.setattr(connecting._Search, "_learned", lambda search, start, permute: None)
+    monkeypatch.setattr(connecting, "COLLECTED", 60)  # passes, each as long as the clock says
+    for budget in (None, 1000.0, 60.0):
         monkeypatch.setattr(budgets, "clock", Clock(0.5))
-        lmc.connect(model, a, b, data, budget=budget, steps=1, progress=False)
+        lmc.connect(model, a, b, data, budget=budget, progress=False)
     assert seen[0] == seen[1] == 192 > seen[2] >= connecting.FEWEST
 
 
