@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import lmc
 from lmc.align.rotations.procrustes import nearest_invertible
-from lmc.core import budget as budgets
+from lmc.core import progress as budgets
 from tests.small_models import Attention
 
 

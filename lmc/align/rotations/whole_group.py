@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from lmc.align.rotations.procrustes import nearest_invertible, nearest_rotation
 from lmc.align.weight_matching.gains import assign
-from lmc.core.budget import Budget
 from lmc.core.context import own_context, warn
-from lmc.core.progress import tqdm
+from lmc.core.progress import Budget, tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError, SpecError
 from lmc.symmetry.canonical import fixing, known, widened
