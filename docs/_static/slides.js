@@ -38,6 +38,10 @@ function present() {
     [again.className, again.textContent] = ["slide-title", title];
     slide.append(heading ?? again);
   };
+  const fit = () => {
+    for (let size = 90; full() && size >= 55 && !slide.querySelector("[data-lmc]"); size -= 5) slide.style.fontSize = `${size / 100}em`;
+    if (full()) slide.tabIndex = 0; // one long piece of code, or an explorer: it scrolls, by keys too
+  };
   for (const part of parts) {
     if (part.matches("h1, h2") || !slide) begin(part.matches("h1, h2") ? part : null);
     if (part.parentElement === slide) continue;
@@ -50,13 +54,13 @@ function present() {
     }
     const result = part.querySelector(":scope > .cell_output");
     if (full() && part.matches(".cell") && result && part.querySelector(":scope > .cell_input")) {
-      begin(null); // the code on one, what it gives on the next
       const rest = part.cloneNode(false);
-      rest.append(result);
+      rest.append(result); // the code on one, what it gives on the next
+      fit();
+      begin(null);
       slide.append(rest);
     }
-    for (let size = 90; full() && size >= 55 && !slide.querySelector("[data-lmc]"); size -= 5) slide.style.fontSize = `${size / 100}em`;
-    if (full()) slide.tabIndex = 0; // one long piece of code, or an explorer: it scrolls, by keys too
+    fit();
   }
   const slides = [...deck.children];
   const counter = document.createElement("nav");

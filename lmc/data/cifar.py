@@ -24,6 +24,7 @@ SIDE = 32
 PIXELS = 3 * SIDE * SIDE
 KINDS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 ARRAY_PARTS = {("numpy", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+CORE = np.empty(0).__reduce__()[0].__module__.rpartition(".")[0]  # numpy._core, or numpy.core before numpy 2
 Part = tuple[np.ndarray, np.ndarray]  # images (n, 3, 32, 32) and labels (n,)
 Found = tuple[Part, Part, str]  # train, test, and where they are from
 
@@ -93,7 +94,7 @@ class _ArraysOnly(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> object:
         if (module.split(".")[0], name) in ARRAY_PARTS:
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
+            return super().find_class(module.replace("numpy._core", "numpy.core").replace("numpy.core", CORE), name)
         raise DataError(f"CIFAR-10 batch: a pickle that asks for {module}.{name} is not one of the originals")
 
 
