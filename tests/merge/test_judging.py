@@ -1,7 +1,8 @@
 """Scores of merges: as they are measured, with any task, one for each weights, within a budget of time."""
 
+import importlib
 import re
-import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -126,11 +127,14 @@ def test_tasks_of_different_measures_are_refused(case) -> None:
     assert set(found.best.tasks) == set(tasks)
 
 
-def test_a_budget_leaves_out_what_it_does_not_reach(case) -> None:
+def test_a_budget_leaves_out_what_it_does_not_reach(case, monkeypatch) -> None:
     model, models, x, y = case
+    spent = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: spent[0])  # a busy machine must not decide this test
+    monkeypatch.setattr(importlib.import_module("lmc.merge.study.compare"), "time", clock)
 
     def slow(models, base=None, scale=1.0):
-        time.sleep(0.05)
+        spent[0] += 0.05
         return models[0]
 
     methods = {name: (slow, {"scale": list(range(8))}) for name in ("one", "two", "three")}
