@@ -1,3 +1,4 @@
+import dataclasses
 import re
 
 import numpy as np
@@ -52,6 +53,17 @@ def test_it_prints_tabulates_and_plots(comparison):
     assert "9 methods; lowest barrier" in repr(comparison) and "<table" in comparison._repr_html_()
     figure = comparison.plot()
     assert list(figure.data[0].x) == [comparison[m].barrier for m in list(METHODS)[::-1]]
+
+
+def test_names_of_the_seconds_do_not_touch(comparison):
+    def ticks(*seconds: float) -> tuple[float, ...] | None:
+        rows = zip(METHODS, seconds, strict=False)
+        timed = {method: dataclasses.replace(comparison[method], seconds=taken) for method, taken in rows}
+        return dataclasses.replace(comparison, alignments=timed).plot().layout.xaxis3.tickvals
+
+    assert ticks(0.02, 0.03) is None and ticks(0.02, 3.0) is None  # plotly finds them
+    assert ticks(0.0, 0.02, 0.4) == pytest.approx((0.001, 0.1))
+    assert ticks(0.002, 0.02, 400.0) == pytest.approx((0.01, 10.0))
 
 
 def test_methods_of_ones_own_and_batches_that_can_be_read_once():

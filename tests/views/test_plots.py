@@ -126,6 +126,27 @@ def test_barrier_labels_stand_on_no_arrow():
                     assert abs(arrow.x - label.x) > half
 
 
+def test_a_barrier_label_stands_beside_its_arrow_or_not_at_all():
+    alphas = np.linspace(0.0, 1.0, 25)
+
+    def dip(depth: float, middle: float, width: float, edge: int) -> Path:
+        hump = np.exp(-(((alphas - middle) / width) ** edge))
+        values = {"data": {"loss": 0.1 + 3.0 * depth * hump, "accuracy": 0.98 - depth * hump}}
+        return Path(alphas, values, {"data": {"loss": (0.1, 0.1), "accuracy": (0.98, 0.98)}})
+
+    shallow = {f"shallow {i}": dip(0.08 + 0.01 * i, 0.45, 0.2, 2) for i in range(3)}
+    for width, edge in ((0.3, 4), (0.2, 2)):  # there is no room for all beside their arrows, but far from them
+        figure = dip(0.88, 0.5, width, edge).plot("deep", **shallow)
+        labels = [each for each in figure.layout.annotations if each.text]
+        arrows = {(each.xref, each.arrowcolor): each for each in figure.layout.annotations if each.showarrow}
+        assert 2 <= len(labels) < len(arrows) == 8
+        for label in labels:
+            arrow = arrows[label.xref, label.font.color]
+            low, high = sorted((arrow.ay, arrow.y))
+            height = 88.0 if label.xref == "x2" else 2.74  # of the panel
+            assert max(low - label.y, label.y - high) < 0.2 * height
+
+
 def test_tracks_stand_out_and_name_their_points():
     grid = np.linspace(1.0, 2.0, 9).reshape(3, 3)
     plane = Plane(

@@ -104,7 +104,7 @@ def _barrier(fig: go.Figure, path: Path, panel: str, colour: str, column: int, l
         col=column,
     )
     text = f"{found.value:.2f} {path.unit}".rstrip() if panel == "loss" else f"{found.value:.1f} points"
-    place = labels.place(found.alpha, 0.5 * (ends[0] + ends[1]), len(text))
+    place = labels.place(found.alpha, ends, len(text))
     if place is not None:
         fig.add_annotation(
             x=place[0], y=place[1], text=text, font={"color": colour}, showarrow=False, row=1, col=column
@@ -125,6 +125,7 @@ class _Labels:
 
     WIDTH, HEIGHT = 250.0, 230.0  # pixels of the panel, in the narrowest figure that is stored
     LETTER, LINE = 7.8, 18.0  # pixels of a letter across, of a line of text down
+    NEAR = 40.0  # pixels above or below an arrow; what is further off seems to belong to something else
 
     def __init__(self, paths: list[Path], panel: str) -> None:
         scale = 100.0 if panel == "accuracy" else 1.0
@@ -144,12 +145,13 @@ class _Labels:
     def _pixels(self, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.stack([(x - self.left) / self.across * self.WIDTH, (y - self.low) / self.span * self.HEIGHT], axis=1)
 
-    def place(self, x: float, y: float, letters: int) -> tuple[float, float] | None:
-        """The middle of a free place beside (x, y), as near to it as may be; None if there is none."""
-        ((px, py),) = self._pixels(np.array([x]), np.array([y]))
+    def place(self, x: float, ends: tuple[float, float], letters: int) -> tuple[float, float] | None:
+        """The middle of a free place beside the arrow at x, as near to its middle as may be; None if there is none."""
+        (px, tail), (_, head) = self._pixels(np.full(2, x), np.array(ends))
+        py = 0.5 * (tail + head)
         half = np.array([0.5 * self.LETTER * letters, 0.5 * self.LINE])
         occupied = np.concatenate(self.taken) if self.taken else np.empty((0, 2))
-        for step in range(2 * int(self.HEIGHT) // 4):
+        for step in range(1 + 2 * int((0.5 * abs(head - tail) + self.NEAR) // 4.0)):
             down = py + (-1.0) ** step * 4.0 * ((step + 1) // 2)
             for away in (sign * far for far in range(6, 129, 6) for sign in (1.0, -1.0)):
                 middle = np.array([px + away + np.sign(away) * half[0], down])

@@ -1,6 +1,8 @@
 """Studies of alignment (methods side by side, matchings on the way, singular vectors that meet, barriers over the epochs of
 two runs) and of networks (similarity, curvature, variance)."""
 
+import math
+
 import numpy as np
 import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
@@ -83,6 +85,9 @@ def plot_comparison(comparison: AlignmentComparison) -> go.Figure:
     )
     fig.update_xaxes(title_text="similarity to A", nticks=4, col=2)
     fig.update_xaxes(title_text="seconds", type="log", nticks=4, tickangle=0, col=3)
+    decades = range(math.ceil(math.log10(min(at))), math.floor(math.log10(max(at))) + 1)
+    if len(decades) > 2:  # plotly would name each of them, and names touch in a panel this narrow
+        fig.update_xaxes(tickvals=[10.0**decade for decade in decades[:: math.ceil(len(decades) / 2)]], col=3)
     return styled(fig, height=120 + 48 * len(methods)).update_layout(
         hovermode="closest", barmode="group", legend={"y": 1.02, "yanchor": "bottom"}
     )
