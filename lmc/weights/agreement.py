@@ -430,7 +430,8 @@ def _check_prefix(a: Mapping[str, Tensor], b: Mapping[str, Tensor], names: tuple
                 "(DataParallel, torch.compile and Lightning put one before every name): take the weights of the module "
                 f"inside, strip it with name.removeprefix({prefix!r}), or open the file with prefix={prefix!r}"
             )
-        if found := prefixes(list(short), list(long)):
+        behind = prefixes(list(short), list(long))
+        if found := [start for start in behind if all(long[start + n].shape == t.shape for n, t in short.items())]:
             raise MismatchError(
                 f"{found[0]}{next(iter(short))}: {having} has all names of {without} behind "
                 f"{' and behind '.join(map(repr, found))}, beside others: take that part alone "

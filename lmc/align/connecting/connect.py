@@ -313,7 +313,7 @@ class _Search:
 
     @cached_property
     def symmetries(self) -> ContinuousSymmetries:
-        """What groups admit beyond permutations."""
+        """Kinds of the groups beyond permutations."""
         return continuous_symmetries(self.spec, self.model, self.example, seed=self.seed, progress=self.progress)
 
     def _modulo_group(self, start: Candidate) -> Candidate | None:
