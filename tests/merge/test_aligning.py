@@ -81,7 +81,7 @@ def test_a_function_may_align_in_any_way(case) -> None:
 
 
 def test_independent_networks_make_a_soup() -> None:
-    stored = lmc.data.checkpoint("digits-mlp512")
+    stored = lmc.data.checkpoint("digits-mlp256")
     data, model, (a, b) = lmc.data.digits(), stored.model(), stored
     spec = lmc.permutation_spec(model, data.test[0][:2])
     before, after = (lmc.merge.average([a, b], align=align) for align in (None, spec))

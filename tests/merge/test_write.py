@@ -285,6 +285,7 @@ for i, (size, name) in enumerate((size, name) for size in ("small", "large") for
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process as Linux tells it")
 def test_memory_stays_within_the_plan(tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "a", "b")):

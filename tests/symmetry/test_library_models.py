@@ -132,6 +132,7 @@ def test_caches_count_only_when_asked_for() -> None:
     assert sizes(lmc.permutation_spec(WithCache(), noise(4, 5), outputs="past_key_values")) == []
 
 
+@pytest.mark.thorough  # small experts of every form are in the zoo
 def test_experts_chosen_by_a_loop() -> None:
     """The loop depends on which experts are chosen: it is recorded, and the spec names the lines that read values."""
     options = LLAMA | {"num_local_experts": 4}
