@@ -21,15 +21,7 @@ TargetsOf = Callable[[Any, Tensor | None], Tensor]  # (inputs, targets or None) 
 HELD_BYTES = 1 << 30
 DATASET_BATCH = 256  # examples that are drawn from a map-style data set at a time
 LABELS = ("labels", "label", "targets", "target", "y")  # entries of mappings and data objects that hold targets
-SPLITS = {  # names of mappings of sets, which may be tensors
-    "train",
-    "val",
-    "valid",
-    "validation",
-    "dev",
-    "eval",
-    "test",
-}
+SPLITS = {"train", "val", "valid", "validation", "dev", "eval", "test"}  # of mappings of sets, also of tensors
 IGNORED = -100  # target of positions that do not count, the convention of torch.nn.functional.cross_entropy
 
 

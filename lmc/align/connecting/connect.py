@@ -224,9 +224,9 @@ class _Search:
     # ---- what is tried
 
     def run(self) -> None:
+        self.attempt("as they are", lambda: Candidate("as they are", self.a, self.b, self.spec.identity()))
         if self.progress:
             self._announce()
-        self.attempt("as they are", lambda: Candidate("as they are", self.a, self.b, self.spec.identity()))
         self.attempt("weight matching", self._weight_matching)
         started = self.clock.spent
         self.naive = self._naive()
@@ -300,12 +300,16 @@ class _Search:
             self.reserve = max(self.reserve, min(longer, KEPT * self.clock.seconds))
         return replace(candidate, barrier=path.barrier, note=REPAIRED, repaired=True)
 
+    @property
+    def _forward(self) -> float:
+        """Seconds that one example takes, by how long those held out took to judge."""
+        return self.judging / (len(ALPHAS) * max(1, self.count))
+
     def _affordable(self) -> Any:
         """The inputs whose activations there is time to collect, by how long those held out took to judge."""
         if math.isinf(self.clock.seconds) or not self.judging:
             return self.inputs
-        each = COLLECTED * self.judging / (len(ALPHAS) * max(1, self.count))
-        most = max(FEWEST, int(COLLECTING * self.left / max(each, 1e-9)))
+        most = max(FEWEST, int(COLLECTING * self.left / max(COLLECTED * self._forward, 1e-9)))
         if not isinstance(self.inputs, list):
             return first_of(self.inputs, most)
         sizes = itertools.accumulate(len(targets) for _, targets in self.learn)
@@ -433,17 +437,10 @@ class _Search:
         )  # fmt: skip
 
     def _announce(self) -> None:
-        """Say about how long it will take: nearly all are steps of learning, each as long as one is now."""
+        """Say about how long it will take: nearly all are steps of learning, forward and about twice as long backward."""
         steps = self.steps or (STEPS_OF_MATRICES if self._turns else STEPS)
-        task = TaskLoss(self.model, self.a, self.learn, self.made, self._batch_size(), self.device)
-        batches = task.epochs(torch.Generator().manual_seed(self.seed))
-        free = {n: x.clone().requires_grad_() if x.is_floating_point() else x for n, x in self.a.items()}
-        for _ in range(2):  # the first takes longer
-            started = self.clock.spent
-            task(free, next(batches)).backward()
-        step = self.clock.spent - started
         work = f"connect: {'permutations, rotations' if self._turns else 'permutations'} and at most {steps} steps of learning"
-        beforehand(work, steps * step, budget=self.clock.seconds)
+        beforehand(work, steps * 3 * self._batch_size() * self._forward, budget=self.clock.seconds)
 
     def result(self, interrupted: bool) -> Connection:
         certificate, best = self._certified()
