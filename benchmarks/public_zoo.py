@@ -115,7 +115,10 @@ def torchaudio_models() -> Iterator[tuple[str, Built]]:
         "Conformer": (lambda: models.Conformer(16, 4, 32, 2, 7), (torch.randn(2, 20, 16), lengths)),
         "ConvTasNet": (lambda: models.ConvTasNet(2, 16, 16, 3, 8, 16, 2, 1), torch.randn(2, 1, 400)),
         "DeepSpeech": (lambda: models.DeepSpeech(16, n_hidden=16, n_class=5), torch.randn(2, 1, 20, 16)),
-        "Emformer": (lambda: models.Emformer(16, 4, 32, 2, 4, right_context_length=2), (torch.randn(2, 18, 16), lengths - 4)),
+        "Emformer": (
+            lambda: models.Emformer(16, 4, 32, 2, 4, right_context_length=2),
+            (torch.randn(2, 18, 16), lengths - 4),
+        ),
         "HDemucs": (lambda: models.HDemucs(["a", "b"], channels=4), torch.randn(1, 2, 11025)),
         "Tacotron2": (
             lambda: models.Tacotron2(**tacotron),
@@ -164,7 +167,13 @@ SMALL = [  # entry of a configuration -> its value; the first pattern that fits
     (r"rotary_dim", 4),
     (r"attention_window", 4),
 ]
-SERIES = {"prediction_length": 4, "context_length": 8, "label_length": 4, "lags_sequence": [1, 2], "num_time_features": 1}
+SERIES = {
+    "prediction_length": 4,
+    "context_length": 8,
+    "label_length": 4,
+    "lags_sequence": [1, 2],
+    "num_time_features": 1,
+}
 
 
 def shrink(config: Any) -> Any:
@@ -211,7 +220,9 @@ def transformers_models() -> Iterator[tuple[str, Built]]:
 
         def build(config_class: Any = config_class, head: Any = head) -> nn.Module:
             model_class = head[config_class]
-            return (model_class[0] if isinstance(model_class, tuple) else model_class)(shrink(config_class(**(SERIES if of_series(config_class) else {}))))
+            return (model_class[0] if isinstance(model_class, tuple) else model_class)(
+                shrink(config_class(**(SERIES if of_series(config_class) else {})))
+            )
 
         yield kind, (build, transformers_inputs)
 
@@ -427,6 +438,7 @@ def torch_geometric_models() -> Iterator[tuple[str, Built]]:
             c(i, o, 2, 2, 4, 3, 4), lambda f, x, e, kind, attr: f(x, e, torch.arange(len(x)) % 2, kind, attr)
         ),
         "HGTConv": lambda c, i, o: Given(c(i, o, (["node"], [("node", "to", "node")]), 2), of_one_type),
+        "HeteroConv": lambda c, i, o: Given(c({("node", "to", "node"): conv.GCNConv(i, o)}), of_one_type),
         "HANConv": lambda c, i, o: Given(c(i, o, (["node"], [("node", "to", "node")]), 2), of_one_type),
     }
     weighted = {name: (torch.randn(12, 3),) for name in ("GINEConv", "NNConv", "GMMConv", "PDNConv")}
@@ -580,7 +592,12 @@ def main() -> None:
         except ImportError:
             continue
         found.update((f"{library}:{name}", built) for name, built in models())
-    keys = [key for start in options.keys or [""] for key in found if (key == start[:-1] if start.endswith("$") else key.startswith(start))]
+    keys = [
+        key
+        for start in options.keys or [""]
+        for key in found
+        if (key == start[:-1] if start.endswith("$") else key.startswith(start))
+    ]
     if options.list:
         return print("\n".join(keys))
     import lmc  # noqa: F401  (once, before the forks)

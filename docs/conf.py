@@ -51,7 +51,15 @@ suppress_warnings = ["mystnb.unknown_mime_type", "ref.python"]
 
 html_theme = "pydata_sphinx_theme"
 html_title = "lmc"
-html_sidebars = {"notebooks/*": [], "index": [], "gallery": [], "glossary": [], "methods": [], "start": [], "correctness": []}
+html_sidebars = {
+    "notebooks/*": [],
+    "index": [],
+    "gallery": [],
+    "glossary": [],
+    "methods": [],
+    "start": [],
+    "correctness": [],
+}
 html_theme_options = {
     "navbar_align": "left",
     "show_toc_level": 2,

@@ -301,6 +301,27 @@ def test_what_a_gradient_does_not_show_is_broken_on_purpose(cut):
     assert proof is not None and proof.unverified == () and len(proof.families) > MANY
 
 
+def test_what_shows_on_later_weights_is_not_searched_for_on_earlier_ones(monkeypatch):
+    """Layers through which signals fade, beside a stronger way to the output: they show where later draws are louder."""
+
+    class Faint(Many):
+        def forward(self, x: Tensor) -> Tensor:
+            return x[:, :3] + super().forward(x)
+
+    torch.manual_seed(0)
+    model = Faint()
+    for layer in model.layers:
+        nn.init.normal_(layer.weight, std=0.3 * 6**-0.5)
+        layer.bias = None
+    calls = []
+    run = Probe.outputs_of
+    monkeypatch.setattr(Probe, "outputs_of", lambda self, *given: calls.append(1) or run(self, *given))
+    spec = lmc.permutation_spec(model, torch.randn(4, 6), certify=False)
+    proof = spec.certify(model, torch.randn(4, 6))
+    assert len(spec.groups) > MANY and proof.unverified == () and proof.trials > 2
+    assert len(calls) == 2 * proof.trials  # the outputs before and after a permutation, and no breakage
+
+
 def test_what_no_output_depends_on_is_not_verified_by_a_gradient():
     class Ended(Many):
         def forward(self, x: Tensor) -> Tensor:

@@ -155,6 +155,22 @@ def test_attention_and_its_names() -> None:
     assert "index chosen by data" in result.frozen["0.weight", 0]
 
 
+def test_queries_and_keys_are_told_from_values_where_a_norm_follows() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.bn, self.out = nn.Linear(5, 24), nn.BatchNorm1d(24), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.bn(self.qkv(x).transpose(1, 2)).transpose(1, 2).chunk(3, -1)
+            q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in (q, k, v))
+            return self.out(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    groups = discover(Normed(), torch.randn(2, 7, 5)).groups
+    for name, input_of_out in (("qkv.qk[1]", False), ("qkv.v[1]", True)):
+        assert ("out.weight" in groups[name].tables) == input_of_out and groups[name].size == 4
+
+
 def test_siblings_are_carried_onto_each_other() -> None:
     result = discover(nn.TransformerEncoderLayer(12, 3, 20, batch_first=True), torch.randn(2, 5, 12))
     heads = result.groups["self_attn.heads"]

@@ -182,7 +182,9 @@ def compare(
             if isinstance(result, Alignment):
                 if i == 0 and progress and executor is None:
                     way = perf_counter() - started - result.seconds  # which is the same for the others
-                    work = f"compare: the ways of {len(names) - 1} methods more, beside what each takes to find its move"
+                    work = (
+                        f"compare: the ways of {len(names) - 1} methods more, beside what each takes to find its move"
+                    )
                     beforehand(work, way * (len(names) - 1), budget=budget, least=True)
                 found[i], (split, unit) = result, judged
             elif isinstance(result, str):

@@ -66,7 +66,8 @@ def base_name(
     if many:
         return f"{shared_path(producers, share=1)}.stream".lstrip(".")
     if nested and is_fused(first, shapes):
-        return f"{name}.v" if len(set(modules)) > 1 else f"{name}.qk"
+        # a unit of queries and keys has one row or more of each, a unit of values one
+        return f"{name}.qk" if table.rows.shape[1] > 1 else f"{name}.v"
     return name
 
 

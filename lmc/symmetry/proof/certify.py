@@ -3,8 +3,9 @@
 A wrong permutation changes outputs by 1e-3 or more of their size; a right one by 1e-15. Equal outputs prove nothing about
 a group that the outputs do not depend on, so each group is broken once: it moves, but one of the tensors that it touches
 is left behind. Where that changes nothing, other tensors and then other weights are tried. Of many groups (one for each
-head of each layer) a single gradient shows what an infinitesimal breakage of each would do; those of which it shows
-nothing are broken together, and by halves where that changes the outputs, until each that matters was broken alone.
+head of each layer) a single gradient shows what an infinitesimal breakage of each would do, on every set of weights before
+anything is broken; those of which none shows anything are broken together, and by halves where that changes the outputs,
+until each that matters was broken alone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -49,6 +50,7 @@ def certify_spec(
     turns = {name: torch.arange(group.size).roll(1) for name, group in spec.groups.items()}
     worst = moved = 0.0
     trial = 0
+    many = len(spec.groups) > MANY
     while trial < trials or (trial < trials + FURTHER_DRAWS and _unseen(power, tolerance)):
         weights = draw(model, trial, seed)
         indices = random_indices(spec, seed + trial)
@@ -66,8 +68,16 @@ def certify_spec(
                 )
             worst = max(worst, error)
         for example, reference in zip(examples, references, strict=True):
-            _break(spec, turns, probe, example, weights, reference, power, tolerance, seed + trial)
+            if many:
+                _look_at_slopes(spec, turns, probe, example, weights, power, tolerance, seed + trial)
+            else:
+                _break(spec, turns, probe, example, weights, reference, power, tolerance)
         trial += 1
+    for number in range(trial if many else 0):
+        if _unseen(power, tolerance):
+            weights = draw(model, number, seed)
+            for example in examples:
+                _break(spec, turns, probe, example, weights, probe.outputs_of(example, weights), power, tolerance)
     families = evidence_of(spec, worst, power)
     shapes = tuple(_shapes(example) for example in given)
     return Certificate(worst, tolerance, trial, len(spec.groups), moved, shapes, probe.dtype, families, probe.names)
@@ -96,7 +106,9 @@ def certify_permutation(
         )
     moving = {name: index for name, index in indices.items() if not _stays(index)}
     power = dict.fromkeys(moving, 0.0)
-    _break(spec, moving, probe, inputs, own, reference, power, tolerance, seed=0)
+    if len(moving) > MANY:
+        _look_at_slopes(spec, moving, probe, inputs, own, power, tolerance, seed=0)
+    _break(spec, moving, probe, inputs, own, reference, power, tolerance)
     families = evidence_of(spec, error, power)
     moved = _moved_share(spec, indices)
     shapes = (_shapes(inputs),)
@@ -113,6 +125,24 @@ def _unseen(power: Mapping[str, float], tolerance: float) -> list[str]:
     return [name for name, seen in power.items() if not seen > VISIBLE * tolerance]
 
 
+def _look_at_slopes(
+    spec: Symmetries,
+    turns: Indices,
+    probe: Probe,
+    inputs: Inputs,
+    weights: Weights,
+    power: dict[str, float],
+    tolerance: float,
+    seed: int,
+) -> None:
+    """Note by how much breaking each group of which nothing was seen yet would change the outputs, to first order, relative
+    to their size. Arguments as of `_break`; `seed`: of the sum of the outputs that is differentiated."""
+    if hidden := _unseen(power, tolerance):
+        slopes = probe.slopes(inputs, weights, seed)
+        for name in hidden:
+            power[name] = max(power[name], _first_order(spec, turns, name, weights, slopes))
+
+
 def _break(
     spec: Symmetries,
     turns: Indices,
@@ -122,9 +152,9 @@ def _break(
     reference: list[Tensor],
     power: dict[str, float],
     tolerance: float,
-    seed: int,
 ) -> None:
-    """Break every group of which nothing was seen yet, and note by how much the outputs change, relative to their size.
+    """Break every group of which nothing was seen yet, and note by how much the outputs change, relative to their size: one
+    after the other, or together where there are many groups, most of which do not show on these weights.
 
     Args:
         turns: group -> the order in which its units are broken.
@@ -141,11 +171,7 @@ def _break(
         for name in names:
             power[name] = max(power[name], change)
 
-    many = len(_unseen(power, tolerance)) > MANY
-    if many:
-        slopes = probe.slopes(inputs, weights, seed)
-        for name in _unseen(power, tolerance):
-            power[name] = max(power[name], _first_order(spec, turns, name, weights, slopes))
+    many = len(power) > MANY
     for rank in range(PLACES + 1):
         hidden = [n for n in _unseen(power, tolerance) if rank == PLACES or 1 < len(_places(spec, n, weights)) > rank]
         for names in [hidden] if many and hidden else [[name] for name in hidden]:
