@@ -5,9 +5,12 @@ lru_cache. Constants among them stay. What a forward pass changes, or makes agai
 it belongs to the weights that were loaded at that time, and has to go when others come.
 """
 
+import array
 import functools
+import io
+import queue
 import types
-from collections import deque
+from collections import UserDict, UserList, deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
@@ -16,7 +19,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lmc.network.stores import LIBRARIES, Shared, content, stores, written_by
+from lmc.network.stores import (
+    LIBRARIES,
+    Absent,
+    Shared,
+    additions,
+    content,
+    is_torch,
+    own_functions,
+    stores,
+    writes_of,
+    written_by,
+)
 
 # (name of the module, attribute or "_buffers", keys further inside) of a dict or list that holds values.
 Address: TypeAlias = tuple[Any, ...]
@@ -28,7 +42,6 @@ Container: TypeAlias = dict[Any, Any] | list[Any] | deque[Any] | set[Any]
 _EVERY_MODULE = frozenset(vars(nn.Module()))
 _NO_OBJECTS = (
     nn.Module,
-    Tensor,
     type,
     torch.device,
     torch.dtype,
@@ -39,6 +52,9 @@ _NO_OBJECTS = (
 
 
 _ALL = "all"  # what is in a set, which has no places
+_PART = "part of"  # a tuple, a partial function or a method, where nothing can be put in the place of anything
+# What can be neither looked into nor copied and put back.
+_OPAQUE = (Iterator, bytearray, array.array, memoryview, io.IOBase, queue.SimpleQueue)
 
 
 class Slots(dict[str, Any]):
@@ -82,13 +98,18 @@ class Slots(dict[str, Any]):
 
 
 def _slots(value: Any) -> list[str]:
-    """The slots of an object of the caller's own; none where it has a `__dict__`."""
-    if isinstance(value, _NO_OBJECTS) or hasattr(value, "__dict__"):
+    """The slots of an object of the caller's own."""
+    if isinstance(value, _NO_OBJECTS) or not _is_own(value):
         return []
-    if type(value).__module__.split(".")[0] in LIBRARIES:
-        return []
-    found = [getattr(part, "__slots__", ()) for part in type(value).__mro__]
-    return [name for names in found for name in ([names] if isinstance(names, str) else names)]
+    found = [(part, part.__dict__.get("__slots__", ())) for part in type(value).__mro__]
+    each = [(part, name) for part, names in found for name in ([names] if isinstance(names, str) else names)]
+    hidden = [f"_{part.__name__.lstrip('_')}{n}" if n[:2] == "__" != n[-2:] else n for part, n in each]
+    return [name for name in hidden if name not in ("__dict__", "__weakref__")]
+
+
+def _is_own(value: Any) -> bool:
+    """Whether an object is of a class of the caller's, or wraps a dict or list."""
+    return type(value).__module__.split(".")[0] not in LIBRARIES or isinstance(value, UserDict | UserList)
 
 
 class Hidden:
@@ -186,12 +207,13 @@ def removable(module: nn.Module, run: Callable[[Removal], nn.Module]) -> Removal
         kinds.setdefault(kind, []).append(address)
     found: Removal = {}
     left: dict[type, set[Address]] = {}
+    may = writes_of(module)
     for kind, addresses in kinds.items():
         # Where one value cannot be missed, the list or dict that holds it may be made again, or the one around that.
         tries = (_made_again(places, addresses, run) for places in (addresses, *_around(addresses)))
         if removal := next(filter(None, tries), None):
             found |= removal
-        elif kind[2] in stores(kind[0]).attributes:
+        elif kind[2] in may.attributes:
             left.setdefault(kind[0], set()).update(addresses)
     for kind, addresses in left.items():
         together = [place for place, owner in _set_places(module) if owner is kind]
@@ -203,7 +225,8 @@ def _around(addresses: Sequence[Address]) -> Iterator[list[Address]]:
     """The places of what holds these, from the inside out."""
     for length in range(max(map(len, addresses)) - 1, 1, -1):
         places = dict.fromkeys(a[:length] for a in addresses if len(a) > length)
-        if places and not any(place[-1] == "__dict__" or place[1] == "_buffers" for place in places):
+        inside = ("__dict__", _PART)
+        if places and not any(p[1] == "_buffers" or p[-1] in inside or p[-2] == _PART for p in places):
             yield list(places)
 
 
@@ -259,10 +282,11 @@ def derives_outside(module: nn.Module, runs: Sequence[Callable[[], Any]], same: 
     own = [m for m in module.modules() if not isinstance(m, torch.jit.ScriptModule)]
     kinds = {type(m) for m in own if not is_torch(m)}
     shared = {place.key: place for kind in kinds for place in stores(kind).shared}
-    if any(_differs(place, runs) for place in shared.values()):
+    if any(_differs(place, way, runs) for place in shared.values() for way in place.ways):
         return True
-    single = {place.key: place for m in own for place in written_by(_own_functions(m), type(m))}
-    return any(_acts(place, runs, same) for key, place in single.items() if key not in shared)
+    single = {place.key: place for m in own for place in written_by(own_functions(m), type(m))}
+    further = [place for key, place in single.items() if key not in shared]
+    return any(_acts(place, way, runs, same) for place in further for way in place.ways)
 
 
 def form(model: nn.Module) -> tuple[Any, ...]:
@@ -273,7 +297,7 @@ def form(model: nn.Module) -> tuple[Any, ...]:
             name,
             type(module),
             tuple((k, v) for k, v in vars(module).items() if isinstance(v, bool | int | str) and k != "training"),
-            tuple(map(id, _additions(module))),
+            tuple(map(id, additions(module))),
         )
         for name, module in model.named_modules()
     )
@@ -282,33 +306,21 @@ def form(model: nn.Module) -> tuple[Any, ...]:
 def is_plain(module: nn.Module) -> bool:
     """Whether a module is one of torch's own, with no hook or function of the caller's on it."""
     return is_torch(module) and not any(
-        not (getattr(x, "__module__", None) or type(x).__module__).startswith("torch.") for x in _additions(module)
+        not (getattr(x, "__module__", None) or type(x).__module__).startswith("torch.") for x in additions(module)
     )
 
 
-def _own_functions(module: nn.Module) -> list[Any]:
-    """The functions that one module has as attributes or hooks."""
-    return [value for value in _additions(module) if isinstance(value, types.FunctionType)]
-
-
-def _additions(module: nn.Module) -> list[Any]:
-    """The hooks of one module, and the functions among its attributes."""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    functions = [x for x in vars(module).values() if isinstance(x, types.FunctionType | types.MethodType)]
-    return [*hooks, *functions]
-
-
-def _differs(place: Shared, runs: Sequence[Callable[[], Any]]) -> bool:
+def _differs(place: Shared, way: Absent, runs: Sequence[Callable[[], Any]]) -> bool:
     before, seen = place.read(), []
     try:
         for run in runs:
-            place.write(_without_numbers(before))
+            place.write(_without_numbers(before), way)
             run()
             seen.append({key: [torch.as_tensor(x).clone() for x in _numbers(v)] for key, v in place.read().items()})
     except Exception:  # noqa: BLE001 (constants, which the forward pass misses)
         return False
     finally:
-        place.write(before)
+        place.write(before, "deleted")
     # In the order in which they were put there: keys may be the identities of the copies.
     return any(
         len(x) != len(y) or not all(torch.equal(p, q) for p, q in zip(x, y, strict=True))
@@ -316,19 +328,19 @@ def _differs(place: Shared, runs: Sequence[Callable[[], Any]]) -> bool:
     )
 
 
-def _acts(place: Shared, runs: Sequence[Callable[[], Any]], same: Callable[[Any, Any], bool]) -> bool:
+def _acts(place: Shared, way: Absent, runs: Sequence[Callable[[], Any]], same: Callable[[Any, Any], bool]) -> bool:
     """Whether the first outputs come out otherwise with what the second run left in a place."""
     before, (first, second) = place.read(), runs
     try:
-        place.write(_without_numbers(before))
+        place.write(_without_numbers(before), way)
         expected = first()
-        place.write(_without_numbers(before))
+        place.write(_without_numbers(before), way)
         second()
         return not same(first(), expected)
     except Exception:  # noqa: BLE001 (constants, which the forward pass misses)
         return False
     finally:
-        place.write(before)
+        place.write(before, "deleted")
 
 
 def _without_numbers(items: dict[Any, Any]) -> dict[Any, Any]:
@@ -343,6 +355,72 @@ def _numbers(value: Any) -> list[Any]:
         for x in leaves
         if isinstance(x, float | complex) or (isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()))
     ]
+
+
+def opaque(module: nn.Module) -> dict[Address, str]:
+    """The places of what can be neither looked into nor put back, where a forward pass may change it, and of what type it is."""
+    may = writes_of(module)
+    written = bool(may.items or may.written)
+    found: dict[Address, str] = {}
+    for address, container in containers(module):
+        for key, value in items_of(container):
+            for part in value if isinstance(value, tuple) else (value,):
+                if _is_opaque(part) and (
+                    written or not isinstance(part, bytearray | array.array | memoryview | np.ndarray)
+                ):
+                    found[*address, key] = type(getattr(part, "__self__", part)).__name__
+    return found
+
+
+def disturb(module: nn.Module, places: Collection[Address]) -> None:
+    """Put others, which give other values, in the place of what can be neither looked into nor put back."""
+    for address, container in list(containers(module)):
+        for key, value in list(items_of(container)):
+            if (*address, key) in places:
+                container[key] = _disturbed(value)  # type: ignore
+
+
+def _is_opaque(value: Any) -> bool:
+    if isinstance(value, np.ndarray):
+        return value.dtype == object
+    return isinstance(getattr(value, "__self__", value) if callable(value) else value, _OPAQUE)
+
+
+def _disturbed(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_disturbed, value))
+    if not _is_opaque(value):
+        return value
+    if isinstance(value, np.ndarray):
+        return np.full_like(value, object())
+    if callable(value):
+        return getattr(_disturbed(value.__self__), value.__name__)
+    if isinstance(value, Iterator):
+        return _Disturbed(value)
+    if isinstance(value, bytearray | array.array | memoryview):
+        flipped = bytearray(255 - byte for byte in bytes(value))
+        if isinstance(value, array.array):
+            return array.array(value.typecode, bytes(flipped))
+        return memoryview(flipped).cast(value.format) if isinstance(value, memoryview) else flipped  # type: ignore
+    return object()
+
+
+class _Disturbed(Iterator[Any]):
+    """Gives numbers that are larger by one than those of another iterator."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __next__(self) -> Any:
+        return _more(next(self.inner))
+
+    def send(self, value: Any) -> Any:
+        return _more(self.inner.send(value))
+
+
+def _more(value: Any) -> Any:
+    numbers = (Tensor, int, float, complex, np.ndarray, np.number)
+    return pytree.tree_map_only(numbers, lambda x: ~x if getattr(x, "dtype", None) == torch.bool else x + 1, value)
 
 
 def empty(module: nn.Module, removal: Removal) -> None:
@@ -376,26 +454,26 @@ def _is_namespace(address: Address) -> bool:
     return len(address) == 1 or address[-1] == "__dict__" or address[1:] == ("_buffers",)
 
 
+def _name(address: Address) -> Any:
+    """The name of the attribute, of a module or of the innermost object, that holds a dict or list."""
+    return address[max([k for k, part in enumerate(address[:-1]) if part == "__dict__"], default=0) + 1]
+
+
 def _float_places(module: nn.Module) -> Iterator[tuple[Address, Any]]:
     """The address of everything hidden that holds floating-point tensors, or numbers and tensors of any kind that forward
     passes may have set, and what kind of place it is."""
     state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
-    classes = {name: type(m) for name, m in module.named_modules()}
+    classes, may = {name: type(m) for name, m in module.named_modules()}, writes_of(module)
     for address, container in containers(module):
         owner = classes[address[0]]
         for key, value in items_of(container):
             tensors = _tensors_of(value)
             plain = not any(x.is_floating_point() or x.is_complex() for x in tensors)
             held = not any(id(x) in state for x in tensors)
-            number = isinstance(value, int | float | complex | types.GeneratorType) or (
-                isinstance(value, tuple) and bool(_numbers(value))
-            )
-            if (number and not tensors) or (tensors and plain):  # a count, an index, a mask: or a constant
-                set_by = stores(owner)
+            single = bool(_numbers(value)) if isinstance(value, tuple) else _is_single(value)
+            if (single and not tensors) or (tensors and plain):  # a count, an index, a mask, a text: or a constant
                 held &= (
-                    key in set_by.attributes
-                    if _is_namespace(address)
-                    else address[1] in set_by.items | set_by.attributes
+                    key in may.attributes if _is_namespace(address) else _name(address) in may.items | may.attributes
                 )
             else:
                 held &= bool(tensors)
@@ -403,16 +481,21 @@ def _float_places(module: nn.Module) -> Iterator[tuple[Address, Any]]:
                 yield (*address, key), (owner, address[1:], key if _is_namespace(address) else None)
 
 
+def _is_single(value: Any) -> bool:
+    """Whether there is one value, with nothing inside that could be emptied alone."""
+    several = isinstance(value, (dict, list, deque, set, tuple, Tensor, functools.partial, *_NO_OBJECTS))
+    return value is not None and not (several or (_is_own(value) and (hasattr(value, "__dict__") or _slots(value))))
+
+
 def _tensor_places(module: nn.Module) -> dict[Address, list[Tensor]]:
     """Everything hidden that holds tensors or arrays into which forward passes may write."""
     state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
-    classes = {name: type(m) for name, m in module.named_modules()}
+    may = writes_of(module)
     found: dict[Address, list[Tensor]] = {}
     for address, container in containers(module):
         for key, value in items_of(container):
             tensors = _tensors_of(value)
-            name = key if _is_namespace(address) else address[1]
-            may = stores(classes[address[0]])
+            name = key if _is_namespace(address) else _name(address)
             # What is set together with a key, as a tuple, is made again by that key.
             names = may.written if isinstance(value, tuple) else may.written | may.attributes
             if tensors and name in names and not any(id(x) in state for x in tensors):
@@ -422,13 +505,13 @@ def _tensor_places(module: nn.Module) -> dict[Address, list[Tensor]]:
 
 def _set_places(module: nn.Module) -> Iterator[tuple[Address, type]]:
     """The address of every attribute and buffer that a forward pass may set and that holds something, and the class."""
-    classes = {name: type(m) for name, m in module.named_modules()}
+    classes, may = {name: type(m) for name, m in module.named_modules()}, writes_of(module)
     for address, container in containers(module):
         if _is_namespace(address) and isinstance(container, dict):
             for key, value in container.items():
-                if value is not None and key not in _EVERY_MODULE and key in stores(classes[address[0]]).attributes:
+                if value is not None and key not in _EVERY_MODULE and key in may.attributes:
                     yield (*address, key), classes[address[0]]
-        elif isinstance(container, set) and container and address[1] in stores(classes[address[0]]).items:
+        elif isinstance(container, set) and container and _name(address) in may.items:
             yield (*address, _ALL), classes[address[0]]
 
 
@@ -443,8 +526,10 @@ def _kept_tensors(module: nn.Module) -> list[Tensor]:
 
 
 def containers(model: nn.Module, also_torch: bool = False) -> Iterator[tuple[Address, Container]]:
-    """Every dict, list, deque and set in which modules keep values of their own, with where it is."""
+    """Every dict, list, deque and set in which modules keep values of their own, with where it is. Torch's own modules keep
+    none, unless functions of others may set some on them."""
     seen: dict[int, Any] = {}
+    also_torch = also_torch or bool(writes_of(model))
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule) or (is_torch(module) and not also_torch):
             continue
@@ -458,16 +543,32 @@ def _inside(address: Address, container: Container, seen: dict[int, Any]) -> Ite
     seen[id(container)] = container  # kept, so that nothing else gets its identity
     yield address, container
     for key, value in list(items_of(container)):
-        if len(address) == 1 and key in _EVERY_MODULE:
-            continue
-        if isinstance(value, dict | list | deque | set):
-            yield from _inside((*address, key), value, seen)
-        elif hasattr(value, "__dict__") and not isinstance(value, _NO_OBJECTS):
-            if type(value).__module__.split(".")[0] not in LIBRARIES:
-                yield from _inside((*address, key, "__dict__"), vars(value), seen)
-        elif _slots(value) and id(value) not in seen:
-            seen[id(value)] = value
-            yield from _inside((*address, key, "__dict__"), Slots(value), seen)
+        if len(address) > 1 or key not in _EVERY_MODULE:
+            yield from _within((*address, key), value, seen)
+
+
+def _within(address: Address, value: Any, seen: dict[int, Any]) -> Iterator[tuple[Address, Container]]:
+    """The containers that a value is or has, however nested."""
+    if isinstance(value, dict | list | deque | set):
+        yield from _inside(address, value, seen)
+    if isinstance(value, tuple | functools.partial | types.MethodType):
+        for k, part in enumerate(_parts(value)):
+            yield from _within((*address, _PART, k), part, seen)
+    elif isinstance(value, Tensor):
+        if vars(value):
+            yield from _inside((*address, "__dict__"), vars(value), seen)
+    elif not isinstance(value, _NO_OBJECTS) and _is_own(value):
+        if hasattr(value, "__dict__"):
+            yield from _inside((*address, "__dict__"), vars(value), seen)
+        if _slots(value) and ~id(value) not in seen:
+            seen[~id(value)] = value
+            yield from _inside((*address, "__dict__"), Slots(value), seen)
+
+
+def _parts(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, tuple):
+        return value
+    return (value.__self__,) if isinstance(value, types.MethodType) else (value.args, value.keywords, value.func)
 
 
 def items_of(container: Container) -> Iterable[tuple[Any, Any]]:
@@ -475,11 +576,6 @@ def items_of(container: Container) -> Iterable[tuple[Any, Any]]:
     if isinstance(container, set):
         return ()
     return container.items() if isinstance(container, dict) else enumerate(container)
-
-
-def is_torch(module: nn.Module) -> bool:
-    """Whether a module is one of torch's own, which keep nothing that they derive from weights."""
-    return type(module).__module__.startswith("torch.nn.")
 
 
 def _lru_caches(model: nn.Module) -> Iterator[Any]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lmc.errors import InputError
-from lmc.network.caches import containers, hidden_tensors, is_torch, items_of
-from lmc.network.stores import content
+from lmc.network.caches import containers, hidden_tensors, items_of
+from lmc.network.stores import content, is_torch
 
 
 def fresh_copy(model: nn.Module, *, share: bool = False) -> nn.Module:

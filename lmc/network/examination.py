@@ -5,7 +5,7 @@ found and dropped, and a module that keeps it where it cannot be dropped is refu
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from lmc.core.context import warn
 from lmc.errors import DataError, InputError
-from lmc.network.caches import Hidden, Removal, derives_outside, hidden_tensors, removable
+from lmc.network.caches import Address, Hidden, Removal, derives_outside, disturb, hidden_tensors, opaque, removable
 from lmc.network.copies import switches
 from lmc.network.inputs import first_of
 from lmc.weights import Weights
@@ -86,8 +86,30 @@ class Examination:
     inputs: Any
 
     def stale(self) -> Removal:
-        """The places where the module holds what it makes again by itself, of earlier calls."""
-        return removable(self.module, self._called)
+        """The places where the module holds what it makes again by itself, of earlier calls; `InputError` where its outputs
+        depend on what cannot be examined."""
+        found = removable(self.module, self._called)
+        kinds = {place: kind for place, kind in opaque(self.module).items() if place not in found}
+        if kinds and self._matters(kinds, found):
+            named = ", ".join(
+                f"{'.'.join(filter(None, map(str, place[:2])))} ({kind})" for place, kind in list(kinds.items())[:3]
+            )
+            raise InputError(
+                f"{self.name}: its outputs depend on {named}, which calls may change and which can be neither looked into nor put "
+                "back, so that it may be of other weights; keep such values in tensors, numbers, lists or dicts"
+            )
+        return found
+
+    def _matters(self, places: Collection[Address], stale: Removal) -> bool:
+        """Whether the outputs come out otherwise, or not at all, where these places hold something else."""
+        expected = self._given_out(stale, self.weights)
+        trial = self.trial(stale, Verdict(), self.weights)
+        disturb(trial.module, places)
+        trial.verdict = Verdict(caches=False)  # keeps what was changed
+        try:
+            return not _equal(trial.repeated(self.inputs), expected)
+        except Exception:  # noqa: BLE001 (whatever it is that the forward pass cannot do with it)
+            return True
 
     def _called(self, removal: Removal) -> nn.Module:
         trial = self.trial(removal, Verdict(), self.weights)
@@ -101,7 +123,8 @@ class Examination:
         """A verdict: as a fresh copy gives for `weights`, so must a copy that had other weights before."""
         between = _perturbed(self.weights)
         runs = [partial(self._given_out, stale, given) for given in (self.weights, between)]
-        outside = derives_outside(self.module, runs, _equal)
+        if derives_outside(self.module, runs, _equal):
+            raise self._kept_for_good()
         expected = self._repeated(stale)
         for renews in (False, True):
             trial = self.trial(stale, Verdict(renews=renews), between)
@@ -111,14 +134,10 @@ class Examination:
             again = False
             with contextlib.suppress(Exception):  # a copy that was called before may miss what it made once
                 again = _equal(trial.repeated(self.inputs), expected)
-            if again and not outside:
+            if again:
                 break
         else:
-            raise InputError(
-                f"{self.name}: what it computes from one set of weights is used again with the next, and cannot be dropped, "
-                "since it is shared by all modules of its kind (a dict of a class or a file, a cached function) or hidden in an "
-                "object; keep such values in attributes of the module, or drop them in its train method"
-            )
+            raise self._kept_for_good()
         if renews:
             warn(
                 f"{self.name} keeps values derived from its weights outside itself: its parameters are replaced for each "
@@ -139,16 +158,25 @@ class Examination:
             functional &= all(torch.equal(tensor, trial.taken(self.weights[name])) for name, tensor in own.items())
         return Verdict(caches, renews, functional, switching, writes, writes_inputs)
 
+    def _kept_for_good(self) -> InputError:
+        return InputError(
+            f"{self.name}: what it computes from one set of weights is used again with the next, and cannot be dropped, "
+            "since it is shared by all modules of its kind (a dict of a class or a file, a cached function) or hidden in an "
+            "object; keep such values in attributes of the module, or drop them in its train method"
+        )
+
     def _alike_without_switching(self, stale: Removal, between: Weights) -> bool:
         """Whether a copy that goes from weights to others, and back, in evaluation mode gives what fresh ones give."""
         trial = self.trial(stale, Verdict(switches=False), self.weights)
-        trial.repeated(self.inputs)
-        for weights in (between, self.weights):
-            expected = self._given_out(stale, weights)
-            trial.load(weights)
-            if not _equal(trial.repeated(self.inputs), expected):
-                return False
-        return True
+        with contextlib.suppress(Exception):  # of a copy that misses what it makes in `eval`
+            trial.repeated(self.inputs)
+            for weights in (between, self.weights):
+                expected = self._given_out(stale, weights)
+                trial.load(weights)
+                if not _equal(trial.repeated(self.inputs), expected):
+                    return False
+            return True
+        return False
 
     def _repeated(self, stale: Removal) -> Any:
         """The outputs of a fresh copy; `InputError` where it gives something else when it is called again."""

@@ -320,21 +320,37 @@ class Network:
             self.verdict = Verdict()  # what holds where the module fails on these inputs, which the caller will hear
             few, weights = few_of(inputs), as_weights(self._model) if self._loaded is None else self._loaded
             try:
-                examination = Examination(self._name, self.module, self._trial, weights, few)
-                stale = examination.stale()
-                known, seen = _VERDICTS.get(self._model, (None, None))
-                verdict = known if known is not None and seen == form(self._model) else examination.verdict(stale)
+                stale, verdict = self._found(few, weights)
             except LmcError:
                 self.verdict = None
                 raise
-            except Exception:  # noqa: BLE001 (the caller's own call of the module will raise it)
+            except Exception:  # noqa: BLE001 (where the module cannot be called at all, the caller's own call will raise)
                 verdict, self.verdict = self.verdict, None
-                return verdict
+                try:
+                    self._trial({}, verdict, weights).repeated(few)
+                except Exception:  # noqa: BLE001 (as above)
+                    return verdict
+                try:
+                    stale, verdict = self._found(few, weights)
+                except LmcError:
+                    raise
+                except Exception as error:
+                    raise InputError(
+                        f"{self._name}: it can be called, but not examined for what it keeps of other weights: "
+                        f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+                    ) from error
         _VERDICTS[self._model] = verdict, form(self._model)
         self._adopt(stale, verdict)
         if (stale or verdict.writes) and self._loaded is not None:
             self.load(self._loaded)
         return verdict
+
+    def _found(self, inputs: Any, weights: Weights) -> tuple[Removal, Verdict]:
+        """What the module holds of earlier calls, and the verdict on it; a known one where it is as it was."""
+        examination = Examination(self._name, self.module, self._trial, weights, inputs)
+        stale = examination.stale()
+        known, seen = _VERDICTS.get(self._model, (None, None))
+        return stale, known if known is not None and seen == form(self._model) else examination.verdict(stale)
 
     def alike(self, model: nn.Module) -> "Network":
         """A module of the same code in other sizes, for which the verdict on this one holds."""
