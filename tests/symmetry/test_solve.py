@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.symmetry.discovery.provenance import differ
-from lmc.symmetry.discovery.solve import Solution, rank_within, solve
+from lmc.symmetry.discovery.solve import Solution, count_of, rank_within, solve
 from lmc.symmetry.rules.tags import along, block, join, make
 from lmc.symmetry.rules.units import Ids, Units
 from lmc.symmetry.tracing.capture import capture
@@ -36,6 +36,11 @@ def test_codes_number_by_first_occurrence() -> None:
 
 def test_rank_within() -> None:
     assert rank_within(np.array([1, 0, 1, 1]), np.array([9, 9, 3, 5])).tolist() == [2, 0, 0, 1]
+
+
+def test_different_numbers_are_counted() -> None:
+    for keys in ([], [4], [2, 7, 2], [1, 1, 1, 0], [3, 2, 1]):
+        assert count_of(np.array(keys, np.uint64)) == len(set(keys))
 
 
 def test_locked_axes_are_one_group_and_apart_ones_two() -> None:

@@ -64,13 +64,19 @@ def mix(*parts: npt.NDArray[np.generic] | int) -> Hashes:
     out: Hashes = np.zeros(1, np.uint64)
     with np.errstate(over="ignore"):
         for number, part in enumerate(parts):
-            word = np.asarray(part).astype(np.uint64)
-            out = (out ^ (word + np.uint64(0x9E3779B97F4A7C15 * (number + 1) & 0xFFFFFFFFFFFFFFFF))) * np.uint64(
-                0xBF58476D1CE4E5B9
-            )
-            out = (out ^ (out >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-            out = out ^ (out >> np.uint64(31))
+            step = np.uint64(0x9E3779B97F4A7C15 * (number + 1) & 0xFFFFFFFFFFFFFFFF)
+            out = out ^ (np.asarray(part).astype(np.uint64) + step)
+            out *= np.uint64(0xBF58476D1CE4E5B9)  # in place: of millions of numbers, new memory takes longer than this
+            out ^= out >> np.uint64(27)
+            out *= np.uint64(0x94D049BB133111EB)
+            out ^= out >> np.uint64(31)
     return out
+
+
+def count_of(keys: npt.NDArray[np.generic]) -> int:
+    """How many different numbers there are, by sorting: `np.unique` would put millions into a hash table one by one."""
+    ordered = np.sort(keys)
+    return int(np.count_nonzero(ordered[1:] != ordered[:-1])) + bool(ordered.size)
 
 
 def summed(values: Hashes, index: Ids, size: int) -> Hashes:
@@ -103,13 +109,13 @@ def initial_colours(units: Units) -> Hashes:
 def refine(units: Units, edges: Edges) -> Ids:
     """The cell number of every unit: the coarsest equitable colouring."""
     colour = initial_colours(units)
-    number, distinct = np.unique(colour).size, -1
+    number, distinct = count_of(colour), -1
     while number > distinct:
         distinct = number
         up = summed(mix(colour[edges.parent], edges.label, 4), edges.child, units.total)
         down = summed(mix(colour[edges.child], edges.label, 5), edges.parent, units.total)
         colour = mix(colour, up, down)
-        number = np.unique(colour).size
+        number = count_of(colour)
     return np.unique(colour, return_inverse=True)[1].ravel()
 
 
