@@ -36,7 +36,7 @@ class Place:
 
     def features(self, tensor: Tensor) -> Tensor:
         """`(n, m * rest)`: what belongs to each unit, one row per unit (a view where memory order allows it)."""
-        return self._by_position(tensor).reshape(len(self.rows), -1)
+        return self._by_position(tensor).reshape(self.rows.shape[0], -1)
 
     def slices(self, tensor: Tensor) -> Tensor:
         """`(n, m, *rest)`: what belongs to each unit, the other axes kept apart."""
@@ -168,7 +168,8 @@ def _build(
     """The block of a group; `tables_of` gives the tables of it and its descendants in tensors of these `shapes`."""
     held = [(tensor, table) for tensor, tables in tables_of(group).items() for table in tables]
     places = [_place(tensor, table, shapes[tensor], device) for tensor, table in held]
-    below = [_below(group.name, unit, children) for unit in range(group.size)]
+    nested = any((group.name, unit) in children for unit in range(group.size))
+    below = [_below(group.name, unit, children) if nested else [] for unit in range(group.size)]
     tables: dict[str, list[tuple[str, Table]]] = {}
     for one in (group, *(g for groups in below for g in groups)):
         for tensor, found in tables_of(one).items():

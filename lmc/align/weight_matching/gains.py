@@ -162,7 +162,7 @@ def inner_product(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
 
 def dot(x: Tensor, y: Tensor) -> float:
     """`<x, y>` in float64, widened chunk by chunk: chunks stay in the cache, whole layers would not."""
-    if len(x) <= CHUNK:
+    if x.numel() <= CHUNK:
         return float(torch.dot(x.double(), y.double()))
     return sum(map(dot, x.split(CHUNK), y.split(CHUNK)))
 
