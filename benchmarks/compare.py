@@ -2,14 +2,17 @@
 
 `python benchmarks/compare.py` takes all stored pairs (about half an hour on one core), `python benchmarks/compare.py
 digits-vit toy-text-gpt` some of them. With `--pairs 3` that many further pairs of each network are trained by the recipe of
-the stored one, and the barriers of the methods that `--methods` names are given as median and range.
+the stored one, and the barriers of the methods that `--methods` names are given as median and range. With `--limit` one call of `lmc.align.compare`
+with all its methods is timed, beside the time that forward passes, backward passes and assignments alone took of it.
 """
 
 import argparse
+import time
 import warnings
 from functools import partial
 from statistics import median
 
+import scipy.optimize
 import torch
 
 import lmc
@@ -111,19 +114,62 @@ def medians(name: str, pairs: int, methods: list[str], alphas: int) -> None:
         print(f"| {name} | {method} | {median(values):.3f} | {min(values):.3f} to {max(values):.3f} |", flush=True)
 
 
+def counted(seconds: dict[str, float], kind: str, function):
+    """`function`, whose process time is added to `seconds[kind]`; not a second time where it is called by itself."""
+    inside = False
+
+    def timed(*args, **kwargs):
+        nonlocal inside
+        if inside:
+            return function(*args, **kwargs)
+        inside, started = True, time.process_time()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            inside = False
+            seconds[kind] = seconds.get(kind, 0.0) + time.process_time() - started
+
+    return timed
+
+
+def limit(name: str) -> None:
+    """One comparison by all methods: its time, and that of passes and assignments alone."""
+    stored, data, model, spec = opened(name)
+    seconds: dict[str, float] = {}
+    call, solve = torch.nn.Module.__call__, scipy.optimize.linear_sum_assignment
+    run_backward = torch.autograd._engine_run_backward
+    torch.nn.Module.__call__ = counted(seconds, "forward", call)
+    scipy.optimize.linear_sum_assignment = counted(seconds, "assignments", solve)
+    torch.autograd._engine_run_backward = counted(seconds, "backward", run_backward)
+    try:
+        started = time.process_time()
+        lmc.align.compare(spec, model, *stored, data, progress=False)
+        total = time.process_time() - started
+    finally:
+        torch.nn.Module.__call__, scipy.optimize.linear_sum_assignment = call, solve
+        torch.autograd._engine_run_backward = run_backward
+    cells = " | ".join(f"{seconds[kind]:.1f}" for kind in ("forward", "backward", "assignments"))
+    print(f"| {name} | {total:.1f} | {cells} | {total / sum(seconds.values()):.2f} |", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=PAIRS, metavar="NAME", help=", ".join(PAIRS))
     parser.add_argument("--alphas", type=int, default=11, help="points on each way")
     parser.add_argument("--pairs", type=int, default=0, help="train so many pairs, and give medians")
     parser.add_argument("--methods", nargs="+", default=FEW, metavar="METHOD", help="with --pairs")
+    parser.add_argument("--limit", action="store_true", help="time one comparison, and passes and assignments alone")
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     if args.pairs:
         print(f"| network | method | barrier, median of {args.pairs} pairs | range |\n|---|---|---|---|", flush=True)
+    if args.limit:
+        print("| pair | process seconds | forward | backward | assignments | ours / limit |\n|---|---|---|---|---|---|")
     for name in args.names:
-        if args.pairs:
+        if args.limit:
+            limit(name)
+        elif args.pairs:
             medians(name, args.pairs, args.methods, args.alphas)
         else:
             table(name, args.alphas)

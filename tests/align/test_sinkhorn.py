@@ -3,6 +3,7 @@ import torch
 from alignment_cases import CASES, digits
 
 import lmc
+from lmc.align.relaxed import soft
 from lmc.align.relaxed.sinkhorn import distance, sinkhorn_matching
 from lmc.align.relaxed.soft import sinkhorn
 from lmc.align.weight_matching.gains import assign
@@ -36,6 +37,27 @@ def test_low_temperatures_lead_to_the_assignment():
 
 def test_the_derivative_of_sinkhorn_is_that_of_its_steps():
     assert torch.autograd.gradcheck(lambda x: sinkhorn(x, 10), scores(4).requires_grad_())
+
+
+@pytest.mark.parametrize("spread", [1.0, 20.0])
+def test_scaling_numbers_and_scaling_logarithms_are_the_same(spread: float, monkeypatch: pytest.MonkeyPatch):
+    given = torch.stack([spread * scores(6, seed) for seed in range(3)]).requires_grad_()
+    weights = torch.stack([scores(6, seed + 3) for seed in range(3)])
+    results = []
+    for reach in (soft._RANGE, 0.0):
+        monkeypatch.setattr(soft, "_RANGE", reach)
+        matrices = sinkhorn(given, 7)
+        results.append((matrices, *torch.autograd.grad((weights * matrices).sum(), given)))
+    for numbers, logarithms in zip(*results, strict=True):
+        torch.testing.assert_close(numbers, logarithms, atol=1e-11, rtol=1e-9)
+
+
+def test_groups_of_one_size_are_scaled_together():
+    given = {"a": scores(5, 0), "b": scores(3, 1), "c": scores(5, 2)}
+    together = soft.doubly_stochastic(given, 10)
+    assert list(together) == ["a", "b", "c"]
+    for name, one in given.items():
+        torch.testing.assert_close(together[name], sinkhorn(one, 10), atol=1e-14, rtol=0)
 
 
 @pytest.mark.parametrize("target", ["l2", "l1", "cosine"])

@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lmc.align.relaxed.soft import SoftMoves, TaskLoss, sinkhorn
+from lmc.align.relaxed.soft import SoftMoves, TaskLoss, doubly_stochastic, sinkhorn
 from lmc.align.weight_matching.gains import assign
 from lmc.align.weight_matching.matching import in_form_of, matched
 from lmc.core.context import own_context, warn
@@ -115,7 +115,7 @@ def sinkhorn_matching(
     try:
         for taken in tqdm(range(1, steps + 1), desc="sinkhorn", disable=not progress):
             optimizer.zero_grad()
-            step_loss({name: sinkhorn(x / tau, iterations) for name, x in scores.items()}).backward()
+            step_loss(doubly_stochastic({name: x / tau for name, x in scores.items()}, iterations)).backward()
             optimizer.step()
             if taken % measure_every == 0 or taken == steps:
                 pi = Permutation(spec, {name: assign(x)[0] for name, x in scores.items()})

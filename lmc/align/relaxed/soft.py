@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lmc.errors import DataError
@@ -23,6 +24,7 @@ from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
 
 Matrices = Mapping[str, Tensor]
+_RANGE = 300.0  # of the logarithms of scores, whose exponentials and their products then stay within those of float64
 
 
 class SoftMoves:
@@ -89,14 +91,78 @@ def degree(spec: PermutationSpec, tensors: Sequence[str]) -> int:
 
 
 def sinkhorn(log_scores: Tensor, iterations: int) -> Tensor:
-    """The doubly stochastic matrix that scaling rows and columns of `exp(log_scores)` (n, n) leads to.
+    """The doubly stochastic matrices that scaling rows and columns of `exp(log_scores)` (..., n, n) leads to.
 
-    Rows are scaled last. Done on logarithms (Mena et al. 2018, arXiv:1802.08665, section 2), so nothing overflows.
+    Rows are scaled last. Done on logarithms (Mena et al. 2018, arXiv:1802.08665, section 2), so nothing overflows; on a CPU,
+    where an exponential costs as much as many products, on the numbers themselves wherever none can leave the range of float64.
     """
+    if log_scores.is_cpu:
+        scores = log_scores.detach().double()
+        columns = scores.amax(-2, keepdim=True)
+        rows = (scores - columns).amax(-1, keepdim=True)
+        if float((scores - columns - rows).amin()) > -_RANGE:
+            found = _Scaling.apply(log_scores, columns, rows, iterations)
+            assert isinstance(found, Tensor)
+            return found
     for _ in range(iterations):
-        log_scores = log_scores - log_scores.logsumexp(0, keepdim=True)
-        log_scores = log_scores - log_scores.logsumexp(1, keepdim=True)
+        log_scores = log_scores - log_scores.logsumexp(-2, keepdim=True)
+        log_scores = log_scores - log_scores.logsumexp(-1, keepdim=True)
     return log_scores.exp()
+
+
+class _Scaling(torch.autograd.Function):
+    """`P = diag(u) K diag(v)` with `v = 1 / K^T u` and `u = 1 / K v` by turns: two matrix-vector products for an iteration.
+
+    `K = exp(X - columns - rows)` has a one in each row and entries of at least `exp(-_RANGE)`; as `u[i] / u[k]` is at most the
+    reciprocal of that, nothing overflows. Of the columns' maxima P does not depend, those of the rows are where u begins.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, log_scores: Tensor, columns: Tensor, rows: Tensor, iterations: int) -> Tensor:
+        kernel = (log_scores.double() - columns - rows).exp_()
+        # Rows (..., 1, n): of several matrices, products from the left are the quick ones.
+        us, vs = [rows.exp().mT], []
+        for _ in range(iterations):
+            vs.append((us[-1] @ kernel).reciprocal_())
+            us.append((vs[-1] @ kernel.mT).reciprocal_())
+        found = us[-1].mT * kernel * vs[-1]
+        ctx.save_for_backward(kernel, found, *us, *vs)
+        return found.to(log_scores.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
+        """Iteration by iteration backwards, with the derivatives by the logarithms of u and v.
+
+        `log u = -log sum_j K_ij v_j` gives `-du_i u_i K_ij v_j` to X and `-v_j sum_i K_ij u_i du_i` to v, and v likewise to u.
+        What all of them give to X is one product of two matrices with 2 columns for each iteration.
+        """
+        kernel, found, *scalings = ctx.saved_tensors
+        count = len(scalings) // 2
+        us, vs = scalings[: count + 1], scalings[count + 1 :]
+        direct = gradients[0].double() * found
+        by_u, by_v = direct.sum(-1).unsqueeze(-2), direct.sum(-2, keepdim=True)
+        left, right = [], []
+        for t in reversed(range(count)):
+            weighted = us[t + 1] * by_u
+            by_v = by_v - vs[t] * (weighted @ kernel)
+            left += [weighted, us[t]]
+            weighted = vs[t] * by_v
+            right += [vs[t], weighted]
+            by_u, by_v = -us[t] * (weighted @ kernel.mT), torch.zeros_like(by_v)
+        direct -= kernel * (torch.cat(left, -2).mT @ torch.cat(right, -2))
+        return direct.to(gradients[0].dtype), None, None, None
+
+
+def doubly_stochastic(log_scores: Matrices, iterations: int) -> dict[str, Tensor]:
+    """`sinkhorn` of each group's scores (n, n); groups of one size at once, as a network has many that are small."""
+    sizes: dict[int, list[str]] = {}
+    for name, scores in log_scores.items():
+        sizes.setdefault(len(scores), []).append(name)
+    found = {}
+    for names in sizes.values():
+        found |= zip(names, sinkhorn(torch.stack([log_scores[name] for name in names]), iterations), strict=True)
+    return {name: found[name] for name in log_scores}
 
 
 class TaskLoss(Objective):
