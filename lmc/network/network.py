@@ -60,6 +60,8 @@ class Network:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"model: expected an nn.Module, which says what to compute, got {type(model).__name__}")
+        if isinstance(model, torch.jit.ScriptModule):
+            as_weights(model)  # raises for one that was frozen
         for name, value in model.state_dict(keep_vars=True).items():
             if not isinstance(value, Tensor):
                 raise WeightsError(
@@ -251,11 +253,11 @@ class Network:
                 f"({', '.join(self._renamed[:3])}), so that it cannot be differentiated by its state dict; "
                 "remove the hooks for this"
             )
-        if not verdict.functional or self._scripted:
+        if not verdict.functional:
             raise InputError(
                 f"{self._name}: called with weights that it does not hold, it gives other outputs than with the same weights "
-                "loaded, so that it cannot be differentiated by them; it computes something when weights are loaded, "
-                "changes mode, or is scripted"
+                "loaded, so that it cannot be differentiated by them; it computes something when weights are loaded or it "
+                "changes mode"
             )
         args, kwargs = self._call(inputs)
         own = {name: weights[name] for name in self.own_names if name in weights}
@@ -265,7 +267,7 @@ class Network:
         plain = self.verdict is not None and self.verdict.plain
         if not plain:
             self.forget()
-        call = _functional if plain else call_with
+        call = _functional if plain and not self._scripted else call_with
         with self._dtypes_named(args, kwargs, weights):
             return self._run(call, (self.module, weights, args, kwargs, self._ties), {})
 
@@ -439,8 +441,29 @@ def call_with(
 ) -> Any:
     """The outputs of the module with these parameters and buffers in place of its own; `ties` as of `further_slots`."""
     ties = further_slots(module) if ties is None else ties
-    inner = {f"module.{name}": tensor for name, tensor in weights.items()}
-    return _functional(_Anew(module), inner, args, kwargs, {f"module.{n}": f"module.{f}" for n, f in ties.items()})
+    with _scripted_with(module, weights, ties) as others:
+        inner = {f"module.{name}": tensor for name, tensor in others.items()}
+        return _functional(_Anew(module), inner, args, kwargs, {f"module.{n}": f"module.{f}" for n, f in ties.items()})
+
+
+@contextlib.contextmanager
+def _scripted_with(module: nn.Module, weights: Weights, ties: Mapping[str, str]) -> Iterator[Weights]:
+    """Scripted submodules, which `functional_call` cannot give other tensors, have these inside; yields those of the others."""
+    scripted = {path: part for path, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)}
+    if not scripted:
+        yield weights
+        return
+    given = weights | {name: weights[first] for name, first in ties.items() if first in weights}
+    places = {name: name.rpartition(".")[::2] for name in given if name.rpartition(".")[0] in scripted}
+    before = {name: getattr(scripted[path], own) for name, (path, own) in places.items()}
+    try:
+        for name, (path, own) in places.items():
+            setattr(scripted[path], own, given[name])
+        with torch.jit.optimized_execution(False):  # operators one by one, as they stand in the code
+            yield {name: tensor for name, tensor in weights.items() if name not in places}
+    finally:
+        for name, (path, own) in places.items():
+            setattr(scripted[path], own, before[name])
 
 
 class _Anew(nn.Module):

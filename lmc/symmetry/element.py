@@ -173,7 +173,8 @@ class Element(Result):
             model: gives the architecture, and the weights unless `weights` are given.
             inputs: as in `PermutationSpec.certify`.
             outputs: the outputs that must stay the same, as in `lmc.permutation_spec`.
-            tolerance: allowed difference of outputs, relative to their largest value.
+            tolerance: allowed difference of outputs, relative to their largest value; in a module that computes in float32
+                alone at least 1e-5, and the certificate says so.
 
         Returns:
             The certificate; its power is the change of the outputs where a group acts but at one occurrence.
@@ -186,7 +187,7 @@ class Element(Result):
         if not self.factors:
             return proof
         own = {n: t.to(wide_dtype(t.dtype)) for n, t in as_weights(model if weights is None else weights).items()}
-        probe = Probe(model, outputs)
+        probe, tolerance = Probe(model, outputs, or_single=True), proof.tolerance
         reference = probe.outputs_of(inputs, own)
         error = relative_error(reference, probe.outputs_of(inputs, self._acted(own)))
         powers = {name: power for evidence in proof.families.values() for name, power in evidence.powers.items()}

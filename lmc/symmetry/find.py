@@ -47,7 +47,8 @@ def permutation_spec(
         certify: prove the result in float64: `trials` random elements of the whole group, each on other weights, and each
             group broken on purpose, to see that an error would show.
         also: a second, larger input to certify on as well.
-        tolerance: allowed difference of outputs, relative to their largest value.
+        tolerance: allowed difference of outputs, relative to their largest value; in a module that computes in float32
+            alone at least 1e-5, and the certificate says so.
         continuous: look for scales, signs, rotations and invertible mixings as well (`lmc.continuous_symmetries`), and keep
             them as the spec's `continuous`; not on the meta device.
         progress: show bars when it takes longer than two seconds.

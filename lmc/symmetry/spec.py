@@ -131,7 +131,8 @@ class PermutationSpec(Symmetries, Result):
             trials: number of random elements, each on other weights; where a group cannot be seen, up to two more.
             outputs: the outputs that must stay the same, as in `lmc.permutation_spec`.
             also: a second, larger input; some tensors (positions, buckets) are only used by longer inputs.
-            tolerance: allowed difference of outputs, relative to their largest value.
+            tolerance: allowed difference of outputs, relative to their largest value; in a module that computes in float32
+                alone at least 1e-5, and the certificate says so.
 
         Raises:
             CertificateError: groups, given by name, change the function, or the module cannot be computed.
@@ -391,7 +392,8 @@ class Permutation(Result, Mapping[str, Tensor]):
             model: gives the architecture, and the weights unless `weights` are given.
             inputs: as in `PermutationSpec.certify`.
             outputs: the outputs that must stay the same, as in `lmc.permutation_spec`.
-            tolerance: allowed difference of outputs, relative to their largest value.
+            tolerance: allowed difference of outputs, relative to their largest value; in a module that computes in float32
+                alone at least 1e-5, and the certificate says so.
 
         Returns:
             The certificate; groups that this permutation moves and these weights hide are its `unverified`.

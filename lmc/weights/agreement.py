@@ -50,8 +50,13 @@ def as_weights(model: ModelOrWeights) -> StateDict:
 
     Raises:
         WeightsError: neither a module nor a mapping of names to tensors; extra state beside the tensors; lazy layers;
-            tensors inside `torch.vmap`.
+            TorchScript that was frozen; tensors inside `torch.vmap`.
     """
+    if isinstance(model, torch.jit.ScriptModule) and not hasattr(model, "training"):
+        raise WeightsError(
+            f"{type(model).__name__}: TorchScript that was frozen (torch.jit.freeze) holds its weights as constants of its code; "
+            "take the module from before it was frozen"
+        )
     state = model.state_dict() if isinstance(model, nn.Module) else model
     if not isinstance(state, Mapping):
         opened = "; lmc.open_checkpoint(path) opens a file or a folder" if isinstance(model, str | Path) else ""

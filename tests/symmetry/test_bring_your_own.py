@@ -1,6 +1,7 @@
 """What happens to the caller's module, and to modules that cannot be read."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -169,12 +170,27 @@ def test_compiled_module(backend: str) -> None:
     assert all(name.startswith("_orig_mod.") for name in spec.shapes)
 
 
-def test_scripted_module_is_read_or_refused() -> None:
-    scripted = torch.jit.script(Block().eval())
-    try:
-        assert sizes(lmc.permutation_spec(scripted, torch.randn(4, 5))) == [10]
-    except lmc.TraceError:
-        pass
+@pytest.mark.parametrize("compiled", [torch.jit.script, lambda module: torch.jit.trace(module, torch.ones(2, 5))])
+def test_torchscript_is_recorded_alone_and_as_a_part(compiled: Callable) -> None:
+    plain = Block().eval()
+    expected = lmc.permutation_spec(plain, torch.randn(4, 5))
+    spec = lmc.permutation_spec(compiled(plain), torch.randn(4, 5))
+    assert spec.patterns == expected.patterns and sizes(spec) == [10]
+    assert spec.certificate is not None and spec.certificate.max_error < 1e-9
+    part = nn.Sequential(nn.Linear(7, 5), compiled(plain))
+    assert sorted(sizes(lmc.permutation_spec(part, torch.randn(4, 7)))) == [5, 10]
+
+
+def test_frozen_torchscript_has_no_weights() -> None:
+    frozen = torch.jit.freeze(torch.jit.script(Block().eval()))
+    data = torch.randn(4, 5), torch.arange(4) % 3
+    for call in (
+        lambda: lmc.permutation_spec(frozen, data[0]),
+        lambda: lmc.merge.average([frozen, frozen]),
+        lambda: lmc.loss_path(frozen, frozen, frozen, data, progress=False),
+    ):
+        with pytest.raises(lmc.WeightsError, match="was frozen.*from before"):
+            call()
 
 
 def test_uninitialised_module() -> None:

@@ -552,3 +552,45 @@ def test_an_expert_without_tokens_hides_behind_no_other(count, monkeypatch):
     frame = proof.to_frame().set_index("group")
     assert sum(frame["verified"]) == 1 + len(used) and set(frame["family"]) == set(spec.families)
     assert len(spec.certify(model, torch.randn(60 * count, 6)).unverified) <= count // 32  # nearly every expert has one
+
+
+class SinglePrecisionOnly(nn.Module):
+    """As a fused kernel that knows float32 alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype != torch.float32:
+            raise TypeError("expected float32")
+        return F.relu(x)
+
+
+def in_single_precision() -> nn.Sequential:
+    model = perceptron()
+    model[1] = SinglePrecisionOnly()
+    return model
+
+
+@pytest.mark.parametrize("given", [torch.float32, torch.float64])
+def test_modules_that_know_no_double_precision_are_certified_in_single_which_the_certificate_says(given) -> None:
+    model, x = in_single_precision(), torch.randn(4, 6, generator=torch.Generator().manual_seed(0)).to(given)
+    spec = lmc.permutation_spec(model, x.float(), progress=False)
+    proof = spec.certify(model, x)
+    assert list(spec.groups) == ["0"] and proof.dtype == "float32" and proof.tolerance == 1e-5
+    assert 0 < proof.max_error < 1e-6 < 1e-2 < proof.power and "float32" in str(proof)
+    assert spec.random(0).certify(model, x).tolerance == 1e-5
+    assert spec.certify(model, x, tolerance=1e-4).tolerance == 1e-4
+    assert model[0].weight.dtype == torch.float32
+
+
+def test_wrong_specs_are_refused_in_single_precision() -> None:
+    model, x = in_single_precision(), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    wrong = lmc.PermutationSpec.from_patterns({"0.weight": "h .", "2.weight": ". h"}, model)
+    with pytest.raises(lmc.CertificateError, match=r"tolerance 1e-05 in float32.*tolerance= allows for more"):
+        wrong.certify(model, x)
+
+
+def test_what_is_computed_in_neither_precision_is_refused_by_what_it_said_first() -> None:
+    model = perceptron()
+    model[1] = SinglePrecisionOnly()
+    model.append(nn.Linear(4, 3))  # three values come
+    with pytest.raises(lmc.CertificateError, match="in double precision.*expected float32"):
+        lmc.PermutationSpec.from_patterns(HIDDEN, perceptron()).certify(model, torch.randn(2, 6))

@@ -1,6 +1,7 @@
 """The proof by numbers: the same outputs, to rounding, in float64; and other outputs when a group is broken on purpose.
 
-A wrong permutation changes outputs by 1e-3 or more of their size; a right one by 1e-15. Equal outputs prove nothing about
+A wrong permutation changes outputs by 1e-3 or more of their size; a right one by 1e-15, and by 1e-6 where a module computes
+in float32 alone, which is then held against 1e-5. Equal outputs prove nothing about
 a group that the outputs do not depend on, so each group is broken once: it moves, but one of the tensors that it touches
 is left behind. Where that changes nothing, other tensors and then other weights are tried. Of many groups (one for each
 head of each layer) a single gradient shows what an infinitesimal breakage of each would do, on every set of weights before
@@ -43,7 +44,7 @@ def certify_spec(
     if trials < 1:
         raise InputError(f"trials={trials}: at least one permutation must be tried")
     spec.check(model)
-    probe = Probe(model, outputs)
+    probe = Probe(model, outputs, or_single=True)
     given = [inputs] if also is None else [inputs, also]
     examples = [*given, *_others(given, probe, model, seed)]
     power = dict.fromkeys(spec.groups, 0.0)
@@ -55,6 +56,7 @@ def certify_spec(
         weights = draw(model, trial, seed)
         indices = random_indices(spec, seed + trial)
         references = [probe.outputs_of(example, weights) for example in examples]
+        tolerance = probe.tolerance(tolerance)
         permuted = act(spec, indices, weights)
         moved = max(moved, _moved_share(spec, indices))
         for example, reference in zip(examples, references, strict=True):
@@ -64,7 +66,7 @@ def certify_spec(
                 found = _guilty(spec, probe, example, weights, reference, indices, tolerance)
                 raise CertificateError(
                     f"the spec does not keep the function: outputs change by {error:.1e} of their size "
-                    f"(tolerance {tolerance:.0e}). Guilty groups: {found}"
+                    f"(tolerance {tolerance:.0e}{_rounding(probe)}). Guilty groups: {found}"
                 )
             worst = max(worst, error)
         for example, reference in zip(examples, references, strict=True):
@@ -96,13 +98,14 @@ def certify_permutation(
     """See `Permutation.certify`: this very permutation, on the weights as they are."""
     own = as_weights(model if weights is None else weights)
     spec.check(own)
-    probe = Probe(model, outputs)
+    probe = Probe(model, outputs, or_single=True)
     reference = probe.outputs_of(inputs, own)
+    tolerance = probe.tolerance(tolerance)
     error = relative_error(reference, probe.outputs_of(inputs, act(spec, indices, own)))
     if not error <= tolerance:
         raise CertificateError(
             f"the permuted weights compute another function: outputs differ by {error:.1e} of their size "
-            f"(tolerance {tolerance:.0e}); call spec.certify(model, inputs) to see which group is wrong"
+            f"(tolerance {tolerance:.0e}{_rounding(probe)}); call spec.certify(model, inputs) to see which group is wrong"
         )
     moving = {name: index for name, index in indices.items() if not _stays(index)}
     power = dict.fromkeys(moving, 0.0)
@@ -113,6 +116,14 @@ def certify_permutation(
     moved = _moved_share(spec, indices)
     shapes = (_shapes(inputs),)
     return Certificate(error, tolerance, 1, len(indices), moved, shapes, probe.dtype, families, probe.names)
+
+
+def _rounding(probe: Probe) -> str:
+    return (
+        " in float32, as the module does not compute in float64; a larger tolerance= allows for more rounding"
+        if probe.single
+        else ""
+    )
 
 
 def evidence_of(spec: Symmetries, error: float, power: Mapping[str, float]) -> dict[str, Evidence]:

@@ -1,4 +1,5 @@
-"""A copy of a module in double precision, and weights that are tried out on it; the caller's module is not touched.
+"""A copy of a module in double precision, or in single where it knows no other, and weights that are tried out on it; the
+caller's module is not touched.
 
 Of drawn weights nothing is 0 or 1 by design, and signals survive from the input to the output. Default initialisations
 hide errors: biases are zero, norms and fresh statistics are the same for all units, a scale of 1e-6 switches a branch
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from lmc.core.context import default_dtype
 from lmc.errors import CertificateError, InputError, LmcError
 from lmc.network.batches import is_object, mapped
 from lmc.network.network import Network
@@ -152,14 +154,30 @@ WIDE = {
 }
 
 
+NARROW = {
+    torch.float64: torch.float32,
+    torch.float16: torch.float32,
+    torch.bfloat16: torch.float32,
+    torch.complex128: torch.complex64,
+    torch.complex32: torch.complex64,
+}
+SINGLE = (
+    1e-5  # the least tolerance in single precision, well above its rounding, and below what a wrong permutation changes
+)
+
+
 class Probe:
     """One architecture in evaluation mode, in float64 and complex128.
+
+    Args:
+        or_single: compute in float32 and complex64 where the module cannot be computed in double precision, which shows at
+            the first outputs.
 
     Raises:
         CertificateError: the model has no numbers (meta device).
     """
 
-    def __init__(self, model: nn.Module, outputs: OutputSelector) -> None:
+    def __init__(self, model: nn.Module, outputs: OutputSelector, *, or_single: bool = False) -> None:
         if any(tensor.is_meta for tensor in model.state_dict().values()):
             raise CertificateError(
                 "the model is on the meta device, so there are no numbers to certify on: "
@@ -169,24 +187,51 @@ class Probe:
         device = next((tensor.device for tensor in state.values()), torch.device("cpu"))
         if device.type == "mps":  # which has no float64
             device = torch.device("cpu")
-        self.network = Network(model, device, dtype=torch.float64)
         self.outputs = outputs
         self.names: tuple[str, ...] = ()
-        self.dtype = "complex128" if any(tensor.is_complex() for tensor in state.values()) else "float64"
+        self._model, self._device, self._or_single = model, device, or_single
+        self._complex = any(tensor.is_complex() for tensor in state.values())
+        self._compute_in(torch.float64)
+
+    def _compute_in(self, dtype: torch.dtype) -> None:
+        self.network = Network(self._model, self._device, dtype=dtype)
+        self.single = dtype == torch.float32
+        self.dtype = str(dtype.to_complex() if self._complex else dtype).removeprefix("torch.")
+        self._kinds = NARROW if self.single else WIDE
         self._wide: dict[str, tuple[Tensor, Tensor]] = {}  # name -> what was given, and as it was loaded
+
+    def tolerance(self, wanted: float) -> float:
+        """The difference that is allowed in the precision of this probe, where this one is allowed in double precision."""
+        return max(wanted, SINGLE) if self.single else wanted
 
     def outputs_of(self, inputs: Inputs, weights: Weights) -> list[Tensor]:
         """The outputs of the module on the inputs with these weights.
 
         Raises:
-            CertificateError: the module cannot be computed in double precision.
+            CertificateError: the module cannot be computed in double precision, nor, where that is allowed, in single.
             InputError: inputs without values, or on a device from which they cannot be brought to the module's.
         """
         self._load(weights)
-        with torch.no_grad():
-            found = self._result(inputs)
+        try:
+            with torch.no_grad():
+                found = self._result(inputs)
+        except CertificateError as error:
+            if not self._or_single:
+                raise
+            found = self._in_single(inputs, weights, error)
+        self._or_single = False
         self.names = tuple(found) if set(found) != {""} else ()
         return [tensor.detach().clone() for tensor in found.values()]
+
+    def _in_single(self, inputs: Inputs, weights: Weights, refused: CertificateError) -> dict[str, Tensor]:
+        self._compute_in(torch.float32)
+        self._load(weights)
+        try:
+            with torch.no_grad():
+                return self._result(inputs)
+        except LmcError:
+            self._compute_in(torch.float64)
+            raise refused from None
 
     def slopes(self, inputs: Inputs, weights: Weights, seed: int) -> Weights:
         """The gradient, by each parameter, of a random sum of the outputs: normal coefficients over the root of the number
@@ -207,7 +252,7 @@ class Probe:
                 total = sum(_random_sum(y, generator) for y in outputs)
                 if not isinstance(total, Tensor):
                     return {}
-                with _double():
+                with self._precision():
                     found = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
         except Exception:  # noqa: BLE001 (operators without derivatives raise what they like)
             return {}
@@ -248,7 +293,7 @@ class Probe:
     def _result(self, inputs: Inputs) -> dict[str, Tensor]:
         args, kwargs = tree_map(self._input, as_call(inputs))
         device = self.network.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), quiet(), _double():
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), quiet(), self._precision():
             torch.manual_seed(0)
             try:
                 result = self.network.run(kwargs or args)
@@ -257,6 +302,15 @@ class Probe:
             except Exception as error:
                 raise not_computed(self.network.module, args, kwargs, error) from error
         return kept(result, self.outputs)
+
+    @contextmanager
+    def _precision(self) -> Iterator[None]:
+        if not self.single:
+            with _double():
+                yield
+            return
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False), default_dtype(torch.float32):
+            yield
 
     def _load(self, weights: Weights) -> None:
         """Take on weights. Tensors that were loaded just before are not widened again, and where the module derives nothing
@@ -268,7 +322,7 @@ class Probe:
                 if wide is not None and in_place:
                     wide.copy_(tensor)
                 else:
-                    wide = tensor.detach().to(device, WIDE.get(tensor.dtype, tensor.dtype), copy=True)
+                    wide = tensor.detach().to(device, self._kinds.get(tensor.dtype, tensor.dtype), copy=True)
                 self._wide[name] = (tensor, wide)
         self.network.load({name: wide for name, (_, wide) in self._wide.items()})
 
@@ -279,7 +333,7 @@ class Probe:
             raise InputError(
                 f"inputs are on the meta device, the model on {self.network.device}: pass inputs with values"
             )
-        return value.to(self.network.device).to(WIDE.get(value.dtype, value.dtype))
+        return value.to(self.network.device).to(self._kinds.get(value.dtype, value.dtype))
 
 
 def flat(outputs: Sequence[Tensor], like: Sequence[Tensor] | None = None) -> Tensor:

@@ -4,8 +4,8 @@ In an export no weight is read and nothing is computed: the module runs once, wi
 replaced by fakes that carry shapes only; in-place operators become ordinary ones, and operators for which we have no rule
 are decomposed where torch knows how. A module on a GPU, in half precision or on the meta device is captured as it is.
 
-Recorded are modules that `torch.export` cannot take, because values of inputs, buffers or masks decide on shapes or
-branches, or because they do something else while being compiled. Nothing is simulated: the module runs as it does when
+Recorded are modules that `torch.export` cannot take, because they are TorchScript, because values of inputs, buffers or masks
+decide on shapes or branches, or because they do something else while being compiled. Nothing is simulated: the module runs as it does when
 called, and the operators that it issues are written down, in-place ones as ordinary ones. Integer inputs stay unknown data
 for the rules; only what the run made of them (a size, a branch) is taken as given, and that is kept in `Graph.read`.
 Where values decide and parameters had no part in the run (experts that no token was sent to), the module is recorded again
@@ -215,7 +215,7 @@ def modules_noted(model: nn.Module) -> Iterator[None]:
         stack.pop()
         fx_traceback.current_meta["nn_module_stack"] = stack[-1]
 
-    handles = [h for path, m in model.named_modules() for h in (
+    handles = [h for path, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule) for h in (
         m.register_forward_pre_hook(enter(path, type(m))), m.register_forward_hook(leave, always_call=True),
     )]  # fmt: skip
     with fx_traceback.preserve_node_meta():
@@ -388,9 +388,7 @@ def capture(model: nn.Module, inputs: Inputs, outputs: OutputSelector = None) ->
 
 def can_run(model: nn.Module) -> bool:
     """Whether a module can be called here and now on real tensors, operator by operator."""
-    return not any(p.is_meta for p in model.parameters()) and not any(
-        isinstance(m, torch.jit.ScriptModule) for m in model.modules()
-    )
+    return not any(p.is_meta for p in model.parameters())
 
 
 def on_device_of(

@@ -27,7 +27,10 @@ LIBRARY = (
     "write the symmetries by hand with PermutationSpec.from_patterns, and check them with its certify method."
 )
 LAZY = "Its lazy layers have no weights yet: call the model once on the example inputs first."
-SCRIPTED = "TorchScript is compiled already: pass the nn.Module that it was made from."
+SCRIPTED = (
+    "It is TorchScript, of which one run could not be recorded: pass the nn.Module that it was made from, whose state dict has the "
+    "same names, or write the symmetries by hand with PermutationSpec.from_patterns, and check them with its certify method."
+)
 QUANTISED = "Its weights are packed integers: pass the floating-point module that it was quantised from."
 
 # With a separator at the end: torchvision and torch_geometric are not torch.
