@@ -11,6 +11,7 @@ from PIL import Image
 
 MAKE = """
 path, naive = lmc.loss_path(model, a, b, data), lmc.loss_path(model, a, c, data)
+run = {epoch: lmc.weights.lerp(a, b, epoch / 8) for epoch in range(9)}  # along an edge, from one model to the next
 plane = lmc.loss_plane(model, (a, b, c), data, resolution=9, progress=False)
 triangle = lmc.loss_triangle(model, (a, b, c), data, resolution=8, progress=False)
 five = lmc.loss_simplex(model, (a, b, c, weights(), weights()), data, resolution=3, progress=False)
@@ -89,6 +90,27 @@ FAULTS = """() => {
     return found;
 }"""
 
+# Words on canvases, which are no elements: noted as they are written, to be asked for after the next picture.
+NOTE = """() => {
+    globalThis.written = new Map();
+    const { fillText, clearRect } = CanvasRenderingContext2D.prototype;
+    CanvasRenderingContext2D.prototype.clearRect = function (...box) {
+        written.delete(this.canvas);
+        return clearRect.apply(this, box);
+    };
+    CanvasRenderingContext2D.prototype.fillText = function (text, x, y, ...rest) {
+        const [wide, size] = [this.measureText(text).width, parseFloat(this.font.match(/([0-9.]+)px/)[1])];
+        const left = x - wide * { left: 0, start: 0, center: 0.5, right: 1, end: 1 }[this.textAlign];
+        const middle = { alphabetic: y - 0.35 * size, middle: y }[this.textBaseline];
+        const box = { text, left, right: left + wide, top: middle - 0.4 * size, bottom: middle + 0.4 * size };
+        if (/[\\p{L}\\p{N}]/u.test(text) && !this.getTransform().b) written.set(this.canvas, [...(written.get(this.canvas) ?? []), box]);
+        return fillText.call(this, text, x, y, ...rest);
+    };
+}"""
+MET = """() => [...written.values()].flatMap((boxes) => boxes.flatMap((p, i) => boxes.slice(0, i)
+    .filter((q) => p.left < q.right - 1 && q.left < p.right - 1 && p.top < q.bottom - 1 && q.top < p.bottom - 1)
+    .map((q) => `over each other: ${p.text} | ${q.text}`)))"""
+
 
 @pytest.fixture(scope="module")
 def results() -> dict:
@@ -106,7 +128,7 @@ def page(window, results, tmp_path, request):
     name = request.param
     more = {
         "path": {"naive": results["naive"]},
-        "plane": {"tracks": {"naive": [(0, 0), (1, 1)], "way": [(0, 1), (1, 0)]}},
+        "plane": {"tracks": {"naive": [(0, 0), (1, 1)], "run": results["run"]}},
     }
     opened = window.open(results[name].save_html(tmp_path / f"{name}.html", **more.get(name, {})).as_uri())
     opened.locator(".lmc-reading").filter(has_text=".").wait_for()
@@ -117,11 +139,16 @@ def page(window, results, tmp_path, request):
     "page", [pytest.param(name, marks=[] if name == "path" else pytest.mark.thorough) for name in ROWS], indirect=True
 )
 def test_it_fits_can_be_read_and_can_be_kept(page, request):
+    page.evaluate(NOTE)
     for scheme, width in [("light", width) for width in WIDTHS] + [("dark", WIDTHS[0]), ("dark", WIDTHS[-1])]:
+        page.evaluate("written.clear()")
         page.emulate_media(color_scheme=scheme)
         page.set_viewport_size({"width": width, "height": 844 if width == 390 else 768})
         page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
-        assert page.evaluate(FAULTS) == [], (scheme, width)
+        assert page.evaluate(FAULTS) + page.evaluate(MET) == [], (scheme, width)
+        if request.node.callspec.params["page"] == "plane":
+            words = page.evaluate("[...written.values()].flat().map((box) => box.text)")
+            assert {"A", "B", "C", "run 0", "run 8"} <= set(words), (width, words)
 
     page.emulate_media(color_scheme="light")
     kept = {kind: keep(page, kind) for kind in ("PNG", "SVG", "CSV")}

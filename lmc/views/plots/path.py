@@ -44,10 +44,9 @@ def plot(path: Path, label: str | None = None, **others: Path) -> go.Figure:
     fig = styled(make_subplots(1, len(panels), horizontal_spacing=0.11), height=430)
     tints, lines = colours(list(paths)), dashes(list(paths))
     for column, panel in enumerate(panels, start=1):
-        labels = _Labels(shown, panel)
         for name, path in paths.items():
             _curves(fig, name, path, panel, {"color": tints[name], "dash": lines[name]}, column)
-            _barrier(fig, path, panel, tints[name], column, labels)
+        _barriers(fig, paths, panel, tints, column)
         fig.update_xaxes(title_text="α, from A (0) to B (1)", col=column)
         fig.update_yaxes(
             title_text=measure_title(panel, path.unit), rangemode="tozero" if panel == "loss" else "normal", col=column
@@ -90,25 +89,30 @@ def _curves(fig: go.Figure, name: str, path: Path, panel: str, line: dict[str, s
         fig.add_trace(trace, row=1, col=column)
 
 
-def _barrier(fig: go.Figure, path: Path, panel: str, colour: str, column: int, labels: "_Labels") -> None:
-    """An arrow from the baseline up to the loss (down to the accuracy) where the barrier is attained, and its height."""
-    found = _found(path, panel)
-    if found is None or found.value < 0.05 * labels.span:
-        return  # too short to be seen; the legend says what it is
-    ends = _ends(found, panel)
-    fig.add_annotation(
-        {"x": found.alpha, "y": ends[1], "ax": found.alpha, "ay": ends[0]},
-        **{"axref": "x" if column == 1 else f"x{column}", "ayref": "y" if column == 1 else f"y{column}"},
-        **{"arrowhead": 2, "arrowsize": 1.2, "arrowwidth": 1.8, "arrowcolor": colour, "showarrow": True, "text": ""},
-        row=1,
-        col=column,
-    )
-    text = f"{found.value:.2f} {path.unit}".rstrip() if panel == "loss" else f"{found.value:.1f} points"
-    place = labels.place(found.alpha, ends, len(text))
-    if place is not None:
+def _barriers(fig: go.Figure, paths: dict[str, Path], panel: str, tints: dict[str, str], column: int) -> None:
+    """Arrows from the baseline up to the loss (down to the accuracy) where barriers are attained, the shortest on top; and
+    their heights, of which the shortest has the fewest places beside it and is the first to choose."""
+    labels = _Labels(list(paths.values()), panel)
+    found = {name: barrier for name, path in paths.items() if (barrier := _found(path, panel)) is not None}
+    # What is too short to be seen stands in the legend.
+    rising = sorted((name for name in found if found[name].value >= 0.05 * labels.span), key=lambda n: found[n].value)
+    for name in reversed(rising):
+        base, top = _ends(found[name], panel)
         fig.add_annotation(
-            x=place[0], y=place[1], text=text, font={"color": colour}, showarrow=False, row=1, col=column
+            {"x": found[name].alpha, "y": top, "ax": found[name].alpha, "ay": base},
+            **{"axref": "x" if column == 1 else f"x{column}", "ayref": "y" if column == 1 else f"y{column}"},
+            **{"arrowhead": 2, "arrowsize": 1.2, "arrowwidth": 1.8, "arrowcolor": tints[name], "showarrow": True},
+            text="",
+            row=1,
+            col=column,
         )
+    for name in rising:
+        value, unit = found[name].value, paths[name].unit
+        text = f"{value:.2f} {unit}".rstrip() if panel == "loss" else f"{value:.1f} points"
+        place = labels.place(found[name].alpha, _ends(found[name], panel), len(text))
+        if place is not None:
+            (x, y), font = place, {"color": tints[name]}
+            fig.add_annotation(x=x, y=y, text=text, font=font, showarrow=False, row=1, col=column)
 
 
 def _ends(found: Barrier, panel: str) -> tuple[float, float]:
@@ -123,8 +127,12 @@ class _Labels:
     The size of the panel in pixels is not known before it is shown; labels are taken to be large on a small one.
     """
 
-    WIDTH, HEIGHT = 250.0, 230.0  # pixels of the panel, in the narrowest figure that is stored
-    LETTER, LINE = 7.8, 18.0  # pixels of a letter across, of a line of text down
+    WIDTH, HEIGHT = (
+        240.0,
+        230.0,
+    )  # pixels from the first alpha to the last, and of the panel, in the narrowest stored figure
+    LETTER, LINE = 7.2, 18.0  # pixels of a letter across, of a line of text down
+    CLEAR = np.array([4.0, 0.0])  # pixels across and down between a text and anything else; a line has air of its own
     NEAR = 40.0  # pixels above or below an arrow; what is further off seems to belong to something else
 
     def __init__(self, paths: list[Path], panel: str) -> None:
@@ -153,10 +161,10 @@ class _Labels:
         occupied = np.concatenate(self.taken) if self.taken else np.empty((0, 2))
         for step in range(1 + 2 * int((0.5 * abs(head - tail) + self.NEAR) // 4.0)):
             down = py + (-1.0) ** step * 4.0 * ((step + 1) // 2)
-            for away in (sign * far for far in range(6, 129, 6) for sign in (1.0, -1.0)):
+            for away in (sign * far for far in range(8, 129, 3) for sign in (1.0, -1.0)):
                 middle = np.array([px + away + np.sign(away) * half[0], down])
                 inside = (middle >= half).all() and (middle <= np.array([self.WIDTH, self.HEIGHT]) - half).all()
-                if inside and not (np.abs(occupied - middle) < half).all(1).any():
+                if inside and not (np.abs(occupied - middle) < half + self.CLEAR).all(1).any():
                     grid = np.stack(np.meshgrid(*(np.linspace(-1, 1, 9) * h for h in half)), axis=-1)
                     self.taken.append(middle + grid.reshape(-1, 2))  # its own box, for labels to come
                     across = self.left + middle[0] / self.WIDTH * self.across

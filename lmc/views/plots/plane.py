@@ -16,6 +16,8 @@ from lmc.views.plots.style import BLACK, GRID, SCALE, dashes, styled
 LEVELS = 14  # contours
 SPACING = 0.4  # between panels, as a share of the figure, divided by their number
 FEW = 40  # points of a track that are marked one by one
+PANEL = 230.0  # pixels across, in the narrowest figure that is stored
+AROUND = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, -1), (-1, -1), (1, 1), (-1, 1))  # a point: to the right, and up
 
 
 @view(Plane, "plot")
@@ -50,7 +52,8 @@ def plot(
         raise InputError(f"measures={measures!r}; this plane has {', '.join(known)}")
     titles = [_title(plane, split, panel) for panel in panels]
     spacing = SPACING / len(panels)
-    fig = styled(make_subplots(1, len(panels), horizontal_spacing=spacing, subplot_titles=titles), height=460)
+    height = round(min(max(170.0 + 300.0 * (plane.y[-1] - plane.y[0]) / (plane.x[-1] - plane.x[0]), 320.0), 460.0))
+    fig = styled(make_subplots(1, len(panels), horizontal_spacing=spacing, subplot_titles=titles), height=height)
     for column, panel in enumerate(panels, start=1):
         right = column * (1.0 + spacing) / len(panels) - spacing  # where this panel ends
         fig.add_trace(_contours(plane, split, panel, right), row=1, col=column)
@@ -75,7 +78,7 @@ def _contours(plane: Plane, split: str, panel: str, right: float) -> go.Contour:
     shown, bar = np.where(np.isfinite(heights), heights, np.nan), {}
     if panel == "loss" and len(known) and known.min() > 0.0:
         shown = np.log10(shown)
-        bar = _ticks(float(known.min()), float(known.max()))
+        bar = logarithmic_ticks(float(known.min()), float(known.max()))
     elif len(known):
         bar = round_ticks(float(known.min()), float(known.max()))
     unit = " %" if panel == "accuracy" else ""
@@ -104,15 +107,15 @@ def round_ticks(low: float, high: float) -> dict[str, list]:
     return {"tickvals": values, "ticktext": [f"{value:.6g}" for value in values]}
 
 
-def _ticks(low: float, high: float) -> dict[str, list]:
-    """Losses to be named on a logarithmic colour bar: 1, 2 and 5 times powers of ten, or the ends of a narrow range."""
+def logarithmic_ticks(low: float, high: float) -> dict[str, list]:
+    """Losses to be named on a logarithmic colour bar: 1, 2 and 5 times powers of ten, in a narrow range other round numbers."""
     decades = range(int(np.floor(np.log10(low))), int(np.ceil(np.log10(high))) + 1)
     losses = [step * 10.0**decade for decade in decades for step in (1, 2, 5) if low <= step * 10.0**decade <= high]
     if len(losses) > 8:
         losses = [loss for loss in losses if f"{loss:.0e}"[0] == "1"]
     if len(losses) < 2:
-        losses = [low, high]
-    return {"tickvals": [float(np.log10(loss)) for loss in losses], "ticktext": [f"{loss:.3g}" for loss in losses]}
+        losses = round_ticks(low, high)["tickvals"]
+    return {"tickvals": [float(np.log10(loss)) for loss in losses], "ticktext": [f"{loss:.6g}" for loss in losses]}
 
 
 def _draw(fig: go.Figure, plane: Plane, column: int) -> None:
@@ -125,13 +128,53 @@ def _draw(fig: go.Figure, plane: Plane, column: int) -> None:
         fig.add_trace(halo.update(showlegend=False, hoverinfo="skip"), row=1, col=column)
         trace = go.Scatter(x=track[:, 0], y=track[:, 1], mode=mode, name=name, line=line, legendgroup=name)
         fig.add_trace(trace.update(showlegend=column == 1, hoverinfo="name"), row=1, col=column)
-        for i, text in named_points(plane, name).items():
-            label = {"text": text, "font": {"size": 12, "color": tints[name]}, "bgcolor": "rgba(255, 255, 255, 0.85)"}
-            fig.add_annotation(x=track[i, 0], y=track[i, 1], **label, showarrow=False, yshift=-14, row=1, col=column)
     x, y = zip(*plane.places.values(), strict=True)
     marker = {"size": 12, "color": "white", "line": {"color": BLACK, "width": 2}}
     models = go.Scatter(x=x, y=y, mode="markers", marker=marker, text=list(plane.places), showlegend=False)
     fig.add_trace(models.update(hovertemplate="%{text}<extra></extra>"), row=1, col=column)
-    for name, (x, y) in plane.places.items():
-        label = {"text": f"<b>{name}</b>", "showarrow": False, "yshift": 18, "bgcolor": "rgba(255, 255, 255, 0.8)"}
-        fig.add_annotation(x=x, y=y, **label, row=1, col=column)
+    for label in _labels(plane, tints):
+        fig.add_annotation(label, showarrow=False, bgcolor="rgba(255, 255, 255, 0.8)", row=1, col=column)
+
+
+def _labels(plane: Plane, tints: dict[str, str]) -> list[dict[str, Any]]:
+    """The names of models and of points of tracks: each on the map, and on no other name, model or track. A model's name that finds
+    no such place stands above it, a track's is left out. Pixels are those of the narrowest figure that is stored."""
+    low, high = np.array([plane.x[0], plane.y[0]]), np.array([plane.x[-1], plane.y[-1]])
+    scale = PANEL / (high[0] - low[0])
+    discs = {name: scale * (np.array(at) - low) for name, at in plane.places.items()}
+    tracks = {name: scale * (track - low) for name, track in plane.tracks.items()}
+    # middles, and how far from them: across, up
+    taken = [np.array([*at, 8.0, 8.0]) for at in discs.values()]
+    taken += [np.array([*at, 2.0, 2.0]) for track in tracks.values() for at in _fine(track)]
+    edge = scale * (high - low)
+    found = []
+
+    def put(text: str, at: np.ndarray, font: dict[str, Any], shown: np.ndarray, *, always: bool = False) -> None:
+        half = np.array([0.31 * font["size"] * len(text) + 3.0, 0.5 * font["size"] + 3.0])
+        shifts = [np.array(way) * (half + far) for far in (9.0, 20.0) for way in AROUND]
+        chosen = shifts[0] if always else None
+        for shift in shifts:
+            middle = at + shift
+            inside = (middle >= half).all() and (middle <= edge - half).all()
+            if inside and not any((np.abs(middle - other[:2]) < half + other[2:]).all() for other in taken):
+                chosen = shift
+                break
+        if chosen is not None:
+            taken.append(np.array([*(at + chosen), *half]))
+            place = {"x": shown[0], "y": shown[1], "xshift": float(chosen[0]), "yshift": float(chosen[1])}
+            found.append({**place, "text": f"<b>{text}</b>" if always else text, "font": font})
+
+    for name, at in discs.items():
+        put(name, at, {"size": 14}, np.array(plane.places[name]), always=True)
+    for name, track in tracks.items():
+        names = named_points(plane, name)
+        for i in sorted(names, key=lambda i: i not in (0, len(track) - 1)):
+            put(names[i], track[i], {"size": 12, "color": tints[name]}, plane.tracks[name][i])
+    return found
+
+
+def _fine(track: np.ndarray) -> np.ndarray:
+    """A curve in steps of pixels."""
+    steps = np.concatenate([[0.0], np.cumsum(np.linalg.norm(np.diff(track, axis=0), axis=1))])
+    at = np.linspace(0.0, steps[-1], int(steps[-1] / 3.0) + 2)
+    return np.stack([np.interp(at, steps, track[:, axis]) for axis in (0, 1)], axis=1)

@@ -10,12 +10,13 @@ from lmc.core.results import view
 from lmc.errors import InputError
 from lmc.landscape.simplices.simplex_result import Mixture, Simplex, Triangle
 from lmc.views.legend import measure_title
-from lmc.views.plots.plane import LEVELS, round_ticks
+from lmc.views.plots.plane import LEVELS, logarithmic_ticks, round_ticks
 from lmc.views.plots.style import BLACK, BLUE, ORANGE, SCALE, styled
 
 HEIGHT = math.sqrt(3.0) / 2.0
 CORNERS = np.array([(0.5, HEIGHT), (0.0, 0.0), (1.0, 0.0)])  # of the first, second and third model
 PIXELS = 91
+SPACING = 0.14  # between two panels, a colour bar with its numbers
 REACH = 0.03  # how far colours are drawn beyond the edges, before they are covered
 
 
@@ -32,16 +33,17 @@ def plot_triangle(triangle: Triangle, split: str | None = None) -> go.Figure:
     split = triangle.split if split is None else split
     panels = _panels(triangle, split)
     titles = [f"{split} {measure_title(panel, triangle.unit)}" for panel in panels]
-    fig = styled(make_subplots(1, len(panels), horizontal_spacing=0.2, subplot_titles=titles), height=440)
+    fig = styled(make_subplots(1, len(panels), horizontal_spacing=SPACING, subplot_titles=titles), height=380)
     for column, panel in enumerate(panels, start=1):
-        fig.add_trace(_contours(triangle, split, panel, 0.43 if column < len(panels) else 1.03), row=1, col=column)
+        right = column * (1.0 + SPACING) / len(panels) - SPACING  # where this panel ends
+        fig.add_trace(_contours(triangle, split, panel, right), row=1, col=column)
         _frame(fig, column)
         _models(fig, triangle, split, panel, column)
         axis = "x" if column == 1 else f"x{column}"
-        fig.update_xaxes(range=[-0.12, 1.12], visible=False, constrain="domain", col=column)
+        fig.update_xaxes(range=[-0.15, 1.15], visible=False, constrain="domain", col=column)
         fig.update_yaxes(range=[-0.14, HEIGHT + 0.13], visible=False, scaleanchor=axis, constrain="domain", col=column)
     fig.update_annotations(selector={"xref": "paper"}, yshift=8)
-    return fig.update_layout(hovermode="closest", margin={"t": 46, "b": 46})
+    return fig.update_layout(hovermode="closest", margin={"l": 10, "r": 10, "t": 46, "b": 20}, legend={"y": 0.0})
 
 
 @view(Simplex, "plot")
@@ -145,12 +147,7 @@ def _logarithmic(heights: np.ndarray) -> tuple[np.ndarray, dict[str, list]]:
     known = heights[np.isfinite(heights)]
     if not len(known) or known.min() <= 0.0:
         return heights, {}
-    low, high = math.log10(known.min()), math.log10(known.max())
-    marks = [factor * 10.0**decade for decade in range(math.floor(low), math.ceil(high) + 1) for factor in (1, 2, 5)]
-    marks = [mark for mark in marks if low <= math.log10(mark) <= high]
-    if len(marks) < 2:
-        marks = [10.0**low, 10.0**high]
-    return np.log10(heights), {"tickvals": [math.log10(m) for m in marks], "ticktext": [f"{m:.3g}" for m in marks]}
+    return np.log10(heights), logarithmic_ticks(float(known.min()), float(known.max()))
 
 
 def _frame(fig: go.Figure, column: int) -> None:

@@ -147,11 +147,12 @@ def inline(module: str, style: str, state: Mapping[str, Any], *, key: str, poste
     `poster` and `summary` stand in its place where scripts do not run, as in a notebook that is not trusted yet.
     """
     start = _BUNDLED.format(still=_still(module, state), key=key)
-    names = " ".join(f'<span style="color: {colour}">■</span> {html.escape(n)}' for n, colour in poster.names.items())
+    names = ", ".join(f'<span style="color: {colour}">■</span> {html.escape(n)}' for n, colour in poster.names.items())
     source = f"data:image/png;base64,{base64.b64encode(poster.png).decode()}"
     caption = html.escape(poster.caption)
+    legend = f"{names}<br>" if names else ""
     return (
-        f'<div data-lmc="{key}"><p><img src="{source}" alt="{caption}"><br>{names} {caption}</p>'
+        f'<div data-lmc="{key}"><p><img src="{source}" alt="{caption}"><br>{legend}{caption}</p>'
         f"<pre>{html.escape(summary)}</pre><p><small>This is a still picture. Trust this notebook, or run it, and the figure "
         f"moves: it is a small program.</small></p></div><style>{style}</style>{start}"
     )

@@ -16,6 +16,7 @@ from lmc.views.legend import BLACK, GREY, SCALE
 
 WIDTH, HEIGHT, GAP = 600, 220, 20
 STROKE = 3.0  # pixels
+DISC = 8  # pixels from the middle of a mark to where nothing of it is left
 Values = npt.NDArray[np.float64]
 Curve = tuple[npt.ArrayLike, npt.ArrayLike, str]  # x, y and colour
 
@@ -62,11 +63,13 @@ def maps(what: str, grids: Sequence[Values], marks: Mapping[str, tuple[float, fl
         part = np.zeros((height, width, 4))
         part[..., :3] = _coloured((picked - bend(low)) / (bend(high) - bend(low)))
         part[..., 3] = np.isfinite(picked)
+        if marks:  # those of corners are as round as others
+            part = np.pad(part, ((DISC, DISC), (DISC, DISC), (0, 0)))
         for x, y in (marks or {}).values():
-            at = np.array([x * (width - 1)]), np.array([y * (height - 1)])
+            at = np.array([DISC + x * (width - 1)]), np.array([DISC + y * (height - 1)])
             _stroke(part, *at, BLACK, 14.0)
             _stroke(part, *at, "#FFFFFF", 9.0)
-        parts += [part, np.zeros((height, GAP, 4))]
+        parts += [part, np.zeros((part.shape[0], GAP, 4))]
     places = f"; discs: {', '.join(marks)}" if marks else ""
     return Poster(
         png(np.concatenate(parts[:-1], axis=1)), f"{what}: from {low:.3g} (light) to {high:.3g} (dark){places}"

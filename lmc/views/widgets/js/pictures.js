@@ -64,7 +64,7 @@ function confusionFigure() {
   return {
     node: node("figure", { class: "lmc-figure" }, caption, canvas),
     update(shown, point, where) {
-      caption.textContent = `confusion at ${where}: true class ↓, predicted →`;
+      caption.textContent = `confusion at ${where}: true ↓, predicted →`;
       paintConfusion(canvas, shown, point);
       canvas.setAttribute("aria-label", `confusion matrix, ${wrongCount(shown, point)} examples off the diagonal`);
     },

@@ -13,6 +13,8 @@ import { hidden, paintSurface, view } from "./surface.js";
 
 const MAP = { left: 50, right: 74, top: 10, bottom: 44 };
 const LEVELS = 12; // contours
+const DISC = { radius: 6, fill: "#fff", edge: "#222", width: 2 }; // of a model
+const AROUND = [[0, 1], [0, -1], [1, 0], [-1, 0], [1, 1], [-1, 1], [1, -1], [-1, -1]]; // a point: to the right, and down
 const TURN = 0.1; // radians for a key
 
 function render({ model, el }) {
@@ -154,7 +156,10 @@ function paint(before, { map, surface, field, data, split, measure, eye, look })
   const next = { ...before, flat, deep };
   if (before.flat !== flat) {
     next.chart = place(data, map.clientWidth, map.clientHeight);
-    next.map = behind(map, (pen) => paintMap(pen, next.chart, field, data, measure, look));
+    next.map = behind(map, (pen, font) => {
+      paintMap(pen, next.chart, field, data, measure, look);
+      paintTracks(pen, next.chart, data, font);
+    });
   }
   if (before.deep !== deep) {
     next.eye = view(field, eye, surface.clientWidth, surface.clientHeight);
@@ -163,21 +168,23 @@ function paint(before, { map, surface, field, data, split, measure, eye, look })
   return next;
 }
 
-// Both pictures as high as the map needs.
+// Both pictures as high as the map needs; a flat map may be lower than the surface.
 function level(map, surface, { x, y }) {
   const wanted = ((map.clientWidth - MAP.left - MAP.right) * (y.at(-1) - y[0])) / (x.at(-1) - x[0]) + MAP.top + MAP.bottom;
-  const height = `${Math.round(clamp(wanted, 320, 480))}px`;
-  if (map.style.height !== height) map.style.height = surface.style.height = height;
+  for (const [canvas, least] of [[map, 160], [surface, 320]]) {
+    const height = `${Math.round(clamp(wanted, least, 480))}px`;
+    if (canvas.style.height !== height) canvas.style.height = height;
+  }
 }
 
 // A canvas as large as the one shown, to be copied onto it.
 function behind(canvas, act) {
   const ratio = window.devicePixelRatio || 1;
   const made = node("canvas", { width: Math.round(canvas.clientWidth * ratio), height: Math.round(canvas.clientHeight * ratio) });
-  const pen = made.getContext("2d");
+  const [pen, font] = [made.getContext("2d"), getComputedStyle(canvas).fontFamily];
   pen.scale(ratio, ratio);
-  pen.font = `13px ${getComputedStyle(canvas).fontFamily}`;
-  act(pen);
+  pen.font = `13px ${font}`;
+  act(pen, font);
   return made;
 }
 
@@ -246,26 +253,48 @@ function bar(pen, { left, top, width, height }, field, { measures }, measure, [i
 function drawMap(canvas, { map, chart }, data, point, [ink, paper]) {
   const { pen, width, height } = fit(canvas);
   pen.drawImage(map, 0, 0, width, height);
-  const font = getComputedStyle(canvas).fontFamily;
-  for (const { points, colour, dash, labels } of data.tracks) {
-    const places = points.map(([px, py]) => chart.at(px, py));
-    line(pen, places, colour, dash);
-    for (const [i, text] of Object.entries(labels)) tag(pen, ...places[i], text, colour, font);
-  }
-  for (const { name, place: at } of data.models) label(pen, ...chart.at(...at), name, font);
   spot(pen, ...chart.at(...point));
 }
 
-// The name of a point of a track, under it.
-function tag(pen, x, y, text, colour, font) {
-  pen.font = `600 12px ${font}`;
+// The tracks and the models, and their names: each on the map, and on no other name, model or track. A model's name that finds no
+// such place stands above it, a track's is left out.
+function paintTracks(pen, chart, { tracks, models }, font) {
+  const lines = tracks.map((track) => ({ ...track, places: track.points.map((at) => chart.at(...at)) }));
+  for (const { places, colour, dash } of lines) line(pen, places, colour, dash);
+  const discs = models.map(({ name, place: at }) => ({ name, at: chart.at(...at) }));
+  const taken = discs.map(({ at }) => [...at, 8, 8]); // middles, and how far from them: across, down
+  const curves = lines.flatMap(({ places }) => fine(places)).map((at) => [...at, 2, 2]);
+  const clear = ([x, y, w, h], things) => things.every(([u, v, a, b]) => Math.abs(x - u) >= w + a || Math.abs(y - v) >= h + b);
+  const inside = ([x, y, w, h]) => x - w >= chart.left && x + w <= chart.left + chart.width && y - h >= chart.top && y + h <= chart.top + chart.height;
+  const put = (text, [px, py], size, weight, colour, ways) => {
+    pen.font = `${weight} ${size}px ${font}`;
+    const [w, h] = [pen.measureText(text).width / 2 + 2, size / 2];
+    const spots = [9, 20].flatMap((far) => ways.map(([right, down]) => [px + right * (w + far), py + down * (h + far), w, h]));
+    const found = spots.find((spot) => inside(spot) && clear(spot, taken) && clear(spot, curves)) ?? (weight === "bold" ? spots[0] : null);
+    if (!found) return;
+    taken.push(found);
+    write(pen, text, found[0], found[1] + 0.36 * size, colour);
+  };
+  for (const { at } of discs) spot(pen, ...at, DISC);
+  for (const { name, at } of discs) put(name, at, 15, "bold", "#222", [[0, -1], [0, 1], [1, 0], [-1, 0]]);
+  const ends = ({ labels }) => Object.entries(labels).sort(([i], [k]) => inner(i, labels) - inner(k, labels));
+  for (const track of lines) for (const [i, text] of ends(track)) put(text, track.places[i], 12, 600, track.colour, AROUND);
+}
+
+// Whether a point is neither the first nor the last that has a name; those say whose it is.
+function inner(i, labels) {
+  return ![Object.keys(labels)[0], Object.keys(labels).at(-1)].includes(i);
+}
+
+// A text with a white edge.
+function write(pen, text, x, y, colour) {
   pen.textAlign = "center";
   pen.lineWidth = 4;
   pen.lineJoin = "round";
-  pen.strokeStyle = "#fff";
-  pen.strokeText(text, x, y + 17);
+  pen.strokeStyle = "rgba(255, 255, 255, 0.9)";
+  pen.strokeText(text, x, y);
   pen.fillStyle = colour;
-  pen.fillText(text, x, y + 17);
+  pen.fillText(text, x, y);
 }
 
 function drawSurface(canvas, { surface, eye }, data, field, point, [ink]) {
@@ -286,7 +315,9 @@ function drawSurface(canvas, { surface, eye }, data, field, point, [ink]) {
   for (const { name, place: at } of data.models) {
     const lifted = up(at);
     pen.globalAlpha = lifted.seen ? 1 : 0.35;
-    label(pen, ...lifted.at, name, font);
+    spot(pen, ...lifted.at, DISC);
+    pen.font = `bold 15px ${font}`;
+    write(pen, name, lifted.at[0], lifted.at[1] - 12, "#222");
   }
   const lifted = up(point);
   pen.globalAlpha = lifted.seen ? 1 : 0.5;
@@ -332,18 +363,6 @@ function line(pen, points, colour, dash) {
     pen.stroke();
   }
   pen.setLineDash([]);
-}
-
-function label(pen, px, py, name, font) {
-  spot(pen, px, py, { radius: 6, fill: "#fff", edge: "#222", width: 2 });
-  pen.font = `bold 15px ${font}`;
-  pen.textAlign = "center";
-  pen.lineWidth = 4;
-  pen.lineJoin = "round";
-  pen.strokeStyle = "rgba(255, 255, 255, 0.9)";
-  pen.fillStyle = "#222";
-  pen.strokeText(name, px, py - 12);
-  pen.fillText(name, px, py - 12);
 }
 
 export default { initialize, render };
