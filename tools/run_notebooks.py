@@ -41,8 +41,9 @@ def run(path: Path, timeout: int) -> None:
     ).execute()
     notebook.metadata = nbformat.from_dict(
         {
-            "kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"},
-            "language_info": {"name": "python"},
+            # As JupyterLab writes it: with other words a notebook counts as changed as soon as it is opened.
+            "kernelspec": {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"},
+            "language_info": notebook.metadata.language_info,
             "lmc": {"executed": checksum(notebook)},
         }
     )

@@ -78,6 +78,7 @@ function present() {
   const show = (index) => {
     at = Math.min(Math.max(index, 0), slides.length - 1);
     slides.forEach((each, i) => each.classList.toggle("shown", i === at));
+    shrink(slides[at]);
     number.textContent = `${at + 1} / ${slides.length}`;
     history.replaceState(null, "", `#slide-${at + 1}`);
     window.dispatchEvent(new Event("resize"));
@@ -99,5 +100,16 @@ function present() {
       show(end ?? at + step);
     }
   });
+  addEventListener("resize", (event) => event.isTrusted && shrink(slides[at]));
   show(Number(location.hash.replace("#slide-", "") || 1) - 1);
+}
+
+// An explorer that is higher than its slide is drawn smaller, by a third at most; what is left then scrolls.
+function shrink(slide) {
+  const explorer = slide.querySelector("[data-lmc]");
+  if (!explorer) return;
+  for (let size = 100; size >= 65; size -= 5) {
+    explorer.style.zoom = size / 100;
+    if (slide.scrollHeight <= slide.clientHeight + 1) return;
+  }
 }

@@ -8,7 +8,10 @@ import time
 
 from acts import NETWORKS, drag, until, write
 
-from conftest import KERNEL_IDLE
+from conftest import KERNEL_IDLE, ROOT
+
+QUICKSTART = ROOT / "notebooks" / "00_quickstart.ipynb"
+STORED_BY = json.loads(QUICKSTART.read_text(encoding="utf-8"))["metadata"]["language_info"]["version"]
 
 
 def test_it_shows_pictures_runs_and_its_slider_answers_in_the_page_and_in_the_kernel(open_notebook):
@@ -42,13 +45,18 @@ def test_it_shows_pictures_runs_and_its_slider_answers_in_the_page_and_in_the_ke
 
 
 def show_pictures(page) -> None:
-    """A fresh clone, neither trusted nor run: no script of the notebook runs, and nothing is missing."""
+    """A fresh clone, neither trusted nor run: no script of the notebook runs, nothing is missing, and nothing is changed, unless
+    by JupyterLab, which writes the version of Python into it."""
     poster = page.locator(".jp-OutputArea-output img[alt*='on the way from A to B']")
     poster.scroll_into_view_if_needed()
     assert poster.evaluate("image => image.naturalWidth") == 600
     assert page.get_by_text("Trust this notebook, or run it").is_visible() and not page.locator(".lmc-path").count()
     # It, and those of two figures.
     page.wait_for_function("document.querySelectorAll('.jp-OutputArea-output img').length >= 3")
+    changed, kernel = page.evaluate(
+        "(({ dirty, metadata }) => [dirty, metadata.language_info.version])(window.jupyterapp.shell.currentWidget.content.model)"
+    )
+    assert not changed or kernel != STORED_BY
 
 
 LOOK = """() => {
@@ -80,14 +88,24 @@ def follow_the_theme(page) -> None:
     assert page.evaluate(LOOK) == light
 
 
+# Long work: a bar that is seen, and leaves nothing behind.
+BAR = """import os
+from lmc.core.progress import tqdm
+os.environ.pop("TQDM_DISABLE", None)
+for _ in tqdm(range(3), desc="wo" + "rk", delay=1e-9, mininterval=0.0): pass
+print("do" + "ne")"""
+
+
 def test_two_widgets_of_a_path_stay_in_step_and_what_is_saved_is_alive_when_it_is_opened_again(server, open_notebook):
     make = "path, naive = lmc.loss_path(model, a, b, data, alphas=9), lmc.loss_path(model, a, c, data, alphas=9)"
-    cells = NETWORKS + make, "w = path.explore(naive=naive)\nw", "v = path.explore()\nv"
+    cells = NETWORKS + make, "w = path.explore(naive=naive)\nw", "v = path.explore()\nv", BAR
     lab = open_notebook(write(server, "path.ipynb", *cells))
     lab.run_all()
     assert lab.errors == []
     stay_in_step(lab)
     are_alive_again(lab)
+    *bars, said = lab.cells[3]["outputs"]
+    assert said["text"] == "done\n" and [data for bar in bars for data in bar["data"].values() if data != ""] == []
 
 
 def stay_in_step(lab) -> None:
