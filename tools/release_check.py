@@ -1,11 +1,11 @@
-"""Build the wheel and the sdist, install the wheel into empty environments, and use it there.
+"""Build the wheel and the sdist, install both into empty environments, and use them there.
 
     python tools/release_check.py                                     this Python
     python tools/release_check.py python3.11 python3.12 python3.13    each of them
     python tools/release_check.py --lowest python3.11                 with the oldest versions that pyproject.toml promises
 
-For each Python: the core alone (nothing of an extra may be there, and nothing may need it), then all that readers of the
-notebooks install. `--constraint FILE` is handed to pip; `--without NAME` leaves the lower bound of one package alone, where this
+For each Python: the core alone, from the wheel and from the sdist (nothing of an extra may be there, and nothing may need it),
+then all that readers of the notebooks install. `--constraint FILE` is handed to pip; `--without NAME` leaves the lower bound of one package alone, where this
 machine's registry lacks it; `--keep FOLDER` keeps the environments.
 """
 
@@ -21,10 +21,11 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 CORE = """
-import importlib.util, torch, lmc
+import importlib.util, pathlib, torch, lmc
 assert "site-packages" in lmc.__file__, lmc.__file__
 extra = [name for name in ("plotly", "pandas", "anywidget", "sklearn", "ot", "cma", "distributed") if importlib.util.find_spec(name)]
 assert not extra, extra
+assert (pathlib.Path(lmc.__file__).parent / "py.typed").exists()
 stored = lmc.data.checkpoint("digits-mlp64")
 model, (a, b) = stored.model(), stored[:2]
 x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0))
@@ -72,8 +73,8 @@ def clean() -> dict[str, str]:
     return left | {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def built(folder: Path) -> Path:
-    """The wheel, made from the sdist, so that both are whole."""
+def built(folder: Path) -> tuple[Path, Path]:
+    """The wheel, made from the sdist, and the sdist."""
     run(sys.executable, "-m", "venv", folder / "builder", cwd=folder)
     python = folder / "builder" / "bin" / "python"
     run(python, "-m", "pip", "install", "-q", "build", cwd=folder)
@@ -83,7 +84,7 @@ def built(folder: Path) -> Path:
         f"{sdist.name} {sdist.stat().st_size / 1e6:.1f} MB, {wheel.name} {wheel.stat().st_size / 1e6:.1f} MB",
         flush=True,
     )
-    return wheel
+    return wheel, sdist
 
 
 def oldest(lines: list[str], without: list[str]) -> list[str]:
@@ -91,7 +92,7 @@ def oldest(lines: list[str], without: list[str]) -> list[str]:
     return [line if line.partition(">=")[0] in without else line.replace(">=", "==") for line in lines if ">=" in line]
 
 
-def check(python: str, wheel: Path, folder: Path, options: argparse.Namespace) -> None:
+def check(python: str, wheel: Path, sdist: Path, folder: Path, options: argparse.Namespace) -> None:
     home = folder / Path(python).name
     run(python, "-m", "venv", home, cwd=folder)
     inside = home / "bin" / "python"
@@ -103,9 +104,11 @@ def check(python: str, wheel: Path, folder: Path, options: argparse.Namespace) -
     if options.lowest:
         core = oldest(PROJECT["dependencies"], options.without)
         more = oldest([*extras["notebooks"], *extras["ot"]], options.without)
-    run(*pip, wheel, *core, cwd=empty)
-    run(inside, "-I", "-c", CORE, cwd=empty)
-    run(inside.with_name("lmc"), "--version", cwd=empty)
+    for file in (sdist, wheel):
+        run(*pip, "--force-reinstall", "--no-deps", file, cwd=empty)
+        run(*pip, file, *core, cwd=empty)
+        run(inside, "-I", "-c", CORE, cwd=empty)
+        run(inside.with_name("lmc"), "--version", cwd=empty)
     print(f"{python}: core", flush=True)
     run(*pip, f"{wheel}[notebooks,ot]", *core, *more, cwd=empty)
     run(inside, "-I", "-c", EXTRAS, cwd=empty)
@@ -131,9 +134,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="lmc-release-") as temporary:
         folder = options.keep.resolve() if options.keep else Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
-        wheel = built(folder)
+        files = built(folder)
         for python in options.pythons:
-            check(python, wheel, folder, options)
+            check(python, *files, folder, options)
 
 
 if __name__ == "__main__":

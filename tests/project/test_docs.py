@@ -1,9 +1,11 @@
 """The site's own pages are true: their Python compiles, their names are public, their papers are numbers that exist."""
 
 import importlib
+import inspect
 import json
 import re
 import shlex
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -46,6 +48,18 @@ def test_every_guide_is_listed_and_every_method_has_a_paper():
     assert guides == set(re.findall(r"^(\w+)$", (DOCS / "guides" / "index.md").read_text(encoding="utf-8"), re.M))
     rows = re.findall(r"^\| (?!method|---)(.*) \|$", (DOCS / "methods.md").read_text(encoding="utf-8"), re.M)
     assert len(rows) > 15 and all(re.search(r"(19|20)\d\d", row.split("|")[2]) for row in rows)
+
+
+def test_options_of_the_methods_are_theirs():
+    rows = re.findall(r"^\| (?!method|---)(.*) \|$", (DOCS / "methods.md").read_text(encoding="utf-8"), re.M)
+    found = 0
+    for _, names, _, options in (row.split("|") for row in rows):
+        functions = [attrgetter(name.removeprefix("lmc."))(lmc) for name in named(names)]
+        known = {name for function in functions for name in inspect.signature(function).parameters}
+        told = set(re.findall(r"(\w+)=", " ".join(re.findall(r"`([^`]+)`", options))))
+        assert functions and told <= known, (names, told - known)
+        found += len(told)
+    assert found > 20
 
 
 def test_terms_of_the_glossary_are_in_order():
