@@ -10,3 +10,7 @@ if _enabled:
     gc.enable()
 
 __all__ = ["main"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -7,3 +7,7 @@ from lmc.data.images import Dataset, digits, fashion_mnist, mnist
 from lmc.data.sentences import Text, toy_text
 
 __all__ = ["CheckpointSet", "Dataset", "Text", "checkpoint", "cifar10", "digits", "fashion_mnist", "mnist", "toy_text"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -9,3 +9,7 @@ from lmc.models.mlp import MLP, mlp
 from lmc.models.transformers import GPT, ViT, gpt, vit
 
 __all__ = ["CNN", "GPT", "MLP", "VGG", "ResNet20", "ViT", "cnn", "gpt", "mlp", "resnet20", "vgg", "vit"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -111,7 +111,3 @@ def test_whatever_returns_weights_returns_one_that_loads():
         assert isinstance(weights, StateDict), name
         nets()[0].load_state_dict(weights)
         assert "tensor(" not in repr(weights), name
-
-
-def test_public_names_only():
-    assert set(dir(lmc.weights)) == set(lmc.weights.__all__)

@@ -1,6 +1,7 @@
 """The house: which rooms may know which, no circles at any depth, no crowded folder, and nothing heavy at import."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -146,6 +147,14 @@ def test_public_names_are_found_where_type_checkers_see_them():
     assert seen == set(lmc._HOMES.items())
     assert dir(lmc) == sorted(lmc.__all__) and all(getattr(lmc, name) is not None for name in lmc.__all__)
     assert [name for name in lmc.__all__ if name not in (lmc.__doc__ or "")] == []
+
+
+@pytest.mark.parametrize(
+    "name", [path.parent.name for path in PACKAGE.glob("*/__init__.py") if "__all__" in path.read_text()]
+)
+def test_completion_offers_public_names_only(name: str):
+    room = importlib.import_module(f"lmc.{name}")
+    assert sorted(dir(room)) == sorted(room.__all__)
 
 
 @pytest.mark.parametrize("folder", sorted({path.parent for path in PACKAGE.rglob("*.*")}), ids=lambda f: f.name)
