@@ -1,11 +1,14 @@
 """The soup triangle, dragged: in JupyterLab with its kernel, and as a page of its own without one."""
 
 import ast
+import io
 import time
+from collections import Counter
 
 import nbformat
 import pytest
 import torch
+from PIL import Image
 
 from lmc.landscape.simplices.simplex import loss_simplex, loss_triangle
 from lmc.models import mlp
@@ -128,10 +131,20 @@ def test_the_saved_triangle_moves_without_a_kernel(window, tmp_path):
     page.locator(".lmc-note", has_text="no kernel: interpolated between 91 mixtures").wait_for()
 
 
+def colour(picture: bytes) -> tuple[int, ...]:
+    """The red, green and blue of most of what is not grey."""
+    values = Image.open(io.BytesIO(picture)).convert("RGB").tobytes()
+    pixels = zip(values[::3], values[1::3], values[2::3], strict=True)
+    return Counter(pixel for pixel in pixels if max(pixel) - min(pixel) > 60).most_common(1)[0][0]
+
+
 def test_the_saved_page_of_five_models_moves_by_sliders(window, tmp_path):
     mixtures = loss_simplex(*made(5), resolution=4, progress=False)
     mixtures.save_html(tmp_path / "five.html")
     page = window.open((tmp_path / "five.html").as_uri())
+    assert (
+        len({colour(slider.screenshot()) for slider in page.locator("input[type=range]").all()}) == 5
+    )  # that of its model
     slider = page.locator("input[type=range]").nth(3)
     slider.press("End")
     page.locator(".lmc-mix-row output").nth(3).filter(has_text="1.00").wait_for()
