@@ -63,7 +63,7 @@ def plot_simplex(mixtures: Simplex, split: str | None = None) -> go.Figure:
     heat = go.Heatmap(
         x=mixtures.names, y=mixtures.names, z=shown, text=halves, texttemplate="%{text:.2f}", xgap=2, ygap=2
     )
-    heat.update(colorscale=SCALE, colorbar={"x": 0.37, "thickness": 12, "outlinewidth": 0, **bar})
+    heat.update(colorscale=SCALE, colorbar={"x": 0.345, "thickness": 12, "outlinewidth": 0, **bar})
     heat.update(hovertemplate="½ %{y} + ½ %{x}: loss %{text:.4g}<extra></extra>")
     fig.add_trace(heat, row=1, col=1)
     fig.update_yaxes(autorange="reversed", showgrid=False, col=1).update_xaxes(showgrid=False, side="top", col=1)
