@@ -58,6 +58,8 @@ COLLECTED = 6  # forward passes that the activations of an example take, at most
 FEWEST = 64  # examples whose activations are collected, however short the time is
 COLLECTING = 0.3  # share of the time left for activations
 SOON = 0.5  # of all the time must be left to look for signs and mixings, which straight-through matching does without
+PROVEN = 0.05  # share of all the time that finding permutations may have taken, so that they are proven as well
+FINDING = 0.3  # share of the time left for what is admitted beyond permutations
 BEYOND = 0.2  # share of the time left for matching modulo the whole group
 PERMUTING = 0.5  # share of the time left for straight-through matching, where scales are learned behind it
 
@@ -98,9 +100,8 @@ def connect(
 
     The symmetries are found, weight matching and activation matching tried, rotations with folded norms where the units of
     a stream or inside heads may be mixed, and `lmc.align.group_matching` where units have signs or mixings. The best is
-    refined by the loss of the line: permutations by straight-through matching and the scales that hidden units admit, or all
-    of rotations, invertible mixings, scales and permutations at once (Theus et al. 2025, arXiv:2506.22712, learned
-    matching). Each permutation, and what is refined, is tried with repaired statistics too (Jordan et al. 2023,
+    refined by the loss of the line: permutations by straight-through matching and the scales that hidden units admit, or
+    rotations, invertible mixings and scales at once (Theus et al. 2025, arXiv:2506.22712, learned matching). Each permutation, and what is refined, is tried with repaired statistics too (Jordan et al. 2023,
     arXiv:2211.08403); where that is best, `path` has them.
 
     What is best is decided on a fifth of the training data that nothing is learned from; test data are measured on and
@@ -113,7 +114,9 @@ def connect(
         spec: the symmetries of the architecture (default: found on the first two examples).
         budget: seconds that it may take; None: as long as the methods need. Where it is too short for all, the cheaper
             methods are what was tried; weight matching always is, its first pass at least. Activations are collected of as
-            many examples as there is time for. Finding the symmetries is not interrupted in its middle.
+            many examples as there is time for. Finding the permutations is not interrupted in its middle, and is left
+            unproven where it takes long (B moved is certified in any case); what is admitted beyond them is looked for
+            as long as a part of the time lasts.
         steps: of learning, at most (default: 1500, and 4000 where rotations or mixings are learned).
         loss: of outputs and targets, or an `lmc.Task` (default: cross-entropy).
         seed: decides which examples are held out, and all that is random in the methods.
@@ -187,8 +190,7 @@ class _Search:
         self.inputs = inputs_of(self.learn)
         first = self.inputs[0] if isinstance(self.inputs, list) else self.inputs
         self.example = to_device(first_of(first, 2), device)
-        found = permutation_spec(model, self.example, progress=False) if spec is None else spec
-        self.spec = found.bind(a)
+        self.spec = (self._found() if spec is None else spec).bind(a)
         self.judge = Judge(model, a, b, held, self.inputs, self.made, device)
         self.held = held
         self.candidates: list[Candidate] = []
@@ -200,6 +202,15 @@ class _Search:
         self.reserve = self.last = self.judging = 0.0  # seconds
         self.points = POINTS[-1]
         self.naive: Path | None = None
+
+    def _found(self) -> PermutationSpec:
+        """The permutations of the architecture; proven where that does not take a good part of the time."""
+        started = self.clock.spent
+        if math.isfinite(self.clock.seconds):
+            found = permutation_spec(self.model, self.example, certify=False, progress=False)
+            if self.clock.spent - started > PROVEN * self.clock.seconds:
+                return found
+        return permutation_spec(self.model, self.example, progress=False)
 
     @property
     def best(self) -> Candidate:
@@ -241,11 +252,11 @@ class _Search:
             self.attempt("rotations by activations", lambda: self._rotations("activations"))
             self.attempt("rotations by weights", lambda: self._rotations("weights"))
             self.attempt(MODULO, lambda: self._modulo_group(min(self.turned, key=_barrier)))
-            self.attempt("learning", lambda: self._learned(min(self.turned, key=_barrier), permute=True))
+            self.attempt("learning", lambda: self._learned(min(self.turned, key=_barrier)))
         else:
             self.attempt(MODULO, lambda: self._modulo_group(self._best_permuted()))
             self.attempt("straight-through", self._straight_through)
-            self.attempt("learning", lambda: self._learned(min(self.plain, key=_barrier), permute=False))
+            self.attempt("learning", lambda: self._learned(min(self.plain, key=_barrier)))
         refined = min(self.plain, key=_barrier)
         if not any(candidate.weights is refined.weights for candidate in self.candidates if candidate.repaired):
             self.attempt(REPAIRED, partial(self._repaired, refined))
@@ -279,8 +290,7 @@ class _Search:
         self.tried.append(Attempt(candidate.method, candidate.barrier, seconds, candidate.note))
 
     def _weight_matching(self) -> Candidate:
-        budget = None if math.isinf(self.left) else max(self.left, 1e-3)
-        pi = weight_matching(self.spec, self.a, self.b, seed=self.seed, budget=budget, progress=False)
+        pi = weight_matching(self.spec, self.a, self.b, seed=self.seed, budget=self._part(), progress=False)
         return Candidate("weight matching", self.a, pi.apply(self.b), pi)
 
     def _activation_matching(self) -> Candidate:
@@ -317,8 +327,22 @@ class _Search:
 
     @cached_property
     def symmetries(self) -> ContinuousSymmetries:
-        """Kinds of the groups beyond permutations."""
-        return continuous_symmetries(self.spec, self.model, self.example, seed=self.seed, progress=self.progress)
+        """Kinds of the groups beyond permutations; none where there is no time to find them."""
+        budget, started = self._part(FINDING), self.clock.spent
+        try:
+            return continuous_symmetries(
+                self.spec, self.model, self.example, seed=self.seed, budget=budget, progress=self.progress
+            )
+        except InputError:
+            seconds = self.clock.spent - started
+            if budget is None or seconds < budget:
+                raise
+            self.tried.append(Attempt("scales and signs", math.nan, seconds, LATE))
+            return ContinuousSymmetries({}, EXACT)
+
+    def _part(self, share: float = 1.0) -> float | None:
+        """Seconds of the time left, for what takes a budget."""
+        return None if math.isinf(self.left) else max(share * self.left, 1e-3)
 
     def _modulo_group(self, start: Candidate) -> Candidate | None:
         """A start moved by signs and mixings as well, which no other method finds; None where nothing admits them."""
@@ -329,7 +353,7 @@ class _Search:
             return None
         found = group_matching(
             replace(self.spec, continuous=self.symmetries), self.model, start.a, start.weights,
-            budget=None if math.isinf(self.left) else max(BEYOND * self.left, 1e-3), progress=False,
+            budget=self._part(BEYOND), progress=False,
         )  # fmt: skip
         candidate = Candidate(f"{start.method}, {MODULO}", dict(found.a), dict(found.weights))
         if self.rotated and all(bool((found.a[name].abs() == 1).all()) for name in self._gains()):
@@ -355,7 +379,9 @@ class _Search:
             a, b, note = self.a, self.b, f"not folded: {error}"
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of groups that cannot be verified, and so are not rotated
-            self.rotated = dict(rotatable_groups(self.spec, self.model, b, self.example, seed=self.seed))
+            self.rotated = dict(
+                rotatable_groups(self.spec, self.model, b, self.example, seed=self.seed, budget=self._part(FINDING))
+            )
         if not self.rotated:
             return None
         self.folded = (a, b)
@@ -385,23 +411,23 @@ class _Search:
             warnings.simplefilter("ignore")  # an interrupt is told once, at the end
             pi = straight_through_matching(
                 self.spec, self.model, a, b, self.learn, start=start.permutation or self.spec.identity(), loss=self.made,
-                budget=None if math.isinf(self.left) else max(PERMUTING * self.left, 1e-3), seed=self.seed,
+                budget=self._part(PERMUTING), seed=self.seed,
                 device=self.device, progress=self.progress,
             )  # fmt: skip
         self.interrupted = pi.info["interrupted"]
         return Candidate(f"{start.method}, straight-through", a, pi.apply(b), None if moved else pi)
 
-    def _learned(self, start: Candidate, *, permute: bool) -> Candidate | None:
-        """An element of the whole group, learned from a candidate; without permutations where these are found already."""
+    def _learned(self, start: Candidate) -> Candidate | None:
+        """All but permutations of the whole group, learned from a candidate."""
         if derived_names(start.weights):
             return None  # of normalised weights, which are scaled by other tensors than those in use
-        free = freedoms(self.spec, self.rotated, self.symmetries, permute=permute)
+        free = freedoms(self.spec, self.rotated, self.symmetries)
         if not free:
             return None
         generator = torch.Generator().manual_seed(self.seed)
-        element = FreeElement(self.spec, free, start.weights, generator)
+        element = FreeElement(self.spec, free, start.weights)
         task = TaskLoss(self.model, start.a, self.learn, self.made, self._batch_size(), self.device)
-        budget = Budget(None if math.isinf(self.left) else max(self.left, 1e-3))
+        budget = Budget(self._part())
         judge = partial(self.judge, start.a)
         steps = self.steps or (STEPS if not element.parameters["rotation"] else STEPS_OF_MATRICES)
         found = learn(

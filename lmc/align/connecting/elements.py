@@ -1,28 +1,28 @@
 """Elements of the whole symmetry group of a network as differentiable functions of free parameters.
 
-Each group of units is first mixed by a matrix, then scaled. The matrix is a permutation, the assignment of latent scores
-through which gradients pass straight to the scores (Theus et al. 2025, arXiv:2506.22712, section 4); a rotation
-`exp(K - K^T)`; or an invertible `exp(K)`, whose inverse transposed acts where the units are read. Scales are `exp(e k)` with
-the exponents e of each place. All are exact symmetries, and the identity at first.
+Each group of units is first mixed by a matrix, then scaled. The matrix is a rotation `exp(K - K^T)`; or an invertible
+`exp(K)`, whose inverse transposed acts where the units are read. Scales are `exp(e k)` with the exponents e of each place.
+All are exact symmetries, and the identity at first. Permutations stay as they are: gradients that pass straight to latent
+scores of hidden units (Theus et al. 2025, arXiv:2506.22712, section 4) exchange units that their activations have paired
+well, and cost more than they find while all else is moving.
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lmc.align.relaxed.soft import mix
 from lmc.align.rotations.matching import skew
-from lmc.align.weight_matching.gains import assign
 from lmc.symmetry.continuous import ContinuousSymmetries
 from lmc.symmetry.continuous.places import Occurrence, occurrences
 from lmc.symmetry.spec import PermutationSpec
 from lmc.weights import Weights
 
 SMALL = 1e-9  # exponents below are none
-NOISE = 0.01  # of latent scores, beside the 1 of a unit that stays
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Freedom:
     """The freedom to learn of the units of one group.
 
     Attributes:
-        kind: "permutation", "orthogonal", "orthogonal fixing 1", "general linear", or "none".
+        kind: "orthogonal", "orthogonal fixing 1", "general linear", or "none".
         inverse: occurrences at which a general linear matrix acts by its inverse transposed.
         scales: for each independent scale its exponents by occurrence.
     """
@@ -41,15 +41,10 @@ class Freedom:
 
 
 def freedoms(
-    spec: PermutationSpec, rotated: Mapping[str, bool], symmetries: ContinuousSymmetries, *, permute: bool
+    spec: PermutationSpec, rotated: Mapping[str, bool], symmetries: ContinuousSymmetries
 ) -> dict[str, Freedom]:
-    """The freedom to learn of each group of a network whose streams can be rotated as `rotated` says.
-
-    Units that hold others, and units within them that cannot be rotated, keep the order that they have; without `permute`
-    all do.
-    """
+    """The freedom to learn of each group of a network whose streams can be rotated as `rotated` says."""
     found = {}
-    holders = {parent for group in spec.groups.values() for parent, _ in group.within}
     for name, group in spec.groups.items():
         symmetry = symmetries.kinds.get(group.family)
         scales = () if symmetry is None else _scales(symmetry.scales, spec.buffers)
@@ -59,8 +54,6 @@ def freedoms(
             if symmetry is not None and symmetry.mixing == "general linear" and len(symmetry.mixes) == len(scales) == 1:
                 kind, inverse = "general linear", frozenset(o for o, e in symmetry.mixes[0].items() if e < 0)
                 scales = ()  # they are among the matrices
-        elif permute and not group.within and name not in holders:
-            kind = "permutation"
         found[name] = Freedom(kind, inverse, scales)
     return {name: freedom for name, freedom in found.items() if freedom.kind != "none" or freedom.scales}
 
@@ -89,109 +82,167 @@ def _reduced(row: Mapping[str, float], pivot: Mapping[str, float], occurrence: s
 class FreeElement:
     """A learnable element of the group, applied to the weights of B.
 
+    The parameters of groups of one size and kind lie in one tensor, and groups of one family are moved by one product:
+    of networks as small as can be learned from in seconds, most of a step would else be calls.
+
     Args:
         spec: the symmetries of the architecture.
         free: group -> what may be learned.
         weights: B, as it starts.
-        generator: of the noise by which latent scores differ from an order without doubt.
 
     Attributes:
-        parameters: name -> free parameter, by kind: `parameters["permutation"][group]`.
+        parameters: by "rotation" and "scale" the free parameters, by their kind and size: of k matrices (k, n, n), of k
+            scales (k, n).
     """
 
-    def __init__(
-        self, spec: PermutationSpec, free: Mapping[str, Freedom], weights: Weights, generator: torch.Generator
-    ) -> None:
+    def __init__(self, spec: PermutationSpec, free: Mapping[str, Freedom], weights: Weights) -> None:
         self.spec, self.free, self.weights = spec, free, weights
         device = next(iter(weights.values())).device
-        self.parameters: dict[str, dict[str, Tensor]] = {"permutation": {}, "rotation": {}, "scale": {}}
+        self.parameters: dict[str, dict[str, Tensor]] = {"rotation": {}, "scale": {}}
         self._steps: dict[str, list[_Step]] = {}
+        self._exponents: dict[str, Tensor] = {}  # of scales (k) at steps (s): (s, k)
+        matrices: dict[str, list[str]] = {}  # kind and size -> groups
+        scales: dict[int, list[tuple[str, int]]] = {}  # size -> groups and which of their scales
         for name, freedom in free.items():
             n = spec.groups[name].size
-            if freedom.kind == "permutation":
-                noise = NOISE * torch.randn(n, n, generator=generator, dtype=torch.float32)
-                self.parameters["permutation"][name] = (torch.eye(n) + noise).to(device).requires_grad_()
-            elif freedom.kind != "none":
-                self.parameters["rotation"][name] = torch.zeros(n, n, device=device).requires_grad_()
-            for k in range(len(freedom.scales)):
-                self.parameters["scale"][f"{name} {k}"] = torch.zeros(n, device=device).requires_grad_()
-            for place in occurrences(spec, spec.groups[name]):
-                if place.tensor in weights and weights[place.tensor].is_floating_point():
-                    step = _Step(name, place, tuple(weights[place.tensor].shape), device)
-                    self._steps.setdefault(place.tensor, []).append(step)
+            if freedom.kind != "none":
+                matrices.setdefault(f"{freedom.kind}, {n}", []).append(name)
+            scales.setdefault(n, []).extend((name, k) for k in range(len(freedom.scales)))
+        for key, names in matrices.items():
+            n = spec.groups[names[0]].size
+            self.parameters["rotation"][key] = torch.zeros(len(names), n, n, device=device).requires_grad_()
+        for n, rows in scales.items():
+            if rows:
+                self.parameters["scale"][str(n)] = torch.zeros(len(rows), n, device=device).requires_grad_()
+        exponents: dict[str, list[list[float]]] = {}
+        for alike in self._alike():
+            kind, n = free[alike[0]].kind, spec.groups[alike[0]].size
+            key, of = f"{kind}, {n}", slice(0, 0)
+            if kind != "none":
+                of = slice(matrices[key].index(alike[0]), matrices[key].index(alike[-1]) + 1)
+            every = [list(occurrences(spec, spec.groups[name])) for name in alike]
+            for places in zip(*every, strict=True):
+                tensor, rows = places[0].tensor, exponents.setdefault(str(n), [])
+                if tensor not in weights or not weights[tensor].is_floating_point():
+                    continue
+                powers = [
+                    [free[g].scales[k].get(place.name, 0.0) if g == name else 0.0 for g, k in scales[n]]
+                    for name, place in zip(alike, places, strict=True)
+                ]
+                scaled = slice(len(rows), len(rows) + len(powers)) if any(map(any, powers)) else None
+                rows.extend(powers if scaled else [])
+                if kind != "none" or scaled:
+                    inverse = places[0].name in free[alike[0]].inverse
+                    step = _Step(places, tuple(weights[tensor].shape), device, key, of, inverse, str(n), scaled)
+                    self._steps.setdefault(tensor, []).append(step)
+        for n, rows in exponents.items():
+            if rows:
+                self._exponents[n] = torch.tensor(rows, dtype=torch.float64, device=device)
+        self._mixes = {key: kind for key in matrices for kind in [key.rpartition(", ")[0]]}
+
+    def _alike(self) -> list[list[str]]:
+        """The groups that move, those of one family together where they move by the same kind of matrix."""
+        found: dict[tuple[str, str], list[str]] = {}
+        for name, freedom in self.free.items():
+            found.setdefault((self.spec.groups[name].family, freedom.kind), []).append(name)
+        return list(found.values())
 
     def __call__(self) -> Weights:
         """The tensors of B moved, followed by autograd; in float32 at least."""
-        return self._moved(torch.promote_types(torch.float32, self._dtype), straight_through=True)
+        return self._moved(torch.promote_types(torch.float32, self._dtype))
 
     @torch.no_grad()
     def exact(self) -> Weights:
         """All tensors of B moved, worked out in float64, in the dtypes of B."""
-        moved = self._moved(torch.float64, straight_through=False)
+        moved = self._moved(torch.float64)
         found = {name: moved[name].to(x.dtype) if name in moved else x for name, x in self.weights.items()}
         return found | {second: found[first] for second, first in self.spec.aliases.items()}
-
-    @torch.no_grad()
-    def permutations(self) -> dict[str, Tensor]:
-        """The index vectors of the groups that are permuted."""
-        return {name: assign(scores)[0] for name, scores in self.parameters["permutation"].items()}
 
     @property
     def _dtype(self) -> torch.dtype:
         return next(x.dtype for x in self.weights.values() if x.is_floating_point())
 
-    def _moved(self, dtype: torch.dtype, *, straight_through: bool) -> Weights:
-        matrices: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, scores in self.parameters["permutation"].items():
-            index = assign(scores.detach())[0].to(scores.device)
-            matrix = torch.eye(len(scores), dtype=dtype, device=scores.device)[index]
-            matrix = matrix + (scores - scores.detach()) if straight_through else matrix
-            matrices[name] = matrix, matrix
-        for name, generator in self.parameters["rotation"].items():
-            matrices[name] = self._matrix(self.free[name].kind, generator.to(dtype))
+    def _moved(self, dtype: torch.dtype) -> Weights:
+        matrices = {
+            key: _matrices(self._mixes[key], generators.to(dtype))
+            for key, generators in self.parameters["rotation"].items()
+        }
+        factors = {
+            n: torch.exp(exponents.to(dtype) @ self.parameters["scale"][n].to(dtype))
+            for n, exponents in self._exponents.items()
+        }
         moved = {}
         for name, steps in self._steps.items():
             tensor = self.weights[name].to(dtype)
             for step in steps:
-                if step.group in matrices:
-                    inverse = step.place.name in self.free[step.group].inverse
-                    tensor = mix(tensor, step.place.dims, step.where, matrices[step.group][inverse])
-                for k, exponents in enumerate(self.free[step.group].scales):
-                    if exponent := exponents.get(step.place.name, 0.0):
-                        scale = self.parameters["scale"][f"{step.group} {k}"].to(dtype)
-                        tensor = step.scaled(tensor, torch.exp(exponent * scale))
+                if step.key in matrices:
+                    tensor = step.mixed(tensor, matrices[step.key][step.inverse][step.of])
+                if step.scales is not None:
+                    tensor = step.scaled(tensor, factors[step.size][step.scales])
             moved[name] = tensor
         return moved
 
-    def _matrix(self, kind: str, generator: Tensor) -> tuple[Tensor, Tensor]:
-        """A matrix and its inverse transposed."""
-        if kind == "general linear":
-            both = torch.matrix_exp(torch.stack([generator, -generator.T]))
-            return both[0], both[1]
-        rotation = torch.matrix_exp(skew(generator, kind == "orthogonal fixing 1"))
-        return rotation, rotation
+
+def _matrices(kind: str, generators: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrices (k, n, n) of generators, and their inverses transposed."""
+    if kind == "general linear":
+        both = torch.matrix_exp(torch.stack([generators, -generators.mT]))
+        return both[0], both[1]
+    rotations = torch.matrix_exp(skew(generators, kind == "orthogonal fixing 1"))
+    return rotations, rotations
 
 
 class _Step:
-    """One place at which a group moves in a tensor."""
+    """One place at which groups of a family move in a tensor, each by a matrix of its own, and then by scales.
 
-    def __init__(self, group: str, place: Occurrence, shape: tuple[int, ...], device: torch.device) -> None:
-        self.group, self.place = group, place
-        rows = place.rows.ravel()
-        self.length = math.prod(shape[d] for d in place.dims)
+    Args:
+        places: of each group.
+        shape: of the tensor.
+        key, of, inverse: where the matrices are found.
+        size, scales: where the factors are found; None: none.
+    """
+
+    def __init__(
+        self,
+        places: Sequence[Occurrence],
+        shape: tuple[int, ...],
+        device: torch.device,
+        key: str,
+        of: slice,
+        inverse: bool,
+        size: str,
+        scales: slice | None,
+    ) -> None:
+        self.key, self.of, self.inverse, self.size, self.scales = key, of, inverse, size, scales
+        self.dims = places[0].dims
+        rows = np.concatenate([place.rows.ravel() for place in places])
+        self.columns = places[0].rows.shape[1]
+        self.length = math.prod(shape[d] for d in self.dims)
         every = rows.size == self.length and bool((rows[1:] > rows[:-1]).all())
         self.where = None if every else torch.from_numpy(rows).to(device)
 
-    def scaled(self, tensor: Tensor, scale: Tensor) -> Tensor:
-        """The tensor with unit i multiplied by `scale[i]` at this place."""
-        factor = scale.repeat_interleave(self.place.rows.shape[1])
+    def mixed(self, tensor: Tensor, matrices: Tensor) -> Tensor:
+        """The tensor with the units of each group mixed by its matrix (n, n) of several."""
+        if len(matrices) == 1:
+            return mix(tensor, self.dims, self.where, matrices[0])
+        first = tuple(range(len(self.dims)))
+        front = tensor.movedim(self.dims, first)
+        flat = front.reshape(self.length, -1)
+        units = flat if self.where is None else flat.index_select(0, self.where)
+        moved = (matrices @ units.reshape(*matrices.shape[:2], -1)).reshape(units.shape)
+        flat = moved if self.where is None else flat.index_copy(0, self.where, moved)
+        return flat.reshape(front.shape).movedim(first, self.dims)
+
+    def scaled(self, tensor: Tensor, scales: Tensor) -> Tensor:
+        """The tensor with unit i of group g multiplied by `scales[g, i]` at this place."""
+        factor = scales.flatten().repeat_interleave(self.columns)
         if self.where is not None:
-            ones = torch.ones(self.length, dtype=scale.dtype, device=scale.device)
+            ones = torch.ones(self.length, dtype=scales.dtype, device=scales.device)
             factor = ones.index_copy(0, self.where, factor)
-        along = [tensor.shape[d] for d in self.place.dims]
+        along = [tensor.shape[d] for d in self.dims]
         first = tuple(range(len(along)))
-        front = tensor.movedim(self.place.dims, first)
-        return (front * factor.view(*along, *[1] * (tensor.ndim - len(along)))).movedim(first, self.place.dims)
+        front = tensor.movedim(self.dims, first)
+        return (front * factor.view(*along, *[1] * (tensor.ndim - len(along)))).movedim(first, self.dims)
 
 
 def names_of(free: Mapping[str, Freedom]) -> str:
@@ -200,6 +251,6 @@ def names_of(free: Mapping[str, Freedom]) -> str:
     for freedom in free.values():
         kinds |= dict.fromkeys([freedom.kind] if freedom.kind != "none" else [])
         kinds |= dict.fromkeys(["scales"] if freedom.scales else [])
-    words = {"permutation": "permutations", "orthogonal": "rotations", "orthogonal fixing 1": "rotations"}
+    words = {"orthogonal": "rotations", "orthogonal fixing 1": "rotations"}
     words["general linear"] = "invertible mixings"
     return " and ".join(dict.fromkeys(words.get(kind, kind) for kind in kinds))

@@ -11,7 +11,7 @@ from lmc.align.relaxed.soft import TaskLoss
 from lmc.core.progress import Budget, tqdm
 from lmc.weights import Weights
 
-RATES = {"permutation": 0.03, "rotation": 0.02, "scale": 0.01}
+RATES = {"rotation": 0.02, "scale": 0.01}
 BETWEEN = (0.1, 0.9)  # the paper's 0.4 to 0.6 leaves barriers beside the middle
 WARM = 0.05  # share of the steps in which rates rise
 PROBES = 5  # steps by which their number is set

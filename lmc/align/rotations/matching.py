@@ -218,9 +218,9 @@ def learn_rotations(
 
 
 def skew(x: Tensor, ones: bool) -> Tensor:
-    """`x - x^T`, with `ones` restricted to what maps the vector of ones to 0."""
-    skew = x - x.T
+    """`x - x^T` of one or several matrices, with `ones` restricted to what maps the vector of ones to 0."""
+    skew = x - x.mT
     if ones:
-        skew = skew - skew.mean(0, keepdim=True)
-        skew = skew - skew.mean(1, keepdim=True)
+        skew = skew - skew.mean(-2, keepdim=True)
+        skew = skew - skew.mean(-1, keepdim=True)
     return skew

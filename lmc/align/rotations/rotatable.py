@@ -17,6 +17,7 @@ from lmc.align.rotations.folding import TOLERANCE, Probe
 from lmc.align.rotations.procrustes import Matrices, nearest_rotation, unmoved
 from lmc.core.context import own_context, warn
 from lmc.core.extras import require
+from lmc.core.progress import Budget
 from lmc.core.results import Result
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
@@ -67,7 +68,13 @@ class RotatableGroups(Result, Mapping[str, bool]):
 
 @own_context
 def rotatable_groups(
-    spec: PermutationSpec | UnboundSpec, model: nn.Module, weights: ModelOrWeights, inputs: Any, *, seed: int = 0
+    spec: PermutationSpec | UnboundSpec,
+    model: nn.Module,
+    weights: ModelOrWeights,
+    inputs: Any,
+    *,
+    seed: int = 0,
+    budget: float | None = None,
 ) -> RotatableGroups:
     """The groups whose units any orthogonal matrix may mix, found by trying random ones in float64.
 
@@ -81,6 +88,7 @@ def rotatable_groups(
         weights: with folded norms (see `fold_norms`), if residual streams are to be found; not changed.
         inputs: labelled or not.
         seed: decides the matrices, the perturbations and the inputs that are made up.
+        budget: seconds after which no further group is tried (default: any); those left out are not taken as rotatable.
 
     Returns:
         The groups, each with whether its matrix must leave the vector of ones alone, and with error and power.
@@ -91,6 +99,7 @@ def rotatable_groups(
         WeightsError: weights that are not finite, or complex.
         DataError: no inputs, or outputs that are not finite.
     """
+    clock = Budget(budget)
     weights = agreeing([weights], ["weights"], model=model)[0]
     spec = spec.bind(weights)
     generator = torch.Generator().manual_seed(seed)
@@ -105,6 +114,9 @@ def rotatable_groups(
     powers: dict[str, float] = {}
     unverified: list[str] = []
     for names in spec.families.values():
+        if clock.over:
+            warn(f"no time left of {clock.seconds:g} s to try whether {names[0]}, and groups after it, can be rotated")
+            break
         largest = max(spec.groups[name].size for name in names)
         for ones in (False, True) if largest > 2 else (False,):  # two units and their sum: only an exchange is left
             turns: list[Matrices] = []

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lmc.core.progress import tqdm
-from lmc.errors import LmcError
+from lmc.core.progress import Budget, tqdm
+from lmc.errors import InputError, LmcError
 from lmc.symmetry.continuous.places import Move, Occurrence, moved, occurrences
 from lmc.symmetry.groups.action import act, random_indices
 from lmc.symmetry.groups.symmetries import Symmetries
@@ -71,9 +71,10 @@ class Lab:
         outputs: OutputSelector,
         draws: int,
         seed: int,
+        clock: Budget,
         progress: bool,
     ) -> None:
-        self.spec, self.model, self.inputs, self.seed = spec, model, inputs, seed
+        self.spec, self.model, self.inputs, self.seed, self.clock = spec, model, inputs, seed, clock
         self.probe = Probe(model, outputs)
         self.generator = torch.Generator().manual_seed(seed)
         self._by_differences: frozenset[str] = frozenset()
@@ -116,6 +117,11 @@ class Lab:
         }
 
     def _outputs(self, weights: Weights) -> list[Tensor]:
+        if self.clock.over:
+            raise InputError(
+                f"budget={self.clock.seconds:g}: too few seconds to find what {type(self.model).__name__} admits beyond "
+                "permutations; allow more, or None"
+            )
         return self.probe.outputs_of(self.inputs, weights)
 
     def _measure(self, draws: int, progress: bool) -> None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.core.context import own_context, warn
+from lmc.core.progress import Budget
 from lmc.errors import InputError
 from lmc.symmetry.continuous.columns import Lab, Table
 from lmc.symmetry.continuous.places import Move, random_matrix
@@ -41,6 +42,7 @@ def continuous_symmetries(
     draws: int = 3,
     seed: int = 0,
     tolerance: float = 1e-9,
+    budget: float | None = None,
     progress: bool = True,
 ) -> ContinuousSymmetries:
     """The positive scales, signs, rotations and invertible mixings that each family of units admits.
@@ -53,11 +55,12 @@ def continuous_symmetries(
         draws: number of random points of weight space, at least; more are drawn of small modules, and where the outputs
             are few.
         tolerance: allowed change of the outputs under finite elements, relative to their largest value.
+        budget: seconds that it may take (default: any).
         progress: show a bar when it takes longer than two seconds.
 
     Raises:
         CertificateError: the module cannot be computed in double precision.
-        InputError: inputs that show nothing.
+        InputError: inputs that show nothing; a budget that does not suffice.
         SpecError: the spec does not fit the module.
 
     Example:
@@ -72,7 +75,7 @@ def continuous_symmetries(
         raise InputError(f"draws={draws}: at least one point is needed")
     if not spec.groups:
         return ContinuousSymmetries({}, tolerance)
-    lab = Lab(spec, model, inputs, outputs, draws, seed, progress)
+    lab = Lab(spec, model, inputs, outputs, draws, seed, Budget(budget), progress)
     if lab.noise > tolerance / 10:
         warn(
             f"{type(model).__name__} computes in lower precision than float64 somewhere: its outputs are rounded by "
