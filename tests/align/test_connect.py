@@ -203,6 +203,8 @@ def test_time_for_a_repaired_last_path_is_kept(monkeypatch):
     monkeypatch.setattr(connecting, "loss_path", longer)
     monkeypatch.setattr(connecting, "learn", until_the_end)
     monkeypatch.setattr(connecting, "straight_through_matching", refuse)
+    monkeypatch.setattr(connecting, "sinkhorn_matching", refuse)
+    monkeypatch.setattr(connecting, "FINDING", 1.0)
     monkeypatch.setattr(budgets, "clock", clock)
     found = lmc.connect(model, a, b, data, budget=40.0, progress=False)
     assert found.repaired and found.tried[-1].barrier == math.inf and found.seconds <= 40.0
@@ -218,6 +220,7 @@ def test_activations_are_collected_of_as_many_examples_as_there_is_time_for(monk
 
     monkeypatch.setattr(connecting, "activation_matching", refuse)
     monkeypatch.setattr(connecting._Search, "_straight_through", lambda search: None)
+    monkeypatch.setattr(connecting._Search, "_sinkhorn", lambda search: None)
     monkeypatch.setattr(connecting._Search, "_learned", lambda search, start: None)
     monkeypatch.setattr(connecting, "COLLECTED", 60)  # passes, each as long as the clock says
     for budget in (None, 1000.0, 60.0):
@@ -267,6 +270,34 @@ def test_a_budget_too_small_for_all_does_the_cheapest_and_says_so(monkeypatch):
     found = lmc.connect(model, a, b, data, budget=0.5, progress=False)
     assert found.method == "weight matching" and found.barrier < found.naive.barrier
     assert "too small" in str(found) and found.tried[-1].note == connecting.LATE
+
+
+@pytest.mark.parametrize(("budget", "proven"), [(10.0, [False]), (100.0, [False, True])])
+def test_finding_symmetries_is_a_part_of_the_budget(budget, proven, monkeypatch):
+    """What takes long to find is not proven as well, nor looked for beyond its share; what there was no time for is said."""
+    model, a, b, data = digits("digits-mlp32")
+    now, proofs = [0.0], []
+
+    def slow(*args, certify=True, **options):
+        proofs.append(certify)
+        now[0] += 1.0
+        return lmc.permutation_spec(*args, certify=certify, **options)
+
+    def endless(*args, budget, **options):
+        now[0] += budget
+        return lmc.continuous_symmetries(*args, budget=1e-9, **options)
+
+    def refuse(*_, **__):
+        raise InputError("not here")
+
+    monkeypatch.setattr(budgets, "clock", lambda: now.append(now.pop() + 1e-3) or now[0])
+    monkeypatch.setattr(connecting, "permutation_spec", slow)
+    monkeypatch.setattr(connecting, "continuous_symmetries", endless)
+    for method in ("straight_through_matching", "sinkhorn_matching"):
+        monkeypatch.setattr(connecting, method, refuse)
+    found = lmc.connect(model, a, b, data, budget=budget, progress=False)
+    assert proofs == proven and found.seconds < 0.5 * budget
+    assert "no time for scales and signs" in str(found) and found.method.endswith("matching")
 
 
 @pytest.mark.parametrize("where", ["activation_matching", "straight_through_matching", "learn"])

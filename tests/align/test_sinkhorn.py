@@ -149,6 +149,12 @@ def test_it_stops_when_nothing_gets_better():
     assert pi.info["steps"] == 2 and pi.is_identity()
 
 
+def test_the_budget_ends_it():
+    case = CASES["mlp"]()
+    pi = sinkhorn_matching(case.spec, case.model, case.model, case.other(1), budget=1e-9, progress=False)
+    assert pi.info["steps"] == 1 and not pi.info["interrupted"]
+
+
 def test_bad_input():
     case = CASES["mlp"]()
     a, b = case.model, case.other(1)

@@ -162,6 +162,15 @@ def test_streams_and_insides_of_heads_rotate_and_nothing_else(name):
     assert set(plain) == inside  # scales of norms hold the stream in place
 
 
+def test_groups_for_which_there_is_no_time_are_not_rotated():
+    name = TRANSFORMERS[0]
+    with pytest.warns(UserWarning, match="no time left"):
+        found = lmc.align.rotatable_groups(
+            case(name).spec, case(name).model, folded(name), case(name).inputs, budget=1e-9
+        )
+    assert not found and not found.unverified
+
+
 @pytest.mark.parametrize("bias", [0.0, 10.0, -10.0])
 @pytest.mark.parametrize("seed", range(6))
 def test_no_hidden_layer_of_an_mlp_rotates(seed, bias):

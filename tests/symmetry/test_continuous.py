@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 import lmc
+from lmc.errors import InputError
 from lmc.symmetry.groups.kinds import Kind
 from tests.small_models import Attention as Heads
 
@@ -368,3 +369,11 @@ def test_kinds_of_the_stored_networks(name):
         expected = next(e for pattern, e in STORED[name].items() if fnmatch(family, pattern))
         assert (len(kind.scales), kind.sign, kind.mixing) == expected, (family, kind)
         assert kind.error < 1e-9 and (kind.power > 1e-5 or not kind.scales)
+
+
+def test_a_budget_that_does_not_suffice():
+    model, x = lmc.models.mlp(6, [5], 3), torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    spec = lmc.permutation_spec(model, x, progress=False)
+    with pytest.raises(InputError, match="budget=1e-09: too few seconds"):
+        lmc.continuous_symmetries(spec, model, x, budget=1e-9, progress=False)
+    assert lmc.continuous_symmetries(spec, model, x, budget=1e6, progress=False).kinds["fc1"].scales

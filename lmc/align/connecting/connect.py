@@ -17,6 +17,7 @@ from lmc.align.connecting.judge import ALPHAS, Judge, held_out, inputs_of
 from lmc.align.connecting.learned import learn
 from lmc.align.connecting.result import Attempt, Connection, SameFunction
 from lmc.align.connecting.starts import by_activations, by_weights
+from lmc.align.relaxed.sinkhorn import sinkhorn_matching
 from lmc.align.relaxed.soft import TaskLoss
 from lmc.align.relaxed.straight_through import straight_through_matching
 from lmc.align.rotations.folding import NORMS, Probe, fold_norms
@@ -42,6 +43,7 @@ from lmc.weights import ModelOrWeights, Weights, agreeing
 ENOUGH = 1e-3  # a barrier below which nothing is refined any more,
 SHARE = 0.02  # or this share of the barrier as they are: what is learned below that is the examples, not the networks
 STEPS, STEPS_OF_MATRICES = 1500, 4000  # of learning
+RELAXED = 300  # of the relaxation of permutations
 BATCH = 128  # examples in a step of learning
 POSITIONS = 1024  # targets in a step of learning, where examples have many
 POINTS = (25, 11, 5)  # on the paths: the most that take no more than this share of the time
@@ -256,6 +258,7 @@ class _Search:
         else:
             self.attempt(MODULO, lambda: self._modulo_group(self._best_permuted()))
             self.attempt("straight-through", self._straight_through)
+            self.attempt("Sinkhorn", self._sinkhorn)
             self.attempt("learning", lambda: self._learned(min(self.plain, key=_barrier)))
         refined = min(self.plain, key=_barrier)
         if not any(candidate.weights is refined.weights for candidate in self.candidates if candidate.repaired):
@@ -265,7 +268,7 @@ class _Search:
         """A candidate, judged, unless there is no time for it or the method refuses the architecture."""
         if self.interrupted:
             return
-        refining = method in (MODULO, "straight-through", "learning")
+        refining = method in (MODULO, "straight-through", "Sinkhorn", "learning")
         if refining and self.enough:
             self.tried.append(Attempt(method, math.nan, 0.0, "not needed"))
             return
@@ -416,6 +419,19 @@ class _Search:
             )  # fmt: skip
         self.interrupted = pi.info["interrupted"]
         return Candidate(f"{start.method}, straight-through", a, pi.apply(b), None if moved else pi)
+
+    def _sinkhorn(self) -> Candidate:
+        """The best permutation, followed by what its relaxation finds from there."""
+        start = self._best_permuted()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # an interrupt is told once, at the end
+            pi = sinkhorn_matching(
+                self.spec, self.model, self.a, start.weights, self.learn, loss=self.made, budget=self._part(PERMUTING),
+                steps=min(self.steps or RELAXED, RELAXED), seed=self.seed, device=self.device, progress=self.progress,
+            )  # fmt: skip
+        self.interrupted = pi.info.get("interrupted", False)
+        whole = pi if start.permutation is None else pi.compose(start.permutation)
+        return Candidate(f"{start.method}, Sinkhorn", self.a, whole.apply(self.b), whole)
 
     def _learned(self, start: Candidate) -> Candidate | None:
         """All but permutations of the whole group, learned from a candidate."""

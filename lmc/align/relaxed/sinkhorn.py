@@ -1,6 +1,5 @@
 """Sinkhorn re-basin: permutations learned as doubly stochastic matrices (Peña et al. 2023, arXiv:2212.12042)."""
 
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -11,7 +10,7 @@ from lmc.align.relaxed.soft import SoftMoves, TaskLoss, doubly_stochastic, sinkh
 from lmc.align.weight_matching.gains import assign
 from lmc.align.weight_matching.matching import in_form_of, matched
 from lmc.core.context import own_context, warn
-from lmc.core.progress import tqdm
+from lmc.core.progress import Budget, tqdm
 from lmc.errors import DataError, InputError
 from lmc.network.derived import gauged
 from lmc.network.network import Network, pick_device
@@ -42,6 +41,7 @@ def sinkhorn_matching(
     measure_every: int = 10,
     patience: int = 10,
     batch_size: int = 256,
+    budget: float | None = None,
     loss: Loss | Task | None = None,
     seed: int = 0,
     device: torch.device | str | None = None,
@@ -68,6 +68,7 @@ def sinkhorn_matching(
         measure_every: steps between two measurements.
         patience: end after this many measurements without a better permutation.
         batch_size: examples in a step, where the data are given whole.
+        budget: seconds after which the best so far is returned (default: any).
         loss: of outputs and targets, or an `lmc.Task` (default: cross-entropy).
         seed: decides the noise, the order of the data and the random points.
         device: where to run (default: where the weights are).
@@ -97,7 +98,7 @@ def sinkhorn_matching(
     """
     target = target or ("l2" if data is None else "midpoint")
     _check(target, data, tau, iterations, lr, steps, measure_every, patience)
-    started = time.perf_counter()
+    clock, interrupted = Budget(budget), False
     a, b = agreeing([a, b], "ab", model=model)
     spec = spec.bind(a)
     chosen = pick_device(device, a)
@@ -117,14 +118,15 @@ def sinkhorn_matching(
             optimizer.zero_grad()
             step_loss(doubly_stochastic({name: x / tau for name, x in scores.items()}, iterations)).backward()
             optimizer.step()
-            if taken % measure_every == 0 or taken == steps:
+            if taken % measure_every == 0 or taken == steps or clock.over:
                 pi = Permutation(spec, {name: assign(x)[0] for name, x in scores.items()})
                 values.append(measure(pi))
                 stale = 0 if values[-1] < min(values[:-1]) else stale + 1
                 best = pi if stale == 0 else best
-                if stale >= patience:
+                if stale >= patience or clock.over:
                     break
     except KeyboardInterrupt:
+        interrupted = True
         warn(f"interrupted: the best of {len(values)} permutations is returned")
     uneven = max(_unevenness(x.detach() / tau, iterations) for x in scores.values())
     if uneven > _UNEVEN:
@@ -139,7 +141,8 @@ def sinkhorn_matching(
         "steps": taken,
         "values": values,
         "unevenness": uneven,
-        "seconds": time.perf_counter() - started,
+        "interrupted": interrupted,
+        "seconds": clock.spent,
     }
     return Permutation(spec, best.indices, -min(values), info)
 
