@@ -30,6 +30,7 @@ from lmc.training.run import (
     History,
     Judge,
     Recipe,
+    Steps,
     Trained,
     aliases,
     batches_of,
@@ -333,7 +334,7 @@ def _collect(
         warn(f"training interrupted after {done} of {recipe.epochs} epochs")
     name = str(getattr(data, "name", "data"))
     groups = (tuple(seeds), tuple(weights), tuple(history), tuple(trajectory))
-    return Trained(type(model).__name__, name, *groups, recipe, seconds, interrupted, tuple(steps), start, unit)
+    return Trained(type(model).__name__, name, *groups, recipe, seconds, interrupted, Steps(steps), start, unit)
 
 
 def _optimizer(recipe: Recipe, parameters: Stack) -> torch.optim.Optimizer:

@@ -52,6 +52,15 @@ class History:
     accuracy: tuple[float, ...]
 
 
+class Steps(tuple[Sequence[Weights], ...]):
+    """The recorded steps of each seed; of a run that recorded none, whoever asks for one is told how they are had."""
+
+    def __getitem__(self, index):
+        if not self:
+            raise InputError("steps: this run recorded none; train(..., record=True) keeps the weights of every step")
+        return super().__getitem__(index)
+
+
 @dataclass(frozen=True, repr=False, eq=False)
 class Trained(Sequence[Weights]):
     """Trained weights, one dict per seed, in the order of `seeds`; `a, b = train(..., seeds=(0, 1))` unpacks them.
@@ -72,7 +81,7 @@ class Trained(Sequence[Weights]):
     recipe: Recipe
     seconds: float
     interrupted: bool = False
-    steps: tuple[Sequence[Weights], ...] = ()
+    steps: Steps = Steps()
     start: int = 0
     unit: str = "nats"
 

@@ -67,6 +67,8 @@ def test_training_records_what_the_telescope_takes():
     found = lmc.landscape.telescope(model, trained.steps[0], INPUTS)
     assert len(found.errors) == 9 and found.errors[-1] < found.linear[-1]
     assert "telescope" in repr(found).lower() and len(found.to_frame()) == 8
+    with pytest.raises(lmc.errors.InputError, match="record=True"):
+        lmc.training.train(model, blobs(64, 0), epochs=1, progress=False).steps[0]
 
 
 def test_gradients_of_a_module_of_ones_own_class():
