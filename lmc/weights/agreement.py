@@ -77,7 +77,7 @@ def as_weights(model: ModelOrWeights) -> StateDict:
                 f"{name}: a tensor inside torch.vmap or another transform of torch.func, whose values cannot be looked at: call "
                 "this outside, once for each weight set"
             )
-        if is_lazy(tensor):
+        if type(tensor) is not Tensor and is_lazy(tensor):
             raise WeightsError(f"{name}: a lazy layer, which has no weights yet: call the model once on inputs first")
     return StateDict({name: tensor.detach() for name, tensor in state.items()}, like=state)
 

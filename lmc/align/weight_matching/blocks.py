@@ -122,12 +122,12 @@ class UnitBlock:
             and len(self.tables[place.tensor]) == 1
         }
 
-    @property
+    @cached_property
     def quadratic(self) -> bool:
         """Whether a tensor has the group on two axes, so that its gain depends on itself."""
         return len({place.tensor for place in self.places}) < len(self.places)
 
-    @property
+    @cached_property
     def separable(self) -> bool:
         """Whether the blocks inside a unit are plain assignments that do not see each other."""
         seen = [name for block in self.inner for name in block.tables]
@@ -193,8 +193,7 @@ def _build(
 
 
 def _place(tensor: str, table: Table, shape: tuple[int, ...], device: torch.device) -> Place:
-    covers = table.rows.size == math.prod(shape[d] for d in table.dims)
-    natural = covers and np.array_equal(table.rows.ravel(), np.arange(table.rows.size))
+    natural = table.in_order and table.rows.size == math.prod(shape[d] for d in table.dims)
     return Place(tensor, table.dims, torch.from_numpy(table.rows).to(device), natural)
 
 

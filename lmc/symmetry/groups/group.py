@@ -13,6 +13,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +35,11 @@ class Table:
 
     dims: tuple[int, ...]
     rows: Rows
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether the positions, unit after unit, are 0, 1, 2 and so on."""
+        return np.array_equal(self.rows.ravel(), np.arange(self.rows.size))
 
     def __eq__(self, other: object) -> bool:
         return (
