@@ -50,7 +50,7 @@ def as_weights(model: ModelOrWeights) -> StateDict:
 
     Raises:
         WeightsError: neither a module nor a mapping of names to tensors; extra state beside the tensors; lazy layers;
-            TorchScript that was frozen; tensors inside `torch.vmap`.
+            TorchScript that was frozen; sparse and nested tensors; tensors inside `torch.vmap`.
     """
     if isinstance(model, torch.jit.ScriptModule) and not hasattr(model, "training"):
         raise WeightsError(
@@ -71,6 +71,12 @@ def as_weights(model: ModelOrWeights) -> StateDict:
             raise WeightsError(
                 f"{name}: expected a tensor, got {type(tensor).__name__}; "
                 "extra state outside parameters and buffers is not supported"
+            )
+        if tensor.layout != torch.strided or tensor.is_nested:
+            form = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.").removeprefix("_")
+            raise WeightsError(
+                f"{name}: a tensor of layout {form}, with which weights are not computed; convert it, for example with .to_dense(), "
+                "or merge models from before it was converted"
             )
         if wrapped(tensor):
             raise WeightsError(

@@ -274,3 +274,14 @@ def test_tensors_inside_transforms_are_refused():
     states = {name: torch.stack([tensor, tensor]) for name, tensor in Untied(0).state_dict().items()}
     with pytest.raises(WeightsError, match="embed.weight: a tensor inside torch.vmap"):
         torch.vmap(lambda state: lmc.merge.average([state, state]))(states)
+
+
+@pytest.mark.parametrize(
+    "converted", [torch.Tensor.to_sparse, torch.Tensor.to_sparse_csr, lambda w: torch.nested.nested_tensor([w, w[:2]])]
+)
+def test_weights_of_other_layouts_are_refused_by_name(converted):
+    dense = {"w": torch.eye(3), "b": torch.ones(3)}
+    with pytest.raises(lmc.WeightsError, match="^w: a tensor of layout (sparse_co|sparse_csr|nested).*to_dense"):
+        lmc.weights.lerp(dense | {"w": converted(dense["w"])}, dense, 0.5)
+    with pytest.raises(lmc.WeightsError, match="w: a tensor of layout"):
+        lmc.merge.average([dense | {"w": converted(dense["w"])}, dense])
