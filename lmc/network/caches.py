@@ -205,19 +205,24 @@ def removable(module: nn.Module, run: Callable[[Removal], nn.Module]) -> Removal
     kinds: dict[Any, list[Address]] = {}
     for address, kind in _float_places(module):
         kinds.setdefault(kind, []).append(address)
+    dicts = {address for address, container in containers(module) if isinstance(container, dict)}
     found: Removal = {}
     left: dict[type, set[Address]] = {}
     may = writes_of(module)
     for kind, addresses in kinds.items():
         # Where one value cannot be missed, the list or dict that holds it may be made again, or the one around that.
-        tries = (_made_again(places, addresses, run) for places in (addresses, *_around(addresses)))
+        tries = (_made_again(places, addresses, run, dicts) for places in (addresses, *_around(addresses)))
         if removal := next(filter(None, tries), None):
             found |= removal
+        elif kind[2] is None and len(texts := {a[-1] for a in addresses if isinstance(a[-1], str)}) > 1:
+            for text in texts:  # of a dict of several things
+                named = [a for a in addresses if a[-1] == text]
+                found |= _made_again(named, named, run, dicts)
         elif kind[2] in may.attributes:
             left.setdefault(kind[0], set()).update(addresses)
     for kind, addresses in left.items():
         together = [place for place, owner in _set_places(module) if owner is kind]
-        found |= _made_again(together, addresses, run)
+        found |= _made_again(together, addresses, run, dicts)
     return found | _written_again(module, found, run)
 
 
@@ -230,18 +235,35 @@ def _around(addresses: Sequence[Address]) -> Iterator[list[Address]]:
             yield list(places)
 
 
-def _made_again(places: Sequence[Address], wanted: Collection[Address], run: Callable[[Removal], nn.Module]) -> Removal:
-    """A way to empty these places for the wanted ones to be filled again; empty where they are not."""
+def _made_again(
+    places: Sequence[Address],
+    wanted: Collection[Address],
+    run: Callable[[Removal], nn.Module],
+    dicts: Collection[Address],
+) -> Removal:
+    """A way to empty these places for the wanted ones to be filled again; empty where they are not.
+
+    In modules of one class it is enough that one of them fills its own, and in a dict by length, shape or device, that one key
+    is there again: these inputs need no other.
+    """
     ways: tuple[Way, ...] = ("none", "deleted")
     for way in ways:
         removal: Removal = dict.fromkeys(places, way)
         try:
-            filled = {address for address, _ in _float_places(run(removal))}
+            filled = {address for address, _ in _float_places(run(removal))} & set(wanted)
         except Exception:  # noqa: BLE001 (whatever it is that the forward pass misses: a constant, then)
             continue
-        if set(wanted) <= filled:
+        kinds = {_kind_of_key(address, dicts) for address in filled} - {None}
+        if filled and all(_kind_of_key(address, dicts) in kinds for address in set(wanted) - filled):
             return removal
     return {}
+
+
+def _kind_of_key(address: Address, dicts: Collection[Address]) -> Any:
+    """What the keys have in common under which the same is kept for other inputs; None in lists, and for texts in dicts."""
+    if _is_namespace(address[:-1]):
+        return address[-1]
+    return None if address[:-1] not in dicts or isinstance(address[-1], str) else type(address[-1])
 
 
 def _written_again(module: nn.Module, known: Removal, run: Callable[[Removal], nn.Module]) -> Removal:

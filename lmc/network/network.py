@@ -94,6 +94,7 @@ class Network:
         for parameter in self.module.parameters():
             parameter.requires_grad_(False)
         self.verdict: Verdict | None = None  # until the first inputs come
+        self.drew = False
         self._stale: Removal = {}
         self._loaded: Weights | None = None
         self._take_stock()
@@ -371,13 +372,19 @@ class Network:
         trial.load(weights)
         return trial
 
-    def repeated(self, inputs: Any, weights: Weights | None = None) -> Any:
-        """The outputs of the module, called with other weights where they are given, as one that draws numbers repeats it."""
-        torch.default_generator.manual_seed(0)
+    def repeated(self, inputs: Any, weights: Weights | None = None, *, seed: int = 0) -> Any:
+        """The outputs of the module, called with other weights where they are given, as one that draws numbers repeats it;
+        `drew` says afterwards whether it does."""
+        torch.default_generator.manual_seed(seed)
+        before = [torch.get_rng_state()]
         if self.device.type == "cuda":
-            torch.cuda.manual_seed(0)
+            torch.cuda.manual_seed(seed)
+            before.append(torch.cuda.get_rng_state(self.device))
         args, kwargs = self._call(inputs)
-        return self._run(self.module, args, kwargs) if weights is None else self._with(weights, args, kwargs)
+        found = self._run(self.module, args, kwargs) if weights is None else self._with(weights, args, kwargs)
+        after = [torch.get_rng_state(), *([torch.cuda.get_rng_state(self.device)] if len(before) > 1 else [])]
+        self.drew = not all(map(torch.equal, before, after))
+        return found
 
     def written(self, weights: Weights, inputs: Any) -> tuple[bool, bool]:
         """Whether a forward pass changes the parameters, and whether it changes the inputs."""

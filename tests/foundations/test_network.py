@@ -1387,6 +1387,76 @@ def test_values_are_dropped_wherever_a_module_can_keep_them(place, called, data)
         assert torch.allclose(network(x), own_outputs(Keeping, Keeping(seed).state_dict(), x), atol=1e-6)
 
 
+class ByLengthOf(Base):
+    """Tables by the number of examples, in a dict that one of its texts is a constant of."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.by_length, self.mixed = {}, {"half": torch.tensor(0.5)}
+
+    def forward(self, x):
+        if len(x) not in self.by_length:
+            self.by_length[len(x)] = super().scale().detach().expand(len(x), -1)
+        if "made" not in self.mixed:
+            self.mixed["made"] = super().scale().detach()
+        return self.b(F.relu(self.a(x) * self.by_length[len(x)] * self.mixed["made"] * self.mixed["half"]))
+
+
+def test_what_is_kept_for_inputs_that_the_examination_does_not_have_is_dropped_as_well(data):
+    x, model = data[0], ByLengthOf(0)
+    model.eval()(x), model(x[:2]), model(x[:5])
+    network = Network(model, CPU)
+    for seed in (1, 2):
+        network.load(ByLengthOf(seed).state_dict())
+        for part in (x, x[:5], x[:2]):
+            assert torch.allclose(
+                network(part), own_outputs(ByLengthOf, ByLengthOf(seed).state_dict(), part), atol=1e-5
+            )
+
+
+def test_what_is_kept_in_layers_that_the_examination_does_not_reach_is_dropped_as_well(data):
+    class Deep(nn.Module):
+        def __init__(self, seed: int) -> None:
+            super().__init__()
+            self.near, self.far = DroppedInSlots(seed), DroppedInSlots(seed + 10)
+
+        def forward(self, x):
+            return self.near(x) + self.far(x) if len(x) > 2 else self.near(x)
+
+    x, model = data[0], Deep(0)
+    model.eval()(x)
+    network = Network(model, CPU)
+    network(x[:2])
+    network.load(Deep(1).state_dict())
+    assert torch.allclose(network(x), own_outputs(Deep, Deep(1).state_dict(), x), atol=1e-6)
+
+
+class DroppedInSlots(Base):
+    kept = None
+
+    def scale(self):
+        self.kept = super().scale().detach() if self.kept is None else self.kept
+        return self.kept
+
+
+@pytest.mark.parametrize("draws", [lambda h: F.dropout(h, 0.5), lambda h: h + torch.randn(6)])
+def test_modules_that_draw_in_evaluation_mode_are_named(draws, data):
+    class Drawing(Base):
+        def forward(self, x):
+            return self.b(draws(F.relu(self.a(x))))
+
+    class Idle(Base):
+        def forward(self, x):
+            torch.rand(2)
+            return super().forward(x)
+
+    with pytest.warns(UserWarning, match="Drawing: it draws random numbers in evaluation mode"):
+        lmc.loss_path(Drawing(0), Drawing(1), Drawing(2), data, alphas=3, progress=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lmc.loss_path(Idle(0), Idle(1), Idle(2), data, alphas=3, progress=False)
+
+
 def counted():
     yield from range(1, 100)
 
