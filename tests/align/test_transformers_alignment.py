@@ -149,6 +149,31 @@ def test_folding_refuses_a_norm_that_something_else_reads():
         lmc.align.fold_norms(spec, model, model, torch.randn(5, 4, generator=torch.Generator().manual_seed(0)))
 
 
+class Mixer(nn.Module):
+    """A norm that is read across positions, and one that is read unit by unit (Tolstikhin et al. 2021)."""
+
+    def __init__(self, tokens: int, dim: int) -> None:
+        super().__init__()
+        self.embed, self.norm1, self.norm2 = nn.Linear(3, dim), nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.across, self.along, self.out = nn.Linear(tokens, tokens), nn.Linear(dim, dim), nn.Linear(dim, 2)
+
+    def forward(self, x):
+        x = self.embed(x)
+        x = x + self.across(self.norm1(x).transpose(1, 2)).tanh().transpose(1, 2)
+        return self.out(x + self.along(self.norm2(x)))
+
+
+@pytest.mark.parametrize("tokens", [4, 6])  # 6: as many as there are units
+def test_a_norm_that_is_read_across_positions_is_not_folded(tokens):
+    model, x = Mixer(tokens, 6), torch.randn(8, tokens, 3, generator=torch.Generator().manual_seed(0))
+    model.load_state_dict(random_weights(model, 0))
+    spec = lmc.permutation_spec(model, x[:2], progress=False)
+    folded = lmc.align.fold_norms(spec, model, model, x)
+    outputs = [torch.func.functional_call(model, dict(w), (x,)) for w in (model.state_dict(), folded)]
+    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
+    assert torch.equal(folded["norm1.weight"], model.norm1.weight) and bool((folded["norm2.weight"] == 1).all())
+
+
 # Rotations
 
 

@@ -41,7 +41,9 @@ from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
 ENOUGH = 1e-3  # a barrier below which nothing is refined any more,
-SHARE = 0.02  # or this share of the barrier as they are: what is learned below that is the examples, not the networks
+SHARE = 0.02  # or this share of the barrier as they are: what is learned of so little is the examples, not the networks
+LITTLE = 0.05  # share of the barrier as they are below which scales are learned more slowly,
+SLOWER = 0.3  # by this factor: trained networks fit the examples so well that scales soon do as well
 STEPS, STEPS_OF_MATRICES = 1500, 4000  # of learning
 RELAXED = 300  # of the relaxation of permutations
 BATCH = 128  # examples in a step of learning
@@ -77,6 +79,7 @@ class Candidate:
     barrier: float = math.nan
     note: str = ""
     repaired: bool = False  # judged with the statistics between the ends repaired
+    margin: float = 0.0  # by which it must be better than what was not learned from examples
 
     @property
     def title(self) -> str:
@@ -216,18 +219,21 @@ class _Search:
 
     @property
     def best(self) -> Candidate:
-        return min(self.candidates, key=_barrier)
+        return min(self.candidates, key=_worth)
 
     @property
     def plain(self) -> list[Candidate]:
         """Those whose statistics are as they come."""
         return [candidate for candidate in self.candidates if not candidate.repaired]
 
-    @property
-    def enough(self) -> bool:
-        """Whether the best, its statistics as they come, is so low that refining it would fit the examples it is judged by."""
+    def share(self, of: float) -> float:
+        """A share of the barrier as they are."""
         naive = self.candidates[0].barrier
-        return min(map(_barrier, self.plain)) < max(ENOUGH, SHARE * naive if math.isfinite(naive) else 0.0)
+        return of * naive if math.isfinite(naive) else 0.0
+
+    def enough(self, share: float) -> bool:
+        """Whether the best, its statistics as they come, has next to no barrier, or no more than a share of the first."""
+        return min(map(_barrier, self.plain)) < max(ENOUGH, self.share(share))
 
     @property
     def left(self) -> float:
@@ -246,9 +252,8 @@ class _Search:
         self.last = self.clock.spent - started
         self.reserve = RESERVE * self.last
         self.attempt("activation matching", self._activation_matching)
-        for candidate in self.candidates[1:]:
-            self.attempt(REPAIRED, partial(self._repaired, candidate))
-        if not self.enough and self._turns:
+        self._repair(self.candidates[1:])
+        if not self.enough(SHARE) and self._turns:
             self.attempt("norms folded", self._folded)
         if self.rotated:
             self.attempt("rotations by activations", lambda: self._rotations("activations"))
@@ -259,17 +264,22 @@ class _Search:
             self.attempt(MODULO, lambda: self._modulo_group(self._best_permuted()))
             self.attempt("straight-through", self._straight_through)
             self.attempt("Sinkhorn", self._sinkhorn)
+            self._repair([candidate for candidate in self.plain[1:] if candidate.permutation is not None])
             self.attempt("learning", lambda: self._learned(min(self.plain, key=_barrier)))
-        refined = min(self.plain, key=_barrier)
-        if not any(candidate.weights is refined.weights for candidate in self.candidates if candidate.repaired):
-            self.attempt(REPAIRED, partial(self._repaired, refined))
+        self._repair([min(self.plain, key=_barrier)])
+
+    def _repair(self, candidates: Sequence[Candidate]) -> None:
+        """Each of them with statistics repaired, if that was not tried yet."""
+        for candidate in candidates:
+            if not any(candidate.weights is each.weights for each in self.candidates if each.repaired):
+                self.attempt(REPAIRED, partial(self._repaired, candidate))
 
     def attempt(self, method: str, make: Callable[[], Candidate | None]) -> None:
         """A candidate, judged, unless there is no time for it or the method refuses the architecture."""
         if self.interrupted:
             return
-        refining = method in (MODULO, "straight-through", "Sinkhorn", "learning")
-        if refining and self.enough:
+        refining = {MODULO: SHARE, "straight-through": 0.0, "Sinkhorn": 0.0, "learning": SHARE}
+        if method in refining and self.enough(refining[method]):
             self.tried.append(Attempt(method, math.nan, 0.0, "not needed"))
             return
         least = SOON * self.clock.seconds if method == MODULO and math.isfinite(self.clock.seconds) else 0.0
@@ -446,13 +456,15 @@ class _Search:
         budget = Budget(self._part())
         judge = partial(self.judge, start.a)
         steps = self.steps or (STEPS if not element.parameters["rotation"] else STEPS_OF_MATRICES)
+        little = min(map(_barrier, self.candidates)) < self.share(LITTLE)
         found = learn(
-            task, start.a, element, judge, steps=steps, budget=budget, generator=generator, progress=self.progress
-        )
+            task, start.a, element, judge, steps=steps, pace=SLOWER if little else 1.0, budget=budget,
+            generator=generator, progress=self.progress,
+        )  # fmt: skip
         self.interrupted = found.interrupted
         note = f"{found.steps} steps" + (", interrupted" if found.interrupted else "")
         method = f"{start.method}, then {names_of(free)} learned"
-        return Candidate(method, start.a, found.weights, None, found.barrier, note)
+        return Candidate(method, start.a, found.weights, None, found.barrier, note, margin=self.share(SHARE))
 
     def _batch_size(self) -> int:
         """Examples in a step of learning: fewer where each has many targets."""
@@ -510,7 +522,7 @@ class _Search:
         """The check that B moved computes what B computes; of the best candidate that passes it."""
         probe = Probe(self.model, self.b, self.inputs, torch.Generator().manual_seed(self.seed))
         power = probe.error(self.a)
-        for candidate in sorted(self.candidates, key=_barrier):
+        for candidate in sorted(self.candidates, key=_worth):
             rounding = max(torch.finfo(x.dtype).eps for x in self.b.values() if x.is_floating_point())
             tolerance = EXACT if candidate.permutation is not None else min(ROUNDINGS * rounding, COARSEST)
             error = probe.error(candidate.weights)
@@ -526,10 +538,15 @@ class _Search:
 
     def _reason(self, best: Candidate) -> str:
         others = [candidate for candidate in self.candidates if candidate is not best]
+        lower = min((other.barrier for other in others if other.margin), default=math.inf)
         text = f"its barrier of {best.barrier:.3f} {self.judge.unit} on the held-out examples is the lowest".replace(
             "  ", " "
         )
-        if others:
+        if lower < best.barrier:
+            text += (
+                f" but for {lower:.3f} by learning, which gains too little to be more than the examples learned from"
+            )
+        elif others:
             second = min(others, key=_barrier)
             text += f"; next is {second.title} with {second.barrier:.3f}"
         late = [each.method for each in self.tried if each.note == LATE]
@@ -538,3 +555,7 @@ class _Search:
 
 def _barrier(candidate: Candidate) -> float:
     return candidate.barrier
+
+
+def _worth(candidate: Candidate) -> float:
+    return candidate.barrier + candidate.margin

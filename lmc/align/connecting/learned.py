@@ -45,13 +45,14 @@ def learn(
     judge: Callable[[Weights], float],
     *,
     steps: int,
+    pace: float,
     budget: Budget,
     generator: torch.Generator,
     progress: bool,
 ) -> Learned:
     """Make the loss at random points between A and B moved small, by Adam with rates that rise and fall along a cosine.
 
-    What counts is what the judge says, measured along the way, the start included. Where the budget is short there are
+    What counts is what the judge says, measured along the way, the start included. `pace` multiplies the rates. Where the budget is short there are
     fewer steps, so that the rates still fall to 0.
     """
     start = element.exact()
@@ -76,7 +77,7 @@ def learn(
                     affordable = (1.0 - TIME_TO_JUDGE) * budget.left / max(each, 1e-9)
                     steps = bar.total = step + int(min(steps - step, affordable))
                 for group in optimizer.param_groups:
-                    group["lr"] = group["rate"] * _rate(step, steps)
+                    group["lr"] = pace * group["rate"] * _rate(step, steps)
                 low, high = BETWEEN
                 alpha = low + (high - low) * float(torch.rand((), generator=generator))
                 moved = element()

@@ -111,7 +111,8 @@ class Probe:
 
     @torch.no_grad()
     def readers(self, spec: PermutationSpec) -> dict[str, list[str]]:
-        """For each norm over a group the linear layers that read its output, or a part of it."""
+        """For each norm over a group the linear layers that read its output, or a part of it, unit by unit: not those that
+        read it transposed, and so mix its positions."""
         outputs: dict[int, tuple[str, Tensor]] = {}  # by storage; the tensors are held, so that none is used twice
         found: dict[str, list[str]] = defaultdict(list)
         handles = []
@@ -125,7 +126,10 @@ class Probe:
         def read(name: str):
             def hook(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
                 source = outputs.get(inputs[0].untyped_storage().data_ptr()) if inputs else None
-                if source is not None and name not in found[source[0]]:
+                along = (inputs[0].shape[-1], inputs[0].stride(-1)) if source is not None else None
+                if source is None or along != (source[1].shape[-1], source[1].stride(-1)):
+                    return
+                if name not in found[source[0]]:
                     found[source[0]].append(name)
 
             return hook
