@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import handwritten
+import numpy as np
 import pytest
 import small_models
 import torch
@@ -21,8 +22,9 @@ import lmc
 from lmc import models
 from lmc.align.weight_matching import algorithm as descent_module
 from lmc.align.weight_matching import gains
-from lmc.align.weight_matching.blocks import build_blocks
+from lmc.align.weight_matching.blocks import _relative, build_blocks, sub_tensor
 from lmc.align.weight_matching.gains import assign, prices_of, separate_pairs
+from lmc.symmetry.groups.group import Table
 
 # By name: the package has a function that is called like this module.
 MODULE = importlib.import_module("lmc.align.weight_matching.matching")
@@ -685,3 +687,15 @@ def test_groups_that_read_tensors_of_two_dtypes_are_matched():
     found = lmc.weight_matching(spec, model, planted.apply(model), progress=False)
     back = found.apply(planted.apply(model))
     assert all(torch.equal(back[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_all_places_of_a_nested_group_in_one_tensor_are_seen_from_its_head():
+    """Queries and keys of two heads in one tensor: units of a head have two places in its slice."""
+    heads = Table((0,), np.array([[0, 1, 4, 5], [2, 3, 6, 7]]))
+    units = (Table((0,), np.array([[0], [1]])), Table((0,), np.array([[4], [5]])), Table((0,), np.array([[2], [3]])))
+    found = _relative({"qk": units, "other": units}, [("qk", heads)], {"qk": (8, 3), "other": (8, 3)})
+    assert [(table.dims, table.rows.tolist()) for table in found[sub_tensor(0)]] == [
+        ((0,), [[0], [1]]),
+        ((0,), [[2], [3]]),
+    ]
+    assert list(found) == [sub_tensor(0)]

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 import lmc.merge as merge
 from lmc.errors import InputError, MismatchError, WeightsError
 from lmc.merge.engine import quantiles
-from lmc.merge.engine.tensors import weight_sets
+from lmc.merge.engine.call import Uniform, _at
+from lmc.merge.engine.tensors import on_base, weight_sets
+from lmc.weights.adapter import Adapter
 
 # every method of one shape, with the options under which a lone model is given back
 WHOLE = {
@@ -368,3 +370,63 @@ def test_options_that_there_are_not_are_named(tmp_path) -> None:
             call()
     with pytest.raises(InputError, match="base"):
         merge.plan(merge.ties, [a], tmp_path / "out")
+
+
+def test_gradients_over_depth_are_straight_between_neighbouring_points() -> None:
+    points = {"gradient": [0.0, 1.0, 0.2, 0.6]}
+    found = [_at(points, depth, "weight") for depth in (0.0, 1 / 6, 1 / 3, 0.5, 2 / 3, 5 / 6, 1.0)]
+    assert found == pytest.approx([0.0, 0.5, 1.0, 0.6, 0.2, 0.4, 0.6])
+    assert _at([points, 2], 0.5, "weight") == pytest.approx([0.6, 2])
+    assert _at({"gradient": [0.3]}, 0.7, "weight") == 0.3
+
+
+def test_random_numbers_do_not_depend_on_the_default_dtype() -> None:
+    like = torch.zeros(2, 7)
+    expected = Uniform(3, "w")(like)
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert torch.equal(Uniform(3, "w")(like), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_derived_tensors_of_an_average_are_settled_with_those_of_the_first_model() -> None:
+    """Of weight normalisation the effective weights are averaged, whatever the free scale of v is."""
+
+    def normed(seed: int, scale: float) -> nn.Module:
+        torch.manual_seed(seed)
+        module = nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+        module.parametrizations.weight.original1.data *= scale
+        return module
+
+    a, b = normed(0, 1.0), normed(1, 50.0)
+    result = normed(2, 1.0)
+    result.load_state_dict(merge.average([a, b]))
+    assert torch.allclose(result.weight, (a.weight + b.weight) / 2, atol=1e-6)
+
+
+def test_methods_say_where_they_are_from() -> None:
+    assert merge.ties.__module__.startswith("lmc.merge.rules.") and merge.ties.__name__ == "ties"
+
+
+def test_a_model_is_one_of_an_adapter_only_where_there_is_a_base() -> None:
+    class Factors(Adapter):
+        def __init__(self) -> None:
+            pass
+
+        def on(self, base):
+            return {name: tensor + 1 for name, tensor in base.items()}
+
+    base, other = {"w": torch.zeros(2)}, {"w": torch.ones(2)}
+    first, second, third = on_base([Factors(), other], base)
+    assert torch.equal(first["w"], torch.ones(2)) and second is other and third is base
+    assert on_base([other], None) == [other]
+
+
+def test_a_gradient_runs_over_the_depth_of_the_blocks() -> None:
+    base = {f"layers.{k}.w": torch.zeros(2) for k in range(3)}
+    tuned = {name: torch.ones(2) for name in base}
+    found = merge.task_arithmetic([tuned], base=base, scale={"gradient": [0.0, 1.0]})
+    assert [float(found[f"layers.{k}.w"][0]) for k in range(3)] == [0.0, 0.5, 1.0]
+    found = merge.task_arithmetic([tuned], base=base, scale={"*.1.*": 0.25, "*": 2.0})
+    assert [float(found[f"layers.{k}.w"][0]) for k in range(3)] == [2.0, 0.25, 2.0]

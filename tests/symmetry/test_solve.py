@@ -7,11 +7,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lmc.symmetry.discovery.discover import assumptions
 from lmc.symmetry.discovery.provenance import differ
 from lmc.symmetry.discovery.solve import Solution, count_of, rank_within, solve
+from lmc.symmetry.discovery.tables import same
+from lmc.symmetry.groups.group import Group, Table
 from lmc.symmetry.rules.tags import along, block, join, make
 from lmc.symmetry.rules.units import Ids, Units
 from lmc.symmetry.tracing.capture import capture
+from lmc.symmetry.tracing.graph import Graph
 
 
 def solved(units: Units, *parameters: Ids) -> Solution:
@@ -225,3 +229,21 @@ def test_values_are_known_to_differ_where_parameters_keep_them_apart(of, expecte
     (result,) = graph.outputs
     found = [differ(graph, result, dim) for dim in range(result.meta["val"].dim())]
     assert found == expected
+
+
+def test_groups_are_the_same_where_all_their_rows_are() -> None:
+    def group(*rows: list[int]) -> Group:
+        return Group("h", 2, {"w": tuple(Table((0,), np.array(r).reshape(2, 1)) for r in rows)})
+
+    assert same(group([0, 1], [2, 3]), group([0, 1], [2, 3]))
+    assert not same(group([0, 1], [2, 3]), group([0, 1], [3, 2]))
+    assert not same(group([1, 0]), group([0, 1]))
+
+
+@pytest.mark.parametrize(
+    "unreached, said",
+    [((), ()), (("a", "b"), ("that a, b have no part",)), (("a", "b", "c"), ("that a, b and 1 more have no part",))],
+)
+def test_parameters_without_a_part_are_assumed_by_name(unreached: tuple[str, ...], said: tuple[str, ...]) -> None:
+    graph = Graph([], {}, [], [], {}, {}, frozenset(), {}, unreached)
+    assert assumptions(graph) == said
