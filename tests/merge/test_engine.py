@@ -428,5 +428,5 @@ def test_a_gradient_runs_over_the_depth_of_the_blocks() -> None:
     tuned = {name: torch.ones(2) for name in base}
     found = merge.task_arithmetic([tuned], base=base, scale={"gradient": [0.0, 1.0]})
     assert [float(found[f"layers.{k}.w"][0]) for k in range(3)] == [0.0, 0.5, 1.0]
-    found = merge.task_arithmetic([tuned], base=base, scale={"*.1.*": 0.25, "*": 2.0})
+    found = merge.task_arithmetic([tuned], base=base, scale={"*": 2.0, "*.1.*": 0.25})
     assert [float(found[f"layers.{k}.w"][0]) for k in range(3)] == [2.0, 0.25, 2.0]
