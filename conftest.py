@@ -91,7 +91,8 @@ def _rounded_alike(x, y):
 def _words(part):
     """A part of a figure without numbers; None where nothing is left."""
     if isinstance(part, dict):
-        part = {key: kept for key, value in part.items() if key != "bdata" and (kept := _words(value))}
+        # "config" holds what a version of plotly takes for granted, an address of its own service for one.
+        part = {key: kept for key, value in part.items() if key not in ("bdata", "config") and (kept := _words(value))}
     elif isinstance(part, list):
         part = [kept for value in part if (kept := _words(value))]
     return _NUMBER.sub("#", part) if isinstance(part, str) else part if isinstance(part, dict | list) else None
