@@ -378,6 +378,9 @@ def test_gradients_over_depth_are_straight_between_neighbouring_points() -> None
     assert found == pytest.approx([0.0, 0.5, 1.0, 0.6, 0.2, 0.4, 0.6])
     assert _at([points, 2], 0.5, "weight") == pytest.approx([0.6, 2])
     assert _at({"gradient": [0.3]}, 0.7, "weight") == 0.3
+    with pytest.raises(InputError, match="^scale: an empty gradient"):
+        tuned, base = ({f"a.{k}.w": torch.full((2,), x) for k in range(2)} for x in (1.0, 0.0))
+        merge.task_arithmetic([tuned], base=base, scale={"gradient": []})
 
 
 def test_random_numbers_do_not_depend_on_the_default_dtype() -> None:

@@ -1,14 +1,16 @@
 """The ledger, the joining of coordinates and the solver, on facts written by hand and on random facts."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph as FxGraph
 
 from lmc.symmetry.discovery.discover import assumptions
-from lmc.symmetry.discovery.provenance import differ
+from lmc.symmetry.discovery.provenance import differ, dim_before
 from lmc.symmetry.discovery.solve import Solution, count_of, rank_within, solve
 from lmc.symmetry.discovery.tables import same
 from lmc.symmetry.groups.group import Group, Table
@@ -247,3 +249,26 @@ def test_groups_are_the_same_where_all_their_rows_are() -> None:
 def test_parameters_without_a_part_are_assumed_by_name(unreached: tuple[str, ...], said: tuple[str, ...]) -> None:
     graph = Graph([], {}, [], [], {}, {}, frozenset(), {}, unreached)
     assert assumptions(graph) == said
+
+
+def test_dims_are_followed_back_through_moves_sums_and_the_last_one_of_a_view() -> None:
+    graph = FxGraph()
+    source = graph.placeholder("x")
+    source.meta["val"] = torch.empty(2, 3, 5)
+
+    def dims(operator: Callable, *args: Any) -> list[int | None]:
+        node = graph.call_function(operator, (source, *args))
+        node.meta["val"] = operator(source.meta["val"], *args)
+        return [dim_before(node, dim) for dim in range(node.meta["val"].dim())]
+
+    aten = torch.ops.aten
+    assert dims(aten.permute.default, [2, 0, -2]) == [2, 0, 1]
+    assert dims(aten.transpose.int, 0, -1) == [2, 1, 0]
+    assert dims(aten.sum.dim_IntList, [1]) == [0, 2]
+    assert dims(aten.sum.dim_IntList, [1], True) == [0, None, 2]
+    assert dims(aten.linalg_vector_norm.default, 2, [-1]) == [0, 1]
+    assert dims(aten.view.default, [6, 5]) == [None, 2]
+    assert dims(aten.view.default, [2, 15]) == [None, None]
+    free = graph.call_function(aten.zeros.default, ([2],))
+    free.meta["val"] = torch.zeros(2)
+    assert dim_before(free, 0) is None

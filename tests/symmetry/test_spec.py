@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -356,3 +357,13 @@ def test_a_spec_read_back_is_the_same_in_every_part():
     assert again.buffers == spec.buffers == {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
     assert (again.shapes, again.frozen, again.aliases) == (spec.shapes, spec.frozen, spec.aliases)
     assert again.coverage == spec.coverage and not again.differences(spec)
+
+
+def test_what_was_assumed_and_kept_is_saved_with_a_spec():
+    spec = replace(
+        lmc.PermutationSpec.from_patterns({"a": "h .", "b": ". h"}, {"a": torch.ones(3, 2), "b": torch.ones(2, 3)}),
+        assumed=("how many are true in a mask",),
+        outputs=("logits", "boxes"),
+    )
+    again = lmc.PermutationSpec.from_dict(spec.to_dict())
+    assert again.assumed == spec.assumed and again.outputs == spec.outputs
