@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph as FxGraph
 
-from lmc.symmetry.discovery.discover import assumptions
+from lmc.symmetry.discovery.discover import assumptions, first_uses
 from lmc.symmetry.discovery.provenance import differ, dim_before
 from lmc.symmetry.discovery.solve import Solution, count_of, rank_within, solve
 from lmc.symmetry.discovery.tables import same
@@ -17,7 +17,7 @@ from lmc.symmetry.groups.group import Group, Table
 from lmc.symmetry.rules.tags import along, block, join, make
 from lmc.symmetry.rules.units import Ids, Units
 from lmc.symmetry.tracing.capture import capture
-from lmc.symmetry.tracing.graph import Graph
+from lmc.symmetry.tracing.graph import Graph, Leaf
 
 
 def solved(units: Units, *parameters: Ids) -> Solution:
@@ -272,3 +272,19 @@ def test_dims_are_followed_back_through_moves_sums_and_the_last_one_of_a_view() 
     free = graph.call_function(aten.zeros.default, ([2],))
     free.meta["val"] = torch.zeros(2)
     assert dim_before(free, 0) is None
+
+
+def test_tensors_are_ranked_by_their_first_use_statistics_included() -> None:
+    graph = FxGraph()
+    x, statistic, weight, tied = (graph.placeholder(name) for name in ("x", "statistic", "weight", "tied"))
+    graph.call_function(torch.ops.aten.sub.Tensor, (x, statistic))
+    graph.call_function(torch.ops.aten.mul.Tensor, (tied, weight))
+    leaves = {
+        "x": Leaf("input", "0"),
+        "statistic": Leaf("buffer", "norm.running_mean"),
+        "weight": Leaf("parameter", "a.weight"),
+        "tied": Leaf("parameter", "b.weight"),
+    }
+    aliases = {"norm.running_mean": "norm.running_mean", "a.weight": "a.weight", "b.weight": "a.weight"}
+    traced = Graph(list(graph.nodes), leaves, [], [], aliases, {}, frozenset({"norm.running_mean"}))
+    assert first_uses(traced) == {"norm.running_mean": 0, "a.weight": 1}
