@@ -383,7 +383,8 @@ def test_gradients_over_depth_are_straight_between_neighbouring_points() -> None
         merge.task_arithmetic([tuned], base=base, scale={"gradient": []})
 
 
-def test_random_numbers_do_not_depend_on_the_default_dtype() -> None:
+def test_random_numbers_do_not_depend_on_the_default_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmc.merge.engine.call.BLOCK", 4)
     like = torch.zeros(2, 7)
     expected = Uniform(3, "w")(like)
     torch.set_default_dtype(torch.float64)
