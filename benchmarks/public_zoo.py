@@ -459,11 +459,15 @@ def segmentation_models() -> Iterator[tuple[str, Built]]:
     import segmentation_models_pytorch as smp
 
     for name in sorted(smp.MODEL_ARCHITECTURES_MAPPING):
+        encoder = "tu-vit_tiny_patch16_224" if name == "dpt" else "resnet18"  # features that all have one size
+        side = {"dpt": 224, "pan": 128}.get(name, 64)
         yield (
             name,
             (
-                lambda name=name: smp.create_model(name, encoder_name="resnet18", encoder_weights=None, classes=3),
-                lambda _: torch.randn(2, 3, 64, 64),
+                lambda name=name, encoder=encoder: smp.create_model(
+                    name, encoder_name=encoder, encoder_weights=None, classes=3
+                ),
+                lambda _, side=side: torch.randn(2, 3, side, side),
             ),
         )
 
