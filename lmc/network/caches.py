@@ -34,8 +34,9 @@ from lmc.network.stores import (
 
 # (name of the module, attribute or "_buffers", keys further inside) of a dict or list that holds values.
 Address: TypeAlias = tuple[Any, ...]
-# How what stands at an address is taken away: None in its place, deleted, or tensors and arrays without their values.
-Way: TypeAlias = Literal["none", "deleted", "zeros", "nan", "empty"]
+# How what stands at an address is taken away: None in its place, or 0 in that of a number, deleted, or tensors and arrays without
+# their values.
+Way: TypeAlias = Literal["none", "zero", "deleted", "zeros", "nan", "empty"]
 Removal: TypeAlias = dict[Address, Way]
 Container: TypeAlias = dict[Any, Any] | list[Any] | deque[Any] | set[Any]
 
@@ -222,7 +223,7 @@ def removable(module: nn.Module, run: Callable[[Removal], nn.Module]) -> Removal
             left.setdefault(kind[0], set()).update(addresses)
     for kind, addresses in left.items():
         together = [place for place, owner in _set_places(module) if owner is kind]
-        found |= _made_again(together, addresses, run, dicts)
+        found |= _made_again(together, addresses, run, dicts, ("none", "deleted", "zero"))
     return found | _written_again(module, found, run)
 
 
@@ -240,13 +241,13 @@ def _made_again(
     wanted: Collection[Address],
     run: Callable[[Removal], nn.Module],
     dicts: Collection[Address],
+    ways: Sequence[Way] = ("none", "deleted"),
 ) -> Removal:
     """A way to empty these places for the wanted ones to be filled again; empty where they are not.
 
     In modules of one class it is enough that one of them fills its own, and in a dict by length, shape or device, that one key
     is there again: these inputs need no other.
     """
-    ways: tuple[Way, ...] = ("none", "deleted")
     for way in ways:
         removal: Removal = dict.fromkeys(places, way)
         try:
@@ -459,8 +460,9 @@ def empty(module: nn.Module, removal: Removal) -> None:
                     _clear(tensor, way)
             elif way == "deleted" or (way == "none" and isinstance(container, dict) and not _is_namespace(address)):
                 del container[key]
-            elif way == "none":
-                container[key] = None
+            elif way is not None:
+                number = way == "zero" and isinstance(container[key], bool | int | float)
+                container[key] = type(container[key])(0) if number else None
 
 
 def _clear(tensor: Tensor, way: Way) -> None:

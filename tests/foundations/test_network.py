@@ -6,6 +6,7 @@ import itertools
 import random
 import sys
 import threading
+import time
 import warnings
 from collections import UserDict, deque
 
@@ -505,6 +506,19 @@ class Sparse(Base):
         return self.cache["kept"].to_dense()
 
 
+class ForAnHour(Base):
+    """Made again when it has become too old."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.until, self.kept = 0.0, None
+
+    def scale(self):
+        if time.monotonic() > self.until:
+            self.kept, self.until = super().scale().detach(), time.monotonic() + 3600
+        return self.kept
+
+
 CACHING = [
     MadeInItsOwnEval,
     InADictOfDicts,
@@ -545,6 +559,7 @@ every = pytest.mark.parametrize(
     [
         *CACHING,
         AGenerator,
+        ForAnHour,
         Sparse,
         FilledWhereNaN,
         FilledArray,

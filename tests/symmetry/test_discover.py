@@ -415,3 +415,8 @@ def test_no_units_for_each_two_tokens():
     spec = lmc.permutation_spec(model, torch.randn(2, tokens, 3))
     assert sorted(group.size for group in spec.groups.values()) == [2, 4, 4, 4, 4, 8]
     assert ("bias", 1) in spec.frozen
+
+
+def test_what_is_put_out_stays_for_that_reason() -> None:
+    frozen = discover(nn.Linear(2, 3), (torch.randn(2, 2),), None).frozen
+    assert frozen == {("weight", 0): "output", ("bias", 0): "output", ("weight", 1): "input 0 (linear)"}
