@@ -261,7 +261,7 @@ def _made_again(
 
 
 def _kind_of_key(address: Address, dicts: Collection[Address]) -> Any:
-    """What the keys have in common under which the same is kept for other inputs; None in lists, and for texts in dicts."""
+    """The part that keys have in common under which the same is kept for other inputs; None in lists, and for texts in dicts."""
     if _is_namespace(address[:-1]):
         return address[-1]
     return None if address[:-1] not in dicts or isinstance(address[-1], str) else type(address[-1])

@@ -349,7 +349,7 @@ class Network:
         return verdict
 
     def _found(self, inputs: Any, weights: Weights) -> tuple[Removal, Verdict]:
-        """What the module holds of earlier calls, and the verdict on it; a known one where it is as it was."""
+        """The traces of earlier calls that the module holds, and the verdict on it; a known one where it is as it was."""
         examination = Examination(self._name, self.module, self._trial, weights, inputs)
         stale = examination.stale()
         known, seen = _VERDICTS.get(self._model, (None, None))

@@ -44,7 +44,7 @@ class Shared:
 
     @property
     def ways(self) -> tuple[Absent, ...]:
-        """How what is not there may be absent."""
+        """The ways in which something may be absent."""
         return (
             ("none", "deleted") if self.name is not None and not isinstance(self.holder, types.CellType) else ("none",)
         )
@@ -185,7 +185,7 @@ def additions(module: nn.Module) -> list[Any]:
 
 
 def writes_of(model: nn.Module) -> Writes:
-    """What the forward passes of a model's modules, and the hooks on them, may set or write: also on each other."""
+    """All that the forward passes of a model's modules, and the hooks on them, may set or write: also on each other."""
     modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
     own = [(type(m), getattr(x, "__func__", x)) for m in modules for x in additions(m)]
     found = [stores(kind).writes for kind in {type(m) for m in modules if not is_torch(m)}]

@@ -74,7 +74,7 @@ def mix(*parts: npt.NDArray[np.generic] | int) -> Hashes:
 
 
 def count_of(keys: npt.NDArray[np.generic]) -> int:
-    """How many different numbers there are, by sorting: `np.unique` would put millions into a hash table one by one."""
+    """The count of different numbers, by sorting: `np.unique` would put millions into a hash table one by one."""
     ordered = np.sort(keys)
     return int(np.count_nonzero(ordered[1:] != ordered[:-1])) + bool(ordered.size)
 
