@@ -42,7 +42,7 @@ from lmc.weights import ModelOrWeights, Weights, agreeing
 
 ENOUGH = 1e-3  # a barrier below which nothing is refined any more,
 SHARE = 0.02  # or this share of the barrier as they are: what is learned of so little is the examples, not the networks
-LITTLE = 0.03  # share of the barrier as they are below which scales are learned more slowly,
+LITTLE = 0.045  # share of the barrier as they are below which scales are learned more slowly,
 SLOWER = 0.3  # by this factor: trained networks fit the examples so well that scales soon do as well
 STEPS, STEPS_OF_MATRICES = 1500, 4000  # of learning
 RELAXED = 300  # of the relaxation of permutations
