@@ -251,13 +251,23 @@ def _made_again(
     for way in ways:
         removal: Removal = dict.fromkeys(places, way)
         try:
-            filled = {address for address, _ in _float_places(run(removal))} & set(wanted)
+            called = run(removal)
         except Exception:  # noqa: BLE001 (whatever it is that the forward pass misses: a constant, then)
             continue
+        if way == "zero" and not _all_there(called, places):  # no call fails for want of a constant that became 0
+            continue
+        filled = {address for address, _ in _float_places(called)} & set(wanted)
         kinds = {_kind_of_key(address, dicts) for address in filled} - {None}
         if filled and all(_kind_of_key(address, dicts) in kinds for address in set(wanted) - filled):
             return removal
     return {}
+
+
+def _all_there(module: nn.Module, places: Iterable[Address]) -> bool:
+    """Whether none of these places holds None or 0."""
+    held = {(*address, key): value for address, container in containers(module) for key, value in items_of(container)}
+    values = [held.get(place) for place in places]
+    return not any(value is None or (isinstance(value, bool | int | float) and value == 0) for value in values)
 
 
 def _kind_of_key(address: Address, dicts: Collection[Address]) -> Any:

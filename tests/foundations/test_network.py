@@ -506,6 +506,19 @@ class Sparse(Base):
         return self.cache["kept"].to_dense()
 
 
+class SetInTraining(Base):
+    """With a constant that only training sets, which no call misses when it is 0."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.rate = 1.5
+
+    def scale(self):
+        if self.training:
+            self.rate = 1.5
+        return super().scale() * self.rate
+
+
 class ForAnHour(Base):
     """Made again when it has become too old."""
 
@@ -559,6 +572,7 @@ every = pytest.mark.parametrize(
     [
         *CACHING,
         AGenerator,
+        SetInTraining,
         ForAnHour,
         Sparse,
         FilledWhereNaN,
