@@ -22,6 +22,8 @@ from torch import nn
 LIBRARIES = ("torch", "numpy", "builtins", "functools", "collections", "enum", "re", "pathlib", "logging", "threading")
 # How a variable that is not there may be absent.
 Absent: TypeAlias = Literal["none", "deleted"]
+_PARTS = frozenset(("_parameters", "_buffers", "_modules"))  # of a module, which are no objects of the caller's
+_SIMPLE = frozenset((bool, int, float, str, type(None)))
 _SETTERS = frozenset(("setdefault", "update", "append", "appendleft", "extend", "insert", "add"))
 
 
@@ -204,9 +206,11 @@ def _written_in(function: types.FunctionType, kind: type) -> Writes:
 
 def _classes_held(modules: Iterable[nn.Module]) -> set[type]:
     """The caller's own classes of the objects that modules have as attributes, or in tuples, lists and dicts there."""
-    found = set()
+    found: set[type] = set()
     for module in modules:
-        for value in vars(module).values():
+        for key, value in vars(module).items():
+            if key in _PARTS or type(value) in _SIMPLE or (isinstance(value, dict | list | tuple) and not value):
+                continue
             several = (
                 value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
             )
