@@ -52,6 +52,7 @@ def labelled(name: str) -> list[dict]:
     ]
 
 
+@pytest.mark.thorough
 def test_labels_of_barriers_cover_nothing(window, tmp_path):
     (tmp_path / "page.html").write_text(f'<script src="{LIBRARY.as_uri()}"></script>')
     page = window.open((tmp_path / "page.html").as_uri())

@@ -6,6 +6,7 @@ import os
 import re
 import time
 
+import pytest
 from acts import NETWORKS, drag, until, write
 
 from conftest import KERNEL_IDLE, ROOT
@@ -96,6 +97,7 @@ for _ in tqdm(range(3), desc="wo" + "rk", delay=1e-9, mininterval=0.0): pass
 print("do" + "ne")"""
 
 
+@pytest.mark.thorough
 def test_two_widgets_of_a_path_stay_in_step_and_what_is_saved_is_alive_when_it_is_opened_again(server, open_notebook):
     make = "path, naive = lmc.loss_path(model, a, b, data, alphas=9), lmc.loss_path(model, a, c, data, alphas=9)"
     cells = NETWORKS + make, "w = path.explore(naive=naive)\nw", "v = path.explore()\nv", BAR
@@ -127,18 +129,17 @@ def stay_in_step(lab) -> None:
 
 
 def are_alive_again(lab) -> None:
-    """Saved and loaded again with no setting touched: without a kernel an explorer interpolates, and with one, which the
-    thorough form looks at, it asks for exact values."""
+    """Saved and loaded again with no setting touched: with its kernel an explorer asks for exact values, and without one it
+    interpolates."""
     page = lab.page
     explorer = page.locator(".lmc-path").first
     page.evaluate("window.jupyterapp.commands.execute('docmanager:save')")
     page.wait_for_function("!window.jupyterapp.shell.currentWidget.content.model.dirty")
-    if os.environ.get("LMC_THOROUGH"):
-        page.reload()
-        page.wait_for_function(KERNEL_IDLE)
-        page.wait_for_function("globalThis.lmcModels?.size")  # the kernel of before is still there
-        drag(page, explorer.get_by_role("slider"), (0.5, 0.5), (0.7, 0.5))
-        explorer.locator(".lmc-note[data-state=exact]").wait_for()
+    page.reload()
+    page.wait_for_function(KERNEL_IDLE)
+    page.wait_for_function("globalThis.lmcModels?.size")  # the kernel of before is still there
+    drag(page, explorer.get_by_role("slider"), (0.5, 0.5), (0.7, 0.5))
+    explorer.locator(".lmc-note[data-state=exact]").wait_for()
     page.evaluate("window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
     page.reload()
     page.wait_for_function(KERNEL_IDLE)

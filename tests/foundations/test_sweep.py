@@ -222,6 +222,7 @@ def test_values_may_not_hide_parameters(threads):
         assert lmc.sweep(lambda x: {"x": 2}, {"x": [1]}, executor=threads, **QUIET).failed
 
 
+@pytest.mark.thorough
 def test_a_process_that_dies_is_replaced(tmp_path):
     """Processes of this machine: one cell raises, one loses its process once."""
     log, grid = str(tmp_path / "log"), {"log": [str(tmp_path / "log")], "seed": [0, 1, 3, 4]}

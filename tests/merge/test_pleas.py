@@ -61,7 +61,7 @@ def test_at_the_size_of_one_it_is_permuting_and_averaging(name: str):
 
 
 @pytest.mark.parametrize("name", ["mlp", "vgg-bn", "vit"])
-@pytest.mark.parametrize("budget", [1.0, 1.15])
+@pytest.mark.parametrize("budget", [1.0, pytest.param(1.15, marks=pytest.mark.thorough)])
 def test_a_permuted_copy_gives_the_same_function_at_every_budget(name: str, budget: float):
     case = CASES[name]()
     a, inputs = double(case.other(3)), case.inputs.double()

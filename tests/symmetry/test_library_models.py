@@ -95,7 +95,7 @@ LIBRARY = {
 
 # By default one of each kind: a decoder, an encoder with a decoder, pictures. Grouped queries, experts and encoders have tests
 # of their own below.
-USUAL = {"gpt2", "t5", "vit"}
+USUAL = {"gpt2", "vit"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in USUAL else pytest.mark.thorough) for n in LIBRARY])
