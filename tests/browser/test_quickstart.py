@@ -2,7 +2,6 @@
 opened again. One file, so that all of it is served by one JupyterLab."""
 
 import json
-import os
 import re
 import time
 
