@@ -1,7 +1,7 @@
 """Barriers between every two of many networks: which of them share a basin."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,6 +19,7 @@ from lmc.errors import InputError, WorkerError
 from lmc.landscape.evaluation.evaluation import Evaluation, Repair
 from lmc.landscape.evaluation.measured import Values
 from lmc.landscape.path import mixture_path, points_of
+from lmc.network.batches import reread
 from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights, Weights, as_weights
 
@@ -160,7 +161,7 @@ def pairwise_barriers(
     pairs = [pair for pair in combinations(range(len(models)), 2) if np.isnan(found.barriers[pair])]
     shared: dict[str, Any] = {
         "model": model, "models": [weights if isinstance(weights, Mapping) else as_weights(weights) for weights in models],
-        "data": list(data) if isinstance(data, Iterator) else data, "names": called, "align": align,
+        "data": reread(data), "names": called, "align": align,
         "alphas": points_of(alphas), "repair": repair, "inputs": inputs, "loss": loss, "outputs": outputs,
         "batch_size": batch_size, "device": device,
     }  # fmt: skip

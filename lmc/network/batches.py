@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -146,6 +147,21 @@ def as_splits(data: Any, targets_of: TargetsOf | None = None) -> list[Split]:
     return [_split(part, name, targets_of) for name, part in named.items()]
 
 
+def reread(data: Any) -> Any:
+    """Data for functions that go through them several times: with lists in place of iterators, those of splits, too."""
+    if isinstance(data, TaskData):
+        return data.task.on(reread(data.data))
+    if isinstance(data, Iterator):
+        return list(data)
+    if isinstance(data, Mapping) and any(isinstance(part, Iterator | TaskData) for part in data.values()):
+        return {name: reread(part) for name, part in data.items()}
+    if hasattr(data, "train") and hasattr(data, "test") and not isinstance(data, torch.nn.Module):
+        sets = {name: getattr(data, name) for name in ("train", "validation", "test") if hasattr(data, name)}
+        if any(isinstance(part, Iterator) for part in sets.values()):
+            return SimpleNamespace(**{name: reread(part) for name, part in sets.items()})
+    return data
+
+
 def masked(data: Any) -> dict[str, Any]:
     """One set for each of the masks `train_mask`, `val_mask` and `test_mask` of a data object; else none."""
     masks = {name: getattr(data, f"{name}_mask", None) for name in ("train", "val", "test")}
@@ -159,7 +175,9 @@ def masked(data: Any) -> dict[str, Any]:
 def from_numpy(data: Any) -> Any:
     """Data with tensors in place of numpy's arrays, alone or in tuples, lists and mappings."""
     if isinstance(data, np.ndarray) and data.dtype.kind in "biufc":
-        return torch.from_numpy(data if data.flags.writeable else data.copy())
+        native = data.astype(data.dtype.newbyteorder("="), copy=False)
+        plain = native.flags.writeable and min(native.strides, default=0) >= 0  # else a tensor cannot share its memory
+        return torch.from_numpy(native if plain else native.copy())
     if isinstance(data, Mapping):
         found = {key: from_numpy(value) for key, value in data.items()}
         return found if any(found[key] is not value for key, value in data.items()) else data

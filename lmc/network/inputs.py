@@ -42,6 +42,8 @@ def input_batches(model: nn.Module, inputs: Any, batch_size: int) -> Iterator[Ca
     inputs = from_numpy(_training_inputs(inputs))
     needed = required_arguments(model)
     seen = 0
+    if isinstance(inputs, list) and _is_labelled(inputs, max(needed, 1) + 1):
+        inputs = tuple(inputs)
     whole = bool(tensors(inputs)) and not isinstance(inputs, list) and not _is_loader(inputs)
     for batch in (inputs,) if whole else _iterable(inputs):
         call = _without_targets(model, batch, needed)
@@ -96,6 +98,14 @@ def _is_loader(inputs: Any) -> bool:
     """True for an iterable of batches that happens to have tensors as attributes."""
     plain = isinstance(inputs, Tensor | Mapping | tuple | list)
     return not plain and isinstance(inputs, Iterable) and not hasattr(inputs, "to_dict")
+
+
+def _is_labelled(batch: list[Any], count: int) -> bool:
+    """True for tensors of as many examples of which the last is of another kind: the targets, and no batch of inputs."""
+    if len(batch) != count or not all(isinstance(part, Tensor) and part.ndim for part in batch):
+        return False
+    kinds = {(part.dtype, part.shape[1:]) for part in batch[:-1]}
+    return len({len(part) for part in batch}) == 1 and (batch[-1].dtype, batch[-1].shape[1:]) not in kinds
 
 
 def _without_targets(model: nn.Module, batch: Any, needed: int) -> Call:

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from inspect import Parameter, signature
@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lmc.core.context import warn
 from lmc.errors import DataError, InputError
 from lmc.network.batches import IGNORED, Split, TargetsOf, TaskData, tensors
 
@@ -30,15 +31,23 @@ UNITS = {
 
 # Of torch's losses, those that compare outputs and targets entry by entry, and would spread (N, 1) and (N,) to (N, N).
 ENTRYWISE = {
-    *(
-        "mse_loss",
-        "l1_loss",
-        "smooth_l1_loss",
-        "huber_loss",
-        "binary_cross_entropy",
-        "binary_cross_entropy_with_logits",
-    ),
-    *("MSELoss", "L1Loss", "SmoothL1Loss", "HuberLoss", "BCELoss", "BCEWithLogitsLoss"),
+    *("mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "poisson_nll_loss"),
+    *("binary_cross_entropy", "binary_cross_entropy_with_logits", "soft_margin_loss", "hinge_embedding_loss"),
+    *("MSELoss", "L1Loss", "SmoothL1Loss", "HuberLoss", "KLDivLoss", "PoissonNLLLoss"),
+    *("BCELoss", "BCEWithLogitsLoss", "SoftMarginLoss", "HingeEmbeddingLoss"),
+}
+
+# Of torch's losses, those of classes, which stand along axis 1 of the outputs and are int64.
+OF_CLASSES = {
+    *("cross_entropy", "nll_loss", "multi_margin_loss"),
+    *("CrossEntropyLoss", "NLLLoss", "MultiMarginLoss"),
+}
+
+# Of torch's losses, those whose third argument is not the inputs.
+OF_THREE = {
+    *("gaussian_nll_loss", "cosine_embedding_loss", "margin_ranking_loss", "triplet_margin_loss", "ctc_loss"),
+    *("GaussianNLLLoss", "CosineEmbeddingLoss", "MarginRankingLoss", "TripletMarginLoss", "CTCLoss"),
+    *("triplet_margin_with_distance_loss", "TripletMarginWithDistanceLoss"),
 }
 
 
@@ -62,6 +71,8 @@ class Task:
         outputs: what the loss is given of the module's result: a function of it, a key or attribute, or a position.
             Default: the tensor, or `.logits`; where there is neither, a loss of one's own is given all of it.
         ignore: the target that does not count (default: the `ignore_index` of the loss, else -100).
+        axis: 1 or -1, where the classes are in outputs whose shape admits both, (N, 5, 5) for targets (N, 5). Default: 1
+            for torch's losses and for maps (N, C, H, W), the last for sequences, with a warning unless a loss says it.
         targets: makes targets of `(inputs, targets or None)`, for tasks whose targets are in the inputs.
         labels: the argument by which the module takes targets and computes a loss of its own (Hugging Face: "labels"),
             which is used: `.loss` of the result, its entry "loss", or the scalar in a tuple. To inputs that are no
@@ -82,6 +93,7 @@ class Task:
     metrics: Mapping[str, Loss] = field(default_factory=dict)
     outputs: Outputs = None
     ignore: int = IGNORED
+    axis: int | None = None
     targets: TargetsOf | None = None
     labels: str | None = None
     unit: str = "nats"
@@ -98,7 +110,7 @@ class Task:
     @classmethod
     def segmentation(cls, ignore: int = 255, **others: Any) -> "Task":
         """Classes of pixels: outputs (N, C, H, W), or a result with entry "out", and targets (N, H, W)."""
-        return cls(ignore=ignore, **others)
+        return cls(ignore=ignore, **{"axis": 1, **others})
 
     @classmethod
     def regression(cls, **others: Any) -> "Task":
@@ -126,7 +138,7 @@ class Task:
         per = {"nats": 1.0, "bits": math.log(2.0)}[unit]
         derived = {"perplexity": lambda loss: math.exp(min(per * loss, 700.0))}
         loss = None if unit == "nats" else functools.partial(_cross_entropy_in, per=per)
-        return cls(loss=loss, targets=_next_tokens, unit=f"{unit} per token", derived=derived, **others)
+        return cls(loss=loss, axis=-1, targets=_next_tokens, unit=f"{unit} per token", derived=derived, **others)
 
     @classmethod
     def reconstruction(cls, **others: Any) -> "Task":
@@ -159,6 +171,13 @@ class Task:
         if loss is not None and not isinstance(loss, Task):
             task = replace(task, loss=loss, labels=None, unit=_unit(loss), derived={})
             task = replace(task, ignore=_ignored_by(loss, task.ignore))
+            if _name(loss) in OF_CLASSES:
+                task = replace(task, axis=1)
+            if _name(loss) in OF_THREE:
+                raise InputError(
+                    f"loss={_name(loss)} takes three arguments of its own, a loss here outputs, targets and inputs: write a "
+                    "function of these that calls it, for example lambda outputs, targets: ..."
+                )
         if metrics:
             task = replace(task, metrics={**task.metrics, **metrics})
         return task if outputs is None else replace(task, outputs=outputs)
@@ -216,7 +235,7 @@ class Task:
         found = _logits(outputs) if self.labels is not None else outputs
         if not isinstance(found, Tensor) or (self.labels is not None and targets.ndim > 1):
             return None  # the module itself may shift the targets of sequences
-        rows = class_last(found[None], targets)
+        rows = class_last(found[None], targets, self.axis)
         return None if rows is None else rows[0]
 
     def counted(self, targets: Tensor) -> int:
@@ -248,9 +267,17 @@ class Task:
     def check(self, split: Split, outputs: Any, targets: Tensor) -> None:
         """Raise `DataError` for targets of a split that are no classes of the outputs, where the task is to classify.
 
+        A warning is given where the shapes leave open along which axis the classes are.
+
         Args:
             outputs, targets: of a few examples.
         """
+        if self.axis is None and isinstance(outputs, Tensor) and all(_fitting(outputs.shape, targets)):
+            warn(
+                f"{split.name}: the classes of outputs {tuple(outputs.shape)} may stand along axis 1 or along the last, as both "
+                f"have the length of the targets' {tuple(targets.shape)}; taken is {'1' if outputs.ndim > 3 else 'the last'}. "
+                "Say which: loss=lmc.Task.classes(axis=1), or axis=-1"
+            )
         if self.loss is not None or self.labels is not None:
             return
         rows = self.logits(outputs, targets)
@@ -308,6 +335,8 @@ def measured(measure: Loss, name: str, outputs: Any, targets: Tensor, inputs: An
     """
     if _name(measure) in ENTRYWISE and isinstance(outputs, Tensor):
         found = measure(*_one_form(outputs, targets))
+    elif _name(measure) in OF_CLASSES and _are_classes(targets):
+        found = measure(outputs, targets.long())
     else:
         found = measure(*(outputs, targets, inputs)[: _arity(measure)])
     try:
@@ -323,21 +352,44 @@ def measured(measure: Loss, name: str, outputs: Any, targets: Tensor, inputs: An
     return value
 
 
-def class_last(outputs: Tensor, targets: Tensor) -> Tensor | None:
+def takes_numbers(loss: Loss, outputs: Any, targets: Tensor, inputs: Any) -> bool:
+    """Whether a loss of one's own reads integer targets as numbers (quantiles of counts), not as classes: it changes
+    steadily with them, where a loss of classes refuses fractions, cuts them off or finds nothing equal to them."""
+    try:
+        at, near, far = (
+            measured(loss, "loss", outputs, targets.to(torch.get_default_dtype()) + shift, inputs).double().sum()
+            for shift in (0.0, 1 / 64, 1 / 4)
+        )
+    except Exception:  # whatever the caller's code raises for numbers
+        return False
+    return bool(0 < (near - at).abs() < (far - at).abs() / 4)
+
+
+def class_last(outputs: Tensor, targets: Tensor, axis: int | None = None) -> Tensor | None:
     """Outputs (K, N, ..., C) or (K, N, C, ...) as logits (K, targets, C) where the targets are classes, else None.
 
-    Targets may have a further axis of length 1, the last or that of channels."""
+    Targets may have a further axis of length 1, the last or that of channels.
+
+    Args:
+        axis: as for `Task`, of the outputs of one weight set.
+    """
     shape = outputs.shape[1:]
-    if targets.ndim == len(shape) > 1:
-        axis = next((axis for axis in (1, -1) if targets.shape[axis] == 1), None)
-        targets = targets if axis is None else targets.squeeze(axis)
-    if not _are_classes(targets) or len(shape) != targets.ndim + 1:
+    last, first = _fitting(shape, targets)
+    if not (last or first):
         return None
-    if shape[:-1] != targets.shape:
-        if shape[:1] + shape[2:] != targets.shape:
-            return None
+    if first and (not last or axis == 1 or (axis is None and len(shape) > 3)):
         outputs = outputs.movedim(2, -1)
     return outputs.reshape(len(outputs), targets.numel(), outputs.shape[-1])
+
+
+def _fitting(shape: Sequence[int], targets: Tensor) -> tuple[bool, bool]:
+    """Whether targets are classes along the last axis of outputs of a shape, and whether along axis 1, where that is another."""
+    goal = tuple(targets.shape)
+    if len(goal) == len(shape) > 1 and 1 in (goal[1], goal[-1]):
+        goal = (goal[0], *goal[2:]) if goal[1] == 1 else goal[:-1]
+    if not _are_classes(targets) or len(shape) != len(goal) + 1:
+        return False, False
+    return tuple(shape[:-1]) == goal, len(shape) > 2 and (shape[0], *shape[2:]) == goal
 
 
 def check_classes(targets: Tensor, classes: int, split: str, ignore: int = IGNORED) -> None:
@@ -436,7 +488,7 @@ def _right_labels(outputs: Tensor, targets: Tensor) -> Tensor:
 
 def _cross_entropy_in(outputs: Tensor, targets: Tensor, *, per: float) -> Tensor:
     """The cross-entropy at each position, in units of `per` nats."""
-    rows = class_last(outputs[None], targets)
+    rows = class_last(outputs[None], targets, -1)
     if rows is None:
         raise no_classes(outputs, targets, "data")
     return (

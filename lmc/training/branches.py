@@ -10,6 +10,7 @@ from torch import nn
 
 from lmc.core.context import own_context, warn
 from lmc.errors import InputError
+from lmc.network.batches import reread
 from lmc.training.loop import train
 from lmc.training.run import Trained
 from lmc.weights import Weights
@@ -75,7 +76,7 @@ def branches(
         raise InputError(f"seeds={orders}: expected at least two, other than the trunk's {seed}")
     if taken := sorted({"keep", "start"} & options.keys()):
         raise InputError(f"{taken[0]}: branches decides it, by at=")
-    init = options.pop("init", None)
+    init, data = options.pop("init", None), reread(data)
     common: dict[str, Any] = {"epochs": epochs, "device": device, "progress": progress, **options}
     trunk = train(model, data, seeds=[seed], keep=wanted, init=init, **common)
     if trunk.interrupted:

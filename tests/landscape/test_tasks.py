@@ -197,6 +197,9 @@ def test_regression_is_in_its_own_unit_and_takes_targets_without_a_last_axis():
         (functools.partial(F.huber_loss, delta=0.5), lambda o, y: F.huber_loss(o, y, delta=0.5)),
         (nn.BCEWithLogitsLoss(), F.binary_cross_entropy_with_logits),
         (F.binary_cross_entropy_with_logits, F.binary_cross_entropy_with_logits),
+        (nn.PoissonNLLLoss(), F.poisson_nll_loss),
+        (F.soft_margin_loss, F.soft_margin_loss),
+        (nn.HingeEmbeddingLoss(), F.hinge_embedding_loss),
     ],
 )
 @pytest.mark.parametrize("last", ["outputs", "targets"])
@@ -205,6 +208,58 @@ def test_torchs_losses_do_not_spread_a_last_axis_over_the_examples(loss, want, l
     model = linear(6, 1) if last == "outputs" else nn.Sequential(linear(6, 1), nn.Flatten(0))
     found = evaluate(model, None, (X, goal if last == "outputs" else goal[:, None]), loss=loss)["data"].loss
     assert found == pytest.approx(want(model(X).detach().reshape(-1), goal.float()).item(), rel=1e-5)
+
+
+def test_losses_of_torch_whose_third_argument_is_no_input_are_refused():
+    with pytest.raises(InputError, match="GaussianNLLLoss takes three arguments of its own"):
+        evaluate(linear(6, 1), None, (X.abs(), X[:, :1]), loss=nn.GaussianNLLLoss())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+def test_classes_are_integers_of_any_size(dtype):
+    for loss in (None, nn.CrossEntropyLoss(), F.cross_entropy, functools.partial(F.cross_entropy, label_smoothing=0.1)):
+        assert evaluate(linear(), None, (X, Y.to(dtype)), loss=loss) == evaluate(linear(), None, (X, Y), loss=loss)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_classes_stand_where_the_task_says_when_shapes_leave_it_open(size):
+    """Six classes of 6 x 6 pixels, and six classes at each of six positions: both axes fit the targets."""
+    torch.manual_seed(0)
+    maps, pixels = nn.Conv2d(3, 6, 1), MASKS.clamp(max=5)
+    firsts = {"axis=1": Task.classes(axis=1), "segmentation": Task.segmentation(), "torch's": nn.CrossEntropyLoss()}
+    lines, tokens = nn.Conv1d(3, 6, 1), pixels[:, 0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for model, inputs, goal in ((maps, IMAGES, pixels), (lines, IMAGES[:, :, 0], tokens)):
+            for loss in firsts.values():
+                score = evaluate(model, None, (inputs, goal), loss=loss, batch_size=size)["data"]
+                assert score.loss == pytest.approx(F.cross_entropy(model(inputs), goal).item(), rel=1e-5)
+                assert score.accuracy == pytest.approx((model(inputs).argmax(1) == goal).float().mean().item())
+            last = evaluate(model, None, (inputs, goal), loss=Task.classes(axis=-1), batch_size=size)["data"].loss
+            assert last == pytest.approx(F.cross_entropy(model(inputs).movedim(-1, 1), goal).item(), rel=1e-5)
+    for model, inputs, goal, axis in ((maps, IMAGES, pixels, 1), (lines, IMAGES[:, :, 0], tokens, -1)):
+        with pytest.warns(UserWarning, match="may stand along axis 1 or along the last"):
+            found = evaluate(model, None, (inputs, goal), batch_size=size)
+        assert found == evaluate(model, None, (inputs, goal), loss=Task.classes(axis=axis), batch_size=size)
+
+
+def test_targets_that_a_loss_reads_as_numbers_have_no_accuracy():
+    shares = torch.tensor([0.1, 0.5, 0.9, 0.95])
+
+    def quantiles(outputs, targets):
+        beyond = targets[:, None] - outputs
+        return torch.maximum(shares * beyond, (shares - 1) * beyond).mean()
+
+    def one_hot(outputs, targets):
+        return -((torch.arange(4) == targets[:, None]) * outputs.log_softmax(1)).sum(1)
+
+    def picked(outputs, targets):
+        return -outputs.log_softmax(1).gather(1, targets[:, None]).mean()
+
+    assert "accuracy" not in evaluate(linear(), None, (X, Y), loss=quantiles)["data"].values
+    right = evaluate(linear(), None, (X, Y))["data"].accuracy
+    for loss in (one_hot, picked, lambda outputs, targets: F.cross_entropy(outputs, targets.long())):
+        assert evaluate(linear(), None, (X, Y), loss=loss)["data"].accuracy == right
 
 
 @pytest.mark.parametrize("labels", [1, 5])
@@ -638,6 +693,9 @@ def test_arrays_of_numpy_are_tensors():
     own = F.cross_entropy(linear()(X), Y).item()
     for data in ((X.numpy(), Y.numpy()), [(X[:9].numpy(), Y[:9].numpy()), (X[9:].numpy(), Y[9:].numpy())]):
         assert evaluate(linear(), None, data)["data"].loss == pytest.approx(own, abs=1e-6)
+    reversed_, swapped = (X.numpy()[::-1], Y.numpy()[::-1]), (X.numpy().astype(">f4"), Y.numpy().astype(">i8"))
+    for data in (reversed_, swapped):
+        assert evaluate(linear(), None, data)["data"].loss == pytest.approx(own, abs=1e-6)
     model = nn.BatchNorm1d(6)
     found = recalibrate_batchnorm(model, None, X.numpy())
     assert torch.equal(found["running_mean"], recalibrate_batchnorm(model, None, X)["running_mean"])
@@ -652,6 +710,39 @@ def test_compiled_modules_of_several_inputs_have_targets_left_out():
     loader = DataLoader(TensorDataset(X, X, Y), batch_size=8)
     found = variance_ratios(pair[0], pair[0], pair, loader, progress=False)
     assert found.merged
+
+
+def test_a_list_of_inputs_and_targets_has_its_targets_left_out():
+    for goal in (Y, X[:, :1]):
+        calls = list(input_batches(linear(), [X, goal], 24))
+        assert len(calls) == 1 and torch.equal(calls[0], X)
+    assert len(list(input_batches(linear(), [X[:9], X[9:18]], 24))) == 2
+
+
+@pytest.mark.parametrize("form", ["once", "splits", "object", "task"])
+@pytest.mark.parametrize("name", ["compare", "soups", "pairs", "methods", "steps", "branches"])
+def test_what_can_be_read_once_is_as_good_as_a_list(name, form):
+    import lmc
+
+    def data(make):
+        one = {"train": make([(X[:12], Y[:12]), (X[12:], Y[12:])]), "test": make([(X, Y)])}
+        return {"once": one["train"], "splits": one, "object": SimpleNamespace(**one), "task": Task().on(one["train"])}[
+            form
+        ]
+
+    model, models = lmc.models.mlp(6, [5], 4), [lmc.models.mlp(6, [5], 4).state_dict() for _ in range(2)]
+    spec, quiet = lmc.permutation_spec(model, X[:2], progress=False), {"progress": False}
+    pi = lmc.weight_matching(spec, *models, **quiet)
+    functions = {
+        "compare": lambda d: lmc.merge.compare(model, models, d, methods=["average"], test=(X, Y), **quiet).weights,
+        "soups": lambda d: lmc.merge.compare_soups(model, models, d, epochs=1, **quiet).scores,
+        "pairs": lambda d: lmc.landscape.pairwise_barriers(model, models, d, alphas=3, **quiet).barriers.tolist(),
+        "methods": lambda d: lmc.align.compare(spec, model, *models, d, methods=["naive", "weight matching"], **quiet)["naive"].barrier,
+        "steps": lambda d: list(lmc.align.inspect_matching(pi, *models, model=model, data=d).barriers),
+        "branches": lambda d: lmc.training.branches(model, d, at=[1], epochs=2, **quiet).trunk.weights[0],
+    }  # fmt: skip
+    found, want = (functions[name](data(make)) for make in (iter, list))
+    assert str(found) == str(want)
 
 
 def test_a_class_of_losses_is_no_loss():

@@ -7,7 +7,7 @@ matrix mixes their units without changing what the network computes; a stream's 
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError
+from lmc.network.batches import reread
 from lmc.network.derived import gauged, settled
 from lmc.network.task import Loss, Task
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
@@ -129,7 +130,7 @@ def rotation_matching(
     started = time.perf_counter()
     a, b = agreeing([a, b], "ab", model=model)
     spec = spec.bind(a)
-    data = list(data) if isinstance(data, Iterator) else data  # read several times
+    data = reread(data)
     a, b = (gauged(fold_norms(spec, model, weights, data), model) for weights in (a, b))
     rotated = rotatable_groups(spec, model, b, data, seed=seed)
     ours, theirs = ({name: tensor.double() for name, tensor in matched(spec, w).items()} for w in (a, b))

@@ -1,6 +1,6 @@
 """Every way to align one pair of networks, side by side."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -24,7 +24,7 @@ from lmc.core.workers import spread
 from lmc.errors import InputError, SpecError
 from lmc.landscape.evaluation.evaluation import Repair, some_inputs
 from lmc.landscape.path import Path, loss_path
-from lmc.network.batches import as_splits
+from lmc.network.batches import as_splits, reread
 from lmc.network.network import pick_device
 from lmc.network.task import Task
 from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
@@ -166,7 +166,7 @@ def compare(
     chosen = pick_device(device, a)
     a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
     spec = spec.bind(a)
-    data = list(data) if isinstance(data, Iterator) else data  # every method reads it again
+    data = reread(data)
     shared = {
         "spec": spec, "model": model, "a": a, "b": b, "data": data, "alphas": alphas, "gamma": gamma, "budget": budget,
         "methods": methods if isinstance(methods, Mapping) else list(aligners),

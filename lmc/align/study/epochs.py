@@ -16,6 +16,7 @@ from lmc.core.results import Result
 from lmc.core.workers import spread
 from lmc.errors import InputError, WorkerError
 from lmc.landscape.path import Path, Repair, Values, loss_path
+from lmc.network.batches import reread
 from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, as_weights
 
@@ -127,7 +128,7 @@ def barrier_over_time(
     """
     chosen = _common(a, b, epochs)
     options: dict[str, Any] = {"alphas": alphas, "repair": repair, "inputs": inputs, "batch_size": batch_size}
-    shared = {"model": model, "a": a, "b": b, "data": data, "spec": spec, "seed": seed, "options": options}
+    shared = {"model": model, "a": a, "b": b, "data": reread(data), "spec": spec, "seed": seed, "options": options}
     found: dict[int, dict[str, Path]] = {}
     with tqdm(total=len(chosen), desc="epochs", unit="epoch", disable=not progress) as bar:
         try:

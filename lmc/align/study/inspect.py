@@ -19,6 +19,7 @@ from lmc.core.progress import tqdm
 from lmc.core.results import Result
 from lmc.errors import InputError, SpecError
 from lmc.landscape.path import Path, loss_path
+from lmc.network.batches import reread
 from lmc.symmetry.spec import Permutation, PermutationSpec
 from lmc.weights import ModelOrWeights, Weights, agreeing
 
@@ -149,6 +150,7 @@ def inspect_matching(
         raise InputError(f"steps={steps}; expected at least 1")
     if (model is None) != (data is None):
         raise InputError("model and data: pass both, so that the lines can be evaluated, or neither")
+    data = reread(data)
     a, b = agreeing([a, b], "ab", model=model)
     spec = permutation.spec
     spec.check(a)

@@ -13,7 +13,7 @@ from lmc.core.context import own_context
 from lmc.core.extras import require
 from lmc.core.results import Result
 from lmc.errors import InputError
-from lmc.network.batches import to_device
+from lmc.network.batches import reread, to_device
 from lmc.network.derived import gauged, settled
 from lmc.network.inputs import first_of, input_batches
 from lmc.network.network import Network, pick_device
@@ -129,7 +129,7 @@ def ot_fusion(
         raise InputError(f"{len(sources)} models, {regularization=}, {share=}: expected at least 1, >= 0, and 0 to 1")
     if importance not in (None, "l1", "l2"):
         raise InputError(f"{importance=}: expected 'l1', 'l2', or None for equal masses")
-    inputs = list(inputs) if isinstance(inputs, Iterator) else inputs  # read several times
+    inputs = reread(inputs)
     anchor = agreeing([a], ["a"], model=model)[0]
     chosen = pick_device(device, anchor)
     network = Network(model, chosen)

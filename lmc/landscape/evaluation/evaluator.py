@@ -20,7 +20,7 @@ from lmc.errors import DataError, InputError
 from lmc.landscape.evaluation.scores import Judging, Score, Tally, measures_of, weighing
 from lmc.network.batches import HELD_BYTES, Split, as_splits, check_numbers, cuttable, head, take, tensors, to_device
 from lmc.network.network import Network, activation_bytes, pick_device
-from lmc.network.task import Loss, Outputs, Task, check_classes, measured
+from lmc.network.task import Loss, Outputs, Task, check_classes, measured, takes_numbers
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
 
 PROBE = 8  # examples that are sent through once to see how much memory one takes
@@ -243,7 +243,7 @@ class Evaluator:
             outputs = self.network(call)
             if not isinstance(outputs, Tensor):
                 self.weight_sets_together = 1
-            self._judgings[split.name] = self._judging(split, outputs, targets)
+            self._judgings[split.name] = self._judging(split, call, outputs, targets)
         weights = sum(tensor.nbytes for tensor in state.values())
         budget = _budget(self.device, weights)
         self._batch = self.batch_size or int(min(max(budget.batch / max(each, 1), 8), budget.examples))
@@ -261,7 +261,7 @@ class Evaluator:
         """Nothing but cross-entropy and accuracy is measured, so that no code of the caller's runs beside the module."""
         return not measures_of(self.task) and not callable(self.task.outputs)
 
-    def _judging(self, split: Split, outputs: Any, targets: Tensor) -> Judging:
+    def _judging(self, split: Split, call: Any, outputs: Any, targets: Tensor) -> Judging:
         """The judging of a split, from the outputs of a few examples.
 
         Raises:
@@ -276,6 +276,8 @@ class Evaluator:
                 for _inputs, goal in split.batches if split.held else [(None, targets)]:
                     check_classes(goal, logits.shape[-1], split.name, self.task.ignore)
             except DataError:
+                classes = False
+            if self.task.loss is not None and takes_numbers(self.task.loss, outputs, targets, call):
                 classes = False
         known = split.held and self.task.labels is None
         size = sum(tensor.nbytes for tensor in tensors(outputs)) / len(targets) if known else 0.0

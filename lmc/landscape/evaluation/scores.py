@@ -118,7 +118,7 @@ class Tally:
 
     def _logits(self, outputs: Sequence[Any] | Tensor, targets: Tensor) -> Tensor:
         if isinstance(outputs, Tensor):
-            logits = class_last(outputs, targets)
+            logits = class_last(outputs, targets, self.judging.task.axis)
         else:
             rows = [self.judging.task.logits(output, targets) for output in outputs]
             logits = None if any(row is None for row in rows) else torch.stack([row for row in rows if row is not None])

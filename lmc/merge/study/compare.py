@@ -22,7 +22,7 @@ from lmc.merge.engine.tensors import on_base
 from lmc.merge.rules.averaging import average
 from lmc.merge.study.candidates import Candidate, MergeTask, models_of, selected
 from lmc.merge.with_data.judge import Judge, as_came, batches, chosen, gather, is_measure, splits
-from lmc.network.batches import IGNORED, TaskData, cuttable, masked, take, tensors
+from lmc.network.batches import IGNORED, TaskData, cuttable, masked, reread, take, tensors
 from lmc.network.task import Loss, Task
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
 
@@ -165,7 +165,8 @@ def compare(
         methods = list(methods)  # which workers read again
     candidates = selected(methods, base is not None, models_of(models))
     states, origin = _weights(model, models, base, align)
-    tasks, held_out = _split(validation, test)
+    tasks, held_out = _split(reread(validation), reread(test))
+    data, inputs = [reread(one) for one in data] if isinstance(data, list | tuple) else data, reread(inputs)
     shared: dict[str, Any] = {
         "model": model, "states": states, "origin": origin, "tasks": tasks, "held_out": held_out, "data": data,
         "metric": metric, "loss": loss, "inputs": inputs, "device": device, "evaluations": evaluations,

@@ -15,6 +15,7 @@ from lmc.landscape.evaluation.evaluator import Evaluator
 from lmc.merge.rules.averaging import average
 from lmc.merge.with_data.judge import chosen, finite
 from lmc.merge.with_data.soups import greedy_soup, learned_soup
+from lmc.network.batches import reread
 from lmc.network.batchnorm import recalibrate_batchnorm
 from lmc.network.network import pick_device
 from lmc.network.task import Loss, Task
@@ -137,6 +138,7 @@ def compare_soups(
     if len(names) != len(states) or len(set(names)) != len(names):
         raise InputError(f"names={names!r}; expected {len(states)} different names")
     options: dict[str, Any] = {"device": device, "progress": progress}
+    validation, test, inputs = reread(validation), reread(test), reread(inputs)
     greedy = greedy_soup(model, states, validation, metric=metric, loss=loss, inputs=inputs, **options)
     usable = [i for i, state in enumerate(states) if not finite(state)]
     good = [states[i] for i in usable]

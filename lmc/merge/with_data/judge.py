@@ -20,6 +20,7 @@ from lmc.network.batches import (
     check_numbers,
     cuttable,
     masked,
+    reread,
     take,
     tensors,
 )
@@ -74,7 +75,7 @@ def batches(
             raise DataError(f"{what}: inputs must be non-empty tensors with the examples along axis 0")
         whole: list[tuple[Any, Tensor | None]] = [(data, None)]
     else:
-        data = list(data) if isinstance(data, Iterator) else data
+        data = reread(data)
         try:
             whole = list(as_splits(data)[0].batches)
         except DataError:
