@@ -106,13 +106,24 @@ def permutation_spec(
         spec = replace(spec, continuous=beyond)
     if not certify:
         return spec
+    return proven(spec, model, inputs, trials=trials, seed=seed, outputs=outputs, also=also, tolerance=tolerance)
+
+
+def proven(spec: PermutationSpec, model: nn.Module, inputs: Inputs, **options: Any) -> PermutationSpec:
+    """A spec that was found without a proof, with its certificate; `options` as for `PermutationSpec.certify`.
+
+    Warns of groups of which an error would not have been seen.
+
+    Raises:
+        CertificateError: as from `permutation_spec`.
+    """
     try:
-        proof = spec.certify(model, inputs, trials=trials, seed=seed, outputs=outputs, also=also, tolerance=tolerance)
+        proof = spec.certify(model, plain(model, inputs), **options)
     except CertificateError as error:
-        if not found.assumed:
+        if not spec.assumed:
             raise
         raise CertificateError(
-            f"{error}. What the forward pass does depends on values ({found.assumed[0]}): it was recorded on the inputs "
+            f"{error}. What the forward pass does depends on values ({spec.assumed[0]}): it was recorded on the inputs "
             "given, and with other weights these take another way, on which another symmetry holds; pass more inputs, so that "
             "all ways are taken"
         ) from error

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lmc
 from lmc.align.connecting import connect as connecting
+from lmc.align.connecting import judge, methods, paths
 from lmc.align.connecting.elements import FreeElement, freedoms
 from lmc.align.connecting.judge import held_out
 from lmc.align.connecting.learned import Learned
@@ -19,6 +20,7 @@ from lmc.errors import InputError
 from lmc.models.mlp import mlp
 from lmc.models.transformers import vit
 from lmc.network.task import Task
+from lmc.symmetry import find
 
 QUIET = {"progress": False, "budget": None}
 
@@ -89,7 +91,7 @@ def element_of(model: nn.Module, spec, weights, inputs: Tensor, *, fold: bool, s
     generator = torch.Generator().manual_seed(seed)
     element = FreeElement(spec, free, weights)
     for kind, parameters in element.parameters.items():
-        for parameter in parameters.values():
+        for parameter in parameters:
             size = {"rotation": 0.4, "scale": 0.3}[kind]
             with torch.no_grad():
                 parameter += size * torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
@@ -200,10 +202,11 @@ def test_time_for_a_repaired_last_path_is_kept(monkeypatch):
     def refuse(*_, **__):
         raise InputError("not here")
 
-    monkeypatch.setattr(connecting, "loss_path", longer)
-    monkeypatch.setattr(connecting, "learn", until_the_end)
-    monkeypatch.setattr(connecting, "straight_through_matching", refuse)
-    monkeypatch.setattr(connecting, "sinkhorn_matching", refuse)
+    for measuring in (judge, paths):
+        monkeypatch.setattr(measuring, "loss_path", longer)
+    monkeypatch.setattr(methods, "learn", until_the_end)
+    monkeypatch.setattr(methods, "straight_through_matching", refuse)
+    monkeypatch.setattr(methods, "sinkhorn_matching", refuse)
     monkeypatch.setattr(connecting, "FINDING", 1.0)
     monkeypatch.setattr(budgets, "clock", clock)
     found = lmc.connect(model, a, b, data, budget=40.0, progress=False)
@@ -218,10 +221,10 @@ def test_activations_are_collected_of_as_many_examples_as_there_is_time_for(monk
         seen.append(len(args[4]))
         raise InputError("not here")
 
-    monkeypatch.setattr(connecting, "activation_matching", refuse)
-    monkeypatch.setattr(connecting._Search, "_straight_through", lambda search: None)
-    monkeypatch.setattr(connecting._Search, "_sinkhorn", lambda search: None)
-    monkeypatch.setattr(connecting._Search, "_learned", lambda search, start: None)
+    monkeypatch.setattr(methods, "activation_matching", refuse)
+    monkeypatch.setattr(connecting, "pass_straight_through", lambda *_: None)
+    monkeypatch.setattr(connecting, "relax", lambda *_: None)
+    monkeypatch.setattr(connecting, "learn_elements", lambda *_, **__: None)
     monkeypatch.setattr(connecting, "COLLECTED", 60)  # passes, each as long as the clock says
     for budget in (None, 1000.0, 60.0):
         monkeypatch.setattr(budgets, "clock", Clock(0.5))
@@ -255,7 +258,7 @@ def test_a_path_that_the_budget_leaves_few_points_is_measured_once(monkeypatch):
     model, a, b, data = digits("digits-mlp32")
     measured = []
     monkeypatch.setattr(
-        connecting,
+        paths,
         "loss_path",
         lambda *args, **options: measured.append(options["alphas"]) or lmc.loss_path(*args, **options),
     )
@@ -278,10 +281,14 @@ def test_finding_symmetries_is_a_part_of_the_budget(budget, proven, monkeypatch)
     model, a, b, data = digits("digits-mlp32")
     now, proofs = [0.0], []
 
-    def slow(*args, certify=True, **options):
-        proofs.append(certify)
+    def slow(*args, **options):
+        proofs.append(options["certify"])
         now[0] += 1.0
-        return lmc.permutation_spec(*args, certify=certify, **options)
+        return lmc.permutation_spec(*args, **options)
+
+    def prove(*args, **options):
+        proofs.append(True)
+        return find.proven(*args, **options)
 
     def endless(*args, budget, **options):
         now[0] += budget
@@ -292,9 +299,10 @@ def test_finding_symmetries_is_a_part_of_the_budget(budget, proven, monkeypatch)
 
     monkeypatch.setattr(budgets, "clock", lambda: now.append(now.pop() + 1e-3) or now[0])
     monkeypatch.setattr(connecting, "permutation_spec", slow)
+    monkeypatch.setattr(connecting, "proven", prove)
     monkeypatch.setattr(connecting, "continuous_symmetries", endless)
     for method in ("straight_through_matching", "sinkhorn_matching"):
-        monkeypatch.setattr(connecting, method, refuse)
+        monkeypatch.setattr(methods, method, refuse)
     found = lmc.connect(model, a, b, data, budget=budget, progress=False)
     assert proofs == proven and found.seconds < 0.5 * budget
     assert "no time for scales and signs" in str(found) and found.method.endswith("matching")
@@ -314,10 +322,10 @@ def test_what_is_learned_of_little_is_learned_slowly_and_must_gain_more(gain, li
         raise InputError("not here")
 
     monkeypatch.setattr(connecting, "LITTLE", little)
-    monkeypatch.setattr(connecting._Search, "_repaired", lambda search, candidate: None)
-    monkeypatch.setattr(connecting, "learn", learned)
+    monkeypatch.setattr(connecting._Search, "_repair", lambda search, candidates: None)
+    monkeypatch.setattr(methods, "learn", learned)
     for method in ("straight_through_matching", "sinkhorn_matching"):
-        monkeypatch.setattr(connecting, method, refuse)
+        monkeypatch.setattr(methods, method, refuse)
     found = lmc.connect(model, a, b, data, **QUIET)
     assert paces == [connecting.SLOWER if little else 1.0]
     assert ("learned" in found.method) == (gain > 0.02) != ("gains too little" in str(found))
@@ -330,7 +338,7 @@ def test_an_interrupt_gives_the_best_so_far(where, monkeypatch):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(connecting, where, interrupted)
+    monkeypatch.setattr(methods, where, interrupted)
     with pytest.warns(UserWarning, match="interrupted"):
         found = lmc.connect(model, a, b, data, **QUIET)
     assert found.interrupted and found.barrier < found.naive.barrier

@@ -2,43 +2,47 @@
 
 import itertools
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from lmc.align.activations.matching import activation_matching
-from lmc.align.connecting.elements import FreeElement, freedoms, names_of
+from lmc.align.connecting.elements import freedoms
 from lmc.align.connecting.judge import ALPHAS, Judge, held_out, inputs_of
-from lmc.align.connecting.learned import learn
+from lmc.align.connecting.methods import (
+    MODULO,
+    Candidate,
+    Folded,
+    Pair,
+    fold,
+    learn_elements,
+    match_activations,
+    match_modulo_group,
+    match_weights,
+    pass_straight_through,
+    relax,
+    rotate_by_activations,
+    rotate_by_weights,
+)
+from lmc.align.connecting.paths import Paths, Time
 from lmc.align.connecting.result import Attempt, Connection, SameFunction
-from lmc.align.connecting.starts import by_activations, by_weights
-from lmc.align.relaxed.sinkhorn import sinkhorn_matching
-from lmc.align.relaxed.soft import TaskLoss
-from lmc.align.relaxed.straight_through import straight_through_matching
-from lmc.align.rotations.folding import NORMS, Probe, fold_norms
-from lmc.align.rotations.rotatable import rotatable_groups
-from lmc.align.rotations.whole_group import group_matching
-from lmc.align.weight_matching.matching import weight_matching
+from lmc.align.rotations.folding import Probe
 from lmc.core.context import own_context, warn
 from lmc.core.progress import Budget, beforehand
-from lmc.errors import CertificateError, InputError, LmcError, SpecError
-from lmc.landscape.evaluation.evaluation import Repair
-from lmc.landscape.path import Path, loss_path
+from lmc.errors import CertificateError, InputError, LmcError
 from lmc.network.batches import as_splits, to_device
 from lmc.network.batchnorm import has_batchnorm
 from lmc.network.derived import derived_names
 from lmc.network.inputs import first_of
-from lmc.network.network import Network, pick_device
+from lmc.network.network import pick_device
 from lmc.network.task import Loss, Task
 from lmc.symmetry.continuous import ContinuousSymmetries, continuous_symmetries
-from lmc.symmetry.find import permutation_spec
-from lmc.symmetry.spec import Permutation, PermutationSpec, UnboundSpec
-from lmc.weights import ModelOrWeights, Weights, agreeing
+from lmc.symmetry.find import permutation_spec, proven
+from lmc.symmetry.spec import PermutationSpec, UnboundSpec
+from lmc.weights import ModelOrWeights, agreeing
 
 ENOUGH = 1e-3  # a barrier below which nothing is refined any more,
 SHARE = 0.02  # or this share of the barrier as they are: what is learned of so little is the examples, not the networks
@@ -46,18 +50,11 @@ LITTLE = 0.045  # share of the barrier as they are below which scales are learne
 SLOWER = 0.3  # by this factor: trained networks fit the examples so well that scales soon do as well
 STEPS, STEPS_OF_MATRICES = 1500, 4000  # of learning
 RELAXED = 300  # of the relaxation of permutations
-BATCH = 128  # examples in a step of learning
-POSITIONS = 1024  # targets in a step of learning, where examples have many
-POINTS = (25, 11, 5)  # on the paths: the most that take no more than this share of the time
-PATHS = 0.1
 REPAIRED = "statistics repaired"
-MODULO = "matching modulo the group"
 LATE = "no time left"
 EXACT = 1e-9  # tolerance of a permutation, which rounds nothing
 ROUNDINGS = 1e3  # of the stored weights, that any other element may cost,
 COARSEST = 0.05  # but no more than this share of the outputs, however coarse the dtype is
-RESERVE = 1.5  # times what the first path took is kept for the last, and for the certificate
-KEPT = 0.25  # of all the time is kept for the last measurement, at most
 COLLECTED = 6  # forward passes that the activations of an example take, at most, of both networks
 FEWEST = 64  # examples whose activations are collected, however short the time is
 COLLECTING = 0.3  # share of the time left for activations
@@ -66,24 +63,6 @@ PROVEN = 0.05  # share of all the time that finding permutations may have taken,
 FINDING = 0.3  # share of the time left for what is admitted beyond permutations
 BEYOND = 0.2  # share of the time left for matching modulo the whole group
 PERMUTING = 0.5  # share of the time left for straight-through matching, where scales are learned behind it
-
-
-@dataclass
-class Candidate:
-    """One way to move B, and what was said of it."""
-
-    method: str
-    a: Weights
-    weights: Weights
-    permutation: Permutation | None = None
-    barrier: float = math.nan
-    note: str = ""
-    repaired: bool = False  # judged with the statistics between the ends repaired
-    margin: float = 0.0  # by which it must be better than what was not learned from examples
-
-    @property
-    def title(self) -> str:
-        return f"{self.method}, {REPAIRED}" if self.repaired else self.method
 
 
 @own_context
@@ -149,82 +128,197 @@ def connect(
         >>> print(str(found).splitlines()[0])
         Connection by weight matching: test barrier 1.444 before, 0.000 nats after
     """
-    clock = Budget(budget)
+    time = Time(budget)
     if steps is not None and steps < 1:
         raise InputError(f"{steps=}: expected at least 1")
     a, b = agreeing([a, b], "ab", model=model)
     chosen = pick_device(device, a)
     a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
-    search = _Search(model, a, b, data, spec, steps, loss, seed, chosen, clock, progress)
-    interrupted = False
+    data = list(data) if isinstance(data, Iterator) else data  # read several times
+    task = Task.of(data, loss)
+    task = task.fitted(model, as_splits(data, task.targets)[0])
+    learn, held, count = held_out(data, task, seed)
+    made = replace(task, targets=None)  # the parts hold the targets that were made
+    inputs = inputs_of(learn)
+    example = to_device(first_of(inputs[0] if isinstance(inputs, list) else inputs, 2), chosen)
+    spec = (_found(model, example, time) if spec is None else spec).bind(a)
+    pair = Pair(model, a, b, spec, learn, example, made, chosen, seed, progress)
+    search = _Search(
+        pair, Judge(model, a, b, held, inputs, made, chosen), count, Paths(pair, data, task, time), time, steps
+    )
     try:
         search.run()
     except KeyboardInterrupt:
         if not search.candidates:
             raise
-        interrupted = True
-    if interrupted or search.interrupted:
+        search.interrupted = True
+    if search.interrupted:
         warn(f"interrupted: the best of {len(search.candidates)} candidates is returned")
-    return search.result(interrupted or search.interrupted)
+    return search.result()
+
+
+def _found(model: nn.Module, example: Any, time: Time) -> PermutationSpec:
+    """The permutations of the architecture; proven where finding them took no good part of the time."""
+    started = time.spent
+    spec = permutation_spec(model, example, certify=False, progress=False)
+    return spec if time.spent - started > PROVEN * time.seconds else proven(spec, model, example, trials=2)
 
 
 class _Search:
-    """The candidates of one pair, made one after the other while there is time."""
+    """The candidates of one pair, made one after the other while there is time.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        a: Weights,
-        b: Weights,
-        data: Any,
-        spec: PermutationSpec | UnboundSpec | None,
-        steps: int | None,
-        loss: Loss | Task | None,
-        seed: int,
-        device: torch.device,
-        clock: Budget,
-        progress: bool,
-    ) -> None:
-        self.model, self.a, self.b, self.seed, self.clock, self.device = model, a, b, seed, clock, device
-        self.progress, self.steps = progress, steps
-        self.data = list(data) if isinstance(data, Iterator) else data  # read several times
-        task = Task.of(self.data, loss)
-        self.task = task.fitted(model, as_splits(self.data, task.targets)[0])
-        self.learn, held, self.count = held_out(self.data, self.task, seed)
-        self.made = replace(self.task, targets=None)  # the parts hold the targets that were made
-        self.inputs = inputs_of(self.learn)
-        first = self.inputs[0] if isinstance(self.inputs, list) else self.inputs
-        self.example = to_device(first_of(first, 2), device)
-        self.spec = (self._found() if spec is None else spec).bind(a)
-        self.judge = Judge(model, a, b, held, self.inputs, self.made, device)
-        self.held = held
+    Args:
+        count: examples that the judge has.
+        steps: of learning, at most; None: as many as are usual.
+    """
+
+    def __init__(self, pair: Pair, judge: Judge, count: int, paths: Paths, time: Time, steps: int | None) -> None:
+        self.pair, self.judge, self.count, self.paths, self.time, self.steps = pair, judge, count, paths, time, steps
         self.candidates: list[Candidate] = []
         self.tried: list[Attempt] = []
         self.turned: list[Candidate] = []  # those whose streams and heads were rotated
-        self.rotated: dict[str, bool] = {}
-        self.folded = (a, b)
+        self.folded: Folded | None = None
         self.interrupted = False
-        self.reserve = self.last = self.judging = 0.0  # seconds
-        self.points = POINTS[-1]
-        self.naive: Path | None = None
+        self.judging = 0.0  # seconds
 
-    def _found(self) -> PermutationSpec:
-        """The permutations of the architecture; proven where that does not take a good part of the time."""
-        started = self.clock.spent
-        if math.isfinite(self.clock.seconds):
-            found = permutation_spec(self.model, self.example, certify=False, progress=False)
-            if self.clock.spent - started > PROVEN * self.clock.seconds:
-                return found
-        return permutation_spec(self.model, self.example, progress=False)
+    # ---- what is tried
 
-    @property
-    def best(self) -> Candidate:
-        return min(self.candidates, key=_worth)
+    def run(self) -> None:
+        pair = self.pair
+        self.attempt("as they are", lambda: Candidate("as they are", pair.a, pair.b, pair.spec.identity()))
+        self._announce()
+        self.attempt("weight matching", lambda: match_weights(pair, self.time.part()))
+        _ = self.paths.naive  # from here on it is known how long the last path will take
+        self.attempt("activation matching", lambda: match_activations(pair, self._affordable()))
+        self._repair(self.candidates[1:])
+        if pair.turns and not self.enough(SHARE):
+            self.attempt("norms folded", self._folded)
+        if self.folded:
+            folded = self.folded
+            found = [
+                self.attempt(
+                    "rotations by activations", lambda: rotate_by_activations(pair, folded, self._affordable())
+                ),
+                self.attempt("rotations by weights", lambda: rotate_by_weights(pair, folded)),
+            ]
+            self.turned += [candidate for candidate in found if candidate]
+            self._modulo_group(lambda: _lowest(self.turned))
+            self._learn(lambda: _lowest(self.turned))
+        else:
+            self._modulo_group(self._best_permuted)
+            self.attempt("straight-through", self._straight_through, unless=0.0)
+            self.attempt("Sinkhorn", self._sinkhorn, unless=0.0)
+            self._repair([candidate for candidate in self.plain[1:] if candidate.permutation is not None])
+            self._learn(lambda: _lowest(self.plain))
+        self._repair([_lowest(self.plain)])
+
+    def attempt(
+        self, method: str, make: Callable[[], Candidate | None], *, unless: float | None = None, later: float = 0.0
+    ) -> Candidate | None:
+        """A candidate, judged; None if the method refuses the architecture or no more than `later` seconds are free.
+
+        unless: share of the first barrier below which the method is not needed.
+        """
+        if self.interrupted:
+            return None
+        if unless is not None and self.enough(unless):
+            self.tried.append(Attempt(method, math.nan, 0.0, "not needed"))
+            return None
+        if len(self.candidates) > 1 and self.time.free <= later:
+            self.tried.append(Attempt(method, math.nan, 0.0, LATE))
+            return None
+        started = self.time.spent
+        try:
+            candidate = make()
+            if candidate is not None and math.isnan(candidate.barrier):
+                judged = self.time.spent
+                candidate.barrier = self.judge(candidate.a, candidate.weights)
+                self.judging = self.time.spent - judged
+        except (LmcError, torch.linalg.LinAlgError) as error:  # singular mixings are no reason to end the search
+            self.tried.append(Attempt(method, math.nan, self.time.spent - started, f"not here: {error}"))
+            return None
+        if candidate is None:
+            return None
+        self.interrupted = candidate.interrupted
+        self.candidates.append(candidate)
+        self.tried.append(Attempt(candidate.method, candidate.barrier, self.time.spent - started, candidate.note))
+        return candidate
+
+    def _repair(self, candidates: Sequence[Candidate]) -> None:
+        """Each of them with statistics repaired, if that was not tried yet.
+
+        With batch normalisation statistics are estimated anew in any case."""
+        if has_batchnorm(self.pair.model):
+            return
+        for candidate in candidates:
+            tried = any(candidate.weights is each.weights for each in self.candidates if each.repaired)
+            if not tried and candidate.barrier >= ENOUGH:
+                self.attempt(REPAIRED, partial(self._repaired, candidate))
+
+    def _repaired(self, candidate: Candidate) -> Candidate:
+        started = self.time.spent
+        barrier = self.judge.repaired(candidate.a, candidate.weights)
+        if self.judging > 0:  # the last path may have to be repaired as well
+            self.paths.may_be_longer((self.time.spent - started) / self.judging)
+        return replace(candidate, barrier=barrier, note=REPAIRED, repaired=True)
+
+    def _folded(self) -> Candidate | None:
+        """The best permutation with folded norms; None where that lets nothing rotate."""
+        self.folded = fold(self.pair, self.time.part(FINDING))
+        if self.folded is None:
+            return None
+        start, b = self._best_permuted(), self.folded.b
+        moved = start.permutation.apply(b) if start.permutation is not None else b
+        candidate = Candidate(f"{start.method}, norms folded", self.folded.a, moved, note=self.folded.note)
+        self.turned.append(candidate)
+        return candidate
+
+    def _modulo_group(self, start: Callable[[], Candidate]) -> None:
+        """A start moved by signs and mixings as well, which no other method finds."""
+
+        def moved() -> Candidate | None:
+            found = start()
+            if derived_names(found.weights):
+                return None
+            return match_modulo_group(self.pair, found, self.symmetries, self.time.part(BEYOND))
+
+        later = SOON * self.time.seconds if self.time.limited else 0.0
+        found = self.attempt(MODULO, moved, unless=SHARE, later=later)
+        if found and self.folded and all(bool((found.a[name].abs() == 1).all()) for name in self.pair.gains):
+            self.turned.append(found)
+
+    def _straight_through(self) -> Candidate:
+        return pass_straight_through(self.pair, _lowest(self.plain), self.time.part(PERMUTING))
+
+    def _sinkhorn(self) -> Candidate:
+        steps = min(self.steps or RELAXED, RELAXED)
+        return relax(self.pair, self._best_permuted(), steps, self.time.part(PERMUTING))
+
+    def _learn(self, start: Callable[[], Candidate]) -> None:
+        self.attempt("learning", lambda: self._learned(start()), unless=SHARE)
+
+    def _learned(self, start: Candidate) -> Candidate | None:
+        if derived_names(start.weights):
+            return None  # of normalised weights, which are scaled by other tensors than those in use
+        free = freedoms(self.pair.spec, self.folded.rotated if self.folded else {}, self.symmetries)
+        if not free:
+            return None
+        mixed = any(freedom.kind != "none" for freedom in free.values())
+        little = min(map(_barrier, self.candidates)) < self.share(LITTLE)
+        return learn_elements(
+            self.pair, start, free, partial(self.judge, start.a), steps=self.steps or (STEPS_OF_MATRICES if mixed else STEPS),
+            pace=SLOWER if little else 1.0, budget=Budget(self.time.part()),
+        )  # fmt: skip
+
+    # ---- what is known of it
 
     @property
     def plain(self) -> list[Candidate]:
         """Those whose statistics are as they come."""
         return [candidate for candidate in self.candidates if not candidate.repaired]
+
+    def _best_permuted(self) -> Candidate:
+        return _lowest([candidate for candidate in self.plain if candidate.permutation is not None])
 
     def share(self, of: float) -> float:
         """A share of the barrier as they are."""
@@ -233,95 +327,27 @@ class _Search:
 
     def enough(self, share: float) -> bool:
         """Whether the best, its statistics as they come, has next to no barrier, or no more than a share of the first."""
-        return min(map(_barrier, self.plain)) < max(ENOUGH, self.share(share))
+        return _lowest(self.plain).barrier < max(ENOUGH, self.share(share))
 
-    @property
-    def left(self) -> float:
-        """Seconds that may be spent on further candidates; the last measurement takes the rest."""
-        return self.clock.left - self.reserve
+    def worth(self, candidate: Candidate) -> float:
+        """The barrier, and by how much it must be lower than that of what was not learned from examples."""
+        return candidate.barrier + (self.share(SHARE) if candidate.learned else 0.0)
 
-    # ---- what is tried
-
-    def run(self) -> None:
-        self.attempt("as they are", lambda: Candidate("as they are", self.a, self.b, self.spec.identity()))
-        if self.progress:
-            self._announce()
-        self.attempt("weight matching", self._weight_matching)
-        started = self.clock.spent
-        self.naive = self._naive()
-        self.last = self.clock.spent - started
-        self.reserve = RESERVE * self.last
-        self.attempt("activation matching", self._activation_matching)
-        self._repair(self.candidates[1:])
-        if not self.enough(SHARE) and self._turns:
-            self.attempt("norms folded", self._folded)
-        if self.rotated:
-            self.attempt("rotations by activations", lambda: self._rotations("activations"))
-            self.attempt("rotations by weights", lambda: self._rotations("weights"))
-            self.attempt(MODULO, lambda: self._modulo_group(min(self.turned, key=_barrier)))
-            self.attempt("learning", lambda: self._learned(min(self.turned, key=_barrier)))
-        else:
-            self.attempt(MODULO, lambda: self._modulo_group(self._best_permuted()))
-            self.attempt("straight-through", self._straight_through)
-            self.attempt("Sinkhorn", self._sinkhorn)
-            self._repair([candidate for candidate in self.plain[1:] if candidate.permutation is not None])
-            self.attempt("learning", lambda: self._learned(min(self.plain, key=_barrier)))
-        self._repair([min(self.plain, key=_barrier)])
-
-    def _repair(self, candidates: Sequence[Candidate]) -> None:
-        """Each of them with statistics repaired, if that was not tried yet."""
-        for candidate in candidates:
-            if not any(candidate.weights is each.weights for each in self.candidates if each.repaired):
-                self.attempt(REPAIRED, partial(self._repaired, candidate))
-
-    def attempt(self, method: str, make: Callable[[], Candidate | None]) -> None:
-        """A candidate, judged, unless there is no time for it or the method refuses the architecture."""
-        if self.interrupted:
-            return
-        refining = {MODULO: SHARE, "straight-through": 0.0, "Sinkhorn": 0.0, "learning": SHARE}
-        if method in refining and self.enough(refining[method]):
-            self.tried.append(Attempt(method, math.nan, 0.0, "not needed"))
-            return
-        least = SOON * self.clock.seconds if method == MODULO and math.isfinite(self.clock.seconds) else 0.0
-        if len(self.candidates) > 1 and self.left <= least:
-            self.tried.append(Attempt(method, math.nan, 0.0, LATE))
-            return
-        started = self.clock.spent
+    @cached_property
+    def symmetries(self) -> ContinuousSymmetries:
+        """Kinds of the groups beyond permutations; none where there is no time to find them."""
+        seconds, started = self.time.part(FINDING), self.time.spent
         try:
-            candidate = make()
-            if candidate is not None and math.isnan(candidate.barrier):
-                judged = self.clock.spent
-                candidate.barrier = self.judge(candidate.a, candidate.weights)
-                self.judging = self.clock.spent - judged
-        except (LmcError, torch.linalg.LinAlgError) as error:  # singular mixings are no reason to end the search
-            self.tried.append(Attempt(method, math.nan, self.clock.spent - started, f"not here: {error}"))
-            return
-        seconds = self.clock.spent - started
-        if candidate is None:
-            return
-        self.candidates.append(candidate)
-        self.tried.append(Attempt(candidate.method, candidate.barrier, seconds, candidate.note))
-
-    def _weight_matching(self) -> Candidate:
-        pi = weight_matching(self.spec, self.a, self.b, seed=self.seed, budget=self._part(), progress=False)
-        return Candidate("weight matching", self.a, pi.apply(self.b), pi)
-
-    def _activation_matching(self) -> Candidate:
-        inputs = self._affordable()
-        pi = activation_matching(self.spec, self.model, self.a, self.b, inputs, device=self.device, progress=False)
-        return Candidate("activation matching", self.a, pi.apply(self.b), pi)
-
-    def _repaired(self, candidate: Candidate) -> Candidate | None:
-        """The same move, with every layer between the ends given the statistics that it has in the ends; None with batch
-        normalisation, whose statistics are estimated anew in any case, and where there is nothing to lower."""
-        if has_batchnorm(self.model) or candidate.barrier < ENOUGH:
-            return None
-        started = self.clock.spent
-        path = self._path(candidate.a, candidate.weights, self.held, ALPHAS, "repair")
-        if self.judging > 0:  # the last path may have to be repaired as well
-            longer = RESERVE * self.last * (self.clock.spent - started) / self.judging
-            self.reserve = max(self.reserve, min(longer, KEPT * self.clock.seconds))
-        return replace(candidate, barrier=path.barrier, note=REPAIRED, repaired=True)
+            return continuous_symmetries(
+                self.pair.spec, self.pair.model, self.pair.example, seed=self.pair.seed, budget=seconds,
+                progress=self.pair.progress,
+            )  # fmt: skip
+        except InputError:
+            taken = self.time.spent - started
+            if seconds is None or taken < seconds:
+                raise
+            self.tried.append(Attempt("scales and signs", math.nan, taken, LATE))
+            return ContinuousSymmetries({}, EXACT)
 
     @property
     def _forward(self) -> float:
@@ -329,177 +355,32 @@ class _Search:
         return self.judging / (len(ALPHAS) * max(1, self.count))
 
     def _affordable(self) -> Any:
-        """The inputs whose activations there is time to collect, by how long those held out took to judge."""
-        if math.isinf(self.clock.seconds) or not self.judging:
-            return self.inputs
-        most = max(FEWEST, int(COLLECTING * self.left / max(COLLECTED * self._forward, 1e-9)))
-        if not isinstance(self.inputs, list):
-            return first_of(self.inputs, most)
-        sizes = itertools.accumulate(len(targets) for _, targets in self.learn)
-        return self.inputs[: 1 + sum(size < most for size in sizes)]
-
-    @cached_property
-    def symmetries(self) -> ContinuousSymmetries:
-        """Kinds of the groups beyond permutations; none where there is no time to find them."""
-        budget, started = self._part(FINDING), self.clock.spent
-        try:
-            return continuous_symmetries(
-                self.spec, self.model, self.example, seed=self.seed, budget=budget, progress=self.progress
-            )
-        except InputError:
-            seconds = self.clock.spent - started
-            if budget is None or seconds < budget:
-                raise
-            self.tried.append(Attempt("scales and signs", math.nan, seconds, LATE))
-            return ContinuousSymmetries({}, EXACT)
-
-    def _part(self, share: float = 1.0) -> float | None:
-        """Seconds of the time left, for what takes a budget."""
-        return None if math.isinf(self.left) else max(share * self.left, 1e-3)
-
-    def _modulo_group(self, start: Candidate) -> Candidate | None:
-        """A start moved by signs and mixings as well, which no other method finds; None where nothing admits them."""
-        if derived_names(start.weights):
-            return None
-        kinds = self.symmetries.kinds.values()
-        if not any(kind.signs or kind.mixing != "none" for kind in kinds):
-            return None
-        found = group_matching(
-            replace(self.spec, continuous=self.symmetries), self.model, start.a, start.weights,
-            budget=self._part(BEYOND), progress=False,
-        )  # fmt: skip
-        candidate = Candidate(f"{start.method}, {MODULO}", dict(found.a), dict(found.weights))
-        if self.rotated and all(bool((found.a[name].abs() == 1).all()) for name in self._gains()):
-            self.turned.append(candidate)
-        return candidate
-
-    def _gains(self) -> list[str]:
-        """The gains of the normalisations of streams."""
-        names = (f"{name}.weight" for name, module in self.model.named_modules() if isinstance(module, NORMS))
-        return [name for name in names if name in self.spec.tables_by_tensor]
-
-    @property
-    def _turns(self) -> bool:
-        """Whether there are heads, or normalisations between which a stream might rotate."""
-        return bool(self._gains()) or any(group.within for group in self.spec.groups.values())
-
-    def _folded(self) -> Candidate | None:
-        """The best permutation with folded norms; None where that lets nothing rotate."""
-        note = ""
-        try:
-            a, b = (fold_norms(self.spec, self.model, weights, self.example) for weights in (self.a, self.b))
-        except SpecError as error:  # what is inside heads may be mixed all the same
-            a, b, note = self.a, self.b, f"not folded: {error}"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of groups that cannot be verified, and so are not rotated
-            self.rotated = dict(
-                rotatable_groups(self.spec, self.model, b, self.example, seed=self.seed, budget=self._part(FINDING))
-            )
-        if not self.rotated:
-            return None
-        self.folded = (a, b)
-        start = self._best_permuted()
-        moved = start.permutation.apply(b) if start.permutation is not None else b
-        self.turned.append(Candidate(f"{start.method}, norms folded", a, moved, note=note))
-        return self.turned[-1]
-
-    def _best_permuted(self) -> Candidate:
-        return min((c for c in self.plain if c.permutation is not None), key=_barrier)
-
-    def _rotations(self, by: str) -> Candidate:
-        """B rotated onto A, both with folded norms."""
-        a, b = self.folded
-        if by == "activations":
-            moved = by_activations(self.spec, Network(self.model, self.device), a, b, self._affordable(), self.rotated)
-        else:
-            moved = by_weights(self.spec, a, b, self.rotated)
-        self.turned.append(Candidate(f"rotations by {by}", a, moved))
-        return self.turned[-1]
-
-    def _straight_through(self) -> Candidate:
-        start = min(self.plain, key=_barrier)
-        moved = start.permutation is None  # by more than a permutation: from there on, by permutations
-        a, b = (start.a, start.weights) if moved else (self.a, self.b)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an interrupt is told once, at the end
-            pi = straight_through_matching(
-                self.spec, self.model, a, b, self.learn, start=start.permutation or self.spec.identity(), loss=self.made,
-                budget=self._part(PERMUTING), seed=self.seed,
-                device=self.device, progress=self.progress,
-            )  # fmt: skip
-        self.interrupted = pi.info["interrupted"]
-        return Candidate(f"{start.method}, straight-through", a, pi.apply(b), None if moved else pi)
-
-    def _sinkhorn(self) -> Candidate:
-        """The best permutation, followed by what its relaxation finds from there."""
-        start = self._best_permuted()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # an interrupt is told once, at the end
-            pi = sinkhorn_matching(
-                self.spec, self.model, self.a, start.weights, self.learn, loss=self.made, budget=self._part(PERMUTING),
-                steps=min(self.steps or RELAXED, RELAXED), seed=self.seed, device=self.device, progress=self.progress,
-            )  # fmt: skip
-        self.interrupted = pi.info.get("interrupted", False)
-        whole = pi if start.permutation is None else pi.compose(start.permutation)
-        return Candidate(f"{start.method}, Sinkhorn", self.a, whole.apply(self.b), whole)
-
-    def _learned(self, start: Candidate) -> Candidate | None:
-        """All but permutations of the whole group, learned from a candidate."""
-        if derived_names(start.weights):
-            return None  # of normalised weights, which are scaled by other tensors than those in use
-        free = freedoms(self.spec, self.rotated, self.symmetries)
-        if not free:
-            return None
-        generator = torch.Generator().manual_seed(self.seed)
-        element = FreeElement(self.spec, free, start.weights)
-        task = TaskLoss(self.model, start.a, self.learn, self.made, self._batch_size(), self.device)
-        budget = Budget(self._part())
-        judge = partial(self.judge, start.a)
-        steps = self.steps or (STEPS if not element.parameters["rotation"] else STEPS_OF_MATRICES)
-        little = min(map(_barrier, self.candidates)) < self.share(LITTLE)
-        found = learn(
-            task, start.a, element, judge, steps=steps, pace=SLOWER if little else 1.0, budget=budget,
-            generator=generator, progress=self.progress,
-        )  # fmt: skip
-        self.interrupted = found.interrupted
-        note = f"{found.steps} steps" + (", interrupted" if found.interrupted else "")
-        method = f"{start.method}, then {names_of(free)} learned"
-        return Candidate(method, start.a, found.weights, None, found.barrier, note, margin=self.share(SHARE))
-
-    def _batch_size(self) -> int:
-        """Examples in a step of learning: fewer where each has many targets."""
-        targets = (self.learn if isinstance(self.learn, tuple) else self.learn[0])[1]
-        return max(8, min(BATCH, POSITIONS // max(1, targets[0].numel())))
-
-    # ---- what is measured
-
-    def _naive(self) -> Path:
-        """The path to B as it is, of the points for which there is time; where that is short, the one that shows it."""
-        self.points = POINTS[0]
-        if math.isinf(self.clock.seconds):
-            return self._path(self.a, self.b, self.data, self.points)
-        started, fewest = self.clock.spent, POINTS[-1]
-        path = self._path(self.a, self.b, self.data, fewest)
-        one = (self.clock.spent - started) / fewest
-        self.points = next((count for count in POINTS if count * one < PATHS * self.clock.seconds), fewest)
-        return path if self.points == fewest else self._path(self.a, self.b, self.data, self.points)
-
-    def _path(self, a: Weights, b: Weights, data: Any, points: int | Sequence[float], repair: Repair = "auto") -> Path:
-        return loss_path(
-            self.model, a, b, data, alphas=points, repair=repair, inputs=self.judge.inputs if data is self.held else None,
-            loss=self.made if data is self.held else self.task, device=self.device, progress=False,
-        )  # fmt: skip
+        """The inputs whose activations there is time to collect."""
+        inputs = self.pair.inputs
+        if not self.time.limited or not self.judging:
+            return inputs
+        most = max(FEWEST, int(COLLECTING * self.time.free / max(COLLECTED * self._forward, 1e-9)))
+        if not isinstance(inputs, list):
+            return first_of(inputs, most)
+        sizes = itertools.accumulate(len(targets) for _, targets in self.pair.learn)
+        return inputs[: 1 + sum(size < most for size in sizes)]
 
     def _announce(self) -> None:
         """Say about how long it will take: nearly all are steps of learning, forward and about twice as long backward."""
-        steps = self.steps or (STEPS_OF_MATRICES if self._turns else STEPS)
-        work = f"connect: {'permutations, rotations' if self._turns else 'permutations'} and at most {steps} steps of learning"
-        beforehand(work, steps * 3 * self._batch_size() * self._forward, budget=self.clock.seconds)
+        if not self.pair.progress:
+            return
+        turns = self.pair.turns
+        steps = self.steps or (STEPS_OF_MATRICES if turns else STEPS)
+        work = (
+            f"connect: {'permutations, rotations' if turns else 'permutations'} and at most {steps} steps of learning"
+        )
+        beforehand(work, steps * 3 * self.pair.batch_size * self._forward, budget=self.time.seconds)
 
-    def result(self, interrupted: bool) -> Connection:
+    # ---- what is returned
+
+    def result(self) -> Connection:
         certificate, best = self._certified()
-        naive = self.naive or self._path(self.a, self.b, self.data, self.points)
-        path = self._path(best.a, best.weights, self.data, self.points, "repair" if best.repaired else "auto")
+        naive, path = self.paths.naive, self.paths.last(best)
         return Connection(
             a=best.a,
             weights=best.weights,
@@ -512,18 +393,19 @@ class _Search:
             repaired=best.repaired,
             permutation=best.permutation,
             held_out=self.count,
-            budget=None if math.isinf(self.clock.seconds) else self.clock.seconds,
-            seconds=self.clock.spent,
-            interrupted=interrupted,
+            budget=self.time.seconds if self.time.limited else None,
+            seconds=self.time.spent,
+            interrupted=self.interrupted,
             unit=self.judge.unit,
         )
 
     def _certified(self) -> tuple[SameFunction, Candidate]:
         """The check that B moved computes what B computes; of the best candidate that passes it."""
-        probe = Probe(self.model, self.b, self.inputs, torch.Generator().manual_seed(self.seed))
-        power = probe.error(self.a)
-        for candidate in sorted(self.candidates, key=_worth):
-            rounding = max(torch.finfo(x.dtype).eps for x in self.b.values() if x.is_floating_point())
+        a, b = self.pair.a, self.pair.b
+        probe = Probe(self.pair.model, b, self.pair.inputs, torch.Generator().manual_seed(self.pair.seed))
+        power = probe.error(a)
+        for candidate in sorted(self.candidates, key=self.worth):
+            rounding = max(torch.finfo(x.dtype).eps for x in b.values() if x.is_floating_point())
             tolerance = EXACT if candidate.permutation is not None else min(ROUNDINGS * rounding, COARSEST)
             error = probe.error(candidate.weights)
             if error <= tolerance:
@@ -538,17 +420,17 @@ class _Search:
 
     def _reason(self, best: Candidate) -> str:
         others = [candidate for candidate in self.candidates if candidate is not best]
-        lower = min((other.barrier for other in others if other.margin), default=math.inf)
-        text = f"its barrier of {best.barrier:.3f} {self.judge.unit} on the held-out examples is the lowest".replace(
-            "  ", " "
-        )
+        lower = min((other.barrier for other in others if other.learned), default=math.inf)
+        unit = f" {self.judge.unit}".rstrip()
+        text = f"its barrier of {best.barrier:.3f}{unit} on the held-out examples is the lowest"
         if lower < best.barrier:
             text += (
                 f" but for {lower:.3f} by learning, which gains too little to be more than the examples learned from"
             )
         elif others:
-            second = min(others, key=_barrier)
-            text += f"; next is {second.title} with {second.barrier:.3f}"
+            second = _lowest(others)
+            title = f"{second.method}, {REPAIRED}" if second.repaired else second.method
+            text += f"; next is {title} with {second.barrier:.3f}"
         late = [each.method for each in self.tried if each.note == LATE]
         return text + (f". There was no time for {', '.join(late)}: the budget was too small" if late else "")
 
@@ -557,5 +439,5 @@ def _barrier(candidate: Candidate) -> float:
     return candidate.barrier
 
 
-def _worth(candidate: Candidate) -> float:
-    return candidate.barrier + candidate.margin
+def _lowest(candidates: Sequence[Candidate]) -> Candidate:
+    return min(candidates, key=_barrier)

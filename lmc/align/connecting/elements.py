@@ -10,6 +10,7 @@ well, and cost more than they find while all else is moving.
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -89,56 +90,54 @@ class FreeElement:
         spec: the symmetries of the architecture.
         free: group -> what may be learned.
         weights: B, as it starts.
-
-    Attributes:
-        parameters: by "rotation" and "scale" the free parameters, by their kind and size: of k matrices (k, n, n), of k
-            scales (k, n).
     """
 
     def __init__(self, spec: PermutationSpec, free: Mapping[str, Freedom], weights: Weights) -> None:
         self.spec, self.free, self.weights = spec, free, weights
         device = next(iter(weights.values())).device
-        self.parameters: dict[str, dict[str, Tensor]] = {"rotation": {}, "scale": {}}
-        self._steps: dict[str, list[_Step]] = {}
-        self._exponents: dict[str, Tensor] = {}  # of scales (k) at steps (s): (s, k)
-        matrices: dict[str, list[str]] = {}  # kind and size -> groups
+        matrices: dict[tuple[str, int], list[str]] = {}  # kind and size -> groups
         scales: dict[int, list[tuple[str, int]]] = {}  # size -> groups and which of their scales
         for name, freedom in free.items():
             n = spec.groups[name].size
             if freedom.kind != "none":
-                matrices.setdefault(f"{freedom.kind}, {n}", []).append(name)
-            scales.setdefault(n, []).extend((name, k) for k in range(len(freedom.scales)))
-        for key, names in matrices.items():
-            n = spec.groups[names[0]].size
-            self.parameters["rotation"][key] = torch.zeros(len(names), n, n, device=device).requires_grad_()
-        for n, rows in scales.items():
-            if rows:
-                self.parameters["scale"][str(n)] = torch.zeros(len(rows), n, device=device).requires_grad_()
-        exponents: dict[str, list[list[float]]] = {}
+                matrices.setdefault((freedom.kind, n), []).append(name)
+            if freedom.scales:
+                scales.setdefault(n, []).extend((name, k) for k in range(len(freedom.scales)))
+        sizes = {key: (len(names), key[1], key[1]) for key, names in matrices.items()}
+        self._generators = {key: torch.zeros(size, device=device).requires_grad_() for key, size in sizes.items()}
+        self._logarithms = {n: torch.zeros(len(rows), n, device=device).requires_grad_() for n, rows in scales.items()}
+        self._steps: dict[str, list[_Step]] = {}
+        exponents: dict[int, list[list[float]]] = {}
         for alike in self._alike():
-            kind, n = free[alike[0]].kind, spec.groups[alike[0]].size
-            key, of = f"{kind}, {n}", slice(0, 0)
-            if kind != "none":
-                of = slice(matrices[key].index(alike[0]), matrices[key].index(alike[-1]) + 1)
+            freedom, n = free[alike[0]], spec.groups[alike[0]].size
+            key = (freedom.kind, n)
             every = [list(occurrences(spec, spec.groups[name])) for name in alike]
             for places in zip(*every, strict=True):
-                tensor, rows = places[0].tensor, exponents.setdefault(str(n), [])
+                tensor, rows = places[0].tensor, exponents.setdefault(n, [])
                 if tensor not in weights or not weights[tensor].is_floating_point():
                     continue
+                mixing = scaling = None
+                if freedom.kind != "none":
+                    of = slice(matrices[key].index(alike[0]), matrices[key].index(alike[-1]) + 1)
+                    mixing = _Mixing(key, of, places[0].name in freedom.inverse)
                 powers = [
-                    [free[g].scales[k].get(place.name, 0.0) if g == name else 0.0 for g, k in scales[n]]
+                    [free[g].scales[k].get(place.name, 0.0) if g == name else 0.0 for g, k in scales.get(n, ())]
                     for name, place in zip(alike, places, strict=True)
                 ]
-                scaled = slice(len(rows), len(rows) + len(powers)) if any(map(any, powers)) else None
-                rows.extend(powers if scaled else [])
-                if kind != "none" or scaled:
-                    inverse = places[0].name in free[alike[0]].inverse
-                    step = _Step(places, tuple(weights[tensor].shape), device, key, of, inverse, str(n), scaled)
+                if any(map(any, powers)):
+                    scaling = _Scaling(n, slice(len(rows), len(rows) + len(powers)))
+                    rows.extend(powers)
+                if mixing or scaling:
+                    step = _Step(places, weights[tensor], mixing, scaling)
                     self._steps.setdefault(tensor, []).append(step)
-        for n, rows in exponents.items():
-            if rows:
-                self._exponents[n] = torch.tensor(rows, dtype=torch.float64, device=device)
-        self._mixes = {key: kind for key in matrices for kind in [key.rpartition(", ")[0]]}
+        self._exponents = {  # of scales (k) at steps (s): (s, k)
+            n: torch.tensor(rows, dtype=torch.float64, device=device) for n, rows in exponents.items() if rows
+        }
+
+    @property
+    def parameters(self) -> dict[str, list[Tensor]]:
+        """The free parameters: of "rotation" tensors (k, n, n) for the k matrices of one kind and size, of "scale" (k, n)."""
+        return {"rotation": list(self._generators.values()), "scale": list(self._logarithms.values())}
 
     def _alike(self) -> list[list[str]]:
         """The groups that move, those of one family together where they move by the same kind of matrix."""
@@ -163,22 +162,19 @@ class FreeElement:
         return next(x.dtype for x in self.weights.values() if x.is_floating_point())
 
     def _moved(self, dtype: torch.dtype) -> Weights:
-        matrices = {
-            key: _matrices(self._mixes[key], generators.to(dtype))
-            for key, generators in self.parameters["rotation"].items()
-        }
+        matrices = {key: _matrices(key[0], generators.to(dtype)) for key, generators in self._generators.items()}
         factors = {
-            n: torch.exp(exponents.to(dtype) @ self.parameters["scale"][n].to(dtype))
+            n: torch.exp(exponents.to(dtype) @ self._logarithms[n].to(dtype))
             for n, exponents in self._exponents.items()
         }
         moved = {}
         for name, steps in self._steps.items():
             tensor = self.weights[name].to(dtype)
             for step in steps:
-                if step.key in matrices:
-                    tensor = step.mixed(tensor, matrices[step.key][step.inverse][step.of])
-                if step.scales is not None:
-                    tensor = step.scaled(tensor, factors[step.size][step.scales])
+                if step.mixing is not None:
+                    tensor = step.mixed(tensor, matrices[step.mixing.key][step.mixing.inverse][step.mixing.of])
+                if step.scaling is not None:
+                    tensor = step.scaled(tensor, factors[step.scaling.size][step.scaling.of])
             moved[name] = tensor
         return moved
 
@@ -192,34 +188,40 @@ def _matrices(kind: str, generators: Tensor) -> tuple[Tensor, Tensor]:
     return rotations, rotations
 
 
+class _Mixing(NamedTuple):
+    """Where the matrices of a step are found: among those of a kind and size, or their inverses transposed."""
+
+    key: tuple[str, int]
+    of: slice
+    inverse: bool
+
+
+class _Scaling(NamedTuple):
+    """Where the factors of a step are found: among those of groups of one size."""
+
+    size: int
+    of: slice
+
+
 class _Step:
     """One place at which groups of a family move in a tensor, each by a matrix of its own, and then by scales.
 
     Args:
         places: of each group.
-        shape: of the tensor.
-        key, of, inverse: where the matrices are found.
-        size, scales: where the factors are found; None: none.
+        tensor: as it is before anything moves.
+        mixing, scaling: where matrices and factors are found; None: none.
     """
 
     def __init__(
-        self,
-        places: Sequence[Occurrence],
-        shape: tuple[int, ...],
-        device: torch.device,
-        key: str,
-        of: slice,
-        inverse: bool,
-        size: str,
-        scales: slice | None,
+        self, places: Sequence[Occurrence], tensor: Tensor, mixing: _Mixing | None, scaling: _Scaling | None
     ) -> None:
-        self.key, self.of, self.inverse, self.size, self.scales = key, of, inverse, size, scales
+        self.mixing, self.scaling = mixing, scaling
         self.dims = places[0].dims
         rows = np.concatenate([place.rows.ravel() for place in places])
         self.columns = places[0].rows.shape[1]
-        self.length = math.prod(shape[d] for d in self.dims)
+        self.length = math.prod(tensor.shape[d] for d in self.dims)
         every = rows.size == self.length and bool((rows[1:] > rows[:-1]).all())
-        self.where = None if every else torch.from_numpy(rows).to(device)
+        self.where = None if every else torch.from_numpy(rows).to(tensor.device)
 
     def mixed(self, tensor: Tensor, matrices: Tensor) -> Tensor:
         """The tensor with the units of each group mixed by its matrix (n, n) of several."""

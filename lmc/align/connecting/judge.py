@@ -1,6 +1,7 @@
 """The judge of what is chosen: a part of the training data held out from all that is learned."""
 
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import nn
 
 from lmc.errors import DataError
 from lmc.landscape.evaluation.evaluation import Evaluation
+from lmc.landscape.path import loss_path
 from lmc.network.batches import Batch, as_splits, cuttable, take
 from lmc.network.inputs import first_of
 from lmc.network.task import Task
@@ -70,17 +72,20 @@ class Judge:
         task: how outputs are judged.
 
     Attributes:
-        inputs: those of them that are used.
         unit: of the loss.
     """
 
     def __init__(
         self, model: nn.Module, a: Weights, b: Weights, held: Any, inputs: Any, task: Task, device: torch.device
     ) -> None:
-        self.inputs = inputs[:FEW] if isinstance(inputs, list) else first_of(inputs, STATISTICS)
+        inputs = inputs[:FEW] if isinstance(inputs, list) else first_of(inputs, STATISTICS)
         self._evaluation = Evaluation(
-            model, (a, b), held, names="ab", inputs=self.inputs, loss=task, device=device, progress=False
+            model, (a, b), held, names="ab", inputs=inputs, loss=task, device=device, progress=False
         )
+        self._repaired = partial(
+            loss_path, model, alphas=ALPHAS, repair="repair", inputs=inputs, loss=task, device=device, progress=False
+        )
+        self._held = held
         self.unit = self._evaluation.evaluator.task.unit
         self._ends = [self._loss(self._evaluation.ready(state)) for state in self._evaluation.states]
         if not all(map(torch.isfinite, map(torch.tensor, self._ends))):
@@ -94,6 +99,10 @@ class Judge:
             loss = self._loss(self._evaluation.ready(mean([a, moved], (1.0 - alpha, alpha))))
             highest = max(highest, loss - (1.0 - alpha) * start - alpha * end) if loss == loss else float("inf")
         return highest
+
+    def repaired(self, a: Weights, moved: Weights) -> float:
+        """The same, every layer between the ends given the statistics that it has in the ends."""
+        return self._repaired(a, moved, self._held).barrier
 
     def _loss(self, weights: Weights) -> float:
         return next(iter(next(self._evaluation.evaluator([weights])).values())).loss

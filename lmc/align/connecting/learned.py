@@ -52,8 +52,9 @@ def learn(
 ) -> Learned:
     """Make the loss at random points between A and B moved small, by Adam with rates that rise and fall along a cosine.
 
-    What counts is what the judge says, measured along the way, the start included. `pace` multiplies the rates. Where the budget is short there are
-    fewer steps, so that the rates still fall to 0.
+    What counts is what the judge says, measured along the way, the start included: so often that it takes no more than a
+    part of the time, where that is limited. `pace` multiplies the rates. Where the budget is short there are fewer steps, so
+    that the rates still fall to 0.
     """
     start = element.exact()
     found = Learned(start, judge(start))
@@ -61,7 +62,7 @@ def learn(
     judging = max(budget.spent, 1e-9)
     optimizer = torch.optim.Adam(
         [
-            {"params": list(parameters.values()), "lr": RATES[kind], "rate": RATES[kind]}
+            {"params": parameters, "lr": RATES[kind], "rate": RATES[kind]}
             for kind, parameters in element.parameters.items()
             if parameters
         ]
@@ -71,7 +72,7 @@ def learn(
     try:
         with tqdm(total=steps, desc="learning", unit=" steps", disable=not progress) as bar:
             step = 0
-            while step < steps and not budget.over:
+            while step < steps and (spent := budget.spent) < budget.seconds:
                 if step == PROBES:
                     each = (budget.spent - begun) / step
                     affordable = (1.0 - TIME_TO_JUDGE) * budget.left / max(each, 1e-9)
@@ -93,9 +94,9 @@ def learn(
                 step += 1
                 found.steps = step
                 bar.update()
-                due = step >= (measured + 1) * max(1, steps // MEASURES) and judging * (
-                    measured + 1
-                ) < TIME_TO_JUDGE * (budget.spent - begun)
+                due = step >= (measured + 1) * max(1, steps // MEASURES) and (
+                    math.isinf(budget.seconds) or judging * (measured + 1) < TIME_TO_JUDGE * (spent - begun)
+                )
                 if due or step >= steps:
                     measured += 1
                     _measure(found, element.exact(), judge)

@@ -97,11 +97,12 @@ def sinkhorn(log_scores: Tensor, iterations: int) -> Tensor:
     where an exponential costs as much as many products, on the numbers themselves wherever none can leave the range of float64.
     """
     if log_scores.is_cpu:
-        scores = log_scores.detach().double()
-        columns = scores.amax(-2, keepdim=True)
-        rows = (scores - columns).amax(-1, keepdim=True)
-        if float((scores - columns - rows).amin()) > -_RANGE:
-            found = _Scaling.apply(log_scores, columns, rows, iterations)
+        below = log_scores.detach().double()
+        below = below - below.amax(-2, keepdim=True)
+        rows = below.amax(-1, keepdim=True)
+        below -= rows
+        if float(below.amin()) > -_RANGE:
+            found = _Scaling.apply(log_scores, below, rows, iterations)
             assert isinstance(found, Tensor)
             return found
     for _ in range(iterations):
@@ -113,13 +114,14 @@ def sinkhorn(log_scores: Tensor, iterations: int) -> Tensor:
 class _Scaling(torch.autograd.Function):
     """`P = diag(u) K diag(v)` with `v = 1 / K^T u` and `u = 1 / K v` by turns: two matrix-vector products for an iteration.
 
-    `K = exp(X - columns - rows)` has a one in each row and entries of at least `exp(-_RANGE)`; as `u[i] / u[k]` is at most the
-    reciprocal of that, nothing overflows. Of the columns' maxima P does not depend, those of the rows are where u begins.
+    `below` is X less the maxima of its columns, and then of its rows, so that `K = exp(below)` has a one in each row and entries
+    of at least `exp(-_RANGE)`; as `u[i] / u[k]` is at most the reciprocal of that, nothing overflows. Of the columns' maxima P
+    does not depend, those of the rows are where u begins.
     """
 
     @staticmethod
-    def forward(ctx: Any, log_scores: Tensor, columns: Tensor, rows: Tensor, iterations: int) -> Tensor:
-        kernel = (log_scores.double() - columns - rows).exp_()
+    def forward(ctx: Any, log_scores: Tensor, below: Tensor, rows: Tensor, iterations: int) -> Tensor:
+        kernel = below.exp()
         # Rows (..., 1, n): of several matrices, products from the left are the quick ones.
         us, vs = [rows.exp().mT], []
         for _ in range(iterations):
