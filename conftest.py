@@ -139,7 +139,7 @@ LONGEST = (
 
 
 # Notebooks of the long run: what they show the tests of their methods compute as well.
-LONG = ("notebooks/02_", "notebooks/05_", "notebooks/07_", "notebooks/08_", "notebooks/09_", "notebooks/10_", "notebooks/13_")
+LONG = tuple(f"notebooks/{number}_" for number in ("02", "04", "05", "07", "08", "09", "10", "12", "13"))
 
 
 def pytest_collection_modifyitems(config, items):

@@ -127,10 +127,11 @@ class Examination:
         if derives_outside(self.module, runs, _equal):
             raise self._kept_for_good()
         expected = self._repeated(stale)
+        near = None
         for renews in (False, True):
             trial = self.trial(stale, Verdict(renews=renews), between)
             with contextlib.suppress(Exception):  # of weights that nobody asked for
-                trial.repeated(self.inputs)
+                near = trial.repeated(self.inputs)
             trial.load(self.weights)
             again = False
             with contextlib.suppress(Exception):  # a copy that was called before may miss what it made once
@@ -150,7 +151,8 @@ class Examination:
         writes, writes_inputs = trial.written(self.weights, self.inputs)
         if not self._warn_of_shadows(stale, expected):
             with contextlib.suppress(Exception):  # of weights that nobody asked for
-                self._warn_of_weights_elsewhere(stale, expected)
+                if _equal(near, expected):
+                    self._warn_of_weights_elsewhere(stale, expected)
         trial.load(between)
         functional = False
         with contextlib.suppress(Exception):  # what cannot be called so is not
@@ -206,13 +208,13 @@ class Examination:
         )
 
     def _warn_of_weights_elsewhere(self, stale: Removal, expected: Any) -> None:
-        """Warn of a module that gives the same, which is no constant, with other weights: near ones, and far ones, since
-        outputs of few values may be the same near by."""
+        """Warn of a module that gives the same, which is no constant, with other weights: near by it does, where outputs of few
+        values may, and with far ones too."""
         given = [x.reshape(-1)[:1000] for x in leaves(expected) if x.is_floating_point()]
         varied = any(len(x[x.isfinite()].unique()) > 1 for x in given)  # each NaN would count as a value
-        near, own = _perturbed(self.weights), [n for n, _ in self.module.named_parameters() if n in self.weights]
-        far = near | {name: -self.weights[name] for name in own}
-        if varied and own and all(_equal(self._given_out(stale, other), expected) for other in (near, far)):
+        own = [n for n, _ in self.module.named_parameters() if n in self.weights]
+        far = _perturbed(self.weights) | {name: -self.weights[name] for name in own}
+        if varied and own and _equal(self._given_out(stale, far), expected):
             warn(
                 f"{self.name}: its outputs do not change with the weights that are loaded; it computes with tensors that "
                 "it keeps beside its state dict, such as views of its parameters, or with those of another module: all "
@@ -221,8 +223,10 @@ class Examination:
 
     def _warn_of_shadows(self, stale: Removal, expected: Any) -> bool:
         """Warn of parameters in whose place the module uses copies that are not in its state dict (moving averages)."""
+        if not _shadows(self.module):
+            return False
         trial = self.trial(stale, Verdict(), self.weights)
-        kept = [x for x in hidden_tensors(trial.module) if x.is_floating_point() and x.numel() > 1]
+        kept = _shadows(trial.module)
         alike = [
             n for n in trial.own_names if n in self.weights and any(x.shape == self.weights[n].shape for x in kept)
         ]
@@ -245,6 +249,11 @@ class Examination:
                     )
                     return True
         return False
+
+
+def _shadows(module: nn.Module) -> list[Tensor]:
+    """The tensors beside the state dict that may be copies of parameters."""
+    return [x for x in hidden_tensors(module) if x.is_floating_point() and x.numel() > 1]
 
 
 def few_of(inputs: Any) -> Any:

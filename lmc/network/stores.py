@@ -24,6 +24,7 @@ LIBRARIES = ("torch", "numpy", "builtins", "functools", "collections", "enum", "
 Absent: TypeAlias = Literal["none", "deleted"]
 _PARTS = frozenset(("_parameters", "_buffers", "_modules"))  # of a module, which are no objects of the caller's
 _SIMPLE = frozenset((bool, int, float, str, type(None)))
+_FUNCTIONS = frozenset((types.FunctionType, types.MethodType))
 _SETTERS = frozenset(("setdefault", "update", "append", "appendleft", "extend", "insert", "add"))
 
 
@@ -181,9 +182,9 @@ def own_functions(module: nn.Module) -> list[Any]:
 
 def additions(module: nn.Module) -> list[Any]:
     """The hooks of one module, and the functions among its attributes."""
-    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    functions = [x for x in vars(module).values() if isinstance(x, types.FunctionType | types.MethodType)]
-    return [*hooks, *functions]
+    found = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    found += [x for x in vars(module).values() if type(x) in _FUNCTIONS]
+    return found
 
 
 def writes_of(model: nn.Module) -> Writes:
@@ -209,12 +210,13 @@ def _classes_held(modules: Iterable[nn.Module]) -> set[type]:
     found: set[type] = set()
     for module in modules:
         for key, value in vars(module).items():
-            if key in _PARTS or type(value) in _SIMPLE or (isinstance(value, dict | list | tuple) and not value):
+            if type(value) in _SIMPLE or key in _PARTS:
                 continue
-            several = (
-                value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else (value,)
-            )
-            found |= {type(getattr(one, "__self__", one)) for one in several}
+            if not isinstance(value, (dict, list, tuple)):
+                found.add(type(getattr(value, "__self__", value)))
+            elif value:  # each module has a dozen that are empty
+                several = value.values() if isinstance(value, dict) else value
+                found |= {type(getattr(one, "__self__", one)) for one in several}
     no_objects = nn.Module | torch.Tensor | type | types.FunctionType
     return {k for k in found if not issubclass(k, no_objects) and k.__module__.split(".")[0] not in LIBRARIES}
 

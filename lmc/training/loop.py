@@ -18,7 +18,7 @@ from torch.func import functional_call, grad_and_value, vmap
 from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from lmc.core.context import own_context, warn
+from lmc.core.context import forked, own_context, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.network.batches import Batch, Split, take
@@ -274,7 +274,7 @@ def _finish(run: _Run, recipe: Recipe, kept: set[int], bar: tqdm, start: int, re
     """Train a run to its end; when interrupted, the run holds what was reached."""
     optimizer = _optimizer(recipe, run.parameters)
     steps = steps_of(run.split, recipe.batch_size)
-    with _own_randomness(run.seeds[0], run.device), torch.no_grad():
+    with forked(run.device, run.seeds[0]), torch.no_grad():
         if start in kept:
             run.snapshots[start] = run.weights()
         if recorded:
@@ -353,18 +353,6 @@ def _rate(recipe: Recipe, step: int, steps: int) -> float:
     if recipe.schedule == "constant":
         return recipe.lr
     return 0.5 * recipe.lr * (1 + math.cos(math.pi * step / steps))
-
-
-@contextlib.contextmanager
-def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """A random state of our own for layers that draw (dropout); the caller's is put back."""
-    cuda = device.type == "cuda"
-    with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.default_generator.manual_seed(seed)
-        if cuda:
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 def _checked(recipe: Recipe, seeds: Iterable[int], together: int | None) -> list[int]:

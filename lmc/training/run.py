@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lmc.core.context import forked
 from lmc.core.extras import require
 from lmc.errors import InputError
 from lmc.network.batches import Batch, Split, as_splits, check_numbers, cuttable, head, take, tensors, to_device
@@ -124,8 +125,7 @@ def initialised(model: nn.Module, seed: int) -> Weights:
     device = device_of(model)
     fresh = fresh_copy(model).cpu()
     rules = [(outer, rule) for outer in fresh.modules() if callable(rule := getattr(outer, "_init_weights", None))]
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with forked(torch.device("cpu"), seed):
         for name, layer in reversed(list(fresh.named_modules())):  # a layer comes after everything within it
             reset = getattr(layer, "reset_parameters", None) or getattr(layer, "_reset_parameters", None)
             if reset is not None:

@@ -14,6 +14,7 @@ QUICKSTART = ROOT / "notebooks" / "00_quickstart.ipynb"
 STORED_BY = json.loads(QUICKSTART.read_text(encoding="utf-8"))["metadata"]["language_info"]["version"]
 
 
+@pytest.mark.thorough
 def test_it_shows_pictures_runs_and_its_slider_answers_in_the_page_and_in_the_kernel(open_notebook):
     notebook = open_notebook("00_quickstart.ipynb")
     show_pictures(notebook.page)

@@ -68,7 +68,7 @@ def random_program(
     Statements that do not fit the values at hand (wrong shape, too large, not finite) are drawn again.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         d = Draft(random.Random(seed), sizes=sizes, limit=limit)
         shape = d.random.choice(inputs)
         d.values["x"] = torch.randn(shape)

@@ -129,7 +129,7 @@ class Program:
         scope: dict[str, Any] = {"torch": torch, "nn": nn, "F": F}
         exec(compile(self.source, name, "exec"), scope)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)
             module = scope["Program"]().double().eval()
             with torch.no_grad():
                 for parameter in module.parameters():

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.thorough  # what it calls, the README's lines call as well
 ROOT = Path(__file__).parents[2]
 
 

@@ -10,12 +10,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from lmc.core.context import own_context, warn
+from lmc.core.context import forked, own_context, warn
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.landscape.curves.curve import Curve
-from lmc.landscape.curves.training import Settling, finite_loss, forked, positive, whole, with_parameters
+from lmc.landscape.curves.training import Settling, finite_loss, positive, whole, with_parameters
 from lmc.landscape.evaluation.evaluation import Objective
 from lmc.landscape.evaluation.measured import Values
 from lmc.landscape.layerwise import checked_layers

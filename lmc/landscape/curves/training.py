@@ -1,9 +1,8 @@
 """Training of weights between two networks, whichever way leads there: the loop over random points, its schedule, tensors that
 follow from others, a random state of its own."""
 
-import contextlib
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -11,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lmc.core.context import warn
+from lmc.core.context import forked, warn
 from lmc.core.progress import tqdm
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluation import Objective
@@ -141,17 +140,6 @@ class Settling:
         device = next(iter(weights.values())).device
         rest = {name: tensor.to(device) for name, tensor in self._derived.items() if name not in weights}
         return settled(weights | rest, self._like)
-
-
-@contextlib.contextmanager
-def forked(device: torch.device, seed: int) -> Iterator[None]:
-    """The global random state, which dropout draws from, starts at `seed` inside and is as it was afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 def finite_loss(loss: float, when: str, lr: float) -> float:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from lmc.core.context import default_dtype
+from lmc.core.context import default_dtype, forked
 from lmc.errors import CertificateError, InputError, LmcError
 from lmc.network.batches import is_object, mapped
 from lmc.network.network import Network
@@ -292,9 +292,7 @@ class Probe:
 
     def _result(self, inputs: Inputs) -> dict[str, Tensor]:
         args, kwargs = tree_map(self._input, as_call(inputs))
-        device = self.network.device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), quiet(), self._precision():
-            torch.manual_seed(0)
+        with forked(self.network.device, 0), quiet(), self._precision():
             try:
                 result = self.network.run(kwargs or args)
             except LmcError:
