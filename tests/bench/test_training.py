@@ -75,7 +75,11 @@ SMALL = {
 DATA = {"images": images(), "sentences": sentences()}
 
 
-@pytest.mark.parametrize("name", SMALL)
+# The others have all of their layers.
+NAMES = [pytest.param(n, marks=[pytest.mark.thorough] if n in ("vgg", "resnet20", "gpt") else []) for n in SMALL]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_equals_a_plain_loop_over_the_seeds(name):
     # SGD, since Adam divides by gradients that may be pure rounding error
     model, data = SMALL[name][0], DATA[SMALL[name][1]]

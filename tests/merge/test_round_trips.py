@@ -1,5 +1,6 @@
 """Merged folders open in the library that the models came from, under the names that it looks for."""
 
+import itertools
 import json
 import math
 import os
@@ -64,19 +65,13 @@ def folder(root: Path, form: str, seed: int, tied: bool) -> Path:
     return path
 
 
-@pytest.mark.parametrize("tied", [False, True])
+FORMS = list(itertools.product(("one file", "sharded", "bin", "sharded bin"), (False, True), ("5GB", "3kB")))
+SHORT = {("one file", False, "5GB"), ("sharded", True, "3kB"), ("bin", True, "3kB"), ("sharded bin", False, "5GB")}
+
+
 @pytest.mark.parametrize(
-    ("form", "shard_size"),
-    [
-        ("one file", "5GB"),
-        ("sharded", "3kB"),
-        ("bin", "3kB"),
-        ("sharded bin", "5GB"),
-        *(
-            pytest.param(*case, marks=pytest.mark.thorough)
-            for case in (("one file", "3kB"), ("sharded", "5GB"), ("bin", "5GB"), ("sharded bin", "3kB"))
-        ),
-    ],
+    ("form", "tied", "shard_size"),
+    [pytest.param(*each, marks=[] if each in SHORT else [pytest.mark.thorough]) for each in FORMS],
 )
 def test_transformers_reads_what_was_merged(form: str, tied: bool, shard_size: str, tmp_path: Path):
     paths = [folder(tmp_path, form, seed, tied) for seed in (0, 1)]
