@@ -150,20 +150,21 @@ class Hessian:
         self.point = {name: p.detach().clone().requires_grad_() for name, p in named}
         self.sizes = [p.numel() for p in self.point.values()]
         self.size = sum(self.sizes)
+        self.weigh = objective.weighing(self.point, batch_size)
         self.rounding = max((torch.finfo(p.dtype).eps for p in self.point.values()), default=0.0)
 
     def __call__(self, vector: Tensor) -> Tensor:
         leaves = list(self.point.values())
         parts = vector.split(self.sizes)
         along = [part.reshape(p.shape).to(p.device, p.dtype) for part, p in zip(parts, leaves, strict=True)]
-        total, weight = torch.zeros(self.size, dtype=torch.float64), 0
+        total, weight = torch.zeros(self.size, dtype=torch.float64), 0.0
         for batch in self.objective.split.iterate(self.batch_size):
-            if count := self.objective.task.weight(batch[1]):
+            if count := 1.0 if self.weigh is None else self.weigh(batch[1]):
                 with sdpa_kernel(SDPBackend.MATH):  # the faster kernels of attention have no second derivative
                     loss = self.objective(self.point, batch)
                 total += count * self._batch(loss, leaves, along)
                 weight += count
-        return total / max(weight, 1)
+        return total if self.weigh is None else total / max(weight, 1.0)
 
     def _batch(self, loss: Tensor, leaves: list[Tensor], along: list[Tensor]) -> Tensor:
         """`H v` of one batch: the gradient of the slope along v."""

@@ -182,7 +182,7 @@ def _some(split: Split, examples: int) -> Any:
     if split.whole:
         inputs, targets = next(iter(split.batches))
         step = -(-len(targets) // examples)
-        return head((take(inputs, slice(None, None, step)), targets[::step]), examples)[0]
+        return head((take(inputs, slice(None, None, step)), take(targets, slice(None, None, step))), examples)[0]
     parts: list[Any] = []
     goals: list[Tensor] = []
     for inputs, targets in split.batches:

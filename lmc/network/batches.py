@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from types import SimpleNamespace
 from typing import Any
@@ -86,6 +86,23 @@ class Split:
             part = slice(start, start + batch_size)
             yield take(inputs, part), targets[part]
 
+    def counting(self, weight: Callable[[Tensor], int]) -> "Split":
+        """Without the examples, or the batches, in which no target counts: their mean loss is 0 / 0.
+
+        Raises:
+            DataError: there are no others.
+        """
+        if not self.held:
+            return replace(self, batches=_Counting(self.batches, weight))
+        kept = [batch for batch in self.batches if weight(batch[1])]
+        if not kept:
+            raise DataError(f"{self.name}: no target counts")
+        if self.whole and weight(kept[0][1]) < kept[0][1].numel():
+            inputs, targets = kept[0]
+            rows = torch.tensor([weight(row[None]) > 0 for row in targets.cpu()]).to(targets.device)
+            kept = kept if bool(rows.all()) else [(take(inputs, rows), targets[rows])]
+        return replace(self, batches=kept)
+
     def shuffled(self, batch_size: int, generator: torch.Generator, *, drop_last: bool = False) -> Iterator[Batch]:
         """The batches of one epoch in random order; those of an iterable that is not held come in its own.
 
@@ -103,6 +120,16 @@ class Split:
                 yield self.batches[i]
         else:
             yield from self.batches
+
+
+class _Counting:
+    """A long iterable of batches without those in which no target counts."""
+
+    def __init__(self, batches: Iterable[Batch], weight: Callable[[Tensor], int]) -> None:
+        self._batches, self._weight = batches, weight
+
+    def __iter__(self) -> Iterator[Batch]:
+        return (batch for batch in self._batches if self._weight(batch[1]))
 
 
 def as_splits(data: Any, targets_of: TargetsOf | None = None) -> list[Split]:
@@ -365,8 +392,12 @@ def check_numbers(inputs: Any, name: str) -> None:
 
 
 def take(inputs: Any, index: Any) -> Any:
-    """`inputs[index]` along the examples, for inputs of any accepted form."""
-    return mapped(inputs, lambda tensor: tensor[index])
+    """`inputs[index]` along the examples, for inputs of any accepted form.
+
+    What is spread over memory is put together: modules and losses may ask for a `.view` of it.
+    """
+    spread = isinstance(index, slice) and index.step is not None
+    return mapped(inputs, lambda tensor: tensor[index].contiguous() if spread else tensor[index])
 
 
 def to_device(inputs: Any, device: torch.device) -> Any:

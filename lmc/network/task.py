@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lmc.core.context import warn
 from lmc.errors import DataError, InputError
-from lmc.network.batches import IGNORED, Split, TargetsOf, TaskData, tensors
+from lmc.network.batches import IGNORED, LABELS, Split, TargetsOf, TaskData, tensors
 
 # Of the outputs and targets of a batch, and of its inputs where it asks for a third argument.
 Loss: TypeAlias = Callable[..., Tensor]
@@ -148,7 +148,8 @@ class Task:
     @classmethod
     def own_loss(cls, labels: str = "labels", unit: str = "", **others: Any) -> "Task":
         """The loss that the module computes itself when it is called with targets (Hugging Face models)."""
-        return cls(labels=labels, unit=unit, **others)
+        own = None if labels in LABELS else functools.partial(_entry, name=labels)
+        return cls(labels=labels, unit=unit, **{"targets": own, **others})
 
     # ---- at the door of a function
 
@@ -209,6 +210,10 @@ class Task:
         if isinstance(inputs, Mapping):
             return {**inputs, self.labels: targets}
         return (*tensors(inputs), targets)
+
+    def relabelled(self, call: Any, targets: Tensor) -> Any:
+        """A call of the module with other targets."""
+        return self.call(call if self.labels is None or isinstance(call, Mapping) else call[:-1], targets)
 
     def read(self, result: Any) -> Any:
         """The part of the module's result that is judged: a tensor (N, ...), or what a loss of one's own takes.
@@ -365,6 +370,14 @@ def takes_numbers(loss: Loss, outputs: Any, targets: Tensor, inputs: Any) -> boo
     return bool(0 < (near - at).abs() < (far - at).abs() / 4)
 
 
+def class_weights(loss: Loss | None) -> Tensor | None:
+    """The weights (C,) that a loss of torch gives to classes, by which its means are taken."""
+    if loss is None or _name(loss) not in OF_CLASSES:
+        return None
+    found = loss.keywords.get("weight") if isinstance(loss, functools.partial) else getattr(loss, "weight", None)
+    return found if isinstance(found, Tensor) else None
+
+
 def class_last(outputs: Tensor, targets: Tensor, axis: int | None = None) -> Tensor | None:
     """Outputs (K, N, ..., C) or (K, N, C, ...) as logits (K, targets, C) where the targets are classes, else None.
 
@@ -373,13 +386,23 @@ def class_last(outputs: Tensor, targets: Tensor, axis: int | None = None) -> Ten
     Args:
         axis: as for `Task`, of the outputs of one weight set.
     """
-    shape = outputs.shape[1:]
-    last, first = _fitting(shape, targets)
-    if not (last or first):
+    found = class_axis(outputs.shape[1:], targets, axis)
+    if found is None:
         return None
-    if first and (not last or axis == 1 or (axis is None and len(shape) > 3)):
-        outputs = outputs.movedim(2, -1)
+    outputs = outputs.movedim(2, -1) if found == 1 else outputs
     return outputs.reshape(len(outputs), targets.numel(), outputs.shape[-1])
+
+
+def class_axis(shape: Sequence[int], targets: Tensor, axis: int | None = None) -> int | None:
+    """The axis of the classes in outputs of a shape, 1 or -1; None where the targets are no classes of theirs.
+
+    Args:
+        axis: as for `Task`.
+    """
+    last, first = _fitting(shape, targets)
+    if first and (not last or axis == 1 or (axis is None and len(shape) > 3)):
+        return 1
+    return -1 if last else None
 
 
 def _fitting(shape: Sequence[int], targets: Tensor) -> tuple[bool, bool]:
@@ -514,6 +537,14 @@ def _next_tokens(inputs: Any, targets: Tensor | None) -> Tensor:
     if ids.ndim < 2:
         raise DataError(f"a language task needs tokens (N, T), got {tuple(ids.shape)}")
     return torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], dim=1)
+
+
+def _entry(inputs: Any, targets: Tensor | None, name: str) -> Tensor:
+    """The targets, or, where there are none, what a mapping has under a name that is not everywhere that of targets."""
+    found = inputs.get(name) if targets is None and isinstance(inputs, Mapping) else targets
+    if not isinstance(found, Tensor):
+        raise DataError(f"own_loss(labels={name!r}) needs targets, or mappings with an entry {name!r}")
+    return found
 
 
 def _inputs_themselves(inputs: Any, _targets: Tensor | None) -> Tensor:

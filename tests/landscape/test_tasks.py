@@ -382,6 +382,73 @@ def test_a_module_that_takes_labels_is_judged_by_its_own_loss(form, size):
     assert pair == pytest.approx(want, rel=1e-5)
 
 
+class Tagging(nn.Module):
+    """Like a tagger of Hugging Face: its loss is that of each token's own label, which it takes as one view."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        self.inner = Tokens(seed)
+
+    def forward(self, input_ids, labels=None):
+        logits = self.inner(input_ids).logits
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.view(-1))
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+@pytest.mark.parametrize("make", [Own, Tagging])
+@pytest.mark.parametrize("cuts", [(1,) * 6, (2, 2, 2), (1, 2, 3)])
+def test_own_losses_over_sequences_of_several_lengths(make, cuts):
+    """The mean over all labels that count, whether or not the module shifts them, and however many are in a batch."""
+    model = make(OWN["object"]) if make is Own else make()
+    labels = IDS.masked_fill(PADDED["attention_mask"] == 0, -100)
+    ends = torch.tensor(cuts).cumsum(0).tolist()
+    parts = [
+        (IDS[j - i : j, : 5 - k], labels[j - i : j, : 5 - k])
+        for k, (i, j) in enumerate(zip(cuts[:3], ends[:3], strict=True))
+    ]
+    batches = [(ids.contiguous(), goal.contiguous()) for ids, goal in parts]
+    total, count = 0.0, 0
+    for ids, goal in batches:
+        logits = model.inner(ids).logits
+        logits, goal = (logits[:, :-1], goal[:, 1:]) if make is Own else (logits, goal)
+        total += F.cross_entropy(logits.flatten(0, 1), goal.flatten(), reduction="sum").item()
+        count += int((goal != -100).sum())
+    data = [{"input_ids": ids, "labels": goal} for ids, goal in batches]
+    assert evaluate(model, None, data)["data"].loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_every_second_example_is_a_view_for_losses_that_ask_for_one():
+    import lmc
+
+    data = {"input_ids": IDS, "labels": IDS}
+    found = lmc.merge.compare(Tagging(), [Tagging(1), Tagging(2)], data, methods=["average"], progress=False)
+    assert all(math.isfinite(entry.test) for entry in found.entries)
+
+
+class Ends(nn.Module):
+    """Like a model that answers by the first and last token of a span."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = linear(outputs=2)
+
+    def forward(self, x, starts=None, ends=None):
+        first, last = self.head(x).unbind(-1)
+        loss = None if starts is None else (first - starts).square().mean() + (last - ends).square().mean()
+        return {"first": first, "last": last, "loss": loss}
+
+
+@pytest.mark.parametrize("size", [24, 5])
+def test_own_losses_take_targets_of_any_name(size):
+    starts, ends = Y, Y + 2
+    columns = {"x": X, "starts": starts, "ends": ends}
+    data = [{name: part[k : k + size] for name, part in columns.items()} for k in range(0, 24, size)]
+    own = Ends()(X, starts, ends)["loss"].item()
+    assert evaluate(Ends(), None, data, loss=Task.own_loss("starts"))["data"].loss == pytest.approx(own, rel=1e-5)
+    with pytest.raises(DataError, match="mappings with an entry 'start'"):
+        evaluate(Ends(), None, data, loss=Task.own_loss("start"))
+
+
 def test_hugging_face_models_are_judged_by_their_own_loss():
     transformers = pytest.importorskip("transformers")
     config = transformers.GPT2Config(vocab_size=11, n_positions=8, n_embd=8, n_layer=1, n_head=2)
@@ -598,6 +665,53 @@ def test_curvature_understands_tasks(name):
     assert math.isfinite(found.eigenvalues[0]) and abs(found.eigenvalues[0]) > 0
 
 
+WEIGHTED = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 9.0, 0.1, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("loss", "data"),
+    [
+        (WEIGHTED, (X, Y)),
+        (functools.partial(F.cross_entropy, weight=WEIGHTED.weight, ignore_index=1), (X, Y)),
+        (nn.CrossEntropyLoss(reduction="sum"), (X, Y)),
+        (nn.CrossEntropyLoss(), (X, Y.where(torch.arange(24) < 15, -100))),
+        (None, {"input_ids": IDS, "labels": IDS.masked_fill(PADDED["attention_mask"].flip(1) == 0, -100)}),
+    ],
+)
+def test_curvature_is_that_of_all_the_data_at_once(loss, data):
+    model = Own(OWN["object"]) if loss is None else linear()
+    options = {"loss": loss, "top": 2, "probes": 1, "tolerance": 1e-4, "progress": False}
+    whole, cut = (curvature(model, None, data, batch_size=size, **options).eigenvalues for size in (24, 2))
+    assert cut == pytest.approx(whole, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["curve", "geodesic", "low loss", "relaxed", "star", "learned", "ama"])
+@pytest.mark.parametrize("loss", [None, nn.CrossEntropyLoss()])
+def test_batches_in_which_no_target_counts_change_nothing(name, loss):
+    import lmc
+
+    counting = [(X[k : k + 1], Y[k : k + 1]) for k in range(6)]
+    others = [(X[k : k + 1], torch.tensor([-100])) for k in (7, 8)]
+    model, models = lmc.models.mlp(6, [5], 4), [lmc.models.mlp(6, [5], 4).state_dict() for _ in range(3)]
+    spec, given = lmc.permutation_spec(model, X[:2], progress=False), {"loss": loss, "progress": False}
+    functions = {
+        "curve": lambda d: lmc.bezier_curve(model, *models[:2], d, epochs=1, **given).at(0.5),
+        "geodesic": lambda d: lmc.landscape.geodesic_path(model, *models[:2], d, points=3, epochs=1, progress=False),
+        "low loss": lambda d: lmc.landscape.low_loss_path(model, *models[:2], d, ticks=2, rounds=(1, 1), **given),
+        "relaxed": lambda d: lmc.sinkhorn_matching(spec, model, *models[:2], d, target="random", steps=3, **given),
+        "star": lambda d: lmc.merge.star_model(model, models, d, spec=spec, epochs=1, **given).weights,
+        "learned": lambda d: lmc.merge.learned_soup(model, models, d, epochs=1, **given).report.coefficients["*"],
+        "ama": lambda d: lmc.merge.ama(model, models[1:], d, base=models[0], steps=3, **given),
+    }
+    shown = [functions[name](data) for data in (counting, [*counting[:3], *others, *counting[3:]])]
+    shown = [each.to_frame().to_numpy().tolist() if hasattr(each, "to_frame") else each for each in shown]
+    assert str(shown[0]) == str(shown[1]) and "nan" not in str(shown[0])
+    rows = torch.cat([X[:6], X[7:9]]), torch.cat([Y[:6], torch.full((2,), -100)])
+    whole = [functions[name](data) for data in ((X[:6], Y[:6]), rows)]
+    whole = [each.to_frame().to_numpy().tolist() if hasattr(each, "to_frame") else each for each in whole]
+    assert str(whole[0]) == str(whole[1])
+
+
 @pytest.mark.parametrize("name", ["classes", "outputs", "graph"])
 def test_similarity_understands_tasks(name):
     make, data, options = TASKS[name]
@@ -719,8 +833,13 @@ def test_a_list_of_inputs_and_targets_has_its_targets_left_out():
     assert len(list(input_batches(linear(), [X[:9], X[9:18]], 24))) == 2
 
 
-@pytest.mark.parametrize("form", ["once", "splits", "object", "task"])
-@pytest.mark.parametrize("name", ["compare", "soups", "pairs", "methods", "steps", "branches"])
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *((name, form) for name in ("compare", "methods") for form in ("once", "splits", "object", "task")),
+        *((name, "once") for name in ("soups", "pairs", "steps", "branches")),
+    ],
+)
 def test_what_can_be_read_once_is_as_good_as_a_list(name, form):
     import lmc
 

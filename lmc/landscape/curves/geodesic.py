@@ -213,8 +213,9 @@ class Steps:
         """(N-1,) mean divergences over the first examples, `STATISTICS_EXAMPLES` or a batch more."""
         total, count = torch.zeros(len(chain) - 1, dtype=torch.float64), 0
         for batch in self.objective.split.iterate(batch_size):
-            total += len(batch[1]) * self(chain, batch).cpu().double()
-            count += len(batch[1])
+            weight = self.objective.task.weight(batch[1])
+            total += weight * self(chain, batch).cpu().double()
+            count += weight
             if count >= STATISTICS_EXAMPLES:
                 break
         return (total / count).clamp_min(0.0).numpy()

@@ -4,6 +4,7 @@ differentiable function of weights."""
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -13,8 +14,8 @@ from lmc.core.context import warn
 from lmc.core.progress import beforehand, tqdm
 from lmc.errors import InputError, WorkerError
 from lmc.landscape.evaluation.evaluator import Evaluator
-from lmc.landscape.evaluation.scores import Score
-from lmc.network.batches import Batch, Split, as_splits, check_numbers, head, take, to_device
+from lmc.landscape.evaluation.scores import Score, Weighing, weighing
+from lmc.network.batches import Batch, Split, as_splits, check_numbers, cuttable, head, take, to_device
 from lmc.network.batchnorm import Calls, Recalibrator, calls_in, equal_batches, has_batchnorm
 from lmc.network.derived import derived_in, derived_names, gauged, warn_of_lagging
 from lmc.network.network import Network, pick_device
@@ -221,7 +222,7 @@ class Objective:
 
     Attributes:
         network: a private copy of the module, in eval mode.
-        split, task: the data, and how they are judged.
+        split, task: the data, without examples in which no target counts, and how they are judged.
 
     Raises:
         MismatchError: weights of another architecture.
@@ -244,6 +245,7 @@ class Objective:
         for held, _ in self.split.batches if self.split.held else []:
             check_numbers(held, self.split.name)
         self.task = task.fitted(model, self.split)
+        self.split = self.split.counting(self.task.weight)
         self.network = Network(model, pick_device(device, weights), self.task.read)
         self.network.check(weights, name)
         self.network.load(weights)
@@ -256,6 +258,19 @@ class Objective:
         """The mean loss of one batch; a tensor that is not among `weights` keeps what the network has."""
         call, targets = self._call(batch)
         return self.task.mean_loss(self.network.outputs(weights, call), targets, call)
+
+    def weighing(self, weights: Weights, batch_size: int) -> Weighing | None:
+        """How much the mean over a batch counts among others, None for a sum, judged by the first batch."""
+        (batch, *others) = islice(self.split.iterate(batch_size), 2)
+        call, targets = self._call(batch)
+        if not others or not cuttable(call, targets) or (self.task.loss is None and self.task.labels is None):
+            return self.task.weight
+
+        def value_of(part: Any, goal: Tensor) -> Tensor:
+            return self.task.mean_loss(self.network.outputs(weights, part), goal, part)
+
+        with torch.no_grad():
+            return weighing(self.task, "loss", value_of, call, targets, self.split.name)
 
     def _call(self, batch: Batch) -> tuple[Any, Tensor]:
         inputs, targets = to_device(batch[0], self.network.device), batch[1].to(self.network.device)

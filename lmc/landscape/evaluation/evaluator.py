@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lmc.core.context import own_context
 from lmc.errors import DataError, InputError
 from lmc.landscape.evaluation.scores import Judging, Score, Tally, measures_of, weighing
-from lmc.network.batches import HELD_BYTES, Split, as_splits, check_numbers, cuttable, head, take, tensors, to_device
+from lmc.network.batches import HELD_BYTES, Split, as_splits, check_numbers, cuttable, head, tensors, to_device
 from lmc.network.network import Network, activation_bytes, pick_device
 from lmc.network.task import Loss, Outputs, Task, check_classes, measured, takes_numbers
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
@@ -297,11 +297,10 @@ class Evaluator:
         found = {}
         for name, measure in judging.measures.items():
 
-            def value_of(index: Tensor, name: str = name, measure: Loss = measure) -> Tensor:
-                part, goal = take(call, index), targets[index]
+            def value_of(part: Any, goal: Tensor, name: str = name, measure: Loss = measure) -> Tensor:
                 return measured(measure, name, self.network(part), goal, part)
 
-            found[name] = weighing(judging, name, value_of, targets)
+            found[name] = weighing(self.task, name, value_of, call, targets, split.name)
         return replace(judging, weighings=found)
 
     def _taken_on(self, states: Iterable[Weights]) -> Iterator[None]:

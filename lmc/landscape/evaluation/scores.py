@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lmc.core.context import warn
 from lmc.errors import DataError
-from lmc.network.task import Loss, Task, class_last, measured, no_classes, own_loss
+from lmc.network.batches import take
+from lmc.network.task import Loss, Task, class_last, class_weights, measured, no_classes, own_loss
 from lmc.weights.state import wide
 
 FEW_CLASSES = 32
@@ -206,24 +207,33 @@ def joined(parts: Sequence[Any]) -> Any:
     return first
 
 
-def weighing(judging: Judging, name: str, value_of: Callable[[Tensor], Tensor], targets: Tensor) -> Weighing | None:
+def weighing(
+    task: Task, name: str, value_of: Callable[[Any, Tensor], Tensor], call: Any, targets: Tensor, split: str
+) -> Weighing | None:
     """The weight of the mean over a batch, found by the weights that make a batch of its halves.
 
-    Tried are the targets that count, those behind the first of each sequence (for a loss that shifts them), the examples,
-    and none, for a sum. A warning says that none fits: the value then depends on how the data are batched.
+    Tried are the targets that count, or, where the module's own loss shifts them, those behind the first of each sequence;
+    the weights of their classes; the examples; and none, for a sum. A warning says that none fits: the value then depends on how the data are batched.
 
     Args:
-        value_of: the measure of the examples with certain indices.
-        targets: of a batch that can be cut.
+        value_of: the measure `name` of some examples, from a call of the module and targets.
+        call, targets: of a batch that can be cut.
     """
-    candidates = _weighings(judging.task)
+
+    def behind_the_first(goal: Tensor) -> float:
+        return task.weight(goal[:, 1:])
+
+    counting: Weighing = behind_the_first if _shifts(task, value_of, call, targets) else task.weight
     if len(targets) < 2:
-        return candidates[0]
-    counts = (targets != judging.task.ignore).reshape(len(targets), -1).sum(1)
+        return counting
+    counts = (targets != task.ignore).reshape(len(targets), -1).sum(1)
     order = counts.argsort()  # halves in which as few, and as many, targets count as possible
     few, many = order[: min(len(order) // 2, PROBED // 2)], order[len(order) - min(len(order) // 2, PROBED // 2) :]
     both = torch.cat([few, many])
-    value, *halves = (float(value_of(index).double().mean()) for index in (both, few, many))
+    value, *halves = (float(value_of(take(call, i), targets[i]).double().mean()) for i in (both, few, many))
+    candidates: list[Weighing] = [counting, len]
+    if (weights := class_weights(task.loss)) is not None:
+        candidates.insert(0, lambda goal: float(weights.cpu()[goal[goal != task.ignore].long().cpu()].sum()))
     for weigh in candidates:
         shares = [weigh(targets[index]) for index in (few, many)]
         total = sum(share * half for share, half in zip(shares, halves, strict=True) if share)
@@ -232,18 +242,21 @@ def weighing(judging: Judging, name: str, value_of: Callable[[Tensor], Tensor], 
     if math.isclose(sum(halves), value, rel_tol=1e-3, abs_tol=1e-6):
         return None
     warn(
-        f"{name} on {judging.split}: its value {value:.6g} for {len(both)} examples is no mean of those for their halves, "
+        f"{name} on {split}: its value {value:.6g} for {len(both)} examples is no mean of those for their halves, "
         f"{halves[0]:.6g} and {halves[1]:.6g}; it depends on how the data are batched. Return one value for each example, "
         "or pass a batch_size that takes them all"
     )
-    return candidates[0]
+    return counting
 
 
-def _weighings(task: Task) -> list[Weighing]:
-    found: list[Weighing] = [task.weight, len]
-    if task.labels is not None:
-        found.insert(0, lambda targets: task.weight(targets[:, 1:] if targets.ndim > 1 else targets))
-    return found
+def _shifts(task: Task, value_of: Callable[[Any, Tensor], Tensor], call: Any, targets: Tensor) -> bool:
+    """Whether the module's own loss leaves out the first target of each sequence: it makes no difference which it is."""
+    if task.labels is None or targets.ndim != 2 or targets.is_floating_point():
+        return False
+    others = targets.clone()
+    others[:, 0] = torch.where(targets[:, 0] == task.ignore, 0, task.ignore)
+    found, other = (value_of(task.relabelled(call, goal), goal) for goal in (targets, others))
+    return bool(torch.isclose(found, other, rtol=1e-6).all())
 
 
 def _total(

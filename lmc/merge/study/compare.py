@@ -413,7 +413,7 @@ def _every_second(data: Any, name: str, start: int) -> Any:
         return [(inputs, kept)]
     if len(tensors(inputs)[0]) < 2:
         raise InputError(f"validation {name!r}: one example cannot be split; pass test= as well")
-    return as_came(data, take(inputs, index), None if targets is None else targets[index])
+    return as_came(data, take(inputs, index), None if targets is None else take(targets, index))
 
 
 def _together(tasks: Mapping[str, Any]) -> Any:

@@ -23,7 +23,7 @@ from lmc.merge.with_data.judge import batches, each
 from lmc.network.batches import cuttable, take, tensors, to_device
 from lmc.network.derived import derived_names, gauged, settled
 from lmc.network.network import Network, pick_device
-from lmc.network.task import Task, tensor_of
+from lmc.network.task import Task, class_axis, tensor_of
 from lmc.weights import ModelOrWeights, StateDict, Weights, as_weights, fitted
 from lmc.weights.state import wide
 
@@ -200,7 +200,7 @@ def fisher_information(
                 "the information is that of one tensor of outputs: say which with lmc.Task(outputs=...).on(data)"
             )
         targets = None if targets is None else targets.to(outputs.device)
-        rows, back = _classes_last(outputs.to(wide(outputs.dtype)), targets)
+        rows, back = _classes_last(outputs.to(wide(outputs.dtype)), targets, task.axis)
         kind = _likelihood(rows, targets, task) if likelihood is None else likelihood
         if labels is None:
             taken: Labels = "expected" if rows.ndim == 2 else "sampled"
@@ -218,11 +218,12 @@ def fisher_information(
     return {name: (total / max(count, 1)).to(state[name].device) for name, total in found.items()}
 
 
-def _classes_last(outputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def _classes_last(
+    outputs: Tensor, targets: Tensor | None, axis: int | None
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """Outputs (N, ..., C), and the way back to how they came."""
-    if targets is not None and outputs.ndim > 2 and not targets.is_floating_point():
-        if outputs.shape[:-1] != targets.shape and outputs.shape[:1] + outputs.shape[2:] == targets.shape:
-            return outputs.movedim(1, -1), lambda pull: pull.movedim(-1, 1)
+    if targets is not None and class_axis(outputs.shape, targets, axis) == 1:
+        return outputs.movedim(1, -1), lambda pull: pull.movedim(-1, 1)
     if targets is None and outputs.ndim > 3:
         raise DataError(
             f"outputs {tuple(outputs.shape)}: targets tell which axis holds the classes; pass (inputs, targets)"
