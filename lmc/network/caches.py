@@ -5,112 +5,36 @@ lru_cache. Constants among them stay. What a forward pass changes, or makes agai
 it belongs to the weights that were loaded at that time, and has to go when others come.
 """
 
-import array
 import functools
-import io
-import queue
-import types
-from collections import UserDict, UserList, deque
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from lmc.network.stores import (
-    LIBRARIES,
-    Absent,
-    Shared,
-    additions,
-    content,
-    is_torch,
-    own_functions,
-    stores,
-    writes_of,
-    written_by,
+from lmc.network.places import (
+    EVERY_MODULE,
+    PART,
+    Address,
+    Container,
+    containers,
+    in_state,
+    is_namespace,
+    is_single,
+    items_of,
+    kept_tensors,
+    name_of,
+    numbers,
+    tensors_of,
 )
+from lmc.network.stores import Absent, Shared, additions, is_torch, own_functions, stores, writes_of, written_by
 
-# (name of the module, attribute or "_buffers", keys further inside) of a dict or list that holds values.
-Address: TypeAlias = tuple[Any, ...]
 # How what stands at an address is taken away: None in its place, or 0 in that of a number, deleted, or tensors and arrays without
 # their values.
 Way: TypeAlias = Literal["none", "zero", "deleted", "zeros", "nan", "empty"]
 Removal: TypeAlias = dict[Address, Way]
-Container: TypeAlias = dict[Any, Any] | list[Any] | deque[Any] | set[Any]
-
-_EVERY_MODULE = frozenset(vars(nn.Module()))
-_NO_OBJECTS = (
-    nn.Module,
-    type,
-    torch.device,
-    torch.dtype,
-    types.FunctionType,
-    types.MethodType,
-    types.ModuleType,
-)
-
-
 _ALL = "all"  # what is in a set, which has no places
-_PART = "part of"  # a tuple, a partial function or a method, where nothing can be put in the place of anything
-# What can be neither looked into nor copied and put back.
-_OPAQUE = (Iterator, bytearray, array.array, memoryview, io.IOBase, queue.SimpleQueue)
-
-
-class Slots(dict[str, Any]):
-    """The attributes of an object that has slots instead of a `__dict__`, as one."""
-
-    def __init__(self, owner: Any) -> None:
-        super().__init__()
-        self.owner = owner
-
-    def __iter__(self) -> Iterator[str]:
-        return (name for name in _slots(self.owner) if hasattr(self.owner, name))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __getitem__(self, name: str) -> Any:
-        return getattr(self.owner, name)
-
-    def __setitem__(self, name: str, value: Any) -> None:
-        setattr(self.owner, name, value)
-
-    def __delitem__(self, name: str) -> None:
-        delattr(self.owner, name)
-
-    def items(self) -> Any:
-        return [(name, self[name]) for name in self]
-
-    def values(self) -> Any:
-        return [self[name] for name in self]
-
-    def copy(self) -> dict[str, Any]:
-        return dict(self.items())
-
-    def clear(self) -> None:
-        for name in list(self):
-            del self[name]
-
-    def update(self, items: Any) -> None:  # type: ignore[override]
-        for name, value in items.items():
-            self[name] = value
-
-
-def _slots(value: Any) -> list[str]:
-    """The slots of an object of the caller's own."""
-    if isinstance(value, _NO_OBJECTS) or not _is_own(value):
-        return []
-    found = [(part, part.__dict__.get("__slots__", ())) for part in type(value).__mro__]
-    each = [(part, name) for part, names in found for name in ([names] if isinstance(names, str) else names)]
-    hidden = [f"_{part.__name__.lstrip('_')}{n}" if n[:2] == "__" != n[-2:] else n for part, n in each]
-    return [name for name in hidden if name not in ("__dict__", "__weakref__")]
-
-
-def _is_own(value: Any) -> bool:
-    """Whether an object is of a class of the caller's, or wraps a dict or list."""
-    return type(value).__module__.split(".")[0] not in LIBRARIES or isinstance(value, UserDict | UserList)
 
 
 class Hidden:
@@ -123,7 +47,7 @@ class Hidden:
     def __init__(self, module: nn.Module) -> None:
         self._places = list(containers(module))
         self._before = [(container, container.copy()) for _, container in self._places]
-        self._tensors = [(x, x._version, x.detach().clone()) for x in _kept_tensors(module)]
+        self._tensors = [(x, x._version, x.detach().clone()) for x in kept_tensors(module)]
         self._functions = list(_lru_caches(module))
         self._changed: list[tuple[Container, Container]] = []
         self._written: list[tuple[Tensor, Tensor]] = []
@@ -154,8 +78,8 @@ class Hidden:
         for (module, *inside), container in self._places:
             old = dict(items_of(before.get(id(container), container)))
             for key, value in items_of(container):
-                same = old.get(key, self) is value or (not inside and key in _EVERY_MODULE)
-                if not same or any(id(x) in written for x in _tensors_of(value)):
+                same = old.get(key, self) is value or (not inside and key in EVERY_MODULE)
+                if not same or any(id(x) in written for x in tensors_of(value)):
                     own = inside[0] if inside and inside[0] != "_buffers" else key
                     found.append(f"{module}.{own}" if module else str(own))
         return list(dict.fromkeys(found))
@@ -172,7 +96,7 @@ class Hidden:
                 container.clear()
                 container |= old  # type: ignore[operator]
                 continue
-            kept = {key: container[key] for key in container if key in _EVERY_MODULE}
+            kept = {key: container[key] for key in container if key in EVERY_MODULE}
             container.clear()
             container.update(old | kept)  # type: ignore[operator]
         for tensor, old in self._written:
@@ -184,12 +108,36 @@ class Hidden:
             function.cache_clear()
 
 
-def hidden_tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Every tensor that a module keeps beside its parameters and the buffers of its state dict."""
-    state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
-    for _, container in containers(module, also_torch=True):
-        for _, value in items_of(container):
-            yield from (x for x in _tensors_of(value) if id(x) not in state)
+def _lru_caches(model: nn.Module) -> Iterator[Any]:
+    """Every function under an lru_cache that modules have, as attributes, methods or properties."""
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule) or is_torch(module):
+            continue
+        own = [value for part in (vars(module), *map(vars, type(module).__mro__[:-1])) for value in part.values()]
+        for value in own:
+            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+            if isinstance(function, functools._lru_cache_wrapper):
+                yield function
+
+
+def _alike(x: Tensor, old: Tensor) -> bool:
+    """Whether two tensors have the same values; NaN is NaN."""
+    if (x.shape, x.dtype, x.layout) != (old.shape, old.dtype, old.layout):
+        return False
+    if x.layout != torch.strided or x.is_quantized:
+        return True  # the count of changes has to do
+    return torch.equal(x, old) or bool(((x == old) | ((x != x) & (old != old))).all())
+
+
+def _same(container: Container, old: Container) -> bool:
+    if len(container) != len(old):
+        return False
+    if isinstance(container, list | deque):
+        return all(x is y for x, y in zip(container, old, strict=True))
+    if isinstance(container, set):
+        return container == old
+    missing = object()
+    return all(old.get(key, missing) is value or key in EVERY_MODULE for key, value in container.items())  # type: ignore
 
 
 def removable(module: nn.Module, run: Callable[[Removal], nn.Module]) -> Removal:
@@ -231,8 +179,8 @@ def _around(addresses: Sequence[Address]) -> Iterator[list[Address]]:
     """The places of what holds these, from the inside out."""
     for length in range(max(map(len, addresses)) - 1, 1, -1):
         places = dict.fromkeys(a[:length] for a in addresses if len(a) > length)
-        inside = ("__dict__", _PART)
-        if places and not any(p[1] == "_buffers" or p[-1] in inside or p[-2] == _PART for p in places):
+        inside = ("__dict__", PART)
+        if places and not any(p[1] == "_buffers" or p[-1] in inside or p[-2] == PART for p in places):
             yield list(places)
 
 
@@ -272,7 +220,7 @@ def _all_there(module: nn.Module, places: Iterable[Address]) -> bool:
 
 def _kind_of_key(address: Address, dicts: Collection[Address]) -> Any:
     """The part that keys have in common under which the same is kept for other inputs; None in lists, and for texts in dicts."""
-    if _is_namespace(address[:-1]):
+    if is_namespace(address[:-1]):
         return address[-1]
     return None if address[:-1] not in dicts or isinstance(address[-1], str) else type(address[-1])
 
@@ -302,6 +250,83 @@ def _filled(tensor: Tensor, way: Way) -> bool:
     return bool(tensor.any()) if way == "zeros" else bool((tensor == tensor).all())
 
 
+def _float_places(module: nn.Module) -> Iterator[tuple[Address, Any]]:
+    """The address of everything hidden that holds floating-point tensors, or numbers and tensors of any kind that forward
+    passes may have set, and what kind of place it is."""
+    state = in_state(module)
+    classes, may = {name: type(m) for name, m in module.named_modules()}, writes_of(module)
+    for address, container in containers(module):
+        owner = classes[address[0]]
+        for key, value in items_of(container):
+            tensors = tensors_of(value)
+            plain = not any(x.is_floating_point() or x.is_complex() for x in tensors)
+            held = not any(id(x) in state for x in tensors)
+            single = bool(numbers(value)) if isinstance(value, tuple) else is_single(value)
+            if (single and not tensors) or (tensors and plain):  # a count, an index, a mask, a text: or a constant
+                held &= (
+                    key in may.attributes if is_namespace(address) else name_of(address) in may.items | may.attributes
+                )
+            else:
+                held &= bool(tensors)
+            if held:
+                yield (*address, key), (owner, address[1:], key if is_namespace(address) else None)
+
+
+def _tensor_places(module: nn.Module) -> dict[Address, list[Tensor]]:
+    """Everything hidden that holds tensors or arrays into which forward passes may write."""
+    state = in_state(module)
+    may = writes_of(module)
+    found: dict[Address, list[Tensor]] = {}
+    for address, container in containers(module):
+        for key, value in items_of(container):
+            tensors = tensors_of(value)
+            name = key if is_namespace(address) else name_of(address)
+            # What is set together with a key, as a tuple, is made again by that key.
+            names = may.written if isinstance(value, tuple) else may.written | may.attributes
+            if tensors and name in names and not any(id(x) in state for x in tensors):
+                found[*address, key] = tensors
+    return found
+
+
+def _set_places(module: nn.Module) -> Iterator[tuple[Address, type]]:
+    """The address of every attribute and buffer that a forward pass may set and that holds something, and the class."""
+    classes, may = {name: type(m) for name, m in module.named_modules()}, writes_of(module)
+    for address, container in containers(module):
+        if is_namespace(address) and isinstance(container, dict):
+            for key, value in container.items():
+                if value is not None and key not in EVERY_MODULE and key in may.attributes:
+                    yield (*address, key), classes[address[0]]
+        elif isinstance(container, set) and container and name_of(address) in may.items:
+            yield (*address, _ALL), classes[address[0]]
+
+
+def empty(module: nn.Module, removal: Removal) -> None:
+    """Take away what these places hold."""
+    for address, container in list(containers(module)):
+        if isinstance(container, set):
+            if (*address, _ALL) in removal:
+                container.clear()
+            continue
+        for key in [key for key, _ in items_of(container)][::-1]:
+            way = removal.get((*address, key))
+            if way in ("zeros", "nan", "empty"):
+                for tensor in tensors_of(container[key]):
+                    _clear(tensor, way)
+            elif way == "deleted" or (way == "none" and isinstance(container, dict) and not is_namespace(address)):
+                del container[key]
+            elif way is not None:
+                number = way == "zero" and isinstance(container[key], bool | int | float)
+                container[key] = type(container[key])(0) if number else None
+
+
+def _clear(tensor: Tensor, way: Way) -> None:
+    if way == "empty":
+        tensor.data = tensor.new_empty(0)
+    else:
+        exact = not (tensor.is_floating_point() or tensor.is_complex())
+        tensor.detach().fill_(0 if exact or way == "zeros" else torch.nan)
+
+
 def derives_outside(module: nn.Module, runs: Sequence[Callable[[], Any]], same: Callable[[Any, Any], bool]) -> bool:
     """Whether what all copies of a module share holds numbers that come out otherwise with other weights.
 
@@ -322,34 +347,13 @@ def derives_outside(module: nn.Module, runs: Sequence[Callable[[], Any]], same: 
     return any(_acts(place, way, runs, same) for place in further for way in place.ways)
 
 
-def form(model: nn.Module) -> tuple[Any, ...]:
-    """The marks by which a module computes as it did, but for its weights: its modules, their flags and numbers, and the
-    functions on them."""
-    return tuple(
-        (
-            name,
-            type(module),
-            tuple((k, v) for k, v in vars(module).items() if isinstance(v, bool | int | str) and k != "training"),
-            tuple(map(id, additions(module))),
-        )
-        for name, module in model.named_modules()
-    )
-
-
-def is_plain(module: nn.Module) -> bool:
-    """Whether a module is one of torch's own, with no hook or function of the caller's on it."""
-    return is_torch(module) and not any(
-        not (getattr(x, "__module__", None) or type(x).__module__).startswith("torch.") for x in additions(module)
-    )
-
-
 def _differs(place: Shared, way: Absent, runs: Sequence[Callable[[], Any]]) -> bool:
     before, seen = place.read(), []
     try:
         for run in runs:
             place.write(_without_numbers(before), way)
             run()
-            seen.append({key: [torch.as_tensor(x).clone() for x in _numbers(v)] for key, v in place.read().items()})
+            seen.append({key: [torch.as_tensor(x).clone() for x in numbers(v)] for key, v in place.read().items()})
     except Exception:  # noqa: BLE001 (constants, which the forward pass misses)
         return False
     finally:
@@ -377,300 +381,25 @@ def _acts(place: Shared, way: Absent, runs: Sequence[Callable[[], Any]], same: C
 
 
 def _without_numbers(items: dict[Any, Any]) -> dict[Any, Any]:
-    return {key: value for key, value in items.items() if not _numbers(value)}
+    return {key: value for key, value in items.items() if not numbers(value)}
 
 
-def _numbers(value: Any) -> list[Any]:
-    """The floating-point tensors and numbers in a value, however nested."""
-    leaves = pytree.tree_leaves(value)
-    return [
-        x
-        for x in leaves
-        if isinstance(x, float | complex) or (isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()))
-    ]
+def form(model: nn.Module) -> tuple[Any, ...]:
+    """The marks by which a module computes as it did, but for its weights: its modules, their flags and numbers, and the
+    functions on them."""
+    return tuple(
+        (
+            name,
+            type(module),
+            tuple((k, v) for k, v in vars(module).items() if isinstance(v, bool | int | str) and k != "training"),
+            tuple(map(id, additions(module))),
+        )
+        for name, module in model.named_modules()
+    )
 
 
-def opaque(module: nn.Module) -> dict[Address, str]:
-    """The places of what can be neither looked into nor put back, where a forward pass may change it, and of what type it is."""
-    may = writes_of(module)
-    written = bool(may.items or may.written)
-    found: dict[Address, str] = {}
-    for address, container in containers(module):
-        for key, value in items_of(container):
-            for part in value if isinstance(value, tuple) else (value,):
-                if _is_opaque(part) and (
-                    written or not isinstance(part, bytearray | array.array | memoryview | np.ndarray)
-                ):
-                    found[*address, key] = type(getattr(part, "__self__", part)).__name__
-    return found
-
-
-def disturb(module: nn.Module, places: Collection[Address]) -> None:
-    """Put others, which give other values, in the place of what can be neither looked into nor put back."""
-    for address, container in list(containers(module)):
-        for key, value in list(items_of(container)):
-            if (*address, key) in places:
-                container[key] = _disturbed(value)  # type: ignore
-
-
-def _is_opaque(value: Any) -> bool:
-    if isinstance(value, np.ndarray):
-        return value.dtype == object
-    return isinstance(getattr(value, "__self__", value) if callable(value) else value, _OPAQUE)
-
-
-def _disturbed(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_disturbed, value))
-    if not _is_opaque(value):
-        return value
-    if isinstance(value, np.ndarray):
-        return np.full_like(value, object())
-    if callable(value):
-        return getattr(_disturbed(value.__self__), value.__name__)
-    if isinstance(value, Iterator):
-        return _Disturbed(value)
-    if isinstance(value, bytearray | array.array | memoryview):
-        flipped = bytearray(255 - byte for byte in bytes(value))
-        if isinstance(value, array.array):
-            return array.array(value.typecode, bytes(flipped))
-        return memoryview(flipped).cast(value.format) if isinstance(value, memoryview) else flipped  # type: ignore
-    return object()
-
-
-class _Disturbed(Iterator[Any]):
-    """Gives numbers that are larger by one than those of another iterator."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def __next__(self) -> Any:
-        return _more(next(self.inner))
-
-    def send(self, value: Any) -> Any:
-        return _more(self.inner.send(value))
-
-
-def _more(value: Any) -> Any:
-    numbers = (Tensor, int, float, complex, np.ndarray, np.number)
-    return pytree.tree_map_only(numbers, lambda x: ~x if getattr(x, "dtype", None) == torch.bool else x + 1, value)
-
-
-def empty(module: nn.Module, removal: Removal) -> None:
-    """Take away what these places hold."""
-    for address, container in list(containers(module)):
-        if isinstance(container, set):
-            if (*address, _ALL) in removal:
-                container.clear()
-            continue
-        for key in [key for key, _ in items_of(container)][::-1]:
-            way = removal.get((*address, key))
-            if way in ("zeros", "nan", "empty"):
-                for tensor in _tensors_of(container[key]):
-                    _clear(tensor, way)
-            elif way == "deleted" or (way == "none" and isinstance(container, dict) and not _is_namespace(address)):
-                del container[key]
-            elif way is not None:
-                number = way == "zero" and isinstance(container[key], bool | int | float)
-                container[key] = type(container[key])(0) if number else None
-
-
-def _clear(tensor: Tensor, way: Way) -> None:
-    if way == "empty":
-        tensor.data = tensor.new_empty(0)
-    else:
-        exact = not (tensor.is_floating_point() or tensor.is_complex())
-        tensor.detach().fill_(0 if exact or way == "zeros" else torch.nan)
-
-
-def _is_namespace(address: Address) -> bool:
-    """Whether a container holds the attributes of a module or of another object, or the buffers of a module."""
-    return len(address) == 1 or address[-1] == "__dict__" or address[1:] == ("_buffers",)
-
-
-def _name(address: Address) -> Any:
-    """The name of the attribute, of a module or of the innermost object, that holds a dict or list."""
-    return address[max([k for k, part in enumerate(address[:-1]) if part == "__dict__"], default=0) + 1]
-
-
-def _float_places(module: nn.Module) -> Iterator[tuple[Address, Any]]:
-    """The address of everything hidden that holds floating-point tensors, or numbers and tensors of any kind that forward
-    passes may have set, and what kind of place it is."""
-    state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
-    classes, may = {name: type(m) for name, m in module.named_modules()}, writes_of(module)
-    for address, container in containers(module):
-        owner = classes[address[0]]
-        for key, value in items_of(container):
-            tensors = _tensors_of(value)
-            plain = not any(x.is_floating_point() or x.is_complex() for x in tensors)
-            held = not any(id(x) in state for x in tensors)
-            single = bool(_numbers(value)) if isinstance(value, tuple) else _is_single(value)
-            if (single and not tensors) or (tensors and plain):  # a count, an index, a mask, a text: or a constant
-                held &= (
-                    key in may.attributes if _is_namespace(address) else _name(address) in may.items | may.attributes
-                )
-            else:
-                held &= bool(tensors)
-            if held:
-                yield (*address, key), (owner, address[1:], key if _is_namespace(address) else None)
-
-
-def _is_single(value: Any) -> bool:
-    """Whether there is one value, with nothing inside that could be emptied alone."""
-    several = isinstance(value, (dict, list, deque, set, tuple, Tensor, functools.partial, *_NO_OBJECTS))
-    return value is not None and not (several or (_is_own(value) and (hasattr(value, "__dict__") or _slots(value))))
-
-
-def _tensor_places(module: nn.Module) -> dict[Address, list[Tensor]]:
-    """Everything hidden that holds tensors or arrays into which forward passes may write."""
-    state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
-    may = writes_of(module)
-    found: dict[Address, list[Tensor]] = {}
-    for address, container in containers(module):
-        for key, value in items_of(container):
-            tensors = _tensors_of(value)
-            name = key if _is_namespace(address) else _name(address)
-            # What is set together with a key, as a tuple, is made again by that key.
-            names = may.written if isinstance(value, tuple) else may.written | may.attributes
-            if tensors and name in names and not any(id(x) in state for x in tensors):
-                found[*address, key] = tensors
-    return found
-
-
-def _set_places(module: nn.Module) -> Iterator[tuple[Address, type]]:
-    """The address of every attribute and buffer that a forward pass may set and that holds something, and the class."""
-    classes, may = {name: type(m) for name, m in module.named_modules()}, writes_of(module)
-    for address, container in containers(module):
-        if _is_namespace(address) and isinstance(container, dict):
-            for key, value in container.items():
-                if value is not None and key not in _EVERY_MODULE and key in may.attributes:
-                    yield (*address, key), classes[address[0]]
-        elif isinstance(container, set) and container and _name(address) in may.items:
-            yield (*address, _ALL), classes[address[0]]
-
-
-def _kept_tensors(module: nn.Module) -> list[Tensor]:
-    """Tensors of modules that are not torch's own, each once."""
-    state = {id(x) for x in module.parameters()} | {id(x) for x in module.state_dict(keep_vars=True).values()}
-    found: dict[int, Tensor] = {}
-    for _, container in containers(module):
-        for _, value in items_of(container):
-            found |= {id(x): x for x in _tensors_of(value) if id(x) not in state}
-    return list(found.values())
-
-
-def containers(model: nn.Module, also_torch: bool = False) -> Iterator[tuple[Address, Container]]:
-    """Every dict, list, deque and set in which modules keep values of their own, with where it is. Torch's own modules keep
-    none, unless functions of others may set some on them."""
-    seen: dict[int, Any] = {}
-    also_torch = also_torch or bool(writes_of(model))
-    for name, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule) or (is_torch(module) and not also_torch):
-            continue
-        yield (name, "_buffers"), module._buffers
-        yield from _inside((name,), vars(module), seen)
-
-
-def _inside(address: Address, container: Container, seen: dict[int, Any]) -> Iterator[tuple[Address, Container]]:
-    if id(container) in seen:
-        return
-    seen[id(container)] = container  # kept, so that nothing else gets its identity
-    yield address, container
-    for key, value in list(items_of(container)):
-        if len(address) > 1 or key not in _EVERY_MODULE:
-            yield from _within((*address, key), value, seen)
-
-
-def _within(address: Address, value: Any, seen: dict[int, Any]) -> Iterator[tuple[Address, Container]]:
-    """The containers that a value is or has, however nested."""
-    if isinstance(value, dict | list | deque | set):
-        yield from _inside(address, value, seen)
-    if isinstance(value, tuple | functools.partial | types.MethodType):
-        for k, part in enumerate(_parts(value)):
-            yield from _within((*address, _PART, k), part, seen)
-    elif isinstance(value, Tensor):
-        if vars(value):
-            yield from _inside((*address, "__dict__"), vars(value), seen)
-    elif not isinstance(value, _NO_OBJECTS) and _is_own(value):
-        if hasattr(value, "__dict__"):
-            yield from _inside((*address, "__dict__"), vars(value), seen)
-        if _slots(value) and ~id(value) not in seen:
-            seen[~id(value)] = value
-            yield from _inside((*address, "__dict__"), Slots(value), seen)
-
-
-def _parts(value: Any) -> tuple[Any, ...]:
-    if isinstance(value, tuple):
-        return value
-    return (value.__self__,) if isinstance(value, types.MethodType) else (value.args, value.keywords, value.func)
-
-
-def items_of(container: Container) -> Iterable[tuple[Any, Any]]:
-    """Keys or positions, and values; those of a set have none, and only the set as a whole has a place."""
-    if isinstance(container, set):
-        return ()
-    return container.items() if isinstance(container, dict) else enumerate(container)
-
-
-def _lru_caches(model: nn.Module) -> Iterator[Any]:
-    """Every function under an lru_cache that modules have, as attributes, methods or properties."""
-    for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule) or is_torch(module):
-            continue
-        own = [value for part in (vars(module), *map(vars, type(module).__mro__[:-1])) for value in part.values()]
-        for value in own:
-            function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
-            if isinstance(function, functools._lru_cache_wrapper):
-                yield function
-
-
-def _tensors_of(value: Any) -> list[Tensor]:
-    """The tensors that a value is or, as a tuple, has; those inside dicts and lists are found there. Arrays count as well, and
-    what functions close over, and those of modules that are no children of one."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, nn.Module):
-        return [*value.parameters(), *value.buffers()]
-    if isinstance(value, types.FunctionType | functools.partial):
-        return [
-            x for held in _closed_over(value) if not isinstance(held, types.FunctionType) for x in _tensors_of(held)
-        ]
-    if isinstance(value, np.ndarray) and value.dtype.kind in "biufc":
-        return [_of_array(value)]
-    return [x for leaf in pytree.tree_leaves(value) for x in _tensors_of(leaf)] if isinstance(value, tuple) else []
-
-
-def _closed_over(function: Any) -> list[Any]:
-    if isinstance(function, functools.partial):
-        return [*function.args, *function.keywords.values(), *_closed_over(function.func)]
-    return [content(cell) for cell in getattr(function, "__closure__", None) or ()]
-
-
-def _of_array(array: np.ndarray) -> Tensor:
-    """A tensor in the memory of an array; a copy where torch has no such tensor (read-only, reversed, of other bytes)."""
-    try:
-        if array.flags.writeable:
-            return torch.from_numpy(array)
-    except (TypeError, ValueError):
-        pass
-    return torch.from_numpy(array.astype(np.complex128 if array.dtype.kind == "c" else np.float64))
-
-
-def _alike(x: Tensor, old: Tensor) -> bool:
-    """Whether two tensors have the same values; NaN is NaN."""
-    if (x.shape, x.dtype, x.layout) != (old.shape, old.dtype, old.layout):
-        return False
-    if x.layout != torch.strided or x.is_quantized:
-        return True  # the count of changes has to do
-    return torch.equal(x, old) or bool(((x == old) | ((x != x) & (old != old))).all())
-
-
-def _same(container: Container, old: Container) -> bool:
-    if len(container) != len(old):
-        return False
-    if isinstance(container, list | deque):
-        return all(x is y for x, y in zip(container, old, strict=True))
-    if isinstance(container, set):
-        return container == old
-    missing = object()
-    return all(old.get(key, missing) is value or key in _EVERY_MODULE for key, value in container.items())  # type: ignore
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module is one of torch's own, with no hook or function of the caller's on it."""
+    return is_torch(module) and not any(
+        not (getattr(x, "__module__", None) or type(x).__module__).startswith("torch.") for x in additions(module)
+    )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lmc.errors import InputError
-from lmc.network.caches import containers, hidden_tensors, items_of
+from lmc.network.places import containers, hidden_tensors, items_of
 from lmc.network.stores import content, is_torch
 
 

@@ -16,9 +16,11 @@ from torch.utils import _pytree as pytree
 
 from lmc.core.context import warn
 from lmc.errors import DataError, InputError
-from lmc.network.caches import Address, Hidden, Removal, derives_outside, disturb, hidden_tensors, opaque, removable
+from lmc.network.caches import Hidden, Removal, derives_outside, removable
 from lmc.network.copies import switches
 from lmc.network.inputs import first_of
+from lmc.network.opaque import disturb, opaque
+from lmc.network.places import Address, hidden_tensors
 from lmc.weights import Weights
 
 
