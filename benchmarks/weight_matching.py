@@ -2,6 +2,8 @@
 
     python benchmarks/weight_matching.py --peers FOLDER --cases mlp resnet20-4 --pairs 3 --restarts 3
 
+The row "limit" is what no implementation can leave out: the matrix product of every place once, for the final B, and one
+assignment for every group by the sum of its products, each timed alone (groups within groups are not counted).
 FOLDER holds clones of the peers' repositories (weight_matching_peers.py has the addresses); a peer that is missing is
 skipped. Times are process time on one thread, for one run, medians over pairs of networks; the objective, the sum of
 <A, pi(B)>, is computed here for everyone: the mean over pairs of one run, and of the best of equally many restarts.
@@ -18,13 +20,18 @@ import statistics
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from weight_matching_networks import Case, cases
 from weight_matching_peers import PEERS, Prepared, Weights, quiet_and_seeded
 
 import lmc
+from lmc.align.weight_matching.blocks import build_blocks
+from lmc.align.weight_matching.gains import added
+from lmc.align.weight_matching.matching import matched
 
 # Seconds from which on a run is not repeated.
 WARM_UP = 1.0
@@ -51,6 +58,25 @@ def ours(spec: lmc.PermutationSpec, a: Weights, b: Weights, restarts: int) -> Pr
     return run, lambda pi: pi.apply(b)
 
 
+def limit(spec: lmc.PermutationSpec, a: Weights, b: Weights) -> Prepared:
+    """The products and assignments alone, with everything at hand that they need."""
+    fixed, moved = matched(spec, a), matched(spec, lmc.weight_matching(spec, a, b, progress=False).apply(b))
+    blocks = build_blocks(spec, fixed)
+    pairs = [
+        [(place.features(fixed[place.tensor]), place.features(moved[place.tensor])) for place in block.places]
+        for block in blocks
+    ]
+
+    def run(seed: int) -> lmc.Permutation:
+        del seed
+        for places in pairs:
+            gain = reduce(lambda gain, pair: added(gain, *pair), places, None)
+            linear_sum_assignment(gain.numpy(), maximize=True)
+        return spec.identity()
+
+    return run, lambda pi: moved
+
+
 def measure(prepared: Prepared, a: Weights, seed: int) -> tuple[float, float]:
     """(process seconds, objective) of one run; short runs are made twice, so that first calls are not what is timed."""
     run, weights_of = prepared
@@ -71,13 +97,16 @@ def measure(prepared: Prepared, a: Weights, seed: int) -> tuple[float, float]:
 def compare(case: Case, pairs: list[tuple[Weights, Weights]], peers: list[str], folder: Path, restarts: int):
     """Every implementation on every pair; peers that cannot be imported are reported and left out."""
     spec = lmc.PermutationSpec.from_patterns(case.patterns).bind(pairs[0][0])
-    scores = {"lmc": Score()} | {peer: Score() for peer in peers}
+    scores = {"lmc": Score(), "limit": Score()} | {peer: Score() for peer in peers}
     for a, b in pairs:
         for who in list(scores):
             score = scores[who]
             try:
                 with quiet_and_seeded(0):
-                    prepared = ours(spec, a, b, 1) if who == "lmc" else PEERS[who](folder, case, a, b)
+                    if who in ("lmc", "limit"):
+                        prepared = ours(spec, a, b, 1) if who == "lmc" else limit(spec, a, b)
+                    else:
+                        prepared = PEERS[who](folder, case, a, b)
             except ImportError as error:
                 print(f"{who} is skipped: {error}", file=sys.stderr)
                 del scores[who]
