@@ -2,7 +2,8 @@
 
 The same trained weights in one run, one thread each, process time. What is worked out once for an architecture is not
 timed: our specification, PLeaS's and C2M3's. Copies of the modules, hooks and fused graphs belong to each call, ours and
-theirs, and are. The others' code is imported from where the user has put clones of
+theirs, and are. The limit of activation matching is what nobody can leave out: both networks' forward passes, one product for
+each group and batch, and one assignment for each group, timed alone. The others' code is imported from where the user has put clones of
 https://github.com/sidak/otfusion, https://github.com/crisostomi/cycle-consistent-model-merging and
 https://github.com/SewoongLab/PLeaS-Merging: `python benchmarks/alignment.py --peers FOLDER`.
 """
@@ -21,6 +22,7 @@ from time import process_time
 from typing import Any
 
 import torch
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 from weight_matching_peers import _Absent, import_peer
 
@@ -69,6 +71,25 @@ def without_cuda():
         torch.Tensor.cuda = original  # type: ignore[method-assign]
 
 
+@torch.no_grad()
+def products_and_assignments(models: list[nn.Module], batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """The least that matching by activations takes: hidden units of both on every batch, their products, and assignments."""
+    sums: list[torch.Tensor | None] = [None, None, None]
+    for inputs, _ in batches:
+        hidden: list[list[torch.Tensor]] = []
+        for model in models:
+            x, kept = inputs, []
+            for layer in model:
+                x = layer(x)
+                kept += [x] if isinstance(layer, nn.ReLU) else []
+            hidden.append(kept)
+        for k, (mine, theirs) in enumerate(zip(*hidden, strict=True)):
+            product = mine.T @ theirs
+            sums[k] = product if sums[k] is None else sums[k] + product
+    for total in sums:
+        linear_sum_assignment(total.numpy(), maximize=True)
+
+
 def activation_matching(folder: Path, width: int, repeats: int) -> list[tuple]:
     """PLeaS's activation matching with inner products, at all activations where it finds a group, and at those that we use."""
     sys.path.insert(0, str(folder / "PLeaS-Merging"))
@@ -92,6 +113,10 @@ def activation_matching(folder: Path, width: int, repeats: int) -> list[tuple]:
     }
     ours_seconds, ours = timed(
         lambda: lmc.activation_matching(spec, model, a, b, batches, method="cross-product", progress=False), repeats
+    )
+    limit, _ = timed(lambda: products_and_assignments(models, batches), repeats)
+    print(
+        f"limit of activation matching, MLP 3 x {width}: {limit:.3f} s, ours {ours_seconds / limit:.2f} times as much"
     )
     rows = []
     for name, theirs in {"as it finds them": own, "after the nonlinearity only": after}.items():

@@ -7,6 +7,8 @@ Both do the same steps of Adam (same epochs, batches, and number of them). The p
 module and an optimiser for each seed, one seed after the other, no schedule, no accuracy. `train` is a whole call: it
 also draws the initial weights, records the step, follows the cosine schedule and keeps loss and accuracy. Times are
 process time on the CPU (one thread unless told otherwise) and wall time on a GPU, best of several rounds taken in turn.
+The limit is the part of `train` that nobody can leave out, on a CPU: what its matrix products and convolutions take by themselves,
+forward and backward, as torch's profiler counts them in one more run.
 """
 
 import argparse
@@ -62,7 +64,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def measure(make: Callable[[], nn.Module], flat: bool, args: argparse.Namespace) -> list[float]:
-    """Best seconds of the plain loop, the plain loop with a fused optimiser, and `train`."""
+    """Best seconds of the plain loop, the plain loop with a fused optimiser, and `train`, and those of its products."""
     data = lmc.data.digits(flat=flat).to(args.device)
     options = dict(epochs=args.epochs, batch_size=BATCH, lr=RATE, device=args.device, progress=False)
     ways = [
@@ -76,7 +78,29 @@ def measure(make: Callable[[], nn.Module], flat: bool, args: argparse.Namespace)
     for _ in range(args.rounds):
         for i, way in enumerate(ways):
             best[i] = min(best[i], seconds(lambda way=way: way(args.epochs), torch.device(args.device)))
-    return best
+    return [*best, products(lambda: ways[-1](args.epochs)) if args.device == "cpu" else float("nan")]
+
+
+PRODUCTS = (
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "convolution",
+    "conv2d",
+    "mkldnn_convolution",
+    "thnn_conv2d",
+    "convolution_backward",
+)
+
+
+def products(work: Callable[[], object]) -> float:
+    """The seconds that matrix products and convolutions take in a piece of work."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        work()
+    names = {f"aten::{name.removesuffix('_')}{end}" for name in PRODUCTS for end in ("", "_")}
+    names |= {"aten::_slow_conv2d_forward", "aten::_slow_conv2d_backward", "aten::slow_conv2d_forward"}
+    return sum(event.self_cpu_time_total for event in profile.key_averages() if event.key in names) / 1e6
 
 
 def main() -> None:
@@ -92,12 +116,12 @@ def main() -> None:
     print(
         f"torch {torch.__version__}, {args.device}, {args.threads} threads, {args.seeds} seeds, {args.epochs} epochs\n"
     )
-    print("| network | plain loop, s | fused optimiser | `train`, s | `train` is faster by |")
-    print("|---|---|---|---|---|")
+    print("| network | plain loop, s | fused optimiser | `train`, s | `train` is faster by | `train` / limit |")
+    print("|---|---|---|---|---|---|")
     for name, make in CASES.items():
         if args.only in name:
-            plain, fused, ours = measure(make, name.startswith("MLP"), args)
-            row = f"{plain:.2f} | {plain / fused:.2f}x | {ours:.2f} | **{plain / ours:.2f}x**"
+            plain, fused, ours, limit = measure(make, name.startswith("MLP"), args)
+            row = f"{plain:.2f} | {plain / fused:.2f}x | {ours:.2f} | **{plain / ours:.2f}x** | {ours / limit:.2f}"
             print(f"| {name} | {row} |", flush=True)
 
 
