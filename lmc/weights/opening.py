@@ -11,7 +11,9 @@ import json
 import pickle
 import re
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,8 @@ from lmc.weights.checkpoint import DTYPES, Checkpoint, Extent, Mapped, Stored, r
 from lmc.weights.state import factor, natural, tied_names
 
 # What wrappers of modules put before or between names.
-WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-INSIDE = WRAPPERS[1:]  # also in the middle of a name, where a submodule was wrapped
+INSIDE = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")  # also where a submodule was wrapped
+WRAPPERS = ("module.", "_forward_module.", *INSIDE)
 INDEX = re.compile(r".*\.(safetensors|bin)\.index(\.[\w-]+)?\.json$")
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})(\.[\w-]+)?\.\w+$")
 PICKLES = (".pt", ".pth", ".bin", ".ckpt")
@@ -37,6 +39,20 @@ OTHERS = re.compile(
     r"^(optimizer|scheduler|scaler|sampler|rng_state|random_states|training_args|trainer_state|dl_state_dict|"
     r"custom_checkpoint|events\.)"
 )
+# Beginnings and endings of files that hold no weights we read, and the way out.
+POINTER = b"version https://git-lfs"
+PAGES = (b"<!DOCTYPE", b"<!doctype", b"<html", b"<HTML", b"<?xml")
+TENSORFLOW = "weights of TensorFlow or Keras; save them from a model of PyTorch, with the library that they belong to"
+ELSEWHERE = {
+    **dict.fromkeys((".h5", ".hdf5", ".keras", ".pb", ".tflite", ".index"), TENSORFLOW),
+    ".msgpack": "weights of Flax; save them from a model of PyTorch, with the library that they belong to",
+    ".onnx": "a graph of ONNX; take the state dict of the module that it was exported from",
+    **dict.fromkeys((".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z"), "an archive; unpack it first"),
+    ".npy": "a single array; keep arrays together by name, numpy.savez(file, **state)",
+    ".pkl": "a pickle, which could run code; save the tensors with torch.save or safetensors",
+    ".pickle": "a pickle, which could run code; save the tensors with torch.save or safetensors",
+    ".pt2": "an exported program, which holds code; save its state dict",
+}
 USUAL = ("model", "pytorch_model", "diffusion_pytorch_model", "open_clip_model", "open_clip_pytorch_model", "weights")
 Open = Callable[[Path], Checkpoint]
 
@@ -96,10 +112,14 @@ def open_checkpoint(
 
 def _open_file(file: Path, key: str | None) -> Checkpoint:
     with open(file, "rb") as opened:
-        start = opened.read(9)
+        start = opened.read(len(POINTER))
+    if start == POINTER:
+        raise DataError(f"{file}: a pointer of git-lfs, not the file that it stands for; fetch that with git lfs pull")
+    if start.startswith(PAGES):
+        raise DataError(f"{file}: a web page, as failed downloads leave it; download the file again")
     if start[:4] == b"GGUF":
         raise DataError(f"{file}: GGUF holds quantised codes under other names; merge the model it was made from")
-    if file.suffix == ".safetensors" or start[8:] == b"{":
+    if file.suffix == ".safetensors" or start[8:9] == b"{":
         if key is not None:
             raise InputError(
                 f"{file}: key={key!r}: a safetensors file holds tensors alone, and no entries of that name"
@@ -107,6 +127,8 @@ def _open_file(file: Path, key: str | None) -> Checkpoint:
         return Checkpoint(file, *_read_header(file))
     if file.suffix in PICKLES or start[:2] in (b"PK", b"\x80\x02"):
         return _read_arrays(file) if _is_of_tensors(file) else read_pickle(file, key)
+    if file.suffix in ELSEWHERE:
+        raise DataError(f"{file}: {ELSEWHERE[file.suffix]}")
     raise DataError(
         f"{file}: expected a .safetensors file, a file of torch.save ({', '.join(PICKLES)}), or a folder of them"
     )
@@ -212,6 +234,8 @@ def open_folder(folder: Path, open_file: Open) -> Checkpoint:
         known = [f for f in files if f.suffix == ".safetensors" or (ending == "bin" and f.suffix in PICKLES)]
         if known:
             return _open_one(folder, known, open_file)
+    if other := next((f for f in files if f.suffix in ELSEWHERE), None):
+        raise DataError(f"{folder}: expected weights, found none but {other.name}: {ELSEWHERE[other.suffix]}")
     raise DataError(f"{folder}: expected model.safetensors.index.json or one weight file, found none; name one")
 
 
@@ -281,6 +305,41 @@ def _some(weight_map: dict[str, str], shard: str) -> str:
 # Entries that hold weights, as common training programs call them.
 HOLDERS = ("state_dict", "model_state_dict", "model", "module", "net", "params", "params_ema", "state_dict_ema", "ema")
 LIGHTNING = "pytorch-lightning_version"
+# Classes of settings and of plain values that training programs save beside the weights. Nothing of them is imported.
+RECORDS = re.compile(
+    r"(argparse\.Namespace|types\.SimpleNamespace|pathlib(\._local)?\.\w*Path|datetime\.\w+|uuid\.UUID|decimal\.Decimal|"
+    r"collections\.defaultdict|builtins\.(dict|list|set|tuple|int|float|str|bool|complex)|"
+    r"numpy\.(_?core\.multiarray\.(scalar|_reconstruct)|dtype|ndarray|dtypes\.\w+)|"
+    r"(omegaconf|yacs|easydict|addict|ml_collections|mmcv|mmengine|lightning|lightning_fabric|pytorch_lightning)\..+)"
+)
+REFUSED = re.compile(r"GLOBAL (\S+) was not an allowed global")
+STANDS_IN = hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")  # torch is new enough for classes by name
+
+
+class Settings:
+    """What stands in the place of settings in a file: a mapping, which takes entries and attributes."""
+
+    def __new__(cls, *_given: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
+        return OrderedDict()
+
+
+class Value:
+    """What stands in the place of a value of numpy in a file: it takes what it is given and does nothing."""
+
+    def __new__(cls, *_given: Any) -> "Value":
+        return super().__new__(cls)
+
+    def __init__(self, *_given: Any) -> None:
+        """Pass over what it is made of."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Pass over what it holds."""
+
+
+def _standing_in(names: list[str]) -> AbstractContextManager[Any]:
+    """While it is open, our own classes stand in for those of these names."""
+    stubs: list[Any] = [(Value if name.startswith("numpy.") else Settings, name) for name in names]
+    return torch.serialization.safe_globals(stubs) if names else nullcontext()
 
 
 def read_pickle(file: Path, key: str | None = None) -> Checkpoint:
@@ -293,15 +352,7 @@ def read_pickle(file: Path, key: str | None = None) -> Checkpoint:
     Raises:
         DataError: the file is damaged, holds code, no weights, or several sets of weights.
     """
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except pickle.UnpicklingError as error:
-        raise DataError(
-            f"{file}: refused: it is damaged or holds more than tensors, and unpickling that could run code; "
-            "save model.state_dict() only, or as safetensors"
-        ) from error
-    except Exception as error:  # damaged archives fail in many ways
-        raise DataError(f"{file}: truncated or not a file of torch.save ({error})") from error
+    content, records = _load(file)
     lightning = isinstance(content, Mapping) and LIGHTNING in content
     found, notes = _entry(file, content, key) if key else _weights_in(file, content)
     held = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor) and isinstance(name, str)}
@@ -310,10 +361,39 @@ def read_pickle(file: Path, key: str | None = None) -> Checkpoint:
         raise DataError(f"{file}: {name!r} is a {type(value).__name__}, not a tensor; save the state dict alone")
     if left := [f"{name!r} ({type(value).__name__})" for name, value in found.items() if name not in held]:
         notes.append(f"left out: {', '.join(left[:5])}{' and more' if len(left) > 5 else ''}, not tensors")
+    for name, tensor in held.items():
+        if tensor.is_meta:
+            raise DataError(f"{file}: {name} is on the meta device, and was saved without values")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            raise DataError(f"{file}: {name} is no dense tensor; save it as one, .to_dense()")
+    if records:
+        notes.append(f"passed over: {', '.join(records)}")
     ties = tied_names(held)
     stored: dict[str, Stored] = {name: Mapped(file, tensor) for name, tensor in held.items() if name not in ties}
     opened = Checkpoint(file, stored, ties, notes, getattr(found, "_metadata", None))
     return _without_attribute(opened) if lightning else opened
+
+
+def _load(file: Path) -> tuple[Any, list[str]]:
+    """The content of a file of `torch.save`, and which classes of settings were passed over."""
+    records: list[str] = []
+    while True:
+        try:
+            with _standing_in(records):
+                return torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file)), records
+        except pickle.UnpicklingError as error:
+            match = REFUSED.search(str(error))
+            name = match[1] if match else ""
+            name = f"builtins.{name}" if name and "." not in name else name  # torch names these without their module
+            if STANDS_IN and RECORDS.fullmatch(name) and name not in records:
+                records.append(name)
+                continue
+            what = f"it holds {name}" if name else "it is damaged or holds more than tensors"
+            raise DataError(
+                f"{file}: refused: {what}, and unpickling that could run code; save model.state_dict() only, or as safetensors"
+            ) from error
+        except Exception as error:  # damaged archives fail in many ways
+            raise DataError(f"{file}: truncated or not a file of torch.save ({error})") from error
 
 
 def _entry(file: Path, content: Any, key: str) -> tuple[Mapping[Any, Any], list[str]]:

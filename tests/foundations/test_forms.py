@@ -1,6 +1,11 @@
 """Whatever holds a set of named tensors is opened, and what was unwrapped on the way is said."""
 
+import argparse
+import collections
+import datetime
 import json
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +16,7 @@ from torch import Tensor, nn
 
 import lmc
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
+from lmc.weights.opening import STANDS_IN
 
 
 def state(seed: int = 0) -> dict[str, Tensor]:
@@ -51,7 +57,9 @@ def test_several_entries_are_asked_about(tmp_path: Path):
         lmc.open_checkpoint(tmp_path / "a.safetensors", key="ema")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_fsdp_wrapped_module."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_forward_module.", "_fsdp_wrapped_module."]
+)
 @pytest.mark.parametrize("ending", ["pt", "safetensors"])
 def test_prefixes_of_wrappers_are_stripped(prefix: str, ending: str, tmp_path: Path):
     path, wrapped = tmp_path / f"a.{ending}", {prefix + name: tensor for name, tensor in state().items()}
@@ -137,6 +145,71 @@ def test_what_cannot_be_opened_names_the_way_out(tmp_path: Path):
     (tmp_path / "dcp" / "__0_0.distcp").unlink()
     with pytest.raises(DataError, match="the index of these shards is missing"):
         lmc.open_checkpoint(tmp_path / "dcp")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of git-lfs"),
+        ("a.bin", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of git-lfs"),
+        ("a.pth", b"<!DOCTYPE html><html></html>", "a web page, as failed downloads leave it"),
+        ("tf_model.h5", b"\x89HDF\r\n", "weights of TensorFlow or Keras"),
+        ("flax_model.msgpack", b"\x81", "weights of Flax"),
+        ("model.onnx", b"\x08", "a graph of ONNX"),
+        ("model.tar.gz", b"\x1f\x8b", "an archive; unpack it first"),
+        ("model.npy", b"\x93NUMPY", "a single array"),
+        ("model.pkl", b"\x80\x04}.", "a pickle, which could run code"),
+    ],
+)
+def test_files_of_other_kinds_name_the_way_out(name: str, content: bytes, message: str, tmp_path: Path):
+    (tmp_path / name).write_bytes(content)
+    for path in (tmp_path / name, tmp_path):
+        with pytest.raises(DataError, match=message):
+            lmc.open_checkpoint(path)
+
+
+class Runs:
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.mark.skipif(not STANDS_IN, reason="this torch takes no names of classes to read, and refuses the file")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_settings_beside_the_weights_are_passed_over_and_never_imported(zipped: bool, tmp_path: Path, monkeypatch):
+    """A class of settings that is not installed where the file is opened: nothing of it is asked for."""
+    away = types.ModuleType("omegaconf")
+    away.DictConfig = type("DictConfig", (dict,), {"__module__": "omegaconf"})
+    monkeypatch.setitem(sys.modules, "omegaconf", away)
+    settings = {
+        "args": argparse.Namespace(out=Path("runs"), when=datetime.datetime(2020, 1, 1)),
+        "hyper_parameters": away.DictConfig(lr=0.1),
+        "best": np.float64(0.5),
+        "seen": collections.defaultdict(list, {"train": [1]}),
+        "random": np.random.default_rng(0).bit_generator.state | {"array": np.ones(3)},
+    }
+    torch.save({"model": state(), **settings}, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped)
+    torch.save({"model": state(), "args": argparse.Namespace(x=Runs())}, tmp_path / "b.pth")
+    torch.save(argparse.Namespace(x=state()), tmp_path / "c.pth")
+    monkeypatch.delitem(sys.modules, "omegaconf")
+    allowed = set(torch.serialization.get_safe_globals())
+    opened = lmc.open_checkpoint(tmp_path / "a.pth")
+    assert same(opened, state()) and "passed over: argparse.Namespace" in repr(opened)
+    assert "omegaconf" not in sys.modules and set(torch.serialization.get_safe_globals()) == allowed
+    with pytest.raises(DataError, match=r"refused: it holds builtins\.getattr"):
+        lmc.open_checkpoint(tmp_path / "b.pth")
+    with pytest.raises(DataError, match="expected a state dict, found an empty one"):
+        lmc.open_checkpoint(tmp_path / "c.pth")
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [(torch.eye(3).to_sparse(), "w is no dense tensor"), (torch.ones(3, device="meta"), "w is on the meta device")],
+)
+def test_tensors_without_values_of_their_own_are_named(tensor: torch.Tensor, message: str, tmp_path: Path):
+    torch.save({"w": tensor}, tmp_path / "a.pt")
+    with pytest.raises(DataError, match=message):
+        lmc.open_checkpoint(tmp_path / "a.pt")
 
 
 def test_entries_that_are_no_tensors_are_left_out(tmp_path: Path):
