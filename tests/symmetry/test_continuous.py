@@ -338,6 +338,36 @@ def test_single_precision_is_named_and_gets_the_tolerance_that_is_possible():
     assert kind.scales[0] == pytest.approx(SCALE, abs=0.02)
 
 
+class OnlySingle(nn.Module):
+    """Knows no double precision, as kernels of one precision do not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(12, 12) for _ in range(4))
+        self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float64:
+            raise RuntimeError("no kernel for double precision")
+        q, k, v = (f(x).unflatten(-1, (3, 4)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return self.b(self.a(self.o(y)).relu())
+
+
+def test_modules_that_know_no_double_precision_show_the_same_kinds():
+    torch.manual_seed(0)
+    model, x = OnlySingle(), torch.randn(3, 5, 12)
+    spec = lmc.permutation_spec(model, x, progress=False)
+    with pytest.warns(UserWarning, match="lower precision"):
+        found = lmc.continuous_symmetries(spec, model, x, progress=False)
+    assert 1e-6 < found.tolerance < 1e-3
+    kinds = {name: (kind.mixing, [sorted(scale.items()) for scale in kind.scales]) for name, kind in found.kinds.items()}
+    assert kinds["a"] == ("none", [[("a.bias", 1.0), ("a.weight", 1.0), ("b.weight", -1.0)]])
+    assert kinds["v"] == ("general linear", [[("o.weight", -1.0), ("v.bias", 1.0), ("v.weight", 1.0)]])
+    assert kinds["q"] == ("general linear", [[("k.weight", -1.0), ("q.bias", 1.0), ("q.weight", 1.0)]])
+    assert found.kinds["q"].free == ("k.bias",)  # a softmax is blind to it
+
+
 # What comes into a batch norm scales against its gain, its gain against what goes out; a stream has one scale for each of the
 # former, and one more. Streams of transformers have one for each norm, against what reads it.
 BN, RELU, GELU, HEADS_OF = (2, True, "none"), (1, False, "none"), (0, False, "none"), (2, True, "none")

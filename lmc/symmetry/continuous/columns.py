@@ -75,13 +75,15 @@ class Lab:
         progress: bool,
     ) -> None:
         self.spec, self.model, self.inputs, self.seed, self.clock = spec, model, inputs, seed, clock
-        self.probe = Probe(model, outputs)
+        self.probe = Probe(model, outputs, or_single=True)
         self.generator = torch.Generator().manual_seed(seed)
         self._by_differences: frozenset[str] = frozenset()
         self._places: dict[str, list[Occurrence]] = {}
         self.weights = self._drawn(0)
         self.reference = self._outputs(self.weights)
         self.noise = relative_error(self.reference, self._outputs(act(spec, random_indices(spec, seed), self.weights)))
+        if self.probe.single:  # permutations alone may round nothing
+            self.noise = max(self.noise, self._rounding(self.weights))
         self.tables = {
             family: Table(tuple(place.name for place in self.places(names[0])))
             for family, names in spec.families.items()

@@ -29,6 +29,8 @@ from lmc.symmetry.tracing.outputs import Inputs, OutputSelector
 RANK = 1e-8  # singular values below this share of the largest are zero
 RANK_OF_DIFFERENCES = 1e-5
 DEAD = 1e-10  # columns below this share of the largest: nothing depends on the occurrence
+DROWNED = 100.0  # times the rounding of outputs: below, a column shows nothing else
+SMALL = 1e-5  # entries of a basis below this are zero, or below the rank where that is larger
 AMPLIFIED = 1e4  # singular values may be this much larger than the rounding of outputs
 
 
@@ -59,7 +61,7 @@ def continuous_symmetries(
         progress: show a bar when it takes longer than two seconds.
 
     Raises:
-        CertificateError: the module cannot be computed in double precision.
+        CertificateError: the module cannot be computed, neither in double precision nor, with a larger tolerance, in single.
         InputError: inputs that show nothing; a budget that does not suffice.
         SpecError: the spec does not fit the module.
 
@@ -83,15 +85,15 @@ def continuous_symmetries(
         )
         tolerance = 100 * lab.noise
     rank = max(RANK if lab.exact else RANK_OF_DIFFERENCES, AMPLIFIED * lab.noise)
-    found = {family: _candidate(table, rank) for family, table in lab.tables.items()}
+    found = {family: _candidate(table, rank, max(DEAD, DROWNED * lab.noise)) for family, table in lab.tables.items()}
     found = _tried(lab, found, tolerance)
     return ContinuousSymmetries(sign_patterns(lab, found, tolerance), tolerance)
 
 
-def _candidate(table: Table, rank: float) -> Kind:
-    """The kind of a family, by what was measured to first order."""
+def _candidate(table: Table, rank: float, dead: float) -> Kind:
+    """The kind of a family, by what was measured to first order; nothing depends on columns below a share of the largest."""
     sizes = table.sizes
-    live = [o for o, size in enumerate(sizes.tolist()) if size > DEAD * float(sizes.max())]
+    live = [o for o, size in enumerate(sizes.tolist()) if size > dead * float(sizes.max())]
     if not live:
         return Kind(free=table.names)
     names, sizes, measured = [table.names[o] for o in live], sizes[live], table.measured[:, live]
@@ -109,9 +111,9 @@ def _candidate(table: Table, rank: float) -> Kind:
     elif turns and len(found := _null(turns, sizes, rank)):
         mixing, basis = "orthogonal fixing 1", found
     return Kind(
-        scales=tuple(_exponents(names, row) for row in scales),
+        scales=tuple(_exponents(names, row, rank) for row in scales),
         mixing=mixing,
-        mixes=tuple({name: int(e) for name, e in _exponents(names, row).items()} for row in basis),
+        mixes=tuple({name: round(e) for name, e in _exponents(names, row, rank).items()} for row in basis),
         free=tuple(name for o, name in enumerate(table.names) if o not in live),
     )
 
@@ -129,14 +131,15 @@ def _null(blocks: Sequence[Tensor], sizes: Tensor, rank: float) -> Tensor:
     norms = torch.where(norms > rank * sizes, norms, sizes)
     _, values, right = torch.linalg.svd(columns / norms, full_matrices=columns.shape[0] < columns.shape[1])
     kept = int((values > rank * values.max().clamp_min(rank)).sum())
-    return _sparse(_reduced(right[kept:] / norms))
+    small = max(SMALL, rank)
+    return _sparse(_reduced(right[kept:] / norms, small), small)
 
 
-def _reduced(basis: Tensor) -> Tensor:
-    """The reduced row echelon form of a basis, each row scaled to a largest entry of 1."""
+def _reduced(basis: Tensor, small: float) -> Tensor:
+    """The reduced row echelon form of a basis, each row scaled to a largest entry of 1; what is small is 0."""
     rows, lead = basis / basis.abs().amax(1, keepdim=True), 0
     for k in range(len(rows)):
-        while lead < rows.shape[1] and float(rows[k:, lead].abs().max()) < 1e-5:
+        while lead < rows.shape[1] and float(rows[k:, lead].abs().max()) < small:
             rows[k:, lead] = 0
             lead += 1
         if lead == rows.shape[1]:
@@ -151,30 +154,30 @@ def _reduced(basis: Tensor) -> Tensor:
     return rows / rows.abs().amax(1, keepdim=True)
 
 
-def _sparse(rows: Tensor) -> Tensor:
-    """The same space by rows with fewer entries, where one row can take away entries of another."""
+def _sparse(rows: Tensor, small: float) -> Tensor:
+    """The same space by rows with fewer entries that are not small, where one row can take away entries of another."""
     better = True
     while better:
         better = False
         for i, j in itertools.permutations(range(len(rows)), 2):
-            for column in ((rows[i].abs() > 1e-5) & (rows[j].abs() > 1e-5)).nonzero().flatten().tolist():
+            for column in ((rows[i].abs() > small) & (rows[j].abs() > small)).nonzero().flatten().tolist():
                 trial = rows[i] - rows[j] * (rows[i, column] / rows[j, column])
-                if int((trial.abs() > 1e-5).sum()) < int((rows[i].abs() > 1e-5).sum()):
+                if int((trial.abs() > small).sum()) < int((rows[i].abs() > small).sum()):
                     rows[i], better = trial, True
                     break
     if not len(rows):
         return rows
-    first = rows.gather(1, (rows.abs() > 1e-5).int().argmax(1, keepdim=True)).sign()
+    first = rows.gather(1, (rows.abs() > small).int().argmax(1, keepdim=True)).sign()
     return rows * first / rows.abs().amax(1, keepdim=True)
 
 
-def _exponents(names: Sequence[str], row: Tensor) -> dict[str, float]:
+def _exponents(names: Sequence[str], row: Tensor, rank: float) -> dict[str, float]:
     """The entries of a row that are not zero, as multiples of a twelfth where they are."""
-    found = {}
+    found, small = {}, max(10 * SMALL, rank)
     for name, exponent in zip(names, row.tolist(), strict=True):
         nearest = round(exponent * 12) / 12
-        if abs(exponent) > 1e-4:
-            found[name] = nearest if abs(nearest - exponent) < 1e-4 else exponent
+        if abs(exponent) > small:
+            found[name] = nearest if abs(nearest - exponent) < small else exponent
     return found
 
 

@@ -283,7 +283,7 @@ class Probe:
             chunk = max(1, most // sum(slot.numel() for slot in wanted.values()))
             for start in range(0, len(factors), chunk):
                 rows = factors[start : start + chunk].to(outputs.device)
-                with _double():
+                with self._precision():
                     found = _gradients(outputs, list(wanted.values()), rows)
                 yield start, {name: grad for name, grad in zip(wanted, found, strict=True) if grad is not None}
         finally:
