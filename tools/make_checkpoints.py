@@ -272,7 +272,10 @@ def train_on_crops(
             raise SystemExit(f"seed {seed}: the loss is not finite")
         if kept is not None:
             now = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            torch.save(now | {"generator": generator.get_state(), "epochs": epoch + 1}, kept)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            half_written = kept.with_suffix(".part")
+            torch.save(now | {"generator": generator.get_state(), "epochs": epoch + 1}, half_written)
+            half_written.replace(kept)
     return {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
 
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -32,7 +33,8 @@ _DTYPES = [torch.float32]  # the default dtypes of callers, the innermost last
 
 def own_context(function: Callable[P, R]) -> Callable[P, R]:
     """Decorate a public function: gradients are on, autocast is off, the defaults are float32 and the CPU; afterwards all
-    is as it was. Inference tensors among the arguments, of which autograd can make nothing, are copied.
+    is as it was. Inference tensors among the arguments, of which autograd can make nothing, are copied, and whole numbers of
+    numpy, which torch's generators refuse, are Python's.
 
     Modules are run under the caller's default dtype, see `callers_dtype`.
     """
@@ -113,7 +115,9 @@ def forked(device: torch.device, seed: int) -> Iterator[None]:
 
 
 def _plain(value: Any) -> Any:
-    """The value itself, or a copy in which inference tensors are ordinary ones."""
+    """The value itself, or a copy in which inference tensors are ordinary ones and numpy's whole numbers are Python's."""
+    if isinstance(value, np.integer):
+        return int(value)
     if isinstance(value, Tensor):
         return value.clone() if value.is_inference() else value
     if isinstance(value, nn.Module):

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lmc.core.context import own_context
 from lmc.core.extras import require
@@ -17,6 +16,7 @@ from lmc.core.results import Result
 from lmc.errors import InputError
 from lmc.landscape.evaluation.evaluation import Objective
 from lmc.landscape.evaluation.measured import Values
+from lmc.network.network import derivatives
 from lmc.network.task import Loss, Outputs, Task
 from lmc.weights import ModelOrWeights, agreeing
 
@@ -109,7 +109,7 @@ def curvature(
         MismatchError: weights of another architecture.
         WeightsError: weights that are not finite.
         DataError: unusable data.
-        InputError: an unusable argument.
+        InputError: an unusable argument, or a module with an operator that has no second derivative.
     """
     for name, value, least in (
         ("top", top, 1),
@@ -160,9 +160,8 @@ class Hessian:
         total, weight = torch.zeros(self.size, dtype=torch.float64), 0.0
         for batch in self.objective.split.iterate(self.batch_size):
             if count := 1.0 if self.weigh is None else self.weigh(batch[1]):
-                with sdpa_kernel(SDPBackend.MATH):  # the faster kernels of attention have no second derivative
-                    loss = self.objective(self.point, batch)
-                total += count * self._batch(loss, leaves, along)
+                with derivatives(self.objective.network.module, "second"):
+                    total += count * self._batch(self.objective(self.point, batch), leaves, along)
                 weight += count
         return total if self.weigh is None else total / max(weight, 1.0)
 

@@ -16,7 +16,7 @@ from lmc.landscape.evaluation.evaluation import Evaluation, Repair
 from lmc.landscape.evaluation.measured import Values
 from lmc.landscape.path import points_of
 from lmc.network.task import Loss, Outputs, Task
-from lmc.weights import ModelOrWeights, Weights
+from lmc.weights import ModelOrWeights, Weights, tied_names
 from lmc.weights.arithmetic import mixture
 from lmc.weights.state import inexact, tensors_by_module
 
@@ -99,7 +99,8 @@ def layerwise_barriers(
         data: as for `loss_path`; of several splits the last, a test split, is reported.
         cumulative: None moves each layer alone. "input" and "output" let layers join from that side, "random" in a random
             order, "minimal" by their barrier alone, low ones first; the last value is `full`.
-        layers: name -> the tensors that move together (default: those of each module, weight and bias).
+        layers: name -> the tensors that move together (default: those of each module, weight and bias). A tied tensor
+            moves in all its places.
         alphas: points on each line, as for `loss_path`. The paper's scripts take three, which bounds barriers from below.
         seed: of the random order.
         repair, inputs, loss, outputs, batch_size, device, progress: as for `loss_path`.
@@ -125,8 +126,10 @@ def layerwise_barriers(
         device=device,
         progress=progress,
     )
-    every = [name for name, tensor in evaluation.states[0].items() if inexact(tensor)]
+    ties = tied_names(model)
+    every = [name for name, tensor in evaluation.states[0].items() if inexact(tensor) and name not in ties]
     parts = tensors_by_module(model, every) if layers is None else checked_layers(layers, evaluation.states[0])
+    every, parts = _whole(every, ties), {layer: _whole(names, ties) for layer, names in parts.items()}
     grid = points_of(alphas)
     split = evaluation.evaluator.splits[-1].name
     ends = np.array([score[split].loss for score in evaluation.evaluator(map(evaluation.ready, evaluation.states))])
@@ -152,12 +155,21 @@ def layerwise_barriers(
 
 
 def checked_layers(layers: Mapping[str, Sequence[str]], weights: Weights) -> dict[str, list[str]]:
-    unknown = [name for names in layers.values() for name in names if name not in weights]
-    if unknown or not layers:
-        raise InputError(
-            f"layers: the model has no tensor {unknown[0]!r}" if unknown else "layers: at least one is needed"
-        )
+    """The tensors of each layer, which must be among `weights`."""
+    if not isinstance(layers, Mapping) or not layers:
+        raise InputError("layers: expected a mapping from names of layers to the tensors of each, at least one")
+    for layer, names in layers.items():
+        if isinstance(names, str) or not names:
+            raise InputError(f"layers: expected the names of the tensors of {layer!r} in a list, got {names!r}")
+        if unknown := [name for name in names if name not in weights]:
+            raise InputError(f"layers: {layer!r} names {unknown[0]!r}, and there is no tensor {unknown[0]!r} to move")
     return {layer: list(names) for layer, names in layers.items()}
+
+
+def _whole(names: Sequence[str], ties: Mapping[str, str]) -> list[str]:
+    """The names, and all others of the same tensors, which move with them."""
+    chosen = dict.fromkeys(ties.get(name, name) for name in names)
+    return [*chosen, *(name for name, first in ties.items() if first in chosen)]
 
 
 def _barriers(

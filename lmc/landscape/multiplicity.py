@@ -1,8 +1,9 @@
 """Predictive multiplicity: how differently models of about the same quality decide, example by example."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -88,7 +89,7 @@ class Multiplicity(Result):
 @own_context
 def multiplicity(
     model: nn.Module,
-    models: Sequence[ModelOrWeights],
+    models: Iterable[ModelOrWeights],
     data: Any,
     *,
     names: Sequence[str] | None = None,
@@ -119,13 +120,14 @@ def multiplicity(
         WeightsError: weights that are not finite.
         DataError: data that are unusable or no classification.
     """
+    models = list(models)
     called = [str(i) for i in range(len(models))] if names is None else list(names)
     if len(models) < 2 or len(called) != len(models) or len(set(called)) != len(called):
         raise InputError(f"{len(models)} models, names {called}; expected at least two models, each with its own name")
     states = agreeing(models, called, model=model)
-    if not 0 <= reference < len(states):
-        raise InputError(f"reference={reference}; expected the number of a model, 0 to {len(states) - 1}")
-    if tolerance is not None and not tolerance >= 0.0:
+    if not (isinstance(reference, int) and 0 <= reference < len(states)):
+        raise InputError(f"reference={reference!r}; expected the number of a model, 0 to {len(states) - 1}")
+    if tolerance is not None and not (isinstance(tolerance, Real) and tolerance >= 0.0):
         raise InputError(f"tolerance={tolerance}; expected a share of the reference's loss, at least 0")
     evaluator = Evaluator(model, data, outputs=outputs, batch_size=batch_size, device=pick_device(device, states[0]))
     list(evaluator([states[reference]]))  # checks that data and outputs fit

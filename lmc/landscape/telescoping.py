@@ -1,7 +1,7 @@
 """The telescoping lens: what a training run did to the outputs, as a sum of first-order steps; and how fast gradients settle."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from lmc.errors import DataError, InputError
 from lmc.landscape.evaluation.measured import Values
 from lmc.network.batches import take, tensors, to_device
 from lmc.network.inputs import input_batches, length
-from lmc.network.network import Network, pick_device
+from lmc.network.network import Network, attention_written_out, derivatives, pick_device
 from lmc.network.task import Outputs, Task
 from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights
 from lmc.weights.state import tensors_by_module
@@ -96,7 +96,7 @@ def telescope(
         device: where to compute (default: where the weights are).
 
     Raises:
-        InputError: fewer than two weight sets, or a module that cannot be differentiated by its weights.
+        InputError: fewer than two weight sets, or a module that cannot be differentiated by its weights, or not forwards.
         MismatchError: weights of another architecture.
         WeightsError: weights that are not finite.
         DataError: no example.
@@ -106,6 +106,10 @@ def telescope(
             "steps: the trained networks of a run each, not the steps of one; train(record=True) leaves those of the first "
             "in .steps[0]"
         )
+    if isinstance(steps, nn.Module | Mapping) or not isinstance(steps, Iterable):
+        raise InputError(
+            f"steps: expected the weights before the first step and after each, one after the other, got {type(steps).__name__}"
+        )
     run = iter(steps)
     first = next(run, None)
     if first is None:
@@ -113,6 +117,8 @@ def telescope(
     network, call = _double(model, first, inputs, outputs, device)
     origin = before = _prepared(model, first, network)
     layers = _layers(model, before)
+    if not layers:
+        raise InputError(f"model ({type(model).__name__}) has no parameters: no step moves it")
     start = now = _outputs(network, before, call)
     terms = {layer: torch.zeros_like(start) for layer in layers}
     sizes: dict[str, list[float]] = {layer: [] for layer in layers}
@@ -179,7 +185,7 @@ def gradient_change(
         WeightsError: weights that are not finite.
         DataError: no example.
     """
-    if not (isinstance(probes, int) and probes >= 1):
+    if isinstance(probes, bool) or not (isinstance(probes, int) and probes >= 1):
         raise InputError(f"probes={probes!r}; expected a whole number, at least 1")
     network, call = _double(model, before, inputs, outputs, device)
     ends = [_prepared(model, given, network) for given in (before, after)]
@@ -195,7 +201,8 @@ def gradient_change(
         found = []
         for end in ends:
             at = {name: end[name] for name in names}
-            value, back = vjp(lambda p, end=end, one=one: network.outputs({**end, **p}, one), at)[:2]
+            with attention_written_out():  # whose derivatives go through many directions at once
+                value, back = vjp(lambda p, end=end, one=one: network.outputs({**end, **p}, one), at)[:2]
             if directions is None:
                 drawn = torch.randn(probes, value.numel(), generator=generator, dtype=torch.float64)
                 directions = drawn.reshape(probes, *value.shape).to(value.device)
@@ -230,6 +237,7 @@ def _double(
 
 def _prepared(model: nn.Module, given: ModelOrWeights, network: Network) -> Weights:
     state = agreeing([given], ["steps"], model=model)[0]
+    network.check(state, "steps")
     return {
         name: tensor.detach().to(network.device, torch.float64 if tensor.is_floating_point() else None, copy=True)
         for name, tensor in state.items()
@@ -242,12 +250,16 @@ def _layers(model: nn.Module, weights: Weights) -> dict[str, list[str]]:
 
 
 def _outputs(network: Network, weights: Weights, call: Any) -> Tensor:
-    with torch.no_grad():
-        return network.outputs(weights, call).detach()
+    """The outputs in float64; the ordinary call, whose errors say what is wrong with the inputs."""
+    network.load(weights)
+    found = network(call)
+    if not isinstance(found, Tensor):
+        raise InputError(f"outputs: expected a tensor of the module's outputs, got {type(found).__name__}")
+    return found.detach()
 
 
 def _along(network: Network, weights: Weights, call: Any, direction: Weights) -> Tensor:
     """The derivative (N, ...) of the outputs along a direction of some of the parameters."""
     at = {name: weights[name] for name in direction}
-    with torch.no_grad():
+    with torch.no_grad(), derivatives(network.module, "forward"):
         return jvp(lambda p: network.outputs({**weights, **p}, call), (at,), (direction,))[1]

@@ -33,8 +33,8 @@ def input_batches(model: nn.Module, inputs: Any, batch_size: int) -> Iterator[Ca
     Accepted are a tensor, a mapping of keyword tensors, a tuple of positional tensors, a data object (a graph), an
     iterable of such batches, a `torch.utils.data.Dataset`, and of an object with `.train` or a mapping
     `{"train": ..., "test": ...}` the training split. Targets are dropped: the last of a tuple that is one longer than
-    the module's forward asks for, and "labels" (or "label", "targets", "target", "y") of a mapping, unless forward asks
-    for them. Optional arguments go in a mapping.
+    the module's forward asks for, of a pair whose first part holds all that it asks for the second, and "labels" (or
+    "label", "targets", "target", "y") of a mapping, unless forward asks for them. Optional arguments go in a mapping.
 
     Raises:
         DataError: no examples at all, NaN, or something that is none of the above.
@@ -112,8 +112,10 @@ def _without_targets(model: nn.Module, batch: Any, needed: int) -> Call:
     batch = from_numpy(batch)
     if isinstance(batch, tuple | list):
         batch = tuple(batch)
-        if len(batch) == max(needed, 1) + 1:
-            batch = batch[0] if len(batch) == 2 else batch[:-1]
+        if len(batch) == 2 and (needed <= 1 or _holds_all(model, batch[0], needed)):
+            batch = batch[0]
+        elif len(batch) == max(needed, 1) + 1:
+            batch = batch[:-1]
     elif isinstance(batch, Mapping) and any(name in batch for name in LABELS):
         asked = inspect.signature(model.forward).parameters
         batch = {
@@ -124,6 +126,13 @@ def _without_targets(model: nn.Module, batch: Any, needed: int) -> Call:
     if not tensors(batch):
         raise DataError(f"inputs: expected batches of tensors, got {type(batch).__name__}")
     return batch
+
+
+def _holds_all(model: nn.Module, part: Any, needed: int) -> bool:
+    """Whether the first part of a pair is all inputs that forward asks for, so that the second are targets."""
+    if isinstance(part, Mapping):
+        return bool(tensors(part)) and len(arguments(model, part)[1]) >= needed
+    return isinstance(part, tuple | list) and len(part) == needed
 
 
 def first_of(call: Call, count: int) -> Call:

@@ -234,7 +234,7 @@ class Network:
             return self.read(self._with(weights, args, kwargs))
 
         # On a CPU, torch has no fused attention for a stack of networks, but the plain one.
-        with sdpa_kernel(SDPBackend.MATH) if self.device.type == "cpu" else nullcontext():
+        with attention_written_out() if self.device.type == "cpu" else nullcontext():
             return torch.vmap(outputs)(stacked)
 
     def _alone(self, stacked: Weights, k: int, inputs: Any) -> Any:
@@ -404,6 +404,36 @@ class Network:
 
 def _detached_copy(tensor: Tensor) -> Tensor:
     return tensor.detach().clone()
+
+
+@contextlib.contextmanager
+def attention_written_out() -> Iterator[None]:
+    """Attention is computed by plain operations inside, torch's own layers included: its fused kernels can neither be
+    differentiated forwards or twice, nor take a stack of networks."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+@contextlib.contextmanager
+def derivatives(model: nn.Module, kind: str) -> Iterator[None]:
+    """Attention is written out, and an operator of `model` that torch cannot differentiate in this way is an `InputError`.
+
+    Args:
+        kind: of the derivative, for the message.
+    """
+    try:
+        with attention_written_out():
+            yield
+    except NotImplementedError as error:
+        raise InputError(
+            f"model: torch {torch.__version__} has no {kind} derivative of an operator in {type(model).__name__}: "
+            f"{str(error).splitlines()[0]}"
+        ) from error
 
 
 @contextlib.contextmanager

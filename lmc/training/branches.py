@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from lmc.core.context import own_context, warn
 from lmc.errors import InputError
 from lmc.network.batches import reread
 from lmc.training.loop import train
-from lmc.training.run import Trained
+from lmc.training.run import Trained, at_least_one, whole_numbers
 from lmc.weights import Weights
 
 
@@ -69,9 +68,8 @@ def branches(
         InputError: epochs outside the run, fewer than two seeds, or those of the trunk; and what `train` raises.
         DataError: unusable data.
     """
-    wanted, orders = sorted(set(at)), list(seeds)
-    if not wanted or not all(isinstance(epoch, Integral) and 0 <= epoch < epochs for epoch in wanted):
-        raise InputError(f"at={wanted}: expected epochs, whole numbers from 0 to {epochs - 1}")
+    at_least_one("epochs", epochs)
+    wanted, orders = sorted(set(whole_numbers("at", at, epochs))), whole_numbers("seeds", seeds)
     if len(orders) < 2 or seed in orders:
         raise InputError(f"seeds={orders}: expected at least two, other than the trunk's {seed}")
     if taken := sorted({"keep", "start"} & options.keys()):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lmc.core.context import own_context
+from lmc.core.context import own_context, warn
 from lmc.core.extras import require
 from lmc.core.progress import tqdm
 from lmc.core.results import Result
@@ -19,15 +20,29 @@ from lmc.network.batches import Split, as_splits, to_device
 from lmc.network.copies import fresh_copy
 from lmc.network.network import Network, pick_device, whole
 from lmc.network.task import Loss, Outputs, Task, measured
-from lmc.training.run import Judge, batches_of, check_model, device_of, examples, given, initialised
+from lmc.training.run import (
+    Judge,
+    Recipe,
+    batches_of,
+    check_model,
+    device_of,
+    examples,
+    given,
+    initialised,
+    is_whole,
+    trained_names,
+    whole_numbers,
+)
 from lmc.weights import ModelOrWeights, Weights
 
 if TYPE_CHECKING:
     import pandas as pd
 
 Kind: TypeAlias = Literal["dense", "sparse", "fastfood"]
+Linear: TypeAlias = Callable[[Tensor], Tensor]
 MOST_DENSE = 1 << 28  # entries of a dense projection: 1 GB in float32
 TEST_BATCH = 1024
+HADAMARD_BLOCK = 64  # a few products with matrices of this size are faster than a sum for each bit of the index
 
 
 @dataclass(frozen=True)
@@ -43,8 +58,8 @@ class Projection:
 
     dimension: int
     shapes: dict[str, torch.Size]
-    forward: Callable[[Tensor], Tensor]
-    adjoint: Callable[[Tensor], Tensor]
+    forward: Linear
+    adjoint: Linear
 
     def __call__(self, vector: Tensor) -> Weights:
         """The parameters that a vector (d,) stands for."""
@@ -77,26 +92,58 @@ def projection(
         dtype, device: of its numbers.
 
     Raises:
-        InputError: an unknown kind, a dimension out of range, or a dense projection that would not fit into memory.
+        InputError: an unknown kind, a dimension out of range, whole numbers as dtype, or a dense projection that would not fit
+            into memory.
     """
+    if not isinstance(shapes, Mapping):
+        raise InputError(f"shapes: expected a mapping from names to shapes, got {type(shapes).__name__}")
     sizes = {name: torch.Size(shape) for name, shape in shapes.items()}
     total = sum(math.prod(shape) for shape in sizes.values())
+    check_projection(kind, dimension, total)
+    if not (dtype.is_floating_point or dtype.is_complex):
+        raise InputError(f"dtype={dtype}; the entries of a projection are no whole numbers")
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "fastfood":
+        forward, adjoint = _fastfood(dimension, total, generator, dtype, device)
+    elif kind == "sparse":
+        matrix = _sparse(sizes, dimension, generator).to(device, dtype)
+        (rows, columns), entries = matrix.indices(), matrix.values()
+        forward, adjoint = _spread(columns, entries, rows, total), _spread(rows, entries, columns, dimension)
+    else:
+        matrix = torch.randn(total, dimension, generator=generator, dtype=torch.float64)
+        matrix = (matrix / matrix.norm(dim=0)).to(device, dtype)
+        forward, adjoint = matrix.mv, matrix.T.mv
+    return Projection(dimension, sizes, _of_length(dimension, forward), _of_length(total, adjoint))
+
+
+def check_projection(kind: Any, dimension: Any, total: int) -> None:
+    """Raise `InputError` for a kind or a number of dimensions that no projection into so many parameters has."""
     if kind not in get_args(Kind):
         raise InputError(f"kind={kind!r}; expected one of {', '.join(get_args(Kind))}")
-    if not (isinstance(dimension, int) and 1 <= dimension <= total):
+    if not (is_whole(dimension) and 1 <= dimension <= total):
         raise InputError(f"dimension={dimension!r}; expected a whole number from 1 to the {total} parameters")
     if kind == "dense" and total * dimension > MOST_DENSE:
         raise InputError(f"a dense projection of {total} x {dimension} entries is too large; use kind='fastfood'")
-    generator = torch.Generator().manual_seed(seed)
-    if kind == "fastfood":
-        return _fastfood(dimension, sizes, total, generator, dtype, device)
-    if kind == "dense":
-        matrix = torch.randn(total, dimension, generator=generator, dtype=torch.float64)
-        matrix /= matrix.norm(dim=0)
-    else:
-        matrix = _sparse(sizes, dimension, generator)
-    matrix = matrix.to(device, dtype)
-    return Projection(dimension, sizes, lambda v: matrix @ v, lambda v: matrix.T @ v)
+
+
+def _of_length(length: int, function: Linear) -> Linear:
+    """The function, of vectors of one length alone, as gathering and padding would take others, too; and in their dtype."""
+
+    def checked(vector: Tensor) -> Tensor:
+        if vector.shape != (length,):
+            raise InputError(f"vector: expected shape ({length},), got {tuple(vector.shape)}")
+        with torch.autocast(vector.device.type, enabled=False):
+            return function(vector)
+
+    return checked
+
+
+def _spread(at: Tensor, entries: Tensor, to: Tensor, size: int) -> Linear:
+    """The product with a sparse matrix of `size` rows, whose entries stand in the columns `at` and the rows `to`.
+
+    Gathered and summed: torch's product of a matrix in coordinates with a vector takes ten times as long on a CPU.
+    """
+    return lambda vector: vector.new_zeros(size).index_add(0, to, vector.index_select(0, at) * entries)
 
 
 def _sparse(shapes: Mapping[str, torch.Size], dimension: int, generator: torch.Generator) -> Tensor:
@@ -129,13 +176,8 @@ def _distinct(size: int, count: int, generator: torch.Generator) -> Tensor:
 
 
 def _fastfood(
-    dimension: int,
-    shapes: dict[str, torch.Size],
-    total: int,
-    generator: torch.Generator,
-    dtype: torch.dtype,
-    device: torch.device | str,
-) -> Projection:
+    dimension: int, total: int, generator: torch.Generator, dtype: torch.dtype, device: torch.device | str
+) -> tuple[Linear, Linear]:
     length = 1 << (max(total, dimension) - 1).bit_length()  # exact, where a rounded logarithm may overshoot
     signs = (2 * torch.randint(2, (length,), generator=generator) - 1).to(device, dtype)
     order = torch.randperm(length, generator=generator).to(device)
@@ -146,23 +188,36 @@ def _fastfood(
 
     def forward(vector: Tensor) -> Tensor:
         mixed = hadamard(F.pad(vector, (0, length - dimension)) * signs)
-        return hadamard(mixed[order] * gaussian)[:total]
+        return hadamard(mixed.index_select(0, order) * gaussian)[:total]
 
     def adjoint(vector: Tensor) -> Tensor:
         mixed = hadamard(F.pad(vector, (0, length - total))) * gaussian
         return (hadamard(torch.empty_like(mixed).index_copy(0, order, mixed)) * signs)[:dimension]
 
-    return Projection(dimension, shapes, forward, adjoint)
+    return forward, adjoint
 
 
 def hadamard(vector: Tensor) -> Tensor:
-    """The Walsh-Hadamard transform of a vector whose length is a power of two, without normalisation."""
-    step, length = 1, len(vector)
-    while step < length:
-        pairs = vector.view(-1, 2, step)
-        vector = torch.stack([pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]], dim=1).view(-1)
-        step *= 2
+    """The Walsh-Hadamard transform of a vector whose length is a power of two, without normalisation.
+
+    The matrix is a Kronecker product of small ones, which are applied one after the other, each to its own digit of the index.
+    """
+    done = 1
+    while done < len(vector):
+        size = min(HADAMARD_BLOCK, len(vector) // done)
+        block = _hadamard_matrix(size, vector)
+        digits = vector.view(-1, size, done)
+        vector = (digits[..., 0] @ block if done == 1 else block @ digits).reshape(-1)
+        done *= size
     return vector
+
+
+def _hadamard_matrix(size: int, like: Tensor) -> Tensor:
+    """(size, size) entries of +1 and -1, symmetric."""
+    matrix = like.new_ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
+    return matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +226,7 @@ class IntrinsicDimension(Result):
 
     Attributes:
         dimensions: (d,) ascending.
-        accuracies: (d, seeds) on the test split.
+        accuracies: (d, seeds) on the test split; NaN for a run that diverged.
         baseline: the accuracy that counts as a full solution.
         share: of the baseline that must be passed.
         kind: of the projection.
@@ -200,7 +255,7 @@ class IntrinsicDimension(Result):
         found = f"d_int{round(100 * self.share)} = {self.value}" if self.value else "not reached"
         return (
             f"IntrinsicDimension of {self.parameters:,} parameters, {self.kind} projections, baseline {self.baseline:.3f}: "
-            f"{found}; tried {', '.join(map(str, self.dimensions))}, up to {self.accuracies.mean(1).max():.3f}"
+            f"{found}; tried {', '.join(map(str, self.dimensions))}, up to {np.fmax.reduce(self.accuracies.mean(1)):.3f}"
         )
 
     __repr__ = __str__
@@ -248,11 +303,11 @@ def intrinsic_dimension(
         InputError: dimensions, baseline or share out of range, no seed, a model without what training needs.
         DataError: unusable data, or data without a test split.
     """
-    wanted, drawn = sorted(set(dimensions)), list(seeds)
-    if not wanted or not drawn:
-        raise InputError("dimensions and seeds: at least one of each is needed")
+    wanted = sorted(set(whole_numbers("dimensions", dimensions)))
+    recipe = Recipe("adam", lr, "constant", epochs, batch_size, 0.0, 0.9, "fresh" if init is None else "given")
+    drawn = recipe.checked(seeds)
     for name, number in (("baseline", baseline), ("share", share)):
-        if not 0.0 < number <= 1.0:
+        if not isinstance(number, Real) or not 0.0 < number <= 1.0:
             raise InputError(f"{name}={number}; expected a number above 0, at most 1")
     place = pick_device(device_of(model) if device is None else device, {})
     task = Task.of(data, loss, outputs=outputs)
@@ -261,9 +316,13 @@ def intrinsic_dimension(
     split, test = examples(data, task, place), examples(data, task, place, -1)
     task = task.fitted(model, split)
     blank = fresh_copy(model).to(place)
-    check_model(blank, task, split, place)
+    for each in (split, test):
+        check_model(blank, task, each, place)
     judge = Judge.of(task, split)
-    trained = [name for name, p in blank.named_parameters() if p.requires_grad]
+    trained = trained_names(blank)
+    parameters = sum(blank.get_parameter(name).numel() for name in trained)
+    for dimension in wanted:  # all of them before the first is trained
+        check_projection(kind, dimension, parameters)
     network = Network(blank, place, whole)
     scores = np.zeros((len(wanted), len(drawn)))
     with tqdm(total=len(wanted) * len(drawn), desc="subspaces", unit="run", disable=not progress) as bar:
@@ -272,10 +331,15 @@ def intrinsic_dimension(
             shapes = {name: start[name].shape for name in trained}
             for row, dimension in enumerate(wanted):
                 onto = projection(shapes, dimension, kind=kind, seed=seed, dtype=start[trained[0]].dtype, device=place)
-                weights = _train_inside(network, start, onto, judge, split, seed, epochs, lr, batch_size)
-                scores[row, column] = _accuracy(network, weights, task, test)
+                weights = _train_inside(network, start, onto, judge, split, seed, recipe)
+                if all(bool(weights[name].isfinite().all()) for name in trained):
+                    scores[row, column] = _accuracy(network, weights, task, test)
+                else:
+                    scores[row, column] = math.nan
+                    warn(
+                        f"seed {seed} diverged in {dimension} dimensions, which counts as no solution; try a smaller lr"
+                    )
                 bar.update()
-    parameters = sum(math.prod(blank.get_parameter(name).shape) for name in trained)
     return IntrinsicDimension(tuple(wanted), scores, baseline, share, kind, parameters)
 
 
@@ -309,20 +373,18 @@ def _train_inside(
     judge: Judge,
     split: Split,
     seed: int,
-    epochs: int,
-    lr: float,
-    batch_size: int,
+    recipe: Recipe,
 ) -> Weights:
     """The weights `start + P v` after v was trained."""
     v = torch.zeros(onto.dimension, dtype=next(iter(start.values())).dtype, device=network.device, requires_grad=True)
-    optimizer = torch.optim.Adam([v], lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam([v], recipe.lr, betas=(0.9, 0.99))
     generator = torch.Generator().manual_seed(seed)
 
     def moved() -> Weights:
         return {**start, **{name: start[name] + part for name, part in onto(v).items()}}
 
-    for _ in range(epochs):
-        for inputs, targets in batches_of(split, network.device, batch_size, generator, drop_last=False):
+    for _ in range(recipe.epochs):
+        for inputs, targets in batches_of(split, network.device, recipe.batch_size, generator, drop_last=False):
             loss = judge(network.outputs(moved(), judge.task.call(inputs, targets)), targets, inputs)[0]
             optimizer.zero_grad()
             loss.backward()

@@ -27,12 +27,14 @@ from lmc.network.inputs import arguments
 from lmc.network.network import pick_device
 from lmc.network.task import Loss, Outputs, Task
 from lmc.training.run import (
+    ORDER_STREAM,
     History,
     Judge,
     Recipe,
     Steps,
     Trained,
     aliases,
+    at_least_one,
     batches_of,
     check_model,
     device_of,
@@ -41,6 +43,7 @@ from lmc.training.run import (
     given,
     initialised,
     steps_of,
+    trained_names,
 )
 from lmc.weights import ModelOrWeights, StateDict, Weights
 
@@ -99,11 +102,6 @@ def one_by_one(model: nn.Module, judge: Judge) -> Step:
         return stacked, (loss.detach()[None], accuracy[None])
 
     return step
-
-
-OPTIMIZERS = ("adam", "adamw", "sgd")
-SCHEDULES = ("cosine", "constant")
-ORDER_STREAM = 1 << 40  # added to a seed, so that the order of the data does not repeat the draws of the init
 
 
 @own_context
@@ -168,10 +166,11 @@ def train(
     recipe = Recipe(
         optimizer, lr, schedule, epochs, batch_size, weight_decay, momentum, "fresh" if init is None else "given"
     )
-    seeds = _checked(recipe, seeds, together)
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model: expected an nn.Module, got {type(model).__name__}")
-    device = pick_device(device_of(model) if device is None else device, {})
+    seeds = recipe.checked(seeds)
+    if together is not None:
+        at_least_one("together", together)
+    home = device_of(model)
+    device = pick_device(home if device is None else device, {})
     task = Task.of(data, loss, outputs=outputs)
     split = examples(data, task, device)
     task = task.fitted(model, split)
@@ -228,7 +227,7 @@ class _Run:
         device: torch.device, vectorise: bool,
     ) -> "_Run":  # fmt: skip
         states = [initialised(blank, seed) if init is None else given(blank, init) for seed in seeds]
-        trained = [name for name, p in blank.named_parameters() if p.requires_grad]
+        trained = trained_names(blank)
         stack = {name: torch.stack([state[name] for state in states]) for name in states[0]}
         parameters = {name: stack.pop(name) for name in trained}
         judge = Judge.of(task, split)
@@ -353,24 +352,3 @@ def _rate(recipe: Recipe, step: int, steps: int) -> float:
     if recipe.schedule == "constant":
         return recipe.lr
     return 0.5 * recipe.lr * (1 + math.cos(math.pi * step / steps))
-
-
-def _checked(recipe: Recipe, seeds: Iterable[int], together: int | None) -> list[int]:
-    if not isinstance(seeds, Iterable):
-        raise InputError(f"seeds={seeds!r}: expected the seeds themselves, for example range({seeds!r})")
-    chosen = list(seeds)
-    if not chosen or not all(isinstance(seed, int) and 0 <= seed < ORDER_STREAM for seed in chosen):
-        raise InputError(f"seeds={chosen}: expected at least one, each an integer from 0 on")
-    if len(set(chosen)) < len(chosen):
-        raise InputError(f"seeds={chosen}: the same seed twice gives the same weights twice")
-    for argument, options in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
-        if getattr(recipe, argument) not in options:
-            raise InputError(f"{argument}={getattr(recipe, argument)!r}: expected one of {', '.join(options)}")
-    for argument, value in (("epochs", recipe.epochs), ("batch_size", recipe.batch_size), ("together", together)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise InputError(f"{argument}={value!r}: expected a positive integer")
-    for argument in ("lr", "weight_decay", "momentum"):
-        value = getattr(recipe, argument)
-        if not math.isfinite(value) or value < 0:
-            raise InputError(f"{argument}={value!r}: expected a finite number, zero or more")
-    return chosen

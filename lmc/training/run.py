@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,11 @@ from lmc.weights import ModelOrWeights, Weights, agreeing, as_weights, tied_name
 
 if TYPE_CHECKING:
     import pandas
+
+
+OPTIMIZERS = ("adam", "adamw", "sgd")
+SCHEDULES = ("cosine", "constant")
+ORDER_STREAM = 1 << 40  # added to a seed, so that the order of the data does not repeat the draws of the init
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,44 @@ class Recipe:
         if self.weight_decay:
             text += f" weight decay {self.weight_decay:g}"
         return f"{text}, {self.schedule}, {self.epochs} epochs of batches of {self.batch_size}"
+
+    def checked(self, seeds: Iterable[int]) -> list[int]:
+        """The seeds as a list; raises `InputError` for those and for anything here that nothing can be trained by."""
+        chosen = whole_numbers("seeds", seeds, ORDER_STREAM)
+        if len(set(chosen)) < len(chosen):
+            raise InputError(f"seeds={chosen}: the same seed twice gives the same weights twice")
+        for argument, options in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES)):
+            if getattr(self, argument) not in options:
+                raise InputError(f"{argument}={getattr(self, argument)!r}: expected one of {', '.join(options)}")
+        at_least_one("epochs", self.epochs)
+        at_least_one("batch_size", self.batch_size)
+        for argument in ("lr", "weight_decay", "momentum"):
+            value = getattr(self, argument)
+            if not isinstance(value, Real) or not math.isfinite(value) or value < 0:
+                raise InputError(f"{argument}={value!r}: expected a finite number, zero or more")
+        return chosen
+
+
+def at_least_one(name: str, value: Any) -> None:
+    """Raise `InputError` unless an argument is a positive whole number."""
+    if not is_whole(value) or value < 1:
+        raise InputError(f"{name}={value!r}: expected a positive integer")
+
+
+def whole_numbers(name: str, values: Iterable[int], below: int | None = None) -> list[int]:
+    """The whole numbers of an argument, from 0 on, of which there must be one; or `InputError`."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise InputError(f"{name}={values!r}: expected the numbers themselves, for example [{values!r}] or range(3)")
+    found = list(values)
+    if not found or not all(is_whole(value) and 0 <= value < (below or math.inf) for value in found):
+        most = "on" if below is None else f"to {below - 1}"
+        raise InputError(f"{name}={found}: expected at least one, each an integer from 0 {most}")
+    return [int(value) for value in found]
+
+
+def is_whole(value: Any) -> bool:
+    """Whether a value is a whole number, Python's or numpy's; True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True)
@@ -175,10 +219,22 @@ def aliases(model: nn.Module) -> dict[str, str]:
 
 
 def device_of(model: nn.Module) -> torch.device:
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model: expected an nn.Module, got {type(model).__name__}")
     first = next(model.parameters(), None)
     if first is None:
         raise InputError(f"model ({type(model).__name__}) has no parameters: nothing to train")
     return first.device
+
+
+def trained_names(model: nn.Module) -> list[str]:
+    """The parameters that are trained: those that require gradients, of which there must be one."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if not names:
+        raise InputError(
+            f"model ({type(model).__name__}): no parameter requires a gradient, so that nothing can be trained"
+        )
+    return names
 
 
 def examples(data: object, task: Task, device: torch.device, which: int = 0) -> Split:
@@ -318,8 +374,8 @@ def epochs_to_keep(keep: int | Iterable[int] | None, epochs: int) -> set[int]:
         if keep < 1:
             raise InputError(f"keep={keep}: expected a positive number of epochs, or the epochs themselves")
         return {*range(0, epochs + 1, keep), epochs}
-    chosen = set(keep)
-    outside = sorted(epoch for epoch in chosen if not isinstance(epoch, int) or not 0 <= epoch <= epochs)
+    chosen = list(keep)
+    outside = sorted(epoch for epoch in chosen if not is_whole(epoch) or not 0 <= epoch <= epochs)
     if outside:
         raise InputError(f"keep: {outside} outside 0 to {epochs} epochs")
-    return chosen
+    return {int(epoch) for epoch in chosen}

@@ -4,6 +4,7 @@ import dataclasses
 import math
 import sys
 
+import numpy as np
 import pytest
 import torch
 from support import blobs, same
@@ -77,7 +78,7 @@ def test_a_run_that_goes_on_keeps_the_schedule():
 def test_bad_branches_are_refused(options):
     with pytest.raises(lmc.InputError):
         lmc.training.branches(MODEL, DATA, epochs=4, progress=False, **options)
-    with pytest.raises(lmc.InputError, match=r"^at=\[0.5\]: expected epochs, whole numbers from 0 to 3"):
+    with pytest.raises(lmc.InputError, match=r"^at=\[0.5\]: expected at least one, each an integer from 0 to 3"):
         lmc.training.branches(MODEL, DATA, epochs=4, at=[0.5], progress=False)
     with pytest.raises(lmc.InputError, match="start"):
         lmc.training.train(MODEL, DATA, epochs=4, start=4, progress=False)
@@ -116,14 +117,34 @@ def test_sparse_projections_have_the_density_that_they_say():
         assert abs(found - expected) <= 5 * math.sqrt(expected * (1 - expected) / (500 * size))
 
 
-def test_the_hadamard_transform_against_its_matrix():
-    matrix = torch.ones(1, 1)
-    for _ in range(3):
-        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    x = torch.randn(8)
-    assert torch.allclose(hadamard(x), matrix @ x, atol=1e-5) and torch.allclose(
-        hadamard(hadamard(x)), 8 * x, atol=1e-5
-    )
+@pytest.mark.parametrize("length", [1, 8, 512])  # of no block, of one, of one and a part of the next
+def test_the_hadamard_transform_against_its_matrix(length):
+    index = range(length)
+    matrix = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in index] for i in index], dtype=torch.float64)
+    x = torch.randn(length, dtype=torch.float64)
+    assert torch.allclose(hadamard(x), matrix @ x) and torch.allclose(hadamard(hadamard(x)), length * x)
+    assert len(hadamard(torch.ones(1 << 13))) == 1 << 13  # three blocks
+
+
+def test_a_sparse_projection_is_the_product_with_its_matrix():
+    p = lmc.training.projection(SHAPES, 5, kind="sparse", seed=3, dtype=torch.float64)
+    sizes = {name: torch.Size(shape) for name, shape in SHAPES.items()}
+    matrix = _sparse(sizes, 5, torch.Generator().manual_seed(3)).to_dense()
+    x, y = torch.randn(5, dtype=torch.float64), torch.randn(73, dtype=torch.float64)
+    assert torch.allclose(p.forward(x), matrix @ x) and torch.allclose(p.adjoint(y), matrix.T @ y)
+
+
+@pytest.mark.parametrize("kind", ["dense", "sparse", "fastfood"])
+def test_the_gradient_in_a_subspace_is_the_transpose_of_that_in_all_directions(kind):
+    p = lmc.training.projection(SHAPES, 5, kind=kind, seed=3, dtype=torch.float64)
+    v = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    weights = p.forward(v).detach().requires_grad_()
+    for each in (p.forward(v), weights):
+        each.sin().square().sum().backward()
+    torch.testing.assert_close(v.grad, p.adjoint(weights.grad))
+    for function, length in ((p.forward, 5), (p.adjoint, 73)):
+        with pytest.raises(lmc.InputError, match=rf"expected shape \({length},\), got \(74,\)"):
+            function(torch.zeros(74, dtype=torch.float64))
 
 
 def test_a_quadratic_with_k_conditions_needs_k_dimensions():
@@ -157,6 +178,32 @@ def test_bad_subspaces_are_refused():
             lmc.training.intrinsic_dimension(MODEL, DATA, [2], progress=False, **options)
     with pytest.raises(lmc.InputError, match="test split"):
         lmc.training.intrinsic_dimension(MODEL, DATA["train"], [2], baseline=1.0, progress=False)
+    frozen = lmc.models.mlp(8, [10], 4).requires_grad_(False)
+    beyond = {"train": DATA["train"], "test": (DATA["test"][0], DATA["test"][1] + 4)}
+    for model, data, options, error, match in (
+        (MODEL, DATA, {"epochs": 0}, lmc.InputError, "epochs=0: expected a positive integer"),
+        (MODEL, DATA, {"batch_size": 8.0}, lmc.InputError, "batch_size=8.0: expected a positive integer"),
+        (MODEL, DATA, {"lr": math.nan}, lmc.InputError, "lr=nan: expected a finite number"),
+        (MODEL, DATA, {"seeds": 3}, lmc.InputError, "seeds=3: expected the numbers themselves"),
+        (MODEL, DATA, {"seeds": [0, 0]}, lmc.InputError, "the same seed twice"),
+        (
+            MODEL,
+            DATA,
+            {"dimensions": [2.5]},
+            lmc.InputError,
+            r"dimensions=\[2.5\]: expected at least one, each an integer",
+        ),
+        (MODEL.state_dict(), DATA, {}, lmc.InputError, "model: expected an nn.Module, got OrderedDict"),
+        (frozen, DATA, {}, lmc.InputError, "no parameter requires a gradient"),
+        (MODEL, beyond, {}, lmc.DataError, "test: targets from 4 to 7"),
+    ):
+        with pytest.raises(error, match=match):
+            lmc.training.intrinsic_dimension(
+                model, data, **{"dimensions": [2], "baseline": 1.0, "progress": False, **options}
+            )
+    for options in ({"shapes": MODEL}, {"dtype": torch.int64}):
+        with pytest.raises(lmc.InputError):
+            lmc.training.projection(**{"shapes": SHAPES, "dimension": 2, **options})
     assert math.isclose(sum(x.numel() for x in MODEL.parameters()), 134)
 
 
@@ -171,3 +218,23 @@ def test_the_intrinsic_dimension_of_any_task_with_an_accuracy():
     reals = lmc.Task.regression().on({split: (x, x[:, :4]) for split, (x, _) in DATA.items()})
     with pytest.raises(lmc.InputError, match="needs an accuracy"):
         lmc.training.intrinsic_dimension(MODEL, reals, **options)
+
+
+def test_nothing_is_trained_where_a_dimension_is_larger_than_the_network():
+    seen = []
+    hooked = lmc.models.mlp(8, [10], 4)
+    hooked.register_forward_hook(lambda module, inputs, output: seen.append(len(output)))
+    with pytest.raises(lmc.InputError, match="dimension=135; expected a whole number from 1 to the 134 parameters"):
+        lmc.training.intrinsic_dimension(hooked, DATA, [2, 135], baseline=1.0, progress=False)
+    assert max(seen, default=0) <= 2  # the model was tried on a few examples, no batch went through it
+
+
+def test_what_does_not_move_stays_where_it_started_and_what_diverges_solves_nothing():
+    init = lmc.training.train(MODEL, DATA, seeds=[7], epochs=3, progress=False)[0]
+    options = dict(baseline=0.1, seeds=np.arange(1), init=init, epochs=1, batch_size=16, progress=False)
+    still = lmc.training.intrinsic_dimension(MODEL, DATA, np.array([3, 5]), lr=0.0, **options)
+    expected = lmc.landscape.evaluate(MODEL, init, DATA)["test"].accuracy
+    assert still.accuracies == pytest.approx(expected) and still.dimensions == (3, 5)
+    with pytest.warns(UserWarning, match="seed 0 diverged in 3 dimensions"):
+        lost = lmc.training.intrinsic_dimension(MODEL, DATA, [3], lr=1e25, **options)
+    assert np.isnan(lost.accuracies).all() and lost.value is None and "not reached" in repr(lost)

@@ -11,6 +11,8 @@ from torch import nn
 
 from lmc.errors import DataError, InputError, MismatchError, WeightsError
 from lmc.landscape.curves.curve import bezier_curve, polygonal_chain
+from lmc.landscape.curves.geodesic import geodesic_path
+from lmc.landscape.curves.low_loss import low_loss_path
 from lmc.landscape.evaluation.evaluator import evaluate
 from lmc.landscape.path import Path, loss_path
 from lmc.weights import distance, lerp
@@ -285,3 +287,17 @@ def test_other_files_hold_no_curve(tmp_path, curve):
     for name in ("cut", "text", "other"):
         with pytest.raises(DataError):
             type(curve).load(tmp_path / name, curve.model)
+
+
+def test_batches_in_which_no_target_counts_are_left_out_and_a_split_without_any_is_refused():
+    model, (inputs, targets) = classifier(0), (part[:40] for part in DATA.train)
+    some, ends = targets.where(torch.arange(40) < 4, -100), (classifier(1), classifier(2))
+    options = {"batch_size": 4, "progress": False}
+    found = (
+        bezier_curve(model, *ends, (inputs, some), epochs=2, **options),
+        geodesic_path(model, *ends, (inputs, some), points=3, epochs=2, **options),
+        low_loss_path(model, *ends, (inputs, some), ticks=1, rounds=(1, 3), **options),
+    )
+    assert all(np.isfinite(curve.losses).all() for curve in found) and np.isfinite(found[1].divergences).all()
+    with pytest.raises(DataError, match="data: no target counts"):
+        geodesic_path(model, *ends, (inputs, torch.full((40,), -100)), progress=False)

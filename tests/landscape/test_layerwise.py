@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 from support import blobs, classifier, trained
+from torch import nn
 
 import lmc
 
@@ -49,11 +51,44 @@ def test_a_finer_grid_never_lowers_a_barrier(pair):
     assert len(fine.to_frame()) == 2 and "LayerwiseBarriers of 2 layers" in repr(fine)
 
 
+class Tied(nn.Module):
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.read, self.middle, self.write = nn.Embedding(4, 6), nn.Linear(6, 6), nn.Linear(6, 4, bias=False)
+        self.write.weight = self.read.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.write(self.middle(self.read(ids)).tanh())
+
+
+def test_a_tied_tensor_moves_in_all_its_places():
+    a, b = Tied(0), Tied(1)
+    ids = torch.arange(40).reshape(10, 4) % 4
+    data, moved = (ids, ids.roll(1, 1)), Tied(0)
+    moved.read.weight.data.copy_(b.read.weight.data)
+    found = lmc.landscape.layerwise_barriers(a, a, b, data, alphas=[0.0, 1.0], progress=False)
+    losses = [lmc.landscape.evaluate(a, each, data)["data"].loss for each in (a, b, moved)]
+    assert found.layers == ("read", "middle")
+    assert found.from_a[0] == pytest.approx(max(losses[0], losses[2]) - sum(losses[:2]) / 2, abs=1e-6)
+    for name in ("read.weight", "write.weight"):
+        alone = lmc.landscape.layerwise_barriers(a, a, b, data, layers={"x": [name]}, alphas=[0.0, 1.0], progress=False)
+        assert alone.from_a[0] == pytest.approx(found.from_a[0], abs=1e-6)
+
+
 def test_own_layers_and_bad_input(pair):
     a, b = pair
     found = lmc.landscape.layerwise_barriers(a, a, b, DATA, layers={"biases": ["0.bias", "2.bias"]}, progress=False)
     assert found.layers == ("biases",) and found.from_a[0] != found.full
-    with pytest.raises(lmc.InputError, match="no tensor 'c'"):
-        lmc.landscape.layerwise_barriers(a, a, b, DATA, layers={"x": ["c"]}, progress=False)
+    for layers, match in (
+        ({"x": ["c"]}, "no tensor 'c'"),
+        ({"x": "0.bias"}, "the tensors of 'x' in a list, got '0.bias'"),
+        ({"x": []}, r"the tensors of 'x' in a list, got \[\]"),
+        (["0.bias"], "expected a mapping from names of layers"),
+        ({}, "at least one"),
+    ):
+        with pytest.raises(lmc.InputError, match=match):
+            lmc.landscape.layerwise_barriers(a, a, b, DATA, layers=layers, progress=False)
     with pytest.raises(lmc.InputError, match="cumulative"):
         lmc.landscape.layerwise_barriers(a, a, b, DATA, cumulative="sideways", progress=False)  # type: ignore[arg-type]

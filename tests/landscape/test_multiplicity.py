@@ -39,6 +39,35 @@ def test_laws_between_the_quantities(models):
     assert fewer.ambiguity <= found.ambiguity and (fewer.capacity <= found.capacity + 1e-5).all()
 
 
+def test_a_wider_tolerance_never_lowers_anything(models):
+    found = [lmc.landscape.multiplicity(models[0], models, DATA, tolerance=t) for t in (0.0, 0.2, 9.0)]
+    assert sum(found[0].kept) < sum(found[-1].kept) == 4
+    for few, more in zip(found, found[1:], strict=False):
+        assert all(x <= y for x, y in zip(few.kept, more.kept, strict=True))
+        assert few.ambiguity <= more.ambiguity and few.discrepancy <= more.discrepancy
+        assert (few.viable_range <= more.viable_range + 1e-12).all() and (few.capacity <= more.capacity + 1e-5).all()
+
+
+def test_classes_renamed_change_nothing(models):
+    order = torch.tensor([2, 0, 3, 1])
+    (inputs, targets), renamed = DATA["test"], []
+    for model in models:
+        state = model.state_dict()
+        renamed.append({**state, **{name: state[name][order] for name in ("2.weight", "2.bias")}})
+    found = lmc.landscape.multiplicity(models[0], models, (inputs, targets))
+    again = lmc.landscape.multiplicity(models[0], iter(renamed), (inputs, order.argsort()[targets]))
+    assert again.ambiguity == found.ambiguity and again.losses == pytest.approx(found.losses, rel=1e-6)
+    assert again.capacity == pytest.approx(found.capacity, abs=1e-5) and np.array_equal(again.churn, found.churn)
+
+
+def test_decisions_part_only_where_the_margin_is_small(models):
+    one, two, *_ = [model.eval()(DATA["test"][0]).double() for model in models]
+    top = one.topk(2).values
+    certain = top[:, 0] - top[:, 1] > 2 * (one - two).abs().amax(1)
+    decided = lmc.landscape.multiplicity(models[0], models[:2], DATA).decisions
+    assert certain.any() and np.array_equal(*decided[:, certain.numpy()])
+
+
 def test_decisions_are_those_of_the_models(models):
     found = lmc.landscape.multiplicity(models[0], models, DATA, names=list("abcd"), reference=2)
     expected = torch.stack([model.eval()(DATA["test"][0]).argmax(-1) for model in models])
@@ -92,7 +121,10 @@ def test_saved_and_read_back(models, tmp_path):
 
 
 def test_bad_input_is_refused(models):
-    for options in ({"reference": 7}, {"tolerance": -1.0}, {"names": ["a"]}, {"names": ["a"] * len(models)}):
+    for options in (
+        {"reference": 7}, {"reference": "0"}, {"reference": 1.0}, {"tolerance": -1.0}, {"tolerance": "1"}, {"names": ["a"]},
+        {"names": ["a"] * len(models)},
+    ):  # fmt: skip
         with pytest.raises(lmc.InputError):
             lmc.landscape.multiplicity(models[0], models, DATA, **options)
     with pytest.raises(lmc.InputError, match="two models"):

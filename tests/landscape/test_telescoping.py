@@ -119,8 +119,88 @@ def test_examples_come_in_every_form_that_inputs_come_in():
         assert lmc.landscape.gradient_change(model, steps[0], steps[1], form) == pytest.approx(changes)
 
 
+class Both(nn.Module):
+    """Two inputs, each required."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(8, 4), nn.Linear(3, 4)
+
+    def forward(self, x: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        return (self.one(x) + self.two(z)).tanh()
+
+
+def test_a_pair_of_several_inputs_and_targets_is_taken_apart():
+    a, b = Both(), Both()
+    x, z = torch.randn(5, 8), torch.randn(5, 3)
+    targets = torch.zeros(5, dtype=torch.long)
+    expected = lmc.landscape.telescope(a, [a, b], (x, z)).approximation
+    for inputs in ((x, z), {"x": x, "z": z}):
+        for form in ((inputs, targets), [(inputs, targets)], {"train": (inputs, targets), "test": (inputs, targets)}):
+            np.testing.assert_allclose(lmc.landscape.telescope(a, [a, b], form).approximation, expected)
+
+
+class Words(nn.Module):
+    """Attention by torch's own layer, or by its function alone."""
+
+    def __init__(self, layer: bool) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.mixing = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True) if layer else nn.Linear(8, 24)
+        self.head = nn.Linear(8, 11)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        mixed = self.mixing(self.embedding(ids))
+        if mixed.shape[-1] == 24:
+            heads = [part.unflatten(-1, (2, 4)).transpose(1, 2) for part in mixed.chunk(3, -1)]
+            mixed = nn.functional.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2).flatten(2)
+        return self.head(mixed)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("layer", [True, False])
+def test_transformers_are_differentiated_though_fused_attention_cannot_be(layer):
+    a = Words(layer)
+    b = {name: tensor + 1e-5 * torch.randn_like(tensor) for name, tensor in a.state_dict().items()}
+    ids = torch.randint(11, (6, 5))
+    found = lmc.landscape.telescope(a, [a, b], ids)
+    assert 0 < found.errors[-1] < 1e-3 * np.abs(found.end - found.start).mean()
+    assert min(lmc.landscape.gradient_change(a, a, b, ids[:2]).values()) > 0
+    assert torch.backends.mha.get_fastpath_enabled() and torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_the_average_of_weights_and_of_outputs_part_by_the_second_order():
+    """`(f(A) + f(B)) / 2 - f((A + B) / 2) = d'Hd / 8` for `d = A - B`, which is what is left of two telescopes from the middle."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.Tanh(), nn.Linear(12, 4)).double()
+    ends = run(model, 1, lr=1.0)
+    gaps = []
+    for share in (1.0, 0.5, 0.25):
+        middle = lmc.weights.lerp(*ends, 0.5)
+        found = [lmc.landscape.telescope(model, [middle, lmc.weights.lerp(middle, end, share)], INPUTS) for end in ends]
+        gaps.append(np.abs(sum(each.end - each.approximation for each in found) / 2).mean())
+        outputs = sum(each.end for each in found) / 2 - found[0].start
+        assert np.abs(outputs).mean() == pytest.approx(gaps[-1], rel=1e-6)
+    assert gaps[0] / gaps[1] == pytest.approx(4, rel=0.15) and gaps[1] / gaps[2] == pytest.approx(4, rel=0.05)
+
+
 def test_bad_input_is_refused():
     model = classifier(0)
+    for steps in (model, model.state_dict(), {0: model, 1: model}, 3):
+        with pytest.raises(lmc.InputError, match="one after the other, got"):
+            lmc.landscape.telescope(model, steps, INPUTS)
+    with pytest.raises(lmc.InputError, match="no parameters: no step moves it"):
+        lmc.landscape.telescope(nn.Flatten(), [nn.Flatten(), nn.Flatten()], INPUTS)
+    with pytest.raises(lmc.MismatchError, match=r"2.weight: shape \(4, 12\) in model, \(5, 12\) in steps"):
+        lmc.landscape.telescope(model, [model, classifier(0, (8, 12, 5))], INPUTS)
+    for wrong in (INPUTS[:, :5], INPUTS.long()):
+        with pytest.raises(lmc.DataError, match="fails on inputs"):
+            lmc.landscape.telescope(model, [model, model], wrong)
+    with pytest.raises(lmc.InputError, match="outputs: expected a tensor of the module's outputs, got str"):
+        lmc.landscape.telescope(model, [model, model], INPUTS, outputs=lambda result: "x")
+    bag = nn.EmbeddingBag(5, 3)
+    with pytest.raises(lmc.InputError, match="no forward derivative of an operator in EmbeddingBag"):
+        lmc.landscape.telescope(bag, [bag, bag], torch.zeros(2, 4, dtype=torch.long))
     with pytest.raises(lmc.InputError, match="none"):
         lmc.landscape.telescope(model, [], INPUTS)
     with pytest.raises(lmc.InputError, match="single"):
@@ -131,5 +211,6 @@ def test_bad_input_is_refused():
         lmc.landscape.telescope(model, [model, model], INPUTS[:0])
     with pytest.raises(lmc.MismatchError):
         lmc.landscape.telescope(model, [model, nn.Linear(8, 4)], INPUTS)
-    with pytest.raises(lmc.InputError, match="probes"):
-        lmc.landscape.gradient_change(model, model, model, INPUTS, probes=0)
+    for probes in (0, True, 2.0):
+        with pytest.raises(lmc.InputError, match="probes"):
+            lmc.landscape.gradient_change(model, model, model, INPUTS, probes=probes)

@@ -1,8 +1,10 @@
 """Paths of low loss between independently trained networks, or to the origin, layer by layer (Tian et al. 2026)."""
 
+import math
 from collections import deque
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -164,10 +166,13 @@ def low_loss_path(
     whole("batch_size", batch_size, 1)
     positive("lr", lr)
     positive("step", step)
-    if len(rounds) != 2 or not 1 <= rounds[0] <= rounds[1]:
+    pair = isinstance(rounds, tuple | list) and len(rounds) == 2 and all(isinstance(count, int) for count in rounds)
+    if not pair or not 1 <= rounds[0] <= rounds[1]:
         raise InputError(f"rounds={rounds}; expected the fewest and the most batches, at least 1")
     if not (epsilon is None or epsilon >= 0.0) or not shortest >= 0.0:
         raise InputError(f"epsilon={epsilon}, shortest={shortest}; expected numbers, at least 0")
+    if not (threshold is None or (isinstance(threshold, Real) and not math.isnan(threshold))):
+        raise InputError(f"threshold={threshold!r}; expected a loss")
     if isinstance(b, str) and b != "origin":
         raise InputError(f"b={b!r}; expected weights, or 'origin'")
     given = [a] if isinstance(b, str) else [a, b]
