@@ -1,9 +1,11 @@
-"""Helpers of many tests: comparing weights, small classification data, small classifiers, what pages hold."""
+"""Helpers of many tests: comparing weights, small classification data, small classifiers, what pages hold, programs as modules."""
 
+import importlib.util
 import json
 import re
 from collections.abc import Mapping
-from types import SimpleNamespace
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -62,3 +64,11 @@ def embedded(document: str) -> dict:
     found = re.search(r"^const state = (.*);$", document, re.MULTILINE)
     assert found and "<" not in found[1]
     return json.loads(found[1])
+
+
+def tool(name: str) -> ModuleType:
+    """A program of this project that is in no package, as a module."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, Path(__file__).parents[1] / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -75,7 +75,7 @@ def at_least_one(name: str, value: Any) -> None:
 def whole_numbers(name: str, values: Iterable[int], below: int | None = None) -> list[int]:
     """The whole numbers of an argument, from 0 on, of which there must be one; or `InputError`."""
     if isinstance(values, str) or not isinstance(values, Iterable):
-        raise InputError(f"{name}={values!r}: expected the numbers themselves, for example [{values!r}] or range(3)")
+        raise InputError(f"{name}={values!r}: expected the numbers themselves, for example range({values!r}) or [{values!r}]")
     found = list(values)
     if not found or not all(is_whole(value) and 0 <= value < (below or math.inf) for value in found):
         most = "on" if below is None else f"to {below - 1}"

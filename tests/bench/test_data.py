@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
+from support import same, tool
+from torch import nn
 
 import lmc
 from lmc.data import cifar, files, images
@@ -494,3 +496,35 @@ def test_the_demonstration_holds():
     moved = lmc.weight_matching(spec, a, b, seed=0).apply(b)
     assert lmc.loss_path(model, a, b, data.test, alphas=5).barrier > 1.0
     assert lmc.loss_path(model, a, moved, data.test, alphas=5).barrier < 0.03
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "orthogonal"])
+def test_training_for_a_stored_pair_goes_on_from_its_last_epoch(optimizer, tmp_path, monkeypatch, capsys):
+    make, generator = tool("tools/make_checkpoints"), torch.Generator().manual_seed(0)
+    images, labels = torch.rand(16, 3, 32, 32, generator=generator), torch.arange(16) % 4
+    how = make.Round(optimizer, 0.1, ((2, 12),), batch_size=8)
+
+    def trained(*kept: Path) -> dict[str, torch.Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            model = nn.Sequential(
+                nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()
+            )
+        return make.train_on_crops(model, images, labels, how, 3, *kept)
+
+    expected, kept, seen, crops = trained(), tmp_path / "new" / "state.pt", [], make.crops
+
+    def interrupted(*args):
+        seen.append(args)
+        if len(seen) == 4:  # in the second step of the second epoch
+            raise KeyboardInterrupt
+        return crops(*args)
+
+    monkeypatch.setattr(make, "crops", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained(kept)
+    assert (
+        same(trained(kept), expected)
+        and len(seen) == 6
+        and [path.name for path in kept.parent.iterdir()] == [kept.name]
+    )

@@ -1,25 +1,17 @@
 """Every notebook is stored as `tools/run_notebooks.py` leaves it: what nbval needs, and nothing it would let through."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
+from support import tool
 
 FOLDER = Path(__file__).parents[2] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 MAY_FAIL = {"raises-exception", "nbval-raises-exception"}
 LIVE_VIEW = "application/vnd.jupyter.widget-view+json"
 MACHINE_PATH = re.compile(r"/(?:home|Users|root|tmp|work|opt)/")
-
-
-def tool(name: str):
-    """A program of this project that is in no package, as a module."""
-    spec = importlib.util.spec_from_file_location(Path(name).stem, FOLDER.parent / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def code_cells(path: Path) -> list:
