@@ -126,6 +126,26 @@ def test_grouped_convolution_in_a_residual_stream() -> None:
     assert sorted(found(model, torch.randn(2, 3, 5))) == [2, 3, 3]
 
 
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        (lambda pieces: pieces.sort(-1).values, 3),
+        (lambda pieces: pieces.topk(2, -1)[0], 2),
+        (lambda pieces: pieces.max(-1, keepdim=True)[0], 1),
+        (lambda pieces: pieces.median(-1, keepdim=True).values, 1),
+        (lambda pieces: pieces.kthvalue(2, -1, keepdim=True).values, 1),
+    ],
+)
+def test_values_in_order_do_not_say_where_they_were(values, kept: int) -> None:
+    """Four pieces of three units, each sorted by itself: pieces move, and units inside of each, unless places are asked for."""
+    forward = lambda m, x: m.out(values(m.a(x).unflatten(-1, (4, 3))).flatten(1))  # noqa: E731
+    model = Net(forward, a=nn.Linear(5, 12), out=nn.Linear(4 * kept, 2))
+    assert sorted(found(model, torch.randn(2, 5))) == [3, 3, 3, 3, 4]
+    placed = lambda m, x: (lambda p: forward(m, x) + p.argmax(-1).sum(-1, keepdim=True))(m.a(x).unflatten(-1, (4, 3)))  # noqa: E731
+    model.function = placed
+    assert found(model, torch.randn(2, 5)) == [4]
+
+
 def test_units_with_two_owners() -> None:
     """Pairs i < j of one group feed a layer: exchanging i and j has no image for ordered pairs."""
     rows, columns = torch.triu_indices(5, 5, 1)

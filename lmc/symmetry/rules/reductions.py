@@ -6,7 +6,7 @@ from typing import Any
 
 from lmc.symmetry.rules import core
 from lmc.symmetry.rules.moves import picked, reshape
-from lmc.symmetry.rules.registry import Op, all_pointwise, named, rule, unknown
+from lmc.symmetry.rules.registry import Op, Parts, all_pointwise, named, rule, unknown
 from lmc.symmetry.rules.tags import Tag
 
 rule(
@@ -77,7 +77,7 @@ def extremum(op: Op, x: Tag, dim: Any = None, *_: Any, **__: Any) -> Any:
     values = core.reduce(op.units, x, core.normal_dims(dim, len(x.shape)), len(op.shape) == len(x.shape))
     if dim is None:
         return values
-    return values, core.choice(op.units, x, dim % len(x.shape), op.shape, op.no_ties)
+    return found_at(op, x, dim % len(x.shape), values)
 
 
 @rule(*named("kthvalue mode"), axes=True)
@@ -96,14 +96,19 @@ def argument(op: Op, x: Tag, dim: int | None = None, *_: Any, **__: Any) -> Tag:
 
 
 @rule(*named("sort topk"), axes=True)
-def sort(op: Op, x: Tag, *args: Any, **kwargs: Any) -> tuple[Tag, Tag]:
+def sort(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Parts:
     """The values in order are a symmetric function of the values along the dim; only their ranks are told apart."""
     is_topk = "topk" in op.name
     given = args[1:] if is_topk else args
     dims = [a for a in given if type(a) is int]
     d = kwargs.get("dim", dims[0] if dims else -1) % len(x.shape)
     values = core.ranked(op.units, x, d, op.shape)
-    return values, core.choice(op.units, x, d, op.shape, op.no_ties)
+    return found_at(op, x, d, values)
+
+
+def found_at(op: Op, x: Tag, dim: int, values: Tag) -> Parts:
+    """Values along a dim and where they are; where nobody asks where, it makes no difference in which order they come."""
+    return Parts([lambda: values, lambda: core.choice(op.units, x, dim, op.shape, op.no_ties)])
 
 
 @rule(*named("cumsum cumprod logcumsumexp cummax cummin"), axes=True)
