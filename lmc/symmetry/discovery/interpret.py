@@ -237,7 +237,7 @@ def call(units: Units, node: Node, known: dict[Node, Any], differ: bool) -> Any:
         and not takes_shape_only(node)
     ):
         return evaluated(units, node, args, kwargs, shapes)
-    result = interpret(Op(units, node.target, shapes, differ, masks_in(node)), args, kwargs)
+    result = interpret(Op(units, node.target, shapes, differ, masks_in(node), layout_of(node)), args, kwargs)
     if isinstance(result, Tag) and result.points is not None and not told_apart(result.points.size, values[0].dtype):
         return fixed(units, result)
     return result
@@ -259,6 +259,14 @@ def masks_in(node: Node) -> frozenset[int]:
     )
 
 
+def layout_of(node: Node) -> tuple[tuple[int, ...], int]:
+    """The strides and the offset of the first operand of a node."""
+    value = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], Node) else None
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        return (), 0
+    return tuple(map(int, value.stride())), int(value.storage_offset())
+
+
 def evaluated(units: Units, node: Node, args: Any, kwargs: Any, shapes: tuple[tuple[int, ...], ...]) -> Any:
     """An operator on known tensors is computed, so that later operators know indices and masks. Floating-point numbers
     computed from the shapes traced (angles of a rotary embedding) may be equal at these shapes only: their coordinates
@@ -270,7 +278,7 @@ def evaluated(units: Units, node: Node, args: Any, kwargs: Any, shapes: tuple[tu
     elif not operands_in((args, kwargs)):
         by_rule = tuple(core.still(units, s, reason) for s in shapes)
     else:
-        by_rule = interpret(Op(units, node.target, shapes, masks=masks_in(node)), args, kwargs)
+        by_rule = interpret(Op(units, node.target, shapes, masks=masks_in(node), layout=layout_of(node)), args, kwargs)
     parts = [
         settle(units, by_rule if len(shapes) == 1 and is_operand(by_rule) else by_rule[k]) for k in range(len(shapes))
     ]

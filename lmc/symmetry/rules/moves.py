@@ -259,10 +259,40 @@ def _run_one(op: Op, coord: Ids, args: tuple[Any, ...], kwargs: dict[str, Any]) 
 
 
 @rule(*named("as_strided as_strided_copy"))
-def as_strided(op: Op, x: Tag, *args: Any, **kwargs: Any) -> Tag:
-    """Reads raw storage, whose layout a tag does not know."""
-    core.freeze(op.units, x, "as_strided")
-    return core.still(op.units, op.shape, "as_strided")
+def as_strided(op: Op, x: Tag, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None) -> Tag:
+    """Positions of the storage, such as windows that overlap, where `x` fills its stretch of it without a gap; what lies
+    beyond is not known."""
+    dense, start = as_stored(op, x), 0 if storage_offset is None else storage_offset - op.layout[1]
+    last = start + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+    if dense is None or not all(size) or start < 0 or last >= prod(dense.shape):
+        core.freeze(op.units, x, "as_strided")
+        return core.still(op.units, op.shape, "as_strided")
+    kept, block = 0, 1  # trailing dims that come out as they are, and their numbers: only the rows of these are picked
+    while kept < min(len(size), len(dense.shape)) - 1:
+        n = dense.shape[-kept - 1]
+        further = [start, *stride[: len(stride) - kept - 1]]
+        if (size[-kept - 1], stride[-kept - 1]) != (n, block) or any(s % (block * n) for s in further):
+            break
+        kept, block = kept + 1, block * n
+    outer, rows = len(size) - kept, prod(dense.shape) // block
+    at = torch.arange(rows).as_strided(list(size[:outer]), [s // block for s in stride[:outer]], start // block).numpy()
+    by_row = reshape(dense, (rows, *dense.shape[len(dense.shape) - kept :]))
+    return picked(op.units, by_row, op.shape, [0], lambda c: c.take(at.ravel(), axis=0).reshape(*at.shape, *c.shape[1:]))
+
+
+def as_stored(op: Op, x: Tag) -> Tag | None:
+    """The first operand with its dims in the order in which they fill its storage, those of size 1 left out; None where they
+    leave gaps, or overlap."""
+    strides = op.layout[0]
+    if len(strides) != len(x.shape):
+        return None
+    dims = sorted((d for d in range(len(x.shape)) if x.shape[d] != 1), key=lambda d: -strides[d])
+    shape = tuple(x.shape[d] for d in dims)
+    if [strides[d] for d in dims] != [prod(shape[k + 1 :]) for k in range(len(shape))]:
+        return None
+    order = [d for d in range(len(x.shape)) if d not in dims] + dims
+    stored = by_coordinate(x, tuple(x.shape[d] for d in order), lambda c: c.transpose(order))
+    return reshape(stored, shape)
 
 
 @rule(*named("cat concat concatenate"))

@@ -46,6 +46,7 @@ class Op:
         shapes: of its results.
         no_ties: for an operator that chooses among values, whether these are known to differ from each other.
         masks: for an indexing operator, which of its indices are masks.
+        layout: where the first operand lies in its storage, as its strides and its offset.
     """
 
     units: Units
@@ -53,6 +54,7 @@ class Op:
     shapes: tuple[Shape, ...]
     no_ties: bool = False
     masks: frozenset[int] = frozenset()
+    layout: tuple[Shape, int] = ((), 0)
 
     @property
     def shape(self) -> Shape:
