@@ -111,7 +111,8 @@ def projection(
         forward, adjoint = _spread(columns, entries, rows, total), _spread(rows, entries, columns, dimension)
     else:
         matrix = torch.randn(total, dimension, generator=generator, dtype=torch.float64)
-        matrix = (matrix / matrix.norm(dim=0)).to(device, dtype)
+        matrix /= matrix.norm(dim=0)  # in place: it is the largest thing here
+        matrix = matrix.to(device, dtype)
         forward, adjoint = matrix.mv, matrix.T.mv
     return Projection(dimension, sizes, _of_length(dimension, forward), _of_length(total, adjoint))
 
