@@ -148,6 +148,23 @@ class Cut(nn.Module):
         return self.c(torch.relu(self.a(x)) * torch.tanh(self.b(x)).detach())
 
 
+class Routed(nn.Module):
+    """Each example goes to one of three matrices, or to the nearest of nine codes: what chooses has no gradient, and at few
+    examples the choice is often the same after a change."""
+
+    def __init__(self, codes: bool) -> None:
+        super().__init__()
+        self.i, self.o = nn.Linear(6, 5), nn.Linear(5, 4)
+        self.choose = nn.Parameter(torch.randn(9, 5)) if codes else nn.Parameter(torch.randn(3, 5))
+        self.experts = None if codes else nn.Parameter(torch.randn(3, 5, 5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.i(x)
+        if self.experts is None:
+            return self.o(self.choose[torch.cdist(h, self.choose).argmin(-1)])
+        return self.o(torch.einsum("nd,nde->ne", h, self.experts[(h @ self.choose.T).argmax(-1)]))
+
+
 def kinds(model: nn.Module, inputs: Tensor) -> dict[str, Kind]:
     torch.manual_seed(0)
     spec = lmc.permutation_spec(model, inputs, certify=False, progress=False)
@@ -282,6 +299,12 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[tuple[list
     "tied, odd": (lambda: Tied(torch.tanh), (20, 7), [([], True, "none")]),
     "rms stream": (lambda: Stream(False), (20, 6), [([], True, "orthogonal")]),
     "layer norm stream": (lambda: Stream(True), (20, 6), [([], False, "orthogonal fixing 1")]),
+    "routed": (
+        lambda: Routed(False),
+        (2, 6),
+        [([], False, "none"), ([{"experts": 1, "o.weight": -1}], True, "general linear")],
+    ),
+    "codes": (lambda: Routed(True), (2, 6), [([], False, "none")] * 2),
     "no gradient": (Cut, (20, 6), [([{"a.weight": 1, "a.bias": 1, "c.weight": -1}], True, "none")]),
 }
 
@@ -361,7 +384,9 @@ def test_modules_that_know_no_double_precision_show_the_same_kinds():
     with pytest.warns(UserWarning, match="lower precision"):
         found = lmc.continuous_symmetries(spec, model, x, progress=False)
     assert 1e-6 < found.tolerance < 1e-3
-    kinds = {name: (kind.mixing, [sorted(scale.items()) for scale in kind.scales]) for name, kind in found.kinds.items()}
+    kinds = {
+        name: (kind.mixing, [sorted(scale.items()) for scale in kind.scales]) for name, kind in found.kinds.items()
+    }
     assert kinds["a"] == ("none", [[("a.bias", 1.0), ("a.weight", 1.0), ("b.weight", -1.0)]])
     assert kinds["v"] == ("general linear", [[("o.weight", -1.0), ("v.bias", 1.0), ("v.weight", 1.0)]])
     assert kinds["q"] == ("general linear", [[("k.weight", -1.0), ("q.bias", 1.0), ("q.weight", 1.0)]])

@@ -25,6 +25,9 @@ UNITS = 10  # of a group that are looked at in each draw
 FEWEST = 4  # sums of the outputs in each draw
 SMALL = 1_000_000  # entries of a module for which more draws cost nothing
 DRAWS_OF_SMALL = 6
+TRIED = 2  # draws at which finite elements are tried: what is chosen by data (an expert, a code) may be the same at one
+TRIED_OF_SMALL = 12
+APART = 1000  # numbers of these draws, and of those that are measured at
 MOST = 2**26  # entries of gradients that are held at once
 STEP = 1e-6  # of central differences: small, as none may step over the kink of a ReLU
 SHORT = 1e-8  # a step over which few kinks lie, where the first did not confirm a gradient
@@ -82,6 +85,7 @@ class Lab:
         self.weights = self._drawn(0)
         self.reference = self._outputs(self.weights)
         self.noise = relative_error(self.reference, self._outputs(act(spec, random_indices(spec, seed), self.weights)))
+        self._trials: list[tuple[int, Weights | None, list[Tensor]]] = [(0, self.weights, self.reference)]
         if self.probe.single:  # permutations alone may round nothing
             self.noise = max(self.noise, self._rounding(self.weights))
         self.tables = {
@@ -89,6 +93,13 @@ class Lab:
             for family, names in spec.families.items()
         }
         self._measure(draws, progress)
+        for number in range(APART, APART - 1 + (TRIED_OF_SMALL if self._small else TRIED)):
+            weights = self._drawn(number)
+            self._trials.append((number, weights if self._small else None, self._outputs(weights)))
+
+    @property
+    def _small(self) -> bool:
+        return sum(tensor.numel() for tensor in self.weights.values()) < SMALL
 
     def places(self, group: str) -> list[Occurrence]:
         if group not in self._places:
@@ -102,8 +113,11 @@ class Lab:
         return not self._by_differences
 
     def error(self, moves: Sequence[Move]) -> float:
-        """The change of the outputs under a finite element, relative to their largest value."""
-        return relative_error(self.reference, self._outputs(moved(self.spec, self.weights, moves)))
+        """The change of the outputs under a finite element, relative to their largest value, at the draw where it is most."""
+        return max(
+            relative_error(reference, self._outputs(moved(self.spec, weights or self._drawn(number), moves)))
+            for number, weights, reference in self._trials
+        )
 
     def chosen(self, family: str, most: int = UNITS) -> tuple[str, list[int]]:
         """A random group of a family, and a few of its units."""
@@ -129,7 +143,7 @@ class Lab:
     def _measure(self, draws: int, progress: bool) -> None:
         """Draw until each family has more rows than columns."""
         count = flat(self.reference).numel()
-        if sum(tensor.numel() for tensor in self.weights.values()) < SMALL:
+        if self._small:
             draws = max(draws, DRAWS_OF_SMALL)
         rows = 0
         for family, names in self.spec.families.items():
