@@ -1671,3 +1671,14 @@ def test_a_module_that_fails_on_inputs_is_named(data):
     spec = lmc.permutation_spec(a, data[0][:2], progress=False)
     with pytest.raises(lmc.DataError, match=r"the model \(Base\) fails on inputs \(2, 5\) torch.float32"):
         lmc.activation_matching(spec, a, a, b, data[0][:, :5], progress=False)
+
+
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_a_stack_of_transformers_goes_through_their_plain_operations():
+    """Torch's fused layer takes no stack: it would be called one network after the other, with a warning each time."""
+    layers = [nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval() for _ in range(3)]
+    inputs = torch.randn(4, 5, 8)
+    network = Network(layers[0], torch.device("cpu"))
+    together = network.many(network.stack([layer.state_dict() for layer in layers]), inputs)
+    torch.testing.assert_close(together, torch.stack([layer(inputs) for layer in layers]))
+    assert torch.backends.mha.get_fastpath_enabled()
