@@ -119,6 +119,20 @@ def test_examples_come_in_every_form_that_inputs_come_in():
         assert lmc.landscape.gradient_change(model, steps[0], steps[1], form) == pytest.approx(changes)
 
 
+def test_running_statistics_move_the_outputs_beside_the_account():
+    """Inside a term they stay those before the step: what they do is the residual, all of it where nothing else moves."""
+    model = classifier(0, norm=True)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    only = {**before, "1.running_mean": before["1.running_mean"] + 0.3}
+    found = lmc.landscape.telescope(model, [before, only], INPUTS)
+    assert list(found.moved) == ["0", "1", "3"] and all(size.max() == 0 for size in found.sizes.values())
+    assert found.errors[1] == np.abs(found.end - found.start).mean() > 0.01
+    nearly = {name: tensor + 1e-6 if tensor.is_floating_point() else tensor for name, tensor in before.items()}
+    held = {**nearly, "1.running_mean": before["1.running_mean"], "1.running_var": before["1.running_var"]}
+    assert lmc.landscape.telescope(model, [before, held], INPUTS).errors[1] < 1e-9
+    assert lmc.landscape.telescope(model, [before, nearly], INPUTS).errors[1] > 1e-7
+
+
 class Both(nn.Module):
     """Two inputs, each required."""
 
