@@ -19,7 +19,7 @@ from lmc.symmetry.groups.action import act, act_on_disk, identity_indices, rando
 from lmc.symmetry.groups.group import Group
 from lmc.symmetry.groups.kinds import ContinuousSymmetries
 from lmc.symmetry.groups.symmetries import Certificate, Symmetries
-from lmc.symmetry.notation.grammar import parse
+from lmc.symmetry.notation.grammar import parse_all
 from lmc.symmetry.notation.layout import (
     describe,
     edited,
@@ -266,8 +266,7 @@ class UnboundSpec:
         else:
             buffers = frozenset(name for name in state if name.endswith(STATISTICS))
         patterns = expand_wildcards(self.patterns, shapes)
-        axes = {name: parse(text, name) for name, text in patterns.items()}
-        groups = groups_from_axes(axes, shapes, self.sizes)
+        groups = groups_from_axes(parse_all(patterns), shapes, self.sizes)
         return PermutationSpec(groups, shapes, buffers, aliases=tied_names(weights))
 
     def __getattr__(self, name: str):

@@ -27,6 +27,17 @@ def test_unreadable_patterns_are_refused_with_the_tensor_named(text):
         parse(text, "fc.weight")
 
 
+def test_an_axis_that_no_pattern_says_is_no_group_of_that_name():
+    """Two axes printed as "table" are not one group: read so, the spec would be wrong without a word."""
+    patterns = {"a": "table", "b": ". table"}
+    weights = {"a": torch.ones(4), "b": torch.ones(2, 4)}
+    with pytest.raises(SpecError, match="a: 'table' in 'table' stands for an axis that no pattern says"):
+        lmc.PermutationSpec.from_patterns(patterns, weights)
+    quoted = {name: text.replace("table", "'table'") for name, text in patterns.items()}
+    spec = lmc.PermutationSpec.from_patterns(quoted, weights)
+    assert spec.groups["table"].size == 4 and spec.patterns == quoted
+
+
 def test_flatten_gives_each_channel_a_block_and_the_other_order_a_comb():
     groups = groups_of({"w": "h (c .)", "v": "(. c)", "c": "c"}, {"w": (2, 6), "v": (6,), "c": (3,)})
     assert groups["c"].tables["w"][0].rows.tolist() == [[0, 1], [2, 3], [4, 5]]

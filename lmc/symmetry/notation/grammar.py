@@ -73,6 +73,17 @@ def parse(pattern: str, tensor: str = "pattern") -> tuple[Axis, ...]:
     return tuple(axes)
 
 
+def parse_all(patterns: Mapping[str, str]) -> dict[str, tuple[Axis, ...]]:
+    """The axes of each tensor, by which groups are laid out. Raises `SpecError` for an axis of which a pattern says nothing."""
+    for tensor, pattern in patterns.items():
+        if IRREGULAR in pattern.split():
+            raise SpecError(
+                f"{tensor}: {IRREGULAR!r} in {pattern!r} stands for an axis that no pattern says; keep the whole spec with "
+                f"spec.save or spec.to_dict, or quote it, \"'{IRREGULAR}'\", if a group is called so"
+            )
+    return {tensor: parse(pattern, tensor) for tensor, pattern in patterns.items()}
+
+
 def _factor(tokens: list, pattern: str, tensor: str) -> tuple[Factor, list]:
     (kind, text), rest = tokens[0], tokens[1:]
     if kind == "name":

@@ -22,6 +22,7 @@ from lmc.symmetry.notation.grammar import (
     ancestors,
     names_in,
     parse,
+    parse_all,
     renamed,
     solve_sizes,
     unquoted,
@@ -327,7 +328,7 @@ def edited(
     irregular = {name for name, text in patterns.items() if IRREGULAR in text.split() and name not in changed}
     regular = {name: text for name, text in patterns.items() if name not in irregular} | dict(changed)
     sizes = {group.family: group.size for group in groups.values()}
-    axes = {name: parse(text, name) for name, text in regular.items()}
+    axes = parse_all(regular)
     known = {name: sizes[name] for found in axes.values() for axis in found for name in names_in(axis) if name in sizes}
     result = groups_from_axes(axes, shapes, known)
     for name in irregular:
