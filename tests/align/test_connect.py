@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -12,7 +13,7 @@ import lmc
 from lmc.align.connecting import connect as connecting
 from lmc.align.connecting import judge, methods, paths
 from lmc.align.connecting.elements import FreeElement, freedoms
-from lmc.align.connecting.judge import held_out
+from lmc.align.connecting.judge import Judge, held_out, mixed
 from lmc.align.connecting.learned import Learned
 from lmc.align.rotations.folding import Probe
 from lmc.core import progress as budgets
@@ -194,10 +195,10 @@ def test_time_for_a_repaired_last_path_is_kept(monkeypatch):
             clock()
         return lmc.loss_path(*args, **options)
 
-    def until_the_end(task, a, element, judge, *, budget, **_):
+    def until_the_end(task, a, element, *, budget, **_):
         while not budget.over:
             pass
-        return Learned(element.exact(), math.inf)
+        return Learned({name: x * math.inf for name, x in element.exact().items()}, 1, False)
 
     def refuse(*_, **__):
         raise InputError("not here")
@@ -222,8 +223,8 @@ def test_activations_are_collected_of_as_many_examples_as_there_is_time_for(monk
         raise InputError("not here")
 
     monkeypatch.setattr(methods, "activation_matching", refuse)
-    monkeypatch.setattr(connecting, "pass_straight_through", lambda *_: None)
-    monkeypatch.setattr(connecting, "relax", lambda *_: None)
+    monkeypatch.setattr(connecting, "pass_straight_through", lambda *_, **__: None)
+    monkeypatch.setattr(connecting, "relax", lambda *_, **__: None)
     monkeypatch.setattr(connecting, "learn_elements", lambda *_, **__: None)
     monkeypatch.setattr(connecting, "COLLECTED", 60)  # passes, each as long as the clock says
     for budget in (None, 1000.0, 60.0):
@@ -308,27 +309,44 @@ def test_finding_symmetries_is_a_part_of_the_budget(budget, proven, monkeypatch)
     assert "no time for scales and signs" in str(found) and found.method.endswith("matching")
 
 
-@pytest.mark.parametrize(("gain", "little"), [(1e-3, 0.0), (0.05, 0.9)])
-def test_what_is_learned_of_little_is_learned_slowly_and_must_gain_more(gain, little, monkeypatch):
-    """Scales fit examples that trained networks fit already: on others they may be worse than no scales."""
+def test_what_networks_were_trained_on_is_judged_between_the_examples():
+    """On the examples themselves networks that fit them are equal; between them they are not."""
+    inputs, targets = torch.randn(40, 4, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 3
+    generator = torch.Generator().manual_seed(1)
+    (part, others), left = mixed((inputs, targets), generator, 0.25), inputs.clone()
+    assert others is targets and torch.equal(inputs, left) and not torch.equal(part, inputs)
+    drawn = ((part - 0.75 * inputs) / 0.25)[:, None] - inputs
+    assert drawn.norm(dim=-1).amin(1).max() < 1e-5  # what is mixed in is an example
+    (batch,) = mixed([(inputs, targets)], torch.Generator().manual_seed(1), 0.25)
+    assert torch.equal(batch[0], part)
+    tokens = (targets, targets)
+    assert mixed(tokens, generator) is tokens  # there is nothing between two of them
+    model = mlp(4, [5], 3)
+    a, b = (lmc.weights.as_weights(seeded(lambda: mlp(4, [5], 3), seed)) for seed in (0, 1))
+    found = Judge(model, a, b, (inputs, targets), inputs, Task(), torch.device("cpu"))(a, b)
+    other, plain = (
+        lmc.loss_path(model, a, b, data, alphas=judge.ALPHAS, progress=False).barrier
+        for data in (mixed((inputs, targets), torch.Generator().manual_seed(judge.SEED)), (inputs, targets))
+    )
+    assert found == pytest.approx(other, abs=1e-6) and abs(found - plain) > 1e-4
+
+
+@pytest.mark.parametrize(("kept", "turns"), [(0.5, 4), (0.95, 1)])
+def test_permutations_are_looked_for_again_while_that_gains_something(kept, turns, monkeypatch):
     model, a, b, data = digits("digits-mlp32")
-    paces = []
+    seeds = []
 
-    def learned(task, a, element, judge, *, pace, **_):
-        paces.append(pace)
-        return Learned(element.exact(), judge(element.exact()) - gain)
+    def search(pair, start, seconds, **_):
+        seeds.append(pair.seed)
+        return replace(start, weights=dict(start.weights), barrier=start.barrier * kept**0.5)
 
-    def refuse(*_, **__):
-        raise InputError("not here")
-
-    monkeypatch.setattr(connecting, "LITTLE", little)
+    monkeypatch.setattr(connecting, "pass_straight_through", search)
+    monkeypatch.setattr(connecting, "relax", search)
     monkeypatch.setattr(connecting._Search, "_repair", lambda search, candidates: None)
-    monkeypatch.setattr(methods, "learn", learned)
-    for method in ("straight_through_matching", "sinkhorn_matching"):
-        monkeypatch.setattr(methods, method, refuse)
-    found = lmc.connect(model, a, b, data, **QUIET)
-    assert paces == [connecting.SLOWER if little else 1.0]
-    assert ("learned" in found.method) == (gain > 0.02) != ("gains too little" in str(found))
+    monkeypatch.setattr(connecting, "learn_elements", lambda *_, **__: None)
+    monkeypatch.setattr(connecting, "ENOUGH", 0.0)
+    lmc.connect(model, a, b, data, seed=3, **QUIET)
+    assert seeds == [3 + turn for turn in range(turns) for _ in range(2)]
 
 
 @pytest.mark.parametrize("where", ["activation_matching", "straight_through_matching", "learn"])

@@ -22,6 +22,8 @@ STATISTICS = 512  # examples that batch statistics are estimated from,
 FEW = 4  # or batches
 BATCHES = 64  # that are taken of data which are not held in memory
 ALPHAS = (0.1, 0.3, 0.5, 0.7, 0.9)
+MIXED = 0.2  # of another input in each that is judged by,
+SEED = 0  # which is drawn
 
 
 def held_out(data: Any, task: Task, seed: int) -> tuple[Any, Any, int]:
@@ -62,8 +64,23 @@ def _cut(batches: list[Batch]) -> Iterator[tuple[Batch, Batch]]:
             yield (inputs, targets), (inputs, targets)
 
 
+def mixed(part: Any, generator: torch.Generator, share: float = MIXED) -> Any:
+    """The examples of a part, a share of another one's input mixed into each where inputs are real numbers; targets stay."""
+    if isinstance(part, list):
+        return [mixed(batch, generator, share) for batch in part]
+    inputs, targets = part
+    if not (isinstance(inputs, torch.Tensor) and inputs.is_floating_point()):
+        return part
+    others = torch.randperm(len(inputs), generator=generator).to(inputs.device)
+    return torch.lerp(inputs, inputs[others], share), targets
+
+
 class Judge:
     """The barrier between A and B moved on held-out examples, at a few points.
+
+    Networks have learned their training examples by heart, those held out here among them: on these, scales that were
+    learned look better than they are on new ones. So they are judged between the examples, by inputs with a share of
+    another mixed in, as Zhang et al. (2018, arXiv:1710.09412) made them to train on; the targets stay.
 
     Args:
         model, a, b: the pair; whatever is judged computes what they compute.
@@ -78,6 +95,7 @@ class Judge:
     def __init__(
         self, model: nn.Module, a: Weights, b: Weights, held: Any, inputs: Any, task: Task, device: torch.device
     ) -> None:
+        held = mixed(held, torch.Generator().manual_seed(SEED))
         inputs = inputs[:FEW] if isinstance(inputs, list) else first_of(inputs, STATISTICS)
         self._evaluation = Evaluation(
             model, (a, b), held, names="ab", inputs=inputs, loss=task, device=device, progress=False

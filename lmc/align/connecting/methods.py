@@ -2,7 +2,6 @@
 
 import math
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -89,7 +88,6 @@ class Candidate:
         permutation: the move, where it is one.
         barrier: on the held-out examples; NaN: not judged yet.
         repaired: judged with the statistics between the ends repaired.
-        learned: by gradients, from examples that the networks have fitted as well.
         interrupted: whether it was ended from outside.
     """
 
@@ -100,7 +98,6 @@ class Candidate:
     barrier: float = math.nan
     note: str = ""
     repaired: bool = False
-    learned: bool = False
     interrupted: bool = False
 
 
@@ -166,40 +163,44 @@ def rotate_by_weights(pair: Pair, folded: Folded) -> Candidate:
 
 
 def pass_straight_through(pair: Pair, start: Candidate, seconds: float | None) -> Candidate:
-    """B permuted by `lmc.straight_through_matching`; a start that is more than a permutation is permuted from there on."""
-    moved = start.permutation is None
-    a, b = (start.a, start.weights) if moved else (pair.a, pair.b)
+    """A start permuted by `lmc.straight_through_matching`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an interrupt is told once, at the end
         pi = straight_through_matching(
-            pair.spec, pair.model, a, b, pair.learn, start=start.permutation or pair.spec.identity(), loss=pair.task,
+            pair.spec, pair.model, start.a, start.weights, pair.learn, start=pair.spec.identity(), loss=pair.task,
             budget=seconds, seed=pair.seed, device=pair.device, progress=pair.progress,
         )  # fmt: skip
-    method, interrupted = f"{start.method}, straight-through", pi.info["interrupted"]
-    return Candidate(method, a, pi.apply(b), None if moved else pi, interrupted=interrupted)
+    return _permuted(pair, start, pi, "straight-through")
 
 
 def relax(pair: Pair, start: Candidate, steps: int, seconds: float | None) -> Candidate:
-    """A permutation, followed by what its relaxation finds from there (`lmc.sinkhorn_matching`)."""
+    """A start permuted as its relaxation finds from there (`lmc.sinkhorn_matching`)."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an interrupt is told once, at the end
         pi = sinkhorn_matching(
-            pair.spec, pair.model, pair.a, start.weights, pair.learn, loss=pair.task, budget=seconds, steps=steps,
+            pair.spec, pair.model, start.a, start.weights, pair.learn, loss=pair.task, budget=seconds, steps=steps,
             seed=pair.seed, device=pair.device, progress=pair.progress,
         )  # fmt: skip
-    whole = pi if start.permutation is None else pi.compose(start.permutation)
-    interrupted = pi.info.get("interrupted", False)
-    return Candidate(f"{start.method}, Sinkhorn", pair.a, whole.apply(pair.b), whole, interrupted=interrupted)
+    return _permuted(pair, start, pi, "Sinkhorn")
+
+
+def _permuted(pair: Pair, start: Candidate, pi: Permutation, by: str) -> Candidate:
+    """A start permuted once more; as one permutation of B, where that is all."""
+    method, interrupted = f"{start.method}, {by}", pi.info.get("interrupted", False)
+    if pi == pair.spec.identity():
+        return replace(start, method=method, interrupted=interrupted)
+    if start.permutation is None:
+        return Candidate(method, start.a, pi.apply(start.weights), interrupted=interrupted)
+    whole = pi.compose(start.permutation)
+    return Candidate(method, start.a, whole.apply(pair.b), whole, interrupted=interrupted)
 
 
 def learn_elements(
     pair: Pair,
     start: Candidate,
     free: dict[str, Freedom],
-    judge: Callable[[Weights], float],
     *,
     steps: int,
-    pace: float,
     budget: Budget,
 ) -> Candidate:
     """All but permutations of the whole group, learned from a candidate."""
@@ -207,15 +208,11 @@ def learn_elements(
         TaskLoss(pair.model, start.a, pair.learn, pair.task, pair.batch_size, pair.device),
         start.a,
         FreeElement(pair.spec, free, start.weights),
-        judge,
         steps=steps,
-        pace=pace,
         budget=budget,
         generator=torch.Generator().manual_seed(pair.seed),
         progress=pair.progress,
     )
     note = f"{found.steps} steps" + (", interrupted" if found.interrupted else "")
     method = f"{start.method}, then {names_of(free)} learned"
-    return Candidate(
-        method, start.a, found.weights, None, found.barrier, note, learned=True, interrupted=found.interrupted
-    )
+    return Candidate(method, start.a, found.weights, note=note, interrupted=found.interrupted)

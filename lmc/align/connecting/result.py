@@ -20,7 +20,8 @@ class Attempt:
 
     Attributes:
         method: its name.
-        barrier: on the held-out part of the training data, in the unit of the loss; NaN where the method gave nothing.
+        barrier: on the held-out part of the training data, mixed as `lmc.connect` says, in the unit of the loss; NaN where the
+            method gave nothing.
         seconds: that it took, judging included.
         note: why it gave nothing, or ended early.
     """
