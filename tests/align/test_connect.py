@@ -331,13 +331,15 @@ def test_what_networks_were_trained_on_is_judged_between_the_examples():
     assert found == pytest.approx(other, abs=1e-6) and abs(found - plain) > 1e-4
 
 
-@pytest.mark.parametrize(("kept", "turns"), [(0.5, 4), (0.95, 1)])
+@pytest.mark.parametrize(("kept", "turns"), [(0.5, 4), (0.95, 2)])
 def test_permutations_are_looked_for_again_while_that_gains_something(kept, turns, monkeypatch):
+    """From both that were matched first, and then from the best."""
     model, a, b, data = digits("digits-mlp32")
-    seeds = []
+    seeds, starts = [], []
 
     def search(pair, start, seconds, **_):
         seeds.append(pair.seed)
+        starts.append(start.method)
         return replace(start, weights=dict(start.weights), barrier=start.barrier * kept**0.5)
 
     monkeypatch.setattr(connecting, "pass_straight_through", search)
@@ -346,7 +348,8 @@ def test_permutations_are_looked_for_again_while_that_gains_something(kept, turn
     monkeypatch.setattr(connecting, "learn_elements", lambda *_, **__: None)
     monkeypatch.setattr(connecting, "ENOUGH", 0.0)
     lmc.connect(model, a, b, data, seed=3, **QUIET)
-    assert seeds == [3 + turn for turn in range(turns) for _ in range(2)]
+    assert seeds == [3 + turn for turn in (0, *range(turns)) for _ in range(2)]
+    assert {*starts[:4]} == {"weight matching", "activation matching"}
 
 
 @pytest.mark.parametrize("where", ["activation_matching", "straight_through_matching", "learn"])

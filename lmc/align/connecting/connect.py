@@ -289,25 +289,27 @@ class _Search:
             self.turned.append(found)
 
     def _permute(self) -> None:
-        """Straight-through matching and relaxation by turns, each from the best so far, as long as that gains something; where
-        the best is no permutation, from the best of these first: canonical forms have valleys of their own."""
-        if _lowest(self.plain).permutation is None:
-            self._turn(self._best_permuted, 0)
-        for turn in range(TURNS):
-            before = _lowest(self.plain).barrier
-            self._turn(lambda: _lowest(self.plain), turn)
-            if _lowest(self.plain).barrier > GAIN * before:
+        """Straight-through matching and relaxation by turns: from all that was matched, the best first, and then from the best
+        so far, as long as that gains something."""
+        for number, start in enumerate(sorted(self.plain[1:], key=_barrier)):
+            self._turn(start, 0, first=number == 0)
+        for turn in range(1, TURNS):
+            before = _lowest(self.plain)
+            self._turn(before, turn)
+            if _lowest(self.plain).barrier > GAIN * before.barrier:
                 break
 
-    def _turn(self, start: Callable[[], Candidate], turn: int) -> None:
-        later = SOON * self.time.seconds if turn and self.time.limited else 0.0
+    def _turn(self, start: Candidate, turn: int, *, first: bool = False) -> None:
+        """Both, one after the other; where it is not the first turn, only as long as there is much time."""
+        later = SOON * self.time.seconds if self.time.limited and not first else 0.0
         pair, steps = replace(self.pair, seed=self.pair.seed + turn), min(self.steps or RELAXED, RELAXED)
         for method, search in ("straight-through", pass_straight_through), ("Sinkhorn", partial(relax, steps=steps)):
-            make = partial(self._permuted, partial(search, pair), start)
-            self.attempt(method, make, unless=0.0, later=later)
+            make = partial(self._permuted, partial(search, pair, start))
+            found = self.attempt(method, make, unless=0.0, later=later)
+            start = start if found is None else _lowest([start, found])
 
-    def _permuted(self, search: Callable[..., Candidate], start: Callable[[], Candidate]) -> Candidate:
-        return search(start(), seconds=self.time.part(PERMUTING))
+    def _permuted(self, search: Callable[..., Candidate]) -> Candidate:
+        return search(seconds=self.time.part(PERMUTING))
 
     def _learn(self, start: Callable[[], Candidate]) -> None:
         self.attempt("learning", lambda: self._learned(start()), unless=SHARE)
