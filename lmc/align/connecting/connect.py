@@ -45,7 +45,7 @@ from lmc.symmetry.spec import PermutationSpec, UnboundSpec
 from lmc.weights import ModelOrWeights, agreeing
 
 ENOUGH = 1e-3  # a barrier below which nothing is refined any more,
-SHARE = 0.03  # or this share of the barrier as they are: what is learned of so little is the examples, not the networks
+SHARE = 0.02  # or this share of the barrier as they are: what is learned of so little is the examples, not the networks
 STEPS, STEPS_OF_MATRICES = 1500, 4000  # of learning
 RELAXED = 300  # of the relaxation of permutations
 TURNS = 4  # of straight-through matching and relaxation, at most,
@@ -340,8 +340,8 @@ class _Search:
         return of * naive if math.isfinite(naive) else 0.0
 
     def enough(self, share: float) -> bool:
-        """Whether the best has next to no barrier, or no more than a share of the first."""
-        return _lowest(self.candidates).barrier < max(ENOUGH, self.share(share))
+        """Whether the best, its statistics as they come, has next to no barrier, or no more than a share of the first."""
+        return _lowest(self.plain).barrier < max(ENOUGH, self.share(share))
 
     @cached_property
     def symmetries(self) -> ContinuousSymmetries:

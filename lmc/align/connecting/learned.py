@@ -11,6 +11,7 @@ from lmc.core.progress import Budget, tqdm
 from lmc.weights import Weights
 
 RATES = {"rotation": 0.02, "scale": 0.01}
+DECAYS = {"rotation": 0.0, "scale": 0.3}  # of AdamW: where the loss has no more to say, noise would drive scales away
 BETWEEN = (0.1, 0.9)  # the paper's 0.4 to 0.6 leaves barriers beside the middle
 WARM = 0.05  # share of the steps in which rates rise
 PROBES = 5  # steps by which their number is set
@@ -34,14 +35,14 @@ def learn(
     generator: torch.Generator,
     progress: bool,
 ) -> Learned:
-    """Make the loss at random points between A and B moved small, by Adam with rates that rise and fall along a cosine.
+    """Make the loss at random points between A and B moved small, by AdamW with rates that rise and fall along a cosine.
 
     Where the budget is short there are fewer steps, so that the rates still fall to 0. What they have fallen to is what counts:
     no step before it is chosen by its looks, which would be to learn from the examples that judge.
     """
-    optimizer = torch.optim.Adam(
+    optimizer = torch.optim.AdamW(
         [
-            {"params": parameters, "lr": RATES[kind], "rate": RATES[kind]}
+            {"params": parameters, "lr": RATES[kind], "rate": RATES[kind], "weight_decay": DECAYS[kind]}
             for kind, parameters in element.parameters.items()
             if parameters
         ]
