@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import lmc
 from lmc.align.connecting import connect as connecting
-from lmc.align.connecting import judge, methods, paths
-from lmc.align.connecting.elements import FreeElement, freedoms
+from lmc.align.connecting import judge, learned, methods, paths
+from lmc.align.connecting.elements import Freedom, FreeElement, freedoms
 from lmc.align.connecting.judge import Judge, held_out, mixed
 from lmc.align.connecting.learned import Learned
 from lmc.align.rotations.folding import Probe
@@ -329,6 +329,29 @@ def test_what_networks_were_trained_on_is_judged_between_the_examples():
         for data in (mixed((inputs, targets), torch.Generator().manual_seed(judge.SEED)), (inputs, targets))
     )
     assert found == pytest.approx(other, abs=1e-6) and abs(found - plain) > 1e-4
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+def test_scales_stay_where_the_loss_says_next_to_nothing(decay, monkeypatch):
+    """Adam goes as far along a faint slope as along a steep one; the decay bounds how far."""
+    model = seeded(lambda: mlp(64, [12], 10))
+    b, spec = lmc.weights.as_weights(model), lmc.permutation_spec(model, torch.zeros(2, 64), certify=False)
+    free = {"fc1": Freedom(scales=({"fc1.weight": 1.0, "fc1.bias": 1.0, "head.weight": -1.0},))}
+
+    class Faint:
+        def __call__(self, weights, batch):
+            return -1e-3 * weights["fc1.weight"].abs().log().mean()
+
+        def epochs(self, generator):
+            return itertools.repeat(None)
+
+    monkeypatch.setitem(learned.DECAYS, "scale", decay)
+    monkeypatch.setitem(learned.RATES, "scale", 0.1)
+    found = learned.learn(
+        Faint(), b, FreeElement(spec, free, b), steps=150, budget=budgets.Budget(None), generator=torch.Generator(), progress=False
+    )  # fmt: skip
+    moved = (found.weights["fc1.weight"] / b["fc1.weight"]).log().abs().mean()
+    assert (moved < 3.4) == (decay > 0.0) and found.steps == 150
 
 
 @pytest.mark.parametrize(("kept", "turns"), [(0.5, 4), (0.95, 2)])
