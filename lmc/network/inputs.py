@@ -118,6 +118,8 @@ def _without_targets(model: nn.Module, batch: Any, needed: int) -> Call:
             batch = batch[:-1]
     elif isinstance(batch, Mapping) and any(name in batch for name in LABELS):
         asked = inspect.signature(model.forward).parameters
+        given = next(batch[name] for name in LABELS if name in batch)
+        batch = with_decoder(model, batch, given)
         batch = {
             k: v
             for k, v in batch.items()
@@ -133,6 +135,18 @@ def _holds_all(model: nn.Module, part: Any, needed: int) -> bool:
     if isinstance(part, Mapping):
         return bool(tensors(part)) and len(arguments(model, part)[1]) >= needed
     return isinstance(part, tuple | list) and len(part) == needed
+
+
+def with_decoder(model: nn.Module, inputs: Any, targets: Any) -> Any:
+    """Inputs with those of the decoder, where a model of Hugging Face makes them of the targets, moved on by one.
+
+    Left to itself, one such model fails without its labels, and another lets its decoder read the inputs again.
+    """
+    made = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if made is None or not isinstance(inputs, Mapping) or not isinstance(targets, Tensor):
+        return inputs
+    known = "decoder_input_ids" in inputs or "decoder_inputs_embeds" in inputs
+    return inputs if known else {**inputs, "decoder_input_ids": made(targets)}
 
 
 def first_of(call: Call, count: int) -> Call:

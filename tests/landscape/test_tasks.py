@@ -826,6 +826,50 @@ def test_compiled_modules_of_several_inputs_have_targets_left_out():
     assert found.merged
 
 
+class Translating(nn.Module):
+    """Like an encoder-decoder of Hugging Face: its decoder reads the labels, moved on by one, or fails."""
+
+    def __init__(self, seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.embed, self.inner, self.head = nn.Embedding(11, 8), nn.Linear(8, 8), nn.Linear(8, 11)
+
+    def prepare_decoder_input_ids_from_labels(self, labels):
+        return F.pad(labels.masked_fill(labels == -100, 0), (1, -1))
+
+    def forward(self, input_ids, decoder_input_ids=None, labels=None):
+        if labels is not None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        if decoder_input_ids is None:
+            raise ValueError("no decoder inputs")
+        source = self.embed(input_ids).mean(1, keepdim=True)
+        logits = self.head(torch.relu(self.inner(self.embed(decoder_input_ids) + source)))
+        loss = None if labels is None else F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return SimpleNamespace(logits=logits, loss=loss)
+
+
+def test_decoders_read_the_labels_also_where_inputs_are_asked_for():
+    import lmc
+
+    models = [Translating(seed) for seed in (0, 1)]
+    goals = IDS.flip(1)[:, :3].contiguous()
+    data, quiet = {"input_ids": IDS, "labels": goals}, {"progress": False}
+    shown = {"input_ids": IDS, "decoder_input_ids": models[0].prepare_decoder_input_ids_from_labels(goals)}
+    spec = lmc.permutation_spec(models[0], shown, **quiet)
+    pi = lmc.activation_matching(spec, *models[:1], *models, data, **quiet)
+    assert str(dict(pi)) == str(dict(lmc.activation_matching(spec, *models[:1], *models, shown, **quiet)))
+    assert variance_ratios(models[0], models[0], models, data, progress=False).merged
+    found = lmc.merge.fisher_information(models[0], None, data, labels="true")
+    per_example = []
+    for i in range(len(IDS)):
+        logits = models[0](IDS[i : i + 1], labels=goals[i : i + 1]).logits
+        models[0].zero_grad()
+        F.cross_entropy(logits[0], goals[i], reduction="sum").backward()
+        per_example.append(models[0].head.weight.grad.square())
+    torch.testing.assert_close(found["head.weight"], torch.stack(per_example).mean(0), rtol=1e-4, atol=1e-6)
+    lmc.merge.regmean(models[0], models, [data, data], **quiet)
+
+
 def test_a_list_of_inputs_and_targets_has_its_targets_left_out():
     for goal in (Y, X[:, :1]):
         calls = list(input_batches(linear(), [X, goal], 24))

@@ -25,7 +25,7 @@ from lmc.network.batches import (
     tensors,
 )
 from lmc.network.batchnorm import Recalibrator, calls_in
-from lmc.network.inputs import required_arguments
+from lmc.network.inputs import required_arguments, with_decoder
 from lmc.network.network import Network, pick_device, whole
 from lmc.network.task import Loss, Task
 from lmc.weights import Weights, check_finite
@@ -83,6 +83,8 @@ def batches(
             whole = [
                 (inputs, None if targets.ndim == 2 and not targets.numel() else targets) for inputs, targets in held
             ]
+    if model is not None:
+        whole = [(with_decoder(model, inputs, targets), targets) for inputs, targets in whole]
     if len(whole) == 1 and pieces(*whole[0]) and limit is not None and limit < (count := len(tensors(whole[0][0])[0])):
         spread = torch.linspace(0, count - 1, limit).round().long()
         inputs, targets = whole[0]
