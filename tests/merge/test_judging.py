@@ -74,8 +74,8 @@ def test_merges_of_regressors_are_ranked_by_their_loss(case) -> None:
     assert found.metric == "loss" and not found.higher and found.unit == "squared error"
     assert found.best.validation == pytest.approx(error(model, found.weights, x[::2], y[::2]), rel=1e-4)
     assert "loss (squared error)" in found.plot().layout.xaxis.title.text
-    splits = merge.compare(model, models[:3], {"train": (x[::2], y[::2]), "test": (x[1::2], y[1::2])},
-                           progress=False, **options)  # fmt: skip
+    train, test = ((x[k::2].contiguous(), y[k::2].contiguous()) for k in (0, 1))  # as `compare` cuts them
+    splits = merge.compare(model, models[:3], {"train": train, "test": test}, progress=False, **options)
     assert [e.test for e in splits.entries] == [e.test for e in found.entries]
 
 
