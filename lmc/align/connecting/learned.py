@@ -14,7 +14,6 @@ RATES = {"rotation": 0.02, "scale": 0.01}
 DECAYS = {"rotation": 0.0, "scale": 0.3}  # of AdamW: where the loss has no more to say, noise would drive scales away
 BETWEEN = (0.1, 0.9)  # the paper's 0.4 to 0.6 leaves barriers beside the middle
 WARM = 0.05  # share of the steps in which rates rise
-PROBES = 5  # steps by which their number is set
 
 
 class Learned(NamedTuple):
@@ -37,8 +36,8 @@ def learn(
 ) -> Learned:
     """Make the loss at random points between A and B moved small, by AdamW with rates that rise and fall along a cosine.
 
-    Where the budget is short there are fewer steps, so that the rates still fall to 0. What they have fallen to is what counts:
-    no step before it is chosen by its looks, which would be to learn from the examples that judge.
+    Where the budget is short the rates fall with the time, so that they end at 0 as well. What they have fallen to is what
+    counts: no step before it is chosen by its looks, which would be to learn from the examples that judge.
     """
     optimizer = torch.optim.AdamW(
         [
@@ -48,15 +47,13 @@ def learn(
         ]
     )
     batches = task.epochs(generator)
-    begun, step, interrupted = budget.spent, 0, False
+    begun, allowed, step, interrupted = budget.spent, max(budget.left, 1e-9), 0, False
     try:
         with tqdm(total=steps, desc="learning", unit=" steps", disable=not progress) as bar:
-            while step < steps and not budget.over:
-                if step == PROBES:
-                    each = (budget.spent - begun) / step
-                    steps = bar.total = step + int(min(steps - step, budget.left / max(each, 1e-9)))
+            # One more step takes as long as those before it.
+            while (done := max(step / steps, (budget.spent - begun) * (step + 1) / max(1, step) / allowed)) < 1.0:
                 for group in optimizer.param_groups:
-                    group["lr"] = group["rate"] * _rate(step, steps)
+                    group["lr"] = group["rate"] * _rate(done + 1.0 / steps, done)
                 low, high = BETWEEN
                 alpha = low + (high - low) * float(torch.rand((), generator=generator))
                 moved = element()
@@ -76,6 +73,6 @@ def learn(
     return Learned(element.exact(), step, interrupted)
 
 
-def _rate(step: int, steps: int) -> float:
-    rising = min(1.0, (step + 1) / max(1.0, WARM * steps))
-    return rising * 0.5 * (1.0 + math.cos(math.pi * step / max(1, steps)))
+def _rate(after: float, before: float) -> float:
+    """The share of the full rate in a step, by what is done after and before it."""
+    return min(1.0, after / WARM) * 0.5 * (1.0 + math.cos(math.pi * before))
