@@ -34,6 +34,7 @@ from lmc.training.run import (
     whole_numbers,
 )
 from lmc.weights import ModelOrWeights, Weights
+from lmc.weights.state import least_divisor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -378,7 +379,7 @@ def _train_inside(
 ) -> Weights:
     """The weights `start + P v` after v was trained."""
     v = torch.zeros(onto.dimension, dtype=next(iter(start.values())).dtype, device=network.device, requires_grad=True)
-    optimizer = torch.optim.Adam([v], recipe.lr, betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam([v], recipe.lr, betas=(0.9, 0.99), eps=least_divisor([v]))
     generator = torch.Generator().manual_seed(seed)
 
     def moved() -> Weights:

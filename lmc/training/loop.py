@@ -46,6 +46,7 @@ from lmc.training.run import (
     trained_names,
 )
 from lmc.weights import ModelOrWeights, StateDict, Weights
+from lmc.weights.state import least_divisor
 
 Stack: TypeAlias = dict[str, Tensor]  # name -> (seeds, *shape)
 # parameters, fixed tensors, inputs and targets, all stacked (seeds, ...) if the step is vectorised, else of one seed
@@ -344,7 +345,7 @@ def _optimizer(recipe: Recipe, parameters: Stack) -> torch.optim.Optimizer:
             tensors, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=fused
         )
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(tensors, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused)
+    return kind(tensors, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=fused, eps=least_divisor(tensors))
 
 
 def _rate(recipe: Recipe, step: int, steps: int) -> float:

@@ -178,6 +178,11 @@ def inexact(tensor: Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
+def least_divisor(tensors: Iterable[Tensor]) -> float:
+    """The number that Adam adds to what it divides by, its `eps`: 1e-8, or what the dtypes of its parameters still tell from 0."""
+    return max(1e-8, *(torch.finfo(x.dtype).tiny for x in tensors))
+
+
 @cache
 def wide(*dtypes: torch.dtype) -> torch.dtype:
     """The dtype in which numbers of these are summed: float32, complex64, or the widest of them if that is wider."""

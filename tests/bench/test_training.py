@@ -515,3 +515,11 @@ def test_layers_are_initialised_by_the_rule_of_an_outer_module():
     assert 0.0 < float(found["body.0.bias"].abs().max()) < 1.0  # the rule leaves it to the layer
     assert 0.0 < float(found["plain.weight"].abs().max()) < 1.0
     assert not torch.equal(found["token"], initialised(WithRule(), 4)["token"])
+
+
+def test_half_precision_learns():
+    """Adam divides by a number that is 0 in float16 where a gradient vanishes."""
+    inputs, targets = DATA["images"]
+    done = train(SMALL["mlp"][0].half(), (inputs.half(), targets), seeds=(0,), epochs=3, batch_size=16, progress=False)
+    assert all(bool(x.isfinite().all()) for x in done.weights[0].values())
+    assert float(done.to_frame().loss.iloc[-1]) < float(done.to_frame().loss.iloc[0])

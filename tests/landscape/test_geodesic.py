@@ -146,3 +146,16 @@ def test_a_stored_pair_gets_a_lower_barrier_without_a_label():
     straight = loss_path(stored.model(), *stored, data.test, progress=False)
     assert found.length < 0.5 * found.straight_length
     assert found.path(data.test, progress=False).barrier < 0.5 * straight.barrier
+
+
+@pytest.mark.parametrize("follow", [geodesic_path, lmc.bezier_curve])
+def test_half_precision_is_trained_in(follow, pair):
+    """Adam divides by a number that is 0 in float16 where a gradient vanishes, as it does on the first dead unit."""
+    data = {"train": (DATA.train[0].half(), DATA.train[1])}
+    dead = [{n: x.half() for n, x in weights.items()} for weights in pair]
+    for weights in dead:
+        next(iter(weights.values()))[0] = 0.0
+    options = {"points": 4} if follow is geodesic_path else {}
+    curve = follow(network(0).half(), *dead, data, epochs=2, batch_size=32, progress=False, **options)
+    for weights in curve.controls:
+        assert all(bool(x.isfinite().all()) and x.dtype == torch.float16 for x in weights.values())

@@ -24,6 +24,7 @@ from lmc.network.copies import fresh_copy
 from lmc.network.derived import gauged, settled
 from lmc.network.task import Outputs
 from lmc.weights import ModelOrWeights, Weights, agreeing, lerp
+from lmc.weights.state import least_divisor
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -154,7 +155,7 @@ def geodesic_path(
     straight = steps.measured(chain, batch_size)
     generator, losses, interrupted = torch.Generator().manual_seed(seed), [], False
     free = [tensor.requires_grad_() for weights in chain[1:-1] for tensor in weights.values()]
-    optimiser = torch.optim.Adam(free, lr)
+    optimiser = torch.optim.Adam(free, lr, eps=least_divisor(free))
     with tqdm(total=epochs, desc="geodesic", unit="epoch", disable=not progress) as bar:
         try:
             for epoch in range(epochs):

@@ -17,6 +17,7 @@ from lmc.landscape.evaluation.evaluation import Objective
 from lmc.landscape.evaluation.measured import Values
 from lmc.network.derived import following, settled
 from lmc.weights import Weights, tied_names
+from lmc.weights.state import least_divisor
 
 
 def whole(name: str, value: Any, least: int) -> None:
@@ -83,7 +84,8 @@ def lower(
         InputError: a loss that became NaN or infinite.
     """
     network = objective.network
-    optimiser = torch.optim.Adam(list(free), schedule.lr)
+    free = list(free)
+    optimiser = torch.optim.Adam(free, schedule.lr, eps=least_divisor(free))
     generator = torch.Generator().manual_seed(schedule.seed)
     losses: list[float] = []
     interrupted = False
