@@ -25,9 +25,9 @@ UNITS = 10  # of a group that are looked at in each draw
 FEWEST = 4  # sums of the outputs in each draw
 SMALL = 1_000_000  # entries of a module for which more draws cost nothing
 DRAWS_OF_SMALL = 6
-TRIED = 2  # draws at which finite elements are tried: what is chosen by data (an expert, a code) may be the same at one
-TRIED_OF_SMALL = 12
-APART = 1000  # numbers of these draws, and of those that are measured at
+ELSEWHERE = 1  # further draws at which finite elements are tried
+ELSEWHERE_OF_SMALL = 11
+APART = 1000  # between the numbers of these draws and of those that are measured at
 MOST = 2**26  # entries of gradients that are held at once
 STEP = 1e-6  # of central differences: small, as none may step over the kink of a ReLU
 SHORT = 1e-8  # a step over which few kinks lie, where the first did not confirm a gradient
@@ -85,7 +85,6 @@ class Lab:
         self.weights = self._drawn(0)
         self.reference = self._outputs(self.weights)
         self.noise = relative_error(self.reference, self._outputs(act(spec, random_indices(spec, seed), self.weights)))
-        self._trials: list[tuple[int, Weights | None, list[Tensor]]] = [(0, self.weights, self.reference)]
         if self.probe.single:  # permutations alone may round nothing
             self.noise = max(self.noise, self._rounding(self.weights))
         self.tables = {
@@ -93,9 +92,6 @@ class Lab:
             for family, names in spec.families.items()
         }
         self._measure(draws, progress)
-        for number in range(APART, APART - 1 + (TRIED_OF_SMALL if self._small else TRIED)):
-            weights = self._drawn(number)
-            self._trials.append((number, weights if self._small else None, self._outputs(weights)))
 
     @property
     def _small(self) -> bool:
@@ -113,11 +109,18 @@ class Lab:
         return not self._by_differences
 
     def error(self, moves: Sequence[Move]) -> float:
-        """The change of the outputs under a finite element, relative to their largest value, at the draw where it is most."""
-        return max(
-            relative_error(reference, self._outputs(moved(self.spec, weights or self._drawn(number), moves)))
-            for number, weights, reference in self._trials
-        )
+        """The change of the outputs under a finite element, relative to their largest value."""
+        return relative_error(self.reference, self._outputs(moved(self.spec, self.weights, moves)))
+
+    def error_elsewhere(self, moves: Sequence[Move]) -> float:
+        """The same at the one of several further draws where it is most: what data choose (an expert, a code) may be the same at
+        any one of them."""
+        worst = 0.0
+        for number in range(APART, APART + (ELSEWHERE_OF_SMALL if self._small else ELSEWHERE)):
+            weights = self._drawn(number)
+            outputs = [self._outputs(each) for each in (weights, moved(self.spec, weights, moves))]
+            worst = max(worst, relative_error(*outputs))
+        return worst
 
     def chosen(self, family: str, most: int = UNITS) -> tuple[str, list[int]]:
         """A random group of a family, and a few of its units."""

@@ -10,7 +10,7 @@ mixings of two units both kinds are free (general linear), or the second alone (
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -86,8 +86,8 @@ def continuous_symmetries(
         tolerance = 100 * lab.noise
     rank = max(RANK if lab.exact else RANK_OF_DIFFERENCES, AMPLIFIED * lab.noise)
     found = {family: _candidate(table, rank, max(DEAD, DROWNED * lab.noise)) for family, table in lab.tables.items()}
-    found = _tried(lab, found, tolerance)
-    return ContinuousSymmetries(sign_patterns(lab, found, tolerance), tolerance)
+    found = sign_patterns(lab, _tried(lab, found, lab.error, tolerance), tolerance)
+    return ContinuousSymmetries(_tried(lab, found, lab.error_elsewhere, tolerance), tolerance)
 
 
 def _candidate(table: Table, rank: float, dead: float) -> Kind:
@@ -181,31 +181,29 @@ def _exponents(names: Sequence[str], row: Tensor, rank: float) -> dict[str, floa
     return found
 
 
-def _tried(lab: Lab, kinds: dict[str, Kind], tolerance: float) -> dict[str, Kind]:
+def _tried(
+    lab: Lab, kinds: dict[str, Kind], change: Callable[[Sequence[Move]], float], tolerance: float
+) -> dict[str, Kind]:
     """The kinds, of which finite random elements keep the outputs: all families at once, and one by one where that fails."""
     elements = {family: _elements(lab, family, kind) for family, kind in kinds.items()}
-    together = lab.error([move for each in elements.values() for moves in each for move in moves])
+    together = change([move for each in elements.values() for moves in each for move in moves])
     found = {}
     for family, kind in kinds.items():
         error = together if elements[family] else 0.0
         if error > tolerance:
-            errors = [lab.error(moves) for moves in elements[family]]
-            kept = [error <= tolerance for error in errors]
-            n = len(kind.scales)
-            mixes = tuple(mix for mix, keep in zip(kind.mixes, kept[n:], strict=True) if keep)
-            kind = replace(
-                kind,
-                scales=tuple(scale for scale, keep in zip(kind.scales, kept, strict=False) if keep),
-                mixes=mixes,
-                mixing=kind.mixing if mixes else "none",
+            errors = [change(moves) for moves in elements[family]]
+            kept = iter([error <= tolerance for error in errors])
+            scales, mixes, signs = (
+                tuple(each for each in parts if next(kept)) for parts in (kind.scales, kind.mixes, kind.signs)
             )
+            kind = replace(kind, scales=scales, mixes=mixes, signs=signs, mixing=kind.mixing if mixes else "none")
             error = max((error for error in errors if error <= tolerance), default=0.0)
-        found[family] = replace(kind, error=error, power=_power(lab.tables[family], kind))
+        found[family] = replace(kind, error=max(error, kind.error), power=_power(lab.tables[family], kind))
     return found
 
 
 def _elements(lab: Lab, family: str, kind: Kind) -> list[list[Move]]:
-    """A random element for each scale and each mixing of a family, in one of its groups."""
+    """A random element for each scale and each mixing of a family, and one for each change of signs, in one of its groups."""
     name, units = lab.chosen(family)
     places = {place.name: place for place in lab.places(name)}
 
@@ -220,6 +218,8 @@ def _elements(lab: Lab, family: str, kind: Kind) -> list[list[Move]]:
         matrix = random_matrix(kind.mixing, noise(len(units), len(units)))
         inverse = torch.linalg.inv(matrix).T
         elements.append([Move(places[o], matrix if e > 0 else inverse, units) for o, e in mix.items()])
+    minus = -torch.eye(len(units), dtype=torch.float64)
+    elements += [[Move(places[o], minus, units) for o in sign] for sign in kind.signs]
     return elements
 
 
