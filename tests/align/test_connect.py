@@ -437,3 +437,29 @@ def test_the_unit_is_that_of_the_loss():
     data = lmc.Task.regression().on((x, x[:, :1]))
     found = lmc.connect(models[0], *models, data, budget=1, progress=False)
     assert found.unit == "squared error" and "nats" not in str(found)
+
+
+def test_splits_that_are_read_once():
+    stored = lmc.data.checkpoint("digits-mlp32")
+    data = lmc.data.digits()
+
+    def batches(split):
+        inputs, targets = split[0][:200], split[1][:200]
+        return zip(inputs.split(40), targets.split(40), strict=True)
+
+    once = {"train": batches(data.train), "test": batches(data.test)}
+    found = lmc.connect(stored.model(), *stored.weights, once, budget=3, steps=1, progress=False)
+    assert found.path.barrier < found.naive.barrier
+
+
+def test_a_decoder_gets_its_inputs_of_the_labels():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=20, d_model=8, d_kv=4, d_ff=12, num_layers=1, num_heads=2, decoder_start_token_id=0, pad_token_id=0
+    )
+    a, b = (transformers.T5ForConditionalGeneration(config).eval() for _ in range(2))
+    data = {"input_ids": torch.randint(1, 20, (12, 6)), "labels": torch.randint(1, 20, (12, 5))}
+    found = lmc.connect(a, a, b, data, budget=10, steps=1, progress=False)
+    assert not any(each.note.startswith("not here") for each in found.tried if "activation" in each.method)
+    assert found.certificate.max_error < 1e-4

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
@@ -33,7 +33,7 @@ from lmc.align.rotations.folding import Probe
 from lmc.core.context import own_context, warn
 from lmc.core.progress import Budget, beforehand
 from lmc.errors import CertificateError, InputError, LmcError
-from lmc.network.batches import as_splits, to_device
+from lmc.network.batches import as_splits, reread, to_device
 from lmc.network.batchnorm import has_batchnorm
 from lmc.network.derived import derived_names
 from lmc.network.inputs import first_of
@@ -136,12 +136,12 @@ def connect(
     a, b = agreeing([a, b], "ab", model=model)
     chosen = pick_device(device, a)
     a, b = ({name: tensor.to(chosen) for name, tensor in weights.items()} for weights in (a, b))
-    data = list(data) if isinstance(data, Iterator) else data  # read several times
+    data = reread(data)
     task = Task.of(data, loss)
     task = task.fitted(model, as_splits(data, task.targets)[0])
     learn, held, count = held_out(data, task, seed)
     made = replace(task, targets=None)  # the parts hold the targets that were made
-    inputs = inputs_of(learn)
+    inputs = inputs_of(model, learn)
     example = to_device(first_of(inputs[0] if isinstance(inputs, list) else inputs, 2), chosen)
     spec = (_found(model, example, time) if spec is None else spec).bind(a)
     pair = Pair(model, a, b, spec, learn, example, made, chosen, seed, progress)

@@ -12,7 +12,7 @@ from lmc.errors import DataError
 from lmc.landscape.evaluation.evaluation import Evaluation
 from lmc.landscape.path import loss_path
 from lmc.network.batches import Batch, as_splits, cuttable, take
-from lmc.network.inputs import first_of
+from lmc.network.inputs import first_of, with_decoder
 from lmc.network.task import Task
 from lmc.weights import Weights, mean
 
@@ -49,9 +49,9 @@ def held_out(data: Any, task: Task, seed: int) -> tuple[Any, Any, int]:
     return learn, held, sum(len(targets) for _, targets in held)
 
 
-def inputs_of(part: Any) -> Any:
-    """The inputs of a part: of one batch, or a list of those of several."""
-    return part[0] if isinstance(part, tuple) else [inputs for inputs, _ in part]
+def inputs_of(model: nn.Module, part: Any) -> Any:
+    """The inputs of a part: of one batch, or a list of those of several; with those of a decoder, made of the targets."""
+    return with_decoder(model, *part) if isinstance(part, tuple) else [with_decoder(model, *batch) for batch in part]
 
 
 def _cut(batches: list[Batch]) -> Iterator[tuple[Batch, Batch]]:

@@ -59,7 +59,7 @@ class Pair:
     @cached_property
     def inputs(self) -> Any:
         """The inputs of what may be learned from."""
-        return inputs_of(self.learn)
+        return inputs_of(self.model, self.learn)
 
     @cached_property
     def gains(self) -> list[str]:
