@@ -7,6 +7,7 @@ called before, and each module is examined once on its first real inputs (`lmc/n
 """
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -410,13 +411,33 @@ def _detached_copy(tensor: Tensor) -> Tensor:
 def attention_written_out() -> Iterator[None]:
     """Attention is computed by plain operations inside, torch's own layers included: its fused kernels can neither be
     differentiated forwards or twice, nor take a stack of networks."""
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with _WRITING_OUT:
+        yield
+
+
+class _WrittenOut:
+    """Torch has one setting for all threads: the first to come changes it, the last to go puts it back. Were each to put back
+    what it found, one that came second would leave behind what the first had set."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._settings = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._settings.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+                torch.backends.mha.set_fastpath_enabled(False)
+                self._settings.enter_context(sdpa_kernel(SDPBackend.MATH))
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._settings.close()
+
+
+_WRITING_OUT = _WrittenOut()
 
 
 @contextlib.contextmanager

@@ -317,14 +317,14 @@ STANDS_IN = hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint")  # 
 
 
 class Settings:
-    """What stands in the place of settings in a file: a mapping, which takes entries and attributes."""
+    """A stand-in for settings in a file: a mapping, which takes entries and attributes."""
 
     def __new__(cls, *_given: Any) -> OrderedDict[Any, Any]:  # type: ignore[misc]
         return OrderedDict()
 
 
 class Value:
-    """What stands in the place of a value of numpy in a file: it takes what it is given and does nothing."""
+    """A stand-in for a value of numpy in a file: it takes what it is given and does nothing."""
 
     def __new__(cls, *_given: Any) -> "Value":
         return super().__new__(cls)

@@ -18,7 +18,7 @@ from torch import nn
 
 import lmc
 from lmc.network.examination import _equal
-from lmc.network.network import Network, whole
+from lmc.network.network import Network, attention_written_out, whole
 
 CPU = torch.device("cpu")
 
@@ -1682,3 +1682,14 @@ def test_a_stack_of_transformers_goes_through_their_plain_operations():
     together = network.many(network.stack([layer.state_dict() for layer in layers]), inputs)
     torch.testing.assert_close(together, torch.stack([layer(inputs) for layer in layers]))
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_threads_that_write_attention_out_leave_the_settings_as_they_were():
+    """They are the same for all threads: the second to come must not put back what the first has set."""
+    first, second = attention_written_out(), attention_written_out()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.mha.get_fastpath_enabled() and not torch.backends.cuda.flash_sdp_enabled()
+    second.__exit__(None, None, None)
+    assert torch.backends.mha.get_fastpath_enabled() and torch.backends.cuda.flash_sdp_enabled()

@@ -189,7 +189,7 @@ def _matrices(kind: str, generators: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Mixing(NamedTuple):
-    """Where the matrices of a step are found: among those of a kind and size, or their inverses transposed."""
+    """The place of the matrices of a step: among those of a kind and size, or their inverses transposed."""
 
     key: tuple[str, int]
     of: slice
@@ -197,7 +197,7 @@ class _Mixing(NamedTuple):
 
 
 class _Scaling(NamedTuple):
-    """Where the factors of a step are found: among those of groups of one size."""
+    """The place of the factors of a step: among those of groups of one size."""
 
     size: int
     of: slice

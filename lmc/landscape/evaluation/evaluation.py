@@ -260,7 +260,7 @@ class Objective:
         return self.task.mean_loss(self.network.outputs(weights, call), targets, call)
 
     def weighing(self, weights: Weights, batch_size: int) -> Weighing | None:
-        """How much the mean over a batch counts among others, None for a sum, judged by the first batch."""
+        """The weight of the mean over a batch among others, None for a sum, judged by the first batch."""
         (batch, *others) = islice(self.split.iterate(batch_size), 2)
         call, targets = self._call(batch)
         if not others or not cuttable(call, targets) or (self.task.loss is None and self.task.labels is None):
