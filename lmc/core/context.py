@@ -105,9 +105,8 @@ def forked(device: torch.device, seed: int) -> Iterator[None]:
     """The global random state, from which dropout and initialisation draw, starts at `seed` inside and is as it was afterwards."""
     cuda = device.type == "cuda"
     with torch.random.fork_rng(devices=[device] if cuda else []):
-        torch.default_generator.manual_seed(
-            seed
-        )  # torch.manual_seed keeps a stack trace of each call where CUDA sleeps
+        # torch.manual_seed keeps a stack trace of each call where CUDA sleeps
+        torch.default_generator.manual_seed(seed)
         if cuda:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)

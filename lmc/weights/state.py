@@ -180,7 +180,7 @@ def inexact(tensor: Tensor) -> bool:
 
 def least_divisor(tensors: Iterable[Tensor]) -> float:
     """The number that Adam adds to what it divides by, its `eps`: 1e-8, or what the dtypes of its parameters still tell from 0."""
-    return max(1e-8, *(torch.finfo(x.dtype).tiny for x in tensors))
+    return max([1e-8, *(torch.finfo(x.dtype).tiny for x in tensors)])
 
 
 @cache
